@@ -1,0 +1,29 @@
+"""Federated low-rank adaptation of pretrained transformers: one base model, many parties, no shared data.
+
+``fedlora.read`` and ``fedlora.run`` are all that a script needs. Names are loaded when they are first used, so that
+``import fedlora`` and ``fedlora --help`` stay quick.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("fedlora")
+
+_WHERE = {
+    "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
+    "Result": "fedlora.run", "run": "fedlora.run", "compare": "fedlora.compare", "Method": "fedlora.method",
+    "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters", "Heads": "fedlora.adapters", "Model": "fedlora.model",
+}  # fmt: skip
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,12 @@
+"""Parametrisations of one weight's update, one a file."""
+
+from fedlora.adapters.base import Adapter
+from fedlora.adapters.dense import Dense
+from fedlora.adapters.heads import Heads
+from fedlora.adapters.lora import LoRA
+from fedlora.adapters.vera import VeRA
+
+KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "vera": VeRA, "heads": Heads}
+"""What ``adapter.name`` may say; ``Dense`` is for heads of networks and is chosen by ``model.head``."""
+
+__all__ = ["KINDS", "Adapter", "Dense", "Heads", "LoRA", "VeRA"]

@@ -1,0 +1,59 @@
+"""LoRA and rsLoRA: ``ΔW = s B A``.
+
+Hu et al. LoRA: Low-Rank Adaptation of Large Language Models. ICLR 2022. https://arxiv.org/abs/2106.09685
+Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. 2023. https://arxiv.org/abs/2312.03732
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapters.base import Adapter, generator, uniform
+from fedlora.types import Factors
+
+
+@dataclass(frozen=True)
+class LoRA(Adapter):
+    """``ΔW = s B A`` with ``A (r n)``, ``B (m r)`` and ``s = alpha / r`` (rsLoRA: ``alpha / √r``)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
+
+    @property
+    def inputs(self):
+        return frozenset({"A"})
+
+    @property
+    def outputs(self):
+        return frozenset({"B"})
+
+    @property
+    def budget(self):
+        return self.rank
+
+    @classmethod
+    def like(cls, other):
+        return other if isinstance(other, cls) else cls(rank=getattr(other, "lora_rank", 8))
+
+    def scale(self, rank: int) -> float:
+        """``s`` of a layer of this rank; a client of smaller rank has its own."""
+        return self.alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def init(self, m, n, seed):
+        # PEFT's and the paper's authors' start: A uniform with bound 1/√n (Kaiming with a = √5), B zero.
+        return {"A": uniform((self.rank, n), n**-0.5, generator(seed)), "B": torch.zeros(m, self.rank)}
+
+    def delta(self, layer):
+        return Factors(self.scale(layer["A"].shape[-2]) * layer["B"], layer["A"])
+
+    def forward(self, x, layer):
+        A, B = layer["A"], layer["B"]
+        return ((x @ A.mT) @ B.mT) * self.scale(A.shape[-2])
+
+    def leading(self, layer, rank):
+        return {"A": layer["A"][..., :rank, :], "B": layer["B"][..., :rank]}

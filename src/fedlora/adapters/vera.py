@@ -1,0 +1,58 @@
+"""VeRA: one frozen random pair for all weights, and two trained vectors a weight.
+
+Kopiczko et al. VeRA: Vector-based Random Matrix Adaptation. ICLR 2024. https://arxiv.org/abs/2310.11454
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from fedlora.adapters.base import Adapter, generator, uniform
+from fedlora.types import Factors
+
+
+@dataclass(frozen=True)
+class VeRA(Adapter):
+    """``ΔW = diag(b) B diag(d) A``; ``A (r n)``, ``B (m r)`` frozen from one seed, ``d (r)``, ``b (m)`` trained."""
+
+    rank: int = 256
+    d_initial: float = 0.1
+    projection_seed: int = 0
+
+    @property
+    def inputs(self):
+        return frozenset({"d"})
+
+    @property
+    def outputs(self):
+        return frozenset({"b"})
+
+    @property
+    def budget(self):
+        return self.rank
+
+    @classmethod
+    def like(cls, other):
+        return other if isinstance(other, cls) else cls()
+
+    def init(self, m, n, seed):
+        A, B = _projections(m, n, self.rank, self.projection_seed)
+        return {"A": A, "B": B, "d": torch.full((self.rank,), self.d_initial), "b": torch.zeros(m)}
+
+    def delta(self, layer):
+        return Factors(layer["b"][..., :, None] * layer["B"], layer["d"][..., :, None] * layer["A"])
+
+    def forward(self, x, layer):
+        # The vectors act on the activations: an (m r) product a step would cost more than the two GEMMs.
+        return (((x @ layer["A"].mT) * layer["d"]) @ layer["B"].mT) * layer["b"]
+
+    def leading(self, layer, rank):
+        return {"A": layer["A"][..., :rank, :], "B": layer["B"][..., :rank], "d": layer["d"][..., :rank], "b": layer["b"]}
+
+
+@lru_cache(maxsize=64)
+def _projections(m: int, n: int, rank: int, seed: int):
+    """The pair that all weights of one shape share: the same two tensors, not copies of them."""
+    draws = generator(seed)
+    return uniform((rank, n), (6 / n) ** 0.5, draws), uniform((m, rank), (6 / rank) ** 0.5, draws)

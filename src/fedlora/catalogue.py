@@ -1,0 +1,98 @@
+"""What each method is, claims and costs: read from its class, and counted by running its hooks once."""
+
+import inspect
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from fedlora import methods
+from fedlora.adapters import LoRA
+from fedlora.channel import Channel
+from fedlora.method import Method
+from fedlora.rounds import Received, client_turn, server_turn
+from fedlora.types import Tree, Turn
+
+REFERENCE = (768, 768, 8)  # outputs, inputs and rank of the weight that bytes are counted on
+ROUNDS = 2  # a method that alternates sends one thing and then the other
+HOOKS = ("receive", "trains", "penalty", "send", "keep", "combine", "combine_all")
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Trains nothing but pretends to: every trained leaf comes back as a new tensor."""
+
+    def gradient(self, start: Tree) -> Tree:
+        return start
+
+    def fit(self, start, trained, rules):
+        return {
+            part: {leaf: x + 0.01 if leaf in trained[part] else x for leaf, x in layer.items()}
+            for part, layer in start.items()
+        }
+
+
+def reference(kind: type[Method]) -> Method:
+    """The method with the adapter that stands for a LoRA of the reference rank."""
+    _, _, rank = REFERENCE
+    lora = LoRA(rank=rank)
+    return kind(adapter=lora if issubclass(LoRA, kind.adapters) else kind.adapters[0].like(lora))
+
+
+def traffic(kind: type[Method]) -> dict[str, float]:
+    """Bytes a client, a round and an adapted weight of the reference size, each way, counted by the channel."""
+    m, n, _ = REFERENCE
+    method = reference(kind)
+    rules = {"weight": method}
+    shared: Tree = {"weight": method.adapter.init(m, n, 0)}
+    channel = Channel(shared, frozenset())
+    kept: dict[int, Tree] = {}
+    folds: list[Any] = []
+    for round in range(ROUNDS + 1):  # what the last round made goes down in one more
+        turns = [Turn(round, client, method.adapter.budget, seed=client) for client in range(2)]
+        uploads = []
+        for turn in turns:
+            channel.deliver(round, turn.client, shared, folds)
+            if round == ROUNDS:
+                continue
+            sent, kept[turn.client] = client_turn(rules, shared, kept.get(turn.client, {}), turn, _Moves())
+            channel.collect(round, turn.client, sent)
+            uploads.append(Received(turn, 1, sent))
+        served = server_turn(rules, shared, uploads)
+        shared = served.shared
+        folds += [served.folds] if served.folds else []
+    return {d: channel.ledger.bytes(d) / (2 * ROUNDS) for d in ("up", "down")}
+
+
+def entry(name: str) -> dict[str, Any]:
+    """One method as a JSON-able record."""
+    kind = methods.load(name)
+    doc = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    return {
+        "name": name,
+        "title": kind.title or kind.__name__,
+        "idea": doc.splitlines()[0].partition(": ")[2].rstrip("."),
+        "reference": " ".join(line.strip() for line in doc.splitlines()[2:] if line.strip()),
+        "equation": inspect.getdoc(kind) or "",
+        "claims": {
+            "exact": bool(kind.exact) if not isinstance(inspect.getattr_static(kind, "exact"), property) else kind().exact,
+            "any_rank": kind.any_rank,
+            "personal": kind.personal,
+            "secure_aggregation": kind.sums,
+        },
+        "adapters": [adapter.__name__ for adapter in kind.adapters],
+        "changes": [hook for hook in HOOKS if hook in vars(kind)],
+        "settings": settings(kind),
+        "bytes": traffic(kind),
+        "bytes_of": "a client, a round and a weight of {} x {} at LoRA rank {}, float32".format(*REFERENCE),
+    }
+
+
+def settings(kind: type[Method]) -> dict[str, Any]:
+    """What ``[method]`` may set for it, with the defaults."""
+    own = [f for f in fields(kind) if f.name != "adapter"]
+    return {f.name: None if f.default is MISSING else f.default for f in own}
+
+
+def entries() -> list[dict[str, Any]]:
+    """All methods that there are."""
+    return [entry(name) for name in methods.names()]

@@ -1,0 +1,93 @@
+"""What crosses the wire, and the book of it. A leaf that the receiver holds already costs nothing."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from fedlora.types import Factors, Tree
+
+Kind = Literal["adapter", "head", "fold"]
+
+
+class Crossing(NamedTuple):
+    """One client's traffic of one kind, in one direction, in one round."""
+
+    round: int
+    client: int
+    direction: Literal["up", "down"]
+    kind: Kind
+    numbers: int
+    bytes: int
+
+
+@dataclass
+class Ledger:
+    """Every crossing of a run, in the order it happened."""
+
+    rows: list[Crossing] = field(default_factory=list)
+
+    def bytes(self, direction: str, kind: str | None = None, round: int | None = None) -> int:
+        """Bytes that crossed, over all clients."""
+        return sum(
+            row.bytes
+            for row in self.rows
+            if row.direction == direction and kind in (None, row.kind) and round in (None, row.round)
+        )
+
+
+@dataclass
+class Channel:
+    """Delivers what a client lacks and collects what it sends, counting the tensors' bytes.
+
+    ``initial`` is what every party makes from the seed. A leaf has changed when the server made a new tensor of it:
+    hooks are pure, so a leaf that a method passed on is the very same object.
+    """
+
+    initial: Tree
+    heads: frozenset[str]  # the parts trained in full
+    ledger: Ledger = field(default_factory=Ledger)
+    _versions: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)
+    _held: dict[int, dict[tuple[str, str], int]] = field(default_factory=dict)
+    _folds_seen: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._note(self.initial)
+
+    def deliver(self, round: int, client: int, shared: Tree, folds: Sequence[Mapping[str, Sequence[Factors]]]) -> None:
+        """The server's tree, and the folds since this client was last seen."""
+        versions = self._note(shared)
+        held = self._held.get(client, {})
+        new = [key for key, version in versions.items() if held.get(key, 0) != version]
+        self._held[client] = versions
+        self._write(round, client, "down", ((self._kind(part), shared[part][leaf]) for part, leaf in new))
+        missed = folds[self._folds_seen.get(client, 0) :]
+        self._folds_seen[client] = len(folds)
+        factors = (side for fold in missed for layers in fold.values() for f in layers for side in f)
+        self._write(round, client, "down", (("fold", side) for side in factors))
+
+    def collect(self, round: int, client: int, sent: Tree) -> None:
+        """A client's upload."""
+        leaves = ((self._kind(part), x) for part, layer in sent.items() for x in layer.values())
+        self._write(round, client, "up", leaves)
+
+    def _kind(self, part: str) -> Kind:
+        return "head" if part in self.heads else "adapter"
+
+    def _note(self, tree: Tree) -> dict[tuple[str, str], int]:
+        """The version number of each leaf; a leaf that is another object than before gets the next number."""
+        for part, layer in tree.items():
+            for leaf, x in layer.items():
+                known, version = self._versions.get((part, leaf), (x, 0))
+                self._versions[part, leaf] = (x, version if known is x else version + 1)
+        return {key: version for key, (_, version) in self._versions.items()}
+
+    def _write(self, round: int, client: int, direction, leaves: Iterable[tuple[Kind, Tensor]]) -> None:
+        sums: dict[Kind, tuple[int, int]] = {}
+        for kind, x in leaves:
+            numbers, size = sums.get(kind, (0, 0))
+            sums[kind] = (numbers + x.numel(), size + x.numel() * x.element_size())
+        self.ledger.rows += [Crossing(round, client, direction, kind, *both) for kind, both in sums.items()]
+
+

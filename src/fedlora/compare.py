@@ -1,0 +1,170 @@
+"""The same federation under several methods and seeds: same data, splits, initial weights and budgets."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fedlora import methods
+from fedlora.adapters import KINDS, Adapter
+from fedlora.config import Config, ConfigError, Table, build, construct, merged
+from fedlora.engines.inprocess import Event
+from fedlora.run import run
+from fedlora.state import save_json
+
+CENTRALISED = "centralised"
+Done = Callable[["Cell"], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    table: Table
+    folder: str | None
+    summary: Mapping[str, Any] | None = None  # None: not run yet, or it diverged
+    failure: str | None = None
+
+
+def plan(table: Table, labels: Sequence[str], seeds: Sequence[int], out: Path | None) -> list[Cell]:
+    """Every run of the comparison, each configuration checked before the first begins."""
+    cells = []
+    for label in labels:
+        for seed in seeds:
+            own = {**for_label(table, label), "seed": seed}
+            build(own)
+            folder = None if out is None else str(out / f"{label.replace(':', '-')}-seed{seed}")
+            cells.append(Cell(label, seed, own, folder))
+    return cells
+
+
+def for_label(table: Table, label: str) -> Table:
+    """The table under another method; its ``[compare.LABEL]`` table is laid over, for tuned settings of its own.
+
+    ``label`` is a method's name, or ``centralised``: one client with all the data and the cohort's steps.
+    Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
+    """
+    every = table.get("compare", {})
+    base = {key: value for key, value in table.items() if key != "compare"}
+    if label == CENTRALISED:
+        return merged(_centralised(base), every.get(label, {}))
+    kind = methods.load(label)
+    own = {**base, "method": {"name": label}}
+    given = base.get("adapter", {"name": "lora"})
+    name = given.get("name", "lora")
+    if name in KINDS and not issubclass(KINDS[name], kind.adapters):
+        adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
+        own["adapter"] = _as_table(kind.adapters[0].like(adapter))
+    elif table.get("method", {}).get("name") == label:
+        own["method"] = table["method"]
+    return merged(own, every.get(label, {}))
+
+
+def _as_table(adapter: Adapter) -> Table:
+    name = next(key for key, value in KINDS.items() if type(adapter) is value)
+    return {"name": name, **{k: v for k, v in asdict(adapter).items() if v is not None}}
+
+
+def _centralised(table: Table) -> Table:
+    config = build(table)
+    cohort = config.clients.per_round or config.clients.count
+    steps = {} if config.training.local_epochs else {"local_steps": config.training.steps(1) * cohort}
+    own = {key: value for key, value in table.items() if key not in ("clients", "method")}
+    return merged({**own, "method": {"name": "fedit"}, "clients": {"count": 1}}, {"training": steps})
+
+
+def compare(
+    table: Table,
+    labels: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    out: str | Path | None = None,
+    jobs: int = 1,
+    watch: Callable[[Cell, Event], None] = lambda cell, event: None,
+    done: Done = lambda cell: None,
+) -> list[Cell]:
+    """Runs every cell, and writes ``comparison.json`` into ``out``. A method that diverges fills its row with that."""
+    if out is not None and (Path(out).expanduser() / "comparison.json").exists():
+        raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
+    folder = None if out is None else Path(out).expanduser()
+    cells = plan(table, list(dict.fromkeys(labels)), list(dict.fromkeys(seeds)), folder)
+    finished: dict[tuple[str, int], Cell] = {}
+    for cell in _parallel(cells, jobs) if jobs > 1 else (execute(c, lambda e, c=c: watch(c, e)) for c in cells):
+        finished[cell.label, cell.seed] = cell
+        done(cell)
+    ordered = [finished[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in finished]
+    if folder is not None:
+        save_json(folder / "comparison.json", {"rows": rows(ordered), "runs": [asdict(cell) for cell in ordered]})
+    return ordered
+
+
+def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, threads: int | None = None) -> Cell:
+    """One run, in this process."""
+    table = merged(cell.table, {"engine": {"threads": threads}} if threads else {})
+    config: Config = build(table)
+    try:
+        result = run(config, cell.folder, watch)
+    except FloatingPointError as error:
+        return Cell(cell.label, cell.seed, config.table, cell.folder, failure=str(error))
+    if result.summary["interrupted"]:
+        raise KeyboardInterrupt
+    return Cell(cell.label, cell.seed, config.table, cell.folder, result.summary)
+
+
+def _parallel(cells: Sequence[Cell], jobs: int):
+    """Runs in processes of their own, one torch thread each: two busy threads on one core would wait for each other."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting: list[Future[Cell]] = [pool.submit(execute, cell, threads=1) for cell in cells]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A row a method: mean and sample standard deviation over its seeds, of final-round figures."""
+    found = []
+    for label in dict.fromkeys(cell.label for cell in cells):
+        own = [cell for cell in cells if cell.label == label]
+        good = [cell.summary for cell in own if cell.summary is not None]
+        row: dict[str, Any] = {"method": label, "seeds": [cell.seed for cell in own], "diverged": len(own) - len(good)}
+        for name, read in COLUMNS.items():
+            values = [value for value in map(read, good) if value is not None]
+            row[name] = {"mean": statistics.fmean(values), "std": _std(values)} if values else None
+        found.append(row)
+    return found
+
+
+def _std(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _final(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:
+    def read(summary: Mapping[str, Any]) -> float | None:
+        value: Any = summary.get("final", {})
+        for key in keys:
+            value = value.get(key, {}) if isinstance(value, Mapping) else {}
+        return None if value == {} else float(value)
+
+    return read
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "global": _final("global", "accuracy"),
+    "clients": _final("clients", "mean"),
+    "examples": _final("clients", "examples_mean"),
+    "worst": _final("clients", "worst"),
+    "mb_up": lambda s: sum(s["bytes"]["up"].values()) / 1e6,
+    "mb_down": lambda s: sum(s["bytes"]["down"].values()) / 1e6,
+    "error": lambda s: s["errors"].get("served"),
+    "error_fedit": lambda s: s["errors"].get("fedit"),
+    "error_best": lambda s: s["errors"].get("best"),
+    "drift": lambda s: s["errors"].get("drift"),
+    "seconds": lambda s: s["seconds"]["whole"],
+}

@@ -1,0 +1,1 @@
+"""Where `client_turn` and `server_turn` run; every engine gives the same bits."""

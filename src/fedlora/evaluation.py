@@ -1,0 +1,109 @@
+"""Evaluation, by one path for all methods: receive, load, score."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.clients import Shard
+from fedlora.model import Model
+from fedlora.tasks.task import Examples, Scores, Task
+from fedlora.types import Tree
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The ``[evaluation]`` table."""
+
+    every: int = 1  # rounds between evaluations; the last round is always evaluated
+    batch_size: int = 256
+    measure: bool = True  # aggregation errors, weight by weight
+
+    def __post_init__(self):
+        for key in ("every", "batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluation.{key} is {getattr(self, key)}; it must be at least 1.")
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether round number ``round`` (from 0) ends with an evaluation."""
+        return (round + 1) % self.every == 0 or round + 1 == rounds
+
+
+@dataclass
+class Evaluator:
+    """Scores trees on the test rows. Rows that a tree has been asked for before are not computed again.
+
+    That makes nothing special of any method: where all clients hold the same leaves as the global model, a client's
+    rows are among the global test rows, and its scores are a selection.
+    """
+
+    model: Model
+    task: Task
+    test: Examples
+    shards: Sequence[Shard]
+    batch_size: int = 256
+    _tree: Tree | None = None
+    _folded: int = -1
+    _outputs: Tensor | None = None
+    _known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+    def everyone(self, tree: Tree) -> Scores:
+        """The tree on the global test rows, with the labels as they are."""
+        return self.task.scores(self._on(tree, torch.arange(len(self.test))), self.test.labels)
+
+    def client(self, number: int, tree: Tree) -> Scores:
+        """The tree on one client's test rows, with that client's labels."""
+        shard = self.shards[number]
+        labels = self.test.labels[shard.test]
+        labels = labels if shard.relabel is None else shard.relabel[labels]
+        return self.task.scores(self._on(tree, shard.test), labels)
+
+    @torch.inference_mode()
+    def _on(self, tree: Tree, rows: Tensor) -> Tensor:
+        if self._tree is None or self._folded != self.model.folded or not _same(tree, self._tree):
+            self._tree, self._folded, self._outputs = tree, self.model.folded, None
+            self._known = torch.zeros(len(self.test), dtype=torch.bool)
+        missing = rows[~self._known[rows]]
+        if len(missing):
+            self._compute(tree, missing)
+        assert self._outputs is not None
+        return self._outputs[rows]
+
+    def _compute(self, tree: Tree, rows: Tensor) -> None:
+        self.model.load(tree)
+        self.model.network.eval()
+        rows = rows[self.test.lengths[rows].argsort(stable=True)]  # like lengths together: less padding
+        for some in rows.split(self.batch_size):
+            batch = {name: x.to(self.model.device) for name, x in self.task.collate(self.test, some).items()}
+            with self.model.running():
+                outputs = self.task.outputs(self.model.network, batch).float().cpu()
+            if self._outputs is None:
+                self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
+            self._outputs[some] = outputs
+        self._known[rows] = True
+
+
+def _same(a: Tree, b: Tree) -> bool:
+    return a.keys() == b.keys() and all(
+        a[part].keys() == b[part].keys() and all(a[part][leaf] is b[part][leaf] for leaf in a[part]) for part in a
+    )
+
+
+def summary(scores: Sequence[Scores], name: str = "accuracy") -> dict[str, float | int]:
+    """One metric over the clients: mean over clients, mean over examples, the worst client, the spread."""
+    means = [scores_of(s)[name] for s in scores]
+    totals = [s.sums[name] for s in scores]
+    return {
+        "mean": statistics.fmean(means),
+        "examples_mean": sum(t for t, _ in totals) / sum(n for _, n in totals),
+        "worst": min(means),
+        "worst_client": means.index(min(means)),
+        "spread": statistics.pstdev(means),
+    }
+
+
+def scores_of(scores: Scores) -> Mapping[str, float]:
+    """Means of sums."""
+    return {name: value / count for name, (value, count) in scores.sums.items()}

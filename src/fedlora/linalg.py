@@ -1,0 +1,82 @@
+"""Low-rank algebra. Everything here is pure, and exact unless its name says otherwise.
+
+All functions take leading dimensions (``*stack``), so weights of one shape are handled in one call,
+and none forms an ``m × n`` matrix.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.types import Factors
+
+
+def total(parts: Sequence[Factors]) -> Factors:
+    """The sum of products is the product of stacks: ``Σ U_k V_k = [U_1 … U_K] [V_1; …; V_K]``.
+
+    Parts that hold the very same ``V`` (or ``U``) are added instead, which keeps the inner rank small when one
+    side is common to all clients (FFA-LoRA's ``A``, both outer factors of Ravan).
+    """
+    parts = _added(parts, side=1)
+    parts = _added(parts, side=0)
+    return Factors(torch.cat([p.U for p in parts], dim=-1), torch.cat([p.V for p in parts], dim=-2))
+
+
+def _added(parts: Sequence[Factors], side: int) -> list[Factors]:
+    """Adds up the parts whose factor number ``side`` is one and the same tensor."""
+    same: dict[int, list[Factors]] = {}
+    for part in parts:
+        same.setdefault(id(part[side]), []).append(part)
+    sums = [(group[0][side], sum(part[1 - side] for part in group)) for group in same.values()]
+    return [Factors(*(pair if side == 0 else pair[::-1])) for pair in sums]  # type: ignore[arg-type]
+
+
+def scaled(f: Factors, c: float) -> Factors:
+    """``c ΔW``. The scale goes into the side that is not shared with other parts most often: ``U``."""
+    return Factors(c * f.U, f.V)
+
+
+class Core(NamedTuple):
+    """A product in orthonormal coordinates: ``U V = Qu C Qvᵀ``, so norms and singular values are those of ``C``."""
+
+    Qu: Float[Tensor, "*stack m p"]
+    C: Float[Tensor, "*stack p q"]
+    Qv: Float[Tensor, "*stack n q"]
+
+
+def core(f: Factors) -> Core:
+    """Two thin QR factorisations: ``O((m + n) r²)`` instead of ``O(m n r)``."""
+    Qu, Ru = torch.linalg.qr(f.U)
+    Qv, Rv = torch.linalg.qr(f.V.mT)
+    return Core(Qu, Ru @ Rv.mT, Qv)
+
+
+def truncated(f: Factors, rank: int) -> Factors:
+    """The best rank-``rank`` approximation (Eckart and Young 1936), with ``√S`` on both sides."""
+    Qu, C, Qv = core(f)
+    P, S, Qt = torch.linalg.svd(C, full_matrices=False)
+    root = S[..., :rank].sqrt()
+    return Factors((Qu @ P[..., :, :rank]) * root[..., None, :], (root[..., :, None] * Qt[..., :rank, :]) @ Qv.mT)
+
+
+def norm(f: Factors) -> Float[Tensor, "*stack"]:
+    """``‖U V‖_F`` from the core: a difference of Gram traces would cancel."""
+    return torch.linalg.matrix_norm(core(f).C)
+
+
+def procrustes(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
+    """The rotation ``R`` maximising ``tr(Rᵀ M)``: orthogonal, with determinant one (Kabsch 1976)."""
+    P, _, Qt = torch.linalg.svd(M)
+    sign = torch.linalg.det(P @ Qt).sign()
+    last = torch.ones(M.shape[:-1], dtype=M.dtype, device=M.device)
+    flip = torch.cat([last[..., :-1], sign[..., None]], dim=-1)
+    return (P * flip[..., None, :]) @ Qt
+
+
+def polar(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
+    """The orthogonal matrix nearest to ``M``."""
+    P, _, Qt = torch.linalg.svd(M)
+    return P @ Qt

@@ -1,0 +1,98 @@
+"""How far what was served lies from the exact mean, and what FedIT and the best rank would have done.
+
+All of it on the same uploads, relative to ``‖W*‖_F``, and in orthonormal coordinates: two QR factorisations a weight
+and then only small matrices.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import Dense, LoRA
+from fedlora.linalg import scaled, total
+from fedlora.method import mean
+from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
+from fedlora.types import Factors, Layer, Tree, Upload
+
+
+def errors(
+    rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
+) -> dict[str, dict[str, float]]:
+    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, and the method's own notes.
+
+    ``before`` is what the cohort was sent and ``kept`` what each client kept of the round: with its upload, that is
+    its trained weight. ``served`` is missing for a personal method, which serves no weight of its own; ``fedit`` and
+    ``best`` for adapters that are not a pair ``B A``.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for rule in dict.fromkeys(rules.values()):
+        if isinstance(rule.adapter, Dense):
+            continue
+        parts = [part for part in rules if rules[part] == rule]
+        ends = {
+            part: [{**before[part], **kept[u.turn.client].get(part, {}), **u.tree[part]} for u in uploads]
+            for part in parts
+        }
+        after = {part: served.shared[part] for part in parts}
+        weights = shares(rule, [u.examples for u in uploads])
+        for group in alike(parts, lambda part: [*ends[part], after[part], _fold_shapes(served, part)]):
+            found |= _group(rule, group, ends, weights, after, served)
+    return {part: {**found[part], **served.notes.get(part, {})} for part in found}
+
+
+def _fold_shapes(served: Served, part: str) -> Layer:
+    return {f"{i}{side}": x for i, f in enumerate(served.folds.get(part, ())) for side, x in zip("UV", f)}
+
+
+def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, float]]:
+    """Parts of one shape, measured in one batch."""
+    clients = [stacked([ends[part][k] for part in group]) for k in range(len(weights))]
+    deltas = [scaled(rule.adapter.delta(client), w) for client, w in zip(clients, weights)]
+    candidates: dict[str, Factors] = {}
+    if not rule.personal:
+        folds = [_batch([served.folds[p][i] for p in group]) for i in range(len(served.folds.get(group[0], ())))]
+        candidates["served"] = total([rule.adapter.delta(stacked([after[part] for part in group])), *folds])
+    pairs = isinstance(rule.adapter, LoRA) and len({tuple(c["A"].shape) for c in clients}) == 1
+    if pairs:
+        uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
+        candidates["fedit"] = rule.adapter.delta(mean(uploads))
+    figures = _figures(total(deltas), candidates, clients[0]["A"].shape[-2] if pairs else None)
+    figures["drift"] = _drift(rule, clients, weights, figures.pop("norm"))
+    return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
+
+
+def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:
+    """Norm of the exact mean, each candidate's relative error, and the best possible at this rank."""
+    both = [exact, *candidates.values()]
+    Ru = torch.linalg.qr(torch.cat([f.U.double() for f in both], dim=-1), mode="r").R
+    Rv = torch.linalg.qr(torch.cat([f.V.double() for f in both], dim=-2).mT, mode="r").R
+    widths = [f.U.shape[-1] for f in both]
+    cores = [u @ v.mT for u, v in zip(Ru.split(widths, dim=-1), Rv.split(widths, dim=-1))]
+    norm = torch.linalg.matrix_norm(cores[0])
+    found = {"norm": norm}
+    for name, core in zip(candidates, cores[1:]):
+        found[name] = relative(torch.linalg.matrix_norm(core - cores[0]), norm)
+    if rank is not None:
+        tail = torch.linalg.svdvals(cores[0])[..., rank:]
+        found["best"] = relative(tail.square().sum(-1).sqrt(), norm)
+    return found
+
+
+def _drift(rule, clients: Sequence[Layer], weights: Sequence[float], norm: Tensor) -> Tensor:
+    """``√(Σ w_k ‖ΔW_k − W*‖²) / ‖W*‖``: how far the clients' weights lie from their mean."""
+    spread = torch.zeros_like(norm)
+    for client, w in zip(clients, weights):
+        U, V = rule.adapter.delta(client)
+        U, V = U.double(), V.double()
+        spread = spread + w * ((U.mT @ U) * (V @ V.mT)).sum((-2, -1))
+    return relative((spread - norm.square()).clamp_min(0).sqrt(), norm)
+
+
+def relative(error: Tensor, norm: Tensor) -> Tensor:
+    """``error / norm``, and 0 where there is nothing to miss."""
+    return torch.where(norm > 0, error / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
+
+
+def _batch(factors: Sequence[Factors]) -> Factors:
+    return Factors(torch.stack([f.U for f in factors]), torch.stack([f.V for f in factors]))

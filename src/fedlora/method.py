@@ -1,0 +1,91 @@
+"""What a federated method is: a handful of pure functions on one adapted weight.
+
+The engine owns the loop, the data and the wire. A method only says, for one weight, what a
+client starts from, which leaves it trains, what it sends and keeps, and what the server makes
+of what it gets. The defaults are FedIT's, so a method's file is exactly what it changes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from fedlora.adapters import Adapter, Heads, LoRA, VeRA
+from fedlora.types import Layer, Outcome, Tree, Turn, Upload, Work
+
+
+@dataclass(frozen=True)
+class Method:
+    """Seven hooks with FedIT's defaults, and what the class claims of itself; ``tests/laws`` holds it to that."""
+
+    adapter: Adapter = field(default_factory=LoRA)
+    weighting: Literal["examples", "uniform"] = "examples"
+
+    title: ClassVar[str] = ""  # the name as papers print it
+    adapters: ClassVar[tuple[type[Adapter], ...]] = (LoRA, VeRA)  # which parametrisations the rule is defined for
+    exact: ClassVar[bool] = False  # does a round end at the mean of the clients' trained weights?
+    any_rank: ClassVar[bool] = False  # may clients differ in budget?
+    personal: ClassVar[bool] = False  # is there one model a client, rather than one for all?
+    shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
+    sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
+
+    # ------------------------------------------------------------- on the client, before training
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
+        """The leaves a client starts from."""
+        return {**shared, **kept}
+
+    def trains(self, start: Layer, turn: Turn, gradient: Callable[[], Layer]) -> frozenset[str]:
+        """The leaves to train this turn. ``gradient()`` is the loss gradient at ``start`` on one batch."""
+        return self.adapter.trainable
+
+    def penalty(self, layer: Layer) -> Tensor | float:
+        """What to add to the client's loss for this weight."""
+        return 0.0
+
+    # -------------------------------------------------------------- on the client, after training
+    def send(self, work: Work, turn: Turn) -> Layer:
+        """The leaves that go up."""
+        return pick(work.end, work.trained)
+
+    def keep(self, work: Work, sent: Layer, turn: Turn) -> Layer:
+        """The leaves that stay for this client's next turn: what it trained and did not send."""
+        return pick(work.end, work.trained - set(sent))
+
+    # ------------------------------------------------------------------------------ on the server
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
+        """The next shared leaves, and any update to fold into the base.
+
+        Leaves carry leading dimensions here: weights of one shape are combined in one call.
+        """
+        return Outcome({**shared, **mean(uploads)})
+
+    def combine_all(self, shared: Tree, uploads: Mapping[str, Sequence[Upload]]) -> dict[str, Outcome]:
+        """``combine`` for every weight. Replace this one only if the weights must be seen together."""
+        return {part: self.combine(shared[part], uploads[part]) for part in shared}
+
+
+def pick(layer: Layer, leaves: frozenset[str] | set[str]) -> Layer:
+    """The named leaves of a layer, in one order for all."""
+    return {leaf: layer[leaf] for leaf in sorted(leaves)}
+
+
+def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
+    """Each leaf, averaged over the clients that sent it.
+
+    Raises ``ValueError`` where the clients' shapes differ: torch would broadcast some of them.
+    """
+    averaged = {}
+    for leaf in sorted({leaf for u in uploads for leaf in u.layer}):
+        sent = [(u.weight, u.layer[leaf]) for u in uploads if leaf in u.layer]
+        shapes = sorted({tuple(value.shape) for _, value in sent})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"cannot average leaf {leaf!r}: clients sent shapes {shapes}, and averaging needs one shape for all; "
+                "give every client the same rank or take a method that allows any rank (see `fedlora methods`)."
+            )
+        averaged[leaf] = sum(w * value for w, value in sent) / sum(w for w, _ in sent)
+    return averaged
+
+
+__all__ = ["Adapter", "Heads", "LoRA", "Method", "VeRA", "mean", "pick"]

@@ -1,0 +1,20 @@
+"""FedIT: average ``A`` and average ``B``.
+
+Zhang et al. Towards Building the Federated GPT: Federated Instruction Tuning. ICASSP 2024.
+https://arxiv.org/abs/2305.05644
+"""
+
+from dataclasses import dataclass
+
+from fedlora.method import Method
+
+
+@dataclass(frozen=True)
+class FedIT(Method):
+    """``A = Σ w_k A_k``, ``B = Σ w_k B_k``.
+
+    The product of the means is not the mean of the products: what is served misses
+    ``s Σ w_k (B_k − B)(A_k − A)``, which vanishes only where one factor is common to all clients.
+    """
+
+    title = "FedIT"

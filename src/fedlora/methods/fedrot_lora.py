@@ -1,0 +1,58 @@
+"""FedRot-LoRA: turn each client's factors towards the shared ones before they are averaged.
+
+Zhang et al. FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA. ICML 2026.
+https://arxiv.org/abs/2602.23638
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedlora.adapters import LoRA
+from fedlora.linalg import polar, procrustes
+from fedlora.method import Method
+
+NEGLIGIBLE = 1e-6  # relative to the largest singular value: below it a direction has no sign to align
+
+
+@dataclass(frozen=True)
+class FedRotLoRA(Method):
+    """Send ``Rᵀ A_k`` and ``B_k R``: the product stays, the factors no longer cancel in FedIT's means.
+
+    ``R* = argmax_{R ∈ SO(r)} tr(Rᵀ M)`` with ``M = A_k A_refᵀ`` (odd rounds) or ``B_kᵀ B_ref`` (even rounds), where the
+    reference is what the client has just received; ``R = polar((1 − λ) I + λ R*)`` turns only part of the way.
+    In round 0 there is nothing to align with. ``strength`` is the paper's λ: 0 is FedIT, 1 the full rotation.
+    """
+
+    strength: float = 0.5
+    align: Literal["alternate", "A", "B"] = "alternate"
+
+    title = "FedRot-LoRA"
+    adapters = (LoRA,)
+
+    def __post_init__(self):
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"method.strength is {self.strength}; FedRot-LoRA's λ lies between 0 and 1.")
+
+    def send(self, work, turn):
+        if turn.round == 0:
+            return super().send(work, turn)
+        R = self.rotation(work.start, work.end, turn.round).to(work.end["A"].dtype)
+        return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}
+
+    def rotation(self, reference, end, round):
+        """``R (r r)`` in float64; the identity wherever the alignment is not determined."""
+        side = {"alternate": "A" if round % 2 else "B"}.get(self.align, self.align)
+        ref, own = reference[side].double(), end[side].double()
+        M = own @ ref.mT if side == "A" else own.mT @ ref
+        eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+        mixture = (1 - self.strength) * eye + self.strength * procrustes(M)
+        sound = _regular(M) & _regular(mixture)
+        return torch.where(sound[..., None, None], polar(mixture), eye)
+
+
+def _regular(M):
+    """Whether every direction of ``M`` carries something."""
+    S = torch.linalg.svdvals(M)
+    return S[..., -1] > NEGLIGIBLE * S[..., 0]

@@ -1,0 +1,25 @@
+"""FedSA-LoRA: share ``A``, keep ``B``.
+
+Guo et al. Selective Aggregation for Low-Rank Adaptation in Federated Learning. ICLR 2025.
+https://arxiv.org/abs/2410.01463
+"""
+
+from dataclasses import dataclass
+
+from fedlora.method import Method, pick
+
+
+@dataclass(frozen=True)
+class FedSALoRA(Method):
+    """``A = Σ w_k A_k`` for all; ``B_k`` and the classifier stay with client k.
+
+    Only the input side is sent. With rsLoRA the rule is the same, and with VeRA the shared side is the vector ``d``
+    and the private one ``b``. There is no global model: every client is measured with what it holds.
+    """
+
+    title = "FedSA-LoRA"
+    personal = True
+    shares_head = False
+
+    def send(self, work, turn):
+        return pick(work.end, self.adapter.inputs)

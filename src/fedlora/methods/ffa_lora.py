@@ -1,0 +1,19 @@
+"""FFA-LoRA: freeze ``A`` at a common start, train and average ``B``.
+
+Sun et al. Improving LoRA in Privacy-preserving Federated Learning. ICLR 2024. https://arxiv.org/abs/2403.12313
+"""
+
+from dataclasses import dataclass
+
+from fedlora.method import Method
+
+
+@dataclass(frozen=True)
+class FFALoRA(Method):
+    """``B = Σ w_k B_k`` with ``A`` as drawn from the seed, so ``B A = Σ w_k B_k A`` exactly, at half the bytes."""
+
+    title = "FFA-LoRA"
+    exact = True
+
+    def trains(self, start, turn, gradient):
+        return self.adapter.outputs

@@ -1,0 +1,148 @@
+"""FLoRA-NA: serve mixes of the clients' factors whose product is nearly the mean of the products.
+
+Nguyen et al. FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation. 2025.
+https://arxiv.org/abs/2509.26399
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.adapters import LoRA
+from fedlora.method import Method
+from fedlora.types import Layer, Outcome, Upload
+
+CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
+
+
+@dataclass(frozen=True)
+class FLoRANA(Method):
+    """``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``; serve ``B = Σ p_k B_k`` and ``A = Σ q_k A_k``.
+
+    Solved by alternating least squares from FedIT's ``p = q = w``, wholly in the Gram matrices ``B_kᵀ B_l`` and
+    ``A_k A_lᵀ``. ``scope="model"`` fits one ``(p, q)`` for all weights together; ``anchor`` adds last round's factors
+    as one more atom; ``solver="adam"`` repeats the authors' 200 steps from ones, for fidelity studies only.
+    """
+
+    scope: Literal["weight", "model"] = "weight"
+    solver: Literal["als", "adam"] = "als"
+    sweeps: int = 10
+    anchor: bool = False
+
+    title = "FLoRA-NA"
+    adapters = (LoRA,)
+    sums = False  # the server must see every client's factors
+
+    def combine_all(self, shared, uploads):
+        parts = list(shared)
+        atoms = [self._atoms(shared[part], uploads[part]) for part in parts]
+        # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve serves all.
+        grams = [gram(a) for a in atoms]
+        sizes = [g.B.shape[:-4].numel() for g in grams]
+        all_grams = Grams(*(torch.cat([side.reshape(-1, *side.shape[-4:]) for side in s]) for s in zip(*grams)))
+        w = atoms[0].w
+        p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
+        mixes = zip(p.split(sizes), q.split(sizes))
+        return {part: serve(shared[part], a, *mix) for part, a, mix in zip(parts, atoms, mixes)}
+
+    def _atoms(self, shared: Layer, uploads: Sequence[Upload]) -> "Atoms":
+        layers, w = [u.layer for u in uploads], [u.weight for u in uploads]
+        if self.anchor:
+            layers, w = [*layers, shared], [*w, 0.0]
+        A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
+        return Atoms(A, B, torch.tensor(w, dtype=torch.float64, device=A.device))
+
+
+class Atoms(NamedTuple):
+    """What may be mixed, and the weights of the target ``Σ w_k B_k A_k``."""
+
+    A: Float[Tensor, "*stack K r n"]
+    B: Float[Tensor, "*stack K m r"]
+    w: Float[Tensor, "K"]
+
+
+class Grams(NamedTuple):
+    """``B[k, l] = B_kᵀ B_l`` and ``A[k, l] = A_k A_lᵀ``, in float64: the objective is a small difference of them."""
+
+    B: Float[Tensor, "*stack K K r r"]
+    A: Float[Tensor, "*stack K K r r"]
+
+
+def gram(atoms: Atoms) -> Grams:
+    """All pairwise products, as one GEMM a side."""
+    A, B = atoms.A.double(), atoms.B.double()
+    *stack, K, r, n = A.shape
+    A = A.reshape(*stack, K * r, n)
+    B = B.transpose(-3, -2).reshape(*stack, B.shape[-2], K * r)
+    blocks = (X.reshape(*stack, K, r, K, r).transpose(-3, -2) for X in (B.mT @ B, A @ A.mT))
+    return Grams(*blocks)
+
+
+def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``M (L K K)`` and ``b (L K)`` of the least squares for the mix of ``G``'s side, the other side's mix ``fixed``.
+
+    For ``p``: ``M_kl = tr(G_B[k,l] H)`` with ``H = Σ q_k q_l G_A[k,l]``, ``b_k = Σ_j w_j tr(G_B[k,j] C_j)`` with
+    ``C_j = Σ_l q_l G_A[j,l]``. For ``q`` the roles are exchanged, and the traces pair transposed blocks.
+    """
+    C = torch.einsum("...l,...klij->...kij", fixed, other)
+    H = torch.einsum("...k,...kij->...ij", fixed, C)
+    M = torch.einsum("...klij,...ji->...kl", G, H)
+    b = torch.einsum("j,...kjab,...jba->...k", w, G, C)
+    return M, b
+
+
+def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Alternating least squares from ``p = q = w``; each half-sweep can only lower the error."""
+    p = q = w.expand(len(grams.B), -1)
+    for _ in range(sweeps):
+        p = step(p, *normal(grams.B, grams.A, q, w), whole_model)
+        q = step(q, *normal(grams.A, grams.B, p, w), whole_model)
+        p, q = balanced(p, q)
+    return p, q
+
+
+def step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> Tensor:
+    """The least-squares solution nearest to ``p``: where ``M`` is singular, ``p`` stays."""
+    if whole_model:
+        M, b = M.sum(0, keepdim=True), b.sum(0, keepdim=True)
+    rest = b - (M @ p[: len(M), :, None])[..., 0]
+    move = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
+    return p + move
+
+
+def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with ``Σ p = Σ q``, where both sums have one sign; so neither side grows unseen."""
+    ratio = q.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
+    c = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
+    return p * c, q / c
+
+
+def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
+    """The authors' way: 200 AdamW steps at 1e-2 from ones, on the error relative to ``‖W*‖²``, without decay."""
+    L, K = (1 if whole_model else len(grams.B)), len(w)
+    p, q = (torch.ones(L, K, dtype=w.dtype, device=w.device, requires_grad=True) for _ in "pq")
+    _, b_target = normal(grams.B, grams.A, w.expand(len(grams.B), -1), w)
+    scale = (b_target @ w).clamp_min(torch.finfo(w.dtype).tiny)  # ‖W*‖² a weight
+    optimizer = torch.optim.AdamW([p, q], lr=1e-2, weight_decay=0.0)
+    with torch.enable_grad():
+        for _ in range(200):
+            optimizer.zero_grad()
+            M, b = normal(grams.B, grams.A, q.expand(len(grams.B), -1), w)
+            error = torch.einsum("...k,...kl,...l->...", p, M, p) - 2 * (p * b).sum(-1)
+            (error.sum() / scale.sum() if whole_model else (error / scale).sum()).backward()
+            optimizer.step()
+    return p.detach().expand(len(grams.B), -1), q.detach().expand(len(grams.B), -1)
+
+
+def serve(shared: Layer, atoms: Atoms, p: Tensor, q: Tensor) -> Outcome:
+    """The mixed factors in the clients' precision, and how far the mix has come to rest on one client."""
+    stack = atoms.B.shape[:-3]
+    p, q = p.reshape(*stack, -1), q.reshape(*stack, -1)
+    B = torch.einsum("...k,...kmr->...mr", p.to(atoms.B.dtype), atoms.B)
+    A = torch.einsum("...k,...krn->...rn", q.to(atoms.A.dtype), atoms.A)
+    concentration = p.abs().amax(-1) / p.abs().sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
+    return Outcome({**shared, "A": A, "B": B}, notes={"concentration": concentration})

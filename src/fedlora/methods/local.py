@@ -1,0 +1,24 @@
+"""Local training: every client for itself; the line that a federation has to beat.
+
+No paper: what each client reaches with its own data alone.
+"""
+
+from dataclasses import dataclass
+
+from fedlora.method import Method
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """Nothing is sent, so everything that was trained is kept."""
+
+    title = "Local"
+    any_rank = True
+    personal = True
+    shares_head = False
+
+    def receive(self, shared, kept, turn):
+        return {**self.adapter.leading(shared, turn.rank), **kept}
+
+    def send(self, work, turn):
+        return {}

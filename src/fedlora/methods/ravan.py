@@ -1,0 +1,56 @@
+"""Ravan: many small heads with fixed outer factors; a client trains as many as it can afford.
+
+Raje et al. Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning. NeurIPS 2025.
+https://arxiv.org/abs/2506.05568
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fedlora.adapters import Adapter, Heads
+from fedlora.adapters.base import generator
+from fedlora.method import Method, pick
+
+
+@dataclass(frozen=True)
+class Ravan(Method):
+    """``ΔW = Σ_i s_i B_i H_i A_i``; clients send ``s_i H_i``, the server takes each head's mean over its trainers.
+
+    ``s_i H_i`` is linear in the update, so each head's mean is exact over those who trained it. Where clients train
+    different heads, the sum of these means is not the mean of the clients' updates. ``s_i`` starts at 1 each round,
+    because the server never sends one.
+    """
+
+    adapter: Adapter = field(default_factory=Heads)
+    weighting: Literal["examples", "uniform"] = "uniform"
+    score: Literal["random", "weight", "gradient"] = "random"
+    train_scales: bool = True
+
+    title = "Ravan"
+    adapters = (Heads,)
+    exact = True
+    any_rank = True
+
+    def trains(self, start, turn, gradient):
+        cores = self.adapter.cores
+        draws = torch.rand(len(cores), generator=generator(turn.seed), dtype=torch.float64)  # breaks ties
+        scores = {"random": lambda: draws, "weight": lambda: _norms(start, cores, draws),
+                  "gradient": lambda: _norms(gradient(), cores, draws)}[self.score]()  # fmt: skip
+        chosen = scores.topk(turn.rank).indices.tolist()
+        kinds = "Hs" if self.train_scales else "H"
+        return frozenset(f"{kind}{i}" for i in chosen for kind in kinds)
+
+    def send(self, work, turn):
+        heads = [core[1:] for core in sorted(work.trained) if core.startswith("H")]
+        return {f"H{i}": work.end[f"s{i}"] * work.end[f"H{i}"] for i in heads}
+
+    def keep(self, work, sent, turn):
+        return pick(work.end, frozenset())  # the scales went up inside the cores
+
+
+def _norms(layer, cores, draws):
+    """Frobenius norms of the heads' cores, in float64, with ties broken by a seeded draw."""
+    norms = torch.stack([layer[core].double().norm().cpu() for core in cores])
+    return norms + draws * norms.max() * 1e-9 if norms.max() > 0 else draws

@@ -1,0 +1,23 @@
+"""RoLoRA: train ``B`` in even rounds and ``A`` in odd ones.
+
+Chen et al. Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA. NeurIPS 2025.
+https://arxiv.org/abs/2502.01755
+"""
+
+from dataclasses import dataclass
+
+from fedlora.method import Method
+
+
+@dataclass(frozen=True)
+class RoLoRA(Method):
+    """Even rounds ``B = Σ w_k B_k``, odd rounds ``A = Σ w_k A_k``; the other is common, so each mean is exact.
+
+    The turn goes by the round, not by the client: clients of one round must hold the same other factor.
+    """
+
+    title = "RoLoRA"
+    exact = True
+
+    def trains(self, start, turn, gradient):
+        return self.adapter.outputs if turn.round % 2 == 0 else self.adapter.inputs

@@ -1,0 +1,64 @@
+"""Figures of a comparison: accuracy by round, and by megabyte."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from fedlora.compare import Cell
+from fedlora.report.read import records
+
+PANELS = {"clients' own models, own test rows": "clients", "shared model, global test rows": "global"}
+FORMATS = ("png", "svg")
+
+
+def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
+    """``accuracy-by-round`` and ``accuracy-by-megabyte`` as PNG and SVG in ``out``; returns the PNGs."""
+    points = [point for cell in cells if cell.summary is not None for point in _points(cell)]
+    if not points:
+        return []
+    charts = {
+        "accuracy-by-round": _chart(points, alt.X("round:Q", title="round")),
+        "accuracy-by-megabyte": _chart(points, alt.X("mb:Q", title="megabytes sent and received, all clients (log scale)", scale=alt.Scale(type="log"))),
+    }  # fmt: skip
+    for name, chart in charts.items():
+        for kind in FORMATS:
+            chart.save(str(out / f"{name}.{kind}"), **({"scale_factor": 2.0} if kind == "png" else {}))
+    return [out / f"{name}.png" for name in charts]
+
+
+def _points(cell: Cell) -> list[dict[str, Any]]:
+    found, rows = [], records(Path(str(cell.folder)))
+    sizes = itertools.accumulate(sum(sum(row["bytes"][d].values()) for d in ("up", "down")) / 1e6 for row in rows)
+    for row, mb in zip(rows, sizes):
+        for panel, key in PANELS.items():
+            value = row.get(key, {}).get("mean" if key == "clients" else "accuracy")
+            if value is not None:
+                found.append({"method": cell.label, "seed": cell.seed, "round": row["round"], "mb": mb, "panel": panel, "accuracy": value})  # fmt: skip
+    return found
+
+
+def _chart(points: list[dict[str, Any]], x: alt.X) -> alt.FacetChart:
+    """One panel a kind of model; a line a method, the mean over seeds."""
+    mean: dict[tuple, list[dict[str, Any]]] = {}
+    for point in points:
+        mean.setdefault((point["method"], point["panel"], point["round"]), []).append(point)
+    data = [
+        {**same[0], "accuracy": sum(p["accuracy"] for p in same) / len(same), "mb": max(sum(p["mb"] for p in same) / len(same), 1e-6)}
+        for same in mean.values()
+    ]  # fmt: skip
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    line = alt.Chart(alt.Data(values=data)).mark_line(point=alt.OverlayMarkDef(size=14), strokeWidth=1.6)
+    return (
+        line.encode(
+            x=x,
+            y=alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(zero=False)),
+            color=alt.Color("method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau10")),
+            strokeDash=alt.StrokeDash("method:N", sort=methods, title="method"),
+        )
+        .properties(width=330, height=260)
+        .facet(column=alt.Column("panel:N", title=None, sort=list(PANELS)))
+        .resolve_scale(x="shared", y="shared")
+    )

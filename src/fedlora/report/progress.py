@@ -1,0 +1,64 @@
+"""Progress on stderr: round, client, loss and time left; silent where nobody watches."""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from fedlora.compare import Cell
+from fedlora.engines.inprocess import Event
+
+
+class _Live:
+    """A bar that is there only on a terminal."""
+
+    def __init__(self, total: int, unit: str):
+        self.bar = Bar(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        self.bar.disable = not self.bar.console.is_terminal
+        self.task = self.bar.add_task("starting", total=total)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+class Progress(_Live):
+    """Of one run."""
+
+    def __init__(self, rounds: int):
+        super().__init__(rounds, "rounds")
+        self.loss = ""
+
+    def watch(self, event: Event) -> None:
+        """Told of every step."""
+        if event.loss is not None:
+            self.loss = f", loss {event.loss:.3f}"
+        where = f"round {event.round + 1}" + ("" if event.client is None else f", client {event.client}")
+        self.bar.update(self.task, description=f"{where}{self.loss}", advance=1 if event.kind == "round" else 0)
+
+
+class Cells(_Live):
+    """Of a comparison."""
+
+    def __init__(self, cells: int, rounds: int):
+        super().__init__(cells * rounds, "rounds")
+        self.rounds, self.seen = rounds, dict[tuple[str, int], int]()
+
+    def watch(self, cell: Cell, event: Event) -> None:
+        """Told of every step of a run in this process."""
+        key = (cell.label, cell.seed)
+        if event.kind == "round":
+            self.seen[key] = self.seen.get(key, 0) + 1
+            self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}, round {event.round + 1}", advance=1)
+
+    def done(self, cell: Cell) -> None:
+        """Told of every finished run; in another process that is all there is to hear."""
+        missing = self.rounds - self.seen.get((cell.label, cell.seed), 0)
+        self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}: done", advance=missing)

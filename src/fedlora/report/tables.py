@@ -1,0 +1,132 @@
+"""Tables on stdout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+DASH = "–"
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row a method: mean ± standard deviation over seeds."""
+    table = Table(title="Final round, mean ± standard deviation over seeds" if _seeds(rows) > 1 else "Final round")
+    table.add_column("method")
+    for name in ("global", "clients' own", "worst client", "MB up", "MB down", "aggregation error", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [_pm(row["global"], 3), _pm(row["clients"], 3), _pm(row["worst"], 3)]
+        cells += [_pm(row["mb_up"], 2, False), _pm(row["mb_down"], 2, False), _pm(row["error"], 4), _pm(row["seconds"], 0, False)]  # fmt: skip
+        name = row["method"] if not row["diverged"] else f"{row['method']} ({row['diverged']} diverged)"
+        table.add_row(name, *cells)
+    console = _console()
+    console.print(table)
+    console.print(
+        "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
+        "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds."
+    )
+
+
+def _seeds(rows: Sequence[Mapping[str, Any]]) -> int:
+    return max((len(row["seeds"]) for row in rows), default=0)
+
+
+def _pm(value: Mapping[str, float] | None, digits: int, spread: bool = True) -> str:
+    if value is None:
+        return DASH
+    text = f"{value['mean']:.{digits}f}"
+    return f"{text} ± {value['std']:.{digits}f}" if spread and value["std"] else text
+
+
+def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str, Any]] = ()) -> None:
+    """What one run came to."""
+    table = Table(title=f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}", show_header=False)  # fmt: skip
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    final = found.get("final", {})
+    if "global" in final:
+        table.add_row("global accuracy", f"{final['global']['accuracy']:.4f}")
+    if "clients" in final:
+        clients = final["clients"]
+        table.add_row("clients' own accuracy, mean over clients", f"{clients['mean']:.4f}")
+        table.add_row("clients' own accuracy, mean over examples", f"{clients['examples_mean']:.4f}")
+        table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
+        table.add_row("spread over clients", f"{clients['spread']:.4f}")
+        last = found["last_rounds"]
+        table.add_row(f"clients' own accuracy, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+    for direction in ("up", "down"):
+        for kind, size in found["bytes"][direction].items():
+            table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")
+    for name, value in found["errors"].items():
+        table.add_row(ERRORS.get(name, name), f"{value:.4f}")
+    for name in ("train", "evaluate", "total"):
+        if name in found["seconds"]:
+            table.add_row(f"seconds, {name}", f"{found['seconds'][name]:.1f}")
+    console = _console()
+    console.print(table)
+    if records:
+        _rounds(console, records)
+    console.print(f"Folder: {folder}")
+
+
+ERRORS = {
+    "served": "aggregation error, served",
+    "fedit": "aggregation error, FedIT's on the same uploads",
+    "best": "aggregation error, best of this rank",
+    "drift": "client drift",
+    "concentration": "concentration of the mix on one client",
+}
+
+
+def _rounds(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title="Rounds")
+    for name in ("round", "loss", "global", "clients' own", "worst", "MB up", "MB down"):
+        table.add_column(name, justify="right")
+    for record in records:
+        losses = list(record["loss"].values())
+        clients = record.get("clients", {})
+        table.add_row(
+            str(record["round"]), f"{sum(losses) / len(losses):.4f}" if losses else DASH,
+            _number(record.get("global", {}).get("accuracy")), _number(clients.get("mean")), _number(clients.get("worst")),
+            *(f"{sum(record['bytes'][d].values()) / 1e6:.3f}" for d in ("up", "down")),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.4f}"
+
+
+def methods(found: Sequence[Mapping[str, Any]]) -> None:
+    """All methods, with claims and bytes."""
+    table = Table(title=f"Bytes: {found[0]['bytes_of']}" if found else "No methods")
+    for name in ("name", "idea"):
+        table.add_column(name, overflow="fold")
+    for name in ("exact", "any rank", "personal", "secure aggr."):
+        table.add_column(name, justify="center")
+    for name in ("up", "down"):
+        table.add_column(name, justify="right")
+    for one in found:
+        claims = ["yes" if one["claims"][key] else DASH for key in ("exact", "any_rank", "personal", "secure_aggregation")]
+        table.add_row(one["name"], one["idea"], *claims, *(f"{one['bytes'][d]:,.0f}" for d in ("up", "down")))
+    _console().print(table)
+
+
+def method(one: Mapping[str, Any]) -> None:
+    """The page of one method."""
+    console = _console()
+    claims = [key.replace("_", " ") for key, value in one["claims"].items() if value] or ["none"]
+    console.print(f"{one['title']} ({one['name']}): {one['idea']}.\n\n{one['equation']}\n", markup=False)
+    console.print(f"Paper: {one['reference']}", markup=False)
+    console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
+    console.print(f"Claims: {', '.join(claims)}", markup=False)
+    console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)
+    console.print(f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False)
+    console.print(f"Bytes up {one['bytes']['up']:,.0f}, down {one['bytes']['down']:,.0f} ({one['bytes_of']})", markup=False)
+
+
+def _console() -> Console:
+    console = Console()
+    # Where nobody looks, a line is as long as it needs to be: a folded table cannot be read by a program.
+    return console if console.is_terminal else Console(width=200)

@@ -1,0 +1,133 @@
+"""A round, cut where the network is: what a client does, and what the server does.
+
+``rules`` says which method looks after which part of the model: the run's method for the
+adapted weights, and FedIT or Local for the parts trained in full.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fedlora.method import Method, pick
+from fedlora.types import Factors, Layer, Outcome, Tree, Turn, Upload, Work
+
+Rules = Mapping[str, Method]
+
+
+class Received(NamedTuple):
+    """One client's upload as it reached the server."""
+
+    turn: Turn
+    examples: int  # rows the client trained on: its weight, where the method weights by examples
+    tree: Tree
+
+
+class Served(NamedTuple):
+    """What the server makes of a round."""
+
+    shared: Tree
+    folds: Mapping[str, tuple[Factors, ...]]  # only the parts that fold something
+    notes: Mapping[str, Mapping[str, float]]  # part -> the method's own figures
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """Local training, as the rest of the library sees it."""
+
+    def gradient(self, start: Tree) -> Tree: ...
+    def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree: ...
+
+
+def client_turn(rules: Rules, shared: Tree, kept: Tree, turn: Turn, trainer: Trainer) -> tuple[Tree, Tree]:
+    """Receive, train, send: returns what goes up and what stays."""
+    start = received(rules, shared, kept, turn)
+    gradient = _once(lambda: trainer.gradient(start))
+    trained = {p: rule.trains(start[p], turn, lambda p=p: gradient()[p]) for p, rule in rules.items()}
+    end = trainer.fit(start, trained, rules)
+    work = {part: Work(start[part], end[part], trained[part]) for part in rules}
+    sent = {part: rule.send(work[part], turn) for part, rule in rules.items()}
+    stays = {part: rule.keep(work[part], sent[part], turn) for part, rule in rules.items()}
+    return sent, stays
+
+
+def received(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:
+    """What a client holds before training: also the model it is evaluated with."""
+    return {part: rule.receive(shared[part], kept.get(part, {}), turn) for part, rule in rules.items()}
+
+
+def server_turn(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Served:
+    """Combine. The clients' order has no influence, and parts of one shape go through a method in one call."""
+    if not uploads:
+        return Served(shared, {}, {})
+    uploads = sorted(uploads, key=lambda upload: upload.turn.client)
+    outcomes: dict[str, Outcome] = {}
+    for rule in dict.fromkeys(rules.values()):
+        outcomes |= _combined(rule, [part for part in rules if rules[part] == rule], shared, uploads)
+    return Served(
+        {part: outcomes[part].layer for part in rules},
+        {part: outcomes[part].fold for part in rules if outcomes[part].fold},
+        {part: {k: float(v) for k, v in outcomes[part].notes.items()} for part in rules if outcomes[part].notes},
+    )
+
+
+def shares(rule: Method, examples: Sequence[int]) -> list[float]:
+    """Each client's weight in the cohort: by its rows, or equal; they sum to one."""
+    if rule.weighting == "uniform":
+        return [1 / len(examples)] * len(examples)
+    if sum(examples) <= 0:
+        raise ValueError(f"the clients of a round hold {sum(examples)} training rows; weights need at least one.")
+    return [n / sum(examples) for n in examples]
+
+
+def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Received]) -> dict[str, Outcome]:
+    weights = shares(rule, [upload.examples for upload in uploads])
+    moving = {part: pick(shared[part], rule.adapter.trainable & set(shared[part])) for part in parts}
+    groups = alike(parts, lambda part: [moving[part], *(upload.tree[part] for upload in uploads)])
+    start = {group[0]: stacked([moving[part] for part in group]) for group in groups}
+    arrived = {
+        group[0]: [
+            Upload(upload.turn, w, stacked([upload.tree[part] for part in group]))
+            for upload, w in zip(uploads, weights, strict=True)
+        ]
+        for group in groups
+    }
+    made = rule.combine_all(start, arrived)
+    return {
+        part: _row(made[group[0]], i, start[group[0]], shared[part])
+        for group in groups
+        for i, part in enumerate(group)
+    }
+
+
+def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> list[list[str]]:
+    """The parts in groups whose layers have the same leaves and shapes, so that they can be stacked."""
+    groups: dict[tuple, list[str]] = {}
+    for part in parts:
+        form = tuple(tuple((leaf, tuple(x.shape)) for leaf, x in layer.items()) for layer in layers(part))
+        groups.setdefault(form, []).append(part)
+    return list(groups.values())
+
+
+def stacked(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Leaves of several parts as one, with the part as the first dimension; no copies of a leaf common to all."""
+    return {
+        leaf: x.expand(len(layers), *x.shape)
+        if all(layer[leaf] is x for layer in layers)
+        else torch.stack([layer[leaf] for layer in layers])
+        for leaf, x in layers[0].items()
+    }
+
+
+def _row(outcome: Outcome, i: int, start: Layer, before: Layer) -> Outcome:
+    """One part's outcome. A leaf the method passed on stays the same object: the channel need not send it again."""
+    layer = {leaf: x[i].clone() for leaf, x in outcome.layer.items() if x is not start.get(leaf)}
+    fold = tuple(Factors(f.U[i], f.V[i]) for f in outcome.fold)
+    return Outcome({**before, **layer}, fold, {name: x[i] for name, x in outcome.notes.items()})
+
+
+def _once(make: Callable[[], Tree]) -> Callable[[], Tree]:
+    """Calls ``make`` the first time it is needed, and not at all if it never is."""
+    made: list[Tree] = []
+    return lambda: (made or made.append(make()) or made)[0]

@@ -1,0 +1,80 @@
+"""What the machine gives: device, threads, precision, and an allocator that keeps its memory."""
+
+import ctypes
+import platform
+import sys
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from fedlora.training import Training
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The ``[engine]`` table."""
+
+    name: Literal["inprocess"] = "inprocess"
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
+    threads: int | None = None  # torch's threads; None leaves them as they are
+    allocator: bool = True  # keep freed memory in the process instead of returning it each step (Linux, glibc)
+
+    def chosen(self) -> torch.device:
+        """The device that ``device`` stands for. ``ValueError`` where it is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"engine.device is {self.device!r}; set it to auto, cpu or cuda.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"engine.device is {self.device!r}, but this machine has no CUDA device; set it to cpu.")
+        return device
+
+    def prepare(self) -> torch.device:
+        """Applies the settings to this process, and returns the device."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.allocator:
+            keep_memory()
+        return self.chosen()
+
+    def resolved(self, training: Training) -> Training:
+        """``precision = "auto"`` becomes what this machine is fast at."""
+        if training.precision != "auto":
+            return training
+        return replace(training, precision="bf16" if has_bf16(self.chosen()) else "float32")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _avx512_bf16()
+
+
+def _avx512_bf16() -> bool:
+    """oneDNN says yes on processors that only emulate it; the kernel's flags know."""
+    if sys.platform != "linux":
+        return platform.machine() == "arm64"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def keep_memory() -> bool:
+    """Tells glibc to serve large blocks from its heap and not to hand them back; False where there is no glibc.
+
+    Each training step frees and asks again for the same large blocks; by default glibc returns them to the kernel,
+    which zeroes every page anew. The price is that memory stays with the process at its peak.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL("libc.so.6")
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

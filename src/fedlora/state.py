@@ -1,0 +1,51 @@
+"""Trees on disk: safetensors, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from fedlora.types import Tree
+
+SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
+
+
+def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
+    """Writes every leaf as ``part/leaf``, float32 as it is."""
+    leaves = {
+        f"{part}{SEPARATOR}{leaf}": x.detach().cpu().contiguous() for part, layer in tree.items() for leaf, x in layer.items()
+    }  # fmt: skip
+    write(path, save({key: x.clone() for key, x in leaves.items()}, {"format": "pt", **(about or {})}))
+
+
+def load_tree(path: Path) -> Tree:
+    """The tree that ``save_tree`` wrote."""
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in load_file(path).items():
+        part, _, leaf = key.rpartition(SEPARATOR)
+        tree.setdefault(part, {})[leaf] = value
+    return tree
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Indented JSON, written whole or not at all."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Through a temporary file beside it, synced and renamed: a crash or a full disk leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

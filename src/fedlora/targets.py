@@ -1,0 +1,81 @@
+"""Which modules of a network are adapted, and which are trained in full: by name, settled once at attachment."""
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Query and value projections, as the families call them; the first line whose names all occur is taken.
+# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT) | DistilBERT | DeBERTa | GPT-2 (fused) | T5
+USUAL = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("c_attn",),
+    ("q", "v"),
+)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a module's path is named: in full, by its last names (``attention.query``), or with ``*``."""
+    return path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern)
+
+
+def adapted(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Path -> ``Linear`` or ``Conv1D`` of every adapted weight, in the network's order.
+
+    ``None`` takes the family's query and value projections. ``ValueError`` names a pattern that matches nothing.
+    """
+    weights = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if patterns is None:
+        patterns = _usual(weights)
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in weights):
+            raise ValueError(_unmatched("model.targets", pattern, list(weights)))
+    return {path: module for path, module in weights.items() if any(matches(path, p) for p in patterns)}
+
+
+def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Path -> module of every part trained in full: those at or below ``patterns`` that hold parameters themselves.
+
+    ``None`` takes what a task put on top of the pretrained network (``classifier``, ``score``, ...).
+    """
+    paths = [path for path, _ in network.named_modules() if path]
+    if patterns is None:
+        body = getattr(network, "base_model_prefix", "")
+        patterns = [name for name, _ in network.named_children() if name != body]
+    else:
+        for pattern in patterns:
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(_unmatched("model.head", pattern, paths))
+    roots = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
+    return {
+        path: module
+        for path, module in network.named_modules()
+        if any(path == root or path.startswith(root + ".") for root in roots)
+        and next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def _usual(weights: dict[str, nn.Module]) -> Sequence[str]:
+    for names in USUAL:
+        if all(any(matches(path, name) for path in weights) for name in names):
+            return names
+    raise ValueError(
+        "this network has none of the usual query and value projections; set model.targets to some of its linear "
+        f"layers: {_sample(list(weights))}."
+    )
+
+
+def _unmatched(key: str, pattern: str, paths: list[str]) -> str:
+    last = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], last, n=3, cutoff=0.3) or last[:8]
+    return f"{key} has {pattern!r}, which matches no module of this network; near names are {', '.join(near)}."
+
+
+def _sample(paths: list[str]) -> str:
+    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    return ", ".join(names[:10]) or "it has no linear layer at all"
