@@ -8,14 +8,14 @@ import difflib
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from fedlora import methods, tasks
+from fedlora import methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter, Dense
 from fedlora.clients import Clients
 from fedlora.engines.inprocess import Federation
@@ -64,7 +64,7 @@ class Config:
     def federation(self) -> Federation:
         """Loads the model and the data, and builds what an engine runs."""
         device = self.engine.prepare()
-        data = self.task.data(self.model.name, self.seed, self.clients.client_column)
+        data = self.task.load(self.model.name, self.seed, self.clients.client_column)
         shards = self.clients.shards(data, self.seed)
         network = self.task.network(self.model.name, len(data.label_names), self.seed)
         if self.training.gradient_checkpointing:
@@ -115,8 +115,8 @@ def overridden(table: Table, overrides: Sequence[str]) -> Table:
 
 
 def merged(table: Mapping, other: Mapping) -> Table:
-    """``other`` laid over ``table``, table by table."""
-    both = dict(table)
+    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew."""
+    both = dict(table) if other.get("name", table.get("name")) == table.get("name") else {}
     for key, value in other.items():
         old = both.get(key)
         both[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
@@ -219,17 +219,10 @@ def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **r
 
 def _typed(path: str, value: Any, kind: Any) -> Any:
     try:
-        # A table's own dataclass checks itself; bool is no int, "8" is no int, 8 is a float.
-        return TypeAdapter(kind, config=None if _plain(kind) else ConfigDict(strict=True)).validate_python(
-            value, strict=True
-        )
+        return TypeAdapter(kind).validate_python(value, strict=True)  # "8" is no int, but 8 is a float
     except ValidationError as error:
         wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
         raise ConfigError(f"{path} is {value!r}; it should be {wanted}.") from error
-
-
-def _plain(kind: Any) -> bool:
-    return is_dataclass(kind)
 
 
 def _known(path: str, table: Table, allowed: list[str]) -> None:
@@ -269,6 +262,7 @@ def _resolved(config: Config, table: Table) -> Table:
     objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
     for section, value in objects.items():
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    found["clients"]["split"] = splits.resolved(config.clients.split)
     return found
 
 
@@ -278,7 +272,7 @@ def _as_table(value: Any) -> Table:
         item = getattr(value, f.name)
         if item is None or isinstance(item, Adapter):
             continue
-        found[f.name] = {**getattr(item, "named", {}), **_as_table(item)} if is_dataclass(item) else item
+        found[f.name] = item
     return found
 
 

@@ -1,0 +1,153 @@
+"""Who takes part: how the rows are split, what each client can afford, and who is asked in which round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.seeds import derived
+from fedlora.splits import Split, apportioned, load
+from fedlora.tasks.task import Data
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's rows, as numbers of rows in ``Data.train`` and ``Data.test``."""
+
+    train: Tensor
+    test: Tensor
+    relabel: Tensor | None = None  # relabel[y] is what this client calls y; None: what all call it
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The ``[clients]`` table."""
+
+    count: int = 10
+    per_round: int | None = None  # how many take part in a round; None: all
+    ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
+    split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see splits.py
+    permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
+        if self.per_round is not None and not 1 <= self.per_round <= self.count:
+            raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count, {self.count}.")
+        self.splitter  # noqa: B018 - a wrong split is said at once
+
+    @property
+    def splitter(self) -> Split:
+        """The rule that ``split`` names."""
+        return load(self.split)
+
+    @property
+    def client_column(self) -> str | None:
+        """The column that tells the clients apart, where the split goes by one."""
+        return getattr(self.splitter, "column", None)
+
+    def shards(self, data: Data, seed: int) -> list[Shard]:
+        """Every client's rows; training rows are disjoint, test rows follow their training labels.
+
+        ``ValueError`` names a client that would have no rows.
+        """
+        if self.count > len(data.train):
+            raise ValueError(f"clients.count is {self.count}, but there are only {len(data.train)} training rows.")
+        train = self.splitter.rows(data.train, self.count, derived(seed, "split"))
+        for client, rows in enumerate(train):
+            if len(rows) == 0:
+                raise ValueError(
+                    f"client {client} got no training rows; lower clients.count, or split more evenly (clients.split)."
+                )
+        tests = self._natural(data, train) or _follow(data, train, seed)
+        orders = self._orders(len(data.label_names), seed)
+        return [Shard(*rows) for rows in zip(train, tests, orders)]
+
+    def _natural(self, data: Data, train: Sequence[Tensor]) -> list[Tensor] | None:
+        """Where both splits tell whose row it is, a client is tested on its own."""
+        if self.client_column is None or data.train.groups is None or data.test.groups is None:
+            return None
+        owners = [data.train.groups[int(rows[0])] for rows in train]
+        tests = [torch.tensor([i for i, g in enumerate(data.test.groups) if g == owner]) for owner in owners]
+        for client, (owner, rows) in enumerate(zip(owners, tests)):
+            if len(rows) == 0:
+                raise ValueError(f"client {client} ({owner!r}) has no test rows; drop it, or leave the column out of the test split.")  # fmt: skip
+        return tests
+
+    def _orders(self, labels: int, seed: int) -> list[Tensor | None]:
+        if not self.permute_labels:
+            return [None] * self.count
+        seen: set[tuple[int, ...]] = set()
+        return [_permutation(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
+
+    def budgets(self, full: int, seed: int) -> list[int]:
+        """Each client's rank, or number of heads, at most ``full``."""
+        ranks = self.ranks
+        if ranks is None:
+            found = [full] * self.count
+        elif isinstance(ranks, int):
+            found = [ranks] * self.count
+        elif isinstance(ranks, list) and ranks:
+            found = [ranks[client % len(ranks)] for client in range(self.count)]
+        else:
+            found = self._drawn(ranks, seed)
+        for rank in found:
+            if not 0 <= rank <= full or (full > 0 and rank < 1):
+                raise ValueError(
+                    f"clients.ranks gives a client {rank}; it lies between 1 and what the adapter has, {full}."
+                )
+        return found
+
+    def _drawn(self, ranks: Any, seed: int) -> list[int]:
+        """Ranks by shares of the clients, in a seeded order."""
+        if not isinstance(ranks, dict) or not ranks or not all(str(r).isdigit() for r in ranks) or min(ranks.values()) < 0:
+            raise ValueError(f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.')
+        counts = apportioned([float(share) for share in ranks.values()], self.count)
+        flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derived(seed, "ranks")))
+        return [flat[i] for i in order.tolist()]
+
+    def cohort(self, round: int, seed: int) -> list[int]:
+        """The clients of a round, in order; drawn without replacement where not all take part."""
+        if self.per_round is None or self.per_round == self.count:
+            return list(range(self.count))
+        draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
+        return sorted(torch.randperm(self.count, generator=draws)[: self.per_round].tolist())
+
+
+def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Test rows for each client, drawn from the global test split in the proportions of its training labels.
+
+    Its size is its share of the training rows, or less where the scarcest label would run out: the distribution is
+    kept, not the size. Two clients may hold the same test row.
+    """
+    labels = len(data.label_names)
+    there = torch.bincount(data.test.labels, minlength=labels)
+    pools = [(data.test.labels == label).nonzero()[:, 0] for label in range(labels)]
+    everyone = sum(len(rows) for rows in train)
+    found = []
+    for client, rows in enumerate(train):
+        counts = torch.bincount(data.train.labels[rows], minlength=labels) * (there > 0)
+        if counts.sum() == 0:
+            raise ValueError(f"client {client} has only labels that the test split lacks; give the test split all labels.")
+        held = counts.nonzero()[:, 0]
+        most = float((there[held] / (counts[held] / counts.sum())).min())
+        size = max(1, int(min(len(data.test) * len(rows) / everyone, most)))
+        draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
+        quotas = apportioned(counts.tolist(), size)
+        own = [pool[torch.randperm(len(pool), generator=draws)[:quota]] for pool, quota in zip(pools, quotas)]
+        found.append(torch.cat(own).sort().values)
+    return found
+
+
+def _permutation(labels: int, seed: int, seen: set[tuple[int, ...]]) -> Tensor:
+    """An order that no client before has, as long as there are any left."""
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(100):
+        order = torch.randperm(labels, generator=draws)
+        if tuple(order.tolist()) not in seen:
+            break
+    seen.add(tuple(order.tolist()))
+    return order

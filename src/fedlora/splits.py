@@ -1,0 +1,196 @@
+"""Ways to give rows to clients, through flwr-datasets' partitioners."""
+
+import difflib
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlora.tasks.task import Examples
+
+
+@dataclass(frozen=True)
+class Split(ABC):
+    """One rule; its fields are the keys of ``clients.split`` beside ``name``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def partitioner(self, count: int, examples: Examples, seed: int) -> Any:
+        """The flwr-datasets partitioner for so many clients."""
+
+    def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
+        """Each client's row numbers; together all rows, none twice."""
+        import datasets
+
+        # Shuffled first: the partitioners that cut by size cut in the order of the rows.
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        columns = {"row": order, "label": [int(y) for y in examples.labels[order]]}
+        if examples.groups is not None:
+            columns["group"] = [examples.groups[i] for i in order]
+        partitioner = self.partitioner(count, examples, seed % 2**32)
+        partitioner.dataset = datasets.Dataset.from_dict(columns)
+        parts = [partitioner.load_partition(i)["row"] for i in range(count)]
+        return [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
+
+
+@dataclass(frozen=True)
+class Iid(Split):
+    """Equal shares at random."""
+
+    name = "iid"
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import IidPartitioner
+
+        return IidPartitioner(count)
+
+
+@dataclass(frozen=True)
+class Dirichlet(Split):
+    """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
+
+    alpha: float = 0.5
+    min_rows: int = 2  # drawn anew until every client has so many
+    name = "dirichlet"
+
+    def __post_init__(self):
+        if not self.alpha > 0:
+            raise ValueError(f"clients.split.alpha is {self.alpha}; a Dirichlet split needs a positive one.")
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import DirichletPartitioner
+
+        return _Checked(DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed))
+
+
+class _Checked:
+    """Says in our words what the Dirichlet partitioner says when it gives up."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    def load_partition(self, number: int) -> Any:
+        try:
+            return self.inner.load_partition(number)
+        except ValueError as error:
+            raise ValueError(
+                f"no Dirichlet split with alpha {self.inner._alpha[0]} gave every client {self.inner._min_partition_size} "
+                "rows; raise clients.split.alpha, or lower clients.split.min_rows or clients.count."
+            ) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "dataset":
+            self.inner.dataset = value
+        else:
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Pathological(Split):
+    """Every client has rows of so many labels only."""
+
+    labels_per_client: int = 2
+    name = "pathological"
+
+    def __post_init__(self):
+        if self.labels_per_client < 1:
+            raise ValueError(f"clients.split.labels_per_client is {self.labels_per_client}; it must be at least 1.")
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import PathologicalPartitioner
+
+        labels = len(examples.labels.unique())
+        if self.labels_per_client > labels:
+            raise ValueError(f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels.")
+        # Deterministic assignment deals the labels out in turn, so that every row finds a client where it can.
+        return PathologicalPartitioner(count, "label", self.labels_per_client, "first-deterministic", True, seed)
+
+
+@dataclass(frozen=True)
+class Column(Split):
+    """The clients that the data itself knows: one a value of a column, those with the most rows first."""
+
+    column: str
+    name = "column"
+
+    def partitioner(self, count, examples, seed):
+        raise AssertionError("a natural split is read off its column")
+
+    def rows(self, examples, count, seed):
+        groups = examples.groups or ()
+        sizes: dict[str, int] = {}
+        for group in groups:
+            sizes[group] = sizes.get(group, 0) + 1
+        owners = sorted(sizes, key=lambda g: (-sizes[g], g))[:count]
+        if len(owners) < count:
+            raise ValueError(
+                f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; lower clients.count."
+            )
+        return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
+
+
+@dataclass(frozen=True)
+class Size(Split):
+    """Random rows in given proportions, a client each."""
+
+    sizes: list[float]
+    name = "size"
+
+    def __post_init__(self):
+        if not self.sizes or min(self.sizes) <= 0:
+            raise ValueError(f"clients.split.sizes is {self.sizes}; it needs a positive number for each client.")
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import SizePartitioner
+
+        if len(self.sizes) != count:
+            raise ValueError(f"clients.split.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
+        return SizePartitioner(apportioned(self.sizes, len(examples)))
+
+
+KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size)}
+
+
+def load(table: Mapping[str, Any]) -> Split:
+    """The rule of a ``clients.split`` table. ``ValueError`` names what is wrong with it."""
+    name = table.get("name")
+    if name not in KINDS:
+        near = difflib.get_close_matches(str(name), KINDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"clients.split.name is {name!r}; {hint}The splits are {', '.join(KINDS)}.")
+    kind, values = KINDS[name], {key: value for key, value in table.items() if key != "name"}
+    own = {f.name: f for f in fields(kind)}
+    for key, value in values.items():
+        if key not in own:
+            raise ValueError(f"there is no setting 'clients.split.{key}' for {name!r}; it has {', '.join(own) or 'none'}.")
+        _check(key, value, typing.get_type_hints(kind)[key])
+    for f in own.values():
+        if f.default is MISSING and f.name not in values:
+            raise ValueError(f"clients.split.{f.name} is missing; the split {name!r} needs it.")
+    return kind(**values)
+
+
+def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the rule's defaults written out."""
+    return {"name": table["name"], **asdict(load(table))}
+
+
+def _check(key: str, value: Any, kind: Any) -> None:
+    wanted = {float: (int, float), int: (int,), str: (str,)}.get(kind, (list,))
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"clients.split.{key} is {value!r}; it should be a {getattr(kind, '__name__', 'list')}.")
+
+
+def apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder)."""
+    exact = [share * total / sum(shares) for share in shares]
+    counts = [int(x) for x in exact]
+    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,178 @@
+"""Rows from wherever they lie: a hub id, a folder, a file, or the digits that come with scikit-learn."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.seeds import derived
+
+READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet"}
+HELD_OUT = 0.2  # of a single file's rows, when it has no test split of its own
+DIGITS = "digits"
+
+
+def splits(data: str, config: str | None, train: str, test: str, seed: int) -> tuple[Any, Any]:
+    """The training and the test split as ``datasets.Dataset``s."""
+    found = _load(data, config)
+    if len(found) == 1 and train not in found:
+        found = {train: next(iter(found.values()))}
+    if set(found) == {train} and test != train:
+        cut = found[train].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
+        return cut["train"], cut["test"]
+    for key, split in (("train_split", train), ("test_split", test)):
+        if split not in found:
+            raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of {', '.join(sorted(found))}.")
+    return found[train], found[test]
+
+
+def _load(data: str, config: str | None) -> dict[str, Any]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(data).expanduser()
+    if data == DIGITS:
+        return _digits()
+    try:
+        if path.is_file():
+            return {"train": _read(path)}
+        if path.is_dir():
+            return _folder(path)
+        if data.startswith((".", "/", "~")) or any(data.endswith(ending) for ending in READERS):
+            raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
+        return dict(datasets.load_dataset(data, config))
+    except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the data {data!r} could not be read: {reason}; name a file, a folder or a hub id.") from error
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    import datasets
+
+    if (path / "dataset_dict.json").exists():
+        return dict(datasets.load_from_disk(str(path)))
+    if (path / "dataset_info.json").exists():
+        return {"train": datasets.load_from_disk(str(path))}
+    files = {f.name.split(".", 1)[0]: f for f in sorted(path.iterdir()) if _ending(f) and f.name != "meta.json"}
+    if files:
+        return {split: _read(file) for split, file in files.items()}
+    if any(p.is_dir() for p in path.iterdir()):
+        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+    raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
+
+
+def _ending(file: Path) -> str | None:
+    return next((e for e in sorted(READERS, key=len, reverse=True) if file.name.endswith(e)), None)
+
+
+def _read(file: Path) -> Any:
+    import datasets
+
+    ending = _ending(file)
+    if ending is None:
+        raise ValueError(f"{str(file)!r} is of no kind that can be read; the kinds are {', '.join(READERS)}.")
+    # A cache of its own for each run: two processes may read one file, and nothing is left in the home folder.
+    return datasets.load_dataset(READERS[ending], data_files=str(file), split="train", keep_in_memory=True)
+
+
+def _digits() -> dict[str, Any]:
+    import datasets
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    found = load_digits()
+    pixels = (found.images * (255 / 16)).round().astype("uint8")
+    halves = train_test_split(range(len(pixels)), test_size=0.25, random_state=0, stratify=found.target)
+    return {
+        split: datasets.Dataset.from_dict(
+            {"image": [pixels[i].tobytes() for i in rows], "label": [int(found.target[i]) for i in rows]}
+        )
+        for split, rows in zip(("train", "test"), halves)
+    }
+
+
+def image_shape(data: str) -> tuple[int, ...] | None:
+    """Height, width and channels of raw bytes, where the data says so itself."""
+    if data == DIGITS:
+        return (8, 8, 1)
+    meta = Path(data).expanduser() / "meta.json"
+    found = json.loads(meta.read_text(encoding="utf-8")).get("image_shape") if meta.is_file() else None
+    return tuple(found) if found else None
+
+
+def column(split: Any, name: str, key: str) -> list[Any]:
+    """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
+    if name not in split.column_names:
+        near = difflib.get_close_matches(name, split.column_names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"the data has no column {name!r} ({key}); {hint}Its columns are {', '.join(split.column_names)}."
+        )
+    values = list(split[name])
+    gaps = sum(value is None for value in values)
+    if gaps:
+        raise ValueError(f"column {name!r} ({key}) has {gaps} missing values in {len(values)} rows; fill or drop them.")
+    return values
+
+
+def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Both splits' labels as numbers from 0, and their names. Numbers stay; anything else is sorted."""
+    known, seen = column(train, name, "task.label"), column(test, name, "task.label")
+    feature = train.features[name]
+    declared = tuple(given or getattr(feature, "names", None) or ())
+    if known and all(isinstance(v, int) and not isinstance(v, bool) for v in known):
+        count = len(declared) or max(known) + 1
+        order = dict(zip(range(count), range(count)))
+        declared = declared or tuple(map(str, range(count)))
+    else:
+        values = list(declared) or sorted(set(known), key=str)
+        order, declared = {value: i for i, value in enumerate(values)}, tuple(map(str, values))
+    for split, values in (("training", known), ("test", seen)):
+        strange = next((v for v in values if v not in order), None)
+        if strange is not None:
+            raise ValueError(
+                f"label {strange!r} in the {split} rows is outside the range: column {name!r} has the {len(order)} labels "
+                f"{_short(list(order))}; correct the rows, or set task.label_names."
+            )
+    if len(order) < 2:
+        raise ValueError(f"column {name!r} holds only {len(order)} label; a classification needs at least 2.")
+    return torch.tensor([order[v] for v in known]), torch.tensor([order[v] for v in seen]), declared
+
+
+def _short(values: list[Any]) -> str:
+    return ", ".join(map(str, values)) if len(values) <= 6 else f"{values[0]} to {values[-1]}"
+
+
+def subset(split: Any, rows: int | None, keep: Sequence[Any] | None, label: str, seed: int, what: str) -> Any:
+    """The split cut to some labels and to a seeded draw of so many rows."""
+    if keep is not None:
+        values = column(split, label, "task.label")
+        split = split.select([i for i, value in enumerate(values) if value in set(keep)])
+    if rows is not None and rows < len(split):
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derived(seed, "rows", what)))
+        split = split.select(sorted(order[:rows].tolist()))
+    if len(split) == 0:
+        raise ValueError(f"the {what} split has no rows" + (f" with the labels {list(keep)}" if keep else "") + "; it needs some.")  # fmt: skip
+    return split
+
+
+def renumbered(found: tuple[Tensor, Tensor, tuple[str, ...]], keep: Sequence[Any] | None):
+    """After a cut to some labels: numbers from 0 without gaps."""
+    train, test, names = found
+    if keep is None:
+        return found
+    left = sorted(set(train.tolist()) | set(test.tolist()))
+    new = {old: i for i, old in enumerate(left)}
+    again = (torch.tensor([new[v] for v in x.tolist()]) for x in (train, test))
+    return (*again, tuple(names[old] for old in left))
+
+
+def groups(split: Any, name: str | None, what: str) -> tuple[str, ...] | None:
+    """Each row's value of the natural client column; the test split may do without one."""
+    if name is None or (what == "test" and name not in split.column_names):
+        return None
+    return tuple(map(str, column(split, name, "clients.split.column")))

@@ -1,0 +1,63 @@
+"""Pretrained networks by hub id or folder, loaded quietly, with nothing but the head new."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.seeds import derived
+
+DEMO = "demo-vit"  # the small ViT that ships with the library
+
+
+def located(model: str) -> str:
+    """A name that ``from_pretrained`` understands. ``ValueError`` for a folder that is not there."""
+    if model == DEMO:
+        return str(files("fedlora") / "demo" / "vit")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"the folder {model!r} holds no model: it has no config.json; name a Hugging Face model folder.")
+        return str(path)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"there is no model folder {model!r}; name a Hugging Face model folder or a hub id.")
+    return model
+
+
+def quietly(load: Any, model: str, **kwargs: Any) -> Any:
+    """``from_pretrained`` without its bars and its warnings about a new head; failures are one sentence."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load.from_pretrained(located(model), **kwargs)
+    except (OSError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the model {model!r} could not be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
+    """The network in float32 with a head for so many labels, drawn from the seed.
+
+    ``ValueError`` where the checkpoint lacks weights below the head: they would be noise that nobody trains.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derived(seed, "network"))
+        found, report = quietly(
+            auto, model, num_labels=labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
+    body = found.base_model_prefix
+    lost = sorted(key for key in report["missing_keys"] if key.startswith(f"{body}.") and ".pooler." not in key)
+    if lost:
+        raise ValueError(
+            f"the model {model!r} lacks {len(lost)} weights of its body, {lost[0]!r} among them; name a whole checkpoint."
+        )
+    return found
