@@ -30,8 +30,12 @@ def _added(parts: Sequence[Factors], side: int) -> list[Factors]:
     same: dict[int, list[Factors]] = {}
     for part in parts:
         same.setdefault(id(part[side]), []).append(part)
-    sums = [(group[0][side], sum(part[1 - side] for part in group)) for group in same.values()]
-    return [Factors(*(pair if side == 0 else pair[::-1])) for pair in sums]  # type: ignore[arg-type]
+    return [group[0] if len(group) == 1 else _sum(group, side) for group in same.values()]
+
+
+def _sum(group: Sequence[Factors], side: int) -> Factors:
+    other = torch.stack([part[1 - side] for part in group]).sum(0)
+    return Factors(group[0].U, other) if side == 0 else Factors(other, group[0].V)
 
 
 def scaled(f: Factors, c: float) -> Factors:

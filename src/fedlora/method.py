@@ -30,6 +30,11 @@ class Method:
     shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
     sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
 
+    @property
+    def imitation(self) -> bool:
+        """Whether these settings repeat published code as it is, so that the laws are not promised."""
+        return False
+
     # ------------------------------------------------------------- on the client, before training
     def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         """The leaves a client starts from."""

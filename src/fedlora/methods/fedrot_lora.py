@@ -13,7 +13,7 @@ from fedlora.adapters import LoRA
 from fedlora.linalg import polar, procrustes
 from fedlora.method import Method
 
-NEGLIGIBLE = 1e-6  # relative to the largest singular value: below it a direction has no sign to align
+NEGLIGIBLE = 1e-6  # a singular value below this share of the largest: its direction has no sign to align
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,8 @@ class FedRotLoRA(Method):
         M = own @ ref.mT if side == "A" else own.mT @ ref
         eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
         mixture = (1 - self.strength) * eye + self.strength * procrustes(M)
-        sound = _regular(M) & _regular(mixture)
+        S = torch.linalg.svdvals(M)
+        # The mixture is judged on the scale of a rotation: halfway between I and a half turn it is zero.
+        sound = (S[..., -1] > NEGLIGIBLE * S[..., 0]) & (torch.linalg.svdvals(mixture)[..., -1] > NEGLIGIBLE)
         return torch.where(sound[..., None, None], polar(mixture), eye)
 
-
-def _regular(M):
-    """Whether every direction of ``M`` carries something."""
-    S = torch.linalg.svdvals(M)
-    return S[..., -1] > NEGLIGIBLE * S[..., 0]

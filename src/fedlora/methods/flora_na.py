@@ -37,6 +37,10 @@ class FLoRANA(Method):
     adapters = (LoRA,)
     sums = False  # the server must see every client's factors
 
+    @property
+    def imitation(self):
+        return self.solver == "adam"
+
     def combine_all(self, shared, uploads):
         parts = list(shared)
         atoms = [self._atoms(shared[part], uploads[part]) for part in parts]

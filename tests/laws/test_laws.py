@@ -1,0 +1,15 @@
+"""Every method, adapter and variant against every law; a new file in methods/ is found by itself."""
+
+import pytest
+
+from tests.laws import reference_methods
+from tests.laws.laws import LAWS
+from tests.laws.world import everything, label
+
+METHODS = [*everything(), *reference_methods.everything()]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_law(method, law):
+    law(method)

@@ -1,0 +1,117 @@
+"""Nine bugs of published code, planted one by one: a law must fail, and must hold for the unbroken method."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+
+from fedlora.adapters import Heads, LoRA
+from fedlora.linalg import total, truncated
+from fedlora.method import Method, mean
+from fedlora.methods.fedit import FedIT
+from fedlora.methods.fedrot_lora import FedRotLoRA
+from fedlora.methods.fedsa_lora import FedSALoRA
+from fedlora.methods.ffa_lora import FFALoRA
+from fedlora.methods.ravan import Ravan
+from fedlora.methods.rolora import RoLoRA
+from fedlora.types import Factors, Outcome
+from tests.laws.laws import LAWS
+from tests.laws.reference_methods import FedEx, FlexLoRA, FLoRA
+
+
+@dataclass(frozen=True)
+class FlexWithoutRootOnA(FlexLoRA):
+    def combine(self, shared, uploads):
+        U, V = truncated(total([self._weighted(u) for u in uploads]), shared["A"].shape[-2])
+        roots = V.norm(dim=-1, keepdim=True)
+        return Outcome(self.split(Factors(U, V / roots)))
+
+    def _weighted(self, upload):
+        U, V = self.adapter.delta(upload.layer)
+        return Factors(upload.weight * U, V)
+
+
+@dataclass(frozen=True)
+class FedExUnscaled(FedEx):
+    def combine(self, shared, uploads):
+        averaged = mean(uploads)
+        parts = [Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]
+        return Outcome({**shared, **averaged}, fold=(total([*parts, Factors(-averaged["B"], averaged["A"])]),))
+
+
+@dataclass(frozen=True)
+class FLoRAUnscaled(FLoRA):
+    def combine(self, shared, uploads):
+        return Outcome(shared, fold=(total([Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]),))
+
+
+@dataclass(frozen=True)
+class FedSAWithoutOwnB(FedSALoRA):
+    def keep(self, work, sent, turn):
+        return {}
+
+
+@dataclass(frozen=True)
+class MeanThatKeepsClient0(FFALoRA):
+    def combine(self, shared, uploads):
+        return Outcome({**shared, **uploads[0].layer})
+
+
+@dataclass(frozen=True)
+class FedRotLostTranspose(FedRotLoRA):
+    def send(self, work, turn):
+        if turn.round == 0:
+            return Method.send(self, work, turn)
+        R = self.rotation(work.start, work.end, turn.round)
+        return {"A": R @ work.end["A"], "B": work.end["B"] @ R}
+
+
+@dataclass(frozen=True)
+class RavanLostScale(Ravan):
+    def send(self, work, turn):
+        return {core: work.end[core] for core in work.trained if core.startswith("H")}
+
+
+@dataclass(frozen=True)
+class ServerOverwritesKept(FedSALoRA):
+    def receive(self, shared, kept, turn):
+        return {**kept, **shared}
+
+
+@dataclass(frozen=True)
+class RoLoRAByClient(RoLoRA):
+    def trains(self, start, turn, gradient):
+        return self.adapter.outputs if (turn.round + turn.client) % 2 == 0 else self.adapter.inputs
+
+
+PLANTED = [
+    FlexWithoutRootOnA, FedExUnscaled, FLoRAUnscaled, FedSAWithoutOwnB, MeanThatKeepsClient0,
+    FedRotLostTranspose, RavanLostScale, ServerOverwritesKept, RoLoRAByClient,
+]  # fmt: skip
+
+
+def broken_laws(kind: type[Method]) -> list[str]:
+    adapter = Heads(2, 2) if Heads in kind.adapters else LoRA(2, 3.0)
+    broken = []
+    for law in LAWS:
+        try:
+            law(kind(adapter=adapter))
+        except AssertionError:
+            broken.append(law.__name__)
+    return broken
+
+
+@pytest.mark.parametrize("kind", PLANTED, ids=lambda kind: kind.__name__)
+def test_planted_bug_breaks_a_law(kind):
+    assert broken_laws(kind), f"{kind.__name__} passes all laws"
+    assert broken_laws(kind.__mro__[1]) == [], "the unbroken method must pass the same checks"
+
+
+def test_a_harmless_rewrite_passes():
+    @dataclass(frozen=True)
+    class Rewritten(FedIT):
+        def combine(self, shared, uploads):
+            sums = {leaf: sum(u.weight * u.layer[leaf] for u in uploads) for leaf in ("A", "B")}
+            return Outcome({**shared, **sums})
+
+    assert [f.name for f in fields(Rewritten)] == [f.name for f in fields(FedIT)]
+    assert broken_laws(Rewritten) == []

@@ -1,0 +1,113 @@
+"""FLoRA-NA between the best rank and FedIT, against a dense oracle that shares no line with it."""
+
+import pytest
+import torch
+
+from fedlora.adapters import LoRA
+from fedlora.methods.fedit import FedIT
+from fedlora.methods.flora_na import FLoRANA
+from fedlora.rounds import Received, server_turn
+from fedlora.types import Turn
+from tests.methods.cohort import Cohort, lora
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_error_lies_between_the_best_rank_and_fedit(seed):
+    g = torch.Generator().manual_seed(seed)
+    K, r, m, n = (int(torch.randint(low, high, (), generator=g)) for low, high in ((1, 9), (1, 6), (6, 30), (6, 30)))
+    c = Cohort.drawn(seed, K, r, m, n, spread=float(torch.rand((), generator=g) * 2))
+    found = c.error(FLoRANA(lora(c)))
+    slack = 1e-9 * float(c.exact.norm())
+    assert c.best - slack <= found <= c.error(FedIT(lora(c))) + slack
+
+
+def dense_als(c: Cohort, sweeps: int):
+    """The same sweeps with ``torch.linalg.lstsq`` on written-out products."""
+    p = q = torch.tensor(c.w, dtype=torch.float64)
+    target = c.exact.flatten()
+    for _ in range(sweeps):
+        A = sum(x * Ak for x, Ak in zip(q, c.A))
+        p = torch.linalg.lstsq(torch.stack([(Bk @ A).flatten() for Bk in c.B], 1), target[:, None]).solution[:, 0]
+        B = sum(x * Bk for x, Bk in zip(p, c.B))
+        q = torch.linalg.lstsq(torch.stack([(B @ Ak).flatten() for Ak in c.A], 1), target[:, None]).solution[:, 0]
+    return sum(x * Bk for x, Bk in zip(p, c.B)) @ sum(x * Ak for x, Ak in zip(q, c.A))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gram_space_equals_the_dense_sweeps(seed):
+    c = Cohort.drawn(seed, K=3)
+    layer = c.served(FLoRANA(lora(c), sweeps=4))
+    torch.testing.assert_close(layer["B"] @ layer["A"], dense_als(c, 4), rtol=1e-7, atol=1e-7)
+
+
+def test_more_sweeps_are_never_worse():
+    c = Cohort.drawn(5, K=6)
+    errors = [c.error(FLoRANA(lora(c), sweeps=s)) for s in (0, 1, 2, 5, 20)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(c.error(FedIT(lora(c))))
+
+
+def test_one_client_and_common_factor_are_exact():
+    c = Cohort.drawn(6)
+    one = Cohort(c.A[:1], c.B[:1], c.examples[:1], c.start)
+    torch.testing.assert_close(one.served(FLoRANA(lora(c)))["A"], c.A[0])
+    common = Cohort([c.A[0]] * 4, c.B, c.examples, c.start)
+    assert common.error(FLoRANA(lora(c))) < 1e-9
+
+
+def test_tiny_factors_are_fitted_as_well_as_large_ones():
+    """A plain squared error at LoRA's magnitudes drowns in the optimiser's epsilon; least squares do not."""
+    c = Cohort.drawn(7)
+    small = Cohort([1e-4 * A for A in c.A], [1e-5 * B for B in c.B], c.examples, c.start)
+    a, b = c.error(FLoRANA(lora(c))) / c.exact.norm(), small.error(FLoRANA(lora(c))) / small.exact.norm()
+    assert float(b) == pytest.approx(float(a), rel=1e-5)
+
+
+def test_zero_updates_stay_zero():
+    c = Cohort.drawn(8)
+    zero = Cohort(c.A, [0 * B for B in c.B], c.examples, c.start)
+    layer = zero.served(FLoRANA(lora(c)))
+    assert torch.equal(layer["B"], torch.zeros_like(layer["B"])) and layer["A"].isfinite().all()
+
+
+def test_an_anchor_can_only_help():
+    c = Cohort.drawn(9)
+    assert c.error(FLoRANA(lora(c), anchor=True, sweeps=30)) <= c.error(FLoRANA(lora(c), sweeps=30)) + 1e-6
+
+
+def test_one_mix_for_the_whole_model():
+    """The sum of squared errors over weights: between FedIT's and what a mix a weight reaches."""
+    ones = {"a": Cohort.drawn(1, m=11, n=8), "b": Cohort.drawn(2, m=5, n=17)}
+    ones["b"] = Cohort(ones["b"].A, ones["b"].B, ones["a"].examples, ones["b"].start)
+
+    def total(method):
+        uploads = [
+            Received(Turn(1, k, 3), ones["a"].examples[k], {p: {"A": c.A[k], "B": c.B[k]} for p, c in ones.items()})
+            for k in range(4)
+        ]
+        made = server_turn(dict.fromkeys(ones, method), {p: c.start for p, c in ones.items()}, uploads).shared
+        return sum(float((made[p]["B"] @ made[p]["A"] - c.exact).square().sum()) for p, c in ones.items()), made
+
+    adapter = LoRA(3, 5.0)
+    (own, _), (joint, made), (fedit, _) = (
+        total(m) for m in (FLoRANA(adapter, sweeps=30), FLoRANA(adapter, scope="model", sweeps=30), FedIT(adapter))
+    )
+    assert own <= joint + 1e-9 <= fedit + 2e-9
+    # One (p, q) for all: the mix that is read off one weight's served factors rebuilds the other's.
+    p = torch.linalg.lstsq(torch.stack([B.flatten() for B in ones["a"].B], 1), made["a"]["B"].flatten()[:, None]).solution
+    torch.testing.assert_close(sum(x * B for x, B in zip(p[:, 0], ones["b"].B)), made["b"]["B"])
+
+
+def test_adam_lowers_the_error_it_starts_with_but_not_below_least_squares():
+    c = Cohort.drawn(10, K=3, spread=0.3)
+    ones = sum(c.B) @ sum(c.A)
+    found = c.error(FLoRANA(lora(c), solver="adam"))
+    assert found < 0.5 * float((ones - c.exact).norm())
+    assert found >= c.error(FLoRANA(lora(c), sweeps=200)) - 1e-6
+
+
+def test_concentration_is_noted():
+    c = Cohort.drawn(11)
+    uploads = [Received(Turn(1, k, 3), 1, {"w": {"A": A, "B": B}}) for k, (A, B) in enumerate(zip(c.A, c.B))]
+    note = server_turn({"w": FLoRANA(lora(c))}, {"w": c.start}, uploads).notes["w"]["concentration"]
+    assert 1 / 4 <= note <= 1
