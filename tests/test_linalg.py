@@ -12,7 +12,10 @@ sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.in
 
 def drawn(m, n, r, seed, stack=(2,)):
     g = torch.Generator().manual_seed(seed)
-    return Factors(torch.randn(*stack, m, r, generator=g, dtype=torch.float64), torch.randn(*stack, r, n, generator=g, dtype=torch.float64))  # fmt: skip
+    return Factors(
+        torch.randn(*stack, m, r, generator=g, dtype=torch.float64),
+        torch.randn(*stack, r, n, generator=g, dtype=torch.float64),
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -74,7 +74,9 @@ def entry(name: str) -> dict[str, Any]:
         "reference": " ".join(line.strip() for line in doc.splitlines()[2:] if line.strip()),
         "equation": inspect.getdoc(kind) or "",
         "claims": {
-            "exact": bool(kind.exact) if not isinstance(inspect.getattr_static(kind, "exact"), property) else kind().exact,
+            "exact": bool(kind.exact)
+            if not isinstance(inspect.getattr_static(kind, "exact"), property)
+            else kind().exact,
             "any_rank": kind.any_rank,
             "personal": kind.personal,
             "secure_aggregation": kind.sums,

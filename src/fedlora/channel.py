@@ -89,5 +89,3 @@ class Channel:
             numbers, size = sums.get(kind, (0, 0))
             sums[kind] = (numbers + x.numel(), size + x.numel() * x.element_size())
         self.ledger.rows += [Crossing(round, client, direction, kind, *both) for kind, both in sums.items()]
-
-

@@ -13,6 +13,12 @@ app = typer.Typer(
     help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
 )  # fmt: skip
 
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly."""
+
+
 Override = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads Optional
     typer.Option("-o", "--override", metavar="KEY=VALUE", help="Set one value, e.g. -o training.learning_rate=1e-3."),
@@ -32,7 +38,7 @@ def run(
     from fedlora.config import read
     from fedlora.report import tables
     from fedlora.report.progress import Progress
-    from fedlora.run import run as execute
+    from fedlora.runs import run as execute
 
     resolved = read(config, override or [])
     out = out or _numbered(Path("runs") / config.stem)
@@ -50,13 +56,13 @@ def compare(
     methods: Annotated[str, typer.Option(help="Methods by name, with commas; 'centralised' is the upper line.")],
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     override: Override = None,
-    out: Annotated[Optional[Path], typer.Option(help="A new folder for all runs [default: runs/NAME-compare-N].")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="A new folder for all runs [default: runs/NAME-compare-N].")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each on one thread.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run the same federation under several methods and seeds, and compare them."""
-    from fedlora.compare import compare as execute
-    from fedlora.compare import rows
+    from fedlora.comparison import compare as execute
+    from fedlora.comparison import rows
     from fedlora.config import ConfigError, overridden, read_table
     from fedlora.report import plots, tables
     from fedlora.report.progress import Cells
@@ -141,6 +147,11 @@ def new_method(
 
 def main() -> None:
     """The entry point: a user's mistake is one sentence on stderr and exit status 2, without a traceback."""
+    if sys.argv[1:] == ["--version"]:
+        from importlib.metadata import version
+
+        typer.echo(f"fedlora {version('fedlora')}")
+        return
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:

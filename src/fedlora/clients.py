@@ -35,7 +35,9 @@ class Clients:
         if self.count < 1:
             raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
         if self.per_round is not None and not 1 <= self.per_round <= self.count:
-            raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count, {self.count}.")
+            raise ValueError(
+                f"clients.per_round is {self.per_round}; it lies between 1 and clients.count, {self.count}."
+            )
         self.splitter  # noqa: B018 - a wrong split is said at once
 
     @property
@@ -73,7 +75,9 @@ class Clients:
         tests = [torch.tensor([i for i, g in enumerate(data.test.groups) if g == owner]) for owner in owners]
         for client, (owner, rows) in enumerate(zip(owners, tests)):
             if len(rows) == 0:
-                raise ValueError(f"client {client} ({owner!r}) has no test rows; drop it, or leave the column out of the test split.")  # fmt: skip
+                raise ValueError(
+                    f"client {client} ({owner!r}) has no test rows; drop it, or leave the column out of the test split."
+                )
         return tests
 
     def _orders(self, labels: int, seed: int) -> list[Tensor | None]:
@@ -102,8 +106,15 @@ class Clients:
 
     def _drawn(self, ranks: Any, seed: int) -> list[int]:
         """Ranks by shares of the clients, in a seeded order."""
-        if not isinstance(ranks, dict) or not ranks or not all(str(r).isdigit() for r in ranks) or min(ranks.values()) < 0:
-            raise ValueError(f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.')
+        if (
+            not isinstance(ranks, dict)
+            or not ranks
+            or not all(str(r).isdigit() for r in ranks)
+            or min(ranks.values()) < 0
+        ):
+            raise ValueError(
+                f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.'
+            )
         counts = apportioned([float(share) for share in ranks.values()], self.count)
         flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derived(seed, "ranks")))
@@ -131,7 +142,9 @@ def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
     for client, rows in enumerate(train):
         counts = torch.bincount(data.train.labels[rows], minlength=labels) * (there > 0)
         if counts.sum() == 0:
-            raise ValueError(f"client {client} has only labels that the test split lacks; give the test split all labels.")
+            raise ValueError(
+                f"client {client} has only labels that the test split lacks; give the test split all labels."
+            )
         held = counts.nonzero()[:, 0]
         most = float((there[held] / (counts[held] / counts.sum())).min())
         size = max(1, int(min(len(data.test) * len(rows) / everyone, most)))

@@ -4,7 +4,6 @@ Each table holds the keyword arguments of one constructor, so the dataclasses ar
 list. What is wrong is said in one sentence with the key, the value, and what would do.
 """
 
-import difflib
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,8 @@ from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.model import Model
-from fedlora.runtime import Engine
+from fedlora.nearest import unknown
+from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.tasks.task import Task
 from fedlora.training import Training
 
@@ -67,15 +67,16 @@ class Config:
         data = self.task.load(self.model.name, self.seed, self.clients.client_column)
         shards = self.clients.shards(data, self.seed)
         network = self.task.network(self.model.name, len(data.label_names), self.seed)
-        if self.training.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        precision = typing.cast(Any, self.training.precision)
+        training = self.engine.resolved(self.training, network)
+        if training.gradient_checkpointing:
+            checkpoint_activations(network)
+        precision = typing.cast(Any, training.precision)
         model = Model.attach(network, self.method.adapter, self.model.targets, self.model.head, precision, device)
         rules = model.rules(self.method, self.head_rule)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
-            self.training, self.evaluation, self.rounds, self.seed,
+            training, self.evaluation, self.rounds, self.seed,
         )  # fmt: skip
 
     def head_rule(self, dense: Dense) -> Method:
@@ -148,7 +149,7 @@ def build(table: Table) -> Config:
         "engine": construct(Engine, "engine", _section(table, "engine")),
     }
     config = Config(**parts, **numbers)
-    config = replace(config, training=config.engine.resolved(config.training))
+    config.engine.chosen()  # a device that is not there is said before anything is loaded
     _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])
     return replace(config, table=_resolved(config, table))
 
@@ -176,7 +177,8 @@ def _method(table: Table, adapter_table: Any) -> Method:
         allowed = [key for key, value in KINDS.items() if issubclass(value, kind.adapters)]
         found = adapter_table.get("name", "lora")
         raise ConfigError(
-            f"the method {name!r} is not defined for adapter.name = {found!r}; set it to {' or '.join(map(repr, allowed))}."
+            f"the method {name!r} is not defined for adapter.name = {found!r}; "
+            f"set it to {' or '.join(map(repr, allowed))}."
         )
     values = {k: v for k, v in table.items() if k != "name"}
     extra = {"adapter": adapter} if adapter is not None else {}
@@ -191,7 +193,7 @@ def _adapter(table: Any) -> Adapter:
 
 def _adapter_kind(name: str) -> type[Adapter]:
     if name not in KINDS:
-        raise ConfigError(_nearest(f"there is no adapter {name!r}", name, list(KINDS), "adapters"))
+        raise ConfigError(unknown("adapter", name, KINDS, "adapters"))
     return KINDS[name]
 
 
@@ -228,14 +230,8 @@ def _typed(path: str, value: Any, kind: Any) -> Any:
 def _known(path: str, table: Table, allowed: list[str]) -> None:
     for key in table:
         if key not in allowed:
-            where = f"{path}.{key}" if path else key
-            raise ConfigError(_nearest(f"there is no setting {where!r}", key, allowed, "settings"))
-
-
-def _nearest(what: str, name: str, allowed: list[str], plural: str) -> str:
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{what}{hint} The {plural} here are {', '.join(allowed)}."
+            where = f"of {path}" if path else "of a configuration"
+            raise ConfigError(unknown("setting", f"{path}.{key}" if path else key, allowed, f"settings {where}"))
 
 
 def _check_ranks(config: Config, name: str) -> None:
@@ -262,6 +258,8 @@ def _resolved(config: Config, table: Table) -> Table:
     objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
     for section, value in objects.items():
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    if config.training.local_epochs is None:
+        found["training"]["local_steps"] = config.training.steps(1)
     found["clients"]["split"] = splits.resolved(config.clients.split)
     return found
 

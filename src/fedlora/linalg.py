@@ -68,7 +68,8 @@ def truncated(f: Factors, rank: int) -> Factors:
 
 def norm(f: Factors) -> Float[Tensor, "*stack"]:
     """``‖U V‖_F`` from the core: a difference of Gram traces would cancel."""
-    return torch.linalg.matrix_norm(core(f).C)
+    found: Tensor = torch.linalg.matrix_norm(core(f).C)
+    return found
 
 
 def procrustes(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
@@ -77,10 +78,12 @@ def procrustes(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
     sign = torch.linalg.det(P @ Qt).sign()
     last = torch.ones(M.shape[:-1], dtype=M.dtype, device=M.device)
     flip = torch.cat([last[..., :-1], sign[..., None]], dim=-1)
-    return (P * flip[..., None, :]) @ Qt
+    R: Tensor = (P * flip[..., None, :]) @ Qt
+    return R
 
 
 def polar(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
     """The orthogonal matrix nearest to ``M``."""
     P, _, Qt = torch.linalg.svd(M)
-    return P @ Qt
+    R: Tensor = P @ Qt
+    return R

@@ -36,7 +36,8 @@ def errors(
         }
         after = {part: served.shared[part] for part in parts}
         weights = shares(rule, [u.examples for u in uploads])
-        for group in alike(parts, lambda part: [*ends[part], after[part], _fold_shapes(served, part)]):
+        forms = {part: [*ends[part], after[part], _fold_shapes(served, part)] for part in parts}
+        for group in alike(parts, forms.__getitem__):
             found |= _group(rule, group, ends, weights, after, served)
     return {part: {**found[part], **served.notes.get(part, {})} for part in found}
 

@@ -80,7 +80,7 @@ def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
 
     Raises ``ValueError`` where the clients' shapes differ: torch would broadcast some of them.
     """
-    averaged = {}
+    averaged: dict[str, Tensor] = {}
     for leaf in sorted({leaf for u in uploads for leaf in u.layer}):
         sent = [(u.weight, u.layer[leaf]) for u in uploads if leaf in u.layer]
         shapes = sorted({tuple(value.shape) for _, value in sent})
@@ -89,7 +89,8 @@ def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
                 f"cannot average leaf {leaf!r}: clients sent shapes {shapes}, and averaging needs one shape for all; "
                 "give every client the same rank or take a method that allows any rank (see `fedlora methods`)."
             )
-        averaged[leaf] = sum(w * value for w, value in sent) / sum(w for w, _ in sent)
+        weights = sum(w for w, _ in sent)
+        averaged[leaf] = sum(((w / weights) * value for w, value in sent[1:]), (sent[0][0] / weights) * sent[0][1])
     return averaged
 
 

@@ -44,7 +44,11 @@ class Part:
 
     @property
     def leaves(self) -> Mapping[str, nn.Parameter]:
-        return self.module.leaves if isinstance(self.module, Adapted) else dict(self.module.named_parameters(recurse=False))  # fmt: skip
+        return (
+            self.module.leaves
+            if isinstance(self.module, Adapted)
+            else dict(self.module.named_parameters(recurse=False))
+        )
 
 
 class Model:
@@ -131,7 +135,9 @@ class Model:
             if not moves:
                 self._frozen[path, leaf] = value
         else:
-            raise ValueError(f"cannot load {path!r}: leaf {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}.")  # fmt: skip
+            raise ValueError(
+                f"cannot load {path!r}: leaf {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}."
+            )
 
     def read(self) -> Tree:
         """Copies of all leaves, float32."""

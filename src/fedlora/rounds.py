@@ -95,15 +95,13 @@ def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Re
     }
     made = rule.combine_all(start, arrived)
     return {
-        part: _row(made[group[0]], i, start[group[0]], shared[part])
-        for group in groups
-        for i, part in enumerate(group)
+        part: _row(made[group[0]], i, start[group[0]], shared[part]) for group in groups for i, part in enumerate(group)
     }
 
 
 def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> list[list[str]]:
     """The parts in groups whose layers have the same leaves and shapes, so that they can be stacked."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for part in parts:
         form = tuple(tuple((leaf, tuple(x.shape)) for leaf, x in layer.items()) for layer in layers(part))
         groups.setdefault(form, []).append(part)
@@ -130,4 +128,10 @@ def _row(outcome: Outcome, i: int, start: Layer, before: Layer) -> Outcome:
 def _once(make: Callable[[], Tree]) -> Callable[[], Tree]:
     """Calls ``make`` the first time it is needed, and not at all if it never is."""
     made: list[Tree] = []
-    return lambda: (made or made.append(make()) or made)[0]
+
+    def get() -> Tree:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import nn
 
 from fedlora.training import Training
 
+WORTH_BF16 = 4_000_000  # parameters; below, converting costs more than the faster products save
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
@@ -42,11 +44,12 @@ class Engine:
             keep_memory()
         return self.chosen()
 
-    def resolved(self, training: Training) -> Training:
-        """``precision = "auto"`` becomes what this machine is fast at."""
+    def resolved(self, training: Training, network: nn.Module) -> Training:
+        """``precision = "auto"`` becomes what this machine is fast at for this network."""
         if training.precision != "auto":
             return training
-        return replace(training, precision="bf16" if has_bf16(self.chosen()) else "float32")
+        large = sum(x.numel() for x in network.parameters()) >= WORTH_BF16
+        return replace(training, precision="bf16" if large and has_bf16(self.chosen()) else "float32")
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -66,6 +69,14 @@ def _avx512_bf16() -> bool:
     except OSError:
         return False
     return any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Recompute activations in the backward pass; without re-entry, since a frozen input requires no gradient."""
+    name = (
+        "activation_checkpointing" if hasattr(network, "activation_checkpointing_enable") else "gradient_checkpointing"
+    )
+    getattr(network, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
 def keep_memory() -> bool:

@@ -1,7 +1,7 @@
 """Ways to give rows to clients, through flwr-datasets' partitioners."""
 
-import difflib
 import typing
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fedlora.nearest import unknown
 from fedlora.tasks.task import Examples
 
 
@@ -18,6 +19,7 @@ class Split(ABC):
     """One rule; its fields are the keys of ``clients.split`` beside ``name``."""
 
     name: ClassVar[str]
+    hint: ClassVar[str] = "lower clients.count"  # what to do where the rows cannot be split so
 
     @abstractmethod
     def partitioner(self, count: int, examples: Examples, seed: int) -> Any:
@@ -34,8 +36,20 @@ class Split(ABC):
             columns["group"] = [examples.groups[i] for i in order]
         partitioner = self.partitioner(count, examples, seed % 2**32)
         partitioner.dataset = datasets.Dataset.from_dict(columns)
-        parts = [partitioner.load_partition(i)["row"] for i in range(count)]
-        return [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of draws that it repeats; the outcome is checked here
+                parts = [partitioner.load_partition(i)["row"] for i in range(count)]
+        except ValueError as error:
+            raise ValueError(f"the rows cannot be split by {self} over {count} clients; {self.hint}.") from error
+        found = [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
+        left = len(examples) - sum(len(rows) for rows in found)
+        if left:
+            raise ValueError(f"splitting by {self} over {count} clients leaves {left} rows to nobody; {self.hint}.")
+        return found
+
+    def __str__(self) -> str:
+        return ", ".join([repr(self.name), *(f"{key} = {value}" for key, value in asdict(self).items())])
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Dirichlet(Split):
     alpha: float = 0.5
     min_rows: int = 2  # drawn anew until every client has so many
     name = "dirichlet"
+    hint = "raise clients.split.alpha, or lower clients.split.min_rows or clients.count"
 
     def __post_init__(self):
         if not self.alpha > 0:
@@ -65,29 +80,7 @@ class Dirichlet(Split):
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import DirichletPartitioner
 
-        return _Checked(DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed))
-
-
-class _Checked:
-    """Says in our words what the Dirichlet partitioner says when it gives up."""
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-
-    def load_partition(self, number: int) -> Any:
-        try:
-            return self.inner.load_partition(number)
-        except ValueError as error:
-            raise ValueError(
-                f"no Dirichlet split with alpha {self.inner._alpha[0]} gave every client {self.inner._min_partition_size} "
-                "rows; raise clients.split.alpha, or lower clients.split.min_rows or clients.count."
-            ) from error
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "dataset":
-            self.inner.dataset = value
-        else:
-            object.__setattr__(self, name, value)
+        return DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
 
 
 @dataclass(frozen=True)
@@ -96,6 +89,7 @@ class Pathological(Split):
 
     labels_per_client: int = 2
     name = "pathological"
+    hint = "every label needs a client and every client rows: change clients.split.labels_per_client or clients.count"
 
     def __post_init__(self):
         if self.labels_per_client < 1:
@@ -106,9 +100,11 @@ class Pathological(Split):
 
         labels = len(examples.labels.unique())
         if self.labels_per_client > labels:
-            raise ValueError(f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels.")
-        # Deterministic assignment deals the labels out in turn, so that every row finds a client where it can.
-        return PathologicalPartitioner(count, "label", self.labels_per_client, "first-deterministic", True, seed)
+            raise ValueError(
+                f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
+            )
+        # Dealt out in turn: client k has labels k, k + 1, ..., so that every label finds a client where it can.
+        return PathologicalPartitioner(count, "label", self.labels_per_client, "deterministic", True, seed)
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,8 @@ class Column(Split):
         owners = sorted(sizes, key=lambda g: (-sizes[g], g))[:count]
         if len(owners) < count:
             raise ValueError(
-                f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; lower clients.count."
+                f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; "
+                "lower clients.count."
             )
         return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
 
@@ -160,14 +157,14 @@ def load(table: Mapping[str, Any]) -> Split:
     """The rule of a ``clients.split`` table. ``ValueError`` names what is wrong with it."""
     name = table.get("name")
     if name not in KINDS:
-        near = difflib.get_close_matches(str(name), KINDS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"clients.split.name is {name!r}; {hint}The splits are {', '.join(KINDS)}.")
+        raise ValueError(unknown("split", str(name), KINDS, "splits (clients.split.name)"))
     kind, values = KINDS[name], {key: value for key, value in table.items() if key != "name"}
     own = {f.name: f for f in fields(kind)}
     for key, value in values.items():
         if key not in own:
-            raise ValueError(f"there is no setting 'clients.split.{key}' for {name!r}; it has {', '.join(own) or 'none'}.")
+            raise ValueError(
+                f"there is no setting 'clients.split.{key}' for {name!r}; it has {', '.join(own) or 'none'}."
+            )
         _check(key, value, typing.get_type_hints(kind)[key])
     for f in own.values():
         if f.default is MISSING and f.name not in values:

@@ -17,9 +17,11 @@ SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
 def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
     """Writes every leaf as ``part/leaf``, float32 as it is."""
     leaves = {
-        f"{part}{SEPARATOR}{leaf}": x.detach().cpu().contiguous() for part, layer in tree.items() for leaf, x in layer.items()
-    }  # fmt: skip
-    write(path, save({key: x.clone() for key, x in leaves.items()}, {"format": "pt", **(about or {})}))
+        f"{part}{SEPARATOR}{leaf}": x.detach().cpu().clone().contiguous()  # cloned: safetensors refuses shared memory
+        for part, layer in tree.items()
+        for leaf, x in layer.items()
+    }
+    write(path, save(leaves, {"format": "pt", **(about or {})}))
 
 
 def load_tree(path: Path) -> Tree:

@@ -84,7 +84,7 @@ def batches(examples: Examples, rows: Tensor, training: Training, seed: int) -> 
 
 
 def _by_length(order: Tensor, lengths: Tensor, size: int, draws: torch.Generator) -> Tensor:
-    """Sorts within stretches of 8 batches, then shuffles the full batches: like lengths meet, and order stays random."""
+    """Sorts within stretches of 8 batches, then shuffles the full batches: like lengths meet, in random order."""
     stretches = [s[lengths[s].argsort(stable=True)] for s in order.split(size * 8)]
     full, rest = [], []
     for chunk in (chunk for stretch in stretches for chunk in stretch.split(size)):

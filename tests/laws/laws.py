@@ -77,7 +77,12 @@ def purity(method: Method) -> None:
     """Hooks leave their arguments alone."""
     world = World(method)
     world.step({client: Nudge(client) for client in range(3)})
-    held = [x for tree in (world.shared, *world.kept.values(), *world.sent.values()) for la in tree.values() for x in la.values()]  # fmt: skip
+    held = [
+        x
+        for tree in (world.shared, *world.kept.values(), *world.sent.values())
+        for la in tree.values()
+        for x in la.values()
+    ]
     copies = [x.clone() for x in held]
     world.step({client: Nudge(5 + client) for client in range(3)})
     assert all(torch.equal(x, copy) for x, copy in zip(held, copies))

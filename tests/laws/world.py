@@ -95,7 +95,8 @@ class World:
         draws = torch.Generator().manual_seed(7)
         self.base = {p: torch.randn(m, n, generator=draws, dtype=torch.float64) for p, (m, n) in SHAPES.items()}
         self.shared = {
-            p: {leaf: x.double() for leaf, x in adapter.init(m, n, derived(3, p)).items()} for p, (m, n) in SHAPES.items()
+            p: {leaf: x.double() for leaf, x in adapter.init(m, n, derived(3, p)).items()}
+            for p, (m, n) in SHAPES.items()
         }
         self.shared[HEAD] = {
             "weight": torch.randn(3, 4, generator=draws).double(), "bias": torch.randn(3, generator=draws).double()

@@ -35,7 +35,9 @@ def test_no_client_is_dropped():
 
 def test_splitting_a_client_in_two_changes_nothing():
     c = Cohort.drawn(2)
-    half = Cohort([*c.A, c.A[0]], [*c.B, c.B[0]], [c.examples[0], *(2 * n for n in c.examples[1:]), c.examples[0]], c.start)  # fmt: skip
+    half = Cohort(
+        [*c.A, c.A[0]], [*c.B, c.B[0]], [c.examples[0], *(2 * n for n in c.examples[1:]), c.examples[0]], c.start
+    )
     torch.testing.assert_close(c.served(FedIT(lora(c)))["B"], half.served(FedIT(lora(c)))["B"])
 
 

@@ -96,7 +96,9 @@ def test_it_stays_where_the_alignment_is_not_determined():
     assert torch.equal(method.rotation(c.start, lower, 1), eye), "M of rank 2"
     start = {"A": torch.linalg.qr(torch.randn(9, 2, dtype=torch.float64))[0].T, "B": c.B[0]}
     half = {"A": plane(math.pi) @ start["A"], "B": c.B[0]}
-    assert torch.equal(method.rotation(start, half, 1), torch.eye(2, dtype=torch.float64)), "half of a half turn is nowhere"
+    assert torch.equal(method.rotation(start, half, 1), torch.eye(2, dtype=torch.float64)), (
+        "half of a half turn is nowhere"
+    )
 
 
 def test_a_reflection_is_not_taken_for_a_rotation():

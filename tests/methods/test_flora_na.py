@@ -94,7 +94,9 @@ def test_one_mix_for_the_whole_model():
     )
     assert own <= joint + 1e-9 <= fedit + 2e-9
     # One (p, q) for all: the mix that is read off one weight's served factors rebuilds the other's.
-    p = torch.linalg.lstsq(torch.stack([B.flatten() for B in ones["a"].B], 1), made["a"]["B"].flatten()[:, None]).solution
+    p = torch.linalg.lstsq(
+        torch.stack([B.flatten() for B in ones["a"].B], 1), made["a"]["B"].flatten()[:, None]
+    ).solution
     torch.testing.assert_close(sum(x * B for x, B in zip(p[:, 0], ones["b"].B)), made["b"]["B"])
 
 

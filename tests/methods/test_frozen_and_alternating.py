@@ -20,7 +20,9 @@ def rounds(method, count):
         yield round, world, world.sent[0]["first"]
 
 
-@pytest.mark.parametrize("adapter,inner,outer", [(LoRA(2), "A", "B"), (LoRA(2, 4, True), "A", "B"), (VeRA(4), "d", "b")])
+@pytest.mark.parametrize(
+    "adapter,inner,outer", [(LoRA(2), "A", "B"), (LoRA(2, 4, True), "A", "B"), (VeRA(4), "d", "b")]
+)
 def test_who_sends_what(adapter, inner, outer):
     for _, world, sent in rounds(FFALoRA(adapter), 3):
         assert set(sent) == {outer}
@@ -45,7 +47,9 @@ def test_fedsa_serves_the_mean_of_a_and_leaves_b():
     before = world.shared["first"]["B"]
     world.step({client: Nudge(client) for client in range(3)})
     w = [n / 16 for n in (5, 2, 9)]
-    torch.testing.assert_close(world.shared["first"]["A"], sum(x * world.sent[k]["first"]["A"] for k, x in enumerate(w)))
+    torch.testing.assert_close(
+        world.shared["first"]["A"], sum(x * world.sent[k]["first"]["A"] for k, x in enumerate(w))
+    )
     assert world.shared["first"]["B"] is before
     assert not torch.equal(world.kept[0]["first"]["B"], world.kept[1]["first"]["B"])
 

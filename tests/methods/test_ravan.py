@@ -79,7 +79,9 @@ def test_the_update_is_the_sum_over_heads():
 
 
 def test_bases():
-    made = {b: replace(ADAPTER, basis=b).init(M, N, 0) for b in ("gram_schmidt", "normal", "constant", "shared_subspace")}
+    made = {
+        b: replace(ADAPTER, basis=b).init(M, N, 0) for b in ("gram_schmidt", "normal", "constant", "shared_subspace")
+    }
     A, B = made["gram_schmidt"]["A"], made["gram_schmidt"]["B"]
     torch.testing.assert_close(A @ A.T, torch.eye(12))
     torch.testing.assert_close(B.T @ B, torch.eye(12))

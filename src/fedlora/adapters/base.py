@@ -69,5 +69,3 @@ def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) ->
 def generator(seed: int) -> torch.Generator:
     """A generator of its own, so that no draw depends on what was drawn elsewhere."""
     return torch.Generator().manual_seed(seed)
-
-

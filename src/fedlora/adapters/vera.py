@@ -48,7 +48,12 @@ class VeRA(Adapter):
         return (((x @ layer["A"].mT) * layer["d"]) @ layer["B"].mT) * layer["b"]
 
     def leading(self, layer, rank):
-        return {"A": layer["A"][..., :rank, :], "B": layer["B"][..., :rank], "d": layer["d"][..., :rank], "b": layer["b"]}
+        return {
+            "A": layer["A"][..., :rank, :],
+            "B": layer["B"][..., :rank],
+            "d": layer["d"][..., :rank],
+            "b": layer["b"],
+        }
 
 
 @lru_cache(maxsize=64)

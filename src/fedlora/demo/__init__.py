@@ -11,7 +11,7 @@ METHODS = ("fedit", "ffa-lora", "rolora", "flora-na", "fedrot-lora", "fedsa-lora
 
 def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     """Runs the embedded comparison into ``out``; returns its rows and its figures."""
-    from fedlora.compare import compare, rows
+    from fedlora.comparison import compare, rows
     from fedlora.config import read_table
     from fedlora.report.plots import draw
     from fedlora.report.progress import Cells

@@ -70,7 +70,7 @@ Watch = Callable[[Event], None]
 class InProcess:
     """Runs a federation round by round."""
 
-    watch: Watch = lambda event: None  # noqa: E731
+    watch: Watch = lambda event: None
     _clock: dict[str, float] = field(default_factory=dict)
 
     def run(self, federation: Federation) -> Iterator[Round]:

@@ -1,12 +1,12 @@
 """One paper a file; the file's name is the method's name. Found by looking in this folder, never listed."""
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
 
 from fedlora.method import Method
+from fedlora.nearest import unknown
 
 GROUP = "fedlora.methods"  # entry points of packages that bring methods of their own
 
@@ -25,9 +25,7 @@ def load(name: str) -> type[Method]:
         if point.name == name:
             return point.load()
     if name not in names():
-        near = difflib.get_close_matches(name.lower().replace("_", "-"), names(), n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}" if near else ""
-        raise ValueError(f"there is no method {name!r}{hint}? The methods are {', '.join(names())}.")
+        raise ValueError(unknown("method", name, names(), "methods"))
     return _only_class(importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 

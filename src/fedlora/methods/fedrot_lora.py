@@ -52,4 +52,3 @@ class FedRotLoRA(Method):
         # The mixture is judged on the scale of a rotation: halfway between I and a half turn it is zero.
         sound = (S[..., -1] > NEGLIGIBLE * S[..., 0]) & (torch.linalg.svdvals(mixture)[..., -1] > NEGLIGIBLE)
         return torch.where(sound[..., None, None], polar(mixture), eye)
-

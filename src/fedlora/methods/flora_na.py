@@ -44,7 +44,7 @@ class FLoRANA(Method):
     def combine_all(self, shared, uploads):
         parts = list(shared)
         atoms = [self._atoms(shared[part], uploads[part]) for part in parts]
-        # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve serves all.
+        # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve does.
         grams = [gram(a) for a in atoms]
         sizes = [g.B.shape[:-4].numel() for g in grams]
         all_grams = Grams(*(torch.cat([side.reshape(-1, *side.shape[-4:]) for side in s]) for s in zip(*grams)))

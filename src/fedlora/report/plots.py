@@ -7,11 +7,12 @@ from typing import Any
 
 import altair as alt
 
-from fedlora.compare import Cell
+from fedlora.comparison import Cell
 from fedlora.report.read import records
 
 PANELS = {"clients' own models, own test rows": "clients", "shared model, global test rows": "global"}
 FORMATS = ("png", "svg")
+MEGABYTES = "megabytes sent and received, all clients (log scale)"
 
 
 def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
@@ -21,7 +22,7 @@ def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
         return []
     charts = {
         "accuracy-by-round": _chart(points, alt.X("round:Q", title="round")),
-        "accuracy-by-megabyte": _chart(points, alt.X("mb:Q", title="megabytes sent and received, all clients (log scale)", scale=alt.Scale(type="log"))),
+        "accuracy-by-megabyte": _chart(points, alt.X("mb:Q", title=MEGABYTES, scale=alt.Scale(type="log"))),
     }  # fmt: skip
     for name, chart in charts.items():
         for kind in FORMATS:
@@ -36,7 +37,16 @@ def _points(cell: Cell) -> list[dict[str, Any]]:
         for panel, key in PANELS.items():
             value = row.get(key, {}).get("mean" if key == "clients" else "accuracy")
             if value is not None:
-                found.append({"method": cell.label, "seed": cell.seed, "round": row["round"], "mb": mb, "panel": panel, "accuracy": value})  # fmt: skip
+                found.append(
+                    {
+                        "method": cell.label,
+                        "seed": cell.seed,
+                        "round": row["round"],
+                        "mb": mb,
+                        "panel": panel,
+                        "accuracy": value,
+                    }
+                )
     return found
 
 
@@ -46,9 +56,10 @@ def _chart(points: list[dict[str, Any]], x: alt.X) -> alt.FacetChart:
     for point in points:
         mean.setdefault((point["method"], point["panel"], point["round"]), []).append(point)
     data = [
-        {**same[0], "accuracy": sum(p["accuracy"] for p in same) / len(same), "mb": max(sum(p["mb"] for p in same) / len(same), 1e-6)}
+        {**same[0], **{key: sum(p[key] for p in same) / len(same) for key in ("accuracy", "mb")}}
         for same in mean.values()
-    ]  # fmt: skip
+        if all(p["mb"] > 0 or x.shorthand != "mb:Q" for p in same)  # nothing sent has no place on a log scale
+    ]
     methods = list(dict.fromkeys(point["method"] for point in points))
     line = alt.Chart(alt.Data(values=data)).mark_line(point=alt.OverlayMarkDef(size=14), strokeWidth=1.6)
     return (

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fedlora.compare import Cell
+from fedlora.comparison import Cell
 from fedlora.engines.inprocess import Event
 
 
@@ -56,7 +56,9 @@ class Cells(_Live):
         key = (cell.label, cell.seed)
         if event.kind == "round":
             self.seen[key] = self.seen.get(key, 0) + 1
-            self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}, round {event.round + 1}", advance=1)
+            self.bar.update(
+                self.task, description=f"{cell.label}, seed {cell.seed}, round {event.round + 1}", advance=1
+            )
 
     def done(self, cell: Cell) -> None:
         """Told of every finished run; in another process that is all there is to hear."""

@@ -6,12 +6,14 @@ from typing import Any
 
 
 def folder(path: Path) -> dict[str, Any]:
-    """``{"rows", "runs"}`` of a comparison, or ``{"summary", "records"}`` of a run. ``ValueError`` for anything else."""
+    """``{"rows", "runs"}`` of a comparison, ``{"summary", "records"}`` of a run, or ``ValueError``."""
     comparison, summary = path / "comparison.json", path / "summary.json"
     if comparison.exists():
         return _json(comparison)
     if not summary.exists():
-        raise ValueError(f"{str(path)!r} holds no finished run: it has no summary.json; name a folder `fedlora run` made.")
+        raise ValueError(
+            f"{str(path)!r} holds no finished run: it has no summary.json; name a folder `fedlora run` made."
+        )
     return {"summary": _json(summary), "records": records(path)}
 
 

@@ -17,7 +17,12 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         cells = [_pm(row["global"], 3), _pm(row["clients"], 3), _pm(row["worst"], 3)]
-        cells += [_pm(row["mb_up"], 2, False), _pm(row["mb_down"], 2, False), _pm(row["error"], 4), _pm(row["seconds"], 0, False)]  # fmt: skip
+        cells += [
+            _pm(row["mb_up"], 2, False),
+            _pm(row["mb_down"], 2, False),
+            _pm(row["error"], 4),
+            _pm(row["seconds"], 0, False),
+        ]
         name = row["method"] if not row["diverged"] else f"{row['method']} ({row['diverged']} diverged)"
         table.add_row(name, *cells)
     console = _console()
@@ -41,7 +46,9 @@ def _pm(value: Mapping[str, float] | None, digits: int, spread: bool = True) -> 
 
 def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str, Any]] = ()) -> None:
     """What one run came to."""
-    table = Table(title=f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}", show_header=False)  # fmt: skip
+    table = Table(
+        title=f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}", show_header=False
+    )
     table.add_column("what")
     table.add_column("figure", justify="right")
     final = found.get("final", {})
@@ -88,7 +95,8 @@ def _rounds(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
         clients = record.get("clients", {})
         table.add_row(
             str(record["round"]), f"{sum(losses) / len(losses):.4f}" if losses else DASH,
-            _number(record.get("global", {}).get("accuracy")), _number(clients.get("mean")), _number(clients.get("worst")),
+            _number(record.get("global", {}).get("accuracy")),
+            *(_number(clients.get(key)) for key in ("mean", "worst")),
             *(f"{sum(record['bytes'][d].values()) / 1e6:.3f}" for d in ("up", "down")),
         )  # fmt: skip
     console.print(table)
@@ -108,7 +116,9 @@ def methods(found: Sequence[Mapping[str, Any]]) -> None:
     for name in ("up", "down"):
         table.add_column(name, justify="right")
     for one in found:
-        claims = ["yes" if one["claims"][key] else DASH for key in ("exact", "any_rank", "personal", "secure_aggregation")]
+        claims = [
+            "yes" if one["claims"][key] else DASH for key in ("exact", "any_rank", "personal", "secure_aggregation")
+        ]
         table.add_row(one["name"], one["idea"], *claims, *(f"{one['bytes'][d]:,.0f}" for d in ("up", "down")))
     _console().print(table)
 
@@ -122,8 +132,12 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
     console.print(f"Claims: {', '.join(claims)}", markup=False)
     console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)
-    console.print(f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False)
-    console.print(f"Bytes up {one['bytes']['up']:,.0f}, down {one['bytes']['down']:,.0f} ({one['bytes_of']})", markup=False)
+    console.print(
+        f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False
+    )
+    console.print(
+        f"Bytes up {one['bytes']['up']:,.0f}, down {one['bytes']['down']:,.0f} ({one['bytes_of']})", markup=False
+    )
 
 
 def _console() -> Console:

@@ -1,6 +1,5 @@
 """Rows from wherever they lie: a hub id, a folder, a file, or the digits that come with scikit-learn."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.nearest import nearest
 from fedlora.seeds import derived
 
-READERS = {".jsonl": "json", ".json": "json", ".jsonl.gz": "json", ".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet"}
+READERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".parquet": "parquet",
+}
 HELD_OUT = 0.2  # of a single file's rows, when it has no test split of its own
 DIGITS = "digits"
+ONLY = "all"  # the split of data that comes without any
 
 
 def splits(data: str, config: str | None, train: str, test: str, seed: int) -> tuple[Any, Any]:
-    """The training and the test split as ``datasets.Dataset``s."""
+    """The training and the test split as ``datasets.Dataset``s; a single file is cut by the seed."""
     found = _load(data, config)
-    if len(found) == 1 and train not in found:
-        found = {train: next(iter(found.values()))}
-    if set(found) == {train} and test != train:
+    if set(found) == {ONLY} and test != train:
+        found = {train: found[ONLY]}
         cut = found[train].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
         return cut["train"], cut["test"]
     for key, split in (("train_split", train), ("test_split", test)):
@@ -39,7 +46,7 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
         return _digits()
     try:
         if path.is_file():
-            return {"train": _read(path)}
+            return {ONLY: _read(path)}
         if path.is_dir():
             return _folder(path)
         if data.startswith((".", "/", "~")) or any(data.endswith(ending) for ending in READERS):
@@ -47,7 +54,9 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
         return dict(datasets.load_dataset(data, config))
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the data {data!r} could not be read: {reason}; name a file, a folder or a hub id.") from error
+        raise ValueError(
+            f"the data {data!r} could not be read: {reason}; name a file, a folder or a hub id."
+        ) from error
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def _folder(path: Path) -> dict[str, Any]:
     if (path / "dataset_dict.json").exists():
         return dict(datasets.load_from_disk(str(path)))
     if (path / "dataset_info.json").exists():
-        return {"train": datasets.load_from_disk(str(path))}
+        return {ONLY: datasets.load_from_disk(str(path))}
     files = {f.name.split(".", 1)[0]: f for f in sorted(path.iterdir()) if _ending(f) and f.name != "meta.json"}
     if files:
         return {split: _read(file) for split, file in files.items()}
@@ -107,8 +116,8 @@ def image_shape(data: str) -> tuple[int, ...] | None:
 def column(split: Any, name: str, key: str) -> list[Any]:
     """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
     if name not in split.column_names:
-        near = difflib.get_close_matches(name, split.column_names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(name, split.column_names)
+        hint = f"did you mean {near!r}? " if near else ""
         raise ValueError(
             f"the data has no column {name!r} ({key}); {hint}Its columns are {', '.join(split.column_names)}."
         )
@@ -125,6 +134,8 @@ def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tup
     feature = train.features[name]
     declared = tuple(given or getattr(feature, "names", None) or ())
     if known and all(isinstance(v, int) and not isinstance(v, bool) for v in known):
+        if min(known) < 0:
+            raise ValueError(f"column {name!r} (task.label) has the label {min(known)}; labels are counted from 0.")
         count = len(declared) or max(known) + 1
         order = dict(zip(range(count), range(count)))
         declared = declared or tuple(map(str, range(count)))
@@ -135,7 +146,7 @@ def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tup
         strange = next((v for v in values if v not in order), None)
         if strange is not None:
             raise ValueError(
-                f"label {strange!r} in the {split} rows is outside the range: column {name!r} has the {len(order)} labels "
+                f"label {strange!r} in the {split} rows is outside the range: column {name!r} has {len(order)} labels, "
                 f"{_short(list(order))}; correct the rows, or set task.label_names."
             )
     if len(order) < 2:
@@ -156,7 +167,9 @@ def subset(split: Any, rows: int | None, keep: Sequence[Any] | None, label: str,
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derived(seed, "rows", what)))
         split = split.select(sorted(order[:rows].tolist()))
     if len(split) == 0:
-        raise ValueError(f"the {what} split has no rows" + (f" with the labels {list(keep)}" if keep else "") + "; it needs some.")  # fmt: skip
+        raise ValueError(
+            f"the {what} split has no rows" + (f" with the labels {list(keep)}" if keep else "") + "; it needs some."
+        )
     return split
 
 

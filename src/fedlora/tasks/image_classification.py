@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.tasks import data as source
-from fedlora.tasks.networks import located, network
+from fedlora.tasks.networks import located, network, quietly
 from fedlora.tasks.task import Batch, Classification, Data, Examples, lengths_of_one
 
 RESIZE_ROWS = 512  # images resized at a time: float copies of a whole split would be large
@@ -93,7 +93,7 @@ class _Form:
         from transformers.image_processing_utils import BaseImageProcessor
 
         folder = located(model)
-        config = AutoConfig.from_pretrained(folder)
+        config = quietly(AutoConfig, model)
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
         try:
@@ -144,12 +144,16 @@ def _decoded(value: Any, shape: Sequence[int] | None, name: str) -> Tensor:
             value = Image.open(io.BytesIO(value))
         except UnidentifiedImageError as error:
             raise ValueError(
-                f"column {name!r} holds bytes of no known picture format; set task.image_shape to [height, width, channels] "
-                "for raw pixels."
+                f"column {name!r} holds bytes of no known picture format; "
+                "set task.image_shape to [height, width, channels] for raw pixels."
             ) from error
     if isinstance(value, Image.Image):
         value = value.convert("L" if value.mode in ("1", "L", "I", "I;16") else "RGB")
     array = numpy.asarray(value)
     if array.dtype == object or array.ndim not in (2, 3):
-        raise ValueError(f"column {name!r} holds {json.dumps(str(value)[:40])}, which is no image; name an image column.")
-    return torch.from_numpy(array.astype("uint8").copy()).reshape(*array.shape[:2], -1)
+        raise ValueError(
+            f"column {name!r} holds {json.dumps(str(value)[:40])}, which is no image; name an image column."
+        )
+    if array.dtype.kind == "f" and array.size and array.max() <= 1:
+        array = array * 255  # floats in 0 to 1
+    return torch.from_numpy(array.clip(0, 255).astype("uint8")).reshape(*array.shape[:2], -1)

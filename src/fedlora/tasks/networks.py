@@ -19,7 +19,9 @@ def located(model: str) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"the folder {model!r} holds no model: it has no config.json; name a Hugging Face model folder.")
+            raise ValueError(
+                f"the folder {model!r} holds no model: it has no config.json; name a Hugging Face model folder."
+            )
         return str(path)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"there is no model folder {model!r}; name a Hugging Face model folder or a hub id.")
@@ -58,6 +60,6 @@ def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
     lost = sorted(key for key in report["missing_keys"] if key.startswith(f"{body}.") and ".pooler." not in key)
     if lost:
         raise ValueError(
-            f"the model {model!r} lacks {len(lost)} weights of its body, {lost[0]!r} among them; name a whole checkpoint."
+            f"the model {model!r} lacks {len(lost)} weights of its body, such as {lost[0]!r}; name a whole checkpoint."
         )
     return found

@@ -76,11 +76,11 @@ class TextClassification(Classification):
             odd = next((value for value in values if not isinstance(value, str)), None)
             if odd is not None:
                 raise ValueError(f"column {name!r} (task.text) holds {odd!r}, which is not text; name a text column.")
+        empty = sum(not any(row) for row in zip(*(map(str.strip, values) for values in texts)))
+        if empty:
+            raise ValueError(f"column {columns[0]!r} (task.text) has {empty} empty texts; drop these rows.")
         tokens = tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
         lengths = torch.tensor([len(ids) for ids in tokens["input_ids"]])
-        empty = int((lengths == 0).sum())
-        if empty:
-            raise ValueError(f"column {columns[0]!r} (task.text) has {empty} texts without a token; drop these rows.")
         # Flat and 32 bits: a million short texts in tens of megabytes, and no padding until a batch is made.
         features = {
             name: torch.tensor(list(chain.from_iterable(tokens[name])), dtype=torch.int32)
@@ -118,6 +118,6 @@ def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = quietly(AutoTokenizer, model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked out everywhere, so any token will do
+    if tokenizer.pad_token_id is None:  # masked out everywhere, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedlora.config import Config, ConfigError, dumps
+from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess, Round, Watch
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
@@ -44,7 +44,8 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
     began = time.perf_counter()
     federation = config.federation()
     if folder is not None:
-        write(folder / CONFIG, dumps(config.table).encode())
+        precision = {"training": {"precision": federation.training.precision}}
+        write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
     records: list[Mapping[str, Any]] = []
     last: Round | None = None
     interrupted = False
@@ -84,7 +85,11 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         "seconds": {**_sums([r["seconds"] for r in records]), "whole": seconds},
         "errors": _errors(records),
         "versions": {name: version(name) for name in ("fedlora", "torch", "transformers")},
-        "machine": {"processor": platform.machine(), "device": str(config.engine.chosen()), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": platform.machine(),
+            "device": str(config.engine.chosen()),
+            "threads": torch.get_num_threads(),
+        },
     }  # fmt: skip
     if evaluated:
         final = evaluated[-1]

@@ -12,7 +12,7 @@ from fedlora import methods
 from fedlora.adapters import KINDS, Adapter
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.inprocess import Event
-from fedlora.run import run
+from fedlora.runs import run
 from fedlora.state import save_json
 
 CENTRALISED = "centralised"

@@ -1,0 +1,203 @@
+"""Whole runs on the embedded digits: bits, bytes, evaluation and leaks."""
+
+import json
+
+import pytest
+import torch
+
+import fedlora
+from fedlora import methods
+from fedlora.config import ConfigError, build, overridden
+from fedlora.engines.inprocess import InProcess
+from fedlora.state import load_tree
+
+TABLE = {
+    "rounds": 2,
+    "model": {"name": "demo-vit"},
+    "task": {"name": "image-classification", "data": "digits", "train_rows": 300, "test_rows": 150},
+    "clients": {"count": 3, "split": {"name": "dirichlet", "alpha": 0.5}},
+    "adapter": {"name": "lora", "rank": 2, "alpha": 4},
+    "training": {"local_steps": 3, "learning_rate": 5e-3},
+}
+LORA = 8 * (96 * 2 + 2 * 96) * 4  # bytes: 8 weights of 96 x 96 at rank 2, float32
+HEAD = (10 * 96 + 10) * 4
+
+
+def config(*overrides: str):
+    return build(overridden(TABLE, list(overrides)))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, b[p][leaf]) for p in a for leaf, x in a[p].items())
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_same_config_and_seed_same_bits(name):
+    overrides = [
+        f"method.name={name}",
+        *(["adapter={name = 'heads', heads = 2, head_rank = 4}"] if name == "ravan" else []),
+    ]
+    first, second = fedlora.run(config(*overrides)), fedlora.run(config(*overrides))
+    assert same(first.shared, second.shared)
+    assert all(same(tree, second.kept[client]) for client, tree in first.kept.items())
+    assert [{**r, "seconds": 0} for r in first.records] == [{**r, "seconds": 0} for r in second.records]
+    other = fedlora.run(config(*overrides, "seed=1"))
+    assert other.summary["final"] != first.summary["final"]
+
+
+@pytest.mark.parametrize(
+    "name,up,down",
+    [
+        # What the last round made goes down only when there is a next one: rounds - 1 deliveries of what changed.
+        ("fedit", [LORA + HEAD] * 2, [0, LORA + HEAD]),
+        ("ffa-lora", [LORA // 2 + HEAD] * 2, [0, LORA // 2 + HEAD]),
+        ("rolora", [LORA // 2 + HEAD] * 2, [0, LORA // 2 + HEAD]),
+        ("fedsa-lora", [LORA // 2] * 2, [0, LORA // 2]),
+        ("flora-na", [LORA + HEAD] * 2, [0, LORA + HEAD]),
+        ("local", [0, 0], [0, 0]),
+    ],
+)
+def test_bytes_against_the_closed_form(name, up, down):
+    result = fedlora.run(config(f"method.name={name}"))
+    assert [3 * x for x in up] == [sum(r["bytes"]["up"].values()) for r in result.records]
+    assert [3 * x for x in down] == [sum(r["bytes"]["down"].values()) for r in result.records]
+
+
+def test_a_client_that_was_away_gets_only_what_it_lacks():
+    result = fedlora.run(config("clients.per_round=1", "rounds=6", "method.name=rolora"))
+    seen: dict[int, int] = {}
+    for record in result.records:
+        client, number = record["cohort"][0], record["round"] - 1
+        # Between its turns A changed in odd rounds, B in even ones, the head always; once is enough for each.
+        missed = range(seen.get(client, 0), number)
+        kinds = {round % 2 for round in missed}
+        assert sum(record["bytes"]["down"].values()) == len(kinds) * LORA // 2 + (HEAD if missed else 0)
+        seen[client] = number
+
+
+def test_private_heads_reach_what_a_shared_one_cannot():
+    """Every client calls the digits by names of its own; a B or a head that leaks from client to client shows."""
+    shift = ("clients.permute_labels=true", "clients.split={name = 'iid'}", "rounds=8", "training.local_steps=15")
+    full = ("task.train_rows=900", "training.learning_rate=1e-2")
+    personal = fedlora.run(config("method.name=fedsa-lora", *shift, *full)).summary["final"]["clients"]["mean"]
+    shared = fedlora.run(config("method.name=fedit", *shift, *full)).summary["final"]["clients"]["mean"]
+    assert personal > 0.8 > 0.6 > shared
+
+
+def test_personal_state_is_each_clients_own():
+    result = fedlora.run(config("method.name=fedsa-lora"))
+    part = next(p for p in result.shared if "q_proj" in p)
+    trees = [result.kept[client][part]["B"] for client in range(3)]
+    assert not torch.equal(trees[0], trees[1])
+    assert not result.shared[part]["B"].any(), "the shared B never moved"
+
+
+def test_evaluation_of_clients_is_the_global_model_on_their_rows():
+    federation = config().federation()
+    last = list(InProcess().run(federation))[-1]
+    federation.model.load(last.shared)
+    for client, shard in enumerate(federation.shards):
+        batch = federation.task.collate(federation.data.test, shard.test)
+        with torch.inference_mode():
+            right = federation.task.outputs(federation.model.network.eval(), batch).argmax(-1) == batch["labels"]
+        assert last.record["clients"]["each"][client] == pytest.approx(float(right.float().mean()))
+
+
+def test_errors_against_a_dense_oracle():
+    federation = config("method.name=flora-na").federation()
+    trained = []
+    engine = InProcess()
+    turn = engine._turn
+
+    def spy(f, number, client, *rest):
+        found = turn(f, number, client, *rest)
+        trained.append((client, found[0]))
+        return found
+
+    engine._turn = spy
+    first = next(iter(engine.run(federation)))
+    rows = [len(shard.train) for shard in federation.shards]
+    for part, figures in first.record["weights"].items():
+        adapter = federation.method.adapter
+        exact = sum(n / sum(rows) * adapter.delta(sent[part]).dense().double() for n, (_, sent) in zip(rows, trained))
+        A, B = (sum(n / sum(rows) * sent[part][leaf].double() for n, (_, sent) in zip(rows, trained)) for leaf in "AB")
+        for name, product in (("served", adapter.delta(first.shared[part]).dense().double()), ("fedit", 2 * B @ A)):
+            assert figures[name] == pytest.approx(float((product - exact).norm() / exact.norm()), rel=1e-3)
+        best = torch.linalg.svdvals(exact)[2:].norm() / exact.norm()
+        assert figures["best"] == pytest.approx(float(best), rel=1e-3)
+        assert figures["best"] - 1e-6 <= figures["served"] <= figures["fedit"] + 1e-6
+        assert 1 / 3 <= figures["concentration"] <= 1
+
+
+def test_the_run_folder(tmp_path):
+    result = fedlora.run(config("method.name=fedsa-lora"), tmp_path / "run")
+    assert same(load_tree(tmp_path / "run" / "shared.safetensors"), result.shared)
+    kept = load_tree(tmp_path / "run" / "clients" / "2.safetensors")
+    assert all(torch.equal(x, kept[p][leaf]) for p, layer in result.kept[2].items() for leaf, x in layer.items())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["final"] == result.summary["final"]
+    again = fedlora.run(fedlora.read(tmp_path / "run" / "config.toml"))
+    assert same(again.shared, result.shared)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        fedlora.run(config(), tmp_path / "run")
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path):
+    def watch(event):
+        if event.kind == "turn" and event.round == 1:
+            raise KeyboardInterrupt
+
+    result = fedlora.run(config(), tmp_path / "run", watch)
+    assert result.summary["interrupted"]
+    assert result.summary["rounds"] == 1
+    assert same(load_tree(tmp_path / "run" / "shared.safetensors"), fedlora.run(config("rounds=1")).shared)
+
+
+def test_a_rate_that_is_too_high_is_said():
+    with pytest.raises(FloatingPointError, match=r"client \d's loss is .* in round \d; lower training.learning_rate"):
+        fedlora.run(config("training.learning_rate=1e30", "training.optimizer=sgd", "training.max_grad_norm=1e30"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["optimizer=sgd", "optimizer=adam", "schedule=cosine", "schedule=linear", "warmup=0.3", "accumulation_steps=2",
+     "precision=bf16", "precision=bf16-autocast", "keep_optimizer=true", "gradient_checkpointing=true",
+     "group_by_length=false", "max_grad_norm=0.1"],
+)  # fmt: skip
+def test_every_training_setting_runs_and_learns(setting):
+    learn = ("rounds=3", "training.local_steps=8", "training.learning_rate=" + ("5e-2" if "sgd" in setting else "5e-3"))
+    result = fedlora.run(config(*learn, f"training.{setting}"))
+    losses = [sum(r["loss"].values()) for r in result.records]
+    assert losses[-1] < losses[0]
+
+
+def test_settings_change_what_they_say():
+    plain = fedlora.run(config())
+    for setting in ("keep_optimizer=true", "schedule=linear", "max_grad_norm=0.01", "accumulation_steps=2"):
+        assert not same(plain.shared, fedlora.run(config(f"training.{setting}")).shared), setting
+    assert same(plain.shared, fedlora.run(config("training.gradient_checkpointing=true")).shared)
+
+
+def test_local_epochs_count_passes():
+    training = build({**TABLE, "training": {"local_epochs": 2, "batch_size": 16}}).training
+    assert training.steps(33) == 5  # 66 rows in batches of 16
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedit", "ffa-lora", "rolora", "local"])
+def test_vera_runs_end_to_end(name):
+    result = fedlora.run(config(f"method.name={name}", "adapter={name = 'vera', rank = 16}"))
+    part = next(p for p in result.shared if "q_proj" in p)
+    assert set(result.shared[part]) == {"A", "B", "d", "b"}
+    sent = result.summary["bytes"]["up"].get("adapter", 0)
+    sizes = {"fedsa-lora": 16, "fedit": 16 + 96, "ffa-lora": 96, "rolora": (16 + 96) / 2, "local": 0}
+    assert sent == 4 * 8 * 3 * 2 * sizes[name], "the frozen pair never travels"
+
+
+def test_unequal_heads():
+    ravan = ("method.name=ravan", "adapter={name = 'heads', heads = 4, head_rank = 4}", "clients.ranks=[1, 2, 4]")
+    result = fedlora.run(config(*ravan))
+    up = {}
+    assert result.summary["final"]["clients"]["mean"] > 0
+    one = 8 * 4 * 4 * 4  # bytes of one head of every weight
+    assert result.summary["bytes"]["up"]["adapter"] == 2 * (1 + 2 + 4) * one, up

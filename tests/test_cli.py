@@ -1,0 +1,110 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+TOML = """
+rounds = 1
+[model]
+name = "demo-vit"
+[task]
+name = "image-classification"
+data = "digits"
+train_rows = 120
+test_rows = 60
+[clients]
+count = 2
+[adapter]
+name = "lora"
+rank = 2
+[training]
+local_steps = 1
+"""
+
+
+@pytest.fixture
+def cli(tmp_path):
+    (tmp_path / "my.toml").write_text(TOML)
+
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "fedlora", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, **environment}, timeout=240, check=False,
+        )  # fmt: skip
+
+    return call
+
+
+def test_help_and_version_import_nothing_heavy(cli):
+    found = cli("--help")
+    assert found.returncode == 0
+    assert all(name in found.stdout for name in ("run", "compare", "methods", "show", "demo", "new-method"))
+    code = "import sys, fedlora.cli; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert cli("--version").stdout.startswith("fedlora 0.")
+
+
+def test_run_show_and_json(cli, tmp_path):
+    first = cli("run", "my.toml", "--out", "runs/a", "--json")
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["final"]["global"]["accuracy"] > 0
+    assert first.stderr == "", "quiet where nobody watches"
+    assert "global accuracy" in cli("show", "runs/a").stdout
+    assert json.loads(cli("show", "runs/a", "--json").stdout)["records"][0]["round"] == 1
+    second = cli("run", "my.toml", "--out", "runs/a")
+    assert (second.returncode, second.stdout) == (2, "")
+    assert second.stderr == "fedlora: 'runs/a' holds a run already; choose another folder with --out.\n"
+
+
+def test_compare_draws_and_tabulates(cli, tmp_path):
+    found = cli(
+        "compare", "my.toml", "--methods", "fedit,ravan,centralised", "--seeds", "0,1", "--out", "c", "--jobs", "2"
+    )
+    assert found.returncode == 0, found.stderr
+    assert all(name in found.stdout for name in ("fedit", "ravan", "centralised", "±"))
+    for name in ("accuracy-by-round", "accuracy-by-megabyte"):
+        assert (tmp_path / "c" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / "c" / f"{name}.svg").read_text()
+    rows = json.loads(cli("show", "c", "--json").stdout)["rows"]
+    assert [row["method"] for row in rows] == ["fedit", "ravan", "centralised"]
+    assert rows[0]["mb_up"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (["run", "my.toml", "-o", "method.name=fedditt"], "there is no method 'fedditt'; did you mean 'fedit'"),
+        (["run", "none.toml"], "there is no configuration file 'none.toml'"),
+        (["run", "my.toml", "-o", "task.label=lable"], "the data has no column 'lable'"),
+        (["run", "my.toml", "--out", "my.toml/x"], "cannot write to 'my.toml/x'"),
+        (["compare", "my.toml", "--methods", "fedit", "--seeds", "a"], "--seeds is 'a'"),
+        (["compare", "my.toml", "--methods", "fedit,flora-nb"], "did you mean 'flora-na'"),
+        (["methods", "ravann"], "did you mean 'ravan'"),
+        (["show", "."], "holds no finished run"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_sentence(cli, arguments, sentence):
+    found = cli(*arguments)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert sentence in found.stderr
+    assert found.stderr.count("\n") == 1, found.stderr
+
+
+def test_methods(cli):
+    table = cli("methods").stdout
+    assert all(name in table for name in ("fedit", "flora-na", "fedsa-lora", "ravan"))
+    found = {one["name"]: one for one in json.loads(cli("methods", "--json").stdout)}
+    assert found["ffa-lora"]["claims"] == {
+        "exact": True,
+        "any_rank": False,
+        "personal": False,
+        "secure_aggregation": True,
+    }
+    assert found["fedit"]["bytes"] == {"up": 8 * (768 + 768) * 4, "down": 8 * (768 + 768) * 4}
+    assert found["fedsa-lora"]["bytes"]["up"] == 8 * 768 * 4
+    assert "FLoRA-NA" in cli("methods", "flora-na").stdout

@@ -1,0 +1,112 @@
+"""Configuration: what it builds, how it is overridden, and one sentence for every mistake."""
+
+import tomllib
+
+import pytest
+
+import fedlora
+from fedlora.config import ConfigError, build, dumps, merged, overridden
+
+TABLE = {
+    "rounds": 2,
+    "model": {"name": "demo-vit"},
+    "task": {"name": "image-classification", "data": "digits"},
+    "clients": {"count": 3},
+}
+
+
+def with_(**overrides):
+    return overridden(TABLE, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+
+
+def test_the_resolved_table_builds_the_same_config():
+    config = build(with_(method__name='"ravan"', clients__split='{name = "dirichlet", alpha = 0.3}'))
+    again = build(tomllib.loads(dumps(config.table)))
+    assert again.table == config.table
+    assert config.table["training"]["local_steps"] == 10
+    assert config.table["clients"]["split"] == {"name": "dirichlet", "alpha": 0.3, "min_rows": 2}
+    assert config.table["adapter"]["name"] == "heads", "a method brings the adapter it is defined for"
+
+
+def test_overrides():
+    config = build(
+        with_(adapter__rank=3, training__learning_rate="5e-4", method__name="fedrot-lora", method__strength=1)
+    )
+    assert (config.method.adapter.rank, config.training.learning_rate, config.method.strength) == (3, 5e-4, 1)
+    with pytest.raises(ConfigError, match="'rounds' has no '='"):
+        overridden(TABLE, ["rounds"])
+
+
+def test_another_name_starts_its_table_anew():
+    table = {"split": {"name": "dirichlet", "alpha": 0.3}}
+    assert merged(table, {"split": {"name": "iid"}}) == {"split": {"name": "iid"}}
+    assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
+
+
+MISTAKES = {
+    "unknown method": (with_(method__name="fedrot"), r"no method 'fedrot'; did you mean 'fedrot-lora'"),
+    "unknown key": (with_(training__learning_rat=1), r"no setting 'training.learning_rat'; did you mean 'learning_rate'"),
+    "unknown table": (with_(trainin__x=1), r"no setting 'trainin'; did you mean 'training'"),
+    "wrong type": (with_(training__batch_size='"many"'), r"training.batch_size is 'many'; it should be a valid integer"),
+    "a bool is no number": (with_(adapter__rank="true"), r"adapter.rank is True; it should be a valid integer"),
+    "wrong choice": (with_(training__optimizer='"lion"'), r"training.optimizer is 'lion'; it should be 'adamw', 'adam' or"),
+    "missing key": ({**TABLE, "task": {"name": "image-classification"}}, r"task.data is missing"),
+    "missing table": ({"model": {"name": "x"}}, r"no \[task\] table"),
+    "no table": ({**TABLE, "training": 3}, r"training is 3; it is a table"),
+    "unknown task": (with_(task__name="image-clasification"), r"no task 'image-clasification'; did you mean"),
+    "unknown adapter": (with_(adapter__name="lorra"), r"no adapter 'lorra'; did you mean 'lora'"),
+    "adapter of another kind": (
+        with_(method__name="ravan", adapter__name="lora"), r"'ravan' is not defined for adapter.name = 'lora'.*'heads'",
+    ),
+    "unknown split": (with_(clients__split='{name = "dirichle"}'), r"no split 'dirichle'; did you mean 'dirichlet'"),
+    "wrong split key": (with_(clients__split='{name = "iid", alpha = 1}'), r"no setting 'clients.split.alpha' for 'iid'"),
+    "missing split key": (with_(clients__split='{name = "column"}'), r"clients.split.column is missing"),
+    "alpha": (with_(clients__split='{name = "dirichlet", alpha = 0}'), r"alpha is 0; a Dirichlet split needs a positive"),
+    "unequal ranks": (with_(clients__ranks="[2, 4]"), r"ranks \[2, 4\], but 'fedit' needs one rank.*'local' or 'ravan'"),
+    "another rank": (with_(clients__ranks=4), r"clients.ranks is 4, but adapter.rank is 8"),
+    "rank too high": (with_(method__name="local", clients__ranks=9), r"gives a client 9; it lies between 1 and .* 8"),
+    "rank 0": (with_(adapter__rank=0), r"adapter.rank is 0"),
+    "no clients": (with_(clients__count=0), r"clients.count is 0"),
+    "too many a round": (with_(clients__per_round=4), r"clients.per_round is 4; it lies between 1 and clients.count, 3"),
+    "no rounds": (with_(rounds=0), r"rounds is 0"),
+    "both budgets": (with_(training__local_steps=1, training__local_epochs=1), r"both local_steps and local_epochs"),
+    "rate": (with_(training__learning_rate=-1.0), r"learning_rate is -1.0; it must be a positive number"),
+    "device": (with_(engine__device="tpu7"), r"engine.device is 'tpu7'"),
+    "strength": (with_(method__name="fedrot-lora", method__strength=2.0), r"λ lies between 0 and 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table,sentence", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_said_in_one_sentence(table, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        build(table)
+    assert "\n" not in str(caught.value)
+
+
+LATER = {
+    "client without data": (with_(clients__count=2000), r"clients.count is 2000, but there are only 1347 training rows"),
+    "gram-schmidt": (
+        with_(method__name="ravan", adapter='{name = "heads", heads = 8, head_rank = 20}'), r"8 \* 20 = 160 is more than 96",
+    ),
+    "missing model": (with_(model__name='"./nowhere"'), r"no model folder './nowhere'"),
+    "missing data": (with_(task__data='"./nothing.csv"'), r"no data at './nothing.csv'"),
+    "missing column": (with_(task__label="lable"), r"no column 'lable' \(task.label\); did you mean 'label'"),
+    "unmatched target": (with_(model__targets='["q_pro"]'), r"model.targets has 'q_pro', which matches no module.*q_proj"),
+    "unmatched head": (with_(model__head='["clasifier"]'), r"model.head has 'clasifier'.*classifier"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table,sentence", LATER.values(), ids=LATER)
+def test_what_only_the_data_or_the_model_can_tell(table, sentence):
+    config = build(table)
+    with pytest.raises(ValueError, match=sentence):
+        federation = config.federation()
+        federation.model.initial(0)
+
+
+def test_a_missing_file_and_broken_toml(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file"):
+        fedlora.read(tmp_path / "no.toml")
+    (tmp_path / "broken.toml").write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match=r"not valid TOML"):
+        fedlora.read(tmp_path / "broken.toml")
