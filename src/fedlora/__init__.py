@@ -20,6 +20,8 @@ __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("fedlora.methods")
     if name not in _WHERE:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,1 @@
+"""What fedlora exists for, measured as ratios in one run: `python -m benchmarks`."""

@@ -1,0 +1,56 @@
+"""Every example at toy size; those that name hub ids run on the local copies of the same model and data."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from fedlora.config import read
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
+TOY = ("rounds=2", "training.batch_size=4", "task.train_rows=200", "task.test_rows=80", "engine.threads=1")
+
+
+def test_there_is_one_for_every_method():
+    found = {read(path).table["method"]["name"] for path in EXAMPLES}
+    assert found == set(fedlora.methods.names())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_it_opens_with_its_command(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith((f"# fedlora run examples/{path.name}", f"# fedlora compare examples/{path.name}"))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "banking77" in p.read_text()], ids=lambda path: path.stem)
+def test_on_real_text(path, shared):
+    places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={shared}/data/banking77"]
+    rows = [] if "concept" in path.stem else ["clients.split={name='iid'}"]
+    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["rounds"] == 2
+    assert 0 <= result.summary["final"]["clients"]["mean"] <= 1
+
+
+def test_digits():
+    path = next(p for p in EXAMPLES if p.stem.startswith("digits"))
+    result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["personal"]
+
+
+@pytest.mark.shared
+def test_own_csv(shared, tmp_path):
+    for split, rows in (("train", 60), ("test", 30)):
+        with open(tmp_path / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "hospital"])
+            writer.writerows(
+                [f"case {i} is {('fine', 'bad')[i % 2]}", ("fine", "bad")[i % 2], "ABC"[i % 3]] for i in range(rows)
+            )
+    path = next(p for p in EXAMPLES if p.stem.startswith("csv"))
+    places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={tmp_path}", "training.batch_size=4"]
+    federation = read(path, [*places, "rounds=1"]).federation()
+    assert [len(shard.train) for shard in federation.shards] == [20, 20, 20]
+    assert [len(shard.test) for shard in federation.shards] == [10, 10, 10]
+    assert federation.data.label_names == ("bad", "fine")

@@ -1,0 +1,48 @@
+"""`fedlora new-method` in a copy of the checkout: found, lawful, tested."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora.scaffold import new_method
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for folder in ("src", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_a_new_method_is_found_and_held_to_the_laws(checkout):
+    paths = new_method("fed-new", "https://example.org/paper", checkout)
+    assert [path.name for path in paths] == ["fed_new.py", "test_fed_new.py"]
+    for arguments in (["tests/methods/test_fed_new.py"], ["tests/laws/test_laws.py", "-k", "FedNew"]):
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments], cwd=checkout, check=False,
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert found.returncode == 0, found.stdout + found.stderr
+    test = paths[1].read_text()
+    paths[1].write_text(test.replace("zip(c.w, c.A)", "zip(c.w[::-1], c.A)"))
+    broken = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(paths[1])], cwd=checkout, check=False,
+        env={**os.environ, "PYTHONPATH": str(checkout / "src")}, capture_output=True,
+    )  # fmt: skip
+    assert broken.returncode == 1, "its closed form can fail"
+
+
+def test_mistakes(checkout, tmp_path):
+    with pytest.raises(ValueError, match="'FedSVD' will not do; a method's name is lower-case"):
+        new_method("FedSVD", None, checkout)
+    with pytest.raises(ValueError, match="there is a method 'fedit' already"):
+        new_method("fedit", None, checkout)
+    with pytest.raises(ValueError, match="is no checkout of fedlora"):
+        new_method("fed-new", None, tmp_path / "elsewhere")
