@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "minilm-l3-h384-v8k"
+STEPS = 200  # a round, over all clients, where memory is compared
 
 
 def memory(models: Path, data: Path) -> dict[str, Any]:
-    """Peak resident memory of whole processes: 100 clients against 2."""
+    """Peak resident memory of whole processes: 100 clients against 2, with as many steps in all.
+
+    Activations depend on the longest row met; rows are padded to one length here, so that only clients differ.
+    """
     found = {}
     for method in ("fedit", "fedsa-lora"):
-        peaks = {count: _child(models, data, method, count, 2, 2)["peak_mb"] for count in (2, 100)}
+        peaks = {count: _child(models, data, method, count, STEPS // count, 2, 32)["peak_mb"] for count in (2, 100)}
         found[method] = {"MB at 2 clients": peaks[2], "MB at 100 clients": peaks[100], "ratio": peaks[100] / peaks[2]}
     return found
 
@@ -27,14 +31,16 @@ def overhead(models: Path, data: Path) -> dict[str, Any]:
     return found
 
 
-def _child(models: Path, data: Path, method: str, clients: int, steps: int, rounds: int) -> dict[str, float]:
-    asked = json.dumps([str(models / MODEL), str(data / "banking77"), method, clients, steps, rounds])
+def _child(models: Path, data: Path, method: str, *numbers: int) -> dict[str, float]:
+    asked = json.dumps([str(models / MODEL), str(data / "banking77"), method, *numbers])
     command = [sys.executable, "-m", "benchmarks.federation", asked]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def _run(model: str, data: str, method: str, clients: int, steps: int, rounds: int) -> dict[str, float]:
+def _run(
+    model: str, data: str, method: str, clients: int, steps: int, rounds: int, length: int | None = None
+) -> dict[str, float]:
     from fedlora import run
     from fedlora.comparison import for_label
     from fedlora.config import build
@@ -42,7 +48,13 @@ def _run(model: str, data: str, method: str, clients: int, steps: int, rounds: i
     table = {
         "rounds": rounds,
         "model": {"name": model},
-        "task": {"name": "text-classification", "data": data, "test_rows": 300},
+        "task": {
+            "name": "text-classification",
+            "data": data,
+            "test_rows": 300,
+            "max_length": length or 128,
+            "pad_to_max_length": length is not None,
+        },
         "clients": {"count": clients},
         "adapter": {"name": "lora", "rank": 8, "alpha": 16},
         "training": {"local_steps": steps},

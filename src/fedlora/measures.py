@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.linalg import scaled, total
-from fedlora.method import mean
+from fedlora.method import Method, mean
 from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
 from fedlora.types import Factors, Layer, Tree, Upload
 
@@ -66,10 +66,8 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
 def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:
     """Norm of the exact mean, each candidate's relative error, and the best possible at this rank."""
     both = [exact, *candidates.values()]
-    Ru = torch.linalg.qr(torch.cat([f.U.double() for f in both], dim=-1), mode="r").R
-    Rv = torch.linalg.qr(torch.cat([f.V.double() for f in both], dim=-2).mT, mode="r").R
-    widths = [f.U.shape[-1] for f in both]
-    cores = [u @ v.mT for u, v in zip(Ru.split(widths, dim=-1), Rv.split(widths, dim=-1))]
+    Ru, Rv = _coordinates([f.U for f in both]), _coordinates([f.V.mT for f in both])
+    cores = [u @ v.mT for u, v in zip(Ru, Rv)]
     norm = torch.linalg.matrix_norm(cores[0])
     found = {"norm": norm}
     for name, core in zip(candidates, cores[1:]):
@@ -80,12 +78,25 @@ def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None
     return found
 
 
-def _drift(rule, clients: Sequence[Layer], weights: Sequence[float], norm: Tensor) -> Tensor:
+def _coordinates(sides: Sequence[Tensor]) -> list[Tensor]:
+    """Each side in one orthonormal basis of them all, float64; a side that comes up again is not taken twice."""
+    unique = list({id(side): side for side in sides}.values())
+    R = torch.linalg.qr(torch.cat([side.double() for side in unique], dim=-1), mode="r").R
+    found = dict(zip(map(id, unique), R.split([side.shape[-1] for side in unique], dim=-1)))
+    return [found[id(side)] for side in sides]
+
+
+def _drift(rule: Method, clients: Sequence[Layer], weights: Sequence[float], norm: Tensor) -> Tensor:
     """``√(Σ w_k ‖ΔW_k − W*‖²) / ‖W*‖``: how far the clients' weights lie from their mean."""
+    deltas = [rule.adapter.delta(client) for client in clients]
+    if all(f.U is deltas[0].U for f in deltas):  # U (V_k − V̄): one GEMM a client, and nothing cancels
+        mean = sum((w * f.V for f, w in zip(deltas, weights)), torch.zeros_like(deltas[0].V))
+        G = deltas[0].U.mT @ deltas[0].U
+        squares = [w * ((G @ (f.V - mean)) * (f.V - mean)).sum((-2, -1)).double() for f, w in zip(deltas, weights)]
+        return relative(torch.stack(squares).sum(0).clamp_min(0).sqrt(), norm)
     spread = torch.zeros_like(norm)
-    for client, w in zip(clients, weights):
-        U, V = rule.adapter.delta(client)
-        U, V = U.double(), V.double()
+    for f, w in zip(deltas, weights):
+        U, V = f.U.double(), f.V.double()
         spread = spread + w * ((U.mT @ U) * (V @ V.mT)).sum((-2, -1))
     return relative((spread - norm.square()).clamp_min(0).sqrt(), norm)
 

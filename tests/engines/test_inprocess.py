@@ -201,3 +201,30 @@ def test_unequal_heads():
     assert result.summary["final"]["clients"]["mean"] > 0
     one = 8 * 4 * 4 * 4  # bytes of one head of every weight
     assert result.summary["bytes"]["up"]["adapter"] == 2 * (1 + 2 + 4) * one, up
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa-lora", "ravan"])
+def test_drift_against_a_dense_oracle(name):
+    from fedlora.measures import errors
+    from fedlora.rounds import Received, server_turn
+
+    extra = ["adapter={name = 'heads', heads = 2, head_rank = 4}"] if name == "ravan" else []
+    f = config(f"method.name={name}", *extra).federation()
+    start, adapter = f.model.initial(0), f.method.adapter
+    g = torch.Generator().manual_seed(0)
+    moved = {"fedit": {"A", "B"}, "ffa-lora": {"B"}, "ravan": {"H0", "H1"}}[name]
+    part = next(p for p in start if "q_proj" in p)
+    uploads = []
+    for client, rows in enumerate((3, 5, 2)):
+        tree = {
+            p: {leaf: x + torch.randn(x.shape, generator=g) for leaf, x in layer.items() if leaf in moved or p == "classifier"}
+            for p, layer in start.items()
+        }
+        uploads.append(Received(f.turn(0, client), rows, tree))
+    figures = errors(f.rules, start, uploads, {0: {}, 1: {}, 2: {}}, server_turn(f.rules, start, uploads))[part]
+    w = [1 / 3] * 3 if name == "ravan" else [0.3, 0.5, 0.2]
+    dense = [adapter.delta({**start[part], **u.tree[part]}).dense().double() for u in uploads]
+    exact = sum(x * d for x, d in zip(w, dense))
+    wanted = sum(x * (d - exact).square().sum() for x, d in zip(w, dense)).sqrt() / exact.norm()
+    assert figures["drift"] == pytest.approx(float(wanted), rel=1e-4)
+    assert figures["served"] == pytest.approx(0, abs=1e-5) if name != "fedit" else figures["served"] > 0.1

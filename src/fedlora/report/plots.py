@@ -67,7 +67,7 @@ def _chart(points: list[dict[str, Any]], x: alt.X) -> alt.FacetChart:
             x=x,
             y=alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau10")),
-            strokeDash=alt.StrokeDash("method:N", sort=methods, title="method"),
+            strokeDash=alt.StrokeDash("method:N", sort=methods, legend=None),
         )
         .properties(width=330, height=260)
         .facet(column=alt.Column("panel:N", title=None, sort=list(PANELS)))
