@@ -15,6 +15,8 @@ from fedlora.method import Method, mean
 from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
 from fedlora.types import Factors, Layer, Tree, Upload
 
+STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
+
 
 def errors(
     rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
@@ -37,7 +39,8 @@ def errors(
         after = {part: served.shared[part] for part in parts}
         weights = shares(rule, [u.examples for u in uploads])
         forms = {part: [*ends[part], after[part], _fold_shapes(served, part)] for part in parts}
-        for group in alike(parts, forms.__getitem__):
+        most = max(1, STACK // len(uploads))
+        for group in (g[i : i + most] for g in alike(parts, forms.__getitem__) for i in range(0, len(g), most)):
             found |= _group(rule, group, ends, weights, after, served)
     return {part: {**found[part], **served.notes.get(part, {})} for part in found}
 
