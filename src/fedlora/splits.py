@@ -147,7 +147,12 @@ class Size(Split):
 
         if len(self.sizes) != count:
             raise ValueError(f"clients.split.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
-        return SizePartitioner(apportioned(self.sizes, len(examples)))
+        counts = apportioned(self.sizes, len(examples))
+        if 0 in counts:
+            raise ValueError(
+                f"client {counts.index(0)} gets no row of {len(examples)} by clients.split.sizes; raise its share."
+            )
+        return SizePartitioner(counts)
 
 
 KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size)}

@@ -217,7 +217,11 @@ def test_drift_against_a_dense_oracle(name):
     uploads = []
     for client, rows in enumerate((3, 5, 2)):
         tree = {
-            p: {leaf: x + torch.randn(x.shape, generator=g) for leaf, x in layer.items() if leaf in moved or p == "classifier"}
+            p: {
+                leaf: x + torch.randn(x.shape, generator=g)
+                for leaf, x in layer.items()
+                if leaf in moved or p == "classifier"
+            }
             for p, layer in start.items()
         }
         uploads.append(Received(f.turn(0, client), rows, tree))

@@ -1,0 +1,122 @@
+"""Splits, test rows, labels, budgets and cohorts."""
+
+import numpy
+import pytest
+import torch
+
+from fedlora.clients import Clients
+from fedlora.tasks.task import Data, Examples
+
+
+def data(rows=600, labels=6, groups=None, test_groups=None):
+    g = torch.Generator().manual_seed(0)
+
+    def split(n, owner):
+        y = torch.randint(labels, (n,), generator=g)
+        return Examples({}, y, torch.ones(n, dtype=torch.int64), owner)
+
+    return Data(split(rows, groups), split(rows // 3, test_groups), tuple(map(str, range(labels))))
+
+
+SPLITS = [
+    {"name": "iid"},
+    {"name": "dirichlet", "alpha": 0.3},
+    {"name": "pathological", "labels_per_client": 2},
+    {"name": "size", "sizes": [1, 1, 2, 2, 4]},
+]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])
+def test_every_row_has_one_owner_and_the_seed_decides(split):
+    d, clients = data(), Clients(5, split=split)
+    before = torch.random.get_rng_state(), numpy.random.get_state()[1].tolist()
+    shards = clients.shards(d, 0)
+    assert torch.equal(torch.cat([s.train for s in shards]).sort().values, torch.arange(600))
+    again, other = clients.shards(d, 0), clients.shards(d, 1)
+    assert all(torch.equal(a.train, b.train) and torch.equal(a.test, b.test) for a, b in zip(shards, again))
+    assert any(not torch.equal(a.train, b.train) for a, b in zip(shards, other))
+    assert torch.equal(before[0], torch.random.get_rng_state()), "no draw from the global generators"
+    assert before[1] == numpy.random.get_state()[1].tolist()
+
+
+def test_what_the_splits_promise():
+    d = data()
+    assert [len(s.train) for s in Clients(5).shards(d, 0)] == [120] * 5
+    sizes = [len(s.train) for s in Clients(5, split=SPLITS[3]).shards(d, 0)]
+    assert sizes == [60, 60, 120, 120, 240]
+    for shard in Clients(5, split=SPLITS[2]).shards(d, 0):
+        assert len(d.train.labels[shard.train].unique()) == 2
+    counts = [torch.bincount(d.train.labels[s.train], minlength=6) for s in Clients(5, split=SPLITS[1]).shards(d, 0)]
+    assert max(float(c.max() / c.sum()) for c in counts) > 0.4, "alpha 0.3 is skewed"
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])
+def test_test_rows_follow_the_training_labels(split):
+    d = data(rows=3000)
+    for shard in Clients(5, split=split).shards(d, 0):
+        assert len(shard.test.unique()) == len(shard.test)
+        there = [torch.bincount(y, minlength=6) for y in (d.train.labels[shard.train], d.test.labels[shard.test])]
+        shares = [x / x.sum() for x in there]
+        assert float((shares[0] - shares[1]).abs().max()) <= 1 / len(shard.test) + 1e-6
+
+
+def test_clients_by_a_column():
+    owners = tuple("abc"[i % 3] if i < 540 else "d" for i in range(600))
+    d = data(groups=owners, test_groups=tuple("abcd"[i % 4] for i in range(200)))
+    shards = Clients(4, split={"name": "column", "column": "who"}).shards(d, 0)
+    assert [len(s.train) for s in shards] == [180, 180, 180, 60]
+    assert [{owners[i] for i in s.train.tolist()} for s in shards] == [{"a"}, {"b"}, {"c"}, {"d"}]
+    assert all({"abcd"[i % 4] for i in s.test.tolist()} == {name} for s, name in zip(shards, "abcd"))
+    with pytest.raises(ValueError, match="column 'who' has only 4 values; lower clients.count"):
+        Clients(5, split={"name": "column", "column": "who"}).shards(d, 0)
+    without = Clients(4, split={"name": "column", "column": "who"}).shards(data(groups=owners), 0)
+    assert all(len(s.test) > 0 for s in without), "a test split without the column is shared out by labels"
+
+
+def test_permuted_labels_differ_and_cover():
+    shards = Clients(10, permute_labels=True).shards(data(), 0)
+    orders = [tuple(s.relabel.tolist()) for s in shards]
+    assert len(set(orders)) == 10
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    two = Clients(4, permute_labels=True).shards(data(labels=2), 0)
+    assert {tuple(s.relabel.tolist()) for s in two} == {(0, 1), (1, 0)}
+
+
+def test_budgets():
+    assert Clients(3).budgets(8, 0) == [8, 8, 8]
+    assert Clients(4, ranks=[2, 4]).budgets(8, 0) == [2, 4, 2, 4]
+    drawn = Clients(10, ranks={"4": 0.5, "8": 0.5}).budgets(8, 0)
+    assert sorted(drawn) == [4] * 5 + [8] * 5
+    assert drawn != sorted(drawn) or Clients(10, ranks={"4": 0.5, "8": 0.5}).budgets(8, 1) != drawn
+    for ranks in ([0], 9, {"x": 1.0}, []):
+        with pytest.raises(ValueError, match=r"clients\.ranks"):
+            Clients(3, ranks=ranks).budgets(8, 0)
+
+
+def test_cohorts():
+    clients = Clients(10, per_round=3)
+    cohorts = [clients.cohort(round, 0) for round in range(30)]
+    assert cohorts == [clients.cohort(round, 0) for round in range(30)]
+    assert all(len(set(c)) == 3 and c == sorted(c) for c in cohorts)
+    assert {k for c in cohorts for k in c} == set(range(10))
+    assert Clients(4).cohort(5, 0) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "clients,sentence",
+    [
+        (lambda: Clients(5, split={"name": "pathological", "labels_per_client": 1}), "leaves .* rows to nobody"),
+        (lambda: Clients(5, split={"name": "pathological", "labels_per_client": 9}), "but there are 6 labels"),
+        (lambda: Clients(5, split={"name": "size", "sizes": [1, 2]}), "has 2 numbers, but clients.count is 5"),
+        (lambda: Clients(300, split={"name": "dirichlet", "alpha": 0.01}), "cannot be split by 'dirichlet'.*raise"),
+        (lambda: Clients(700), "clients.count is 700, but there are only 600"),
+        (
+            lambda: Clients(5, split={"name": "size", "sizes": [1000, 1000, 1000, 1000, 1]}),
+            "client 4 gets no row of 600 by clients.split.sizes",
+        ),
+    ],
+)
+def test_mistakes(clients, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        clients().shards(data(), 0)
+    assert "\n" not in str(caught.value)
