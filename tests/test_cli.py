@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -108,3 +110,36 @@ def test_methods(cli):
     assert found["fedit"]["bytes"] == {"up": 8 * (768 + 768) * 4, "down": 8 * (768 + 768) * 4}
     assert found["fedsa-lora"]["bytes"]["up"] == 8 * 768 * 4
     assert "FLoRA-NA" in cli("methods", "flora-na").stdout
+
+
+def test_ctrl_c_keeps_finished_rounds(cli, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "run", "my.toml", "-o", "rounds=5000", "--out", "r"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "what was finished is in r" in stderr
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["rounds"] == metrics.read_text().count("\n") >= 2
+    assert (tmp_path / "r" / "shared.safetensors").exists()
+
+
+def test_a_run_that_could_not_begin_leaves_no_folder(cli, tmp_path):
+    assert cli("run", "my.toml", "-o", "task.label=lable", "--out", "r").returncode == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_settings_of_one_method_only(cli, tmp_path):
+    (tmp_path / "my.toml").write_text(TOML + "\n[compare.ravan.training]\nlearning_rate = 0.25\n")
+    found = cli("compare", "my.toml", "--methods", "fedit,ravan", "--out", "c", "--json")
+    assert found.returncode == 0, found.stderr
+    assert "learning_rate = 0.25" in (tmp_path / "c" / "ravan-seed0" / "config.toml").read_text()
+    assert "learning_rate = 0.001" in (tmp_path / "c" / "fedit-seed0" / "config.toml").read_text()

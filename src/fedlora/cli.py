@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function and prints. ``--help`` imports nothing heavy."""
 
+import errno
 import json
 import os
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -160,7 +163,9 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("FEDLORA_TRACEBACK"):
             raise
-        _say(f"fedlora: {' '.join(str(error).split())}")
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        text = DISK_FULL if full else str(error)
+        _say(f"fedlora: {' '.join(text.split())}")
         sys.exit(2)
 
 

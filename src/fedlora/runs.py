@@ -42,7 +42,11 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
     """
     folder = None if out is None else _fresh(Path(out).expanduser())
     began = time.perf_counter()
-    federation = config.federation()
+    try:
+        federation = config.federation()
+    except BaseException:
+        _left_as_found(folder)
+        raise
     if folder is not None:
         precision = {"training": {"precision": federation.training.precision}}
         write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
@@ -125,6 +129,14 @@ def _fresh(folder: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder.") from error
     return folder
+
+
+def _left_as_found(folder: Path | None) -> None:
+    """Takes back what ``_fresh`` made, where the run could not begin."""
+    if folder is not None:
+        (folder / METRICS).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager

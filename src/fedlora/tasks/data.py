@@ -39,8 +39,10 @@ def splits(data: str, config: str | None, train: str, test: str, seed: int) -> t
 
 def _load(data: str, config: str | None) -> dict[str, Any]:
     import datasets
+    from huggingface_hub.utils import logging as hub
 
     datasets.disable_progress_bars()
+    hub.set_verbosity_error()  # its retries would be said six times before our one sentence
     path = Path(data).expanduser()
     if data == DIGITS:
         return _digits()

@@ -30,10 +30,12 @@ def located(model: str) -> str:
 
 def quietly(load: Any, model: str, **kwargs: Any) -> Any:
     """``from_pretrained`` without its bars and its warnings about a new head; failures are one sentence."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()  # its retries would be said six times before our one sentence
     logging.disable_progress_bar()
     try:
         return load.from_pretrained(located(model), **kwargs)
