@@ -1,5 +1,7 @@
 """Low-rank algebra against dense algebra, with leading dimensions."""
 
+import jaxtyping
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,3 +63,8 @@ def test_procrustes_and_polar():
     assert (torch.einsum("bij,bij->b", R, M) >= torch.einsum("kbij,bij->kb", Q.expand(-1, 50, -1, -1), M) - 1e-9).all()
     torch.testing.assert_close(polar(R), R)
     torch.testing.assert_close(polar(torch.eye(3)), torch.eye(3), rtol=0, atol=0)
+
+
+def test_annotated_shapes_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError, match="procrustes"):
+        procrustes(torch.randn(3, 4))  # annotated r x r

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -40,7 +39,7 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def like(cls, other: "Adapter") -> Self:
+    def like(cls, other: "Adapter") -> "Adapter":
         """An adapter of this kind with about as many trainable numbers as ``other``."""
 
     @abstractmethod
