@@ -60,7 +60,7 @@ class Evaluator:
         labels = labels if shard.relabel is None else shard.relabel[labels]
         return self.task.scores(self._on(tree, shard.test), labels)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: loading may make new parameters, which must be fit for training
     def _on(self, tree: Tree, rows: Tensor) -> Tensor:
         if self._tree is None or self._folded != self.model.folded or not _same(tree, self._tree):
             self._tree, self._folded, self._outputs = tree, self.model.folded, None

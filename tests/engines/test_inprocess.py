@@ -232,3 +232,10 @@ def test_drift_against_a_dense_oracle(name):
     wanted = sum(x * (d - exact).square().sum() for x, d in zip(w, dense)).sqrt() / exact.norm()
     assert figures["drift"] == pytest.approx(float(wanted), rel=1e-4)
     assert figures["served"] == pytest.approx(0, abs=1e-5) if name != "fedit" else figures["served"] > 0.1
+
+
+def test_local_clients_of_unequal_rank():
+    result = fedlora.run(config("method.name=local", "clients.ranks=[1, 2]"))
+    part = next(p for p in result.shared if "q_proj" in p)
+    assert [result.kept[client][part]["A"].shape[0] for client in range(3)] == [1, 2, 1]
+    assert result.records[1]["loss"] != result.records[0]["loss"]
