@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.linalg import scaled, total
-from fedlora.method import Method, mean
+from fedlora.method import mean
 from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
 from fedlora.types import Factors, Layer, Tree, Upload
 
@@ -51,8 +51,10 @@ def _fold_shapes(served: Served, part: str) -> Layer:
 
 def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, float]]:
     """Parts of one shape, measured in one batch."""
-    clients = [stacked([ends[part][k] for part in group]) for k in range(len(weights))]
-    deltas = [scaled(rule.adapter.delta(client), w) for client, w in zip(clients, weights)]
+    clients = _clients([ends[part] for part in group])
+    plain = [rule.adapter.delta(client) for client in clients]
+    same = all(f.U is plain[0].U for f in plain)  # then the weight goes into V, and the sum stays as narrow as one
+    deltas = [Factors(f.U, w * f.V) if same else scaled(f, w) for f, w in zip(plain, weights)]
     candidates: dict[str, Factors] = {}
     if not rule.personal:
         folds = [_batch([served.folds[p][i] for p in group]) for i in range(len(served.folds.get(group[0], ())))]
@@ -62,8 +64,17 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
         uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
         candidates["fedit"] = rule.adapter.delta(mean(uploads))
     figures = _figures(total(deltas), candidates, clients[0]["A"].shape[-2] if pairs else None)
-    figures["drift"] = _drift(rule, clients, weights, figures.pop("norm"))
+    figures["drift"] = _drift(plain, weights, figures.pop("norm"))
     return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
+
+
+def _clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
+    """Each client's layers of several parts, stacked; a leaf that all clients hold in common is one tensor for all."""
+    first = [layers[0] for layers in ends]
+    common = {leaf for leaf in first[0] if all(layer[leaf] is layers[0][leaf] for layers in ends for layer in layers)}
+    once = stacked([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}
+    own = [[{k: x for k, x in layers[i].items() if k not in common} for layers in ends] for i in range(len(ends[0]))]
+    return [{**once, **stacked(parts)} for parts in own]
 
 
 def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:
@@ -89,9 +100,8 @@ def _coordinates(sides: Sequence[Tensor]) -> list[Tensor]:
     return [found[id(side)] for side in sides]
 
 
-def _drift(rule: Method, clients: Sequence[Layer], weights: Sequence[float], norm: Tensor) -> Tensor:
+def _drift(deltas: Sequence[Factors], weights: Sequence[float], norm: Tensor) -> Tensor:
     """``√(Σ w_k ‖ΔW_k − W*‖²) / ‖W*‖``: how far the clients' weights lie from their mean."""
-    deltas = [rule.adapter.delta(client) for client in clients]
     if all(f.U is deltas[0].U for f in deltas):  # U (V_k − V̄): one GEMM a client, and nothing cancels
         mean = sum((w * f.V for f, w in zip(deltas, weights)), torch.zeros_like(deltas[0].V))
         G = deltas[0].U.mT @ deltas[0].U

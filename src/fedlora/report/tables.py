@@ -38,18 +38,18 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
 def reading(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table comes to, in a sentence or two."""
     said = []
-    for key, what in (("global", "The best shared model is"), ("clients", "clients do best with the models of")):
+    for key, what in (("global", "The best shared model comes from"), ("clients", "clients' own models are best with")):
         there = [row for row in rows if row[key]]
         if there:
             top = max(there, key=lambda row: row[key]["mean"])
-            said.append(f"{what} {top['method']}'s ({top[key]['mean']:.3f})")
+            said.append(f"{what} {top['method']} ({top[key]['mean']:.3f})")
     sent = [row for row in rows if row["mb_up"] and row["mb_up"]["mean"] > 0]
     if sent:
         least = min(sent, key=lambda row: row["mb_up"]["mean"] + row["mb_down"]["mean"])
         size = least["mb_up"]["mean"] + least["mb_down"]["mean"]
-        said.append(f"the least traffic is {least['method']}'s ({size:.2f} MB)")
+        said.append(f"{least['method']} sends least ({size:.2f} MB)")
     seeds = "one seed: differences of a point or two may be chance" if _seeds(rows) == 1 else f"{_seeds(rows)} seeds"
-    return "; ".join(said) + f". ({seeds}.)"
+    return "; ".join(said) + f" ({seeds})."
 
 
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> int:
