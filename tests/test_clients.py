@@ -93,6 +93,12 @@ def test_budgets():
             Clients(3, ranks=ranks).budgets(8, 0)
 
 
+@pytest.mark.parametrize("ranks", [{"4": 0.0, "8": 0.0}, {}, [], {"x": 1.0}, {"4": -1.0, "8": 2.0}])
+def test_ranks_that_give_nobody_one(ranks):
+    with pytest.raises(ValueError, match="it is a number, a list, or shares"):
+        Clients(4, ranks=ranks).budgets(8, 0)
+
+
 def test_cohorts():
     clients = Clients(10, per_round=3)
     cohorts = [clients.cohort(round, 0) for round in range(30)]

@@ -111,6 +111,7 @@ class Clients:
             or not ranks
             or not all(str(r).isdigit() for r in ranks)
             or min(ranks.values()) < 0
+            or sum(ranks.values()) <= 0
         ):
             raise ValueError(
                 f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.'

@@ -119,6 +119,13 @@ BAD = {
         r"label 7 .* outside the range.*0, 1",
     ),
     "no rows": (ROWS, {"labels": [5]}, r"no rows with the labels \[5\]"),
+    "list labels": ([{"text": "a", "label": [0]}, {"text": "b", "label": [1]}] * 9, {}, r"holds \[[01]\] in the"),
+    "a single row": (ROWS[:1], {}, r"holds 1 row; it is cut into training and test rows"),
+    "too long": (
+        [{"text": "a " * 600, "label": i % 2} for i in range(9)],
+        {"max_length": 700},
+        r"reads at most \d+; set",
+    ),
     "three columns": (ROWS, {"text": ["text", "text", "text"]}, r"task.text names 3 columns"),
 }
 
@@ -139,9 +146,25 @@ def test_places_that_are_wrong(tmp_path, model):
     write(tmp_path, "train.jsonl")
     with pytest.raises(ValueError, match=r"no split 'test'; set task.test_split to one of train"):
         TextClassification(str(tmp_path)).load(model, 0)
-    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label"')
-    with pytest.raises(ValueError, match="could not be read"):
-        TextClassification(str(tmp_path / "broken.jsonl")).load(model, 0)
+    broken = {
+        "broken.jsonl": '{"text": "a", "label"',
+        "broken.parquet": "no parquet",
+        "broken.csv": "\0\n",
+        "e.jsonl": "",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=r"could not be read as (json|parquet|csv)|is empty") as caught:
+            TextClassification(str(tmp_path / name)).load(model, 0)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_row_counts_are_positive(rows):
+    with pytest.raises(ValueError, match=f"task.train_rows is {rows}; it must be at least 1"):
+        TextClassification("x", train_rows=rows)
+    with pytest.raises(ValueError, match=f"task.test_rows is {rows}; it must be at least 1"):
+        ImageClassification("x", test_rows=rows)
 
 
 def test_pictures_in_folders_and_bytes(tmp_path, shared):

@@ -28,8 +28,11 @@ def splits(data: str, config: str | None, train: str, test: str, seed: int) -> t
     """The training and the test split as ``datasets.Dataset``s; a single file is cut by the seed."""
     found = _load(data, config)
     if set(found) == {ONLY} and test != train:
-        found = {train: found[ONLY]}
-        cut = found[train].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
+        if len(found[ONLY]) < 2:
+            raise ValueError(
+                f"{data!r} holds {len(found[ONLY])} row; it is cut into training and test rows and needs 2."
+            )
+        cut = found[ONLY].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
         return cut["train"], cut["test"]
     for key, split in (("train_split", train), ("test_split", test)):
         if split not in found:
@@ -43,6 +46,7 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     hub.set_verbosity_error()  # its retries would be said six times before our one sentence
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # and a broken file's errors before ours
     path = Path(data).expanduser()
     if data == DIGITS:
         return _digits()
@@ -55,9 +59,8 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
         return dict(datasets.load_dataset(data, config))
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"the data {data!r} could not be read: {reason}; name a file, a folder or a hub id."
+            f"the data {data!r} could not be read: {_reason(error)}; name a file, a folder or a hub id."
         ) from error
 
 
@@ -86,8 +89,21 @@ def _read(file: Path) -> Any:
     ending = _ending(file)
     if ending is None:
         raise ValueError(f"{str(file)!r} is of no kind that can be read; the kinds are {', '.join(READERS)}.")
+    if file.stat().st_size == 0:
+        raise ValueError(f"the file {str(file)!r} is empty; it needs rows.")
     # A cache of its own for each run: two processes may read one file, and nothing is left in the home folder.
-    return datasets.load_dataset(READERS[ending], data_files=str(file), split="train", keep_in_memory=True)
+    try:
+        return datasets.load_dataset(READERS[ending], data_files=str(file), split="train", keep_in_memory=True)
+    except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{str(file)!r} could not be read as {READERS[ending]}: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: the outer errors only say that something went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(".") if text else "it holds no rows"
 
 
 def _digits() -> dict[str, Any]:
@@ -119,9 +135,9 @@ def column(split: Any, name: str, key: str) -> list[Any]:
     """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
     if name not in split.column_names:
         near = nearest(name, split.column_names)
-        hint = f"did you mean {near!r}? " if near else ""
+        hint = f"did you mean {near!r}? Its" if near else "its"
         raise ValueError(
-            f"the data has no column {name!r} ({key}); {hint}Its columns are {', '.join(split.column_names)}."
+            f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}."
         )
     values = list(split[name])
     gaps = sum(value is None for value in values)
@@ -133,6 +149,12 @@ def column(split: Any, name: str, key: str) -> list[Any]:
 def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Both splits' labels as numbers from 0, and their names. Numbers stay; anything else is sorted."""
     known, seen = column(train, name, "task.label"), column(test, name, "task.label")
+    for split, values in (("training", known), ("test", seen)):
+        odd = next((v for v in values if not isinstance(v, (int, str, float))), None)
+        if odd is not None:
+            raise ValueError(
+                f"column {name!r} (task.label) holds {odd!r} in the {split} rows; a label is one number or string."
+            )
     feature = train.features[name]
     declared = tuple(given or getattr(feature, "names", None) or ())
     if known and all(isinstance(v, int) and not isinstance(v, bool) for v in known):

@@ -52,7 +52,16 @@ class Task(Protocol):
 
 
 class Classification:
-    """Loss and scores that text and image classification have in common."""
+    """Checks, loss and scores that text and image classification have in common."""
+
+    train_rows: int | None
+    test_rows: int | None
+
+    def __post_init__(self):
+        for key in ("train_rows", "test_rows"):
+            rows = getattr(self, key)
+            if rows is not None and rows < 1:
+                raise ValueError(f"task.{key} is {rows}; it must be at least 1, or left out for all rows.")
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch, in float32 whatever the network runs in."""

@@ -37,6 +37,7 @@ class TextClassification(Classification):
     test_rows: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.max_length < 1:
             raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
 
@@ -81,6 +82,12 @@ class TextClassification(Classification):
             raise ValueError(f"column {columns[0]!r} (task.text) has {empty} empty texts; drop these rows.")
         tokens = tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
         lengths = torch.tensor([len(ids) for ids in tokens["input_ids"]])
+        longest, most = int(lengths.max()), tokenizer.model_max_length
+        if longest > most:
+            raise ValueError(
+                f"task.max_length is {self.max_length} and a text has {longest} tokens, but the model reads at most "
+                f"{most}; set task.max_length to {most}."
+            )
         # Flat and 32 bits: a million short texts in tens of megabytes, and no padding until a batch is made.
         features = {
             name: torch.tensor(list(chain.from_iterable(tokens[name])), dtype=torch.int32)
