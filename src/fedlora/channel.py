@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fedlora.rounds import public
 from fedlora.types import Factors, Tree
 
 Kind = Literal["adapter", "head", "fold"]
@@ -55,13 +56,26 @@ class Channel:
     def __post_init__(self):
         self._note(self.initial)
 
-    def deliver(self, round: int, client: int, shared: Tree, folds: Sequence[Mapping[str, Sequence[Factors]]]) -> None:
-        """The server's tree, and the folds since this client was last seen."""
+    def deliver(
+        self,
+        round: int,
+        client: int,
+        shared: Tree,
+        folds: Sequence[Mapping[str, Sequence[Factors]]],
+        held: Tree | None = None,
+    ) -> None:
+        """The server's tree, and the folds since this client was last seen.
+
+        ``held`` is what the client makes of it: a leaf that it holds at a smaller rank is sent at that rank.
+        """
         versions = self._note(shared)
         held = self._held.get(client, {})
         new = [key for key, version in versions.items() if held.get(key, 0) != version]
         self._held[client] = versions
-        self._write(round, client, "down", ((self._kind(part), shared[part][leaf]) for part, leaf in new))
+        sent = (
+            (self._kind(part), _smaller(shared[part][leaf], (held or {}).get(part, {}).get(leaf))) for part, leaf in new
+        )
+        self._write(round, client, "down", sent)
         missed = folds[self._folds_seen.get(client, 0) :]
         self._folds_seen[client] = len(folds)
         factors = (side for fold in missed for layers in fold.values() for f in layers for side in f)
@@ -78,7 +92,7 @@ class Channel:
     def _note(self, tree: Tree) -> dict[tuple[str, str], int]:
         """The version number of each leaf; a leaf that is another object than before gets the next number."""
         for part, layer in tree.items():
-            for leaf, x in layer.items():
+            for leaf, x in public(layer).items():  # the server's own notes stay with it
                 known, version = self._versions.get((part, leaf), (x, 0))
                 self._versions[part, leaf] = (x, version if known is x else version + 1)
         return {key: version for key, (_, version) in self._versions.items()}
@@ -89,3 +103,7 @@ class Channel:
             numbers, size = sums.get(kind, (0, 0))
             sums[kind] = (numbers + x.numel(), size + x.numel() * x.element_size())
         self.ledger.rows += [Crossing(round, client, direction, kind, *both) for kind, both in sums.items()]
+
+
+def _smaller(whole: Tensor, own: Tensor | None) -> Tensor:
+    return whole if own is None or own.numel() > whole.numel() else own

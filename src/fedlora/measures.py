@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.linalg import scaled, total
-from fedlora.method import mean
+from fedlora.method import Method, mean
 from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
 from fedlora.types import Factors, Layer, Tree, Upload
 
@@ -33,7 +33,7 @@ def errors(
             continue
         parts = [part for part in rules if rules[part] == rule]
         ends = {
-            part: [{**before[part], **kept[u.turn.client].get(part, {}), **u.tree[part]} for u in uploads]
+            part: [_end(rule, before[part], kept[u.turn.client].get(part, {}), u, part) for u in uploads]
             for part in parts
         }
         after = {part: served.shared[part] for part in parts}
@@ -45,6 +45,11 @@ def errors(
     return {part: {**found[part], **served.notes.get(part, {})} for part in found}
 
 
+def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) -> Layer:
+    """A client's trained leaves, and the frozen ones at its own budget."""
+    return {**rule.adapter.leading(before, upload.turn.rank), **kept, **upload.tree[part]}
+
+
 def _fold_shapes(served: Served, part: str) -> Layer:
     return {f"{i}{side}": x for i, f in enumerate(served.folds.get(part, ())) for side, x in zip("UV", f)}
 
@@ -54,6 +59,8 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
     clients = _clients([ends[part] for part in group])
     plain = [rule.adapter.delta(client) for client in clients]
     same = all(f.U is plain[0].U for f in plain)  # then the weight goes into V, and the sum stays as narrow as one
+    if not same:  # in float64 before anything is scaled: the drift is a small difference of these sums
+        plain = [Factors(f.U.double(), f.V.double()) for f in plain]
     deltas = [Factors(f.U, w * f.V) if same else scaled(f, w) for f, w in zip(plain, weights)]
     candidates: dict[str, Factors] = {}
     if not rule.personal:

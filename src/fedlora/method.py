@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fedlora.adapters import Adapter, Heads, LoRA, VeRA
+from fedlora.products import Term
 from fedlora.types import Layer, Outcome, Tree, Turn, Upload, Work
 
 
@@ -70,6 +72,11 @@ class Method:
         return {part: self.combine(shared[part], uploads[part]) for part in shared}
 
 
+def terms(adapter: Adapter, uploads: Sequence[Upload]) -> list[Term]:
+    """The exact mean ``Σ w_k ΔW_k``, each client's scale inside, as a sum of products."""
+    return [adapter.term(u.layer, u.weight) for u in uploads]
+
+
 def pick(layer: Layer, leaves: frozenset[str] | set[str]) -> Layer:
     """The named leaves of a layer, in one order for all."""
     return {leaf: layer[leaf] for leaf in sorted(leaves)}
@@ -89,9 +96,17 @@ def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
                 f"cannot average leaf {leaf!r}: clients sent shapes {shapes}, and averaging needs one shape for all; "
                 "give every client the same rank or take a method that allows any rank (see `fedlora methods`)."
             )
-        weights = sum(w for w, _ in sent)
-        averaged[leaf] = sum(((w / weights) * value for w, value in sent[1:]), (sent[0][0] / weights) * sent[0][1])
+        averaged[leaf] = weighted([w for w, _ in sent], [value for _, value in sent])
     return averaged
 
 
-__all__ = ["Adapter", "Heads", "LoRA", "Method", "VeRA", "mean", "pick"]
+def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """``Σ w_k x_k / Σ w_k`` in one pass over the values."""
+    shares = [w / sum(weights) for w in weights]
+    found = shares[0] * values[0]
+    for share, value in zip(shares[1:], values[1:], strict=True):
+        found = torch.add(found, value, alpha=share)
+    return found
+
+
+__all__ = ["Adapter", "Heads", "LoRA", "Method", "VeRA", "mean", "pick", "terms", "weighted"]

@@ -14,6 +14,7 @@ from fedlora.method import Method, pick
 from fedlora.types import Factors, Layer, Outcome, Tree, Turn, Upload, Work
 
 Rules = Mapping[str, Method]
+SMALL = 2**17  # numbers; weights are stacked up to this size together: for larger ones, copies cost more than calls
 
 
 class Received(NamedTuple):
@@ -54,7 +55,12 @@ def client_turn(rules: Rules, shared: Tree, kept: Tree, turn: Turn, trainer: Tra
 
 def received(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:
     """What a client holds before training: also the model it is evaluated with."""
-    return {part: rule.receive(shared[part], kept.get(part, {}), turn) for part, rule in rules.items()}
+    return {part: public(rule.receive(shared[part], kept.get(part, {}), turn)) for part, rule in rules.items()}
+
+
+def public(layer: Layer) -> Layer:
+    """The leaves of the weight itself; names that begin with ``_`` are a party's own notes and never reach a model."""
+    return {leaf: x for leaf, x in layer.items() if not leaf.startswith("_")}
 
 
 def server_turn(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Served:
@@ -84,7 +90,11 @@ def shares(rule: Method, examples: Sequence[int]) -> list[float]:
 def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Received]) -> dict[str, Outcome]:
     weights = shares(rule, [upload.examples for upload in uploads])
     moving = {part: pick(shared[part], rule.adapter.trainable & set(shared[part])) for part in parts}
-    groups = alike(parts, lambda part: [moving[part], *(upload.tree[part] for upload in uploads)])
+    groups = [
+        some
+        for group in alike(parts, lambda part: [moving[part], *(upload.tree[part] for upload in uploads)])
+        for some in _batches(group, sum(x.numel() for x in moving[group[0]].values()))
+    ]
     start = {group[0]: stacked([moving[part] for part in group]) for group in groups}
     arrived = {
         group[0]: [
@@ -108,8 +118,15 @@ def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> lis
     return list(groups.values())
 
 
+def _batches(group: list[str], numbers: int) -> list[list[str]]:
+    most = max(1, SMALL // max(1, numbers))
+    return [group[i : i + most] for i in range(0, len(group), most)]
+
+
 def stacked(layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Leaves of several parts as one, with the part as the first dimension; no copies of a leaf common to all."""
+    if len(layers) == 1:
+        return {leaf: x[None] for leaf, x in layers[0].items()}
     return {
         leaf: x.expand(len(layers), *x.shape)
         if all(layer[leaf] is x for layer in layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora import methods
-from fedlora.adapters import Dense, Heads, LoRA, VeRA
+from fedlora.adapters import Dense, DualLoRA, Heads, LoRA, LoRASB, VeRA
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
@@ -22,8 +22,11 @@ HEAD = "head"
 ADAPTERS = {
     LoRA: [LoRA(2, 3.0), LoRA(3, 5.0, use_rslora=True)],
     VeRA: [VeRA(4)],
+    LoRASB: [LoRASB(3), LoRASB(None, 1)],
+    DualLoRA: [DualLoRA(2, 3.0), DualLoRA(3, 5.0, use_rslora=True)],
     Heads: [Heads(2, 2, basis=b) for b in ("gram_schmidt", "normal", "constant", "shared_subspace")],
 }
+OPTIONS = {bool: (True, False), int | None: (None, 1), int: (0, 2)}  # what is tried of an option of these types
 Weights = Mapping[str, Tensor]
 
 
@@ -35,7 +38,7 @@ def variants(kind: type[Method]) -> Iterator[Method]:
     start = kind(adapter=ADAPTERS[kind.adapters[0]][0])
     for f in fields(kind):
         values = typing.get_args(hints[f.name]) if typing.get_origin(hints[f.name]) is typing.Literal else ()
-        values = (True, False) if hints[f.name] is bool else values
+        values = OPTIONS.get(hints[f.name], values)
         for value in values:
             if value != getattr(start, f.name):
                 yield replace(start, **{f.name: value})

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedlora.products import Term
 from fedlora.types import Factors, Layer
 
 
@@ -55,8 +56,12 @@ class Adapter(ABC):
         U, V = self.delta(layer)
         return (x @ V.mT) @ U.mT
 
+    def term(self, layer: Layer, weight: float) -> Term:
+        """``weight · ΔW``, one client's share of a sum."""
+        return Term(weight, *self.delta(layer))
+
     def leading(self, layer: Layer, rank: int) -> Layer:
-        """The part of ``layer`` that a client of smaller budget holds."""
+        """The part of ``layer`` that a client of smaller budget holds; its update is that part of the update."""
         return layer
 
 

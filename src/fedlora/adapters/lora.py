@@ -7,9 +7,11 @@ Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. 20
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from fedlora.adapters.base import Adapter, generator, uniform
-from fedlora.types import Factors
+from fedlora.products import Term
+from fedlora.types import Factors, Layer
 
 
 @dataclass(frozen=True)
@@ -55,5 +57,24 @@ class LoRA(Adapter):
         A, B = layer["A"], layer["B"]
         return ((x @ A.mT) @ B.mT) * self.scale(A.shape[-2])
 
+    def term(self, layer, weight):
+        return Term(weight * self.scale(layer["A"].shape[-2]), layer["B"], layer["A"])
+
+    def split(self, f: Factors) -> Layer:
+        """The leaves whose update is ``f``: the inverse of ``delta``."""
+        return {"A": f.V, "B": f.U / self.scale(f.V.shape[-2])}
+
     def leading(self, layer, rank):
-        return {"A": layer["A"][..., :rank, :], "B": layer["B"][..., :rank]}
+        own = layer["A"].shape[-2]
+        if rank == own:
+            return layer
+        # Each rank has a scale of its own, and the update is what must stay.
+        B = layer["B"][..., :rank] * (self.scale(own) / self.scale(rank))
+        return {**layer, "A": layer["A"][..., :rank, :], "B": B}
+
+    def padded(self, layer: Layer, rank: int) -> Layer:
+        """The same update at a larger rank, with zeros."""
+        A, B = layer["A"], layer["B"]
+        more = rank - A.shape[-2]
+        wider = functional.pad(B * (self.scale(A.shape[-2]) / self.scale(rank)), (0, more))
+        return {**layer, "A": functional.pad(A, (0, 0, 0, more)), "B": wider}

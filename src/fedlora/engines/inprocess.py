@@ -89,7 +89,8 @@ class InProcess:
             cohort = f.clients.cohort(number, f.seed)
             uploads, losses = [], {}
             for client in cohort:
-                channel.deliver(number, client, shared, folds)
+                held = received(f.rules, shared, kept.get(client, {}), f.turn(number, client))
+                channel.deliver(number, client, shared, folds, held)
                 sent, kept[client], losses[client], moments[client] = self._turn(
                     f, number, client, shared, kept.get(client, {}), moments.get(client)
                 )

@@ -129,8 +129,8 @@ def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tenso
     """The authors' way: 200 AdamW steps at 1e-2 from ones, on the error relative to ``‖W*‖²``, without decay."""
     L, K = (1 if whole_model else len(grams.B)), len(w)
     p, q = (torch.ones(L, K, dtype=w.dtype, device=w.device, requires_grad=True) for _ in "pq")
-    _, b_target = normal(grams.B, grams.A, w.expand(len(grams.B), -1), w)
-    scale = (b_target @ w).clamp_min(torch.finfo(w.dtype).tiny)  # ‖W*‖² a weight
+    target = torch.einsum("k,j,...kjab,...jkba->...", w, w, grams.B, grams.A)  # ‖W*‖² a weight
+    scale = torch.where(target > 0, target, torch.ones_like(target))
     optimizer = torch.optim.AdamW([p, q], lr=1e-2, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(200):

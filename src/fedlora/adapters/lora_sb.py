@@ -1,0 +1,74 @@
+"""LoRA-SB: a small square core between two frozen, orthonormal factors.
+
+Ponkshe et al. Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank
+Fine-Tuning. 2024. https://arxiv.org/abs/2411.19557
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapters.base import Adapter, generator
+from fedlora.products import exact
+from fedlora.types import Factors, Layer
+
+
+@dataclass(frozen=True)
+class LoRASB(Adapter):
+    """``ΔW = B R A`` with ``A (r n)`` and ``B (m r)`` frozen and orthonormal; only ``R (r r)`` is trained, from 0.
+
+    ``core_rank`` None: as many trainable numbers as a LoRA of rank ``lora_rank`` has, ``r = ⌊√((m + n) lora_rank)⌋``,
+    and at most ``min(m, n)``.
+    """
+
+    core_rank: int | None = None
+    lora_rank: int = 8
+
+    def __post_init__(self):
+        for key in ("core_rank", "lora_rank"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
+
+    @property
+    def inputs(self):
+        return frozenset()
+
+    @property
+    def outputs(self):
+        return frozenset({"R"})
+
+    @property
+    def budget(self):
+        return self.core_rank or self.lora_rank
+
+    @classmethod
+    def like(cls, other):
+        return other if isinstance(other, cls) else cls(lora_rank=getattr(other, "rank", 8))
+
+    def size(self, m: int, n: int) -> int:
+        """``r``: the side of the core."""
+        if self.core_rank is not None and self.core_rank > min(m, n):
+            raise ValueError(
+                f"adapter.core_rank is {self.core_rank}, more than {min(m, n)}, the smaller side of a weight of "
+                f"{m} x {n}; lower it."
+            )
+        return self.core_rank or min(m, n, int(((m + n) * self.lora_rank) ** 0.5))
+
+    def init(self, m, n, seed):
+        r, draws = self.size(m, n), generator(seed)
+        A = torch.linalg.qr(torch.randn(n, r, generator=draws)).Q.mT.contiguous()
+        B = torch.linalg.qr(torch.randn(m, r, generator=draws)).Q
+        return {"A": A, "B": B, "R": torch.zeros(r, r)}
+
+    def split(self, f: Factors) -> Layer:
+        """Leaves around an update that is known: its leading singular vectors outside, its values in the core."""
+        m, n = f.U.shape[-2], f.V.shape[-1]
+        P, S, Q = exact(f, self.size(m, n))
+        return {"A": Q.mT.contiguous(), "B": P, "R": torch.diag_embed(S)}
+
+    def delta(self, layer):
+        return Factors(layer["B"], layer["R"] @ layer["A"])
+
+    def forward(self, x, layer):
+        return ((x @ layer["A"].mT) @ layer["R"].mT) @ layer["B"].mT

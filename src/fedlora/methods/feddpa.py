@@ -1,0 +1,28 @@
+"""FedDPA: a shared and a personal adapter side by side.
+
+Yang et al. Dual-Personalizing Adapter for Federated Foundation Models. NeurIPS 2024. https://arxiv.org/abs/2403.19211
+"""
+
+from dataclasses import dataclass, field
+
+from fedlora.adapters import Adapter, DualLoRA
+from fedlora.method import Method, pick
+
+
+@dataclass(frozen=True)
+class FedDPA(Method):
+    """``A = Σ w_k A_k``, ``B = Σ w_k B_k`` for all; a second pair and the classifier stay with client k.
+
+    Both pairs are trained together and both act in evaluation; the paper's choice of their shares for each input is
+    not part of it. There is no global model: every client is measured with both pairs.
+    """
+
+    adapter: Adapter = field(default_factory=DualLoRA)
+
+    title = "FedDPA"
+    adapters = (DualLoRA,)
+    personal = True
+    shares_head = False
+
+    def send(self, work, turn):
+        return pick(work.end, self.adapter.trainable - self.adapter.own)

@@ -1,0 +1,42 @@
+"""FedEx-LoRA: average ``A`` and ``B``, and fold what that misses into the base.
+
+Singhal et al. FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models.
+ACL 2025. https://arxiv.org/abs/2410.09432
+"""
+
+from dataclasses import dataclass
+
+from fedlora.adapters import LoRA
+from fedlora.method import Method, mean
+from fedlora.products import best, stacked
+from fedlora.types import Outcome
+
+
+@dataclass(frozen=True)
+class FedExLoRA(Method):
+    """``W += s Σ w_k (B_k − B̄)(A_k − Ā)``, which is ``s (Σ w_k B_k A_k − B̄ Ā)``, as factors of rank ``K r``.
+
+    Written with centred factors the residual is no difference of large products. ``residual_rank`` folds only its
+    best part of that rank (None: all of it, exact), and what goes down is that small.
+    """
+
+    residual_rank: int | None = None
+
+    title = "FedEx-LoRA"
+    adapters = (LoRA,)
+    sums = False
+
+    def __post_init__(self):
+        if self.residual_rank is not None and self.residual_rank < 1:
+            raise ValueError(f"method.residual_rank is {self.residual_rank}; it must be at least 1, or left out.")
+
+    @property
+    def exact(self):
+        return self.residual_rank is None
+
+    def combine(self, shared, uploads):
+        averaged = mean(uploads)
+        centred = [{leaf: u.layer[leaf] - averaged[leaf] for leaf in "AB"} for u in uploads]
+        residual = [self.adapter.term(layer, u.weight) for layer, u in zip(centred, uploads)]
+        fold = stacked(residual) if self.residual_rank is None else best(residual, self.residual_rank).factors()
+        return Outcome({**shared, **averaged}, fold=(fold,))

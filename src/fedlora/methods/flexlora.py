@@ -1,0 +1,35 @@
+"""FlexLoRA: average the products, and serve each client the best approximation of the mean at its own rank.
+
+Bai et al. Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources.
+NeurIPS 2024. https://arxiv.org/abs/2402.11505
+"""
+
+from dataclasses import dataclass
+
+from fedlora.adapters import LoRA
+from fedlora.method import Method, mean, terms
+from fedlora.products import best
+from fedlora.types import Outcome
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Method):
+    """``W* = Σ w_k s_k B_k A_k = P S Qᵀ``; client k receives ``s_k B = P_r √S_r`` and ``A = √S_r Q_rᵀ`` at ``r = r_k``.
+
+    The singular triples come in falling order, so a client's share is the leading part of what the server holds.
+    """
+
+    title = "FlexLoRA"
+    adapters = (LoRA,)
+    any_rank = True
+    sums = False
+
+    def receive(self, shared, kept, turn):
+        return self.adapter.leading({**shared, **kept}, turn.rank)
+
+    def combine(self, shared, uploads):
+        rank = shared["A"].shape[-2]
+        alike = len({u.layer["A"].shape for u in uploads}) == 1
+        start = mean(uploads)["A"].mT if alike else None
+        found = best(terms(self.adapter, uploads), rank, start).factors()
+        return Outcome({**shared, **self.adapter.padded(self.adapter.split(found), rank)})

@@ -1,0 +1,35 @@
+"""FLoRA: stack the clients' factors, fold the stack into the base, start afresh.
+
+Wang et al. FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations. NeurIPS 2024.
+https://arxiv.org/abs/2409.05976
+"""
+
+from dataclasses import dataclass
+
+from fedlora.adapters import LoRA
+from fedlora.method import Method, terms
+from fedlora.products import stacked
+from fedlora.types import Outcome
+
+
+@dataclass(frozen=True)
+class FLoRA(Method):
+    """``W += [w_1 s_1 B_1 … w_K s_K B_K] [A_1; …; A_K] = Σ w_k s_k B_k A_k``, whatever the ranks.
+
+    The weight stands on one side only, and each client's own scale goes with it. Every turn starts from a fresh draw
+    (``B = 0``), and what goes down is the stack: its rank is the sum of the cohort's.
+    """
+
+    title = "FLoRA"
+    adapters = (LoRA,)
+    exact = True
+    any_rank = True
+    sums = False
+
+    def receive(self, shared, kept, turn):
+        m, n = shared["B"].shape[-2], shared["A"].shape[-1]
+        fresh = {leaf: x.to(shared[leaf]) for leaf, x in self.adapter.init(m, n, turn.seed).items()}
+        return self.adapter.leading(fresh, turn.rank)
+
+    def combine(self, shared, uploads):
+        return Outcome(shared, fold=(stacked(terms(self.adapter, uploads)),))

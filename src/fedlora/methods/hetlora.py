@@ -1,0 +1,70 @@
+"""HetLoRA: clients of different ranks, padded with zeros and weighted by the size of their updates.
+
+Cho et al. Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models. EMNLP 2024.
+https://arxiv.org/abs/2401.06432
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapters import LoRA
+from fedlora.linalg import norm
+from fedlora.method import Method
+from fedlora.types import Outcome
+
+RANK = "_rank"  # what a client has pruned itself down to
+
+
+@dataclass(frozen=True)
+class HetLoRA(Method):
+    """``A = Σ p_k pad(A_k)``, ``B = Σ p_k pad(B_k)`` with ``p_k ∝ ‖ΔW_k‖_F``; a client starts from the leading ranks.
+
+    ``decay`` γ < 1 lets a client prune itself: ``tail_penalty · ‖A_tail‖ ‖B_tail‖`` is added to its loss, where the
+    tail is what lies beyond ``γ r``, and if the tail has shrunk in training, the client goes on with ``γ r`` ranks.
+    """
+
+    decay: float = 1.0
+    tail_penalty: float = 0.0
+
+    title = "HetLoRA"
+    adapters = (LoRA,)
+    any_rank = True
+    sums = False
+
+    def __post_init__(self):
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"method.decay is {self.decay}; HetLoRA's γ lies above 0 and at most at 1.")
+        if self.tail_penalty < 0:
+            raise ValueError(f"method.tail_penalty is {self.tail_penalty}; it cannot be negative.")
+
+    def receive(self, shared, kept, turn):
+        return self.adapter.leading(shared, int(kept.get(RANK, turn.rank)))
+
+    def penalty(self, layer):
+        return self.tail_penalty * self._tail(layer) if self.decay < 1 and self.tail_penalty else 0.0
+
+    def send(self, work, turn):
+        sent = super().send(work, turn)
+        shrank = self.decay < 1 and bool(self._tail(work.end) < self._tail(work.start))
+        return self.adapter.leading(sent, self._shorter(sent)) if shrank else sent
+
+    def keep(self, work, sent, turn):
+        return {RANK: torch.tensor(sent["A"].shape[-2])} if self.decay < 1 else {}
+
+    def combine(self, shared, uploads):
+        rank = shared["A"].shape[-2]
+        sizes = torch.stack([norm(self.adapter.delta(u.layer)) for u in uploads])  # k *stack
+        w = sizes.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (sizes.ndim - 1))
+        everything = sizes.sum(0)
+        p = torch.where(everything > 0, sizes / everything.clamp_min(torch.finfo(sizes.dtype).tiny), w)
+        padded = [self.adapter.padded(u.layer, rank) for u in uploads]
+        found = {leaf: sum(q[..., None, None] * layer[leaf] for q, layer in zip(p, padded)) for leaf in "AB"}
+        return Outcome({**shared, **found})
+
+    def _shorter(self, layer):
+        return max(1, int(self.decay * layer["A"].shape[-2]))
+
+    def _tail(self, layer):
+        r = self._shorter(layer)
+        return layer["A"][..., r:, :].norm() * layer["B"][..., r:].norm()

@@ -1,0 +1,64 @@
+"""svd: serve the best factors of the exact mean, in the frame where the clients' optimisers left theirs.
+
+No paper: Eckart and Young's theorem (1936) gives the product, and a gauge chosen near FedIT's means the factors.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedlora.adapters import LoRA
+from fedlora.gauge import anchored, balanced, rotated, swept
+from fedlora.method import Method, mean, terms
+from fedlora.products import Term, best, stacked
+from fedlora.types import Outcome
+
+
+@dataclass(frozen=True)
+class BestRank(Method):
+    """``argmin ‖Σ w_k s_k B_k A_k − s B A‖_F`` at rank r, served as ``T A`` and ``B T⁻¹`` with ``T`` by ``gauge``.
+
+    ``balanced``: ``T = I``, ``√S`` on both sides. ``rotation``: the orthogonal ``T`` that brings both factors nearest
+    to FedIT's means. ``anchor``: ``A'`` is FedIT's ``Ā`` projected on the best row space, and ``B'`` follows.
+    ``sweeps`` > 0 takes the cheap relative instead: alternating least squares on the factors, from FedIT's means; it
+    never leaves their frame. ``fold_rest`` folds what the rank cuts off into the base, which makes a round exact.
+    """
+
+    gauge: Literal["anchor", "rotation", "balanced"] = "anchor"
+    sweeps: int = 0
+    fold_rest: bool = False
+
+    title = "SVD"
+    adapters = (LoRA,)
+    any_rank = True
+    sums = False
+
+    def __post_init__(self):
+        if self.sweeps < 0:
+            raise ValueError(f"method.sweeps is {self.sweeps}; it is 0 for the exact SVD, or a number of sweeps.")
+
+    @property
+    def exact(self):
+        return self.fold_rest
+
+    def receive(self, shared, kept, turn):
+        return self.adapter.leading({**shared, **kept}, turn.rank)
+
+    def combine(self, shared, uploads):
+        rank = shared["A"].shape[-2]
+        s = self.adapter.scale(rank)
+        goal = [Term(t.c / s, t.U, t.V) for t in terms(self.adapter, uploads)]  # B A, without the scale
+        means = mean([u._replace(layer=self.adapter.padded(u.layer, rank)) for u in uploads])
+        A, B = self._served(goal, means, rank)
+        layer = {**shared, "A": A, "B": B}
+        if not self.fold_rest:
+            return Outcome(layer)
+        return Outcome(layer, fold=(stacked([*terms(self.adapter, uploads), Term(-s, B, A)]),))
+
+    def _served(self, goal, means, rank):
+        A, B = means["A"], means["B"]
+        if self.sweeps:
+            return swept(goal, A, B, self.sweeps)
+        found = best(goal, rank, A.mT)
+        if self.gauge == "anchor":
+            return anchored(found, A, B)
+        return rotated(*balanced(found, rank), A, B) if self.gauge == "rotation" else balanced(found, rank)

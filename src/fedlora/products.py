@@ -1,0 +1,163 @@
+"""Sums of many low-rank products, ``W = Σ c_k U_k V_k``, handled product by product.
+
+Nothing here forms an ``m × n`` matrix, and nothing but ``stacked`` copies the factors: each function is one or more
+passes over them, so a sequence that reads its factors from disk as they are asked for needs the memory of one.
+All take leading dimensions (``*stack``), like ``linalg``.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedlora.linalg import core
+from fedlora.types import Factors
+
+OVERSAMPLE = 8  # columns beyond the rank: they make the range finder's error close to the best (Halko et al. 2011)
+POWER = 2  # rounds of the range finder; each is two passes, and none can make the error larger
+EXACT_FLOPS = 5e8  # a QR of the whole stack is taken up to here; beyond, passes over the products are cheaper
+WIDE = 128  # products are taken together up to this inner rank: narrow ones do not keep a processor busy
+HELD = 64 * 2**20  # numbers; a larger sum is put together anew at every pass instead of being held
+
+
+class Term(NamedTuple):
+    """``c U V``: one client's share of a sum. The scalar stays apart, so that no factor is copied to be scaled."""
+
+    c: float
+    U: Float[Tensor, "*stack m r"]
+    V: Float[Tensor, "*stack r n"]
+
+
+class SVD(NamedTuple):
+    """``P diag(S) Qᵀ``: orthonormal columns, and singular values in falling order."""
+
+    P: Float[Tensor, "*stack m p"]
+    S: Float[Tensor, "*stack p"]
+    Q: Float[Tensor, "*stack n p"]
+
+    def factors(self) -> Factors:
+        """``√S`` on both sides."""
+        root = self.S.sqrt()
+        return Factors(self.P * root[..., None, :], root[..., :, None] * self.Q.mT)
+
+
+def stacked(terms: Iterable[Term]) -> Factors:
+    """The sum as one product of stacks, ``[c_1 U_1 … c_K U_K] [V_1; …; V_K]``."""
+    found = list(terms)
+    return Factors(torch.cat([t.c * t.U for t in found], dim=-1), torch.cat([t.V for t in found], dim=-2))
+
+
+def widened(terms: Iterable[Term]) -> Iterator[Term]:
+    """The same sum in fewer, wider terms."""
+    group: list[Term] = []
+    for term in terms:
+        group.append(term)
+        if sum(t.V.shape[-2] for t in group) >= WIDE:
+            yield _joined(group)
+            group = []
+    if group:
+        yield _joined(group)
+
+
+def _joined(group: Sequence[Term]) -> Term:
+    return group[0] if len(group) == 1 else Term(1.0, *stacked(group))
+
+
+def applied(terms: Iterable[Term], X: Float[Tensor, "*stack n p"]) -> Float[Tensor, "*stack m p"]:
+    """``W X``, one pass."""
+    return _sum(t.U @ (t.c * (t.V @ X)) for t in terms)
+
+
+def applied_back(terms: Iterable[Term], Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack n p"]:
+    """``Wᵀ Y``, one pass."""
+    return _sum(t.V.mT @ (t.c * (t.U.mT @ Y)) for t in terms)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    rest = iter(terms)
+    found = next(rest)
+    for term in rest:
+        found = found + term
+    return found
+
+
+class _Wide:
+    """Wide terms made at every pass; nothing is held between passes."""
+
+    def __init__(self, terms: Iterable[Term]):
+        self.terms = terms
+
+    def __iter__(self) -> Iterator[Term]:
+        return widened(self.terms)
+
+
+def held(terms: Sequence[Term]) -> Iterable[Term]:
+    """Wide terms for several passes: put together once where there is room for a copy, and at each pass otherwise."""
+    first = terms[0]
+    size = len(terms) * (first.U.numel() + first.V.numel())
+    return list(widened(terms)) if size <= HELD else _Wide(terms)
+
+
+def best(terms: Sequence[Term], rank: int, start: Float[Tensor, "*stack n r"] | None = None) -> SVD:
+    """The leading ``rank`` singular triples of ``W``: exact where the stack is small, else by ``ranged``.
+
+    ``start`` holds directions that the range finder begins with; FedIT's ``Āᵀ`` makes its result at least as near
+    to ``W`` as FedIT's own product, whatever else it finds.
+    """
+    m, n, R = terms[0].U.shape[-2], terms[0].V.shape[-1], sum(t.V.shape[-2] for t in terms)
+    flops = 4 * (m + n) * R * (min(R, m) + min(R, n))
+    small = flops <= EXACT_FLOPS or 2 * (rank + OVERSAMPLE) >= R
+    return exact(stacked(terms), rank) if small else ranged(terms, rank, start)
+
+
+def exact(f: Factors, rank: int) -> SVD:
+    """Two QR factorisations and a small SVD (Eckart and Young 1936)."""
+    Qu, C, Qv = core(f)
+    P, S, Qt = torch.linalg.svd(C, full_matrices=False)
+    return SVD(Qu @ P[..., :, :rank], S[..., :rank], Qv @ Qt[..., :rank, :].mT)
+
+
+def ranged(terms: Sequence[Term], rank: int, start: Tensor | None = None, power: int = POWER, seed: int = 0) -> SVD:
+    """The range finder with subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+
+    The error is that of the best approximation whose columns lie in the subspace found, which shrinks with every
+    round of ``power``. Draws come from ``seed``.
+    """
+    V, wide = terms[0].V, held(terms)
+    m, n = terms[0].U.shape[-2], V.shape[-1]
+    more = rank + OVERSAMPLE if start is None else OVERSAMPLE
+    draws = torch.randn(n, more, generator=torch.Generator().manual_seed(seed)).to(V)
+    X = draws.expand(*V.shape[:-2], n, more)
+    # Directions of one length each, or the drawn ones would drown what is known, or be drowned by it.
+    X = X if start is None else torch.cat([torch.nn.functional.normalize(start, dim=-2), X / n**0.5], dim=-1)
+    X = X[..., : min(m, n)]
+    for _ in range(power):
+        Y = orthonormal(applied(wide, X))
+        X = applied_back(wide, Y)  # Yᵀ W, transposed: both the next start and the core
+    S, E = _gram_basis(X)
+    Q = X.double() @ (E / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None, :])
+    return SVD((Y.double() @ E)[..., :rank].to(X.dtype), S[..., :rank].to(X.dtype), Q[..., :rank].to(X.dtype))
+
+
+def orthonormal(Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack m p"]:
+    """Orthonormal columns that span ``Y``'s, and zeros for what it lacks; several times faster than a tall QR."""
+    S, E = _gram_basis(Y)
+    tiny = torch.finfo(S.dtype).tiny
+    there = S / S[..., :1].clamp_min(tiny) > torch.finfo(Y.dtype).eps
+    scale = torch.where(there, 1 / S.clamp_min(tiny), torch.zeros_like(S))
+    return (Y.double() @ (E * scale[..., None, :])).to(Y.dtype)
+
+
+def _gram_basis(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values (falling) and right singular vectors of a tall ``X``, from its Gram matrix in float64."""
+    tall = X.double()
+    values, vectors = torch.linalg.eigh(tall.mT @ tall)
+    return values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+
+
+def squared_norm(terms: Sequence[Term]) -> Float[Tensor, "*stack"]:
+    """``‖W‖²_F``, from the core of the stack."""
+    found: Tensor = torch.linalg.matrix_norm(core(stacked(terms)).C).square()
+    return found
