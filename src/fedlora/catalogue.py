@@ -8,6 +8,7 @@ from typing import Any
 from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.channel import Channel
+from fedlora.folds import FoldLog
 from fedlora.method import Method
 from fedlora.rounds import Received, client_turn, server_turn
 from fedlora.types import Tree, Turn
@@ -46,12 +47,12 @@ def traffic(kind: type[Method]) -> dict[str, float]:
     shared: Tree = {"weight": method.adapter.init(m, n, 0)}
     channel = Channel(shared, frozenset())
     kept: dict[int, Tree] = {}
-    folds: list[Any] = []
+    log = FoldLog()
     for round in range(ROUNDS + 1):  # what the last round made goes down in one more
         turns = [Turn(round, client, method.adapter.budget, seed=client) for client in range(2)]
         uploads = []
         for turn in turns:
-            channel.deliver(round, turn.client, shared, folds)
+            channel.deliver(round, turn.client, shared, log)
             if round == ROUNDS:
                 continue
             sent, kept[turn.client] = client_turn(rules, shared, kept.get(turn.client, {}), turn, _Moves())
@@ -59,7 +60,8 @@ def traffic(kind: type[Method]) -> dict[str, float]:
             uploads.append(Received(turn, 1, sent))
         served = server_turn(rules, shared, uploads)
         shared = served.shared
-        folds += [served.folds] if served.folds else []
+        if served.folds:
+            log.append(served.folds)
     return {d: channel.ledger.bytes(d) / (2 * ROUNDS) for d in ("up", "down")}
 
 

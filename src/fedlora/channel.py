@@ -1,13 +1,14 @@
 """What crosses the wire, and the book of it. A leaf that the receiver holds already costs nothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fedlora.folds import FoldLog
 from fedlora.rounds import public
-from fedlora.types import Factors, Tree
+from fedlora.types import Tree
 
 Kind = Literal["adapter", "head", "fold"]
 
@@ -61,10 +62,10 @@ class Channel:
         round: int,
         client: int,
         shared: Tree,
-        folds: Sequence[Mapping[str, Sequence[Factors]]],
+        log: FoldLog,
         held: Tree | None = None,
     ) -> None:
-        """The server's tree, and the folds since this client was last seen.
+        """The server's tree, and the folds since this client was last seen, as few numbers as they come to.
 
         ``held`` is what the client makes of it: a leaf that it holds at a smaller rank is sent at that rank.
         """
@@ -76,10 +77,14 @@ class Channel:
             (self._kind(part), _smaller(shared[part][leaf], (held or {}).get(part, {}).get(leaf))) for part, leaf in new
         )
         self._write(round, client, "down", sent)
-        missed = folds[self._folds_seen.get(client, 0) :]
-        self._folds_seen[client] = len(folds)
-        factors = (side for fold in missed for layers in fold.values() for f in layers for side in f)
+        missed = log.missed(self._folds_seen.get(client, 0))
+        self._folds_seen[client] = len(log)
+        factors = (side for layers in missed.values() for f in layers for side in f)
         self._write(round, client, "down", (("fold", side) for side in factors))
+
+    def held_by_all(self, clients: int) -> int:
+        """How many folds each of so many clients holds."""
+        return min(self._folds_seen.get(client, 0) for client in range(clients))
 
     def collect(self, round: int, client: int, sent: Tree) -> None:
         """A client's upload."""

@@ -40,6 +40,7 @@ class ModelTable:
     name: str  # a hub id or a local folder
     targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
+    overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
 
 Table = dict[str, Any]
@@ -71,7 +72,9 @@ class Config:
         if training.gradient_checkpointing:
             checkpoint_activations(network)
         precision = typing.cast(Any, training.precision)
-        model = Model.attach(network, self.method.adapter, self.model.targets, self.model.head, precision, device)
+        model = Model.attach(
+            network, self.method.adapter, self.model.targets, self.model.head, precision, device, self.model.overlay
+        )
         rules = model.rules(self.method, self.head_rule)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(

@@ -43,6 +43,18 @@ def scaled(f: Factors, c: float) -> Factors:
     return Factors(c * f.U, f.V)
 
 
+def compacted(f: Factors) -> Factors:
+    """The same product at rank ``min(m, n)`` at most: beyond it, factors would be larger than they need to be."""
+    m, n = f.U.shape[-2], f.V.shape[-1]
+    if f.V.shape[-2] <= min(m, n):
+        return f
+    if m <= n:
+        Q, R = torch.linalg.qr(f.U)
+        return Factors(Q, R @ f.V)
+    Q, R = torch.linalg.qr(f.V.mT)
+    return Factors(f.U @ R.mT, Q.mT)
+
+
 class Core(NamedTuple):
     """A product in orthonormal coordinates: ``U V = Qu C Qvᵀ``, so norms and singular values are those of ``C``."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Adapter, Dense
+from fedlora.linalg import compacted, total
 from fedlora.method import Method
 from fedlora.rounds import Rules
 from fedlora.seeds import derived
@@ -30,9 +31,11 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
         self.leaves = nn.ParameterDict()
+        self.overlay: Factors | None = None  # folds that the base weight itself cannot take
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.adapter.forward(x, self.leaves)
+        y = self.base(x) + self.adapter.forward(x, self.leaves)
+        return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,20 @@ class Part:
 
 
 class Model:
-    """Attach once; then ``load``, ``read``, ``fold`` and ``gradient`` are the only ways in and out."""
+    """Attach once; then ``load``, ``read``, ``fold``, ``unfold`` and ``gradient`` are the only ways in and out."""
 
-    def __init__(self, network: nn.Module, parts: Mapping[str, Part], precision: Precision, device: torch.device):
+    def __init__(
+        self,
+        network: nn.Module,
+        parts: Mapping[str, Part],
+        precision: Precision,
+        device: torch.device,
+        overlay: bool | None = None,
+    ):
         self.network, self.parts, self.precision, self.device = network, parts, precision, device
+        # Rounded to bfloat16, a weight would lose most of an update that is small beside it, and autocast rounds too.
+        self.overlay = precision != "float32" if overlay is None else overlay
+        self._pretrained: dict[str, Tensor] = {}  # base weights that folds have changed, as they were
         self._initial = {p: _copies(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
         self.folded = 0  # how often the base has changed
         self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that no training moves, as last loaded
@@ -69,10 +82,13 @@ class Model:
         head: Sequence[str] | None = None,
         precision: Precision = "float32",
         device: str | torch.device = "cpu",
+        overlay: bool | None = None,
     ) -> "Model":
         """Freezes ``network``, wraps the target weights and frees the head.
 
-        ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision.
+        ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision. ``overlay``
+        keeps folds beside the base weights instead of in them, for a base that is quantised or shared with others;
+        None: where the weights are multiplied in bfloat16.
         Raises ``ValueError`` where a pattern matches nothing, or a weight is named as both.
         """
         chosen, whole = adapted(network, targets), trained_in_full(network, head)
@@ -87,7 +103,7 @@ class Model:
         parts = {path: Part(_wrap(network, path, module, adapter), adapter) for path, module in chosen.items()}
         parts |= {path: Part(module, Dense(_names(module))) for path, module in whole.items()}
         network.to(device)
-        return cls(network, parts, precision, torch.device(device))
+        return cls(network, parts, precision, torch.device(device), overlay)
 
     def rules(self, method: Method, heads: Callable[[Dense], Method]) -> Rules:
         """The run's method for adapted weights; ``heads(dense)`` makes the rule of a part trained in full."""
@@ -145,15 +161,30 @@ class Model:
 
     @torch.no_grad()
     def fold(self, folds: Mapping[str, Sequence[Factors]]) -> None:
-        """Adds updates to base weights, for good; orientation was settled at attachment."""
+        """Adds updates to base weights, or to their overlays; orientation was settled at attachment."""
         self.folded += 1
         for path, factors in folds.items():
             module = self.parts[path].module
             if not isinstance(module, Adapted):
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
-            for U, V in factors:
-                delta = (U.to(self.device) @ V.to(self.device)).to(module.base.weight.dtype)
-                module.base.weight += delta.mT if isinstance(module.base, Conv1D) else delta
+            update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
+            weight = module.base.weight
+            if self.overlay or not weight.is_floating_point():
+                module.overlay = compacted(total([module.overlay, update]) if module.overlay else update)
+                continue
+            self._pretrained.setdefault(path, weight.detach().clone())
+            delta = update.dense().to(weight.dtype)
+            weight += delta.mT if isinstance(module.base, Conv1D) else delta
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """The pretrained base again, bit for bit."""
+        self.folded += 1
+        for path, part in self.parts.items():
+            if isinstance(part.module, Adapted):
+                part.module.overlay = None
+                if path in self._pretrained:
+                    part.module.base.weight.copy_(self._pretrained.pop(path))
 
     def gradient(self, loss: Callable[[nn.Module], Tensor]) -> Tree:
         """The loss' gradient at the loaded leaves, zero where a leaf has no influence."""

@@ -37,7 +37,8 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
     """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
 
     ``out`` is a new folder: ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line a round, as it
-    happens), ``summary.json``, ``shared.safetensors`` and ``clients/K.safetensors``. Raises ``ConfigError`` for a
+    happens), ``summary.json``, ``shared.safetensors``,
+    ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written.
     """
     folder = None if out is None else _fresh(Path(out).expanduser())
@@ -66,6 +67,8 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
     summary = summarise(config, records, interrupted, time.perf_counter() - began)
     if folder is not None:
         save_tree(folder / "shared.safetensors", shared)
+        if last and len(last.folds):
+            save_tree(folder / "folds.safetensors", {p: f._asdict() for p, f in last.folds.everything().items()})
         for client, tree in kept.items():
             if any(tree.values()):
                 save_tree(folder / "clients" / f"{client}.safetensors", tree)

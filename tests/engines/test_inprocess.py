@@ -27,6 +27,13 @@ def config(*overrides: str):
     return build(overridden(TABLE, list(overrides)))
 
 
+ADAPTERS = {
+    "ravan": ["adapter={name = 'heads', heads = 2, head_rank = 4}"],
+    "fed-sb": ["adapter={name = 'lora-sb', core_rank = 5}"],
+    "feddpa": ["adapter={name = 'dual-lora', rank = 2}"],
+}
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(x, b[p][leaf]) for p in a for leaf, x in a[p].items())
 
@@ -35,7 +42,7 @@ def same(a, b):
 def test_same_config_and_seed_same_bits(name):
     overrides = [
         f"method.name={name}",
-        *(["adapter={name = 'heads', heads = 2, head_rank = 4}"] if name == "ravan" else []),
+        *ADAPTERS.get(name, []),
     ]
     first, second = fedlora.run(config(*overrides)), fedlora.run(config(*overrides))
     assert same(first.shared, second.shared)
@@ -55,6 +62,9 @@ def test_same_config_and_seed_same_bits(name):
         ("fedsa-lora", [LORA // 2] * 2, [0, LORA // 2]),
         ("flora-na", [LORA + HEAD] * 2, [0, LORA + HEAD]),
         ("local", [0, 0], [0, 0]),
+        ("flexlora", [LORA + HEAD] * 2, [0, LORA + HEAD]),
+        ("flora", [LORA + HEAD] * 2, [0, 3 * LORA + HEAD]),  # the stack of three clients goes down
+        ("fedex-lora", [LORA + HEAD] * 2, [0, LORA + 3 * LORA + HEAD]),
     ],
 )
 def test_bytes_against_the_closed_form(name, up, down):

@@ -48,7 +48,15 @@ class DualLoRA(Adapter):
         A, A_own = (uniform((self.rank, n), n**-0.5, draws) for _ in range(2))
         return {"A": A, "A_own": A_own, "B": torch.zeros(m, self.rank), "B_own": torch.zeros(m, self.rank)}
 
+    @property
+    def scale(self) -> float:
+        """``s``, of both pairs."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
     def delta(self, layer):
-        s = self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
         U = torch.cat([layer["B"], layer["B_own"]], dim=-1)
-        return Factors(s * U, torch.cat([layer["A"], layer["A_own"]], dim=-2))
+        return Factors(self.scale * U, torch.cat([layer["A"], layer["A_own"]], dim=-2))
+
+    def forward(self, x, layer):
+        shared, own = ((x @ layer[a].mT) @ layer[b].mT for a, b in (("A", "B"), ("A_own", "B_own")))
+        return (shared + own) * self.scale

@@ -9,6 +9,7 @@ from fedlora.adapters import Dense
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import Clients, Shard
 from fedlora.evaluation import Evaluation, Evaluator, scores_of, summary
+from fedlora.folds import FoldLog
 from fedlora.measures import errors
 from fedlora.method import Method
 from fedlora.model import Model
@@ -16,7 +17,7 @@ from fedlora.rounds import Received, Rules, Served, client_turn, received, serve
 from fedlora.seeds import derived
 from fedlora.tasks.task import Data, Task
 from fedlora.training import LocalTrainer, State, Training
-from fedlora.types import Factors, Tree, Turn
+from fedlora.types import Tree, Turn
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Round:
     number: int  # from 0
     shared: Tree
     kept: Mapping[int, Tree]  # what each client holds for itself
-    folds: Mapping[str, tuple[Factors, ...]]
+    folds: FoldLog  # all of the run so far
     record: Mapping[str, Any]  # JSON-able: losses, scores, errors, bytes, seconds
     ledger: Ledger
 
@@ -82,7 +83,7 @@ class InProcess:
         evaluator = Evaluator(f.model, f.task, f.data.test, f.shards, f.evaluation.batch_size)
         kept: dict[int, Tree] = {}
         moments: dict[int, State | None] = {}
-        folds: list[Mapping[str, tuple[Factors, ...]]] = []
+        log = FoldLog()
         for number in range(f.rounds):
             self._clock = {"train": 0.0, "evaluate": 0.0}
             began = time.perf_counter()
@@ -90,7 +91,7 @@ class InProcess:
             uploads, losses = [], {}
             for client in cohort:
                 held = received(f.rules, shared, kept.get(client, {}), f.turn(number, client))
-                channel.deliver(number, client, shared, folds, held)
+                channel.deliver(number, client, shared, log, held)
                 sent, kept[client], losses[client], moments[client] = self._turn(
                     f, number, client, shared, kept.get(client, {}), moments.get(client)
                 )
@@ -99,7 +100,8 @@ class InProcess:
             before, served = shared, server_turn(f.rules, shared, uploads)
             shared = served.shared
             if served.folds:
-                folds.append(served.folds)
+                log.append(served.folds)
+                log.settle(channel.held_by_all(f.clients.count))
                 f.model.fold(served.folds)
             record: dict[str, Any] = {"round": number + 1, "cohort": cohort, "loss": losses}
             if f.evaluation.measure:
@@ -109,7 +111,7 @@ class InProcess:
             record["bytes"] = _bytes(channel.ledger, number)
             record["seconds"] = {**self._clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number))
-            yield Round(number, shared, dict(kept), served.folds, record, channel.ledger)
+            yield Round(number, shared, dict(kept), log, record, channel.ledger)
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         began = time.perf_counter()
