@@ -25,13 +25,14 @@ LAYERS = [  # imports point down only
         "model",
         "training",
         "state",
+        "peft_folder",
         "channel",
         "folds",
         "measures",
         "evaluation",
     },
     {"engines", "runtime"},
-    {"config", "runs", "comparison", "catalogue", "scaffold", "report", "demo"},
+    {"config", "runs", "comparison", "aggregation", "catalogue", "scaffold", "report", "demo"},
     {"cli", "__main__", "__init__"},
 ]
 OUTSIDE = {"torch", "jaxtyping"}  # what layers 0 to 3 may import beside the standard library

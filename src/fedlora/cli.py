@@ -66,16 +66,13 @@ def compare(
     """Run the same federation under several methods and seeds, and compare them."""
     from fedlora.comparison import compare as execute
     from fedlora.comparison import rows
-    from fedlora.config import ConfigError, overridden, read_table
+    from fedlora.config import overridden, read_table
     from fedlora.report import plots, tables
     from fedlora.report.progress import Cells
 
     table = overridden(read_table(config), override or [])
     labels = [label.strip() for label in methods.split(",") if label.strip()]
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--seeds is {seeds!r}; it should be whole numbers with commas, e.g. 0,1,2.") from error
+    numbers = _numbers(seeds, int, "--seeds", "0,1,2")
     out = out or _numbered(Path("runs") / f"{config.stem}-compare")
     with Cells(len(labels) * len(numbers), table.get("rounds", 20)) as progress:
         cells = execute(table, labels, numbers, out, jobs, progress.watch, progress.done)
@@ -114,6 +111,30 @@ def show(
         _print(as_json, found, lambda: tables.comparison(found["rows"]))
     else:
         _print(as_json, found, lambda: tables.summary(found["summary"], str(folder), found["records"]))
+
+
+@app.command()
+def aggregate(
+    adapters: Annotated[list[Path], typer.Argument(metavar="DIR...", help="PEFT adapter folders.")],
+    out: Annotated[Path, typer.Option(help="The combined adapter: a new folder that PEFT loads.")],
+    method: Annotated[Optional[str], typer.Option(help="[default: svd, or flora with --exact]")] = None,  # noqa: UP045
+    weights: Annotated[Optional[str], typer.Option(help="Shares, e.g. 3,1,1 [default: equal].")] = None,  # noqa: UP045
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Of the result [default: the largest].")] = None,  # noqa: UP045
+    residual: Annotated[Optional[Path], typer.Option(help="A second adapter: what the method folds.")] = None,  # noqa: UP045
+    exact: Annotated[bool, typer.Option(help="One adapter with everything, of the sum of the ranks.")] = False,
+    option: Annotated[Optional[list[str]], typer.Option("-o", help="A setting of the method: key=value.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Combine LoRA adapters that are trained already; no base model is needed."""
+    from fedlora import aggregation
+    from fedlora.report import tables
+
+    name = method or ("flora" if exact else "svd")
+    shares = None if weights is None else _numbers(weights, float, "--weights", "3,1,1")
+    rule = aggregation.method_for(name, option or [])
+    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact)
+    found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
+    _print(as_json, found, lambda: tables.aggregation(found))
 
 
 @app.command()
@@ -167,6 +188,14 @@ def main() -> None:
         text = DISK_FULL if full else str(error)
         _say(f"fedlora: {' '.join(text.split())}")
         sys.exit(2)
+
+
+def _numbers(text: str, kind: type, option: str, example: str) -> list:
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} is {text!r}; it should be {what} with commas, e.g. {example}.") from error
 
 
 def _print(as_json: bool, value, table) -> None:

@@ -33,6 +33,11 @@ class Method:
     sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
 
     @property
+    def whole_model(self) -> bool:
+        """Whether these settings fit all weights together, so that none can be combined alone."""
+        return False
+
+    @property
     def imitation(self) -> bool:
         """Whether these settings repeat published code as it is, so that the laws are not promised."""
         return False

@@ -33,6 +33,19 @@ def load_tree(path: Path) -> Tree:
     return tree
 
 
+def absent(folder: str | Path) -> Path:
+    """A folder that may be written: new or empty. ``ValueError`` where something would be overwritten."""
+    path = Path(folder).expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        path.rmdir()  # only to see that it can be made: nothing is left where the work then fails
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(path)!r}: {error.strerror}; choose another folder.") from error
+    return path
+
+
 def save_json(path: Path, value: Any) -> None:
     """Indented JSON, written whole or not at all."""
     write(path, (json.dumps(value, indent=2) + "\n").encode())

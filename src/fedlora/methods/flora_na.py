@@ -38,6 +38,10 @@ class FLoRANA(Method):
     sums = False  # the server must see every client's factors
 
     @property
+    def whole_model(self):
+        return self.scope == "model"
+
+    @property
     def imitation(self):
         return self.solver == "adam"
 

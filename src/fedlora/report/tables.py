@@ -63,6 +63,25 @@ def _pm(value: Mapping[str, float] | None, digits: int, spread: bool = True) -> 
     return f"{text} ± {value['std']:.{digits}f}" if spread and value["std"] else text
 
 
+def aggregation(found: Mapping[str, Any]) -> None:
+    """What combining finished adapters came to."""
+    table = Table(title=f"{found['adapters']} adapters combined", show_header=False)
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    table.add_row("weights", str(len(found["weights"])))
+    table.add_row("ranks", ", ".join(map(str, found["ranks"])))
+    table.add_row("error against the exact mean", _share(found["error"]))
+    table.add_row("the same, of the averaged factors", _share(found["error_fedit"]))
+    worst = max(found["weights"], key=lambda part: found["weights"][part]["served"])
+    table.add_row(f"largest error, at {worst}", _share(found["weights"][worst]["served"]))
+    table.add_row("folder", found["folder"])
+    _console().print(table)
+
+
+def _share(value: float | None) -> str:
+    return DASH if value is None else f"{value:.2e}"
+
+
 def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str, Any]] = ()) -> None:
     """What one run came to."""
     table = Table(

@@ -1,0 +1,239 @@
+"""Finished adapters, combined: PEFT folders in, a PEFT folder out, weight by weight and without a base model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora import methods
+from fedlora.adapters import LoRA
+from fedlora.config import construct, overridden
+from fedlora.linalg import total, truncated
+from fedlora.method import Method, mean, terms, weighted
+from fedlora.peft_folder import AdapterFolder, save_folder
+from fedlora.products import distances
+from fedlora.state import absent
+from fedlora.types import Layer, Outcome, Turn, Upload, Work
+
+EQUAL = ("base_model_name_or_path", "revision")  # settings that must not differ between adapters
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One weight: what is served, what is left over, and how far what is served lies from the exact mean."""
+
+    layer: Layer
+    rest: Layer | None  # the update that the method folds, as factors of the output's scale
+    alpha: float
+    figures: Mapping[str, float]
+
+
+@dataclass
+class Report:
+    """Relative errors against the exact mean, weight by weight and over all weights."""
+
+    weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    rest_ranks: dict[str, int] = field(default_factory=dict)
+
+    def total(self, name: str) -> float | None:
+        """``√Σ ‖error‖² / √Σ ‖W*‖²`` over all weights."""
+        rows = [row for row in self.weights.values() if name in row]
+        squares = sum(row["norm"] ** 2 for row in rows)
+        return (sum((row[name] * row["norm"]) ** 2 for row in rows) / squares) ** 0.5 if squares else None
+
+    def as_table(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "error": self.total("served"),
+            "error_fedit": self.total("fedit"),
+            "ranks": sorted(set(self.ranks.values())),
+            "residual_ranks": sorted(set(self.rest_ranks.values())),
+            "weights": {part: dict(row) for part, row in self.weights.items()},
+        }
+
+
+def applicable() -> list[str]:
+    """The methods that combine finished LoRAs: those that leave training, and what a client holds, as it is."""
+    return [name for name in methods.names() if _why_not(methods.load(name)) is None]
+
+
+def _why_not(kind: type[Method]) -> str | None:
+    if LoRA not in kind.adapters:
+        return "it trains an adapter of another kind"
+    if kind.personal:
+        return "it leaves every client a model of its own"
+    if "trains" in vars(kind):
+        return "it changes which factors the clients train"
+    return None
+
+
+def method_for(name: str, settings: Sequence[str] = ()) -> Method:
+    """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
+    kind = methods.load(name)
+    why = _why_not(kind)
+    if why:
+        raise ValueError(
+            f"the method {name!r} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
+        )
+    made: Method = construct(kind, "method", overridden({}, settings), skip=("adapter",))
+    return made
+
+
+def aggregate(
+    folders: Sequence[str | Path],
+    method: Method,
+    out: str | Path,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    residual: str | Path | None = None,
+    exact: bool = False,
+) -> Report:
+    """Combines PEFT adapters into one and writes it to ``out``; returns the errors against the exact mean.
+
+    ``weights`` are shares of any sum (None: equal). ``rank`` is the output's (None: the largest there is). What a
+    method folds goes into a second adapter at ``residual``, or with ``exact`` into the same one. Memory is one weight's
+    factors of all adapters, and the output. ``ValueError`` where the adapters do not belong together.
+    """
+    adapters = [AdapterFolder.open(folder) for folder in folders]
+    shares = _shares(weights, len(adapters))
+    _check(adapters)
+    target, second = absent(out), None if residual is None else absent(residual)
+    layers, alphas, rests, report = {}, {}, {}, Report()
+    dtype = adapters[0].dtype if len({a.dtype for a in adapters}) == 1 else torch.float32
+    for part, found in _combined(adapters, method, shares, rank, dtype):
+        alphas[part] = found.alpha
+        layers[part] = _with_rest(found, adapters[0].lora(part)) if exact else found.layer
+        if found.rest is not None:
+            rests[part] = found.rest
+            report.rest_ranks[part] = found.rest["A"].shape[-2]
+        report.weights[part] = found.figures
+        report.ranks[part] = layers[part]["A"].shape[-2]
+    if rests and not exact and second is None:
+        raise ValueError(
+            f"{method.title} leaves a residual of rank {max(report.rest_ranks.values())} that its adapter cannot hold; "
+            "add --residual DIR for a second adapter, or --exact for one adapter of the sum of the ranks."
+        )
+    like, whole = adapters[0].config, _whole(adapters, shares)
+    save_folder(target, like, layers, alphas, whole, dtype)
+    if second is not None and rests:
+        save_folder(second, {**like, "modules_to_save": None}, rests, alphas, dtype=dtype)
+    return report
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if count == 0:
+        raise ValueError("no adapters were named; name at least one folder.")
+    found = list(weights) if weights is not None else [1.0] * count
+    if len(found) != count:
+        raise ValueError(f"there are {len(found)} weights for {count} adapters; give one for each.")
+    if min(found) < 0 or not sum(found) > 0:
+        raise ValueError(f"the weights are {found}; they cannot be negative, and their sum must be above zero.")
+    return [w / sum(found) for w in found]
+
+
+def _check(adapters: Sequence[AdapterFolder]) -> None:
+    """All adapters belong to one base model and adapt the same weights, of the same sizes."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        for key in EQUAL:
+            if first.config.get(key) != other.config.get(key):
+                raise ValueError(
+                    f"the adapters have different base models: {key} is {first.config.get(key)!r} in "
+                    f"{str(first.path)!r} and {other.config.get(key)!r} in {str(other.path)!r}; combine adapters of "
+                    "one model."
+                )
+        odd = sorted(set(first.shapes) ^ set(other.shapes)) or sorted(set(first.whole) ^ set(other.whole))
+        if odd:
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            raise ValueError(
+                f"{str(first.path)!r} and {str(other.path)!r} do not adapt the same weights; only one of them has "
+                f"{', '.join(odd[:3])}{more}."
+            )
+        for part, shape in first.shapes.items():
+            here, there = (" x ".join(map(str, sizes[:2])) for sizes in (shape, other.shapes[part]))
+            if here != there:
+                raise ValueError(
+                    f"{part!r} is {here} in {str(first.path)!r} but {there} in {str(other.path)!r}; combine adapters "
+                    "of one model."
+                )
+
+
+def _combined(
+    adapters: Sequence[AdapterFolder], method: Method, shares: Sequence[float], rank: int | None, dtype: torch.dtype
+) -> Iterator[tuple[str, Combined]]:
+    parts = list(adapters[0].shapes)
+    for group in [parts] if method.whole_model else [[part] for part in parts]:
+        rules = {part: _rule(adapters, method, part, rank) for part in group}
+        uploads = {part: _uploads(adapters, rules[part], part, shares) for part in group}
+        starts = {part: _zeros(rules[part], uploads[part]) for part in group}
+        made = rules[group[0]].combine_all(starts, uploads)
+        for part in group:
+            yield part, _judged(rules[part], uploads[part], made[part], rank, dtype)
+
+
+def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: int | None) -> Method:
+    """The method with the parametrisation that the output has at this weight: the first adapter's scale."""
+    ranks = [a.shapes[part][2] for a in adapters]
+    if not method.any_rank and len(set(ranks)) > 1:
+        able = [name for name in applicable() if methods.load(name).any_rank]
+        raise ValueError(
+            f"the adapters have ranks {sorted(set(ranks))} at {part!r}, and {method.title} needs one rank for "
+            f"all; take one of {', '.join(able)}."
+        )
+    own = adapters[0].lora(part)
+    return replace(method, adapter=replace(own, rank=rank if rank and method.any_rank else max(ranks)))
+
+
+def _uploads(adapters: Sequence[AdapterFolder], rule: Method, part: str, shares: Sequence[float]) -> list[Upload]:
+    """Each adapter's factors of one weight, in the output's scale, and turned or cut where the method sends them so."""
+    lora, found = rule.adapter, []
+    assert isinstance(lora, LoRA)
+    for client, (adapter, share) in enumerate(zip(adapters, shares)):
+        layer, own = adapter.layer(part), adapter.lora(part)
+        ratio = own.scale(own.rank) / lora.scale(own.rank)
+        layer = layer if ratio == 1 else {**layer, "B": ratio * layer["B"]}
+        # Round 1: the first in which a method that aligns with what was received has something to align with.
+        turn = Turn(1, client, own.rank)
+        reference = found[0].layer if found else layer
+        found.append(Upload(turn, share, rule.send(Work(reference, layer, lora.trainable), turn)))
+    return found
+
+
+def _zeros(rule: Method, uploads: Sequence[Upload]) -> Layer:
+    """No factors were served before: a zero update of the output's rank."""
+    A, B, r = uploads[0].layer["A"], uploads[0].layer["B"], rule.adapter.budget
+    return {"A": A.new_zeros(r, A.shape[-1]), "B": B.new_zeros(B.shape[-2], r)}
+
+
+def _judged(rule: Method, uploads: Sequence[Upload], made: Outcome, rank: int | None, dtype: torch.dtype) -> Combined:
+    lora = rule.adapter
+    assert isinstance(lora, LoRA)
+    layer = {leaf: made.layer[leaf] for leaf in "AB"}
+    if rank is not None and layer["A"].shape[-2] > rank:
+        layer = lora.split(truncated(lora.delta(layer), rank))
+    layer = {leaf: x.to(dtype).float() for leaf, x in layer.items()}  # as it will be read again
+    exact = terms(lora, uploads)
+    rest = lora.split(total(made.fold)) if made.fold else None
+    served = [lora.term(x, 1.0) for x in (layer, rest) if x is not None]
+    figures = {"served": served}
+    if len({u.layer["A"].shape for u in uploads}) == 1:
+        figures["fedit"] = [lora.term(mean(uploads), 1.0)]
+    norm, errors = distances(exact, list(figures.values()))
+    return Combined(layer, rest, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
+
+
+def _with_rest(found: Combined, lora: LoRA) -> Layer:
+    """Served factors and what the method folds, as one adapter of the sum of their ranks."""
+    both = [found.layer] if found.rest is None else [found.layer, found.rest]
+    return lora.split(
+        total([lora.delta(layer) for layer in both if bool(layer["B"].any())] or [lora.delta(found.layer)])
+    )
+
+
+def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[str, Tensor]:
+    """Modules that were trained in full: their mean, in the first adapter's precision."""
+    return {key: weighted(shares, [a.full(key) for a in adapters]).to(adapters[0].dtype) for key in adapters[0].whole}

@@ -1,0 +1,189 @@
+"""PEFT's adapter folders, read weight by weight and written so that PEFT loads them without fedlora."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedlora.adapters import LoRA
+from fedlora.state import write
+from fedlora.types import Layer
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+FACTOR = re.compile(r"^(?P<part>.+)\.lora_(?P<leaf>[AB])\.weight$")
+UNREADABLE = {  # settings whose update is not s B A
+    "use_dora": "DoRA's magnitudes make the weight no sum of products",
+    "lora_bias": "a bias inside the adapter is no part of B A",
+    "use_qalora": "QA-LoRA pools the inputs",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+    "layer_replication": "layers that exist only in the adapter have no weight of the base",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One finished LoRA: its settings and where its tensors lie. Tensors are read when they are asked for."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int, int]]  # part -> m, n, r
+    whole: tuple[str, ...]  # keys of the modules that were trained in full
+    dtype: torch.dtype = field(default=torch.float32)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "AdapterFolder":
+        """Reads the settings and the tensors' names. ``ValueError`` says in a sentence what cannot be used."""
+        folder = Path(path).expanduser()
+        config = _settings(folder)
+        file = folder / WEIGHTS
+        if not file.is_file():
+            if (folder / PICKLE).is_file():
+                raise ValueError(
+                    f"{str(folder)!r} holds {PICKLE}, a pickle, which can run code when it is read; load it with PEFT "
+                    "where you trust it, and save it anew with save_pretrained(..., safe_serialization=True)."
+                )
+            raise ValueError(f"{str(folder)!r} holds no {WEIGHTS}; name the folder that PEFT's save_pretrained wrote.")
+        shapes, dtypes = _header(file)
+        factors, whole = _sorted(folder, shapes)
+        most = Counter(dtypes.values()).most_common(1)[0][0]
+        return cls(folder, config, factors, whole, most)
+
+    def lora(self, part: str) -> LoRA:
+        """The parametrisation of one weight: its rank and alpha, patterns included."""
+        alpha = self.config["alpha_pattern"].get(
+            _pattern(self.config["alpha_pattern"], part), self.config["lora_alpha"]
+        )
+        return LoRA(self.shapes[part][2], float(alpha), bool(self.config["use_rslora"]))
+
+    def layer(self, part: str) -> Layer:
+        """``A (r n)`` and ``B (m r)`` of one weight, float32. ``ValueError`` names a key that is not finite."""
+        return {leaf: self._tensor(f"{PREFIX}{part}.lora_{leaf}.weight") for leaf in "AB"}
+
+    def full(self, key: str) -> Tensor:
+        """One tensor of a module that was trained in full, float32."""
+        return self._tensor(key)
+
+    def _tensor(self, key: str) -> Tensor:
+        try:
+            # Opened anew for each weight: what was mapped is let go with the tensors.
+            with safe_open(self.path / WEIGHTS, framework="pt") as file:
+                found: Tensor = file.get_tensor(key).float()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file anew.") from error
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                f"{str(self.path)!r} holds values that are NaN or infinite in {key!r}; leave this adapter out."
+            )
+        return found
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{str(folder)!r} holds no {CONFIG}; name a folder that PEFT's save_pretrained wrote."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} is no valid JSON: {error}; copy the file anew.") from error
+    if found.get("peft_type") != "LORA":
+        raise ValueError(f"{str(folder)!r} holds an adapter of kind {found.get('peft_type')!r}; only LORA can be used.")
+    for key, why in UNREADABLE.items():
+        if found.get(key):
+            raise ValueError(f"{str(folder)!r} sets {key}, which cannot be used: {why}.")
+    if found.get("bias", "none") != "none":
+        raise ValueError(f"{str(folder)!r} trains biases (bias = {found['bias']!r}), which are no part of a LoRA.")
+    defaults = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_alpha": 8}
+    return {**found, **{key: found.get(key) or value for key, value in defaults.items()}}
+
+
+def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    try:
+        with safe_open(file, framework="pt") as found:
+            slices = {key: found.get_slice(key) for key in found.keys()}  # noqa: SIM118 - no mapping
+            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+            return shapes, {key: DTYPES.get(s.get_dtype(), torch.float32) for key, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read, it may be cut off: {error}; copy the file anew.") from error
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _sorted(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, int, int]], tuple[str, ...]]:
+    """Factors by the weight they belong to, and the keys of modules trained in full."""
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    whole = []
+    for key, shape in shapes.items():
+        found = FACTOR.match(key.removeprefix(PREFIX))
+        if found:
+            pairs.setdefault(found["part"], {})[found["leaf"]] = shape
+        elif "lora_embedding_" in key:
+            raise ValueError(
+                f"{str(folder)!r} adapts an embedding ({key!r}): its factors act on rows that are looked up, not on a "
+                "product, and cannot be combined here; train it without the embedding."
+            )
+        elif ".lora_" in key:
+            raise ValueError(f"{str(folder)!r} holds {key!r}, which is no part of s B A and cannot be combined.")
+        else:
+            whole.append(key)
+    for part, leaves in pairs.items():
+        if leaves.keys() != {"A", "B"} or any(len(s) != 2 for s in leaves.values()) or leaves["A"][0] != leaves["B"][1]:
+            raise ValueError(f"{str(folder)!r}: the factors of {part!r} do not fit together: {leaves}.")
+    if not pairs:
+        raise ValueError(f"{str(folder / WEIGHTS)!r} holds no LoRA factors (keys ending in lora_A.weight).")
+    return {part: (s["B"][0], s["A"][1], s["A"][0]) for part, s in sorted(pairs.items())}, tuple(sorted(whole))
+
+
+def _pattern(patterns: Mapping[str, Any], part: str) -> str:
+    """The pattern that PEFT would apply to a weight: the first that matches its path's end."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", part)), part)
+
+
+def save_folder(
+    path: Path,
+    like: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    alphas: Mapping[str, float],
+    whole: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes an ordinary PEFT folder; ``layers`` may have ranks of their own, ``alphas`` an alpha each.
+
+    ``like`` holds the settings that stay (base model, targets, rsLoRA). Ranks and alphas that are not the most common
+    go into ``rank_pattern`` and ``alpha_pattern``, by the weight's whole path.
+    """
+    ranks = {part: layer["A"].shape[0] for part, layer in layers.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        **like,
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {re.escape(part): r for part, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(part): _whole(a) for part, a in alphas.items() if a != alpha},
+        "inference_mode": True,
+        "init_lora_weights": True,  # what is loaded replaces it; a start by SVD of the base would change the base
+    }
+    tensors = {
+        f"{PREFIX}{part}.lora_{leaf}.weight": layer[leaf].to(dtype).contiguous().clone()
+        for part, layer in layers.items()
+        for leaf in "AB"
+    }
+    tensors |= {key: x.contiguous().clone() for key, x in (whole or {}).items()}
+    write(path / WEIGHTS, save(tensors, {"format": "pt"}))
+    write(path / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _whole(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else x
