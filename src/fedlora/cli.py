@@ -138,6 +138,29 @@ def aggregate(
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder; with --all-clients, one folder a client in it.")],
+    client: Annotated[Optional[int], typer.Option(help="This client's own model.")] = None,  # noqa: UP045
+    all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's own model.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="A whole model instead of an adapter.")] = False,
+    rank: Annotated[Optional[int], typer.Option(min=1, help="Cut to this rank; says what that loses.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Write a run's result as a PEFT adapter or a merged model, and check it by loading it again."""
+    from fedlora import export as exporting
+    from fedlora.report import tables
+    from fedlora.state import absent
+
+    if all_clients and client is not None:
+        raise ValueError("--client and --all-clients exclude each other; keep one of them.")
+    run = exporting.Run.open(folder)
+    wanted = {absent(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
+    found = [exporting.export(run, path, who, rank, merged) for path, who in wanted.items()]
+    _print(as_json, found, lambda: tables.exports(found))
+
+
+@app.command()
 def demo(
     out: Annotated[Optional[Path], typer.Option(help="A new folder [default: runs/demo-N].")] = None,  # noqa: UP045
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),

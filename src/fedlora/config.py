@@ -13,6 +13,7 @@ from typing import Any
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from fedlora import methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter, Dense
@@ -22,7 +23,7 @@ from fedlora.evaluation import Evaluation
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
-from fedlora.model import Model
+from fedlora.model import Model, Precision
 from fedlora.nearest import unknown
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.tasks.task import Task
@@ -71,16 +72,18 @@ class Config:
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)
-        precision = typing.cast(Any, training.precision)
-        model = Model.attach(
-            network, self.method.adapter, self.model.targets, self.model.head, precision, device, self.model.overlay
-        )
+        model = self.attached(network, typing.cast(Any, training.precision), device)
         rules = model.rules(self.method, self.head_rule)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.rounds, self.seed,
         )  # fmt: skip
+
+    def attached(self, network: nn.Module, precision: Precision = "float32", device: Any = "cpu") -> Model:
+        """The network with this configuration's adapters."""
+        table = self.model
+        return Model.attach(network, self.method.adapter, table.targets, table.head, precision, device, table.overlay)
 
     def head_rule(self, dense: Dense) -> Method:
         """How a part trained in full is combined: with the method's own weights, or not at all."""

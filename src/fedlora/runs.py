@@ -64,7 +64,10 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
             interrupted = True
     shared = last.shared if last else federation.model.initial(config.seed)
     kept = last.kept if last else {}
-    summary = summarise(config, records, interrupted, time.perf_counter() - began)
+    summary = {
+        **summarise(config, records, interrupted, time.perf_counter() - began),
+        "labels": list(federation.data.label_names),
+    }
     if folder is not None:
         save_tree(folder / "shared.safetensors", shared)
         if last and len(last.folds):

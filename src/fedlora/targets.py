@@ -41,12 +41,14 @@ def adapted(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.
 def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
     """Path -> module of every part trained in full: those at or below ``patterns`` that hold parameters themselves.
 
-    ``None`` takes what a task put on top of the pretrained network (``classifier``, ``score``, ...).
+    ``None`` takes what a task put on top of the pretrained network (``classifier``, ``score``, ...), and what else was
+    drawn anew because the checkpoint lacks it.
     """
     paths = [path for path, _ in network.named_modules() if path]
     if patterns is None:
         body = getattr(network, "base_model_prefix", "")
         patterns = [name for name, _ in network.named_children() if name != body]
+        patterns += getattr(network, "drawn_anew", [])
     else:
         for pattern in patterns:
             if not any(matches(path, pattern) for path in paths):

@@ -78,6 +78,18 @@ def aggregation(found: Mapping[str, Any]) -> None:
     _console().print(table)
 
 
+def exports(found: Sequence[Mapping[str, Any]]) -> None:
+    """What was written, and how far it is from the run's own model."""
+    table = Table(title="Exported, loaded again and compared")
+    for name in ("folder", "client", "ranks", "cut off", "largest difference of logits"):
+        table.add_column(name)
+    for row in found:
+        ranks = ", ".join(map(str, row["ranks"]))
+        client = "shared" if row["client"] is None else str(row["client"])
+        table.add_row(row["folder"], client, ranks, _share(row["error"]), _share(row["difference"]))
+    _console().print(table)
+
+
 def _share(value: float | None) -> str:
     return DASH if value is None else f"{value:.2e}"
 

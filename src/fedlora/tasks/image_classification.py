@@ -70,6 +70,21 @@ class ImageClassification(Classification):
 
         return network(AutoModelForImageClassification, model, labels, seed)
 
+    def probe(self, network: nn.Module) -> Batch:
+        """Some noise, to compare two networks on."""
+        c = network.config
+        size = (c.image_size, c.image_size) if isinstance(c.image_size, int) else tuple(c.image_size)
+        return {"pixel_values": torch.randn(4, c.num_channels, *size, generator=torch.Generator().manual_seed(0))}
+
+    def preprocessor(self, model: str) -> Any:
+        """What has to be saved beside a network for others to use it; None where the model brings none."""
+        from transformers import AutoImageProcessor
+
+        try:
+            return quietly(AutoImageProcessor, model)
+        except ValueError:
+            return None
+
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Normalised float32 images, rows by channels by height by width."""
         pixels = examples.features["pixels"][rows].float() / 255

@@ -51,7 +51,8 @@ def quietly(load: Any, model: str, **kwargs: Any) -> Any:
 def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
     """The network in float32 with a head for so many labels, drawn from the seed.
 
-    ``ValueError`` where the checkpoint lacks weights below the head: they would be noise that nobody trains.
+    A pooler that the checkpoint lacks is new as well, and trained like the head. ``ValueError`` where it lacks other
+    weights of the body: they would be noise that nobody trains.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(derived(seed, "network"))
@@ -64,4 +65,6 @@ def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
         raise ValueError(
             f"the model {model!r} lacks {len(lost)} weights of its body, such as {lost[0]!r}; name a whole checkpoint."
         )
+    poolers = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
+    found.drawn_anew = sorted(poolers)  # read by targets.trained_in_full
     return found

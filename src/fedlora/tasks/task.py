@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Task(Protocol):
     def loss(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores: ...
+    def probe(self, network: nn.Module) -> Batch: ...
+    def preprocessor(self, model: str) -> Any: ...
 
 
 class Classification:

@@ -107,6 +107,16 @@ class TextClassification(Classification):
             found.config.pad_token_id = _tokenizer(model).pad_token_id
         return found
 
+    def probe(self, network: nn.Module) -> Batch:
+        """Some tokens, to compare two networks on."""
+        draws = torch.Generator().manual_seed(0)
+        ids = torch.randint(network.config.vocab_size, (4, 12), generator=draws)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def preprocessor(self, model: str) -> Any:
+        """What has to be saved beside a network for others to use it."""
+        return _tokenizer(model)
+
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """A padded batch: rows by its longest row, or by ``max_length``."""
         lengths = examples.lengths[rows]

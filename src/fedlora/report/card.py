@@ -1,0 +1,62 @@
+"""The model card of an export: where it comes from, in the words a reader of the Hub expects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.config import Config, dumps
+
+ADAPTER = """```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({base!r}, num_labels={labels})
+model = PeftModel.from_pretrained(base, "this folder")
+```"""
+MERGED = """```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("this folder")
+```"""
+AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+
+
+def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
+    """Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
+    whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
+    auto = AUTO.get(config.table["task"]["name"], "AutoModel")
+    use = (MERGED if merged else ADAPTER).format(auto=auto, base=config.model.name, labels=len(summary["labels"]))
+    front = ["---", f"base_model: {config.model.name}", "library_name: " + ("transformers" if merged else "peft")]
+    front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
+    title = f"# {summary['title'] or summary['method']}: {whose}"
+    settings = f"```toml\n{dumps(config.table).strip()}\n```"
+    return "\n".join(
+        [*front, "", title, "", "| | |", "|---|---|", rows, "", "## Use", "", use, "", "## Settings", "", settings, ""]
+    )
+
+
+def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    final, sent = summary.get("final", {}), summary["bytes"]
+    rows = [
+        ("method", f"{summary['title']} (`{summary['method']}`)"),
+        ("clients", f"{summary['clients']}, split {config.clients.splitter}"),
+        ("rounds", str(summary["rounds"]) + (" (interrupted)" if summary["interrupted"] else "")),
+        ("seed", str(summary["seed"])),
+        (
+            "sent by all clients",
+            f"{sum(sent['up'].values()) / 1e6:.2f} MB up, {sum(sent['down'].values()) / 1e6:.2f} MB down",
+        ),
+        ("ranks", ", ".join(map(str, about["ranks"]))),
+    ]
+    if about["error"]:
+        rows.append(("lost by cutting the rank", f"{about['error']:.2e} of the updates (Frobenius)"))
+    if "served" in summary["errors"]:
+        rows.append(("aggregation error", f"{summary['errors']['served']:.2e}, mean over weights and rounds"))
+    if about["client"] is None and "global" in final:
+        rows.append(("accuracy, global test rows", f"{final['global']['accuracy']:.4f}"))
+    if about["client"] is not None and "clients" in final:
+        rows.append(("accuracy, the client's test rows", f"{final['clients']['each'][about['client']]:.4f}"))
+    return [*rows, ("made with", "fedlora " + summary["versions"]["fedlora"])]

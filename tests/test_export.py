@@ -1,0 +1,80 @@
+"""A run's result as PEFT and transformers load it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+import fedlora
+from fedlora import methods
+from fedlora.export import Run, export
+from tests.engines.test_inprocess import ADAPTERS, config
+
+
+def finished(tmp_path, name, *settings):
+    fedlora.run(config(f"method.name={name}", *ADAPTERS.get(name, []), *settings), tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_methods_result_is_a_plain_lora(tmp_path, name):
+    run = finished(tmp_path, name)
+    personal = run.config.method.personal
+    found = export(run, tmp_path / "out", client=1 if personal else None)
+    assert found["difference"] < 1e-4 and found["error"] == 0
+    model = PeftModel.from_pretrained(run.network(), tmp_path / "out").eval()
+    x = run.config.task.probe(run.network())
+    with torch.no_grad():
+        assert not torch.allclose(model(**x).logits, run.network()(**x).logits, atol=1e-3), "something was learnt"
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert run.summary["title"] in text and "PeftModel.from_pretrained" in text
+
+
+@pytest.mark.parametrize("name", ["fedit", "flora", "ravan"])
+def test_merged_models_are_whole(tmp_path, name):
+    from transformers import AutoModelForImageClassification
+
+    run = finished(tmp_path, name)
+    assert export(run, tmp_path / "out", merged=True)["difference"] < 1e-4
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label[3] == "3"
+
+
+def test_cutting_the_rank_says_what_it_costs(tmp_path):
+    run = finished(tmp_path, "fedex-lora")
+    whole = export(run, tmp_path / "whole")
+    less, least = (export(run, tmp_path / str(r), rank=r) for r in (4, 1))
+    assert whole["error"] == 0 < less["error"] < least["error"] < 1
+    assert least["ranks"] == [1] and max(whole["ranks"]) > 4
+
+
+def test_clients_of_unequal_rank(tmp_path):
+    run = finished(tmp_path, "flexlora", "clients.ranks=[1, 2, 3]", "adapter.rank=3")
+    for client in run.clients():
+        found = export(run, tmp_path / str(client), client=client)
+        assert found["ranks"] == [client + 1]
+        settings = json.loads((tmp_path / str(client) / "adapter_config.json").read_text())
+        assert settings["r"] == client + 1 and settings["lora_alpha"] == run.config.method.adapter.alpha
+
+
+def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch):
+    run = finished(tmp_path, "fedit")
+    monkeypatch.setattr("fedlora.export._reloaded", lambda run, folder, merged: run.network())
+    with pytest.raises(RuntimeError, match="the export's logits differ"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes(tmp_path):
+    run = finished(tmp_path, "fedsa-lora")
+    for client, sentence in (
+        (None, "a model for each client and none for all"),
+        (7, "no client 7; the run has.* 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            export(run, tmp_path / "out", client)
+    with pytest.raises(ValueError, match="not empty"):
+        export(run, tmp_path / "run", 0)
+    with pytest.raises(ValueError, match="holds no finished run"):
+        Run.open(tmp_path)
