@@ -16,7 +16,7 @@ LAYERS = [  # imports point down only
     {"types", "linalg", "products", "gauge", "seeds", "nearest"},
     {"method", "adapters"},
     {"methods"},
-    {"rounds"},
+    {"rounds", "optimizers"},
     {
         "tasks",
         "splits",

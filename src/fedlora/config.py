@@ -25,6 +25,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.model import Model, Precision
 from fedlora.nearest import unknown
+from fedlora.optimizers import ServerOptimizer
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.tasks.task import Task
 from fedlora.training import Training
@@ -45,7 +46,7 @@ class ModelTable:
 
 
 Table = dict[str, Any]
-SECTIONS = ("model", "task", "clients", "adapter", "method", "training", "evaluation", "engine", "compare")
+SECTIONS = ("model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "compare")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Config:
     clients: Clients = field(default_factory=Clients)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    server: ServerOptimizer = field(default_factory=ServerOptimizer)
     engine: Engine = field(default_factory=Engine)
     rounds: int = 20
     seed: int = 0
@@ -77,7 +79,7 @@ class Config:
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
-            training, self.evaluation, self.rounds, self.seed,
+            training, self.evaluation, self.server, self.rounds, self.seed,
         )  # fmt: skip
 
     def attached(self, network: nn.Module, precision: Precision = "float32", device: Any = "cpu") -> Model:
@@ -152,8 +154,10 @@ def build(table: Table) -> Config:
         "clients": construct(Clients, "clients", _section(table, "clients")),
         "training": construct(Training, "training", _section(table, "training")),
         "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
+        "server": construct(ServerOptimizer, "server", _section(table, "server")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
     }
+    parts["server"].check(method)
     config = Config(**parts, **numbers)
     config.engine.chosen()  # a device that is not there is said before anything is loaded
     _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])

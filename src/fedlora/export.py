@@ -18,7 +18,7 @@ from fedlora.peft_folder import PREFIX, save_folder
 from fedlora.products import Term, distances
 from fedlora.report.card import card
 from fedlora.report.read import folder as read_folder
-from fedlora.rounds import received
+from fedlora.rounds import public, received
 from fedlora.state import absent, load_tree, write
 from fedlora.types import Factors, Layer, Tree, Turn
 
@@ -44,7 +44,7 @@ class Run:
             raise ConfigError(f"{str(folder)!r} is a comparison; name the folder of one of its runs.")
         file = folder / "folds.safetensors"
         folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()} if file.exists() else {}
-        shared = load_tree(folder / "shared.safetensors")
+        shared = {part: public(layer) for part, layer in load_tree(folder / "shared.safetensors").items()}
         return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
 
     def clients(self) -> list[int]:

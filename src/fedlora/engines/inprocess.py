@@ -13,7 +13,8 @@ from fedlora.folds import FoldLog
 from fedlora.measures import errors
 from fedlora.method import Method
 from fedlora.model import Model
-from fedlora.rounds import Received, Rules, Served, client_turn, received, server_turn
+from fedlora.optimizers import ServerOptimizer
+from fedlora.rounds import Received, Rules, Served, client_turn, public, received, server_turn
 from fedlora.seeds import derived
 from fedlora.tasks.task import Data, Task
 from fedlora.training import LocalTrainer, State, Training
@@ -34,6 +35,7 @@ class Federation:
     budgets: list[int]
     training: Training
     evaluation: Evaluation
+    server: ServerOptimizer
     rounds: int
     seed: int
 
@@ -97,7 +99,7 @@ class InProcess:
                 )
                 channel.collect(number, client, sent)
                 uploads.append(Received(f.turn(number, client), len(f.shards[client].train), sent))
-            before, served = shared, server_turn(f.rules, shared, uploads)
+            before, served = shared, f.server.stepped(shared, server_turn(f.rules, shared, uploads))
             shared = served.shared
             if served.folds:
                 log.append(served.folds)
@@ -129,7 +131,7 @@ class InProcess:
         began = time.perf_counter()
         found: dict[str, Any] = {}
         if not f.method.personal:
-            found["global"] = scores_of(evaluator.everyone(shared))
+            found["global"] = scores_of(evaluator.everyone({part: public(layer) for part, layer in shared.items()}))
         scores = []
         for client in range(f.clients.count):
             tree = received(f.rules, shared, kept.get(client, {}), f.turn(number + 1, client))
