@@ -29,6 +29,7 @@ LAYERS = [  # imports point down only
         "channel",
         "folds",
         "measures",
+        "oracle",
         "evaluation",
     },
     {"engines", "runtime"},

@@ -3,15 +3,17 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from fedlora import methods
-from fedlora.adapters import KINDS, Adapter
+from fedlora.adapters import KINDS, Adapter, LoRA
+from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
-from fedlora.engines.inprocess import Event
+from fedlora.engines.inprocess import Event, Watch
+from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json
 
@@ -100,6 +102,36 @@ def compare(
     if folder is not None:
         save_json(folder / "comparison.json", {"rows": rows(ordered), "runs": [asdict(cell) for cell in ordered]})
     return ordered
+
+
+def oracle(
+    table: Table, labels: Sequence[str] | None = None, out: str | Path | None = None, watch: Watch = lambda event: None
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """One run as the table says, and what other methods would have served of its uploads, round by round.
+
+    Returns a row a method (its errors and how far it moved the factors) and the means of ``tail`` and ``angles``.
+    ``ConfigError`` names a method that combines no finished factors.
+    """
+    config = build({key: value for key, value in table.items() if key != "compare"})
+    adapter = config.method.adapter
+    if not isinstance(adapter, LoRA):
+        raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
+    others = {label: replace(method_for(label), adapter=adapter) for label in labels or applicable()}
+    records = run(config, out, watch, lambda *round: asked(*round, others)).records
+    found = [record["oracle"] for record in records]
+    table_rows = [_oracle_row(label, found) for label in others if label in found[0]["methods"]]
+    means = {"tail": statistics.fmean(x["tail"] for x in found)}
+    means |= {f"angle {leaf}": statistics.fmean(x["angles"][leaf] for x in found) for leaf in found[0]["angles"]}
+    if out is not None:
+        save_json(Path(out).expanduser() / "oracle.json", {"rows": table_rows, "uploads": means})
+    return table_rows, means
+
+
+def _oracle_row(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    mine = [x["methods"][label] for x in found]
+    errors = [x["error"] for x in mine]
+    row = {"method": label, "error": statistics.fmean(errors), "first": errors[0], "last": errors[-1]}
+    return {**row, "gauge": statistics.fmean(x["gauge"] for x in mine) if "gauge" in mine[0] else None}
 
 
 def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, threads: int | None = None) -> Cell:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
-from fedlora.engines.inprocess import InProcess, Round, Watch
+from fedlora.engines.inprocess import InProcess, Observe, Round, Watch
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
 
@@ -33,13 +33,18 @@ class Result:
     folder: Path | None = None
 
 
-def run(config: Config, out: str | Path | None = None, watch: Watch = lambda event: None) -> Result:
+def run(
+    config: Config,
+    out: str | Path | None = None,
+    watch: Watch = lambda event: None,
+    observe: Observe | None = None,
+) -> Result:
     """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
 
     ``out`` is a new folder: ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line a round, as it
     happens), ``summary.json``, ``shared.safetensors``,
     ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
-    folder that holds a run already or cannot be written.
+    folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     """
     folder = None if out is None else _fresh(Path(out).expanduser())
     began = time.perf_counter()
@@ -55,7 +60,7 @@ def run(config: Config, out: str | Path | None = None, watch: Watch = lambda eve
     last: Round | None = None
     interrupted = False
     with _lines(folder) as line:
-        rounds = InProcess(watch).run(federation)
+        rounds = InProcess(watch, observe).run(federation)
         try:
             for last in rounds:
                 records.append(last.record)

@@ -67,6 +67,7 @@ class Round:
 
 
 Watch = Callable[[Event], None]
+Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # of a round's uploads: figures for its record
 
 
 @dataclass
@@ -74,6 +75,7 @@ class InProcess:
     """Runs a federation round by round."""
 
     watch: Watch = lambda event: None
+    observe: Observe | None = None
     _clock: dict[str, float] = field(default_factory=dict)
 
     def run(self, federation: Federation) -> Iterator[Round]:
@@ -108,6 +110,8 @@ class InProcess:
             record: dict[str, Any] = {"round": number + 1, "cohort": cohort, "loss": losses}
             if f.evaluation.measure:
                 record["weights"] = errors(f.rules, before, uploads, kept, served)
+            if self.observe is not None:
+                record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluate(f, evaluator, shared, kept, number)
             record["bytes"] = _bytes(channel.ledger, number)

@@ -63,6 +63,21 @@ def _pm(value: Mapping[str, float] | None, digits: int, spread: bool = True) -> 
     return f"{text} ± {value['std']:.{digits}f}" if spread and value["std"] else text
 
 
+def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> None:
+    """What each method would have served of one run's uploads."""
+    table = Table(title="The same uploads under every method: served against the exact mean, relative")
+    for name in ("method", "error, mean", "first round", "last round", "factors moved"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in sorted(rows, key=lambda row: row["error"]):
+        table.add_row(row["method"], *(_share(row[key]) for key in ("error", "first", "last", "gauge")))
+    console = _console()
+    console.print(table)
+    console.print("factors moved: how far the served A and B lie from the clients' means, relative to these.")
+    angles = "; ".join(f"{name} {value:.0f} degrees" for name, value in uploads.items() if name != "tail")
+    between = f"; between clients, {angles}" if angles else ""
+    console.print(f"of the uploads: {uploads['tail']:.1e} of the energy lies beyond the rank{between}.")
+
+
 def aggregation(found: Mapping[str, Any]) -> None:
     """What combining finished adapters came to."""
     table = Table(title=f"{found['adapters']} adapters combined", show_header=False)

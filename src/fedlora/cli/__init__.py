@@ -1,0 +1,51 @@
+"""The command line: each command parses, calls one function and prints. ``--help`` imports nothing heavy."""
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from fedlora.cli import authoring, folders, running
+from fedlora.cli.speech import say
+
+DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
+)  # fmt: skip
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly."""
+
+
+for command in (
+    running.run, running.compare, folders.show, folders.aggregate, folders.export, authoring.methods, running.demo,
+):  # fmt: skip
+    app.command()(command)
+app.command("new-method")(authoring.new_method)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one sentence on stderr and exit status 2, without a traceback."""
+    if sys.argv[1:] == ["--version"]:
+        from importlib.metadata import version
+
+        typer.echo(f"fedlora {version('fedlora')}")
+        return
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        say("Stopped.")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("FEDLORA_TRACEBACK"):
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        text = DISK_FULL if full else str(error)
+        say(f"fedlora: {' '.join(text.split())}")
+        sys.exit(2)

@@ -1,0 +1,97 @@
+"""Commands that run federations: run, compare, demo."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fedlora.cli.speech import ConfigPath, Json, Override, answer, numbered, numbers, say
+
+
+def run(
+    config: ConfigPath,
+    override: Override = None,
+    out: Annotated[Optional[Path], typer.Option(help="A new folder for the run [default: runs/NAME-N].")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Run one federation, and keep it in a folder."""
+    from fedlora.config import read
+    from fedlora.report import tables
+    from fedlora.report.progress import Progress
+    from fedlora.runs import run as execute
+
+    resolved = read(config, override or [])
+    out = out or numbered(Path("runs") / config.stem)
+    with Progress(resolved.rounds) as progress:
+        result = execute(resolved, out, progress.watch)
+    answer(as_json, result.summary, lambda: tables.summary(result.summary, str(out)))
+    if result.summary["interrupted"]:
+        say(f"Stopped after {result.summary['rounds']} of {resolved.rounds} rounds; what was finished is in {out}.")
+        raise typer.Exit(130)
+
+
+def compare(
+    config: ConfigPath,
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Methods by name, with commas; 'centralised' is the upper line."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
+    override: Override = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for all runs [default: runs/NAME-compare-N].")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each on one thread.")] = 1,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="One run, and what other methods would have served of its uploads.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the same federation under several methods and seeds, and compare them."""
+    from fedlora.comparison import compare as execute
+    from fedlora.comparison import rows
+    from fedlora.config import overridden, read_table
+    from fedlora.report import plots, tables
+    from fedlora.report.progress import Cells
+
+    table = overridden(read_table(config), override or [])
+    labels = [label.strip() for label in (methods or "").split(",") if label.strip()]
+    if oracle:
+        return _oracle(table, labels, out or numbered(Path("runs") / f"{config.stem}-oracle"), as_json)
+    if not labels:
+        raise ValueError("--methods names no method; write them with commas, e.g. --methods fedit,fedsa-lora,local.")
+    drawn = numbers(seeds, int, "--seeds", "0,1,2")
+    out = out or numbered(Path("runs") / f"{config.stem}-compare")
+    with Cells(len(labels) * len(drawn), table.get("rounds", 20)) as progress:
+        cells = execute(table, labels, drawn, out, jobs, progress.watch, progress.done)
+    plots.draw(cells, out)
+    answer(as_json, {"rows": rows(cells), "folder": str(out)}, lambda: tables.comparison(rows(cells)))
+    say(f"Runs, comparison.json and plots are in {out}.")
+
+
+def _oracle(table, labels: list[str], out: Path, as_json: bool) -> None:
+    from fedlora.comparison import oracle
+    from fedlora.report import tables
+    from fedlora.report.progress import Progress
+
+    with Progress(table.get("rounds", 20)) as progress:
+        found, uploads = oracle(table, labels, out, progress.watch)
+    answer(as_json, {"rows": found, "uploads": uploads, "folder": str(out)}, lambda: tables.oracle(found, uploads))
+    say(f"The run and oracle.json are in {out}.")
+
+
+def demo(
+    out: Annotated[Optional[Path], typer.Option(help="A new folder [default: runs/demo-N].")] = None,  # noqa: UP045
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
+    as_json: Json = False,
+) -> None:
+    """Ten parties learn handwritten digits with eight methods: no network, about a minute."""
+    from fedlora.demo import play
+    from fedlora.report import tables
+
+    out = out or numbered(Path("runs") / "demo")
+    rows, figures = play(out, jobs, say)
+    answer(as_json, {"rows": rows, "figures": [str(figure) for figure in figures]}, lambda: tables.comparison(rows))
+    for figure in figures:
+        say(f"Plot: {figure}")
+    say("Next: copy the configuration beside these plots, put in your own model and data, and run `fedlora run`:")
+    say(f"      fedlora run {out / 'demo.toml'} -o method.name=fedsa-lora -o rounds=20")
