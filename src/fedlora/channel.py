@@ -63,19 +63,18 @@ class Channel:
         client: int,
         shared: Tree,
         log: FoldLog,
-        held: Tree | None = None,
+        own: Tree | None = None,
     ) -> None:
         """The server's tree, and the folds since this client was last seen, as few numbers as they come to.
 
-        ``held`` is what the client makes of it: a leaf that it holds at a smaller rank is sent at that rank.
+        ``own`` is what the client makes of it: a leaf that it holds at a smaller rank is sent at that rank.
         """
         versions = self._note(shared)
         held = self._held.get(client, {})
         new = [key for key, version in versions.items() if held.get(key, 0) != version]
         self._held[client] = versions
-        sent = (
-            (self._kind(part), _smaller(shared[part][leaf], (held or {}).get(part, {}).get(leaf))) for part, leaf in new
-        )
+        own = own or {}
+        sent = ((self._kind(part), _smaller(shared[part][leaf], own.get(part, {}).get(leaf))) for part, leaf in new)
         self._write(round, client, "down", sent)
         missed = log.missed(self._folds_seen.get(client, 0))
         self._folds_seen[client] = len(log)

@@ -87,4 +87,5 @@ def _gram(X: Tensor) -> Tensor:
 
 
 def _solved(rest: Tensor, G: Tensor) -> Tensor:
-    return rest @ torch.linalg.pinv(G, rtol=CUT, hermitian=True)
+    found: Tensor = rest @ torch.linalg.pinv(G, rtol=CUT, hermitian=True)
+    return found

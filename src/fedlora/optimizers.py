@@ -32,7 +32,7 @@ class ServerOptimizer:
     beta2: float = 0.99
     tau: float = 1e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"server.{key} is {getattr(self, key)}; it lies from 0 to below 1.")

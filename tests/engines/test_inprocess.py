@@ -213,8 +213,9 @@ def test_unequal_heads():
     assert result.summary["bytes"]["up"]["adapter"] == 2 * (1 + 2 + 4) * one, up
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-5])  # float32 sums that are rounded apart lose a drift of 1e-5 altogether
 @pytest.mark.parametrize("name", ["fedit", "ffa-lora", "ravan"])
-def test_drift_against_a_dense_oracle(name):
+def test_drift_against_a_dense_oracle(name, size):
     from fedlora.measures import errors
     from fedlora.rounds import Received, server_turn
 
@@ -224,11 +225,13 @@ def test_drift_against_a_dense_oracle(name):
     g = torch.Generator().manual_seed(0)
     moved = {"fedit": {"A", "B"}, "ffa-lora": {"B"}, "ravan": {"H0", "H1"}}[name]
     part = next(p for p in start if "q_proj" in p)
+    # All clients moved the same way, and each a little of its own.
+    way = {p: {leaf: torch.randn(x.shape, generator=g) for leaf, x in layer.items()} for p, layer in start.items()}
     uploads = []
     for client, rows in enumerate((3, 5, 2)):
         tree = {
             p: {
-                leaf: x + torch.randn(x.shape, generator=g)
+                leaf: x + way[p][leaf] + size * torch.randn(x.shape, generator=g)
                 for leaf, x in layer.items()
                 if leaf in moved or p == "classifier"
             }
@@ -237,11 +240,36 @@ def test_drift_against_a_dense_oracle(name):
         uploads.append(Received(f.turn(0, client), rows, tree))
     figures = errors(f.rules, start, uploads, {0: {}, 1: {}, 2: {}}, server_turn(f.rules, start, uploads))[part]
     w = [1 / 3] * 3 if name == "ravan" else [0.3, 0.5, 0.2]
-    dense = [adapter.delta({**start[part], **u.tree[part]}).dense().double() for u in uploads]
+    double = {leaf: x.double() for leaf, x in start[part].items()}
+    trees = [{leaf: x.double() for leaf, x in u.tree[part].items()} for u in uploads]
+    dense = [adapter.delta({**double, **tree}).dense() for tree in trees]
     exact = sum(x * d for x, d in zip(w, dense))
     wanted = sum(x * (d - exact).square().sum() for x, d in zip(w, dense)).sqrt() / exact.norm()
-    assert figures["drift"] == pytest.approx(float(wanted), rel=1e-4)
-    assert figures["served"] == pytest.approx(0, abs=1e-5) if name != "fedit" else figures["served"] > 0.1
+    assert figures["drift"] == pytest.approx(float(wanted), rel=1e-4 if size == 1 else 1e-2)
+    if name == "fedit" and size == 1:
+        assert figures["served"] > 0.05
+    else:
+        assert figures["served"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["{name = 'lora', rank = 2}", "{name = 'vera', rank = 2}"])
+def test_local_clients_of_unequal_rank_are_measured(adapter):
+    result = fedlora.run(config("method.name=local", f"adapter={adapter}", "clients.ranks=[1, 2]"))
+    assert all("drift" in figures for figures in result.records[0]["weights"].values())
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "svd"])
+def test_clients_of_unequal_rank(name):
+    """Each sends its own rank and is sent its own rank; scales are each client's own."""
+    result = fedlora.run(config(f"method.name={name}", "adapter.rank=4", "clients.ranks=[1, 2, 4]", "rounds=2"))
+    one = 8 * (96 + 96) * 4
+    up, down = ([r["bytes"][d] for r in result.records] for d in ("up", "down"))
+    assert [x["adapter"] for x in up] == [7 * one] * 2
+    if name == "flora":  # nothing but the stack, to each of three
+        assert "adapter" not in down[1] and down[1]["fold"] == 3 * 7 * one
+    else:
+        assert down[1]["adapter"] == 7 * one
+    assert result.summary["final"]["clients"]["mean"] > 0.2
 
 
 def test_local_clients_of_unequal_rank():

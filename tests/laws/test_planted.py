@@ -7,15 +7,17 @@ import pytest
 from fedlora.adapters import Heads, LoRA
 from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean
+from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.fedsa_lora import FedSALoRA
 from fedlora.methods.ffa_lora import FFALoRA
+from fedlora.methods.flexlora import FlexLoRA
+from fedlora.methods.flora import FLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.methods.rolora import RoLoRA
 from fedlora.types import Factors, Outcome
 from tests.laws.laws import LAWS
-from tests.laws.reference_methods import FedEx, FlexLoRA, FLoRA
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class FlexWithoutRootOnA(FlexLoRA):
     def combine(self, shared, uploads):
         U, V = truncated(total([self._weighted(u) for u in uploads]), shared["A"].shape[-2])
         roots = V.norm(dim=-1, keepdim=True)
-        return Outcome(self.split(Factors(U, V / roots)))
+        return Outcome(self.adapter.split(Factors(U, V / roots)))
 
     def _weighted(self, upload):
         U, V = self.adapter.delta(upload.layer)
@@ -31,7 +33,7 @@ class FlexWithoutRootOnA(FlexLoRA):
 
 
 @dataclass(frozen=True)
-class FedExUnscaled(FedEx):
+class FedExUnscaled(FedExLoRA):
     def combine(self, shared, uploads):
         averaged = mean(uploads)
         parts = [Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]

@@ -113,3 +113,12 @@ def test_concentration_is_noted():
     uploads = [Received(Turn(1, k, 3), 1, {"w": {"A": A, "B": B}}) for k, (A, B) in enumerate(zip(c.A, c.B))]
     note = server_turn({"w": FLoRANA(lora(c))}, {"w": c.start}, uploads).notes["w"]["concentration"]
     assert 1 / 4 <= note <= 1
+
+
+@pytest.mark.parametrize("scope", ["weight", "model"])
+def test_the_authors_way_survives_factors_that_point_away_from_their_mean(scope):
+    """``⟨B̄ Ā, W*⟩`` is negative here; taken for ``‖W*‖²`` it once made the loss overflow."""
+    c = Cohort.drawn(11)
+    odd = Cohort([c.A[0], -1.1 * c.A[0]], [c.B[0], -0.9 * c.B[0]], [1, 1], c.start)
+    method = FLoRANA(lora(c), solver="adam", scope=scope)
+    assert odd.error(method) / float(odd.exact.norm()) < 1e-3

@@ -94,8 +94,8 @@ class InProcess:
             cohort = f.clients.cohort(number, f.seed)
             uploads, losses = [], {}
             for client in cohort:
-                held = received(f.rules, shared, kept.get(client, {}), f.turn(number, client))
-                channel.deliver(number, client, shared, log, held)
+                own = received(f.rules, shared, kept.get(client, {}), f.turn(number, client))
+                channel.deliver(number, client, shared, log, own)
                 sent, kept[client], losses[client], moments[client] = self._turn(
                     f, number, client, shared, kept.get(client, {}), moments.get(client)
                 )
