@@ -55,14 +55,15 @@ def test_shared_sides_do_not_widen_the_stack():
 def test_procrustes_and_polar():
     g = torch.Generator().manual_seed(0)
     M = torch.randn(50, 4, 4, generator=g, dtype=torch.float64)
-    R = procrustes(M)
+    R, S = procrustes(M)
+    torch.testing.assert_close(S, torch.linalg.svdvals(M))
     torch.testing.assert_close(R @ R.mT, torch.eye(4, dtype=torch.float64).expand(50, 4, 4))
     torch.testing.assert_close(torch.linalg.det(R), torch.ones(50, dtype=torch.float64))
     Q = torch.linalg.qr(torch.randn(200, 1, 4, 4, generator=g, dtype=torch.float64))[0]
     Q = torch.cat([Q[..., :1] * torch.linalg.det(Q)[..., None, None], Q[..., 1:]], dim=-1)  # det 1
     assert (torch.einsum("bij,bij->b", R, M) >= torch.einsum("kbij,bij->kb", Q.expand(-1, 50, -1, -1), M) - 1e-9).all()
-    torch.testing.assert_close(polar(R), R)
-    torch.testing.assert_close(polar(torch.eye(3)), torch.eye(3), rtol=0, atol=0)
+    torch.testing.assert_close(polar(R)[0], R)
+    torch.testing.assert_close(polar(torch.eye(3))[0], torch.eye(3), rtol=0, atol=0)
 
 
 def test_annotated_shapes_are_checked_in_tests():

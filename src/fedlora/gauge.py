@@ -22,7 +22,7 @@ Pair = tuple[Float[Tensor, "*stack r n"], Float[Tensor, "*stack m r"]]
 
 def rotated(A: Tensor, B: Tensor, near_A: Tensor, near_B: Tensor) -> Pair:
     """``T A`` and ``B Tᵀ`` with the orthogonal ``T`` that brings both nearest: ``T = polar(A_near Aᵀ + B_nearᵀ B)``."""
-    T = polar(near_A.double() @ A.double().mT + near_B.double().mT @ B.double()).to(A.dtype)
+    T = polar(near_A.double() @ A.double().mT + near_B.double().mT @ B.double())[0].to(A.dtype)
     return T @ A, B @ T.mT
 
 

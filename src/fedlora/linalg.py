@@ -84,18 +84,16 @@ def norm(f: Factors) -> Float[Tensor, "*stack"]:
     return found
 
 
-def procrustes(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
-    """The rotation ``R`` maximising ``tr(Rᵀ M)``: orthogonal, with determinant one (Kabsch 1976)."""
-    P, _, Qt = torch.linalg.svd(M)
+def procrustes(M: Float[Tensor, "*stack r r"]) -> tuple[Float[Tensor, "*stack r r"], Float[Tensor, "*stack r"]]:
+    """The rotation ``R`` (determinant one) maximising ``tr(Rᵀ M)`` (Kabsch 1976), and ``M``'s spectrum."""
+    P, S, Qt = torch.linalg.svd(M)
     sign = torch.linalg.det(P @ Qt).sign()
     last = torch.ones(M.shape[:-1], dtype=M.dtype, device=M.device)
     flip = torch.cat([last[..., :-1], sign[..., None]], dim=-1)
-    R: Tensor = (P * flip[..., None, :]) @ Qt
-    return R
+    return (P * flip[..., None, :]) @ Qt, S
 
 
-def polar(M: Float[Tensor, "*stack r r"]) -> Float[Tensor, "*stack r r"]:
-    """The orthogonal matrix nearest to ``M``."""
-    P, _, Qt = torch.linalg.svd(M)
-    R: Tensor = P @ Qt
-    return R
+def polar(M: Float[Tensor, "*stack r r"]) -> tuple[Float[Tensor, "*stack r r"], Float[Tensor, "*stack r"]]:
+    """The orthogonal matrix nearest to ``M``; and ``M``'s spectrum."""
+    P, S, Qt = torch.linalg.svd(M)
+    return P @ Qt, S

@@ -44,11 +44,11 @@ class FedRotLoRA(Method):
     def rotation(self, reference, end, round):
         """``R (r r)`` in float64; the identity wherever the alignment is not determined."""
         side = {"alternate": "A" if round % 2 else "B"}.get(self.align, self.align)
-        ref, own = reference[side].double(), end[side].double()
-        M = own @ ref.mT if side == "A" else own.mT @ ref
+        ref, own = reference[side], end[side]
+        M = (own @ ref.mT if side == "A" else own.mT @ ref).double()
         eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-        mixture = (1 - self.strength) * eye + self.strength * procrustes(M)
-        S = torch.linalg.svdvals(M)
+        nearest, S = procrustes(M)
+        R, mixed = polar((1 - self.strength) * eye + self.strength * nearest)
         # The mixture is judged on the scale of a rotation: halfway between I and a half turn it is zero.
-        sound = (S[..., -1] > NEGLIGIBLE * S[..., 0]) & (torch.linalg.svdvals(mixture)[..., -1] > NEGLIGIBLE)
-        return torch.where(sound[..., None, None], polar(mixture), eye)
+        sound = (S[..., -1] > NEGLIGIBLE * S[..., 0]) & (mixed[..., -1] > NEGLIGIBLE)
+        return torch.where(sound[..., None, None], R, eye)

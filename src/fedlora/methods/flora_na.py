@@ -6,26 +6,25 @@ https://arxiv.org/abs/2509.26399
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.method import Method
+from fedlora.mixing import Atoms, Grams, als, best_mixes, gram, normal
 from fedlora.types import Layer, Outcome, Upload
-
-CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
 
 
 @dataclass(frozen=True)
 class FLoRANA(Method):
     """``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``; serve ``B = Σ p_k B_k`` and ``A = Σ q_k A_k``.
 
-    Solved by alternating least squares from FedIT's ``p = q = w``, wholly in the Gram matrices ``B_kᵀ B_l`` and
-    ``A_k A_lᵀ``. ``scope="model"`` fits one ``(p, q)`` for all weights together; ``anchor`` adds last round's factors
-    as one more atom; ``solver="adam"`` repeats the authors' 200 steps from ones, for fidelity studies only.
+    Solved by alternating least squares from FedIT's ``p = q = w``: for few clients in the Gram matrices ``B_kᵀ B_l``
+    and ``A_k A_lᵀ``, for many by passes over the factors. ``scope="model"`` fits one ``(p, q)`` for all weights
+    together; ``anchor`` adds last round's factors as one more atom; ``solver="adam"`` repeats the authors' 200 steps
+    from ones, for fidelity studies only.
     """
 
     scope: Literal["weight", "model"] = "weight"
@@ -48,6 +47,8 @@ class FLoRANA(Method):
     def combine_all(self, shared, uploads):
         parts = list(shared)
         atoms = [self._atoms(shared[part], uploads[part]) for part in parts]
+        if self.solver == "als" and self.scope == "weight":
+            return {part: serve(shared[part], a, *best_mixes(a, self.sweeps)) for part, a in zip(parts, atoms)}
         # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve does.
         grams = [gram(a) for a in atoms]
         sizes = [g.B.shape[:-4].numel() for g in grams]
@@ -63,70 +64,6 @@ class FLoRANA(Method):
             layers, w = [*layers, shared], [*w, 0.0]
         A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
         return Atoms(A, B, torch.tensor(w, dtype=torch.float64, device=A.device))
-
-
-class Atoms(NamedTuple):
-    """What may be mixed, and the weights of the target ``Σ w_k B_k A_k``."""
-
-    A: Float[Tensor, "*stack K r n"]
-    B: Float[Tensor, "*stack K m r"]
-    w: Float[Tensor, "K"]
-
-
-class Grams(NamedTuple):
-    """``B[k, l] = B_kᵀ B_l`` and ``A[k, l] = A_k A_lᵀ``, in float64: the objective is a small difference of them."""
-
-    B: Float[Tensor, "*stack K K r r"]
-    A: Float[Tensor, "*stack K K r r"]
-
-
-def gram(atoms: Atoms) -> Grams:
-    """All pairwise products, as one GEMM a side."""
-    A, B = atoms.A.double(), atoms.B.double()
-    *stack, K, r, n = A.shape
-    A = A.reshape(*stack, K * r, n)
-    B = B.transpose(-3, -2).reshape(*stack, B.shape[-2], K * r)
-    blocks = (X.reshape(*stack, K, r, K, r).transpose(-3, -2) for X in (B.mT @ B, A @ A.mT))
-    return Grams(*blocks)
-
-
-def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``M (L K K)`` and ``b (L K)`` of the least squares for the mix of ``G``'s side, the other side's mix ``fixed``.
-
-    For ``p``: ``M_kl = tr(G_B[k,l] H)`` with ``H = Σ q_k q_l G_A[k,l]``, ``b_k = Σ_j w_j tr(G_B[k,j] C_j)`` with
-    ``C_j = Σ_l q_l G_A[j,l]``. For ``q`` the roles are exchanged, and the traces pair transposed blocks.
-    """
-    C = torch.einsum("...l,...klij->...kij", fixed, other)
-    H = torch.einsum("...k,...kij->...ij", fixed, C)
-    M = torch.einsum("...klij,...ji->...kl", G, H)
-    b = torch.einsum("j,...kjab,...jba->...k", w, G, C)
-    return M, b
-
-
-def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Alternating least squares from ``p = q = w``; each half-sweep can only lower the error."""
-    p = q = w.expand(len(grams.B), -1)
-    for _ in range(sweeps):
-        p = step(p, *normal(grams.B, grams.A, q, w), whole_model)
-        q = step(q, *normal(grams.A, grams.B, p, w), whole_model)
-        p, q = balanced(p, q)
-    return p, q
-
-
-def step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> Tensor:
-    """The least-squares solution nearest to ``p``: where ``M`` is singular, ``p`` stays."""
-    if whole_model:
-        M, b = M.sum(0, keepdim=True), b.sum(0, keepdim=True)
-    rest = b - (M @ p[: len(M), :, None])[..., 0]
-    move = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
-    return p + move
-
-
-def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with ``Σ p = Σ q``, where both sums have one sign; so neither side grows unseen."""
-    ratio = q.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
-    c = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
-    return p * c, q / c
 
 
 def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,123 @@
+"""Combining factors on the server: every method against reading the bytes once, and against the dense way.
+
+Both alternatives run in the same process on the same tensors, so only the ratios mean something.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedlora import methods
+from fedlora.adapters import LoRA
+from fedlora.aggregation import applicable
+from fedlora.method import Method
+from fedlora.types import Layer, Turn, Upload, Work
+
+ADAM_STEPS = 200  # of the published gradient-descent way; timed on fewer and scaled
+SHAPES = {"384": (384, 384), "1024": (1024, 1024), "4096": (4096, 4096), "4096x11008": (4096, 11008)}
+
+
+def cohort(m: int, n: int, r: int, K: int) -> list[Upload]:
+    """``K`` clients a little apart from a common start, as after a round of training."""
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(r, n, generator=g) * n**-0.5, torch.randn(m, r, generator=g) * 0.02
+    return [
+        Upload(
+            Turn(1, k, r),
+            1 / K,
+            {"A": A + 0.3 * torch.randn(r, n, generator=g) * n**-0.5, "B": B + 0.01 * torch.randn(m, r, generator=g)},
+        )
+        for k in range(K)
+    ]
+
+
+def seconds(work: Callable[[], Any], least: float = 0.3, most: int = 7) -> float:
+    """Median of repeated runs, after one that warms up."""
+    work()
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < 3 or (time.perf_counter() - began < least and len(found) < most):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def read_once(uploads: Sequence[Upload]) -> None:
+    """Every uploaded number once: the floor."""
+    for upload in uploads:
+        for x in upload.layer.values():
+            x.sum()
+
+
+def combined(method: Method, start: Layer, uploads: Sequence[Upload]) -> Any:
+    """One weight through the method, client-side rotation included where it has one."""
+    sent = [u._replace(layer=method.send(Work(start, u.layer, frozenset("AB")), u.turn)) for u in uploads]
+    return method.combine_all({"w": start}, {"w": sent})
+
+
+def one(m: int, n: int, r: int, K: int, names: Sequence[str]) -> dict[str, float]:
+    """Multiples of reading the bytes, a method each."""
+    uploads, adapter = cohort(m, n, r, K), LoRA(r, 2.0 * r)
+    start = uploads[0].layer
+    floor = seconds(lambda: read_once(uploads))
+    found = {"floor_ms": 1e3 * floor}
+    for name in names:
+        method = replace(methods.load(name)(), adapter=adapter)
+        found[name] = seconds(lambda method=method: combined(method, start, uploads)) / floor
+    found["svd, one sweep"] = seconds(lambda: combined(methods.load("svd")(adapter, sweeps=1), start, uploads)) / floor
+    return found
+
+
+def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
+    """How much faster than the dense ways of published code, on the same uploads."""
+    uploads, adapter = cohort(m, n, r, K), LoRA(r, 2.0 * r)
+    start = uploads[0].layer
+
+    def mean_product():
+        return sum(u.weight * (u.layer["B"] @ u.layer["A"]) for u in uploads)
+
+    target = mean_product()
+
+    def adam(steps=2):
+        p, q = (torch.ones(K, requires_grad=True) for _ in "pq")
+        optimizer = torch.optim.AdamW([p, q], lr=1e-2, weight_decay=0.0)
+        As, Bs = (torch.stack([u.layer[leaf] for u in uploads]) for leaf in "AB")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            product = torch.einsum("k,kmr->mr", p, Bs) @ torch.einsum("k,krn->rn", q, As)
+            ((product - target).square().sum() / target.square().sum()).backward()
+            optimizer.step()
+
+    ours = {name: replace(methods.load(name)(), adapter=adapter) for name in ("flora-na", "flexlora", "fedex-lora")}
+    mine = {name: seconds(lambda method=method: combined(method, start, uploads)) for name, method in ours.items()}
+    began = time.perf_counter()
+    torch.linalg.svd(mean_product(), full_matrices=False)
+    svd = time.perf_counter() - began
+    means = {leaf: sum(u.weight * u.layer[leaf] for u in uploads) for leaf in "AB"}
+    return {
+        "flora-na against 200 Adam steps on dense products": seconds(adam, 0) / 2 * ADAM_STEPS / mine["flora-na"],
+        "flexlora against the dense SVD": svd / mine["flexlora"],
+        "fedex-lora against the dense residual": seconds(lambda: mean_product() - means["B"] @ means["A"], 0)
+        / mine["fedex-lora"],
+    }
+
+
+def measure(models: Path, data: Path) -> dict[str, Any]:
+    """Shapes, ranks and clients; the largest cases at the paper's rank only."""
+    names = applicable()
+    found: dict[str, Any] = {"multiples of reading the bytes": {}}
+    for label, (m, n) in SHAPES.items():
+        for r in (8, 16, 64):
+            for K in (10, 100, 1000):
+                if K * r * (m + n) > 4e8:  # 1.6 GB of uploads for one weight
+                    continue
+                few = [name for name in names if K < 1000 or name != "fedex-lora"]
+                found["multiples of reading the bytes"][f"{label}, rank {r}, {K} clients"] = one(m, n, r, K, few)
+    found["times faster than the dense way (4096, rank 16, 10 clients)"] = dense(4096, 4096, 16, 10)
+    return found
