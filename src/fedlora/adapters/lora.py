@@ -75,6 +75,8 @@ class LoRA(Adapter):
     def padded(self, layer: Layer, rank: int) -> Layer:
         """The same update at a larger rank, with zeros."""
         A, B = layer["A"], layer["B"]
+        if A.shape[-2] == rank:
+            return layer
         more = rank - A.shape[-2]
         wider = functional.pad(B * (self.scale(A.shape[-2]) / self.scale(rank)), (0, more))
         return {**layer, "A": functional.pad(A, (0, 0, 0, more)), "B": wider}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.linalg import norm
 from fedlora.method import Method
+from fedlora.products import sizes
 from fedlora.types import Outcome
 
 RANK = "_rank"  # what a client has pruned itself down to
@@ -54,12 +54,14 @@ class HetLoRA(Method):
 
     def combine(self, shared, uploads):
         rank = shared["A"].shape[-2]
-        sizes = torch.stack([norm(self.adapter.delta(u.layer)) for u in uploads])  # k *stack
-        w = sizes.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (sizes.ndim - 1))
-        everything = sizes.sum(0)
-        p = torch.where(everything > 0, sizes / everything.clamp_min(torch.finfo(sizes.dtype).tiny), w)
+        own = sizes([self.adapter.term(u.layer, 1.0) for u in uploads])  # k *stack
+        w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
+        everything = own.sum(0)
+        p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)
         padded = [self.adapter.padded(u.layer, rank) for u in uploads]
-        found = {leaf: sum(q[..., None, None] * layer[leaf] for q, layer in zip(p, padded)) for leaf in "AB"}
+        found = {leaf: torch.zeros_like(padded[0][leaf]) for leaf in "AB"}
+        for q, layer in zip(p, padded):
+            found = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in found.items()}
         return Outcome({**shared, **found})
 
     def _shorter(self, layer):
