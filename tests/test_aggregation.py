@@ -220,3 +220,17 @@ def test_an_existing_folder_is_left_alone(tmp_path):
         aggregate([folder], method_for("fedit"), folder)
     with pytest.raises(ValueError, match="no adapters were named"):
         aggregate([], method_for("fedit"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["fedit", "svd", "flexlora", "hetlora", "lora-fair", "fedrot-lora", "flora-na"])
+def test_reading_anew_at_every_pass_changes_nothing(tmp_path, name, monkeypatch):
+    """The streaming form: nothing is held between passes, neither files nor stacks of them."""
+    folders = [trained(tmp_path / str(i), "bert", i) for i in range(5)]
+    settings = ["residual_rank=2"] if name == "fedex-lora" else []
+    held = aggregate(folders, method_for(name, settings), tmp_path / "held")
+    for module in ("aggregation", "products"):
+        monkeypatch.setattr(f"fedlora.{module}.HELD", 0)
+    streamed = aggregate(folders, method_for(name, settings), tmp_path / "streamed")
+    one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("held", "streamed"))
+    assert all(torch.equal(x, two[key]) for key, x in one.items())
+    assert held.as_table() == streamed.as_table()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora import mixing
-from fedlora.mixing import Atoms, als, best_mixes, gram, passes
+from fedlora.mixing import Atoms, als, best_mixes, gram, passes, streamed
 
 
 def drawn(seed, K, m, n, r, spread, dtype=torch.float64, stack=(2,)):
@@ -69,3 +69,20 @@ def test_the_cheaper_way_is_taken(K, way, monkeypatch):
         monkeypatch.setattr(mixing, name, lambda *a, real=real, name=name: taken.append(name) or real(*a))
     best_mixes(drawn(0, K, 40, 40, 16, 0.5, stack=(1,)), 10)
     assert taken == [way]
+
+
+@pytest.mark.parametrize("K", [3, 40])
+def test_streamed_factors_give_the_same_mixes(K):
+    atoms = drawn(1, K, 23, 17, 3, 0.5)
+    asked = []
+
+    class Watched(list):
+        def __getitem__(self, k):
+            asked.append(k)
+            return super().__getitem__(k)
+
+    A, B = (Watched(x.unbind(-3)) for x in (atoms.A, atoms.B))
+    one, two = passes(atoms, 10), streamed(A, B, atoms.w, 10)
+    torch.testing.assert_close(error(atoms, *one), error(atoms, *two), rtol=1e-8, atol=0)
+    torch.testing.assert_close(one[0], two[0], rtol=1e-2, atol=1e-5)
+    assert len(asked) > 10 * K, "several passes, and nothing kept"

@@ -14,7 +14,7 @@ from fedlora.config import construct, overridden
 from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean, terms, weighted
 from fedlora.peft_folder import AdapterFolder, save_folder
-from fedlora.products import distances
+from fedlora.products import HELD, distances
 from fedlora.state import absent
 from fedlora.types import Layer, Outcome, Turn, Upload, Work
 
@@ -190,17 +190,46 @@ def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: in
 
 def _uploads(adapters: Sequence[AdapterFolder], rule: Method, part: str, shares: Sequence[float]) -> list[Upload]:
     """Each adapter's factors of one weight, in the output's scale, and turned or cut where the method sends them so."""
-    lora, found = rule.adapter, []
-    assert isinstance(lora, LoRA)
-    for client, (adapter, share) in enumerate(zip(adapters, shares)):
-        layer, own = adapter.layer(part), adapter.lora(part)
-        ratio = own.scale(own.rank) / lora.scale(own.rank)
-        layer = layer if ratio == 1 else {**layer, "B": ratio * layer["B"]}
-        # Round 1: the first in which a method that aligns with what was received has something to align with.
-        turn = Turn(1, client, own.rank)
-        reference = found[0].layer if found else layer
-        found.append(Upload(turn, share, rule.send(Work(reference, layer, lora.trainable), turn)))
-    return found
+    for adapter in adapters:
+        adapter.verify(part)
+    made = [_Factors(adapters, rule, part, client) for client in range(len(adapters))]
+    m, n, r = adapters[0].shapes[part]
+    if len(adapters) * r * (m + n) <= HELD:  # read once; more than that is read anew at every pass
+        made = [dict(layer) for layer in made]
+    ranks = [a.shapes[part][2] for a in adapters]
+    return [Upload(Turn(1, k, rank), w, layer) for k, (rank, w, layer) in enumerate(zip(ranks, shares, made))]
+
+
+@dataclass(frozen=True)
+class _Factors(Mapping[str, Tensor]):
+    """One adapter's factors of one weight, read when they are asked for."""
+
+    adapters: Sequence[AdapterFolder]
+    rule: Method
+    part: str
+    client: int
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("AB")
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        if "send" not in vars(type(self.rule)):
+            return self._scaled(self.client, leaf)
+        # What a client would turn or cut before sending; the first adapter stands for what it had received. Round 1:
+        # the first in which a method that aligns has something to align with.
+        first, own = ({x: self._scaled(k, x) for x in "AB"} for k in (0, self.client))
+        turn = Turn(1, self.client, own["A"].shape[0])
+        return self.rule.send(Work(first, own, frozenset("AB")), turn)[leaf]
+
+    def _scaled(self, client: int, leaf: str) -> Tensor:
+        adapter, lora = self.adapters[client], self.rule.adapter
+        own = adapter.lora(self.part)
+        assert isinstance(lora, LoRA)
+        x, ratio = adapter.factor(self.part, leaf), own.scale(own.rank) / lora.scale(own.rank)
+        return x if leaf == "A" or ratio == 1 else ratio * x
 
 
 def _zeros(rule: Method, uploads: Sequence[Upload]) -> Layer:
@@ -220,7 +249,7 @@ def _judged(rule: Method, uploads: Sequence[Upload], made: Outcome, rank: int | 
     rest = lora.split(total(made.fold)) if made.fold else None
     served = [lora.term(x, 1.0) for x in (layer, rest) if x is not None]
     figures = {"served": served}
-    if len({u.layer["A"].shape for u in uploads}) == 1:
+    if len({u.turn.rank for u in uploads}) == 1:
         figures["fedit"] = [lora.term(mean(uploads), 1.0)]
     norm, errors = distances(exact, list(figures.values()))
     return Combined(layer, rest, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
@@ -236,4 +265,5 @@ def _with_rest(found: Combined, lora: LoRA) -> Layer:
 
 def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[str, Tensor]:
     """Modules that were trained in full: their mean, in the first adapter's precision."""
-    return {key: weighted(shares, [a.full(key) for a in adapters]).to(adapters[0].dtype) for key in adapters[0].whole}
+    whole = {key: weighted(shares, (a.tensor(key) for a in adapters), key) for key in adapters[0].whole}
+    return {key: x.to(adapters[0].dtype) for key, x in whole.items()}

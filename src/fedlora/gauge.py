@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedlora.linalg import polar
 from fedlora.products import SVD, Term, applied, applied_back, held
 
-CUT = 1e-12  # relative: below it a direction of a normal matrix is rounding error
+CUT, CUT_SINGLE = 1e-12, 1e-6  # relative: below it a direction of a normal matrix is rounding error
 ILL = 1e-3  # an anchor that shrinks some direction below this share of its largest would blow B up
 
 Pair = tuple[Float[Tensor, "*stack r n"], Float[Tensor, "*stack m r"]]
@@ -37,15 +37,18 @@ def anchored(found: SVD, near_A: Tensor, near_B: Tensor) -> Pair:
         return rotated(*balanced(found, rank), near_A, near_B)
     rounding = torch.finfo(S.dtype).eps * max(P.shape[-2], Q.shape[-2])
     live = (S / S[..., :1].clamp_min(1e-30)) > rounding
-    Q, S = Q * live[..., None, :], S * live
-    E = _filled(Q, live, near_A, rank)  # n r, orthonormal
+    full = S.shape[-1] == rank and bool(live.all())
+    E = Q.double() if full else _filled(Q * live[..., None, :], live, near_A, rank)  # n r, orthonormal
     G = near_A.double() @ E  # A' = G Eᵀ
-    core = (S.double()[..., :, None] * Q.double().mT) @ E  # W = P core Eᵀ
+    core = torch.diag_embed(S.double()) if full else ((S * live).double()[..., :, None] * Q.double().mT) @ E
     s = torch.linalg.svdvals(G)
     sound = (s[..., -1] > ILL * s[..., 0])[..., None, None]
     inverse = torch.linalg.inv(torch.where(sound, G, torch.eye(rank, dtype=G.dtype, device=G.device)))
-    A, B = (G @ E.mT).to(P.dtype), (P.double() @ (core @ inverse)).to(P.dtype)
-    turned_A, turned_B = rotated(*balanced(SVD(P, S, Q), rank), near_A, near_B)
+    E = E.to(P.dtype)  # the long products need no more than the factors have; the small ones decide
+    A, B = G.to(P.dtype) @ E.mT, P @ (core @ inverse).to(P.dtype)  # W = P core Eᵀ
+    if bool(sound.all()):
+        return A, B
+    turned_A, turned_B = rotated(*balanced(found, rank), near_A, near_B)
     return torch.where(sound, A, turned_A), torch.where(sound, B, turned_B)
 
 
@@ -77,15 +80,13 @@ def swept(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
     """
     wide = held(terms)
     for _ in range(sweeps):
-        B = B + _solved(applied(wide, A.mT).double() - B.double() @ _gram(A), _gram(A)).to(B.dtype)
-        A = A + _solved(applied_back(wide, B).double() - A.double().mT @ _gram(B.mT), _gram(B.mT)).mT.to(A.dtype)
+        B = B + _solved(applied(wide, A.mT), B, A @ A.mT)
+        A = A + _solved(applied_back(wide, B), A.mT, B.mT @ B).mT
     return A, B
 
 
-def _gram(X: Tensor) -> Tensor:
-    return X.double() @ X.double().mT
-
-
-def _solved(rest: Tensor, G: Tensor) -> Tensor:
-    found: Tensor = rest @ torch.linalg.pinv(G, rtol=CUT, hermitian=True)
+def _solved(image: Tensor, now: Tensor, G: Tensor) -> Tensor:
+    """``(image − now G) G⁺``: what the least-squares factor differs by."""
+    inverse = torch.linalg.pinv(G.double(), rtol=CUT if G.dtype == torch.float64 else CUT_SINGLE, hermitian=True)
+    found: Tensor = (image - now @ G) @ inverse.to(now.dtype)
     return found

@@ -5,7 +5,7 @@ client starts from, which leaves it trains, what it sends and keeps, and what th
 of what it gets. The defaults are FedIT's, so a method's file is exactly what it changes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import Adapter, Heads, LoRA, VeRA
-from fedlora.products import Term
+from fedlora.products import Lazy, Term
 from fedlora.types import Layer, Outcome, Tree, Turn, Upload, Work
 
 
@@ -77,9 +77,9 @@ class Method:
         return {part: self.combine(shared[part], uploads[part]) for part in shared}
 
 
-def terms(adapter: Adapter, uploads: Sequence[Upload]) -> list[Term]:
+def terms(adapter: Adapter, uploads: Sequence[Upload]) -> Sequence[Term]:
     """The exact mean ``Σ w_k ΔW_k``, each client's scale inside, as a sum of products."""
-    return [adapter.term(u.layer, u.weight) for u in uploads]
+    return Lazy(len(uploads), lambda k: adapter.term(uploads[k].layer, uploads[k].weight))
 
 
 def pick(layer: Layer, leaves: frozenset[str] | set[str]) -> Layer:
@@ -94,23 +94,23 @@ def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
     """
     averaged: dict[str, Tensor] = {}
     for leaf in sorted({leaf for u in uploads for leaf in u.layer}):
-        sent = [(u.weight, u.layer[leaf]) for u in uploads if leaf in u.layer]
-        shapes = sorted({tuple(value.shape) for _, value in sent})
-        if len(shapes) > 1:
-            raise ValueError(
-                f"cannot average leaf {leaf!r}: clients sent shapes {shapes}, and averaging needs one shape for all; "
-                "give every client the same rank or take a method that allows any rank (see `fedlora methods`)."
-            )
-        averaged[leaf] = weighted([w for w, _ in sent], [value for _, value in sent])
+        sent = [u for u in uploads if leaf in u.layer]
+        averaged[leaf] = weighted([u.weight for u in sent], (u.layer[leaf] for u in sent), leaf)
     return averaged
 
 
-def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """``Σ w_k x_k / Σ w_k`` in one pass over the values."""
-    shares = [w / sum(weights) for w in weights]
-    found = shares[0] * values[0]
-    for share, value in zip(shares[1:], values[1:], strict=True):
-        found = torch.add(found, value, alpha=share)
+def weighted(weights: Sequence[float], values: Iterable[Tensor], name: str) -> Tensor:
+    """``Σ w_k x_k / Σ w_k`` in one pass, each value only held while it is added."""
+    total, rest = sum(weights), iter(values)
+    found = (weights[0] / total) * next(rest)
+    for w, value in zip(weights[1:], rest, strict=True):
+        if value.shape != found.shape:
+            shapes = sorted({tuple(found.shape), tuple(value.shape)})
+            raise ValueError(
+                f"cannot average leaf {name!r}: clients sent shapes {shapes}, and averaging needs one shape for all; "
+                "give every client the same rank or take a method that allows any rank (see `fedlora methods`)."
+            )
+        found = torch.add(found, value, alpha=w / total)
     return found
 
 

@@ -6,12 +6,15 @@ half-sweep, which costs ``O(K)`` instead of ``O(K²)``: best for many. It stays 
 their differences from the mean, so that nothing that matters is a small difference of large sums.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from fedlora.products import Lazy
 
 CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
 STILL = 1e-5  # relative: a sweep that moves the mixes by less is the last one; the error is flat to its square there
@@ -38,13 +41,20 @@ Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # p, q -> the next p,
 
 
 def gram(atoms: Atoms) -> Grams:
-    """All pairwise products, as one GEMM a side."""
-    A, B = atoms.A.double(), atoms.B.double()
-    *stack, K, r, n = A.shape
-    A = A.reshape(*stack, K * r, n)
-    B = B.transpose(-3, -2).reshape(*stack, B.shape[-2], K * r)
-    blocks = (X.reshape(*stack, K, r, K, r).transpose(-3, -2) for X in (B.mT @ B, A @ A.mT))
-    return Grams(*blocks)
+    """All pairwise products, as one GEMM a side in the factors' precision.
+
+    Taken of the mean and of what lies beside it, and put together in float64: rounding is then as small as either.
+    """
+    return Grams(_pairs(atoms.B.mT, atoms.w), _pairs(atoms.A, atoms.w))
+
+
+def _pairs(X: Tensor, w: Tensor) -> Tensor:
+    """``X_k X_lᵀ`` for all pairs of ``X (K r n)``, float64."""
+    *stack, K, r, n = X.shape
+    mean = torch.einsum("k,...krn->...rn", w.to(X.dtype), X)[..., None, :, :]
+    long = torch.cat([mean, X - mean], dim=-3).reshape(*stack, (K + 1) * r, n)
+    S = (long @ long.mT).double().reshape(*stack, K + 1, r, K + 1, r).transpose(-3, -2)
+    return S[..., :1, :1, :, :] + S[..., :1, 1:, :, :] + S[..., 1:, :1, :, :] + S[..., 1:, 1:, :, :]
 
 
 def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,45 +109,104 @@ def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return p * c, q / c
 
 
-class _Side(NamedTuple):
-    """One side's factors, turned so that rows are the long direction: their mean, and what lies beside it."""
+class _Side(ABC):
+    """One side's factors ``X_k``, rows along the long direction: their mean ``X̄`` and what lies beside it."""
 
-    mean: Float[Tensor, "*stack m r"]
-    rest: Float[Tensor, "*stack K m r"]  # X_k − X̄, so that Σ w_k rest_k = 0
+    mean: Tensor  # *stack m r
 
-    @classmethod
-    def of(cls, X: Tensor, w: Tensor) -> "_Side":
-        mean = torch.einsum("k,...kmr->...mr", w.to(X.dtype), X)
-        return cls(mean, X - mean[..., None, :, :])
-
-    def mixed(self, p: Tensor) -> Tensor:
-        """``Σ p_k X_k``."""
-        return p.sum(-1).to(self.mean.dtype)[..., None, None] * self.mean + self.beside(p)
-
+    @abstractmethod
     def beside(self, p: Tensor) -> Tensor:
         """``Σ p_k (X_k − X̄)``."""
-        *stack, K, m, r = self.rest.shape
-        flat: Tensor = p.to(self.rest.dtype)[..., None, :] @ self.rest.reshape(*stack, K, m * r)
-        return flat.reshape(*stack, m, r)
+
+    @abstractmethod
+    def inner(self, Y: Tensor) -> Tensor:
+        """``⟨X_k − X̄, Y⟩`` for every k."""
+
+    @abstractmethod
+    def against(self, Y: Tensor) -> Tensor:
+        """``(X_k − X̄)ᵀ Y`` for every k: ``*stack K r r``."""
+
+    @abstractmethod
+    def crossed(self, C: Tensor) -> Tensor:
+        """``Σ (X_k − X̄) C_k``."""
+
+
+class _Held(_Side):
+    """All factors in memory, in the two orders that make every pass one GEMM."""
+
+    def __init__(self, X: Tensor, w: Tensor):  # *stack K m r
+        *self.stack, self.K, self.m, self.r = X.shape
+        self.mean = torch.einsum("k,...kmr->...mr", w.to(X.dtype), X)
+        self.rest = (X - self.mean[..., None, :, :]).contiguous()
+        self.flat = self.rest.reshape(*self.stack, self.K, self.m * self.r)
+        self.wide = self.rest.transpose(-3, -2).reshape(*self.stack, self.m, self.K * self.r)
+
+    def beside(self, p: Tensor) -> Tensor:
+        found: Tensor = p.to(self.flat.dtype)[..., None, :] @ self.flat
+        return found.reshape(*self.stack, self.m, self.r)
 
     def inner(self, Y: Tensor) -> Tensor:
-        """``⟨X_k, Y⟩`` for every k, float64."""
-        *stack, K, m, r = self.rest.shape
-        own = (self.rest.reshape(*stack, K, m * r) @ Y.reshape(*stack, m * r, 1))[..., 0]
-        found: Tensor = own.double() + (self.mean * Y).sum((-2, -1), dtype=torch.float64)[..., None]
+        found: Tensor = self.flat @ Y.reshape(*self.stack, self.m * self.r, 1)
+        return found[..., 0].double()
+
+    def against(self, Y: Tensor) -> Tensor:
+        found: Tensor = self.wide.mT @ Y
+        return found.reshape(*self.stack, self.K, self.r, Y.shape[-1])
+
+    def crossed(self, C: Tensor) -> Tensor:
+        found: Tensor = self.wide @ C.reshape(*self.stack, self.K * self.r, C.shape[-1])
+        return found
+
+
+class _Streamed(_Side):
+    """Factors that are read anew at every pass; nothing is held but their mean."""
+
+    def __init__(self, factors: Sequence[Tensor], w: Tensor):
+        self.factors = factors
+        self.mean = torch.zeros_like(factors[0])
+        self.mean = self._summed(w.expand(*self.mean.shape[:-2], -1))
+
+    def _summed(self, p: Tensor) -> Tensor:
+        found = torch.zeros_like(self.mean)
+        for k in range(len(self.factors)):
+            found = torch.addcmul(found, self.factors[k] - self.mean, p[..., k].to(found.dtype)[..., None, None])
+        return found
+
+    def _each(self, of: Callable[[Tensor], Tensor], dim: int) -> Tensor:
+        return torch.stack([of(self.factors[k] - self.mean) for k in range(len(self.factors))], dim=dim)
+
+    def beside(self, p: Tensor) -> Tensor:
+        return self._summed(p)
+
+    def inner(self, Y: Tensor) -> Tensor:
+        return self._each(lambda x: (x * Y).sum((-2, -1)).double(), -1)
+
+    def against(self, Y: Tensor) -> Tensor:
+        return self._each(lambda x: x.mT @ Y, -3)
+
+    def crossed(self, C: Tensor) -> Tensor:
+        found = torch.zeros_like(self.mean)
+        for k in range(len(self.factors)):
+            found = found + (self.factors[k] - self.mean) @ C[..., k, :, :]
         return found
 
 
 def passes(atoms: Atoms, sweeps: int) -> tuple[Tensor, Tensor]:
     """The same sweeps by passes over the factors, with conjugate gradients for the ``K × K`` systems."""
-    w = atoms.w
-    B, A = _Side.of(atoms.B, w), _Side.of(atoms.A.mT, w)
+    return _alternated(_Held(atoms.B, atoms.w), _Held(atoms.A.mT, atoms.w), atoms.w, sweeps)
 
+
+def streamed(A: Sequence[Tensor], B: Sequence[Tensor], w: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+    """``passes`` over factors ``A_k (r n)`` and ``B_k (m r)`` that are read when they are asked for."""
+    return _alternated(_Streamed(B, w), _Streamed(Lazy(len(A), lambda k: A[k].mT), w), w, sweeps)
+
+
+def _alternated(B: _Side, A: _Side, w: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
     def sweep(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         p = p + _move(B, A, p, q, w)
         return p, q + _move(A, B, q, p, w)
 
-    return swept(sweep, w.expand(*atoms.B.shape[:-3], -1), sweeps)
+    return swept(sweep, w.expand(*B.mean.shape[:-2], -1), sweeps)
 
 
 def _move(X: _Side, Y: _Side, p: Tensor, q: Tensor, w: Tensor) -> Tensor:
@@ -146,15 +215,22 @@ def _move(X: _Side, Y: _Side, p: Tensor, q: Tensor, w: Tensor) -> Tensor:
     The gradient is ``⟨X_k, T⟩`` with ``T = Σ w_j X'_j (Y'_jᵀ Y_q) + X̄ (Ȳᵀ Y_q − σ H) − X'_p H``, primes for what lies
     beside the mean, ``σ = Σ p_k`` and ``H = Y_qᵀ Y_q``: every term is as small as what it stands for.
     """
-    Yq = Y.mixed(q)
+    Yq = _mixed(Y, q)
     H = Yq.mT @ Yq
-    C = Y.rest.mT @ Yq[..., None, :, :]  # k r r
-    *stack, K, m, r = X.rest.shape
-    wide = (w.to(C.dtype)[:, None, None] * C).reshape(*stack, K * r, r)
-    crossed = X.rest.transpose(-3, -2).reshape(*stack, m, K * r) @ wide
+    C = w.to(H.dtype)[:, None, None] * Y.against(Yq)
     sigma = p.sum(-1).to(H.dtype)[..., None, None]
-    T = crossed + X.mean @ (Y.mean.mT @ Yq - sigma * H) - X.beside(p) @ H
-    return _conjugate_gradients(lambda d: X.inner(X.mixed(d) @ H), X.inner(T))
+    T = X.crossed(C) + X.mean @ (Y.mean.mT @ Yq - sigma * H) - X.beside(p) @ H
+    return _conjugate_gradients(lambda d: _inner(X, _mixed(X, d) @ H), _inner(X, T))
+
+
+def _mixed(X: _Side, p: Tensor) -> Tensor:
+    """``Σ p_k X_k``."""
+    return p.sum(-1).to(X.mean.dtype)[..., None, None] * X.mean + X.beside(p)
+
+
+def _inner(X: _Side, Y: Tensor) -> Tensor:
+    """``⟨X_k, Y⟩`` for every k, float64."""
+    return X.inner(Y) + (X.mean * Y).sum((-2, -1), dtype=torch.float64)[..., None]
 
 
 def _conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:

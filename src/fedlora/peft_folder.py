@@ -65,24 +65,30 @@ class AdapterFolder:
         return LoRA(self.shapes[part][2], float(alpha), bool(self.config["use_rslora"]))
 
     def layer(self, part: str) -> Layer:
-        """``A (r n)`` and ``B (m r)`` of one weight, float32. ``ValueError`` names a key that is not finite."""
-        return {leaf: self._tensor(f"{PREFIX}{part}.lora_{leaf}.weight") for leaf in "AB"}
+        """``A (r n)`` and ``B (m r)`` of one weight, float32."""
+        return {leaf: self.factor(part, leaf) for leaf in "AB"}
 
-    def full(self, key: str) -> Tensor:
-        """One tensor of a module that was trained in full, float32."""
-        return self._tensor(key)
+    def factor(self, part: str, leaf: str) -> Tensor:
+        """``A`` or ``B`` of one weight, float32."""
+        return self.tensor(f"{PREFIX}{part}.lora_{leaf}.weight")
 
-    def _tensor(self, key: str) -> Tensor:
+    def verify(self, part: str) -> None:
+        """``ValueError`` names a factor of this weight that is not finite."""
+        for leaf in "AB":
+            if not bool(self.factor(part, leaf).isfinite().all()):
+                raise ValueError(
+                    f"{str(self.path)!r} holds values that are NaN or infinite in "
+                    f"{f'{PREFIX}{part}.lora_{leaf}.weight'!r}; leave this adapter out."
+                )
+
+    def tensor(self, key: str) -> Tensor:
+        """One tensor, float32."""
         try:
-            # Opened anew for each weight: what was mapped is let go with the tensors.
+            # Opened anew every time: what was mapped is let go with the tensor.
             with safe_open(self.path / WEIGHTS, framework="pt") as file:
                 found: Tensor = file.get_tensor(key).float()
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file anew.") from error
-        if not bool(found.isfinite().all()):
-            raise ValueError(
-                f"{str(self.path)!r} holds values that are NaN or infinite in {key!r}; leave this adapter out."
-            )
         return found
 
 

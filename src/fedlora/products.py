@@ -5,8 +5,8 @@ passes over them, so a sequence that reads its factors from disk as they are ask
 All take leading dimensions (``*stack``), like ``linalg``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ OVERSAMPLE = 8  # columns beyond the rank: they make the range finder's error cl
 WARM, COLD = 1, 3  # rounds of the range finder, with and without directions to start from; each is two passes
 EXACT_FLOPS = 5e8  # a QR of the whole stack is taken up to here; beyond, passes over the products are cheaper
 WIDE = 128  # products are taken together up to this inner rank: narrow ones do not keep a processor busy
+GRAM_RANK, PROBES = 2048, 64
 HELD = 64 * 2**20  # numbers; a larger sum is put together anew at every pass instead of being held
 
 
@@ -28,6 +29,24 @@ class Term(NamedTuple):
     c: float
     U: Float[Tensor, "*stack m r"]
     V: Float[Tensor, "*stack r n"]
+
+
+Item = TypeVar("Item")
+
+
+class Lazy(Sequence[Item]):
+    """A sequence whose items are made when they are asked for, at every pass anew."""
+
+    def __init__(self, many: int, make: Callable[[int], Item]):
+        self.many, self.make = many, make
+
+    def __len__(self) -> int:
+        return self.many
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.many:
+            raise IndexError(i)
+        return self.make(i)
 
 
 class SVD(NamedTuple):
@@ -106,7 +125,7 @@ def best(terms: Sequence[Term], rank: int, start: Float[Tensor, "*stack n r"] | 
     ``start`` holds directions that the range finder begins with; FedIT's ``Āᵀ`` makes its result at least as near
     to ``W`` as FedIT's own product, whatever else it finds.
     """
-    m, n, R = terms[0].U.shape[-2], terms[0].V.shape[-1], sum(t.V.shape[-2] for t in terms)
+    m, n, R = terms[0].U.shape[-2], terms[0].V.shape[-1], len(terms) * terms[0].V.shape[-2]  # for the cost, R is enough
     flops = 4 * (m + n) * R * (min(R, m) + min(R, n))
     small = flops <= EXACT_FLOPS or 2 * (rank + OVERSAMPLE) >= R
     return exact(stacked(terms), rank) if small else ranged(terms, rank, start)
@@ -164,11 +183,19 @@ def _gram_basis(X: Tensor) -> tuple[Tensor, Tensor]:
 def distances(terms: Sequence[Term], others: Sequence[Sequence[Term]]) -> tuple[float, list[float]]:
     """``‖W‖_F``, and how far each other sum lies from ``W``, relative to it (0 where ``W`` is zero).
 
-    From Gram matrices in float64, which resolve relative errors down to about 1e-7.
+    From Gram matrices in float64, which resolve relative errors down to about 1e-7; for stacks beyond ``GRAM_RANK``
+    from ``PROBES`` random directions, which estimate them to a few percent.
     """
-    norm = _squared([*terms]) ** 0.5
-    away = [_squared([*terms, *(t._replace(c=-t.c) for t in other)]) ** 0.5 for other in others]
+    squared = _squared if len(terms) * terms[0].V.shape[-2] <= GRAM_RANK else _probed
+    norm = squared(terms) ** 0.5
+    away = [squared(_less(terms, other)) ** 0.5 for other in others]
     return norm, [x / norm if norm > 0 else 0.0 for x in away]
+
+
+def _less(terms: Sequence[Term], other: Sequence[Term]) -> Sequence[Term]:
+    """``W − other``, with the terms of ``W`` as lazy as they were."""
+    K = len(terms)
+    return Lazy(K + len(other), lambda i: terms[i] if i < K else other[i - K]._replace(c=-other[i - K].c))
 
 
 def sizes(terms: Sequence[Term]) -> Float[Tensor, "K *stack"]:
@@ -181,3 +208,10 @@ def _squared(terms: Sequence[Term]) -> float:
     """``‖Σ c U V‖²_F = Σ_kl c_k c_l tr(U_kᵀ U_l V_l V_kᵀ)``."""
     U, V = stacked(t._replace(U=t.U.double(), V=t.V.double()) for t in terms)
     return max(0.0, float(((U.mT @ U) * (V @ V.mT)).sum()))
+
+
+def _probed(terms: Sequence[Term]) -> float:
+    """``E ‖W ω‖² = ‖W‖²_F`` for directions ``ω`` of independent unit normals."""
+    V = terms[0].V
+    draws = torch.randn(V.shape[-1], PROBES, generator=torch.Generator().manual_seed(0)).to(V)
+    return float(applied(held(terms), draws).double().square().sum()) / PROBES

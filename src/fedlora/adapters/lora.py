@@ -73,7 +73,7 @@ class LoRA(Adapter):
         return {**layer, "A": layer["A"][..., :rank, :], "B": B}
 
     def padded(self, layer: Layer, rank: int) -> Layer:
-        """The same update at a larger rank, with zeros."""
+        """The same update at a larger rank, with zeros; at a smaller one, its leading part."""
         A, B = layer["A"], layer["B"]
         if A.shape[-2] == rank:
             return layer

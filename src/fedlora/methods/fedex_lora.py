@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
 from fedlora.method import Method, mean
-from fedlora.products import best, stacked
+from fedlora.products import Lazy, best, stacked
 from fedlora.types import Outcome
 
 
@@ -36,7 +36,9 @@ class FedExLoRA(Method):
 
     def combine(self, shared, uploads):
         averaged = mean(uploads)
-        centred = [{leaf: u.layer[leaf] - averaged[leaf] for leaf in "AB"} for u in uploads]
-        residual = [self.adapter.term(layer, u.weight) for layer, u in zip(centred, uploads)]
+        residual = Lazy(len(uploads), lambda k: self._centred(uploads[k], averaged))
         fold = stacked(residual) if self.residual_rank is None else best(residual, self.residual_rank).factors()
         return Outcome({**shared, **averaged}, fold=(fold,))
+
+    def _centred(self, upload, averaged):
+        return self.adapter.term({leaf: upload.layer[leaf] - averaged[leaf] for leaf in "AB"}, upload.weight)

@@ -29,7 +29,7 @@ class FlexLoRA(Method):
 
     def combine(self, shared, uploads):
         rank = shared["A"].shape[-2]
-        alike = len({u.layer["A"].shape for u in uploads}) == 1
+        alike = len({u.turn.rank for u in uploads}) == 1
         start = mean(uploads)["A"].mT if alike else None
         found = best(terms(self.adapter, uploads), rank, start).factors()
         return Outcome({**shared, **self.adapter.padded(self.adapter.split(found), rank)})

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.method import Method
-from fedlora.mixing import Atoms, Grams, als, best_mixes, gram, normal
+from fedlora.mixing import Atoms, Grams, als, best_mixes, gram, normal, streamed
+from fedlora.products import HELD, Lazy
 from fedlora.types import Layer, Outcome, Upload
 
 
@@ -45,10 +46,11 @@ class FLoRANA(Method):
         return self.solver == "adam"
 
     def combine_all(self, shared, uploads):
-        parts = list(shared)
-        atoms = [self._atoms(shared[part], uploads[part]) for part in parts]
         if self.solver == "als" and self.scope == "weight":
-            return {part: serve(shared[part], a, *best_mixes(a, self.sweeps)) for part, a in zip(parts, atoms)}
+            return {part: self._alone(shared[part], uploads[part]) for part in shared}
+        parts = list(shared)
+        mixed = [self._mixed(shared[part], uploads[part]) for part in parts]
+        atoms = [atoms_of(*each) for each in mixed]
         # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve does.
         grams = [gram(a) for a in atoms]
         sizes = [g.B.shape[:-4].numel() for g in grams]
@@ -56,14 +58,27 @@ class FLoRANA(Method):
         w = atoms[0].w
         p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
         mixes = zip(p.split(sizes), q.split(sizes))
-        return {part: serve(shared[part], a, *mix) for part, a, mix in zip(parts, atoms, mixes)}
+        return {part: serve(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
 
-    def _atoms(self, shared: Layer, uploads: Sequence[Upload]) -> "Atoms":
+    def _alone(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
+        layers, w = self._mixed(shared, uploads)
+        if len(layers) * sum(x.numel() for x in shared.values()) <= HELD:
+            return serve(shared, layers, *best_mixes(atoms_of(layers, w), self.sweeps))
+        A, B = (Lazy(len(layers), lambda k, leaf=leaf: layers[k][leaf]) for leaf in "AB")
+        return serve(shared, layers, *streamed(A, B, w, self.sweeps))
+
+    def _mixed(self, shared: Layer, uploads: Sequence[Upload]) -> tuple[list[Layer], Tensor]:
+        """What may be mixed, and its weights in the target."""
         layers, w = [u.layer for u in uploads], [u.weight for u in uploads]
         if self.anchor:
             layers, w = [*layers, shared], [*w, 0.0]
-        A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
-        return Atoms(A, B, torch.tensor(w, dtype=torch.float64, device=A.device))
+        return layers, torch.tensor(w, dtype=torch.float64, device=shared["A"].device)
+
+
+def atoms_of(layers: Sequence[Layer], w: Tensor) -> Atoms:
+    """All factors in memory, stacked."""
+    A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
+    return Atoms(A, B, w)
 
 
 def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
@@ -83,11 +98,15 @@ def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tenso
     return p.detach().expand(len(grams.B), -1), q.detach().expand(len(grams.B), -1)
 
 
-def serve(shared: Layer, atoms: Atoms, p: Tensor, q: Tensor) -> Outcome:
+def serve(shared: Layer, layers: Sequence[Layer], p: Tensor, q: Tensor) -> Outcome:
     """The mixed factors in the clients' precision, and how far the mix has come to rest on one client."""
-    stack = atoms.B.shape[:-3]
-    p, q = p.reshape(*stack, -1), q.reshape(*stack, -1)
-    B = torch.einsum("...k,...kmr->...mr", p.to(atoms.B.dtype), atoms.B)
-    A = torch.einsum("...k,...krn->...rn", q.to(atoms.A.dtype), atoms.A)
+    stack = shared["A"].shape[:-2]
+    found = {}
+    for leaf, mix in (("A", q.reshape(*stack, -1)), ("B", p.reshape(*stack, -1))):
+        x = torch.zeros_like(shared[leaf])
+        for k, layer in enumerate(layers):
+            x = torch.addcmul(x, layer[leaf], mix[..., k].to(x.dtype)[..., None, None])
+        found[leaf] = x
+    p = p.reshape(*stack, -1)
     concentration = p.abs().amax(-1) / p.abs().sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    return Outcome({**shared, "A": A, "B": B}, notes={"concentration": concentration})
+    return Outcome({**shared, **found}, notes={"concentration": concentration})

@@ -58,9 +58,9 @@ class HetLoRA(Method):
         w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
         everything = own.sum(0)
         p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)
-        padded = [self.adapter.padded(u.layer, rank) for u in uploads]
-        found = {leaf: torch.zeros_like(padded[0][leaf]) for leaf in "AB"}
-        for q, layer in zip(p, padded):
+        found = {leaf: torch.zeros_like(shared[leaf]) for leaf in "AB"}
+        for q, upload in zip(p, uploads):
+            layer = self.adapter.padded(upload.layer, rank)
             found = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in found.items()}
         return Outcome({**shared, **found})
 

@@ -9,7 +9,7 @@ from typing import Literal
 from fedlora.adapters import LoRA
 from fedlora.gauge import anchored, balanced, rotated, swept
 from fedlora.method import Method, mean, terms
-from fedlora.products import Term, best, stacked
+from fedlora.products import Lazy, Term, best, stacked
 from fedlora.types import Outcome
 
 
@@ -46,13 +46,19 @@ class BestRank(Method):
     def combine(self, shared, uploads):
         rank = shared["A"].shape[-2]
         s = self.adapter.scale(rank)
-        goal = [Term(t.c / s, t.U, t.V) for t in terms(self.adapter, uploads)]  # B A, without the scale
-        means = mean([u._replace(layer=self.adapter.padded(u.layer, rank)) for u in uploads])
+        exact = terms(self.adapter, uploads)
+        goal = Lazy(len(exact), lambda k: exact[k]._replace(c=exact[k].c / s))  # B A, without the scale
+        alike = len({u.turn.rank for u in uploads}) == 1
+        means = mean(uploads if alike else [self._wide(u, rank) for u in uploads])
+        means = self.adapter.padded(means, rank)
         A, B = self._served(goal, means, rank)
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
             return Outcome(layer)
-        return Outcome(layer, fold=(stacked([*terms(self.adapter, uploads), Term(-s, B, A)]),))
+        return Outcome(layer, fold=(stacked([*exact, Term(-s, B, A)]),))
+
+    def _wide(self, upload, rank):
+        return upload._replace(layer=self.adapter.padded(upload.layer, rank))
 
     def _served(self, goal, means, rank):
         A, B = means["A"], means["B"]
