@@ -1,4 +1,4 @@
-"""Runs the benchmarks named on the command line, or all: `python -m benchmarks [training levers memory overhead]`."""
+"""Runs the benchmarks named on the command line, or all: `python -m benchmarks [training levers memory overhead aggregation merging]`."""
 
 import argparse
 import json
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import federation, levers, training
+from benchmarks import aggregation, federation, levers, merging, training
 
 ALL = {
     "training": training.measure,
     "levers": levers.measure,
     "memory": federation.memory,
     "overhead": federation.overhead,
+    "aggregation": aggregation.measure,
+    "merging": merging.measure,
 }
 
 

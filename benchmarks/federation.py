@@ -1,11 +1,12 @@
 """What a federation costs beyond training: memory by the number of clients, and time in no client."""
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks import peak
 
 MODEL = "minilm-l3-h384-v8k"
 STEPS = 200  # a round, over all clients, where memory is compared
@@ -63,8 +64,7 @@ def _run(
     records = run(build(for_label(table, method))).records
     whole = sum(r["seconds"]["total"] for r in records)
     inside = sum(r["seconds"]["train"] + r["seconds"]["evaluate"] for r in records)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak_mb": round(peak, 1), "share": round((whole - inside) / whole, 4)}
+    return {"peak_mb": round(peak.megabytes(), 1), "share": round((whole - inside) / whole, 4)}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.aggregation import aggregate, applicable, method_for
 from fedlora.peft_folder import AdapterFolder
+from fedlora.runtime import Engine
 from tests.test_model import network
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -212,6 +213,13 @@ def test_wrong_requests(tmp_path, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         aggregate([folder], method_for(settings.get("method", "fedit")), tmp_path / "out", settings.get("weights"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="engine.device is 'abacus'"):
+        aggregate(
+            [trained(tmp_path / "a", "bert", 0)], method_for("fedit"), tmp_path / "o", engine=Engine(device="abacus")
+        )
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):

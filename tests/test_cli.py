@@ -143,3 +143,32 @@ def test_settings_of_one_method_only(cli, tmp_path):
     assert found.returncode == 0, found.stderr
     assert "learning_rate = 0.25" in (tmp_path / "c" / "ravan-seed0" / "config.toml").read_text()
     assert "learning_rate = 0.001" in (tmp_path / "c" / "fedit-seed0" / "config.toml").read_text()
+
+
+def test_aggregate_and_export(cli, tmp_path):
+    cli("run", "my.toml", "--out", "run", "-o", "clients.count=3", "-o", "method.name=fedsa-lora")
+    exported = cli("export", "run", "--out", "own", "--all-clients", "--json")
+    assert exported.returncode == 0, exported.stderr
+    rows = json.loads(exported.stdout)
+    assert [row["client"] for row in rows] == [0, 1, 2] and max(row["difference"] for row in rows) < 1e-4
+    merged = cli("aggregate", "own/0", "own/1", "own/2", "--weights", "2,1,1", "--out", "merged")
+    assert merged.returncode == 0, merged.stderr
+    assert "error against the exact mean" in merged.stdout
+    assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["aggregate", "nowhere", "--out", "o"], "holds no adapter_config.json"),
+        (["aggregate", ".", "--out", "o", "--weights", "a,b"], "--weights is 'a,b'; it should be numbers with commas"),
+        (["aggregate", ".", "--out", "o", "--method", "fedsa-lora"], "a model of its own"),
+        (["export", ".", "--out", "o"], "holds no finished run"),
+        (["export", ".", "--out", "o", "--client", "1", "--all-clients"], "exclude each other"),
+        (["compare", "my.toml"], "--methods names no method"),
+    ],
+)
+def test_mistakes_with_folders(cli, arguments, sentence):
+    done = cli(*arguments)
+    assert done.returncode == 2 and sentence in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean, terms, weighted
 from fedlora.peft_folder import AdapterFolder, save_folder
 from fedlora.products import HELD, distances
+from fedlora.runtime import Engine
 from fedlora.state import absent
 from fedlora.types import Layer, Outcome, Turn, Upload, Work
 
@@ -91,14 +92,17 @@ def aggregate(
     rank: int | None = None,
     residual: str | Path | None = None,
     exact: bool = False,
+    engine: Engine = Engine(),  # noqa: B008 - frozen
 ) -> Report:
     """Combines PEFT adapters into one and writes it to ``out``; returns the errors against the exact mean.
 
     ``weights`` are shares of any sum (None: equal). ``rank`` is the output's (None: the largest there is). What a
-    method folds goes into a second adapter at ``residual``, or with ``exact`` into the same one. Memory is one weight's
-    factors of all adapters, and the output. ``ValueError`` where the adapters do not belong together.
+    method folds goes into a second adapter at ``residual``, or with ``exact`` into the same one. ``engine`` says which
+    device and how many threads. Memory is one weight's factors of all adapters (none of them, beyond ``HELD`` numbers:
+    then they are read anew at every pass), and the output. ``ValueError`` where the adapters do not belong together.
     """
-    adapters = [AdapterFolder.open(folder) for folder in folders]
+    device = engine.prepare()
+    adapters = [replace(AdapterFolder.open(folder), device=device) for folder in folders]
     shares = _shares(weights, len(adapters))
     _check(adapters)
     target, second = absent(out), None if residual is None else absent(residual)

@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class AdapterFolder:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]  # part -> m, n, r
     whole: tuple[str, ...]  # keys of the modules that were trained in full
-    dtype: torch.dtype = field(default=torch.float32)
+    dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu"  # where tensors are put
 
     @classmethod
     def open(cls, path: str | Path) -> "AdapterFolder":
@@ -86,7 +87,7 @@ class AdapterFolder:
         try:
             # Opened anew every time: what was mapped is let go with the tensor.
             with safe_open(self.path / WEIGHTS, framework="pt") as file:
-                found: Tensor = file.get_tensor(key).float()
+                found: Tensor = file.get_tensor(key).to(self.device, torch.float32)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file anew.") from error
         return found
@@ -182,11 +183,11 @@ def save_folder(
         "init_lora_weights": True,  # what is loaded replaces it; a start by SVD of the base would change the base
     }
     tensors = {
-        f"{PREFIX}{part}.lora_{leaf}.weight": layer[leaf].to(dtype).contiguous().clone()
+        f"{PREFIX}{part}.lora_{leaf}.weight": layer[leaf].to("cpu", dtype).contiguous().clone()
         for part, layer in layers.items()
         for leaf in "AB"
     }
-    tensors |= {key: x.contiguous().clone() for key, x in (whole or {}).items()}
+    tensors |= {key: x.cpu().contiguous().clone() for key, x in (whole or {}).items()}
     write(path / WEIGHTS, save(tensors, {"format": "pt"}))
     write(path / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 

@@ -31,16 +31,20 @@ def aggregate(
     residual: Annotated[Optional[Path], typer.Option(help="A second adapter: what the method folds.")] = None,  # noqa: UP045
     exact: Annotated[bool, typer.Option(help="One adapter with everything, of the sum of the ranks.")] = False,
     option: Annotated[Optional[list[str]], typer.Option("-o", help="A setting of the method: key=value.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")] = "auto",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the processor [default: all].")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Combine LoRA adapters that are trained already; no base model is needed."""
     from fedlora import aggregation
     from fedlora.report import tables
+    from fedlora.runtime import Engine
 
     name = method or ("flora" if exact else "svd")
     shares = None if weights is None else numbers(weights, float, "--weights", "3,1,1")
     rule = aggregation.method_for(name, option or [])
-    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact)
+    engine = Engine(device=device, threads=threads)
+    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact, engine)
     found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
     answer(as_json, found, lambda: tables.aggregation(found))
 
