@@ -1,4 +1,4 @@
-"""Runs the benchmarks named on the command line, or all: `python -m benchmarks [training levers memory overhead aggregation merging]`."""
+"""Runs the benchmarks that are named, or all: training levers memory overhead aggregation merging."""
 
 import argparse
 import json

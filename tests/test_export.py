@@ -78,3 +78,25 @@ def test_mistakes(tmp_path):
         export(run, tmp_path / "run", 0)
     with pytest.raises(ValueError, match="holds no finished run"):
         Run.open(tmp_path)
+
+
+def test_a_run_goes_on_from_an_export(tmp_path):
+    run = finished(tmp_path, "fedit")
+    export(run, tmp_path / "out")
+    for name in ("fedit", "svd", "fed-sb"):
+        extra = ["adapter={name = 'lora-sb', core_rank = 7}"] if name == "fed-sb" else ["adapter.rank=3"]
+        again = config(f"method.name={name}", *extra, f"model.start={tmp_path / 'out'}").federation()
+        tree = again.model.initial(0)
+        for part in run.shared:
+            if "q_proj" in part:
+                old, new = (
+                    f.method.adapter.delta(t[part]).dense() for f, t in ((run.config, run.shared), (again, tree))
+                )
+                torch.testing.assert_close(new, old, atol=1e-6, rtol=1e-4)
+        assert torch.equal(tree["classifier"]["weight"], run.shared["classifier"]["weight"])
+    with pytest.raises(ValueError, match="FLoRA begins every turn afresh and would lose model.start"):
+        config("method.name=flora", f"model.start={tmp_path / 'out'}").federation()
+    with pytest.raises(ValueError, match="kind VeRA cannot start from an update"):
+        config("adapter={name = 'vera', rank = 4}", f"model.start={tmp_path / 'out'}").federation()
+    with pytest.raises(ValueError, match="it is not adapted here"):
+        config("model.targets=['k_proj']", f"model.start={tmp_path / 'out'}").federation()

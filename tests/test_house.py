@@ -26,6 +26,7 @@ LAYERS = [  # imports point down only
         "training",
         "state",
         "peft_folder",
+        "start",
         "channel",
         "folds",
         "measures",

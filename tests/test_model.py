@@ -131,7 +131,9 @@ def peft_gradients(tree, theirs, adapter):
 @pytest.mark.parametrize("adapter", [LoRA(4, 8), VeRA(8), Heads(2, 5)], ids=["lora", "vera", "heads"])
 def test_folding_the_update_is_running_it(family, adapter):
     ids = torch.randint(3, 60, (4, 9))
-    model = Model.attach(network(family), adapter, ["query"] if family == "bert" else ["c_attn", "c_fc"])
+    model = Model.attach(
+        network(family), adapter, ["query", "intermediate.dense"] if family == "bert" else ["c_attn", "c_fc"]
+    )
     tree = filled(model)
     model.load(tree)
     with torch.inference_mode():

@@ -72,7 +72,7 @@ def entry(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "title": kind.title or kind.__name__,
-        "idea": doc.splitlines()[0].partition(": ")[2].rstrip("."),
+        "idea": doc.splitlines()[0].partition(": ")[2].rstrip(".").replace("``", ""),
         "reference": " ".join(line.strip() for line in doc.splitlines()[2:] if line.strip()),
         "equation": inspect.getdoc(kind) or "",
         "claims": {

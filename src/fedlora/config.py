@@ -27,6 +27,7 @@ from fedlora.model import Model, Precision
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
 from fedlora.runtime import Engine, checkpoint_activations
+from fedlora.start import begin
 from fedlora.tasks.task import Task
 from fedlora.training import Training
 
@@ -42,6 +43,7 @@ class ModelTable:
     name: str  # a hub id or a local folder
     targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
+    start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
 
@@ -76,6 +78,8 @@ class Config:
             checkpoint_activations(network)
         model = self.attached(network, typing.cast(Any, training.precision), device)
         rules = model.rules(self.method, self.head_rule)
+        if self.model.start is not None:
+            begin(model, rules, self.method, self.model.start, self.seed)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,

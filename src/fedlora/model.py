@@ -70,6 +70,7 @@ class Model:
         self.overlay = precision != "float32" if overlay is None else overlay
         self._pretrained: dict[str, Tensor] = {}  # base weights that folds have changed, as they were
         self._initial = {p: _copies(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
+        self._started: dict[str, Factors] = {}  # updates that adapters begin with
         self.folded = 0  # how often the base has changed
         self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that no training moves, as last loaded
 
@@ -120,10 +121,32 @@ class Model:
             if isinstance(part.module, Adapted):
                 m, n = shape(part.module.base)
                 leaves = part.adapter.init(m, n, derived(seed, "adapter", path))
+                if path in self._started:
+                    leaves = part.adapter.around(self._started[path], leaves)
                 tree[path] = {leaf: x.to(self.device) for leaf, x in leaves.items()}
             else:
                 tree[path] = self._initial[path]
         return tree
+
+    def start(self, updates: Mapping[str, Factors], whole: Mapping[str, Layer]) -> None:
+        """Lets ``initial`` begin at known updates of weights and at known leaves of parts trained in full.
+
+        ``ValueError`` where a part is unknown here or has another size.
+        """
+        sizes = {p: shape(part.module.base) for p, part in self.parts.items() if isinstance(part.module, Adapted)}
+        for path, f in updates.items():
+            found = (f.U.shape[-2], f.V.shape[-1])
+            if sizes.get(path) != found:
+                here = f"it is {' x '.join(map(str, sizes[path]))} here" if path in sizes else "it is not adapted here"
+                raise ValueError(
+                    f"model.start adapts {path!r}, {found[0]} x {found[1]}, but {here}; name another start."
+                )
+        for path, layer in whole.items():
+            own = self._initial.get(path, {})
+            if {leaf: x.shape for leaf, x in layer.items()} != {leaf: x.shape for leaf, x in own.items()}:
+                raise ValueError(f"model.start holds {path!r}, which has another size or is not trained here; drop it.")
+        self._started = dict(updates)
+        self._initial |= {path: _copies(layer) for path, layer in whole.items()}
 
     @torch.no_grad()
     def load(self, tree: Tree) -> None:

@@ -73,6 +73,14 @@ class AdapterFolder:
         """``A`` or ``B`` of one weight, float32."""
         return self.tensor(f"{PREFIX}{part}.lora_{leaf}.weight")
 
+    def modules(self) -> dict[str, Layer]:
+        """Modules trained in full: path -> its own parameters."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key in self.whole:
+            path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+            found.setdefault(path, {})[leaf] = self.tensor(key)
+        return found
+
     def verify(self, part: str) -> None:
         """``ValueError`` names a factor of this weight that is not finite."""
         for leaf in "AB":

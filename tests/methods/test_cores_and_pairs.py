@@ -33,9 +33,12 @@ def test_fed_sb_is_exact_and_sends_only_the_core():
 def test_a_core_around_a_known_update():
     g = torch.Generator().manual_seed(0)
     f = Factors(torch.randn(9, 6, generator=g).double(), torch.randn(6, 8, generator=g).double())
-    layer = LoRASB(4).split(f)
-    torch.testing.assert_close(LoRASB(4).delta(layer).dense(), exact(f, 4).factors().dense())
-    torch.testing.assert_close(layer["B"].T @ layer["B"], torch.eye(4).double())
+    for rank in (4, 7):
+        fresh = {leaf: x.double() for leaf, x in LoRASB(rank).init(9, 8, 0).items()}
+        layer = LoRASB(rank).around(f, fresh)
+        torch.testing.assert_close(LoRASB(rank).delta(layer).dense(), exact(f, rank).factors().dense())
+        torch.testing.assert_close(layer["B"].T @ layer["B"], torch.eye(rank).double())
+        assert {leaf: x.shape for leaf, x in layer.items()} == {leaf: x.shape for leaf, x in fresh.items()}
 
 
 def test_sizes_of_the_core():

@@ -60,6 +60,15 @@ class Adapter(ABC):
         """``weight · ΔW``, one client's share of a sum."""
         return Term(weight, *self.delta(layer))
 
+    def around(self, update: Factors, fresh: Layer) -> Layer:
+        """Leaves that stand for a known update, as nearly as they can; ``fresh`` are those of ``init``.
+
+        Raises ``ValueError`` where the parametrisation cannot start from an update.
+        """
+        raise ValueError(
+            f"an adapter of kind {type(self).__name__} cannot start from an update; leave model.start out."
+        )
+
     def leading(self, layer: Layer, rank: int) -> Layer:
         """The part of ``layer`` that a client of smaller budget holds; its update is that part of the update."""
         return layer

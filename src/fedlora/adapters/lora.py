@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from fedlora.adapters.base import Adapter, generator, uniform
+from fedlora.linalg import truncated
 from fedlora.products import Term
 from fedlora.types import Factors, Layer
 
@@ -63,6 +64,14 @@ class LoRA(Adapter):
     def split(self, f: Factors) -> Layer:
         """The leaves whose update is ``f``: the inverse of ``delta``."""
         return {"A": f.V, "B": f.U / self.scale(f.V.shape[-2])}
+
+    def around(self, update, fresh):
+        update = truncated(update, self.rank) if update.V.shape[-2] > self.rank else update
+        own, q = self.split(update), update.V.shape[-2]
+        # Ranks that the update does not need begin as they would without it: A drawn, B zero.
+        ratio = self.scale(q) / self.scale(self.rank)
+        A = torch.cat([own["A"], fresh["A"][..., q:, :]], dim=-2)
+        return {"A": A, "B": torch.cat([ratio * own["B"], fresh["B"][..., q:]], dim=-1)}
 
     def leading(self, layer, rank):
         own = layer["A"].shape[-2]

@@ -10,7 +10,7 @@ import torch
 
 from fedlora.adapters.base import Adapter, generator
 from fedlora.products import exact
-from fedlora.types import Factors, Layer
+from fedlora.types import Factors
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class LoRASB(Adapter):
         B = torch.linalg.qr(torch.randn(m, r, generator=draws)).Q
         return {"A": A, "B": B, "R": torch.zeros(r, r)}
 
-    def split(self, f: Factors) -> Layer:
-        """Leaves around an update that is known: its leading singular vectors outside, its values in the core."""
-        m, n = f.U.shape[-2], f.V.shape[-1]
-        P, S, Q = exact(f, self.size(m, n))
-        return {"A": Q.mT.contiguous(), "B": P, "R": torch.diag_embed(S)}
+    def around(self, update, fresh):
+        # The update's leading singular vectors outside, its values in the core; what is missing is drawn, with zeros.
+        P, S, Q = exact(update, fresh["R"].shape[-1])
+        B = torch.linalg.qr(torch.cat([P, fresh["B"]], dim=-1)).Q[..., : fresh["B"].shape[-1]]
+        A = torch.linalg.qr(torch.cat([Q, fresh["A"].mT], dim=-1)).Q[..., : fresh["A"].shape[-2]].mT
+        core = (B.mT @ P) @ torch.diag_embed(S) @ (Q.mT @ A.mT)  # QR may turn the signs
+        return {"A": A.contiguous(), "B": B, "R": core}
 
     def delta(self, layer):
         return Factors(layer["B"], layer["R"] @ layer["A"])
