@@ -12,7 +12,10 @@ from fedlora.types import Turn
 
 
 def begin(model: Model, rules: Rules, method: Method, folder: str | Path, seed: int) -> None:
-    """Lets the model begin at a PEFT folder that all parties hold. ``ValueError`` where the method would not keep it."""
+    """Lets the model begin at a PEFT folder that all parties hold.
+
+    ``ValueError`` where the method would not keep it.
+    """
     found = AdapterFolder.open(folder)
     model.start({part: found.lora(part).delta(found.layer(part)) for part in found.shapes}, found.modules())
     shared = model.initial(seed)
