@@ -100,3 +100,9 @@ def test_a_run_goes_on_from_an_export(tmp_path):
         config("adapter={name = 'vera', rank = 4}", f"model.start={tmp_path / 'out'}").federation()
     with pytest.raises(ValueError, match="it is not adapted here"):
         config("model.targets=['k_proj']", f"model.start={tmp_path / 'out'}").federation()
+
+
+def test_folds_come_to_no_more_than_the_weights_sides(tmp_path):
+    run = finished(tmp_path, "flora", "rounds=20", "evaluation.every=20", "training.local_steps=1")
+    found = export(run, tmp_path / "out")
+    assert found["ranks"] == [96] and found["difference"] < 1e-4, "20 rounds of three clients at rank 2 are 120"

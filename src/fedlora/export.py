@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.config import Config, ConfigError, read
-from fedlora.linalg import total, truncated
+from fedlora.linalg import compacted, total, truncated
 from fedlora.model import Model
 from fedlora.peft_folder import PREFIX, save_folder
 from fedlora.products import Term, distances
@@ -122,7 +122,8 @@ def updates(model: Model, tree: Tree, folds: Mapping[str, Factors]) -> dict[str,
     for part, p in model.parts.items():
         if not isinstance(p.adapter, Dense):
             own = p.adapter.delta(tree[part])
-            found[part] = total([own, folds[part]]) if part in folds else own
+            both = [f for f in (own, folds.get(part)) if f is not None and bool(f.U.any())]
+            found[part] = compacted(total(both)) if both else own
     return found
 
 
