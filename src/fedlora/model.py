@@ -117,13 +117,18 @@ class Model:
     def initial(self, seed: int) -> Tree:
         """What every party holds before the first round: made from the seed, so it never crosses the wire."""
         tree: dict[str, Layer] = {}
+        # What weights have in common (VeRA's pair) stays one tensor on a GPU, too; held while their ids are keys.
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
         for path, part in self.parts.items():
             if isinstance(part.module, Adapted):
                 m, n = shape(part.module.base)
                 leaves = part.adapter.init(m, n, derived(seed, "adapter", path))
                 if path in self._started:
                     leaves = part.adapter.around(self._started[path], leaves)
-                tree[path] = {leaf: x.to(self.device) for leaf, x in leaves.items()}
+                for x in leaves.values():
+                    if id(x) not in moved:
+                        moved[id(x)] = x, x.to(self.device)
+                tree[path] = {leaf: moved[id(x)][1] for leaf, x in leaves.items()}
             else:
                 tree[path] = self._initial[path]
         return tree
