@@ -168,6 +168,7 @@ MISTAKES = {
     "cut off": (cut, "cannot be read, it may be cut off"),
     "pickle": (pickled, "a pickle, which can run code.*safe_serialization=True"),
     "dora": (lambda f: edited(f, lambda c: {**c, "use_dora": True}), "sets use_dora, which cannot be used"),
+    "pissa": (lambda f: edited(f, lambda c: {**c, "init_lora_weights": "pissa_niter_4"}), "a base that PEFT changed"),
     "bias": (lambda f: edited(f, lambda c: {**c, "bias": "all"}), "trains biases"),
     "embedding": (lambda f: edited(f, None, lambda t: {**t, EMBEDDING: torch.zeros(4, 60)}), "adapts an embedding"),
     "kind": (lambda f: edited(f, lambda c: {**c, "peft_type": "IA3"}), "adapter of kind 'IA3'"),
@@ -242,3 +243,34 @@ def test_reading_anew_at_every_pass_changes_nothing(tmp_path, name, monkeypatch)
     one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("held", "streamed"))
     assert all(torch.equal(x, two[key]) for key, x in one.items())
     assert held.as_table() == streamed.as_table()
+
+
+@pytest.mark.shared
+def test_exact_on_a_real_model(tmp_path, shared):
+    from transformers import AutoModelForSequenceClassification
+
+    def real():
+        torch.manual_seed(0)
+        name = str(shared / "models" / "minilm-l6-h384")
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=5).eval()
+
+    folders, states = [], []
+    for i, (rank, rslora) in enumerate(((4, True), (8, False), (16, True))):
+        model = get_peft_model(real(), LoraConfig(r=rank, use_rslora=rslora, target_modules=["query", "value"]))
+        g = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for key, x in model.named_parameters():
+                if "lora_B" in key:
+                    x.add_(0.02 * torch.randn(x.shape, generator=g))
+        model.save_pretrained(tmp_path / str(i))
+        folders.append(tmp_path / str(i))
+        states.append(model.merge_and_unload().state_dict())
+    aggregate(folders, method_for("flora"), tmp_path / "out", [5, 2, 1], exact=True)
+    oracle = real()
+    mean = {k: sum(w * s[k].double() for w, s in zip((5, 2, 1), states)) / 8 for k in states[0]}
+    oracle.load_state_dict({k: x.to(states[0][k].dtype) for k, x in mean.items()})
+    ids = torch.randint(100, 20000, (4, 20), generator=torch.Generator().manual_seed(0))
+    ours = PeftModel.from_pretrained(real(), tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, oracle(ids).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(ours(ids).logits, real()(ids).logits, atol=1e-3)

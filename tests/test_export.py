@@ -106,3 +106,10 @@ def test_folds_come_to_no_more_than_the_weights_sides(tmp_path):
     run = finished(tmp_path, "flora", "rounds=20", "evaluation.every=20", "training.local_steps=1")
     found = export(run, tmp_path / "out")
     assert found["ranks"] == [96] and found["difference"] < 1e-4, "20 rounds of three clients at rank 2 are 120"
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
+def test_veras_vectors_are_multiplied_in(tmp_path, name):
+    fedlora.run(config(f"method.name={name}", "adapter={name = 'vera', rank = 16}"), tmp_path / "run")
+    found = export(Run.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
+    assert found["ranks"] == [16] and found["difference"] < 1e-4

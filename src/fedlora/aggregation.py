@@ -194,12 +194,12 @@ def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: in
 
 def _uploads(adapters: Sequence[AdapterFolder], rule: Method, part: str, shares: Sequence[float]) -> list[Upload]:
     """Each adapter's factors of one weight, in the output's scale, and turned or cut where the method sends them so."""
-    for adapter in adapters:
-        adapter.verify(part)
-    made = [_Factors(adapters, rule, part, client) for client in range(len(adapters))]
+    made: list[Mapping[str, Tensor]] = [_Factors(adapters, rule, part, k) for k in range(len(adapters))]
     m, n, r = adapters[0].shapes[part]
     if len(adapters) * r * (m + n) <= HELD:  # read once; more than that is read anew at every pass
         made = [dict(layer) for layer in made]
+    for adapter, layer in zip(adapters, made):
+        adapter.verify(part, layer)
     ranks = [a.shapes[part][2] for a in adapters]
     return [Upload(Turn(1, k, rank), w, layer) for k, (rank, w, layer) in enumerate(zip(ranks, shares, made))]
 

@@ -25,6 +25,7 @@ UNREADABLE = {  # settings whose update is not s B A
     "lora_bias": "a bias inside the adapter is no part of B A",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+    "target_parameters": "factors of a parameter that is no module's weight are laid out otherwise",
     "layer_replication": "layers that exist only in the adapter have no weight of the base",
 }
 
@@ -81,10 +82,10 @@ class AdapterFolder:
             found.setdefault(path, {})[leaf] = self.tensor(key)
         return found
 
-    def verify(self, part: str) -> None:
+    def verify(self, part: str, layer: Layer) -> None:
         """``ValueError`` names a factor of this weight that is not finite."""
-        for leaf in "AB":
-            if not bool(self.factor(part, leaf).isfinite().all()):
+        for leaf, x in layer.items():
+            if not bool(x.isfinite().all()):
                 raise ValueError(
                     f"{str(self.path)!r} holds values that are NaN or infinite in "
                     f"{f'{PREFIX}{part}.lora_{leaf}.weight'!r}; leave this adapter out."
@@ -115,6 +116,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     for key, why in UNREADABLE.items():
         if found.get(key):
             raise ValueError(f"{str(folder)!r} sets {key}, which cannot be used: {why}.")
+    start = found.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(
+            f"{str(folder)!r} belongs to a base that PEFT changed (init_lora_weights = {start!r}); save it for the base as "
+            "published, with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
     if found.get("bias", "none") != "none":
         raise ValueError(f"{str(folder)!r} trains biases (bias = {found['bias']!r}), which are no part of a LoRA.")
     defaults = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_alpha": 8}
