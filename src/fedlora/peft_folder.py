@@ -119,8 +119,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     start = found.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq")):
         raise ValueError(
-            f"{str(folder)!r} belongs to a base that PEFT changed (init_lora_weights = {start!r}); save it for the base as "
-            "published, with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            f"{str(folder)!r} belongs to a base that PEFT changed (init_lora_weights = {start!r}); save it for "
+            "the published base, with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     if found.get("bias", "none") != "none":
         raise ValueError(f"{str(folder)!r} trains biases (bias = {found['bias']!r}), which are no part of a LoRA.")
