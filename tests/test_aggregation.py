@@ -202,6 +202,7 @@ def test_adapters_that_do_not_belong_together(tmp_path, damage, sentence):
         ({"weights": [1, 1]}, "there are 2 weights for 1 adapters"),
         ({"weights": [0]}, "their sum must be above zero"),
         ({"weights": [-1]}, "cannot be negative"),
+        ({"weights": [float("inf")]}, "above zero and finite"),
         ({"method": "fedex-lora"}, "leaves a residual of rank 4 .*--residual DIR.*--exact"),
         ({"method": "ffa-lora"}, "changes which factors the clients train; take one of"),
         ({"method": "local"}, "a model of its own"),
@@ -274,3 +275,9 @@ def test_exact_on_a_real_model(tmp_path, shared):
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, oracle(ids).logits, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(ours(ids).logits, real()(ids).logits, atol=1e-3)
+
+
+def test_one_folder_for_both_is_refused(tmp_path):
+    folders = [trained(tmp_path / str(i), "bert", i) for i in range(2)]
+    with pytest.raises(ValueError, match="name two folders"):
+        aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "x" / ".." / "out")

@@ -106,6 +106,8 @@ def aggregate(
     shares = _shares(weights, len(adapters))
     _check(adapters)
     target, second = absent(out), None if residual is None else absent(residual)
+    if second is not None and second.resolve() == target.resolve():
+        raise ValueError(f"--out and --residual are both {str(out)!r}; name two folders.")
     layers, alphas, rests, report = {}, {}, {}, Report()
     dtype = adapters[0].dtype if len({a.dtype for a in adapters}) == 1 else torch.float32
     for part, found in _combined(adapters, method, shares, rank, dtype):
@@ -134,8 +136,10 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     found = list(weights) if weights is not None else [1.0] * count
     if len(found) != count:
         raise ValueError(f"there are {len(found)} weights for {count} adapters; give one for each.")
-    if min(found) < 0 or not sum(found) > 0:
-        raise ValueError(f"the weights are {found}; they cannot be negative, and their sum must be above zero.")
+    if min(found) < 0 or not 0 < sum(found) < float("inf"):
+        raise ValueError(
+            f"the weights are {found}; they cannot be negative, and their sum must be above zero and finite."
+        )
     return [w / sum(found) for w in found]
 
 
@@ -216,6 +220,9 @@ class _Factors(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter("AB")
 
+    def __contains__(self, leaf: object) -> bool:  # without reading it
+        return leaf in ("A", "B")
+
     def __len__(self) -> int:
         return 2
 
@@ -248,9 +255,9 @@ def _judged(rule: Method, uploads: Sequence[Upload], made: Outcome, rank: int | 
     layer = {leaf: made.layer[leaf] for leaf in "AB"}
     if rank is not None and layer["A"].shape[-2] > rank:
         layer = lora.split(truncated(lora.delta(layer), rank))
-    layer = {leaf: x.to(dtype).float() for leaf, x in layer.items()}  # as it will be read again
-    exact = terms(lora, uploads)
     rest = lora.split(total(made.fold)) if made.fold else None
+    layer, rest = (x and {leaf: value.to(dtype).float() for leaf, value in x.items()} for x in (layer, rest))  # as read
+    exact = terms(lora, uploads)
     served = [lora.term(x, 1.0) for x in (layer, rest) if x is not None]
     figures = {"served": served}
     if len({u.turn.rank for u in uploads}) == 1:

@@ -160,17 +160,21 @@ def ranged(
         Y = orthonormal(applied(wide, X))
         X = applied_back(wide, Y)  # Yᵀ W, transposed: both the next start and the core
     S, E = _gram_basis(X)
-    Q = X.double() @ (E / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None, :])
+    Q = X.double() @ (E * _inverse(S, X.dtype)[..., None, :])
     return SVD((Y.double() @ E)[..., :rank].to(X.dtype), S[..., :rank].to(X.dtype), Q[..., :rank].to(X.dtype))
 
 
 def orthonormal(Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack m p"]:
     """Orthonormal columns that span ``Y``'s, and zeros for what it lacks; several times faster than a tall QR."""
     S, E = _gram_basis(Y)
+    return (Y.double() @ (E * _inverse(S, Y.dtype)[..., None, :])).to(Y.dtype)
+
+
+def _inverse(S: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 / S``, and 0 for what is rounding error in factors of ``dtype``."""
     tiny = torch.finfo(S.dtype).tiny
-    there = S / S[..., :1].clamp_min(tiny) > torch.finfo(Y.dtype).eps
-    scale = torch.where(there, 1 / S.clamp_min(tiny), torch.zeros_like(S))
-    return (Y.double() @ (E * scale[..., None, :])).to(Y.dtype)
+    there = S / S[..., :1].clamp_min(tiny) > torch.finfo(dtype).eps
+    return torch.where(there, 1 / S.clamp_min(tiny), torch.zeros_like(S))
 
 
 def _gram_basis(X: Tensor) -> tuple[Tensor, Tensor]:
