@@ -82,6 +82,26 @@ def test_gauges_stay_near_fedits_means(seed):
     assert anchored < 0.2
 
 
+def away(layer, near):
+    return sum(float((layer[x] - near[x]).square().sum() / near[x].square().sum()) for x in "AB")
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("seed", range(15))
+def test_the_anchor_is_where_no_map_brings_the_factors_nearer(seed, spread):
+    c = Cohort.drawn(seed, spread=spread)
+    near = c.served(FedIT(LoRA(3, 5.0)))
+    found, turned = (c.served(BestRank(LoRA(3, 5.0), gauge=g)) for g in ("anchor", "rotation"))
+    if float(near["A"].norm() * near["B"].norm()) < 0.2 * float(turned["A"].norm() * turned["B"].norm()):
+        pytest.skip("the means have cancelled: the rotation is served")
+    assert away(found, near) <= away(turned, near) + 1e-9
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(50):
+        X = torch.eye(3).double() + 0.05 * torch.randn(3, 3, generator=g).double()
+        moved = {"A": X @ found["A"], "B": found["B"] @ torch.linalg.inv(X)}
+        assert away(moved, near) >= away(found, near) * (1 - 5e-3)  # as far as the search goes
+
+
 def test_the_rotation_is_the_best_orthogonal_one():
     c = Cohort.drawn(1)
     near, found = c.served(FedIT(LoRA(3, 5.0))), c.served(BestRank(LoRA(3, 5.0), gauge="rotation"))
