@@ -172,6 +172,18 @@ MISTAKES = {
     "bias": (lambda f: edited(f, lambda c: {**c, "bias": "all"}), "trains biases"),
     "embedding": (lambda f: edited(f, None, lambda t: {**t, EMBEDDING: torch.zeros(4, 60)}), "adapts an embedding"),
     "kind": (lambda f: edited(f, lambda c: {**c, "peft_type": "IA3"}), "adapter of kind 'IA3'"),
+    "list of settings": (lambda f: (f / "adapter_config.json").write_text("[]"), "holds no table of settings"),
+    "text for alpha": (lambda f: edited(f, lambda c: {**c, "lora_alpha": "x"}), "sets lora_alpha to 'x'"),
+    "list of patterns": (lambda f: edited(f, lambda c: {**c, "alpha_pattern": [1]}), r"sets alpha_pattern to \[1\]"),
+    "no pattern": (lambda f: edited(f, lambda c: {**c, "rank_pattern": {"(": 2}}), "which is no pattern"),
+    "nan in the head": (
+        lambda f: edited(f, None, lambda t: {k: x * float("nan") if "classifier" in k else x for k, x in t.items()}),
+        "NaN or infinite in 'base_model.model.classifier",
+    ),
+    "another head": (
+        lambda f: edited(f, None, lambda t: {k: x[:2].clone() if "classifier" in k else x for k, x in t.items()}),
+        "is 3 in .* but 2 in .*of one model and task",
+    ),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
     "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "no valid JSON"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
@@ -204,6 +216,10 @@ def test_adapters_that_do_not_belong_together(tmp_path, damage, sentence):
         ({"weights": [-1]}, "cannot be negative"),
         ({"weights": [float("inf")]}, "above zero and finite"),
         ({"method": "fedex-lora"}, "leaves a residual of rank 4 .*--residual DIR.*--exact"),
+        ({"method": "svd", "residual": "r"}, "leaves nothing over for --residual"),
+        ({"method": "fedit", "exact": True}, "leaves nothing over for --exact"),
+        ({"method": "fedit", "rank": 9}, "--rank is 9, but FedIT makes no more than rank 4"),
+        ({"method": "flora", "rank": 2, "exact": True}, "keep one of them"),
         ({"method": "ffa-lora"}, "changes which factors the clients train; take one of"),
         ({"method": "local"}, "a model of its own"),
         ({"method": "ravan"}, "an adapter of another kind"),
@@ -213,7 +229,8 @@ def test_adapters_that_do_not_belong_together(tmp_path, damage, sentence):
 def test_wrong_requests(tmp_path, settings, sentence):
     folder = trained(tmp_path / "a", "bert", 0)
     with pytest.raises(ValueError, match=sentence):
-        aggregate([folder], method_for(settings.get("method", "fedit")), tmp_path / "out", settings.get("weights"))
+        rest = {k: tmp_path / x if k == "residual" else x for k, x in settings.items() if k != "method"}
+        aggregate([folder], method_for(settings.get("method", "fedit")), tmp_path / "out", **rest)
     assert not (tmp_path / "out").exists()
 
 
@@ -281,3 +298,51 @@ def test_one_folder_for_both_is_refused(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(2)]
     with pytest.raises(ValueError, match="name two folders"):
         aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "x" / ".." / "out")
+
+
+def test_the_error_of_plain_means_is_fedits_whatever_the_method(tmp_path):
+    folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
+    errors = [aggregate(folders, method_for(n), tmp_path / n).total("fedit") for n in ("fedit", "fedrot-lora")]
+    assert errors[0] == errors[1]
+
+
+def test_a_residual_of_adapters_for_a_task_loads_alone(tmp_path):
+    folders = [trained(tmp_path / str(i), "bert", i, task_type="SEQ_CLS") for i in range(2)]
+    aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "rest")
+    assert loaded(tmp_path / "rest", "bert")(IDS).logits.isfinite().all()
+
+
+def test_names_that_end_alike_keep_their_ranks(tmp_path):
+    from fedlora.peft_folder import save_folder
+
+    g = torch.Generator().manual_seed(0)
+    for k in range(2):
+        layers = {
+            name: {"A": torch.randn(r, 6, generator=g), "B": torch.randn(6, r, generator=g)}
+            for name, r in (("fc", 4), ("sub.fc", 2), ("sub.other", 2))
+        }
+        like = {"peft_type": "LORA", "target_modules": ["fc", "other"], "bias": "none"}
+        save_folder(tmp_path / str(k), like, layers, {"fc": 8.0, "sub.fc": 3.0, "sub.other": 3.0})
+    aggregate([tmp_path / "0", tmp_path / "1"], method_for("svd"), tmp_path / "out")
+
+    def base():
+        torch.manual_seed(0)
+        net = torch.nn.Module()
+        net.fc, net.sub = torch.nn.Linear(6, 6), torch.nn.Module()
+        net.sub.fc, net.sub.other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        return net
+
+    made = PeftModel.from_pretrained(base(), tmp_path / "out")
+    own = AdapterFolder.open(tmp_path / "out")
+    for name in ("fc", "sub.fc", "sub.other"):
+        there = made.base_model.model.get_submodule(name).get_delta_weight("default")
+        torch.testing.assert_close(there, own.lora(name).delta(own.layer(name)).dense())
+
+
+def test_nothing_is_made_or_taken_where_it_fails(tmp_path):
+    folders = [trained(tmp_path / "a", "bert", 0)]
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        with pytest.raises(ValueError, match="leaves a residual"):
+            aggregate(folders, method_for("fedex-lora"), out)
+    assert (tmp_path / "empty").is_dir() and not (tmp_path / "new").exists()

@@ -49,6 +49,7 @@ MISTAKES = {
     "unknown table": (with_(trainin__x=1), r"no setting 'trainin'; did you mean 'training'"),
     "wrong type": (with_(training__batch_size='"many"'), r"training.batch_size is 'many'; it should be a valid integer"),
     "a bool is no number": (with_(adapter__rank="true"), r"adapter.rank is True; it should be a valid integer"),
+    "not a number": (with_(training__learning_rate="nan"), r"training.learning_rate is nan; it should be a number"),
     "wrong choice": (with_(training__optimizer='"lion"'), r"training.optimizer is 'lion'; it should be 'adamw', 'adam' or"),
     "missing key": ({**TABLE, "task": {"name": "image-classification"}}, r"task.data is missing"),
     "missing table": ({"model": {"name": "x"}}, r"no \[task\] table"),

@@ -113,3 +113,21 @@ def test_veras_vectors_are_multiplied_in(tmp_path, name):
     fedlora.run(config(f"method.name={name}", "adapter={name = 'vera', rank = 16}"), tmp_path / "run")
     found = export(Run.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
     assert found["ranks"] == [16] and found["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["folds.safetensors", "shared.safetensors"])
+def test_a_run_that_lost_a_file(tmp_path, name):
+    finished(tmp_path, "flora")
+    file = tmp_path / "run" / name
+    content = file.read_bytes()
+    for damage in (lambda: file.write_bytes(content[:-50]), file.unlink):
+        damage()
+        with pytest.raises(ValueError, match=f"{name}' cannot be read.*run it anew"):
+            Run.open(tmp_path / "run")
+
+
+def test_a_summary_that_was_edited(tmp_path):
+    finished(tmp_path, "fedit")
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no 'labels'"):
+        Run.open(tmp_path / "run")

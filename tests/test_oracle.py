@@ -80,3 +80,8 @@ def test_mistakes():
         oracle({**TABLE, "adapter": {"name": "vera", "rank": 8}})
     with pytest.raises(ValueError, match="cannot be applied to finished adapters"):
         oracle(TABLE, ["ravan"])
+
+
+def test_the_oracle_takes_the_runs_weights():
+    rows, _ = oracle({**TABLE, "method": {"name": "fedit", "weighting": "uniform"}}, ["flora", "svd"])
+    assert rows[0]["error"] < 1e-6

@@ -128,3 +128,13 @@ def test_distances(limit, monkeypatch):
     assert away == pytest.approx(float((W - dense(other)).norm() / W.norm()), rel=close)
     assert none < 1e-6
     assert distances([terms[0]._replace(c=0.0)], [[terms[0]]])[1] == [0.0]
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+def test_a_start_that_has_cancelled_or_is_too_narrow(rank):
+    """Clients (A, B) and (-A, -B): the mean of A is nothing, the mean product is not."""
+    terms = [Term(1.0, s * t.U, s * t.V) for t in drawn(6) for s in (1, -1)]
+    W = dense(terms)
+    for start in (sum(t.V for t in terms).mT, drawn()[0].V.mT):
+        found = (ranged(terms, rank, start).factors().dense() - W).norm()
+        assert found <= torch.linalg.svdvals(W)[rank:].norm() * 1.001

@@ -1,9 +1,8 @@
 """Finished adapters, combined: PEFT folders in, a PEFT folder out, weight by weight and without a base model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,10 @@ from fedlora.adapters import LoRA
 from fedlora.config import construct, overridden
 from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean, terms, weighted
+from fedlora.methods.fedit import FedIT
 from fedlora.peft_folder import AdapterFolder, save_folder
 from fedlora.products import HELD, distances
+from fedlora.report.errors import Report
 from fedlora.runtime import Engine
 from fedlora.state import absent
 from fedlora.types import Layer, Outcome, Turn, Upload, Work
@@ -28,33 +29,9 @@ class Combined:
 
     layer: Layer
     rest: Layer | None  # the update that the method folds, as factors of the output's scale
+    folds: int | None  # the rank of what the method folds
     alpha: float
     figures: Mapping[str, float]
-
-
-@dataclass
-class Report:
-    """Relative errors against the exact mean, weight by weight and over all weights."""
-
-    weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    rest_ranks: dict[str, int] = field(default_factory=dict)
-
-    def total(self, name: str) -> float | None:
-        """``√Σ ‖error‖² / √Σ ‖W*‖²`` over all weights."""
-        rows = [row for row in self.weights.values() if name in row]
-        squares = sum(row["norm"] ** 2 for row in rows)
-        return (sum((row[name] * row["norm"]) ** 2 for row in rows) / squares) ** 0.5 if squares else None
-
-    def as_table(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
-            "error": self.total("served"),
-            "error_fedit": self.total("fedit"),
-            "ranks": sorted(set(self.ranks.values())),
-            "residual_ranks": sorted(set(self.rest_ranks.values())),
-            "weights": {part: dict(row) for part, row in self.weights.items()},
-        }
 
 
 def applicable() -> list[str]:
@@ -110,24 +87,39 @@ def aggregate(
         raise ValueError(f"--out and --residual are both {str(out)!r}; name two folders.")
     layers, alphas, rests, report = {}, {}, {}, Report()
     dtype = adapters[0].dtype if len({a.dtype for a in adapters}) == 1 else torch.float32
-    for part, found in _combined(adapters, method, shares, rank, dtype):
-        alphas[part] = found.alpha
-        layers[part] = _with_rest(found, adapters[0].lora(part)) if exact else found.layer
+    for part, found in _combined(adapters, method, shares, rank, dtype, exact):
+        alphas[part], layers[part] = found.alpha, found.layer
         if found.rest is not None:
             rests[part] = found.rest
             report.rest_ranks[part] = found.rest["A"].shape[-2]
         report.weights[part] = found.figures
         report.ranks[part] = layers[part]["A"].shape[-2]
-    if rests and not exact and second is None:
-        raise ValueError(
-            f"{method.title} leaves a residual of rank {max(report.rest_ranks.values())} that its adapter cannot hold; "
-            "add --residual DIR for a second adapter, or --exact for one adapter of the sum of the ranks."
-        )
+        _fits(method, found, rank, exact, residual is not None)
     like, whole = adapters[0].config, _whole(adapters, shares)
     save_folder(target, like, layers, alphas, whole, dtype)
     if second is not None and rests:
-        save_folder(second, {**like, "modules_to_save": None}, rests, alphas, dtype=dtype)
+        # Without a task: for some, PEFT would look for the head in this folder, too.
+        save_folder(second, {**like, "modules_to_save": None, "task_type": None}, rests, alphas, dtype=dtype)
     return report
+
+
+def _fits(method: Method, found: Combined, rank: int | None, exact: bool, residual: bool) -> None:
+    """``ValueError`` where the method cannot do what was asked for."""
+    own = found.layer["A"].shape[-2]
+    if exact and rank is not None:
+        raise ValueError("--exact writes the sum of all ranks, so --rank has no place beside it; keep one of them.")
+    if rank is not None and own < rank:
+        raise ValueError(f"--rank is {rank}, but {method.title} makes no more than rank {own} of these; lower it.")
+    if found.folds is None and (exact or residual):
+        raise ValueError(
+            f"{method.title} leaves nothing over for {'--exact' if exact else '--residual'}; leave it out, or take "
+            "--method fedex-lora or flora."
+        )
+    if found.folds is not None and not (exact or residual):
+        raise ValueError(
+            f"{method.title} leaves a residual of rank {found.folds} that its adapter cannot hold; add "
+            "--residual DIR for a second adapter, or --exact for one adapter of the sum of the ranks."
+        )
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -161,26 +153,38 @@ def _check(adapters: Sequence[AdapterFolder]) -> None:
                 f"{str(first.path)!r} and {str(other.path)!r} do not adapt the same weights; only one of them has "
                 f"{', '.join(odd[:3])}{more}."
             )
-        for part, shape in first.shapes.items():
-            here, there = (" x ".join(map(str, sizes[:2])) for sizes in (shape, other.shapes[part]))
+        pairs = [(p, s[:2], other.shapes[p][:2]) for p, s in first.shapes.items()]
+        for part, *both in [*pairs, *((key, s, other.whole[key]) for key, s in first.whole.items())]:
+            here, there = (" x ".join(map(str, sizes)) for sizes in both)
             if here != there:
                 raise ValueError(
                     f"{part!r} is {here} in {str(first.path)!r} but {there} in {str(other.path)!r}; combine adapters "
-                    "of one model."
+                    "of one model and task."
                 )
 
 
 def _combined(
-    adapters: Sequence[AdapterFolder], method: Method, shares: Sequence[float], rank: int | None, dtype: torch.dtype
+    adapters: Sequence[AdapterFolder],
+    method: Method,
+    shares: Sequence[float],
+    rank: int | None,
+    dtype: torch.dtype,
+    exact: bool,
 ) -> Iterator[tuple[str, Combined]]:
     parts = list(adapters[0].shapes)
     for group in [parts] if method.whole_model else [[part] for part in parts]:
         rules = {part: _rule(adapters, method, part, rank) for part in group}
         uploads = {part: _uploads(adapters, rules[part], part, shares) for part in group}
         starts = {part: _zeros(rules[part], uploads[part]) for part in group}
-        made = rules[group[0]].combine_all(starts, uploads)
+        try:
+            made = rules[group[0]].combine_all(starts, uploads)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"the factors of {group[0]!r} are too large to be combined in float32: {error}") from error
         for part in group:
-            yield part, _judged(rules[part], uploads[part], made[part], rank, dtype)
+            plain = uploads[part]  # against the adapters as they are, not as a method turned or cut them
+            if "send" in vars(type(method)):
+                plain = _uploads(adapters, FedIT(rules[part].adapter), part, shares)
+            yield part, _judged(rules[part], plain, made[part], rank, dtype, exact)
 
 
 def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: int | None) -> Method:
@@ -249,32 +253,29 @@ def _zeros(rule: Method, uploads: Sequence[Upload]) -> Layer:
     return {"A": A.new_zeros(r, A.shape[-1]), "B": B.new_zeros(B.shape[-2], r)}
 
 
-def _judged(rule: Method, uploads: Sequence[Upload], made: Outcome, rank: int | None, dtype: torch.dtype) -> Combined:
+def _judged(
+    rule: Method, uploads: Sequence[Upload], made: Outcome, rank: int | None, dtype: torch.dtype, exact: bool
+) -> Combined:
+    """What is written of one weight, in the precision it is written in, against the adapters as they are."""
     lora = rule.adapter
     assert isinstance(lora, LoRA)
-    layer = {leaf: made.layer[leaf] for leaf in "AB"}
+    layer: Layer = {leaf: made.layer[leaf] for leaf in "AB"}
     if rank is not None and layer["A"].shape[-2] > rank:
         layer = lora.split(truncated(lora.delta(layer), rank))
     rest = lora.split(total(made.fold)) if made.fold else None
-    layer, rest = (x and {leaf: value.to(dtype).float() for leaf, value in x.items()} for x in (layer, rest))  # as read
-    exact = terms(lora, uploads)
-    served = [lora.term(x, 1.0) for x in (layer, rest) if x is not None]
-    figures = {"served": served}
+    folds = None if rest is None else rest["A"].shape[-2]
+    if exact and rest is not None:  # one adapter of the sum of the ranks
+        both = [lora.delta(x) for x in (layer, rest) if bool(x["B"].any())] or [lora.delta(layer)]
+        layer, rest = lora.split(total(both)), None
+    layer, rest = (x and {leaf: value.to(dtype).float() for leaf, value in x.items()} for x in (layer, rest))
+    figures = {"served": [lora.term(x, 1.0) for x in (layer, rest) if x is not None]}
     if len({u.turn.rank for u in uploads}) == 1:
         figures["fedit"] = [lora.term(mean(uploads), 1.0)]
-    norm, errors = distances(exact, list(figures.values()))
-    return Combined(layer, rest, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
-
-
-def _with_rest(found: Combined, lora: LoRA) -> Layer:
-    """Served factors and what the method folds, as one adapter of the sum of their ranks."""
-    both = [found.layer] if found.rest is None else [found.layer, found.rest]
-    return lora.split(
-        total([lora.delta(layer) for layer in both if bool(layer["B"].any())] or [lora.delta(found.layer)])
-    )
+    norm, errors = distances(terms(lora, uploads), list(figures.values()))
+    return Combined(layer, rest, folds, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
 
 
 def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[str, Tensor]:
     """Modules that were trained in full: their mean, in the first adapter's precision."""
-    whole = {key: weighted(shares, (a.tensor(key) for a in adapters), key) for key in adapters[0].whole}
+    whole = {key: weighted(shares, (a.finite(key, a.tensor(key)) for a in adapters), key) for key in adapters[0].whole}
     return {key: x.to(adapters[0].dtype) for key, x in whole.items()}

@@ -234,6 +234,8 @@ def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **r
 
 
 def _typed(path: str, value: Any, kind: Any) -> Any:
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{path} is nan; it should be a number.")
     try:
         return TypeAdapter(kind).validate_python(value, strict=True)  # "8" is no int, but 8 is a float
     except ValidationError as error:

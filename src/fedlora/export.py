@@ -22,6 +22,7 @@ from fedlora.rounds import public, received
 from fedlora.state import absent, load_tree, write
 from fedlora.types import Factors, Layer, Tree, Turn
 
+NEEDED = ("labels", "folds", "method", "title", "bytes", "errors", "rounds", "seed", "versions")  # of a summary
 CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
 
 
@@ -42,8 +43,15 @@ class Run:
         found = read_folder(folder)
         if "summary" not in found:
             raise ConfigError(f"{str(folder)!r} is a comparison; name the folder of one of its runs.")
+        odd = [key for key in NEEDED if key not in found["summary"]]
+        if odd:
+            raise ConfigError(
+                f"{str(folder / 'summary.json')!r} has no {odd[0]!r}; it was edited, or is not of this version."
+            )
         file = folder / "folds.safetensors"
-        folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()} if file.exists() else {}
+        folds = {}
+        if found["summary"]["folds"]:  # without them the base would be another one
+            folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()}
         shared = {part: public(layer) for part, layer in load_tree(folder / "shared.safetensors").items()}
         return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
 

@@ -5,6 +5,7 @@ accuracy? Nothing here touches the run.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def asked(rules: Rules, before: Tree, uploads: Sequence[Received], methods: Mapp
     equal = len({layer["A"].shape[-2] for layers in ends.values() for layer in layers}) == 1
     found: dict[str, Any] = {"methods": {}}
     for label, method in methods.items():
-        if equal or method.any_rank:
+        if equal or method.any_rank:  # with the run's own weights: what is compared is one mean
+            method = replace(method, weighting=rules[parts[0]].weighting)
             found["methods"][label] = _served(method, parts, before, uploads, ends, weights)
     exact = {p: [rules[p].adapter.term(x, w) for x, w in zip(ends[p], weights)] for p in parts}
     rank = rules[parts[0]].adapter.budget

@@ -37,7 +37,7 @@ class AdapterFolder:
     path: Path
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]  # part -> m, n, r
-    whole: tuple[str, ...]  # keys of the modules that were trained in full
+    whole: Mapping[str, tuple[int, ...]]  # keys of the modules that were trained in full -> shape
     dtype: torch.dtype = torch.float32
     device: str | torch.device = "cpu"  # where tensors are put
 
@@ -85,11 +85,15 @@ class AdapterFolder:
     def verify(self, part: str, layer: Layer) -> None:
         """``ValueError`` names a factor of this weight that is not finite."""
         for leaf, x in layer.items():
-            if not bool(x.isfinite().all()):
-                raise ValueError(
-                    f"{str(self.path)!r} holds values that are NaN or infinite in "
-                    f"{f'{PREFIX}{part}.lora_{leaf}.weight'!r}; leave this adapter out."
-                )
+            self.finite(f"{PREFIX}{part}.lora_{leaf}.weight", x)
+
+    def finite(self, key: str, x: Tensor) -> Tensor:
+        """``x``, or ``ValueError`` where it is not finite."""
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{str(self.path)!r} holds values that are NaN or infinite in {key!r}; leave this adapter out."
+            )
+        return x
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, float32."""
@@ -111,6 +115,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(folder / CONFIG)!r} is no valid JSON: {error}; copy the file anew.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(folder / CONFIG)!r} holds no table of settings; copy the file anew.")
     if found.get("peft_type") != "LORA":
         raise ValueError(f"{str(folder)!r} holds an adapter of kind {found.get('peft_type')!r}; only LORA can be used.")
     for key, why in UNREADABLE.items():
@@ -124,8 +130,24 @@ def _settings(folder: Path) -> dict[str, Any]:
         )
     if found.get("bias", "none") != "none":
         raise ValueError(f"{str(folder)!r} trains biases (bias = {found['bias']!r}), which are no part of a LoRA.")
-    defaults = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_alpha": 8}
-    return {**found, **{key: found.get(key) or value for key, value in defaults.items()}}
+    defaults: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_alpha": 8}
+    found = {**found, **{key: found.get(key) or value for key, value in defaults.items()}}
+    for key, value in defaults.items():
+        fits = isinstance(found[key], int | float) if key == "lora_alpha" else isinstance(found[key], type(value))
+        if not fits or (isinstance(value, dict) and not all(isinstance(x, int | float) for x in found[key].values())):
+            raise ValueError(
+                f"{str(folder / CONFIG)!r} sets {key} to {found[key]!r}, which PEFT would not; copy it anew."
+            )
+        for pattern in found[key] if isinstance(value, dict) else ():
+            _compiled(folder, key, pattern)
+    return found
+
+
+def _compiled(folder: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} has {pattern!r} in {key}, which is no pattern: {error}.") from error
 
 
 def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
@@ -144,9 +166,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def _sorted(
     folder: Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, tuple[int, int, int]], tuple[str, ...]]:
-    """Factors by the weight they belong to, and the keys of modules trained in full."""
+    """Factors by the weight they belong to, and the keys and shapes of modules trained in full."""
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-    whole = []
+    whole: dict[str, tuple[int, ...]] = {}
     for key, shape in shapes.items():
         found = FACTOR.match(key.removeprefix(PREFIX))
         if found:
@@ -159,13 +181,13 @@ def _sorted(
         elif ".lora_" in key:
             raise ValueError(f"{str(folder)!r} holds {key!r}, which is no part of s B A and cannot be combined.")
         else:
-            whole.append(key)
+            whole[key] = shape
     for part, leaves in pairs.items():
         if leaves.keys() != {"A", "B"} or any(len(s) != 2 for s in leaves.values()) or leaves["A"][0] != leaves["B"][1]:
             raise ValueError(f"{str(folder)!r}: the factors of {part!r} do not fit together: {leaves}.")
     if not pairs:
         raise ValueError(f"{str(folder / WEIGHTS)!r} holds no LoRA factors (keys ending in lora_A.weight).")
-    return {part: (s["B"][0], s["A"][1], s["A"][0]) for part, s in sorted(pairs.items())}, tuple(sorted(whole))
+    return {part: (s["B"][0], s["A"][1], s["A"][0]) for part, s in sorted(pairs.items())}, dict(sorted(whole.items()))
 
 
 def _pattern(patterns: Mapping[str, Any], part: str) -> str:
@@ -192,8 +214,8 @@ def save_folder(
         **like,
         "r": rank,
         "lora_alpha": _whole(alpha),
-        "rank_pattern": {re.escape(part): r for part, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(part): _whole(a) for part, a in alphas.items() if a != alpha},
+        "rank_pattern": {f"^{re.escape(part)}": r for part, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(part)}": _whole(a) for part, a in alphas.items() if a != alpha},
         "inference_mode": True,
         "init_lora_weights": True,  # what is loaded replaces it; a start by SVD of the base would change the base
     }

@@ -16,7 +16,7 @@ from fedlora.linalg import core
 from fedlora.types import Factors
 
 OVERSAMPLE = 8  # columns beyond the rank: they make the range finder's error close to the best (Halko et al. 2011)
-WARM, COLD = 1, 3  # rounds of the range finder, with and without directions to start from; each is two passes
+ROUNDS, STEADY = 6, 0.98  # of the range finder at most; the share of the leading directions that ends them
 EXACT_FLOPS = 5e8  # a QR of the whole stack is taken up to here; beyond, passes over the products are cheaper
 WIDE = 128  # products are taken together up to this inner rank: narrow ones do not keep a processor busy
 GRAM_RANK, PROBES = 2048, 64
@@ -143,25 +143,37 @@ def ranged(
 ) -> SVD:
     """The range finder with subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
 
-    The error is that of the best approximation whose columns lie in the subspace found; no round of ``power`` can make
-    it larger. Started from FedIT's ``Āᵀ``, one round comes within 1e-6 of the best error where clients are as near to
-    each other as after a round of training, and within 2e-3 where their factors differ by three times their size.
-    Draws come from ``seed``.
+    The error is that of the best approximation whose columns lie in the subspace found; no round can make it larger.
+    Rounds (two passes each) end when the leading directions lie in the last round's subspace, after at most ``power``.
+    Started from FedIT's ``Āᵀ``, one round comes within 1e-6 of the best error where clients are as near to each other
+    as after a round of training. Draws come from ``seed``.
     """
-    V, wide = terms[0].V, held(terms)
-    m, n = terms[0].U.shape[-2], V.shape[-1]
-    more = rank + OVERSAMPLE if start is None else OVERSAMPLE
-    draws = torch.randn(n, more, generator=torch.Generator().manual_seed(seed)).to(V)
-    X = draws.expand(*V.shape[:-2], n, more)
-    # Directions of one length each, or the drawn ones would drown what is known, or be drowned by it.
-    X = X if start is None else torch.cat([torch.nn.functional.normalize(start, dim=-2), X / n**0.5], dim=-1)
-    X = X[..., : min(m, n)]
-    for _ in range(power or (COLD if start is None else WARM)):
+    wide, n = held(terms), terms[0].V.shape[-1]
+    X = orthonormal(_started(terms[0].V, start, rank, seed)[..., : min(terms[0].U.shape[-2], n)])
+    for _ in range(power or ROUNDS):
         Y = orthonormal(applied(wide, X))
-        X = applied_back(wide, Y)  # Yᵀ W, transposed: both the next start and the core
-    S, E = _gram_basis(X)
-    Q = X.double() @ (E * _inverse(S, X.dtype)[..., None, :])
-    return SVD((Y.double() @ E)[..., :rank].to(X.dtype), S[..., :rank].to(X.dtype), Q[..., :rank].to(X.dtype))
+        Z = applied_back(wide, Y)  # Yᵀ W, transposed: both the next start and the core
+        S, E = _gram_basis(Z)
+        Q = (Z.double() @ (E * _inverse(S, Z.dtype)[..., None, :]))[..., :rank].to(Z.dtype)
+        there = (X.mT @ Q).square().sum((-2, -1)) >= STEADY * Q.square().sum((-2, -1))
+        if bool(there.all()):
+            break
+        X = orthonormal(Z)
+    return SVD((Y.double() @ E)[..., :rank].to(Z.dtype), S[..., :rank].to(Z.dtype), Q)
+
+
+def _started(like: Tensor, start: Tensor | None, rank: int, seed: int) -> Tensor:
+    """The directions to begin with: those that are known, and draws for what is missing or vanishes."""
+    known = 0 if start is None else start.shape[-1]
+    more = max(OVERSAMPLE, rank + OVERSAMPLE - known)
+    draws = torch.randn(like.shape[-1], known + more, generator=torch.Generator().manual_seed(seed)).to(like)
+    draws = (draws / like.shape[-1] ** 0.5).expand(*like.shape[:-2], *draws.shape)
+    if start is None:
+        return draws
+    first = orthonormal(start)
+    empty = first.square().sum(-2, keepdim=True) == 0
+    found: Tensor = torch.cat([torch.where(empty, draws[..., :known], first), draws[..., known:]], dim=-1)
+    return found
 
 
 def orthonormal(Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack m p"]:
@@ -174,7 +186,8 @@ def _inverse(S: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 / S``, and 0 for what is rounding error in factors of ``dtype``."""
     tiny = torch.finfo(S.dtype).tiny
     there = S / S[..., :1].clamp_min(tiny) > torch.finfo(dtype).eps
-    return torch.where(there, 1 / S.clamp_min(tiny), torch.zeros_like(S))
+    found: Tensor = torch.where(there, 1 / S.clamp_min(tiny), torch.zeros_like(S))
+    return found
 
 
 def _gram_basis(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +201,7 @@ def distances(terms: Sequence[Term], others: Sequence[Sequence[Term]]) -> tuple[
     """``‖W‖_F``, and how far each other sum lies from ``W``, relative to it (0 where ``W`` is zero).
 
     From Gram matrices in float64, which resolve relative errors down to about 1e-7; for stacks beyond ``GRAM_RANK``
-    from ``PROBES`` random directions, which estimate them to a few percent.
+    from ``PROBES`` random directions, which estimate the norm to a fifth and the ratios to a few percent.
     """
     squared = _squared if len(terms) * terms[0].V.shape[-2] <= GRAM_RANK else _probed
     norm = squared(terms) ** 0.5

@@ -72,6 +72,7 @@ def run(
     summary = {
         **summarise(config, records, interrupted, time.perf_counter() - began),
         "labels": list(federation.data.label_names),
+        "folds": len(last.folds) if last else 0,
     }
     if folder is not None:
         save_tree(folder / "shared.safetensors", shared)

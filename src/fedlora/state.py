@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from fedlora.types import Tree
@@ -25,24 +26,28 @@ def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) ->
 
 
 def load_tree(path: Path) -> Tree:
-    """The tree that ``save_tree`` wrote."""
+    """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
     tree: dict[str, dict[str, Any]] = {}
-    for key, value in load_file(path).items():
+    try:
+        leaves = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."
+        ) from error
+    for key, value in leaves.items():
         part, _, leaf = key.rpartition(SEPARATOR)
         tree.setdefault(part, {})[leaf] = value
     return tree
 
 
 def absent(folder: str | Path) -> Path:
-    """A folder that may be written: new or empty. ``ValueError`` where something would be overwritten."""
+    """A folder that may be written, new or empty; nothing is made yet. ``ValueError`` where it would overwrite."""
     path = Path(folder).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        path.rmdir()  # only to see that it can be made: nothing is left where the work then fails
-    except OSError as error:
-        raise ValueError(f"cannot write to {str(path)!r}: {error.strerror}; choose another folder.") from error
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"cannot write to {str(path)!r}: {str(there)!r} is no folder to write in; choose another.")
     return path
 
 

@@ -31,9 +31,10 @@ def test_flexlora_serves_each_client_its_best_rank(seed, rslora):
 @pytest.mark.parametrize("seed", range(10))
 def test_hetlora_pads_and_weights_by_size(seed):
     c = Cohort.drawn(seed, r=6, ranks=RANKS)
-    method = HetLoRA(LoRA(6, 5.0))
+    method = HetLoRA(LoRA(6, 5.0), weighting="examples" if seed % 2 else "uniform")
+    w = c.w if seed % 2 else [0.25] * 4
     s, full = c.scales(5.0), 5.0 / 6
-    sizes = torch.stack([(sk * B @ A).norm() for sk, B, A in zip(s, c.B, c.A)])
+    sizes = torch.stack([wk * (sk * B @ A).norm() for wk, sk, B, A in zip(w, s, c.B, c.A)])
     A, B = torch.zeros(6, 8).double(), torch.zeros(11, 6).double()
     for p, sk, Ak, Bk in zip(sizes / sizes.sum(), s, c.A, c.B):
         A[: len(Ak)] += p * Ak
@@ -48,7 +49,7 @@ def test_hetlora_pads_and_weights_by_size(seed):
 def test_hetlora_where_nobody_moved_is_the_plain_mean():
     c = Cohort.drawn(0)
     still = Cohort(c.A, [0 * B for B in c.B], c.examples, c.start)
-    torch.testing.assert_close(still.served(HetLoRA(LoRA(3)))["A"], sum(w * A for w, A in zip(c.w, c.A)))
+    torch.testing.assert_close(still.served(HetLoRA(LoRA(3)))["A"], sum(c.A) / 4)
 
 
 def work(shrink: float) -> Work:

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2401.06432
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -18,12 +19,14 @@ RANK = "_rank"  # what a client has pruned itself down to
 
 @dataclass(frozen=True)
 class HetLoRA(Method):
-    """``A = Σ p_k pad(A_k)``, ``B = Σ p_k pad(B_k)`` with ``p_k ∝ ‖ΔW_k‖_F``; a client starts from the leading ranks.
+    """``A = Σ p_k pad(A_k)``, ``B = Σ p_k pad(B_k)``, ``p_k ∝ w_k ‖ΔW_k‖_F``; a client starts from the leading ranks.
 
+    The paper knows no weight by examples, so ``w`` is uniform unless ``weighting`` says otherwise.
     ``decay`` γ < 1 lets a client prune itself: ``tail_penalty · ‖A_tail‖ ‖B_tail‖`` is added to its loss, where the
     tail is what lies beyond ``γ r``, and if the tail has shrunk in training, the client goes on with ``γ r`` ranks.
     """
 
+    weighting: Literal["examples", "uniform"] = "uniform"
     decay: float = 1.0
     tail_penalty: float = 0.0
 
@@ -54,7 +57,7 @@ class HetLoRA(Method):
 
     def combine(self, shared, uploads):
         rank = shared["A"].shape[-2]
-        own = sizes([self.adapter.term(u.layer, 1.0) for u in uploads])  # k *stack
+        own = sizes([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
         w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
         everything = own.sum(0)
         p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)

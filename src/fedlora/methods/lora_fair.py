@@ -31,7 +31,7 @@ class LoRAFAIR(Method):
     sums = False
 
     def __post_init__(self):
-        if self.mu < 0:
+        if not self.mu >= 0:
             raise ValueError(f"method.mu is {self.mu}; LoRA-FAIR's regularisation cannot be negative.")
 
     def combine(self, shared, uploads):
