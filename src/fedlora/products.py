@@ -166,7 +166,7 @@ def _started(like: Tensor, start: Tensor | None, rank: int, seed: int) -> Tensor
     """The directions to begin with: those that are known, and draws for what is missing or vanishes."""
     known = 0 if start is None else start.shape[-1]
     more = max(OVERSAMPLE, rank + OVERSAMPLE - known)
-    draws = torch.randn(like.shape[-1], known + more, generator=torch.Generator().manual_seed(seed)).to(like)
+    draws: Tensor = torch.randn(like.shape[-1], known + more, generator=torch.Generator().manual_seed(seed)).to(like)
     draws = (draws / like.shape[-1] ** 0.5).expand(*like.shape[:-2], *draws.shape)
     if start is None:
         return draws
