@@ -18,9 +18,9 @@ class BestRank(Method):
     """``argmin ‖Σ w_k s_k B_k A_k − s B A‖_F`` at rank r, served as ``T A`` and ``B T⁻¹`` with ``T`` by ``gauge``.
 
     ``balanced``: ``T = I``, ``√S`` on both sides. ``rotation``: the orthogonal ``T`` that brings both factors nearest
-    to FedIT's means. ``anchor``: ``A'`` is FedIT's ``Ā`` projected on the best row space, and ``B'`` follows.
-    ``sweeps`` > 0 takes the cheap relative instead: alternating least squares on the factors, from FedIT's means; it
-    never leaves their frame. ``fold_rest`` folds what the rank cuts off into the base, which makes a round exact.
+    to FedIT's means. ``anchor``: the invertible ``T`` that does, each factor relative to its own size. ``sweeps`` > 0
+    takes the cheap relative instead: alternating least squares on the factors, from FedIT's means; it never leaves
+    their frame. ``fold_rest`` folds what the rank cuts off into the base, which makes a round exact.
     """
 
     gauge: Literal["anchor", "rotation", "balanced"] = "anchor"
