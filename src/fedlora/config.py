@@ -162,6 +162,10 @@ def build(table: Table) -> Config:
         "engine": construct(Engine, "engine", _section(table, "engine")),
     }
     parts["server"].check(method)
+    if parts["engine"].spill and parts["evaluation"].measure:
+        raise ConfigError(
+            "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
+        )
     config = Config(**parts, **numbers)
     config.engine.chosen()  # a device that is not there is said before anything is loaded
     _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])

@@ -4,7 +4,7 @@
 adapted weights, and FedIT or Local for the parts trained in full.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -92,14 +92,13 @@ def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Re
     moving = {part: pick(shared[part], rule.adapter.trainable & set(shared[part])) for part in parts}
     groups = [
         some
-        for group in alike(parts, lambda part: [moving[part], *(upload.tree[part] for upload in uploads)])
+        for group in alike(parts, lambda part: [moving[part], *(_form(upload.tree, part) for upload in uploads)])
         for some in _batches(group, sum(x.numel() for x in moving[group[0]].values()))
     ]
     start = {group[0]: stacked([moving[part] for part in group]) for group in groups}
     arrived = {
         group[0]: [
-            Upload(upload.turn, w, stacked([upload.tree[part] for part in group]))
-            for upload, w in zip(uploads, weights, strict=True)
+            Upload(upload.turn, w, _stack(upload.tree, group)) for upload, w in zip(uploads, weights, strict=True)
         ]
         for group in groups
     }
@@ -116,6 +115,35 @@ def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> lis
         form = tuple(tuple((leaf, tuple(x.shape)) for leaf, x in layer.items()) for layer in layers(part))
         groups.setdefault(form, []).append(part)
     return list(groups.values())
+
+
+def _form(tree: Tree, part: str) -> Layer:
+    """A layer's leaves and shapes; a tree that is kept elsewhere knows them without reading the leaves."""
+    form: Callable[[str], Layer] = getattr(tree, "form", tree.__getitem__)
+    return form(part)
+
+
+def _stack(tree: Tree, group: Sequence[str]) -> Layer:
+    return stacked([tree[part] for part in group]) if isinstance(tree, dict) else _Later(tree, group)
+
+
+class _Later(Mapping[str, Tensor]):
+    """A stack that is made when a leaf is asked for, of an upload that is kept elsewhere than in memory."""
+
+    def __init__(self, tree: Tree, group: Sequence[str]):
+        self.tree, self.group = tree, group
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_form(self.tree, self.group[0]))
+
+    def __len__(self) -> int:
+        return len(_form(self.tree, self.group[0]))
+
+    def __contains__(self, leaf: object) -> bool:
+        return leaf in _form(self.tree, self.group[0])
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        return stacked([{leaf: self.tree[part][leaf]} for part in self.group])[leaf]
 
 
 def _batches(group: list[str], numbers: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def run(
     records: list[Mapping[str, Any]] = []
     last: Round | None = None
     interrupted = False
-    with _lines(folder) as line:
-        rounds = InProcess(watch, observe).run(federation)
+    with _lines(folder) as line, TemporaryDirectory(prefix="fedlora-") as place:
+        rounds = InProcess(watch, observe, Path(place) if config.engine.spill else None).run(federation)
         try:
             for last in rounds:
                 records.append(last.record)

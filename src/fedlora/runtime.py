@@ -22,6 +22,7 @@ class Engine:
     name: Literal["inprocess"] = "inprocess"
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: int | None = None  # torch's threads; None leaves them as they are
+    spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
     allocator: bool = True  # keep freed memory in the process instead of returning it each step (Linux, glibc)
 
     def chosen(self) -> torch.device:

@@ -3,14 +3,15 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from fedlora.types import Tree
+from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
 
@@ -38,6 +39,34 @@ def load_tree(path: Path) -> Tree:
         part, _, leaf = key.rpartition(SEPARATOR)
         tree.setdefault(part, {})[leaf] = value
     return tree
+
+
+class Spilled(Mapping[str, Layer]):
+    """A tree on disk: a part is read when it is asked for, and let go with what was made of it."""
+
+    def __init__(self, path: Path, tree: Tree):
+        self.path = path
+        self.forms = {
+            part: {leaf: torch.empty(x.shape, dtype=x.dtype, device="meta") for leaf, x in layer.items()}
+            for part, layer in tree.items()
+        }
+        self.device = next((x.device for layer in tree.values() for x in layer.values()), torch.device("cpu"))
+        save_tree(path, tree)
+
+    def form(self, part: str) -> Layer:
+        """Leaves and shapes, without values."""
+        return self.forms[part]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.forms)
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def __getitem__(self, part: str) -> Layer:
+        with safe_open(self.path, framework="pt") as file:
+            found = {leaf: file.get_tensor(f"{part}{SEPARATOR}{leaf}") for leaf in self.forms[part]}
+        return {leaf: x.to(self.device) for leaf, x in found.items()}
 
 
 def absent(folder: str | Path) -> Path:

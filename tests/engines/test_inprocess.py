@@ -277,3 +277,16 @@ def test_local_clients_of_unequal_rank():
     part = next(p for p in result.shared if "q_proj" in p)
     assert [result.kept[client][part]["A"].shape[0] for client in range(3)] == [1, 2, 1]
     assert result.records[1]["loss"] != result.records[0]["loss"]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_uploads_on_disk_give_the_same_bits(name):
+    own = [f"method.name={name}", *ADAPTERS.get(name, []), "evaluation.measure=false"]
+    held, spilled = (fedlora.run(config(*own, f"engine.spill={value}")) for value in ("false", "true"))
+    assert same(held.shared, spilled.shared)
+    assert held.summary["final"] == spilled.summary["final"] and held.summary["bytes"] == spilled.summary["bytes"]
+
+
+def test_measures_need_the_uploads_in_memory():
+    with pytest.raises(ConfigError, match="set evaluation.measure = false"):
+        config("engine.spill=true")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedlora.adapters import Dense
@@ -16,6 +17,7 @@ from fedlora.model import Model
 from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, Rules, Served, client_turn, public, received, server_turn
 from fedlora.seeds import derived
+from fedlora.state import Spilled
 from fedlora.tasks.task import Data, Task
 from fedlora.training import LocalTrainer, State, Training
 from fedlora.types import Tree, Turn
@@ -76,6 +78,7 @@ class InProcess:
 
     watch: Watch = lambda event: None
     observe: Observe | None = None
+    spill: Path | None = None  # a folder for a round's uploads, instead of memory
     _clock: dict[str, float] = field(default_factory=dict)
 
     def run(self, federation: Federation) -> Iterator[Round]:
@@ -100,6 +103,8 @@ class InProcess:
                     f, number, client, shared, kept.get(client, {}), moments.get(client)
                 )
                 channel.collect(number, client, sent)
+                if self.spill is not None:
+                    sent = Spilled(self.spill / f"{client}.safetensors", sent)
                 uploads.append(Received(f.turn(number, client), len(f.shards[client].train), sent))
             before, served = shared, f.server.stepped(shared, server_turn(f.rules, shared, uploads))
             shared = served.shared
