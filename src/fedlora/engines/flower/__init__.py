@@ -1,0 +1,1 @@
+"""Federations on Flower: the same two functions, with Flower's messages between them."""
