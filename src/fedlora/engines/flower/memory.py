@@ -22,10 +22,10 @@ def identify(run: int = 1, node: int = 1, task: int = 1) -> None:
 
 @dataclass
 class MemoryGrid(Grid):
-    """Nodes with ids from 2 (1 is the server's), each with its configuration and its own context; messages cross as bytes.
+    """Nodes with ids from 2 (1 is the server's), each with its configuration and a context of its own.
 
     ``Strategy.start(grid=...)`` and a fedlora server run on it unmodified. ``post`` sees every message that crosses
-    and may replace it; None loses it. Reading it back from bytes keeps server and node from sharing an object.
+    and may replace it; None loses it. Messages cross as bytes, so server and node share no object.
     """
 
     app: App
@@ -96,7 +96,7 @@ class MemoryGrid(Grid):
         identify(node=node)
         try:
             reply = self.app(arrived, self._contexts[node])
-        except Exception as error:  # noqa: BLE001 - what Flower makes of it, too
+        except Exception as error:
             reply = Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=arrived)
         finally:
             identify()
