@@ -68,12 +68,48 @@ def test_a_client_that_was_away_pays_for_what_it_missed_once():
     tree = {"w": {"A": torch.zeros(2, N)}}
     channel, log = Channel(tree, frozenset()), FoldLog()
     log.append({"w": (drawn(0, 1),)})
-    channel.deliver(0, 0, tree, log)
+    _handed(channel, 0, 0, tree, log)
     log.append({"w": (drawn(1, 1),)})
-    channel.deliver(1, 1, tree, log)
-    channel.deliver(1, 0, tree, log)
+    _handed(channel, 1, 1, tree, log)
+    _handed(channel, 1, 0, tree, log)
     assert [(r.client, r.numbers) for r in channel.ledger.rows] == [(0, M + N), (1, 2 * (M + N)), (0, M + N)]
     assert channel.held_by_all(2) == 2 and channel.held_by_all(3) == 0
+
+
+def _handed(channel, round, client, tree, log):
+    delivery = channel.lacking(client, tree, log)
+    channel.deliver(round, client, delivery)
+    channel.holds(client, delivery)
+    return delivery
+
+
+def test_a_client_catches_up_round_by_round_while_that_is_no_larger_than_the_sum():
+    log = FoldLog()
+    for round in range(4):
+        log.append({"w": (drawn(round, 1),)})
+    assert [r["w"][0].V.shape[0] for r in log.catching_up(1)] == [1, 1, 1]
+    assert log.catching_up(4) == []
+    log.settle(3)
+    first, last = log.catching_up(0)
+    torch.testing.assert_close(first["w"][0].dense(), sum(drawn(i, 1).dense() for i in range(3)))
+    assert torch.equal(last["w"][0].U, drawn(3, 1).U)
+    for round in range(4, 4 + N):
+        log.append({"w": (drawn(round, 1),)})
+    [summed] = log.catching_up(3)
+    assert summed["w"][0].V.shape[0] == min(M, N)
+    torch.testing.assert_close(summed["w"][0].dense(), sum(drawn(i, 1).dense() for i in range(3, 4 + N)))
+
+
+def test_a_client_that_forgot_is_sent_everything_again():
+    before = {"w": {"A": torch.zeros(2, N)}}
+    channel, log = Channel(before, frozenset()), FoldLog()
+    log.append({"w": (drawn(0, 1),)})
+    after = {"w": {"A": torch.ones(2, N)}}
+    assert _handed(channel, 0, 0, after, log).leaves.keys() == {"w"}
+    assert not _handed(channel, 1, 0, after, log).leaves
+    channel.forget(0)
+    again = _handed(channel, 2, 0, after, log)
+    assert torch.equal(again.leaves["w"]["A"], after["w"]["A"]) and (again.first, again.after) == (0, 1)
 
 
 def attached(**settings):

@@ -52,7 +52,9 @@ def traffic(kind: type[Method]) -> dict[str, float]:
         turns = [Turn(round, client, method.adapter.budget, seed=client) for client in range(2)]
         uploads = []
         for turn in turns:
-            channel.deliver(round, turn.client, shared, log)
+            delivery = channel.lacking(turn.client, shared, log)
+            channel.deliver(round, turn.client, delivery)
+            channel.holds(turn.client, delivery)
             if round == ROUNDS:
                 continue
             sent, kept[turn.client] = client_turn(rules, shared, kept.get(turn.client, {}), turn, _Moves())

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from fedlora.folds import FoldLog
+from fedlora.folds import FoldLog, Folds
 from fedlora.rounds import public
 from fedlora.types import Tree
 
@@ -39,9 +39,20 @@ class Ledger:
         )
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """What one client lacks, and what it holds once it has that."""
+
+    leaves: Tree  # only the leaves that changed
+    folds: list[Folds]  # in order
+    first: int  # how many folds the client holds before them
+    after: int  # and with them
+    versions: dict[tuple[str, str], int] = field(repr=False)
+
+
 @dataclass
 class Channel:
-    """Delivers what a client lacks and collects what it sends, counting the tensors' bytes.
+    """Says what a client lacks, and counts the bytes of what it is sent and sends.
 
     ``initial`` is what every party makes from the seed. A leaf has changed when the server made a new tensor of it:
     hooks are pure, so a leaf that a method passed on is the very same object.
@@ -57,29 +68,33 @@ class Channel:
     def __post_init__(self):
         self._note(self.initial)
 
-    def deliver(
-        self,
-        round: int,
-        client: int,
-        shared: Tree,
-        log: FoldLog,
-        own: Tree | None = None,
-    ) -> None:
-        """The server's tree, and the folds since this client was last seen, as few numbers as they come to.
+    def lacking(self, client: int, shared: Tree, log: FoldLog, own: Tree | None = None) -> Delivery:
+        """What of the server's tree, and which folds, a client has not been seen to hold: as few numbers as possible.
 
-        ``own`` is what the client makes of it: a leaf that it holds at a smaller rank is sent at that rank.
+        ``own`` is what the client makes of the tree: a leaf that it holds at a smaller rank is sent at that rank.
         """
-        versions = self._note(shared)
-        held = self._held.get(client, {})
-        new = [key for key, version in versions.items() if held.get(key, 0) != version]
-        self._held[client] = versions
-        own = own or {}
-        sent = ((self._kind(part), _smaller(shared[part][leaf], own.get(part, {}).get(leaf))) for part, leaf in new)
-        self._write(round, client, "down", sent)
-        missed = log.missed(self._folds_seen.get(client, 0))
-        self._folds_seen[client] = len(log)
-        factors = (side for layers in missed.values() for f in layers for side in f)
+        versions, held, own = self._note(shared), self._held.get(client, {}), own or {}
+        leaves: dict[str, dict[str, Tensor]] = {}
+        for part, leaf in (key for key, version in versions.items() if held.get(key, 0) != version):
+            leaves.setdefault(part, {})[leaf] = _smaller(shared[part][leaf], own.get(part, {}).get(leaf))
+        seen = self._folds_seen.get(client, 0)
+        return Delivery(leaves, log.catching_up(seen), seen, len(log), versions)
+
+    def deliver(self, round: int, client: int, delivery: Delivery) -> None:
+        """Counts what goes down to a client."""
+        leaves = ((self._kind(part), x) for part, layer in delivery.leaves.items() for x in layer.values())
+        self._write(round, client, "down", leaves)
+        factors = (side for folds in delivery.folds for layers in folds.values() for f in layers for side in f)
         self._write(round, client, "down", (("fold", side) for side in factors))
+
+    def holds(self, client: int, delivery: Delivery) -> None:
+        """The client has what was delivered."""
+        self._held[client], self._folds_seen[client] = delivery.versions, delivery.after
+
+    def forget(self, client: int) -> None:
+        """The client has nothing but what every party makes from the seed."""
+        self._held.pop(client, None)
+        self._folds_seen.pop(client, None)
 
     def held_by_all(self, clients: int) -> int:
         """How many folds each of so many clients holds."""

@@ -12,7 +12,7 @@ from fedlora import methods
 from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
-from fedlora.engines.inprocess import Event, Watch
+from fedlora.engines.loop import Event, Watch
 from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json

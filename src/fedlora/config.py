@@ -18,7 +18,7 @@ from torch import nn
 from fedlora import methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter, Dense
 from fedlora.clients import Clients
-from fedlora.engines.inprocess import Federation
+from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT

@@ -42,7 +42,7 @@ class Evaluator:
     model: Model
     task: Task
     test: Examples
-    shards: Sequence[Shard]
+    shards: Mapping[int, Shard] | Sequence[Shard]
     batch_size: int = 256
     _tree: Tree | None = None
     _folded: int = -1
@@ -91,16 +91,16 @@ def _same(a: Tree, b: Tree) -> bool:
     )
 
 
-def summary(scores: Sequence[Scores], name: str = "accuracy") -> dict[str, float | int]:
+def summary(scores: Mapping[int, Scores], name: str = "accuracy") -> dict[str, float | int]:
     """One metric over the clients: mean over clients, mean over examples, the worst client, the spread."""
-    means = [scores_of(s)[name] for s in scores]
-    totals = [s.sums[name] for s in scores]
+    means = {client: scores_of(s)[name] for client, s in scores.items()}
+    totals = [s.sums[name] for s in scores.values()]
     return {
-        "mean": statistics.fmean(means),
+        "mean": statistics.fmean(means.values()),
         "examples_mean": sum(t for t, _ in totals) / sum(n for _, n in totals),
-        "worst": min(means),
-        "worst_client": means.index(min(means)),
-        "spread": statistics.pstdev(means),
+        "worst": min(means.values()),
+        "worst_client": min(means, key=means.__getitem__),
+        "spread": statistics.pstdev(means.values()),
     }
 
 

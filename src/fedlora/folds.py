@@ -39,8 +39,16 @@ class FoldLog:
             raise ValueError(
                 f"the first {self.start} folds are kept as one; a party with {seen} of them must start anew."
             )
-        first = [{part: (f,) for part, f in self.prefix.items()}] if seen < self.start else []
-        return _summed([*first, *self.entries[max(0, seen - self.start) :]])
+        return _summed([*([self._first()] if seen < self.start else []), *self._since(seen)])
+
+    def catching_up(self, seen: int) -> list[Folds]:
+        """What a party lacks, in the order to fold it: round by round, so that its base ends with everybody's bits.
+
+        Where factors add up to more than their sum, that is one sum instead, equal up to rounding.
+        """
+        summed, rounds = self.missed(seen), [*([self._first()] if seen < self.start else []), *self._since(seen)]
+        few = all(sum(_rank(r.get(part, ())) for r in rounds) == _rank(f) for part, f in summed.items())
+        return rounds if few else [summed]
 
     def everything(self) -> dict[str, Factors]:
         """The sum of all folds: what separates the base from the pretrained weights."""
@@ -49,10 +57,20 @@ class FoldLog:
     def settle(self, seen: int) -> None:
         """Keeps the first ``seen`` folds as one sum; every party holds them."""
         if seen > self.start:
-            first = [{part: (f,) for part, f in self.prefix.items()}, *self.entries[: seen - self.start]]
-            self.prefix = {part: factors[0] for part, factors in _summed(first).items()}
+            first = _summed([self._first(), *self.entries[: seen - self.start]])
+            self.prefix = {part: factors[0] for part, factors in first.items()}
             self.entries = self.entries[seen - self.start :]
             self.start = seen
+
+    def _first(self) -> Folds:
+        return {part: (f,) for part, f in self.prefix.items()}
+
+    def _since(self, seen: int) -> list[Folds]:
+        return self.entries[max(0, seen - self.start) :]
+
+
+def _rank(factors: Sequence[Factors]) -> int:
+    return sum(f.V.shape[-2] for f in factors)
 
 
 def _summed(several: Sequence[Folds]) -> dict[str, tuple[Factors, ...]]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
-from fedlora.engines.inprocess import InProcess, Observe, Round, Watch
+from fedlora.engines.inprocess import InProcess
+from fedlora.engines.loop import Observe, Round, Watch
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
 

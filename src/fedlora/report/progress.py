@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from fedlora.comparison import Cell
-from fedlora.engines.inprocess import Event
+from fedlora.engines.loop import Event
 
 
 class _Live:
