@@ -91,6 +91,10 @@ class Channel:
         """The client has what was delivered."""
         self._held[client], self._folds_seen[client] = delivery.versions, delivery.after
 
+    def knows(self, client: int) -> bool:
+        """Whether the client has been seen to hold anything."""
+        return client in self._held
+
     def forget(self, client: int) -> None:
         """The client has nothing but what every party makes from the seed."""
         self._held.pop(client, None)

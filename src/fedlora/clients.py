@@ -123,10 +123,14 @@ class Clients:
 
     def cohort(self, round: int, seed: int) -> list[int]:
         """The clients of a round, in order; drawn without replacement where not all take part."""
+        return sorted(self.order(round, seed)[: self.per_round])
+
+    def order(self, round: int, seed: int) -> list[int]:
+        """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
         if self.per_round is None or self.per_round == self.count:
             return list(range(self.count))
         draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
-        return sorted(torch.randperm(self.count, generator=draws)[: self.per_round].tolist())
+        return torch.randperm(self.count, generator=draws).tolist()
 
 
 def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 from fedlora import methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter, Dense
 from fedlora.clients import Clients
+from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
 from fedlora.method import Method
@@ -48,7 +49,9 @@ class ModelTable:
 
 
 Table = dict[str, Any]
-SECTIONS = ("model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "compare")
+SECTIONS = (
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     engine: Engine = field(default_factory=Engine)
+    flower: Network = field(default_factory=Network)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -160,6 +164,7 @@ def build(table: Table) -> Config:
         "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
+        "flower": construct(Network, "flower", _section(table, "flower")),
     }
     parts["server"].check(method)
     if parts["engine"].spill and parts["evaluation"].measure:

@@ -33,7 +33,7 @@ def errors(
             continue
         parts = [part for part in rules if rules[part] == rule]
         ends = {
-            part: [_end(rule, before[part], kept[u.turn.client].get(part, {}), u, part) for u in uploads]
+            part: [_end(rule, before[part], kept.get(u.turn.client, {}).get(part, {}), u, part) for u in uploads]
             for part in parts
         }
         after = {part: served.shared[part] for part in parts}

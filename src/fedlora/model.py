@@ -174,7 +174,9 @@ class Model:
         if old is not None and old.shape == value.shape and moves:
             old.copy_(value)
         elif isinstance(part.module, Adapted):  # first load, or a client of another rank
-            fresh = value.to(self.device, torch.float32, copy=moves)
+            fresh = value.to(self.device, torch.float32)
+            if moves:  # rows in order, whatever the order of the value's: a product's last bits depend on it
+                fresh = fresh.clone(memory_format=torch.contiguous_format)
             part.module.leaves[leaf] = nn.Parameter(fresh, requires_grad=False)
             if not moves:
                 self._frozen[path, leaf] = value

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from fedlora.types import Layer, Tree
 
@@ -18,27 +19,35 @@ SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
 
 def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
     """Writes every leaf as ``part/leaf``, float32 as it is."""
-    leaves = {
+    write(path, save(flat(tree), {"format": "pt", **(about or {})}))
+
+
+def flat(tree: Tree) -> dict[str, Tensor]:
+    """``part/leaf`` -> tensor, fit for safetensors."""
+    return {
         f"{part}{SEPARATOR}{leaf}": x.detach().cpu().clone().contiguous()  # cloned: safetensors refuses shared memory
         for part, layer in tree.items()
         for leaf, x in layer.items()
     }
-    write(path, save(leaves, {"format": "pt", **(about or {})}))
 
 
-def load_tree(path: Path) -> Tree:
-    """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
-    tree: dict[str, dict[str, Any]] = {}
-    try:
-        leaves = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."
-        ) from error
+def nested(leaves: Mapping[str, Tensor]) -> Tree:
+    """The tree whose leaves ``flat`` names."""
+    tree: dict[str, dict[str, Tensor]] = {}
     for key, value in leaves.items():
         part, _, leaf = key.rpartition(SEPARATOR)
         tree.setdefault(part, {})[leaf] = value
     return tree
+
+
+def load_tree(path: Path) -> Tree:
+    """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
+    try:
+        return nested(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."
+        ) from error
 
 
 class Spilled(Mapping[str, Layer]):

@@ -1,0 +1,151 @@
+"""A party: what it does with a message. Nothing of Flower's here beyond the records."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from fedlora.engines.flower.records import Order, digest
+from fedlora.engines.flower.store import Holding, Store
+from fedlora.engines.loop import Federation
+from fedlora.evaluation import Evaluator
+from fedlora.folds import Folds
+from fedlora.method import pick
+from fedlora.rounds import Rules, client_turn, public
+from fedlora.training import LocalTrainer
+from fedlora.types import Tree
+
+
+class StaleError(ValueError):
+    """The party does not hold what the message builds on; it must be sent everything."""
+
+
+class Answer(NamedTuple):
+    """What leaves a party: figures, the digest of what it holds, and after a turn what the method sends."""
+
+    metrics: dict[str, int | float]
+    holds: str
+    sent: Tree | None = None
+
+
+@dataclass
+class Base:
+    """The process's one base model, and the folds that are in it now; parties in one process may differ in them."""
+
+    federation: Federation
+    applied: tuple[str, ...] = ()
+    evaluator: Evaluator = field(init=False)
+    initial: Tree = field(init=False)
+    made: str = field(init=False)  # a digest of what comes from the seed and of the pretrained weights
+
+    def __post_init__(self):
+        f = self.federation
+        self.evaluator, self.initial, self.made = f.evaluator(), f.model.initial(f.seed), made(f)
+
+    def bring_to(self, folds: tuple[str, ...], store: Store) -> None:
+        """Folds what is missing; starts from the pretrained weights where other folds are in them."""
+        model = self.federation.model
+        if self.applied != folds[: len(self.applied)]:
+            model.unfold()
+            self.applied = ()
+        for name in folds[len(self.applied) :]:
+            model.fold(store.fold(name))
+            self.applied = (*self.applied, name)
+
+
+@dataclass
+class Node:
+    """Party number ``client`` of a federation, with its state under ``store``."""
+
+    base: Base
+    client: int
+    store: Store
+    step_done: Callable[[], None] = lambda: None
+
+    @property
+    def federation(self) -> Federation:
+        return self.base.federation
+
+    def hello(self) -> Answer:
+        """Who this is: its number and rows, and what it makes from the seed; no training, no state."""
+        f = self.federation
+        shard = f.shards[self.client]
+        metrics = {"client": self.client, "examples": len(shard.train), "tests": len(shard.test)}
+        return Answer(metrics, self.base.made)
+
+    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
+        """One turn. Its outcome is kept as pending until the server says that it counted."""
+        f, turn = self.federation, self.federation.turn(order.round, self.client)
+        holding, shared, holds = self._received(order, leaves, folds)
+        trainer = LocalTrainer(
+            f.model, f.task, f.data.train, f.shards[self.client], f.training, turn, f.rounds, holding.moments,
+            step_done=self.step_done,
+        )  # fmt: skip
+        sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
+        self.store.save(
+            self.client, replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round)
+        )
+        rows = len(f.shards[self.client].train)
+        return Answer({"round": order.round, "examples": rows, "loss": trainer.loss}, holds, sent)
+
+    def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
+        """Sums and counts of each score, on the party's own test rows."""
+        holding, shared, holds = self._received(order, leaves, folds)
+        self.store.save(self.client, holding)
+        scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
+        metrics: dict[str, int | float] = {"round": order.round}
+        for name, (total, count) in scores.sums.items():
+            metrics |= {f"{name}.sum": total, f"{name}.count": count}
+        return Answer(metrics, holds)
+
+    def _received(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> tuple[Holding, Tree, str]:
+        """The party's state with what came along, the server's tree, and its digest, which is the server's."""
+        held = self.store.load(self.client).settled(order.counted)
+        held = replace(held, leaves={}, folds=(), folded=0) if order.full else held
+        held = self._caught_up(held, order, folds)
+        held = replace(held, leaves=_laid_over(held.leaves, leaves))
+        f = self.federation
+        rank = f.budgets[self.client]
+        start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
+        shared = _laid_over(start, held.leaves)
+        holds = digest(visible(f.rules, shared, rank))
+        if holds != order.holds:
+            raise StaleError("what this party holds is not what the server thinks it holds.")
+        self.base.bring_to(held.folds, self.store)
+        return held, shared, holds
+
+    def _caught_up(self, held: Holding, order: Order, folds: Sequence[Folds]) -> Holding:
+        """With the folds that it lacks; one that it has had already is not folded again."""
+        had = held.folded - order.first
+        whole = len(folds) == order.after - order.first  # round by round, not their sum
+        if had < 0 or (had > 0 and not whole) or held.folded > order.after:
+            raise StaleError(f"this party holds {held.folded} folds, and the message brings {order.first} to {order.after}.")
+        names = [self.store.add(some) for some in folds[had:]]
+        return replace(held, folds=(*held.folds, *names), folded=order.after)
+
+
+def visible(rules: Rules, shared: Tree, rank: int) -> dict[str, dict]:
+    """The trainable leaves of the server's tree as a party of this budget holds them."""
+    found = {}
+    for part, rule in rules.items():
+        layer = rule.adapter.leading(public(shared[part]), rank)
+        found[part] = dict(pick(layer, rule.adapter.trainable & set(layer)))
+    return found
+
+
+def made(f: Federation) -> str:
+    """A digest of what every party must make alike: the leaves from the seed, and the pretrained weights.
+
+    Of each weight up to 1,024 values, in bfloat16, the coarsest precision that a party may hold it in.
+    """
+    sample = {"leaves": {"": torch.frombuffer(bytearray(digest(f.model.initial(f.seed)).encode()), dtype=torch.uint8)}}
+    for name, x in f.model.network.state_dict().items():
+        if x.is_floating_point():
+            values = x.detach().reshape(-1)
+            sample[name] = {str(tuple(x.shape)): values[:: max(1, len(values) // 1024)][:1024].bfloat16()}
+    return digest(sample)
+
+
+def _laid_over(tree: Tree, other: Tree) -> dict[str, dict]:
+    return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}

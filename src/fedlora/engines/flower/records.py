@@ -1,0 +1,116 @@
+"""Trees and orders as Flower's records, and back.
+
+A tree goes as one array of bytes in safetensors form: any dtype (Flower's own arrays refuse bfloat16), no pickle, and
+one object on the wire instead of two for each leaf.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedlora.folds import Folds
+from fedlora.state import SEPARATOR, flat, nested
+from fedlora.types import Factors, Tree
+
+LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a message asks of a party, beside the leaves and folds that it brings."""
+
+    run: str  # the run's own token: a resumed run keeps it, another run never has it
+    round: int  # from 0
+    client: int
+    full: bool  # the leaves are those that differ from what the seed gives, not from what the party holds
+    first: int  # number of the first fold that comes along
+    after: int  # folds that the party holds then
+    holds: str  # digest of the leaves that the party holds then
+    counted: int = -1  # the last round that this party's upload went into
+
+
+class UnreadableError(ValueError):
+    """A record that is not what was agreed."""
+
+
+def pack(tree: Tree) -> ArrayRecord:
+    """One uint8 array."""
+    return ArrayRecord({LEAVES: Array(np.frombuffer(save(flat(tree)), dtype=np.uint8))})
+
+
+def unpack(record: ArrayRecord) -> Tree:
+    """The tree that ``pack`` wrote. ``UnreadableError`` where it is none."""
+    try:
+        return nested(load(record[LEAVES].numpy().tobytes()))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
+
+
+def pack_folds(rounds: Sequence[Folds]) -> ArrayRecord:
+    """Several rounds of folds; part ``i/PART/j`` holds the factors ``U`` and ``V``."""
+    return pack({
+        f"{i}{SEPARATOR}{part}{SEPARATOR}{j}": f._asdict()
+        for i, folds in enumerate(rounds)
+        for part, factors in folds.items()
+        for j, f in enumerate(factors)
+    })  # fmt: skip
+
+
+def unpack_folds(record: ArrayRecord) -> list[Folds]:
+    """The folds that ``pack_folds`` wrote, in order."""
+    found: dict[int, dict[str, list[tuple[int, Factors]]]] = {}
+    for key, factors in unpack(record).items():
+        number, _, rest = key.partition(SEPARATOR)
+        part, _, place = rest.rpartition(SEPARATOR)
+        found.setdefault(int(number), {}).setdefault(part, []).append((int(place), Factors(**factors)))
+    return [
+        {part: tuple(f for _, f in sorted(several, key=lambda x: x[0])) for part, several in found[number].items()}
+        for number in sorted(found)
+    ]
+
+
+def asked(order: Order, leaves: Tree, folds: Sequence[Folds]) -> RecordDict:
+    """What goes down; empty records are left out."""
+    content = RecordDict({ORDER: ConfigRecord(asdict(order))})
+    if leaves:
+        content[LEAVES] = pack(leaves)
+    if folds:
+        content[FOLDS] = pack_folds(folds)
+    return content
+
+
+def order_of(content: RecordDict) -> tuple[Order, Tree, list[Folds]]:
+    """What a party is asked, and what came along."""
+    order = Order(**_typed(content[ORDER]))
+    leaves = unpack(content[LEAVES]) if LEAVES in content else {}
+    return order, leaves, unpack_folds(content[FOLDS]) if FOLDS in content else []
+
+
+def _typed(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in Order.__dataclass_fields__}
+
+
+def answered(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:
+    """What goes up."""
+    content = RecordDict({METRICS: MetricRecord(dict(metrics)), HOLDS: ConfigRecord({HOLDS: holds})})
+    if sent is not None:
+        content[LEAVES] = pack(sent)
+    return content
+
+
+def digest(tree: Tree) -> str:
+    """Names, shapes, dtypes and bits of all leaves as one short text."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in sorted(tree):
+        for leaf in sorted(tree[part]):
+            x = tree[part][leaf].detach().cpu().contiguous()
+            found.update(f"{part}{SEPARATOR}{leaf} {tuple(x.shape)} {x.dtype};".encode())
+            found.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,234 @@
+"""The server: rounds over a Flower grid, with whoever is there.
+
+A round asks its cohort; who errs, is late or is gone is named and left out, and the weights of the others are
+renormalised. With fewer than ``min_clients`` good uploads the round waits, asks who comes back, and keeps what it has.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedlora.channel import Delivery
+from fedlora.engines.flower import checks
+from fedlora.engines.flower.directory import Directory
+from fedlora.engines.flower.node import made, visible
+from fedlora.engines.flower.party import STALE
+from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
+from fedlora.engines.flower.settings import Network
+from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
+from fedlora.evaluation import Evaluator
+from fedlora.rounds import Received
+from fedlora.tasks.task import Scores
+from fedlora.types import Tree
+
+
+@dataclass
+class Federated(Loop, Strategy):
+    """A Flower strategy made of a federation; ``start`` runs it, and so does ``run`` once there is a grid."""
+
+    federation: Federation = field(kw_only=True)
+    network: Network = field(default_factory=Network, kw_only=True)
+    token: str = field(default="run", kw_only=True)  # of this run: parties keep their state under it
+    grid: Grid | None = field(default=None, kw_only=True)
+    directory: Directory | None = field(default=None, init=False)
+    at: Standing | None = field(default=None, init=False)
+    replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
+    results: dict[int, Scores] = field(default_factory=dict, init=False)
+    _orders: dict[int, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # node -> its last order
+    _sent: dict[str, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # message id -> that order
+
+    # ------------------------------------------------------------------------------ as an engine
+    def begin(self, f: Federation) -> Standing:
+        self._connect(f)
+        return super().begin(f)
+
+    def _connect(self, f: Federation) -> None:
+        assert self.grid is not None, "start(grid) first"
+        self.directory = Directory(self.grid, f.clients.count, self.token, made(f), self._told)
+
+    def measured(self, f: Federation) -> bool:
+        return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
+
+    def turns(self, f: Federation, at: Standing) -> list[Reply]:
+        began, self.at, self.replies = time.perf_counter(), at, {}
+        order = f.clients.order(at.number, f.seed)
+        wanted = f.clients.per_round or f.clients.count
+        least = min(self.network.min_clients, wanted)
+        tried: set[int] = set()
+        self._directory.wait(f.clients.count, self.network.join_timeout, self.network.poll)
+        while True:
+            self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
+            if len(self.replies) >= least:
+                break
+            self._wait(at.number, least, tried)
+        for client in order[:wanted]:
+            if client not in self.replies:
+                self._lost(client, self.absent.get(client, "its node is not connected"))
+        self.absent = {client: why for client, why in self.absent.items() if client not in self.replies}
+        self.clock["train"] += time.perf_counter() - began
+        return [self.replies[client] for client in sorted(self.replies)]
+
+    def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
+        self.at, self.results = at, {}
+        self._directory.refresh()
+        messages = list(self.configure_evaluate(number + 1, None, None, self.grid))
+        self.aggregate_evaluate(number + 1, self._exchange(messages))
+        return dict(sorted(self.results.items()))
+
+    # --------------------------------------------------------------------- as a Flower strategy
+    def start(
+        self, grid: Grid, initial_arrays: ArrayRecord | None = None, num_rounds: int | None = None,
+        timeout: float = 3600, train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None, evaluate_fn=None,
+    ) -> Result:  # fmt: skip
+        """Runs the federation to its end. What it starts from, and how long it runs, is in the federation."""
+        self.grid, result = grid, Result()
+        for done in self.run(self.federation):
+            result.arrays = pack(done.shared)
+            result.train_metrics_clientapp[done.number + 1] = MetricRecord(
+                {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
+            )
+            if "clients" in done.record:
+                found = {k: v for k, v in done.record["clients"].items() if k != "each"}
+                result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
+            if "global" in done.record:
+                result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays, config, grid, clients: Iterable[int] = ()
+    ) -> Iterable[Message]:
+        """Each client's order for a round, with the leaves and folds that it lacks."""
+        assert self.at is not None
+        return [self._message(client, server_round - 1, "train") for client in clients]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]):
+        """Takes in the uploads that are sound; ``run`` combines them."""
+        for reply in replies:
+            self._taken(reply, self._upload)
+        odd = checks.same_leaves({k: r.upload.tree for k, r in self.replies.items()}, self.federation)
+        for client, why in odd.items():
+            del self.replies[client]
+            self._lost(client, why)
+        return None, None
+
+    def configure_evaluate(self, server_round: int, arrays, config, grid) -> Iterable[Message]:
+        """Each connected client's order to score what it holds after a round."""
+        return [self._message(client, server_round - 1, "evaluate") for client in sorted(self._directory.here())]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]):
+        """Takes in the scores that are sound."""
+        for reply in replies:
+            self._taken(reply, self._score)
+        return None
+
+    def summary(self) -> None:
+        """What a run is, is in its folder."""
+
+    # ------------------------------------------------------------------------------------ parts
+    @property
+    def _directory(self) -> Directory:
+        if self.directory is None:
+            self._connect(self.federation)
+        assert self.directory is not None
+        return self.directory
+
+    def _ask(self, clients: list[int], tried: set[int]) -> None:
+        """One attempt, and a second for those that turn out to hold something else than the server thought."""
+        tried |= set(clients)
+        for _ in range(2):
+            messages = list(self.configure_train(self._number + 1, None, None, self.grid, clients))
+            self.aggregate_train(self._number + 1, self._exchange(messages))
+            clients = [client for client in clients if self.absent.get(client) == STALE]
+            if not clients:
+                return
+
+    def _wait(self, number: int, least: int, tried: set[int]) -> None:
+        """Until a client is here that has not been asked, or one whose node was gone has come back."""
+        gone = tried - self._directory.here()
+        text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
+        self.watch(Event("waiting", number, text=text))
+        while not (self._directory.here() - tried):
+            time.sleep(self.network.poll)
+            self._directory.refresh()
+            back = gone & self._directory.here() - self.replies.keys()
+            gone |= tried - self._directory.here()
+            tried -= back
+
+    @property
+    def _number(self) -> int:
+        assert self.at is not None
+        return self.at.number
+
+    def _message(self, client: int, number: int, kind: str) -> Message:
+        f, at = self.federation, self.at
+        own = visible(f.rules, at.shared, f.budgets[client])
+        delivery = at.channel.lacking(client, at.shared, at.folds, own)
+        order = Order(
+            self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
+            digest(own), at.counted.get(client, -1),
+        )  # fmt: skip
+        at.channel.deliver(number, client, delivery)
+        node = self._directory.nodes[client]
+        self._orders[node] = client, order, delivery
+        return Message(asked(order, delivery.leaves, delivery.folds), node, kind, group_id=str(number + 1))
+
+    def _exchange(self, messages: list[Message]) -> list[Message]:
+        """Sends, and collects what is answered in time; the silent are named."""
+        pushed = set(self.grid.push_messages(messages))
+        self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
+        waiting, found = pushed & self._sent.keys(), []
+        for key in self._sent.keys() - pushed:
+            self._lost(self._sent[key][0], "its node cannot be reached")
+        end = None if self.network.round_timeout is None else time.monotonic() + self.network.round_timeout
+        while waiting and (end is None or time.monotonic() < end):
+            for reply in self.grid.pull_messages(list(waiting)):
+                key = reply.metadata.reply_to_message_id
+                if key in waiting:
+                    waiting.discard(key)
+                    found.append(reply)
+            if waiting:
+                time.sleep(self.network.poll)
+        for key in waiting:
+            self._lost(self._sent[key][0], f"no answer within {self.network.round_timeout:g} seconds")
+        return found
+
+    def _taken(self, reply: Message, take) -> None:
+        """One reply: what it says is noted, or why it is left out."""
+        client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
+        try:
+            if reply.has_error():
+                raise checks.RefusedError(reply.error.reason or "its app failed")
+            if reply.content[HOLDS].get(HOLDS) != order.holds:
+                raise checks.RefusedError("it does not hold what it was sent")
+            take(client, order, reply)
+        except (checks.RefusedError, UnreadableError, KeyError) as error:
+            text = str(error)
+            if text == STALE:
+                self.at.channel.forget(client)
+            self._lost(client, text)
+        else:
+            self.at.channel.holds(client, delivery)
+            self.absent.pop(client, None)
+
+    def _upload(self, client: int, order: Order, reply: Message) -> None:
+        rows, loss = checks.figures(reply.content[METRICS], order.round)
+        tree: Tree = checks.upload(self.federation, self.at.shared, unpack(reply.content[LEAVES]))
+        self.at.channel.collect(order.round, client, tree)
+        self.replies[client] = Reply(Received(self.federation.turn(order.round, client), rows, tree), loss)
+        self.watch(Event("turn", order.round, client, loss))
+
+    def _score(self, client: int, order: Order, reply: Message) -> None:
+        self.results[client] = checks.scores(reply.content[METRICS], order.round)
+
+    def _lost(self, client: int, why: str) -> None:
+        if self.absent.get(client) != why:
+            self.watch(Event("absent", self._number, client, text=why))
+        self.absent[client] = why
+
+    def _told(self, client: int | None, text: str) -> None:
+        self.watch(Event("node", self.at.number if self.at else 0, client, text=text))

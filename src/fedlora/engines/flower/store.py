@@ -1,0 +1,113 @@
+"""What a party keeps on its own disk between messages: its private state, the leaves it was sent, the folds.
+
+One file a party, replaced whole, mode 0600 in a folder of mode 0700. A turn's outcome is kept beside the state before
+it until the server says whether the upload counted: a reply that was lost, late or refused leaves no trace, and a
+round that is run again after a crash starts from what it started from.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from fedlora.folds import Folds
+from fedlora.state import flat, load_tree, save_tree, write
+from fedlora.training import State
+from fedlora.types import Factors, Tree
+
+PARTS = ("leaves", "kept", "trained", "moments", "trained_moments")
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A party's state. ``trained`` is the outcome of its turn in round ``pending``, which may not have counted."""
+
+    leaves: Tree = field(default_factory=dict)  # as sent by the server, where they differ from what the seed gives
+    kept: Tree = field(default_factory=dict)
+    moments: State | None = None
+    trained: Tree = field(default_factory=dict)
+    trained_moments: State | None = None
+    pending: int = -1
+    folds: tuple[str, ...] = ()  # names of the fold files, in order; together they are ``folded`` folds
+    folded: int = 0
+
+    def settled(self, counted: int) -> "Holding":
+        """With the pending turn taken over if its upload counted, and dropped if not."""
+        done = replace(self, trained={}, trained_moments=None, pending=-1)
+        if self.pending < 0 or counted != self.pending:
+            return done
+        return replace(done, kept=self.trained, moments=self.trained_moments)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder with ``clients/K.safetensors`` and ``folds/NAME.safetensors``; parties in one folder share the folds.
+
+    A fold file's name is its content's digest, so the same fold is there once.
+    """
+
+    folder: Path
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def load(self, client: int) -> Holding:
+        """The party's state, or an empty one. ``ValueError`` where the file is broken."""
+        path = self._path(client)
+        if not path.exists():
+            return Holding()
+        groups: dict[str, dict] = {name: {} for name in PARTS}
+        for key, layer in load_tree(path).items():
+            name, _, part = key.partition("/")
+            groups[name][part] = layer
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+        moments = {name: _moments(groups.pop(name)) for name in ("moments", "trained_moments")}
+        return Holding(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
+
+    def save(self, client: int, holding: Holding) -> None:
+        """Replaces the party's state; a crash leaves the old one."""
+        tree: dict[str, Mapping] = {}
+        for name in PARTS:
+            value = getattr(holding, name) or {}
+            layers = _layers(value) if name.endswith("moments") else value
+            tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
+        about = {"pending": holding.pending, "folds": list(holding.folds), "folded": holding.folded}
+        save_tree(self._path(client), tree, {"about": json.dumps(about)})
+
+    def add(self, folds: Folds) -> str:
+        """Writes one round's folds, and returns their name."""
+        tree = {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
+        content = save(flat(tree))
+        name = hashlib.blake2b(content, digest_size=16).hexdigest()
+        if not self._fold(name).exists():
+            write(self._fold(name), content)
+        return name
+
+    def fold(self, name: str) -> Folds:
+        """The folds of that name."""
+        found: dict[str, dict[int, Factors]] = {}
+        for key, factors in load_tree(self._fold(name)).items():
+            part, _, place = key.rpartition("/")
+            found.setdefault(part, {})[int(place)] = Factors(**factors)
+        return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
+
+    def _path(self, client: int) -> Path:
+        return self.folder / "clients" / f"{client}.safetensors"
+
+    def _fold(self, name: str) -> Path:
+        return self.folder / "folds" / f"{name}.safetensors"
+
+
+def _layers(moments: State) -> dict[str, dict]:
+    """An optimiser's moments as a tree: part ``PART//LEAF``."""
+    return {f"{part}//{leaf}": values for (part, leaf), values in moments.items()}
+
+
+def _moments(layers: Mapping[str, Mapping]) -> State | None:
+    found = {tuple(key.split("//")): dict(values) for key, values in layers.items()}
+    return found or None
