@@ -95,10 +95,10 @@ class Channel:
         """Whether the client has been seen to hold anything."""
         return client in self._held
 
-    def forget(self, client: int) -> None:
-        """The client has nothing but what every party makes from the seed."""
+    def forget(self, client: int, folds: int = 0) -> None:
+        """The client has nothing but what every party makes from the seed, and the first so many folds."""
         self._held.pop(client, None)
-        self._folds_seen.pop(client, None)
+        self._folds_seen[client] = folds
 
     def held_by_all(self, clients: int) -> int:
         """How many folds each of so many clients holds."""

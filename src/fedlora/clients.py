@@ -50,6 +50,11 @@ class Clients:
         """The column that tells the clients apart, where the split goes by one."""
         return getattr(self.splitter, "column", None)
 
+    @property
+    def own_data(self) -> bool:
+        """Whether every party brings data of its own, on its own machine."""
+        return self.splitter.own
+
     def shards(self, data: Data, seed: int) -> list[Shard]:
         """Every client's rows; training rows are disjoint, test rows follow their training labels.
 

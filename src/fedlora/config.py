@@ -4,20 +4,18 @@ Each table holds the keyword arguments of one constructor, so the dataclasses ar
 list. What is wrong is said in one sentence with the key, the value, and what would do.
 """
 
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from pydantic import TypeAdapter, ValidationError
+import torch
 from torch import nn
 
 from fedlora import methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter, Dense
-from fedlora.clients import Clients
+from fedlora.clients import Clients, Shard
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
@@ -28,13 +26,15 @@ from fedlora.model import Model, Precision
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
 from fedlora.runtime import Engine, checkpoint_activations
+from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.start import begin
-from fedlora.tasks.task import Task
+from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
 
-
-class ConfigError(ValueError):
-    """A user's mistake in a configuration; its text is one sentence."""
+__all__ = [
+    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "merged", "overridden", "read",
+    "read_table",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class ModelTable:
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
 
-Table = dict[str, Any]
 SECTIONS = (
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
 )  # fmt: skip
@@ -71,12 +70,16 @@ class Config:
     seed: int = 0
     table: Table = field(default_factory=dict)
 
-    def federation(self) -> Federation:
-        """Loads the model and the data, and builds what an engine runs."""
+    def federation(self, party: int | None = None, combines: bool = False) -> Federation:
+        """Loads the model and the data, and builds what an engine runs.
+
+        ``party`` is the client that this machine is, and ``combines`` says that no client trains here; both matter
+        only where every party has data of its own (``clients.split``).
+        """
         device = self.engine.prepare()
-        data = self.task.load(self.model.name, self.seed, self.clients.client_column)
-        shards = self.clients.shards(data, self.seed)
-        network = self.task.network(self.model.name, len(data.label_names), self.seed)
+        data, shards = self._rows(party, combines)
+        names = tuple(self._label_names()) if data is None else data.label_names
+        network = self.task.network(self.model.name, len(names), self.seed)
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)
@@ -87,8 +90,31 @@ class Config:
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
-            training, self.evaluation, self.server, self.rounds, self.seed,
+            training, self.evaluation, self.server, self.rounds, self.seed, names,
         )  # fmt: skip
+
+    def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+        if not self.clients.own_data:
+            data = self.task.load(self.model.name, self.seed, self.clients.client_column)
+            return data, self.clients.shards(data, self.seed)
+        self._label_names()
+        if party is None and not combines:
+            raise ConfigError(
+                "clients.split is 'own': every party has its own data on its own machine; run it with "
+                "`fedlora flower`, or set clients.split to a way to split one data set."
+            )
+        if party is None:
+            return None, {}
+        data = self.task.load(self.model.name, self.seed)
+        return data, {party: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
+
+    def _label_names(self) -> Sequence[str]:
+        names = getattr(self.task, "label_names", None)
+        if not names:
+            raise ConfigError(
+                "clients.split is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
+            )
+        return names
 
     def attached(self, network: nn.Module, precision: Precision = "float32", device: Any = "cpu") -> Model:
         """The network with this configuration's adapters."""
@@ -105,53 +131,14 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(overridden(read_table(path), overrides))
 
 
-def read_table(path: str | Path) -> Table:
-    """A TOML file as it stands."""
-    try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"there is no configuration file {str(path)!r}; name a .toml file.") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"{str(path)!r} is a folder; name a .toml file in it.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} is not valid TOML: {error}.") from error
-
-
-def overridden(table: Table, overrides: Sequence[str]) -> Table:
-    """The table with ``a.b=value`` set; a value that is no TOML is taken as a string."""
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"the override {item!r} has no '='; write it as key=value, e.g. rounds=5.")
-        try:
-            value = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        table = merged(table, _nested(key.strip().split("."), value))
-    return table
-
-
-def merged(table: Mapping, other: Mapping) -> Table:
-    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew."""
-    both = dict(table) if other.get("name", table.get("name")) == table.get("name") else {}
-    for key, value in other.items():
-        old = both.get(key)
-        both[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return both
-
-
-def _nested(keys: list[str], value: Any) -> Table:
-    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
-
-
 def build(table: Table) -> Config:
     """Checks a table and builds its objects. ``ConfigError`` says what is wrong with it."""
     top = {"rounds": int, "seed": int}
-    _known("", table, [*top, *SECTIONS])
+    known("", table, [*top, *SECTIONS])
     for section in ("model", "task"):
         if section not in table:
             raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")
-    numbers = {key: _typed(key, table[key], kind) for key, kind in top.items() if key in table}
+    numbers = {key: typed(key, table[key], kind) for key, kind in top.items() if key in table}
     if numbers.get("rounds", 1) < 1:
         raise ConfigError(f"rounds is {numbers['rounds']}; a run needs at least 1.")
     method = _method(_section(table, "method", {"name": "fedit"}), table.get("adapter"))
@@ -227,38 +214,6 @@ def _named(section: str, table: Table, load) -> Any:
     return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
 
 
-def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **ready: Any) -> Any:
-    """An instance of a dataclass from a table: unknown keys, missing keys and wrong types are ``ConfigError``s."""
-    settable = [f for f in fields(cls) if f.init and f.name not in skip and not f.name.startswith("_")]
-    _known(path, table, [f.name for f in settable])
-    missing = [f.name for f in settable if f.default is f.default_factory is MISSING and f.name not in table]
-    if missing:
-        raise ConfigError(f"{path}.{missing[0]} is missing; {cls.__name__} needs it.")
-    hints = typing.get_type_hints(cls)
-    values = {key: _typed(f"{path}.{key}", value, hints[key]) for key, value in table.items()}
-    try:
-        return cls(**values, **ready)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _typed(path: str, value: Any, kind: Any) -> Any:
-    if isinstance(value, float) and value != value:
-        raise ConfigError(f"{path} is nan; it should be a number.")
-    try:
-        return TypeAdapter(kind).validate_python(value, strict=True)  # "8" is no int, but 8 is a float
-    except ValidationError as error:
-        wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
-        raise ConfigError(f"{path} is {value!r}; it should be {wanted}.") from error
-
-
-def _known(path: str, table: Table, allowed: list[str]) -> None:
-    for key in table:
-        if key not in allowed:
-            where = f"of {path}" if path else "of a configuration"
-            raise ConfigError(unknown("setting", f"{path}.{key}" if path else key, allowed, f"settings {where}"))
-
-
 def _check_ranks(config: Config, name: str) -> None:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     if not config.method.any_rank and len(set(budgets)) > 1:
@@ -297,8 +252,3 @@ def _as_table(value: Any) -> Table:
             continue
         found[f.name] = item
     return found
-
-
-def dumps(table: Table) -> str:
-    """TOML text."""
-    return tomli_w.dumps(table)

@@ -4,19 +4,19 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Observe, Round, Watch
+from fedlora.engines.loop import Federation, Observe, Round, Watch
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
 
@@ -35,11 +35,18 @@ class Result:
     folder: Path | None = None
 
 
+Take = Callable[[Iterator[Round]], None]
+# Runs a federation's rounds into ``take``; returns what each client keeps, where the last round does not know it.
+Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
+
+
 def run(
     config: Config,
     out: str | Path | None = None,
     watch: Watch = lambda event: None,
     observe: Observe | None = None,
+    drive: Drive | None = None,
+    again: bool = False,
 ) -> Result:
     """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
 
@@ -47,33 +54,31 @@ def run(
     happens), ``summary.json``, ``shared.safetensors``,
     ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
+    ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
+    this run, and its records stay.
     """
-    folder = None if out is None else _fresh(Path(out).expanduser())
+    folder = None if out is None else _fresh(Path(out).expanduser(), again)
     began = time.perf_counter()
     try:
-        federation = config.federation()
+        federation = config.federation(combines=drive is not None)
     except BaseException:
         _left_as_found(folder)
         raise
     if folder is not None:
         precision = {"training": {"precision": federation.training.precision}}
         write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
-    records: list[Mapping[str, Any]] = []
-    last: Round | None = None
-    interrupted = False
-    with _lines(folder) as line, TemporaryDirectory(prefix="fedlora-") as place:
-        rounds = InProcess(watch, observe, Path(place) if config.engine.spill else None).run(federation)
+    keeper = Keeper(folder)
+    with keeper.writing():
         try:
-            for last in rounds:
-                records.append(last.record)
-                line(last.record)
+            kept = (drive or DRIVES[config.engine.name])(config, federation, watch, observe, keeper.take)
         except KeyboardInterrupt:
-            interrupted = True
+            kept, keeper.interrupted = None, True
+    last = keeper.last
     shared = last.shared if last else federation.model.initial(config.seed)
-    kept = last.kept if last else {}
+    kept = kept if kept is not None else last.kept if last else {}
     summary = {
-        **summarise(config, records, interrupted, time.perf_counter() - began),
-        "labels": list(federation.data.label_names),
+        **summarise(config, keeper.records, keeper.interrupted, time.perf_counter() - began),
+        "labels": list(federation.label_names),
         "folds": len(last.folds) if last else 0,
     }
     if folder is not None:
@@ -84,7 +89,7 @@ def run(
             if any(tree.values()):
                 save_tree(folder / "clients" / f"{client}.safetensors", tree)
         save_json(folder / SUMMARY, summary)
-    return Result(summary, records, shared, kept, folder)
+    return Result(summary, keeper.records, shared, kept, folder)
 
 
 def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: bool, seconds: float) -> dict[str, Any]:
@@ -133,13 +138,68 @@ def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
 
 
-def _fresh(folder: Path) -> Path:
+@dataclass
+class Keeper:
+    """Takes the rounds as they come, each on disk before the next begins; records that are there already stay."""
+
+    folder: Path | None
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    last: Round | None = None
+    interrupted: bool = False
+    _file: IO[str] | None = None
+
+    def take(self, rounds: Iterator[Round]) -> None:
+        """Every round of an engine, to the end or to Ctrl-C."""
+        try:
+            for self.last in rounds:
+                self.records.append(self.last.record)
+                if self._file is not None:
+                    self._file.write(json.dumps(self.last.record) + "\n")
+                    self._file.flush()
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """While the metrics file is open."""
+        if self.folder is None:
+            yield
+            return
+        with open(self.folder / METRICS, "a+", encoding="utf-8") as self._file:
+            self._file.seek(0)
+            self.records = [json.loads(line) for line in self._file]
+            yield
+
+
+def in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
+    """All turns in this process."""
+    with TemporaryDirectory(prefix="fedlora-") as place:
+        take(InProcess(watch, observe, Path(place) if config.engine.spill else None).run(f))
+
+
+def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
+    """Turns in Flower's simulation, on Ray."""
+    try:
+        from fedlora.flower.simulation import simulate
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.name is 'flower-simulation', but {error.name} is not installed; "
+            "install fedlora[flower-simulation], or set engine.name to 'inprocess'."
+        ) from error
+    return simulate(config, f, watch, observe, take)
+
+
+DRIVES: Mapping[str, Drive] = {"inprocess": in_process, "flower-simulation": simulated}
+
+
+def _fresh(folder: Path, again: bool) -> Path:
     """An empty folder to write into, or one sentence why not."""
-    if (folder / CONFIG).exists() or (folder / SUMMARY).exists():
+    if not again and ((folder / CONFIG).exists() or (folder / SUMMARY).exists()):
         raise ConfigError(f"{str(folder)!r} holds a run already; choose another folder with --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / METRICS, b"")
+        if not (folder / METRICS).exists():
+            write(folder / METRICS, b"")
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder.") from error
     return folder
@@ -147,22 +207,7 @@ def _fresh(folder: Path) -> Path:
 
 def _left_as_found(folder: Path | None) -> None:
     """Takes back what ``_fresh`` made, where the run could not begin."""
-    if folder is not None:
+    if folder is not None and not (folder / CONFIG).exists():
         (folder / METRICS).unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
-
-
-@contextmanager
-def _lines(folder: Path | None) -> Iterator[Any]:
-    """Appends a record as one line, on disk before the next round begins."""
-    if folder is None:
-        yield lambda record: None
-        return
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
-
-        def line(record: Mapping[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-
-        yield line

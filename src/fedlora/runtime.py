@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 class Engine:
     """The ``[engine]`` table."""
 
-    name: Literal["inprocess"] = "inprocess"
+    name: Literal["inprocess", "flower-simulation"] = "inprocess"
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: int | None = None  # torch's threads; None leaves them as they are
     spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort

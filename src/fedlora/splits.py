@@ -19,6 +19,7 @@ class Split(ABC):
     """One rule; its fields are the keys of ``clients.split`` beside ``name``."""
 
     name: ClassVar[str]
+    own: ClassVar[bool] = False  # there is nothing to split: every party has its own rows
     hint: ClassVar[str] = "lower clients.count"  # what to do where the rows cannot be split so
 
     @abstractmethod
@@ -155,7 +156,18 @@ class Size(Split):
         return SizePartitioner(counts)
 
 
-KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size)}
+@dataclass(frozen=True)
+class Own(Split):
+    """Nothing is split: every party has its own rows on its own machine, and names them there."""
+
+    name = "own"
+    own = True
+
+    def partitioner(self, count, examples, seed):
+        raise AssertionError("every party has its own rows")
+
+
+KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size, Own)}
 
 
 def load(table: Mapping[str, Any]) -> Split:

@@ -40,6 +40,7 @@ class Federation:
     server: ServerOptimizer
     rounds: int
     seed: int
+    label_names: tuple[str, ...] = ()
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's part in a round, its seed included."""

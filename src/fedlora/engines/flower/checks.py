@@ -17,7 +17,7 @@ class RefusedError(ValueError):
 
 
 def upload(f: Federation, shared: Tree, sent: Tree) -> Tree:
-    """The upload with every part of the model, or ``RefusedError``: unknown parts or leaves, wrong shapes, no numbers."""
+    """The upload with every part of the model. ``RefusedError``: unknown parts or leaves, wrong shapes, no numbers."""
     strange = sorted(sent.keys() - f.rules.keys())
     if strange:
         raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")

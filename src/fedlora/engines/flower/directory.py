@@ -22,6 +22,7 @@ class Directory:
     made: str  # what every party must make from the seed
     tell: Callable[[int | None, str], None]  # client, what happened
     nodes: dict[int, int] = field(default_factory=dict)
+    folded: dict[int, int] = field(default_factory=dict)  # how many of this run's folds a client said that it holds
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
     refused: set[int] = field(default_factory=set)
     connected: set[int] = field(default_factory=set)
@@ -61,6 +62,8 @@ class Directory:
         why = self._objection(node, client, reply)
         if why is None:
             self.nodes[client] = node
+            folded = reply.content[METRICS].get("folded")
+            self.folded[client] = folded if isinstance(folded, int) else 0
             self.tell(client, "joined")
         else:
             self.refused.add(node)

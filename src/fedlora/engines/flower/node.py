@@ -68,11 +68,8 @@ class Node:
         return self.base.federation
 
     def hello(self) -> Answer:
-        """Who this is: its number and rows, and what it makes from the seed; no training, no state."""
-        f = self.federation
-        shard = f.shards[self.client]
-        metrics = {"client": self.client, "examples": len(shard.train), "tests": len(shard.test)}
-        return Answer(metrics, self.base.made)
+        """Who this is: its number, how many folds it holds, and what it makes from the seed."""
+        return Answer({"client": self.client, "folded": self.store.load(self.client).folded}, self.base.made)
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted."""
@@ -102,7 +99,7 @@ class Node:
     def _received(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> tuple[Holding, Tree, str]:
         """The party's state with what came along, the server's tree, and its digest, which is the server's."""
         held = self.store.load(self.client).settled(order.counted)
-        held = replace(held, leaves={}, folds=(), folded=0) if order.full else held
+        held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
         held = replace(held, leaves=_laid_over(held.leaves, leaves))
         f = self.federation
@@ -117,10 +114,12 @@ class Node:
 
     def _caught_up(self, held: Holding, order: Order, folds: Sequence[Folds]) -> Holding:
         """With the folds that it lacks; one that it has had already is not folded again."""
-        had = held.folded - order.first
         whole = len(folds) == order.after - order.first  # round by round, not their sum
+        if order.first == 0 and not whole:
+            held = replace(held, folds=(), folded=0)
+        had = held.folded - order.first
         if had < 0 or (had > 0 and not whole) or held.folded > order.after:
-            raise StaleError(f"this party holds {held.folded} folds, and the message brings {order.first} to {order.after}.")
+            raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
         names = [self.store.add(some) for some in folds[had:]]
         return replace(held, folds=(*held.folds, *names), folded=order.after)
 

@@ -15,9 +15,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.folds import Folds
 from fedlora.state import SEPARATOR, flat, nested
-from fedlora.types import Factors, Tree
+from fedlora.types import Tree
 
 LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
 
@@ -54,26 +55,18 @@ def unpack(record: ArrayRecord) -> Tree:
 
 
 def pack_folds(rounds: Sequence[Folds]) -> ArrayRecord:
-    """Several rounds of folds; part ``i/PART/j`` holds the factors ``U`` and ``V``."""
-    return pack({
-        f"{i}{SEPARATOR}{part}{SEPARATOR}{j}": f._asdict()
-        for i, folds in enumerate(rounds)
-        for part, factors in folds.items()
-        for j, f in enumerate(factors)
-    })  # fmt: skip
+    """Several rounds of folds, numbered from 0."""
+    trees = {f"{i}{SEPARATOR}{key}": factors for i, one in enumerate(rounds) for key, factors in folded(one).items()}
+    return pack(trees)
 
 
 def unpack_folds(record: ArrayRecord) -> list[Folds]:
     """The folds that ``pack_folds`` wrote, in order."""
-    found: dict[int, dict[str, list[tuple[int, Factors]]]] = {}
+    found: dict[int, dict[str, Mapping]] = {}
     for key, factors in unpack(record).items():
         number, _, rest = key.partition(SEPARATOR)
-        part, _, place = rest.rpartition(SEPARATOR)
-        found.setdefault(int(number), {}).setdefault(part, []).append((int(place), Factors(**factors)))
-    return [
-        {part: tuple(f for _, f in sorted(several, key=lambda x: x[0])) for part, several in found[number].items()}
-        for number in sorted(found)
-    ]
+        found.setdefault(int(number), {})[rest] = factors
+    return [unfolded(found[number]) for number in sorted(found)]
 
 
 def asked(order: Order, leaves: Tree, folds: Sequence[Folds]) -> RecordDict:

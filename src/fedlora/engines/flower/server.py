@@ -167,6 +167,9 @@ class Federated(Loop, Strategy):
     def _message(self, client: int, number: int, kind: str) -> Message:
         f, at = self.federation, self.at
         own = visible(f.rules, at.shared, f.budgets[client])
+        if not at.channel.knows(client):
+            said = self._directory.folded.pop(client, 0)
+            at.channel.forget(client, said if at.folds.start <= said <= len(at.folds) else 0)
         delivery = at.channel.lacking(client, at.shared, at.folds, own)
         order = Order(
             self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,

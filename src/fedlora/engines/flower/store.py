@@ -14,10 +14,11 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 
+from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.folds import Folds
 from fedlora.state import flat, load_tree, save_tree, write
 from fedlora.training import State
-from fedlora.types import Factors, Tree
+from fedlora.types import Tree
 
 PARTS = ("leaves", "kept", "trained", "moments", "trained_moments")
 
@@ -81,8 +82,7 @@ class Store:
 
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""
-        tree = {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
-        content = save(flat(tree))
+        content = save(flat(folded(folds)))
         name = hashlib.blake2b(content, digest_size=16).hexdigest()
         if not self._fold(name).exists():
             write(self._fold(name), content)
@@ -90,11 +90,7 @@ class Store:
 
     def fold(self, name: str) -> Folds:
         """The folds of that name."""
-        found: dict[str, dict[int, Factors]] = {}
-        for key, factors in load_tree(self._fold(name)).items():
-            part, _, place = key.rpartition("/")
-            found.setdefault(part, {})[int(place)] = Factors(**factors)
-        return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
+        return unfolded(load_tree(self._fold(name)))
 
     def _path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.safetensors"

@@ -1,0 +1,77 @@
+"""A federation in Flower's simulation: Ray actors take the turns, each with a base model of its own."""
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to anybody
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what a coming Ray does by itself
+
+import ray
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from fedlora.config import Config, merged
+from fedlora.engines.flower.server import Federated
+from fedlora.engines.flower.store import Store
+from fedlora.engines.loop import Federation, Observe, Watch
+from fedlora.flower.parties import simulated_app
+from fedlora.runs import Take
+from fedlora.types import Tree
+
+
+def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> Mapping[int, Tree]:
+    """Runs the federation's rounds into ``take``, and returns what each client keeps.
+
+    ``engine.threads`` is one client's; so many processors are given to each, and as many clients run at a time as
+    there are processors for. The bits are those of one process with as many threads.
+    """
+    threads = config.engine.threads or 1
+    table = merged(config.table, {"engine": {"threads": threads}})
+    failed: list[BaseException] = []
+    with TemporaryDirectory(prefix="fedlora-") as place:
+        engine = Federated(watch, observe, federation=f, network=config.flower)
+        server = ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context) -> None:
+            engine.grid = grid
+            try:
+                take(engine.run(f))
+            except BaseException as error:  # Flower would log it and go on to stop; the caller is told
+                failed.append(error)
+                raise
+
+        _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
+        if failed:
+            raise failed[0]
+        return _kept(engine, Store(Path(place) / engine.token))
+
+
+def _play(server: ServerApp, client, count: int, threads: int) -> None:
+    gpus = 1.0 if torch.cuda.is_available() else 0.0
+    resources = {"num_cpus": threads, "num_gpus": gpus}
+    # A machine with fewer processors than one client wants gives it all that it has.
+    init = {"num_cpus": max(threads, os.cpu_count() or 1), "include_dashboard": False, "log_to_driver": False}
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # it would say in five lines that there is also `flwr run`
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            run_simulation(server, client, count, backend_config={"client_resources": resources, "init_args": init})
+    finally:
+        ray.shutdown()
+
+
+def _kept(engine: Federated, store: Store) -> dict[int, Tree]:
+    """What each client keeps after the last round that it took part in."""
+    if engine.at is None:
+        return {}
+    return {client: store.load(client).settled(number).kept for client, number in sorted(engine.at.counted.items())}
