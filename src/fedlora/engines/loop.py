@@ -115,6 +115,7 @@ class Loop(ABC):
     observe: Observe | None = None
     clock: dict[str, float] = field(default_factory=dict, init=False)
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
+    unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
 
     @abstractmethod
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -146,7 +147,7 @@ class Loop(ABC):
         evaluator = f.evaluator() if f.data is not None else None
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
-            self.clock, self.absent = {"train": 0.0, "evaluate": 0.0}, {}
+            self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
             replies = self.turns(f, at)
             uploads = [reply.upload for reply in replies]
             served = self._combined(f, at, uploads)
@@ -158,8 +159,7 @@ class Loop(ABC):
                 record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
-            if self.absent:
-                record["absent"] = dict(self.absent)
+            record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number))

@@ -38,6 +38,7 @@ class Federated(Loop, Strategy):
     at: Standing | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
+    _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # node -> its last order
     _sent: dict[str, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # message id -> that order
 
@@ -54,7 +55,7 @@ class Federated(Loop, Strategy):
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
-        began, self.at, self.replies = time.perf_counter(), at, {}
+        began, self.at, self.replies, self._blamed = time.perf_counter(), at, {}, self.absent
         order = f.clients.order(at.number, f.seed)
         wanted = f.clients.per_round or f.clients.count
         least = min(self.network.min_clients, wanted)
@@ -68,12 +69,11 @@ class Federated(Loop, Strategy):
         for client in order[:wanted]:
             if client not in self.replies:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
-        self.absent = {client: why for client, why in self.absent.items() if client not in self.replies}
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
 
     def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
-        self.at, self.results = at, {}
+        self.at, self.results, self._blamed = at, {}, self.unscored
         self._directory.refresh()
         messages = list(self.configure_evaluate(number + 1, None, None, self.grid))
         self.aggregate_evaluate(number + 1, self._exchange(messages))
@@ -216,7 +216,7 @@ class Federated(Loop, Strategy):
             self._lost(client, text)
         else:
             self.at.channel.holds(client, delivery)
-            self.absent.pop(client, None)
+            self._blamed.pop(client, None)
 
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         rows, loss = checks.figures(reply.content[METRICS], order.round)
@@ -229,9 +229,9 @@ class Federated(Loop, Strategy):
         self.results[client] = checks.scores(reply.content[METRICS], order.round)
 
     def _lost(self, client: int, why: str) -> None:
-        if self.absent.get(client) != why:
+        if self._blamed.get(client) != why:
             self.watch(Event("absent", self._number, client, text=why))
-        self.absent[client] = why
+        self._blamed[client] = why
 
     def _told(self, client: int | None, text: str) -> None:
         self.watch(Event("node", self.at.number if self.at else 0, client, text=text))

@@ -54,7 +54,8 @@ class Store:
     folder: Path
 
     def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self.folder, self.folder / "clients", self.folder / "folds"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self, client: int) -> Holding:
         """The party's state, or an empty one. ``ValueError`` where the file is broken."""

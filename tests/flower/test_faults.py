@@ -1,0 +1,334 @@
+"""Parties that err, are late, lie, go and come back: the round goes on with the others, and says who was left out."""
+
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs the flower extra")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+import fedlora
+from fedlora.engines.flower import records
+from fedlora.engines.flower.settings import Network
+from fedlora.engines.flower.store import Store
+from fedlora.rounds import Received, server_turn
+from fedlora.types import Factors
+from tests.flower.world import QUICK, World, config, made, overrides, same
+
+IMPATIENT = replace(QUICK, round_timeout=0.05)
+
+
+def from_node(message, client):
+    return message.metadata.src_node_id == 10 + client
+
+
+def in_round(message, number):
+    """Whether this reply is to the training of round ``number`` (from 1)."""
+    kind = message.metadata.message_type
+    return kind == "train" and message.metadata.group_id == str(number)
+
+
+def changed(change, client=1, number=2):
+    """A postman who lets ``change`` rewrite one client's upload of one round."""
+
+    def post(message):
+        if message.metadata.src_node_id == 10 + client and in_round(message, number) and message.has_content():
+            return change(message)
+        return message
+
+    return post
+
+
+def with_tree(message, change):
+    tree = {part: dict(layer) for part, layer in records.unpack(message.content["leaves"]).items()}
+    change(tree)
+    message.content["leaves"] = records.pack(tree)
+    return message
+
+
+def nan(tree):
+    part = next(iter(tree))
+    leaf = next(iter(tree[part]))
+    tree[part][leaf][0] = torch.nan
+
+
+def other_shape(tree):
+    part = next(iter(tree))
+    tree[part]["A"] = tree[part]["A"][:1]  # (1, n): numpy would broadcast it
+
+
+def unknown_part(tree):
+    tree["nobody"] = {"A": torch.ones(2, 2)}
+
+
+def frozen_leaf(tree):
+    tree[next(iter(tree))]["frozen"] = torch.ones(2, 2)
+
+
+def whole_numbers(tree):
+    part = next(iter(tree))
+    tree[part]["A"] = tree[part]["A"].to(torch.int32)
+
+
+def part_missing(tree):
+    del tree[next(iter(tree))]
+
+
+def metrics(**found):
+    def change(message):
+        message.content["metrics"] = MetricRecord({**message.content["metrics"], **found})
+        return message
+
+    return change
+
+
+def without(name):
+    def change(message):
+        del message.content[name]
+        return message
+
+    return change
+
+
+def garbage(message):
+    message.content["leaves"] = ArrayRecord({"leaves": Array(torch.arange(9, dtype=torch.uint8).numpy())})
+    return message
+
+
+def error(message):
+    sent = Message(Error(2, "its disk is full"), reply_to=_asked(message))
+    sent.metadata.__dict__.update(message.metadata.__dict__)
+    return sent
+
+
+def _asked(reply):
+    content = Message(RecordDict(), 1, reply.metadata.message_type)
+    content.metadata.__dict__["_message_id"] = reply.metadata.reply_to_message_id
+    return content
+
+
+def other_holding(message):
+    message.content["holds"] = ConfigRecord({"holds": "0" * 32})
+    return message
+
+
+FAULTS = {
+    "NaN": (lambda m: with_tree(m, nan), "no finite numbers"),
+    "other shapes": (lambda m: with_tree(m, other_shape), r"with shape \(1, 96\), not \(2, 96\)"),
+    "an unknown part": (lambda m: with_tree(m, unknown_part), "which the model does not have"),
+    "an unknown leaf": (lambda m: with_tree(m, frozen_leaf), "which no client trains"),
+    "whole numbers": (lambda m: with_tree(m, whole_numbers), "no finite numbers"),
+    "a part missing": (lambda m: with_tree(m, part_missing), "did not send the leaves that the others sent"),
+    "another round": (metrics(round=0), "answered for round 0, not 1"),
+    "no rows": (metrics(examples=0), "claims 0 training rows"),
+    "fewer than no rows": (metrics(examples=-5), "claims -5 training rows"),
+    "loss NaN": (metrics(loss=float("nan")), "its loss is nan"),
+    "no arrays": (without("leaves"), "leaves"),
+    "no metrics": (without("metrics"), "metrics"),
+    "garbage": (garbage, "no tree of leaves"),
+    "an error": (error, "its disk is full"),
+    "another holding": (other_holding, "does not hold what it was sent"),
+    "nothing": (lambda m: None, "no answer within 0.05 seconds"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(fault, tmp_path):
+    change, why = FAULTS[fault]
+    world = World(tmp_path, "rounds=3", network=IMPATIENT, post=changed(change))
+    seen = {}
+
+    def observe(rules, shared, uploads):
+        seen[len(seen)] = (shared, list(uploads))
+        return {}
+
+    world.server.observe = observe
+    rounds = world.run()
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert [set(r.record.get("absent", ())) for r in rounds] == [set(), {1}, set()]
+    import re
+
+    assert re.search(why, rounds[1].record["absent"][1]), rounds[1].record["absent"]
+    before, uploads = seen[1]
+    alone = server_turn(world.federation.rules, before, [Received(u.turn, u.examples, u.tree) for u in uploads])
+    assert same(rounds[1].shared, alone.shared)
+    told = [e for e in world.events if e.kind == "absent"]
+    assert [(e.round, e.client) for e in told] == [(1, 1)]
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedit"])
+def test_a_turn_that_did_not_count_leaves_no_trace_at_the_party(name, tmp_path):
+    """Its upload of round 2 is lost: what it keeps is what it kept, and round 3 starts there."""
+    world = World(tmp_path, *overrides(name), "rounds=2", network=IMPATIENT, post=changed(lambda m: None))
+    before = None
+    for done in world.server.run(world.federation):
+        if done.number == 0:
+            before = Store(tmp_path / "run").load(1).settled(0).kept
+    assert same(world.kept(1), before)
+    assert any(before.values()) == (name == "fedsa-lora")
+
+
+def test_below_the_minimum_the_round_waits_says_so_and_goes_on_when_a_client_is_back(tmp_path):
+    world = World(tmp_path, "rounds=3", network=replace(QUICK, min_clients=3, join_timeout=0.05))
+    looks = []
+
+    def watch(event):
+        world.events.append(event)
+        if event.kind == "round" and event.round == 0:
+            world.grid.leave(11)
+        if event.kind == "waiting":
+            looks.append(event.text)
+            world.grid.join(31, {"client": 1})  # its SuperNode comes back under another id
+
+    world.server.watch = watch
+    rounds = world.run()
+    assert looks == ["2 of at least 3 clients have answered; waiting for more"]
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2]] * 3
+    assert same(rounds[-1].shared, fedlora.run(config("rounds=3")).shared), "its state was on its disk"
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora", "feddpa", "hetlora"])
+def test_private_state_and_folds_survive_a_restart_of_every_node(name, tmp_path):
+    settings = [*overrides(name), "rounds=3", *(["method.decay=0.9"] if name == "hetlora" else [])]
+    world = World(tmp_path, *settings)
+
+    def watch(event):
+        if event.kind == "round":
+            for k in range(3):  # nothing but the disk is left: new ids, new contexts, new base
+                world.grid.leave(10 + k + 10 * event.round)
+                world.grid.join(20 + k + 10 * event.round, {"client": k})
+            world.base = type(world.base)(world.config.federation())
+
+    world.server.watch = watch
+    rounds = world.run()
+    here = fedlora.run(config(*settings))
+    assert same(rounds[-1].shared, here.shared)
+    assert rounds[-1].record["clients"] == here.records[-1]["clients"]
+
+
+@pytest.mark.parametrize("name", ["fedex-lora", "flora"])
+def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
+    world = World(tmp_path, f"method.name={name}", "rounds=5", network=replace(QUICK, join_timeout=0.02))
+
+    def watch(event):
+        if event.kind == "round" and event.round == 0:
+            world.grid.leave(11)
+        if event.kind == "round" and event.round == 2:
+            world.grid.join(11, {"client": 1})
+
+    world.server.watch = watch
+    rounds = world.run()
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
+    assert rounds[1].record["absent"] == {1: "its node is not connected"}
+    store = Store(tmp_path / "run")
+    folds = [store.load(client).folds for client in range(3)]
+    assert folds[0] == folds[1] == folds[2] and len(folds[0]) == 5
+    world.base.bring_to(folds[1], store)
+    for part, mine in world.federation.model.parts.items():
+        if hasattr(mine.module, "base"):
+            theirs = world.base.federation.model.parts[part].module.base.weight
+            assert torch.equal(mine.module.base.weight, theirs)
+
+
+def test_a_node_that_joins_late_is_taken_in(tmp_path):
+    world = World(tmp_path, "rounds=3", network=replace(QUICK, join_timeout=0.02))
+    world.grid.leave(12)
+
+    def watch(event):
+        if event.kind == "round" and event.round == 0:
+            world.grid.join(12, {"client": 2})
+
+    world.server.watch = watch
+    assert [r.record["cohort"] for r in world.run()] == [[0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_a_disk_that_was_lost_is_filled_again_within_the_round(tmp_path):
+    world = World(tmp_path, "method.name=fedex-lora", "rounds=3")
+
+    def watch(event):
+        if event.kind == "round" and event.round == 1:
+            (tmp_path / "run" / "clients" / "1.safetensors").unlink()
+
+    world.server.watch = watch
+    rounds = world.run()
+    assert "absent" not in rounds[2].record
+    here = fedlora.run(config("method.name=fedex-lora", "rounds=3"))
+    assert same(rounds[-1].shared, here.shared), "it holds nothing of its own, so nothing is lost"
+
+
+def test_a_stand_in_is_asked_where_a_sampled_client_is_away(tmp_path):
+    world = World(tmp_path, "rounds=4", "clients.per_round=2", network=replace(QUICK, join_timeout=0.02))
+    world.grid.leave(11)
+    for done in world.run():
+        assert done.record["cohort"] == [0, 2]
+        named = 1 in world.federation.clients.cohort(done.number, 0)
+        assert done.record.get("absent", {}) == ({1: "its node is not connected"} if named else {})
+
+
+@pytest.mark.parametrize(
+    "node,why",
+    [
+        ({"client": 1}, "client 1, which node 11 is already"),
+        ({"client": 7}, "client 7, and clients are numbered 0 to 2"),
+        ({"client": -1}, "client -1, and clients are numbered 0 to 2"),
+    ],
+)
+def test_a_node_with_a_wrong_number_is_left_out(node, why, tmp_path):
+    world = World(tmp_path, "rounds=1")
+    world.grid.join(40, node)
+    [done] = world.run()
+    assert done.record["cohort"] == [0, 1, 2]
+    assert any(why in e.text for e in world.events if e.kind == "node"), [e.text for e in world.events]
+
+
+def test_a_node_with_another_pretrained_model_is_left_out(tmp_path):
+    world = World(tmp_path, "rounds=1", network=replace(QUICK, min_clients=1))
+    other = config("seed=5").federation()
+    assert made(other) != made(world.federation)
+    weight = next(p for p in other.model.network.parameters() if p.ndim == 2)
+    before = made(other)
+    weight.data[0, 0] += 1
+    assert made(other) != before, "the pretrained weights are part of it"
+    world.base = type(world.base)(other)
+    world.grid.leave(11)
+    world.grid.leave(12)
+    world.server.network = replace(QUICK, join_timeout=0.02)
+    world.server.directory = None
+    at = world.server.begin(world.federation)
+    world.server.at = at
+    world.server._directory.wait(3, 0.02, 0.001)
+    assert not world.server._directory.here()
+    assert "does not make the same start" in world.events[-1].text
+
+
+def test_what_a_party_keeps_is_for_its_owner_only(tmp_path):
+    World(tmp_path, "method.name=fedsa-lora", "rounds=1").run()
+    for path in (tmp_path / "run").rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int64]
+)
+def test_any_dtype_crosses(dtype):
+    tree = {"a.b": {"A": torch.arange(6).reshape(2, 3).to(dtype), "s": torch.tensor(3).to(dtype)}}
+    back = records.unpack(records.pack(tree))
+    assert same(back, tree) and back["a.b"]["A"].dtype == dtype
+
+
+def test_folds_cross_in_order():
+    draws = [{"x.y": (Factors(torch.randn(3, i + 1), torch.randn(i + 1, 2)),)} for i in range(12)]
+    back = records.unpack_folds(records.pack_folds(draws))
+    assert all(torch.equal(a["x.y"][0].U, b["x.y"][0].U) for a, b in zip(back, draws, strict=True))
+
+
+@pytest.mark.parametrize("setting", ["min_clients=0", "round_timeout=0.0", "poll=-1.0", "join_timeout=0.0"])
+def test_wrong_settings_are_said(setting):
+    with pytest.raises(fedlora.ConfigError, match=rf"flower\.{setting.split('=')[0]}"):
+        config(f"flower.{setting}")
+    assert Network().min_clients == 2
