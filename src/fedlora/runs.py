@@ -152,12 +152,19 @@ class Keeper:
         """Every round of an engine, to the end or to Ctrl-C."""
         try:
             for self.last in rounds:
-                self.records.append(self.last.record)
-                if self._file is not None:
-                    self._file.write(json.dumps(self.last.record) + "\n")
-                    self._file.flush()
+                again = [r for r in self.records if r["round"] >= self.last.record["round"]]  # was cut off after it
+                self.records = [*(r for r in self.records if r not in again), self.last.record]
+                self._write(self.records if again else self.records[-1:], anew=bool(again))
         except KeyboardInterrupt:
             self.interrupted = True
+
+    def _write(self, records: list[Mapping[str, Any]], anew: bool) -> None:
+        if self._file is None:
+            return
+        if anew:
+            self._file.truncate(0)
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
+        self._file.flush()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Progress on stderr: round, client, loss and time left; silent where nobody watches."""
 
+from statistics import fmean
 from typing import Self
 
 from rich.console import Console
@@ -40,8 +41,35 @@ class Progress(_Live):
         """Told of every step."""
         if event.loss is not None:
             self.loss = f", loss {event.loss:.3f}"
+        if event.text:
+            self.bar.console.print(told(event), highlight=False, markup=False)
+            return
         where = f"round {event.round + 1}" + ("" if event.client is None else f", client {event.client}")
         self.bar.update(self.task, description=f"{where}{self.loss}", advance=1 if event.kind == "round" else 0)
+
+
+def told(event: Event) -> str:
+    """An event with something to say, as a line."""
+    who = "" if event.client is None else f", client {event.client}"
+    return f"round {event.round + 1}{who}: {event.text}"
+
+
+class Lines:
+    """A line for each round and for whatever happens in it, for a log."""
+
+    def __init__(self, rounds: int):
+        self.rounds, self.losses = rounds, dict[int, float]()
+
+    def watch(self, event: Event) -> None:
+        """Told of every step."""
+        if event.text:
+            print(told(event), flush=True)
+        elif event.loss is not None and event.client is not None:
+            self.losses[event.client] = event.loss
+        elif event.kind == "round":
+            mean = f", mean loss {fmean(self.losses.values()):.4f}" if self.losses else ""
+            print(f"round {event.round + 1} of {self.rounds}: {len(self.losses)} clients{mean}", flush=True)
+            self.losses.clear()
 
 
 class Cells(_Live):

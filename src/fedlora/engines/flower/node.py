@@ -87,9 +87,14 @@ class Node:
         return Answer({"round": order.round, "examples": rows, "loss": trainer.loss}, holds, sent)
 
     def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
-        """Sums and counts of each score, on the party's own test rows."""
+        """Sums and counts of each score, on the party's own test rows.
+
+        What came along is kept; the last turn stays pending, since a server that dies now may ask for it once more.
+        """
+        before = self.store.load(self.client)
         holding, shared, holds = self._received(order, leaves, folds)
-        self.store.save(self.client, holding)
+        arrived = {"leaves": holding.leaves, "folds": holding.folds, "folded": holding.folded}
+        self.store.save(self.client, replace(before, **arrived))
         scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
         metrics: dict[str, int | float] = {"round": order.round}
         for name, (total, count) in scores.sums.items():
@@ -115,10 +120,10 @@ class Node:
     def _caught_up(self, held: Holding, order: Order, folds: Sequence[Folds]) -> Holding:
         """With the folds that it lacks; one that it has had already is not folded again."""
         whole = len(folds) == order.after - order.first  # round by round, not their sum
-        if order.first == 0 and not whole:
+        if held.folded > order.after or (order.first == 0 and not whole):
             held = replace(held, folds=(), folded=0)
         had = held.folded - order.first
-        if had < 0 or (had > 0 and not whole) or held.folded > order.after:
+        if had < 0 or (had > 0 and not whole):
             raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
         names = [self.store.add(some) for some in folds[had:]]
         return replace(held, folds=(*held.folds, *names), folded=order.after)

@@ -38,6 +38,7 @@ class Federated(Loop, Strategy):
     at: Standing | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
+    _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # node -> its last order
     _sent: dict[str, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # message id -> that order
@@ -55,7 +56,7 @@ class Federated(Loop, Strategy):
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
-        began, self.at, self.replies, self._blamed = time.perf_counter(), at, {}, self.absent
+        began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         order = f.clients.order(at.number, f.seed)
         wanted = f.clients.per_round or f.clients.count
         least = min(self.network.min_clients, wanted)
@@ -73,7 +74,7 @@ class Federated(Loop, Strategy):
         return [self.replies[client] for client in sorted(self.replies)]
 
     def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
-        self.at, self.results, self._blamed = at, {}, self.unscored
+        self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
         self._directory.refresh()
         messages = list(self.configure_evaluate(number + 1, None, None, self.grid))
         self.aggregate_evaluate(number + 1, self._exchange(messages))
@@ -141,8 +142,8 @@ class Federated(Loop, Strategy):
         """One attempt, and a second for those that turn out to hold something else than the server thought."""
         tried |= set(clients)
         for _ in range(2):
-            messages = list(self.configure_train(self._number + 1, None, None, self.grid, clients))
-            self.aggregate_train(self._number + 1, self._exchange(messages))
+            messages = list(self.configure_train(self._round + 1, None, None, self.grid, clients))
+            self.aggregate_train(self._round + 1, self._exchange(messages))
             clients = [client for client in clients if self.absent.get(client) == STALE]
             if not clients:
                 return
@@ -158,11 +159,6 @@ class Federated(Loop, Strategy):
             back = gone & self._directory.here() - self.replies.keys()
             gone |= tried - self._directory.here()
             tried -= back
-
-    @property
-    def _number(self) -> int:
-        assert self.at is not None
-        return self.at.number
 
     def _message(self, client: int, number: int, kind: str) -> Message:
         f, at = self.federation, self.at
@@ -230,8 +226,8 @@ class Federated(Loop, Strategy):
 
     def _lost(self, client: int, why: str) -> None:
         if self._blamed.get(client) != why:
-            self.watch(Event("absent", self._number, client, text=why))
+            self.watch(Event("absent", self._round, client, text=why))
         self._blamed[client] = why
 
     def _told(self, client: int | None, text: str) -> None:
-        self.watch(Event("node", self.at.number if self.at else 0, client, text=text))
+        self.watch(Event("node", self._round, client, text=text))
