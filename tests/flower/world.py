@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedlora.engines.flower.memory import MemoryGrid
 from fedlora.engines.flower.node import Base, Node, made
-from fedlora.engines.flower.party import client_app
+from fedlora.engines.flower.party import client_app, handled
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
@@ -29,7 +29,7 @@ class World:
         )
 
     def app(self):
-        return client_app(self.node)
+        return client_app(lambda kind, content, context: handled(kind, content, lambda run: self.node(context, run)))
 
     def node(self, context, run):
         return Node(self.base, int(context.node_config["client"]), Store(self.folder / run))

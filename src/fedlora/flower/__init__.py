@@ -1,1 +1,21 @@
-"""Flower for users: a federation as an app, its processes and keys, and a strategy for apps that are there already."""
+"""Flower for users: a federation as an app, its processes and keys, and a strategy for apps that are there already.
+
+Names are loaded when they are first used: a client app's process lives for one message, and imports no torch.
+"""
+
+import importlib
+import os
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to anybody
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+_WHERE = {"client_app": "fedlora.flower.relay", "server_app": "fedlora.flower.server"}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedlora.flower' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

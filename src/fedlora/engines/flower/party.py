@@ -1,61 +1,63 @@
 """The client app: Flower's messages in, Flower's messages out, and a node in between."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-
-from fedlora.engines.flower.node import Answer, Node, StaleError
-from fedlora.engines.flower.records import ORDER, answered, order_of
 
 STALE = "it must be sent everything"
 FAILED = 1001  # error codes of ours lie above Flower's
+TOKEN = re.compile(r"[0-9A-Za-z-]{1,64}")  # a run's name becomes a folder's
+
+Turns = Callable[[str, RecordDict, Context], "RecordDict | str"]
 
 
-def client_app(node: Callable[[Context, str], Node]) -> ClientApp:
-    """A ``ClientApp`` whose node is ``node(context, run)``: the party, with its state for that run."""
+def client_app(turns: Turns) -> ClientApp:
+    """A ``ClientApp`` whose every message is answered by ``turns(kind, content, context)``: records, or why not."""
     app = ClientApp()
 
-    @app.query()
-    def hello(message: Message, context: Context) -> Message:
-        return handled(message, lambda run: node(context, run))
+    def answer(message: Message, context: Context) -> Message:
+        found = turns(message.metadata.message_type, message.content, context)
+        return Message(Error(FAILED, found) if isinstance(found, str) else found, reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return handled(message, lambda run: node(context, run))
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return handled(message, lambda run: node(context, run))
-
+    for register in (app.query(), app.train(), app.evaluate()):
+        register(answer)
     return app
 
 
-def handled(message: Message, node: Callable[[str], Node]) -> Message:
-    """The party's reply. What goes wrong is told in full here, and by its kind only to the server.
+def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
+    """What a party answers; ``node(run)`` is the party with its state for that run.
 
-    A message of an error may hold what a row holds, so it does not leave this machine.
+    What goes wrong is told in full here, and by its kind only to the server: the text of an error may hold what a row
+    holds, so it does not leave this machine.
     """
+    from fedlora.engines.flower.node import StaleError
+    from fedlora.engines.flower.records import ORDER, answered
+
     try:
-        answer = _answer(message, node(str(message.content[ORDER]["run"])))
+        run = str(content[ORDER]["run"])
+        if not TOKEN.fullmatch(run):
+            raise ValueError(f"a run is named {run!r}; the server's version of fedlora differs from this one.")
+        answer = _answer(kind, content, node(run))
     except StaleError as error:
         print(f"fedlora: {error}", file=sys.stderr)
-        return Message(Error(FAILED, STALE), reply_to=message)
+        return STALE
     except Exception as error:
         traceback.print_exc()
-        return Message(
-            Error(FAILED, f"its turn failed ({type(error).__name__}); its own log says more"), reply_to=message
-        )
-    return Message(answered(answer.metrics, answer.holds, answer.sent), reply_to=message)
+        return f"its turn failed ({type(error).__name__}); its own log says more"
+    return answered(answer.metrics, answer.holds, answer.sent)
 
 
-def _answer(message: Message, node: Node) -> Answer:
-    if message.metadata.message_type == "query":
+def _answer(kind: str, content: RecordDict, node):
+    from fedlora.engines.flower.records import order_of
+
+    if kind == "query":
         return node.hello()
-    order, leaves, folds = order_of(message.content)
+    order, leaves, folds = order_of(content)
     if order.client != node.client:
         raise ValueError(f"a message for client {order.client} came to client {node.client}.")
-    turn = node.train if message.metadata.message_type == "train" else node.evaluate
+    turn = node.train if kind == "train" else node.evaluate
     return turn(order, leaves, folds)

@@ -1,0 +1,75 @@
+"""A party's host: one process that keeps model and data loaded, and answers message after message.
+
+Started by the relay, never by hand. It ends when the SuperNode's executor has ended.
+"""
+
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as Proto
+
+from fedlora.config import read_table
+from fedlora.engines.flower.party import handled
+from fedlora.flower.parties import party
+
+LOOK = 0.5  # seconds between two looks whether the parent is still there
+
+
+def serve(told: dict) -> None:
+    """Answers whoever connects with the key, one after another."""
+    table, node = read_table(told["config"]), told["node"]
+    key, socket = Path(told["key"]), Path(told["socket"])
+    socket.unlink(missing_ok=True)
+    authkey = secrets.token_bytes(32)
+    with open(os.open(key, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(authkey)
+    with Listener(str(socket), "AF_UNIX", authkey=authkey) as listener:
+        threading.Thread(target=_end_with, args=(told["parent"], socket, key), daemon=True).start()
+        while True:
+            try:
+                with listener.accept() as connection:
+                    _answer(connection, table, node)
+            except (EOFError, OSError) as error:  # a relay that was killed while it asked
+                print(f"fedlora: a question was not finished: {error}", file=sys.stderr, flush=True)
+
+
+def _answer(connection: Connection, table: dict, node: dict) -> None:
+    kind = connection.recv_bytes().decode()
+    content = recorddict_from_proto(Proto.FromString(connection.recv_bytes()))
+    found = handled(kind, content, lambda run: party(table, node, run))
+    good = isinstance(found, RecordDict)
+    connection.send_bytes(b"answer" if good else b"error")
+    connection.send_bytes(recorddict_to_proto(found).SerializeToString() if good else str(found).encode())
+    sys.stderr.flush()
+
+
+def _end_with(parent: int, *files: Path) -> None:
+    while alive(parent):
+        time.sleep(LOOK)
+    for file in files:
+        file.unlink(missing_ok=True)
+    os._exit(0)  # a turn may be under way: its outcome has nobody to go to, and the state on disk is whole
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not yet waited for does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except (PermissionError, FileNotFoundError, IndexError):
+        return Path(f"/proc/{pid}").exists() or not Path("/proc").exists()
+    return state != "Z"
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
