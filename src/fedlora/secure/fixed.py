@@ -1,0 +1,88 @@
+"""Real numbers as integers modulo 2^32, so that masks hide them perfectly and cancel exactly.
+
+Bonawitz et al. Practical Secure Aggregation for Privacy-Preserving Machine Learning. CCS 2017, section 3.
+https://doi.org/10.1145/3133956.3133982
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ring = NDArray[np.uint32]  # (d,), integers modulo 2^32
+SLACK = 1e-6  # how far the cohort's shares may sum to more than one
+CHUNK = 1 << 18  # numbers worked on at once, so that float64 copies stay small
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """A client of share ``w`` sends ``round(w x 2^f) mod 2^32`` for ``|x| <= R``.
+
+    The shares of the cohort sum to one, so the sum of all is no larger than one client's ``R 2^f``: nothing is lost to
+    the number of clients. ``f`` is the largest integer with ``R 2^f + K/2 < 2^31``, ``K/2`` being what rounding adds.
+    """
+
+    range: float  # R
+    clients: int  # K
+
+    def __post_init__(self) -> None:
+        if not 2.0**-64 <= self.range <= 2.0**30:
+            raise ValueError(f"The range is {self.range}; take one from 2^-64 to 2^30.")
+
+    @cached_property
+    def bits(self) -> int:
+        """``f``, the binary places kept."""
+        room = (2**31 - self.clients / 2) / (self.range * (1 + SLACK))
+        return math.ceil(math.log2(room)) - 1  # strictly below, also where room is a power of two
+
+    def encode(self, values: Tensor, weight: float) -> Ring:
+        """``values`` of any shape as (d,) integers of the ring, times ``weight``, the client's share.
+
+        ``ValueError`` where one is outside the range or no number: clipping in silence would train another model.
+        """
+        flat = values.detach().cpu().flatten()
+        self._check(flat)
+        out = np.empty(len(flat), np.uint32)
+        for chunk in _chunks(len(flat)):
+            scaled = flat[chunk].double().numpy() * weight
+            out[chunk] = np.rint(np.ldexp(scaled, self.bits)).astype(np.int32).view(np.uint32)
+        return out
+
+    def _check(self, flat: Tensor) -> None:
+        largest = max(abs(float(x)) for x in flat.aminmax())
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"The {len(flat)} values hold NaN or infinity; a sum of them would be worthless to all. "
+                "Lower the learning rate, or leave this client out of the round."
+            )
+        if largest > self.range:
+            raise ValueError(
+                f"A value of size {largest:.6g} is outside the range of {self.range:g}; nothing is clipped in silence. "
+                "Give the session a larger range, or send smaller updates."
+            )
+
+    def decode(self, total: Ring, weight: float) -> Tensor:
+        """The weighted mean, float32 (d,), of clients whose ring sum is ``total`` and whose shares make ``weight``."""
+        out = np.empty(len(total), np.float32)
+        for chunk in _chunks(len(total)):
+            out[chunk] = np.ldexp(total[chunk].view(np.int32).astype(np.float64), -self.bits) / weight
+        return torch.from_numpy(out)
+
+    def error_bound(self, weight: float, largest: float | None = None) -> float:
+        """How far any number of :meth:`decode` can be from the exact weighted mean.
+
+        ``K 2^-(f+1) / weight``, each client's rounding, and ``largest 2^-24``, that of the float32 result; ``largest``
+        is the largest absolute value of the mean, at most the range. The small terms beside them are float64's.
+        """
+        largest = self.range if largest is None else largest
+        return self.clients * math.ldexp(0.5 + 2.0**-22, -self.bits) / weight + largest * (2.0**-24 + 2.0**-51)
+
+
+def _chunks(size: int) -> Iterator[slice]:
+    for start in range(0, size, CHUNK):
+        yield slice(start, start + CHUNK)
