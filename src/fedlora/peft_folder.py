@@ -62,7 +62,7 @@ class AdapterFolder:
     def lora(self, part: str) -> LoRA:
         """The parametrisation of one weight: its rank and alpha, patterns included."""
         alpha = self.config["alpha_pattern"].get(
-            _pattern(self.config["alpha_pattern"], part), self.config["lora_alpha"]
+            pattern_for(self.config["alpha_pattern"], part), self.config["lora_alpha"]
         )
         return LoRA(self.shapes[part][2], float(alpha), bool(self.config["use_rslora"]))
 
@@ -190,7 +190,7 @@ def _sorted(
     return {part: (s["B"][0], s["A"][1], s["A"][0]) for part, s in sorted(pairs.items())}, dict(sorted(whole.items()))
 
 
-def _pattern(patterns: Mapping[str, Any], part: str) -> str:
+def pattern_for(patterns: Mapping[str, Any], part: str) -> str:
     """The pattern that PEFT would apply to a weight: the first that matches its path's end."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", part)), part)
 

@@ -32,11 +32,14 @@ def flat(tree: Tree) -> dict[str, Tensor]:
 
 
 def nested(leaves: Mapping[str, Tensor]) -> Tree:
-    """The tree whose leaves ``flat`` names."""
+    """The tree whose leaves ``flat`` names, in memory of its own.
+
+    Safetensors gives views at any offset, and the last bits of a factorisation depend on where a tensor begins.
+    """
     tree: dict[str, dict[str, Tensor]] = {}
     for key, value in leaves.items():
         part, _, leaf = key.rpartition(SEPARATOR)
-        tree.setdefault(part, {})[leaf] = value
+        tree.setdefault(part, {})[leaf] = value.clone()
     return tree
 
 

@@ -1,6 +1,7 @@
 """Flower for users: a federation as an app, its processes and keys, and a strategy for apps that are there already.
 
-Names are loaded when they are first used: a client app's process lives for one message, and imports no torch.
+Names are loaded when they are first used: a client app's process lives for one message, and imports no torch, and a
+server app needs no PEFT.
 """
 
 import importlib
@@ -10,7 +11,11 @@ from typing import Any
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to anybody
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-_WHERE = {"client_app": "fedlora.flower.relay", "server_app": "fedlora.flower.server"}
+_WHERE = {
+    "client_app": "fedlora.flower.relay", "server_app": "fedlora.flower.server",
+    "FedLoRA": "fedlora.flower.dropin.strategy", "receive": "fedlora.flower.dropin.client",
+    "send": "fedlora.flower.dropin.client", "load": "fedlora.flower.dropin.client",
+}  # fmt: skip
 
 __all__ = [*_WHERE]
 
@@ -19,3 +24,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'fedlora.flower' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

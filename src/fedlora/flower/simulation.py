@@ -1,9 +1,11 @@
 """A federation in Flower's simulation: Ray actors take the turns, each with a base model of its own."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,7 +40,8 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     table = merged(config.table, {"engine": {"threads": threads}})
     failed: list[BaseException] = []
     with TemporaryDirectory(prefix="fedlora-") as place:
-        engine = Federated(watch, observe, federation=f, network=config.flower)
+        # All nodes are there from the start; until the first has loaded the model may take a while.
+        engine = Federated(watch, observe, federation=f, network=replace(config.flower, join_timeout=math.inf))
         server = ServerApp()
 
         @server.main()

@@ -47,10 +47,10 @@ class Directory:
         return {client for client, node in self.nodes.items() if node in self.connected}
 
     def wait(self, wanted: int, seconds: float, poll: float) -> None:
-        """Until so many clients are here and nobody is being asked, at most so many seconds."""
+        """Until so many clients are here, at most so many seconds."""
         end = monotonic() + seconds
         self.refresh()
-        while (len(self.here()) < wanted or self.asked) and monotonic() < end:
+        while len(self.here()) < wanted and monotonic() < end:
             sleep(poll)
             self.refresh()
 

@@ -5,7 +5,7 @@ renormalised. With fewer than ``min_clients`` good uploads the round waits, asks
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,7 +19,7 @@ from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
 from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
+from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.rounds import Received
 from fedlora.tasks.task import Scores
@@ -38,6 +38,7 @@ class Federated(Loop, Strategy):
     at: Standing | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
+    _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # node -> its last order
@@ -55,13 +56,19 @@ class Federated(Loop, Strategy):
     def measured(self, f: Federation) -> bool:
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
+    def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
+        at = at or self.begin(f)
+        self._first = at.number
+        return super().run(f, at)
+
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         order = f.clients.order(at.number, f.seed)
         wanted = f.clients.per_round or f.clients.count
         least = min(self.network.min_clients, wanted)
         tried: set[int] = set()
-        self._directory.wait(f.clients.count, self.network.join_timeout, self.network.poll)
+        patience = self.network.join_timeout if at.number == self._first else 0.0
+        self._directory.wait(f.clients.count, patience, self.network.poll)
         while True:
             self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:

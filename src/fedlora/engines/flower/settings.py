@@ -9,7 +9,7 @@ class Network:
 
     min_clients: int = 2  # a round with fewer good uploads waits for more; at most clients.count
     round_timeout: float | None = None  # seconds that a round waits for its slowest client; None: until it has answered
-    join_timeout: float = 60.0  # seconds that a round waits for parties that have not said yet who they are
+    join_timeout: float = 60.0  # seconds that the first round waits for all parties
     poll: float = 0.3  # seconds between two looks for replies
 
     def __post_init__(self):
