@@ -1,0 +1,1 @@
+"""Federations of processes and machines, with Flower between them."""
