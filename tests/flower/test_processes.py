@@ -136,7 +136,9 @@ def test_a_run_that_raises_has_failed(flower, app):
 
 
 def test_an_app_that_cannot_start_is_a_sentence(flower, app, tmp_path):
-    with pytest.raises(ChildProcessError, match=r"Flower did not start the run \(exit status 1\): .*pyproject"):
+    with pytest.raises(
+        ChildProcessError, match=r"Flower did not start the run \(exit status 1\): Failed to load .*pyproject.toml"
+    ):
         flower.run(tmp_path, watch=flower.lines.append)
     with pytest.raises(ValueError, match="the run has x of type list; Flower takes text, numbers"):
         flower.run(app, {"x": [1]})
@@ -246,6 +248,9 @@ def test_a_killed_node_and_the_superlink_come_back(flower, app):
     flower.start("b")
     print(f"\na killed node is back after {time.monotonic() - before:.1f} s more")
     assert flower.ids["b"] == number, "the node of a registered key keeps its number"
+    flower.stop("b")
+    assert flower.nodes()["b"] == "offline", "who is stopped in order signs off"
+    flower.start("b")
     before = time.monotonic()
     flower.restart_superlink()
     print(f"a SuperLink restarts in {time.monotonic() - before:.1f} s")

@@ -151,6 +151,11 @@ class Loopback:
         self._known(name)
         self.family.kill(name)
 
+    def stop(self, name: str) -> None:
+        """Stops a node in order: it signs off, is offline at once, and may start again at once."""
+        self._known(name)
+        self.family.stop(name)
+
     def restart_superlink(self) -> None:
         """Stops the SuperLink and starts it with the same database and port; the nodes find it again."""
         self.family.stop(SUPERLINK)

@@ -37,7 +37,7 @@ def environment(home: Path, commands: Path, poll: float) -> dict[str, str]:
         "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll), "NO_PROXY": direct, "no_proxy": direct,
-        "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8",
+        "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "TERMINAL_WIDTH": "1000",
     }  # fmt: skip
 
 
@@ -66,6 +66,6 @@ def plain(text: str) -> str:
 
 def tail(lines: list[str]) -> str:
     """The last lines that tell something: without a server's chatter, where more is there."""
-    told = [line.strip() for line in lines if line.strip() and line.strip("╭╮╰╯─ │")]
+    told = [line.strip("│ \t") for line in lines if not re.fullmatch(r"\s*|\s*[╭╰].*", line)]
     grave = [line for line in told if not line.startswith("INFO")]
     return " | ".join((grave or told)[-LAST:]) or "(nothing)"
