@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import authoring, folders, running
+from fedlora.cli import authoring, flower, folders, running
 from fedlora.cli.speech import say
 
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
@@ -28,6 +28,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("new-method")(authoring.new_method)
+app.add_typer(flower.app, name="flower")
 
 
 def main() -> None:
