@@ -17,7 +17,8 @@ from fedlora.engines.flower.node import Node
 from fedlora.engines.flower.party import client_app, handled
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
-from fedlora.flower.parties import base, number
+from fedlora.flower.own import number
+from fedlora.flower.parties import base
 from fedlora.flower.simulation import _play
 from tests.flower.test_engine import plain, trained
 from tests.flower.world import QUICK, config, overrides, same

@@ -1,12 +1,12 @@
-"""Commands for a federation over Flower: certs."""
+"""Commands for a federation over Flower: init, local, certs."""
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-from fedlora.cli.speech import say
+from fedlora.cli.speech import ConfigPath, Json, Override, answer, numbered, say
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Federations over Flower, each party at home.")
 
@@ -40,6 +40,65 @@ def flower() -> None:
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the app.")],
+    config: Annotated[Path, typer.Option(help="The federation, a TOML file.")],
+    override: Override = None,
+    out: Annotated[Optional[Path], typer.Option(help="Where the server keeps the run [default: runs/DIR].")] = None,  # noqa: UP045
+) -> None:
+    """Write a complete Flower app of a configuration, ready for `flwr run`."""
+    _extra()
+    from fedlora.config import read
+    from fedlora.flower.app import init as write
+
+    made = write(folder, read(config, override or []), out)
+    typer.echo(f"{made} is a Flower app; start it with `flwr run {made} CONNECTION --stream`.")
+    say("Each node says who it is: flower-supernode ... --node-config 'client=0 task.data=\"rows.csv\"'")
+
+
+@app.command()
+def local(
+    config: ConfigPath,
+    nodes: Annotated[Optional[int], typer.Option(min=1, help="How many parties [default: clients.count].")] = None,  # noqa: UP045
+    override: Override = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder for the run; one that was broken off goes on [default: runs/NAME-flower-N]."),
+    ] = None,
+    parties: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A TOML file with a [[party]] table for each: what its node's configuration says."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and without node keys.")] = False,
+    tls: Annotated[bool, typer.Option("--tls", help="With TLS and a key for each node: the default.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a federation over a SuperLink and SuperNodes, all processes of this machine, and stop them all."""
+    _extra()
+    from fedlora.config import read
+    from fedlora.flower.local import run
+    from fedlora.report import tables
+
+    if insecure and tls:
+        raise ValueError("--insecure and --tls exclude each other; keep one of them.")
+    resolved = read(config, [*(override or []), *([f"clients.count={nodes}"] if nodes else [])])
+    out = out or numbered(Path("runs") / f"{config.stem}-flower")
+    summary = run(resolved, out, parties, insecure, say)
+    answer(as_json, summary, lambda: tables.summary(summary, str(out)))
+
+
+def _extra() -> None:
+    """One sentence where Flower is not installed."""
+    try:
+        import cryptography  # noqa: F401
+        import flwr  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name or error} is missing, which Flower needs; run `pip install 'fedlora[flower]'`."
+        ) from error
+
+
+@app.command()
 def certs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the keys and certificates.")],
     parties: Annotated[str, typer.Option(help="The parties' names, with commas.")],
@@ -49,22 +108,13 @@ def certs(
     days: Annotated[int, typer.Option(min=1, help="How long the certificates are valid.")] = 365,
 ) -> None:
     """Make a CA, the server's TLS certificate and a key for each party, and say what goes to whom."""
+    _extra()
+    from fedlora.flower.certs import certificates
+
     names, reached = _listed(parties), _listed(hosts)
-    made = _certificates()(folder, names, reached, days)
+    made = certificates(folder, names, reached, days)
     typer.echo(_handout(made, names, reached).strip("\n"))
     say(f"Valid for {days} days. The keys are written once and nowhere else.")
-
-
-def _certificates():
-    try:
-        import flwr  # noqa: F401 - the commands below are Flower's
-
-        from fedlora.flower.certs import certificates
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name or error} is missing, which Flower needs; run `pip install 'fedlora[flower]'`."
-        ) from error
-    return certificates
 
 
 def _listed(text: str) -> list[str]:

@@ -13,6 +13,7 @@ def run(
     config: ConfigPath,
     override: Override = None,
     out: Annotated[Optional[Path], typer.Option(help="A new folder for the run [default: runs/NAME-N].")] = None,  # noqa: UP045
+    engine: Annotated[Optional[str], typer.Option(help="inprocess or flower-simulation.")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
     """Run one federation, and keep it in a folder."""
@@ -21,7 +22,7 @@ def run(
     from fedlora.report.progress import Progress
     from fedlora.runs import run as execute
 
-    resolved = read(config, override or [])
+    resolved = read(config, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
     out = out or numbered(Path("runs") / config.stem)
     with Progress(resolved.rounds) as progress:
         result = execute(resolved, out, progress.watch)

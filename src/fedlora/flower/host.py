@@ -6,6 +6,7 @@ Started by the relay, never by hand. It ends when the SuperNode's executor has e
 import json
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ def serve(told: dict) -> None:
     authkey = secrets.token_bytes(32)
     with open(os.open(key, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
         file.write(authkey)
+    signal.signal(signal.SIGTERM, lambda *_: _gone(socket, key))
     with Listener(str(socket), "AF_UNIX", authkey=authkey) as listener:
         threading.Thread(target=_end_with, args=(told["parent"], socket, key), daemon=True).start()
         while True:
@@ -54,6 +56,10 @@ def _answer(connection: Connection, table: dict, node: dict) -> None:
 def _end_with(parent: int, *files: Path) -> None:
     while alive(parent):
         time.sleep(LOOK)
+    _gone(*files)
+
+
+def _gone(*files: Path) -> None:
     for file in files:
         file.unlink(missing_ok=True)
     os._exit(0)  # a turn may be under way: its outcome has nobody to go to, and the state on disk is whole

@@ -22,6 +22,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedlora.engines.flower.party import client_app as app_of
+from fedlora.flower.own import state_folder
+from fedlora.settings import ConfigError
 
 SECONDS = 120.0  # that a host may take until it listens; model and data are loaded after that
 
@@ -38,7 +40,7 @@ def client_app(config: str | Path) -> ClientApp:
             return _here(path, kind, content, context)
         try:
             return asked(reached(path, context.node_config), kind, content)
-        except (OSError, EOFError, TimeoutError) as error:
+        except (OSError, EOFError, TimeoutError, ConfigError) as error:
             print(f"fedlora: the party's host cannot be reached: {error}", file=sys.stderr)
             return "its host process is gone; its own log says more"
 
@@ -81,22 +83,24 @@ def reached(config: Path, node_config: Mapping[str, Any]) -> Connection:
 
 
 class Place:
-    """Where a host listens: a socket, a key and a log in a folder that is its owner's only."""
+    """Where a host listens: a socket and a key in a folder that is its owner's only; its log is with the state."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, log: Path):
         runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         self.folder = runtime / f"fedlora-{os.getuid()}"
         self.folder.mkdir(mode=0o700, exist_ok=True)
         about = self.folder.stat()
         if about.st_uid != os.getuid() or about.st_mode & 0o077:
             raise OSError(f"{str(self.folder)!r} is open to others; remove it, or set XDG_RUNTIME_DIR")
-        self.socket, self.key, self.log = (self.folder / f"{name}.{ending}" for ending in ("sock", "key", "log"))
+        self.socket, self.key = (self.folder / f"{name}.{ending}" for ending in ("sock", "key"))
+        self.log = log
 
     @classmethod
     def of(cls, config: Path, node_config: Mapping[str, Any]) -> "Place":
         """One host for one configuration of one node, of one SuperNode process."""
         told = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
-        return cls(hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest())
+        name = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest()
+        return cls(name, state_folder(node_config) / "host.log")
 
     def connect(self) -> Connection | None:
         """None where nobody listens."""
@@ -111,6 +115,7 @@ class Place:
             "config": str(config), "node": dict(node_config), "parent": os.getppid(),
             "socket": str(self.socket), "key": str(self.key),
         }  # fmt: skip
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with open(os.open(self.log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "fedlora.flower.host", json.dumps(told)],
