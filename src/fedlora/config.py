@@ -154,6 +154,8 @@ def build(table: Table) -> Config:
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
     parts["server"].check(method)
+    cohort = parts["clients"].per_round or parts["clients"].count
+    parts["flower"].check(method, cohort, [name for name in methods.names() if methods.load(name).sums])
     if parts["engine"].spill and parts["evaluation"].measure:
         raise ConfigError(
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."

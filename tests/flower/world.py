@@ -5,7 +5,7 @@ from pathlib import Path
 from fedlora.engines.flower.memory import MemoryGrid
 from fedlora.engines.flower.node import Base, Node, made
 from fedlora.engines.flower.party import client_app, handled
-from fedlora.engines.flower.server import Federated
+from fedlora.engines.flower.server import served_by
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from tests.engines.test_inprocess import ADAPTERS, config, same
@@ -24,7 +24,7 @@ class World:
         self.events = []
         count = self.federation.clients.count
         self.grid = MemoryGrid(self.app(), {10 + k: {"client": k} for k in range(count)}, post)
-        self.server = Federated(
+        self.server = served_by(network)(
             self.events.append, federation=self.federation, network=network, token=token, grid=self.grid
         )
 

@@ -128,6 +128,10 @@ class Loop(ABC):
         ``evaluator`` is the server's own, on a machine that has the data.
         """
 
+    def gathered(self, replies: list[Reply]) -> list[Received]:
+        """What the method combines of a round's replies."""
+        return [reply.upload for reply in replies]
+
     def kept(self) -> Mapping[int, Tree]:
         """What clients hold for themselves, where it is on this machine."""
         return {}
@@ -149,8 +153,9 @@ class Loop(ABC):
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
             replies = self.turns(f, at)
-            uploads = [reply.upload for reply in replies]
+            uploads = self.gathered(replies)
             served = self._combined(f, at, uploads)
+            at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record: dict[str, Any] = {"round": number + 1, "cohort": sorted(losses), "loss": losses}
             if self.measured(f) and uploads:
@@ -173,7 +178,6 @@ class Loop(ABC):
             at.folds.append({part: (compacted(total(factors)),) for part, factors in served.folds.items()})
             at.folds.settle(at.channel.held_by_all(f.clients.count))
             f.model.fold(at.folds.entries[-1])
-        at.counted |= {upload.turn.client: at.number for upload in uploads}
         at.number += 1
         return served
 

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config, ConfigError, read
 from fedlora.engines.checkpoint import Checkpoint, config_digest
-from fedlora.engines.flower.server import Federated
+from fedlora.engines.flower.server import served_by
 from fedlora.engines.loop import Federation, Observe, Round, Watch
 from fedlora.report.progress import Lines
 from fedlora.runs import Result, Take, run
@@ -45,7 +45,9 @@ def serve(config: Config, grid: Grid, out: Path, watch: Watch = lambda event: No
         checkpoint = Checkpoint(out, config_digest(config.table), _token(out))
         if checkpoint and checkpoint.about()["number"] >= f.rounds:
             raise ConfigError(f"{str(out)!r} holds this run, finished; raise rounds, or choose another folder.")
-        engine = Federated(watch, observe, federation=f, network=config.flower, token=checkpoint.token, grid=grid)
+        engine = served_by(config.flower)(
+            watch, observe, federation=f, network=config.flower, token=checkpoint.token, grid=grid
+        )
         at = checkpoint.load(f, engine.begin(f)) if checkpoint else None
         take(_saved(engine.run(f, at), checkpoint))
 

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlora.config import Config, merged
-from fedlora.engines.flower.server import Federated
+from fedlora.engines.flower.server import Federated, served_by
 from fedlora.engines.flower.store import Store
 from fedlora.engines.loop import Federation, Observe, Watch
 from fedlora.flower.parties import simulated_app
@@ -41,7 +41,9 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     failed: list[BaseException] = []
     with TemporaryDirectory(prefix="fedlora-") as place:
         # All nodes are there from the start; until the first has loaded the model may take a while.
-        engine = Federated(watch, observe, federation=f, network=replace(config.flower, join_timeout=math.inf))
+        engine = served_by(config.flower)(
+            watch, observe, federation=f, network=replace(config.flower, join_timeout=math.inf)
+        )
         server = ServerApp()
 
         @server.main()

@@ -23,6 +23,7 @@ class Directory:
     tell: Callable[[int | None, str], None]  # client, what happened
     nodes: dict[int, int] = field(default_factory=dict)
     folded: dict[int, int] = field(default_factory=dict)  # how many of this run's folds a client said that it holds
+    rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
     refused: set[int] = field(default_factory=set)
     connected: set[int] = field(default_factory=set)
@@ -58,12 +59,12 @@ class Directory:
         if reply.has_error():
             self.connected.discard(node)  # asked again when it is seen again
             return self.tell(None, f"node {node} could not say who it is: {reply.error.reason}")
-        client = reply.content[METRICS]["client"] if METRICS in reply.content else None
+        client = reply.content[METRICS].get("client") if METRICS in reply.content else None
         why = self._objection(node, client, reply)
         if why is None:
             self.nodes[client] = node
-            folded = reply.content[METRICS].get("folded")
-            self.folded[client] = folded if isinstance(folded, int) else 0
+            said = reply.content[METRICS]
+            self.folded[client], self.rows[client] = said["folded"], said["examples"]
             self.tell(client, "joined")
         else:
             self.refused.add(node)
@@ -72,6 +73,9 @@ class Directory:
     def _objection(self, node: int, client: object, reply: Message) -> str | None:
         if not isinstance(client, int) or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
+        rows, folded = (reply.content[METRICS].get(key) for key in ("examples", "folded"))
+        if not isinstance(rows, int) or rows < 1 or not isinstance(folded, int):
+            return f"client {client} says that it has {rows!r} training rows and {folded!r} folds"
         other = self.nodes.get(client)
         if other is not None and other != node and other in self.connected:
             return f"it calls itself client {client}, which node {other} is already"

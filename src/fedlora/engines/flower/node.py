@@ -68,8 +68,10 @@ class Node:
         return self.base.federation
 
     def hello(self) -> Answer:
-        """Who this is: its number, how many folds it holds, and what it makes from the seed."""
-        return Answer({"client": self.client, "folded": self.store.load(self.client).folded}, self.base.made)
+        """Who this is: its number and rows, how many folds it holds, and what it makes from the seed."""
+        rows = len(self.federation.shards[self.client].train)
+        folded = self.store.load(self.client).folded
+        return Answer({"client": self.client, "examples": rows, "folded": folded}, self.base.made)
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted."""

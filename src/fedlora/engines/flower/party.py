@@ -35,19 +35,28 @@ def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
     holds, so it does not leave this machine.
     """
     from fedlora.engines.flower.node import StaleError
-    from fedlora.engines.flower.records import ORDER, answered
+    from fedlora.engines.flower.records import ORDER
 
     try:
         run = str(content[ORDER]["run"])
         if not TOKEN.fullmatch(run):
             raise ValueError(f"a run is named {run!r}; the server's version of fedlora differs from this one.")
-        answer = _answer(kind, content, node(run))
+        return _answered(kind, content, node(run))
     except StaleError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return STALE
     except Exception as error:
         traceback.print_exc()
         return f"its turn failed ({type(error).__name__}); its own log says more"
+
+
+def _answered(kind: str, content: RecordDict, node) -> RecordDict:
+    from fedlora.engines.flower import hidden
+    from fedlora.engines.flower.records import answered
+
+    if hidden.PHASE in content:
+        return hidden.answer(node, content)
+    answer = _answer(kind, content, node)
     return answered(answer.metrics, answer.holds, answer.sent)
 
 

@@ -7,6 +7,7 @@ renormalised. With fewer than ``min_clients`` good uploads the round waits, asks
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -26,6 +27,14 @@ from fedlora.tasks.task import Scores
 from fedlora.types import Tree
 
 
+class Asked(NamedTuple):
+    """What a message asked of a client, and what it brought along."""
+
+    client: int
+    order: Order
+    delivery: Delivery | None
+
+
 @dataclass
 class Federated(Loop, Strategy):
     """A Flower strategy made of a federation; ``start`` runs it, and so does ``run`` once there is a grid."""
@@ -41,8 +50,12 @@ class Federated(Loop, Strategy):
     _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
-    _orders: dict[int, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # node -> its last order
-    _sent: dict[str, tuple[int, Order, Delivery]] = field(default_factory=dict, init=False)  # message id -> that order
+    _orders: dict[int, tuple[int, Order, Delivery | None]] = field(
+        default_factory=dict, init=False
+    )  # node -> its last order
+    _sent: dict[str, tuple[int, Order, Delivery | None]] = field(
+        default_factory=dict, init=False
+    )  # message id -> that order
 
     # ------------------------------------------------------------------------------ as an engine
     def begin(self, f: Federation) -> Standing:
@@ -62,19 +75,27 @@ class Federated(Loop, Strategy):
         return super().run(f, at)
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
-        began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
+        began = self._enter(at)
         order = f.clients.order(at.number, f.seed)
         wanted = f.clients.per_round or f.clients.count
         least = min(self.network.min_clients, wanted)
         tried: set[int] = set()
-        patience = self.network.join_timeout if at.number == self._first else 0.0
-        self._directory.wait(f.clients.count, patience, self.network.poll)
         while True:
             self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:
-                break
+                return self._left(f, at, began)
             self._wait(at.number, least, tried)
-        for client in order[:wanted]:
+
+    def _enter(self, at: Standing) -> float:
+        """A round begins; the first one waits for all parties. Returns when that was."""
+        began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
+        patience = self.network.join_timeout if at.number == self._first else 0.0
+        self._directory.wait(self.federation.clients.count, patience, self.network.poll)
+        return began
+
+    def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
+        """The turns are over: the cohort's members that are missing are named."""
+        for client in f.clients.cohort(at.number, f.seed):
             if client not in self.replies:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
         self.clock["train"] += time.perf_counter() - began
@@ -167,7 +188,7 @@ class Federated(Loop, Strategy):
             gone |= tried - self._directory.here()
             tried -= back
 
-    def _message(self, client: int, number: int, kind: str) -> Message:
+    def _message(self, client: int, number: int, kind: str, with_leaves: bool = True) -> Message:
         f, at = self.federation, self.at
         own = visible(f.rules, at.shared, f.budgets[client])
         if not at.channel.knows(client):
@@ -178,10 +199,12 @@ class Federated(Loop, Strategy):
             self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
             digest(own), at.counted.get(client, -1),
         )  # fmt: skip
-        at.channel.deliver(number, client, delivery)
+        if with_leaves:
+            at.channel.deliver(number, client, delivery)
         node = self._directory.nodes[client]
-        self._orders[node] = client, order, delivery
-        return Message(asked(order, delivery.leaves, delivery.folds), node, kind, group_id=str(number + 1))
+        self._orders[node] = Asked(client, order, delivery if with_leaves else None)
+        content = asked(order, delivery.leaves, delivery.folds) if with_leaves else asked(order, {}, [])
+        return Message(content, node, kind, group_id=str(number + 1))
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Sends, and collects what is answered in time; the silent are named."""
@@ -209,8 +232,6 @@ class Federated(Loop, Strategy):
         try:
             if reply.has_error():
                 raise checks.RefusedError(reply.error.reason or "its app failed")
-            if reply.content[HOLDS].get(HOLDS) != order.holds:
-                raise checks.RefusedError("it does not hold what it was sent")
             take(client, order, reply)
         except (checks.RefusedError, UnreadableError, KeyError) as error:
             text = str(error)
@@ -218,10 +239,12 @@ class Federated(Loop, Strategy):
                 self.at.channel.forget(client)
             self._lost(client, text)
         else:
-            self.at.channel.holds(client, delivery)
+            if delivery is not None:
+                self.at.channel.holds(client, delivery)
             self._blamed.pop(client, None)
 
     def _upload(self, client: int, order: Order, reply: Message) -> None:
+        _holding(order, reply)
         rows, loss = checks.figures(reply.content[METRICS], order.round)
         tree: Tree = checks.upload(self.federation, self.at.shared, unpack(reply.content[LEAVES]))
         self.at.channel.collect(order.round, client, tree)
@@ -229,6 +252,7 @@ class Federated(Loop, Strategy):
         self.watch(Event("turn", order.round, client, loss))
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
+        _holding(order, reply)
         self.results[client] = checks.scores(reply.content[METRICS], order.round)
 
     def _lost(self, client: int, why: str) -> None:
@@ -238,3 +262,17 @@ class Federated(Loop, Strategy):
 
     def _told(self, client: int | None, text: str) -> None:
         self.watch(Event("node", self._round, client, text=text))
+
+
+def _holding(order: Order, reply: Message) -> None:
+    if reply.content[HOLDS].get(HOLDS) != order.holds:
+        raise checks.RefusedError("it does not hold what it was sent")
+
+
+def served_by(network: Network) -> type[Federated]:
+    """The server for these settings."""
+    if not network.secure_aggregation:
+        return Federated
+    from fedlora.engines.flower.masked import Masked
+
+    return Masked

@@ -81,6 +81,10 @@ class Store:
         about = {"pending": holding.pending, "folds": list(holding.folds), "folded": holding.folded}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
 
+    def secret(self, client: int) -> Path:
+        """Where its side of a secure aggregation lies between two messages."""
+        return self.folder / "clients" / f"{client}.secret"
+
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""
         content = save(flat(folded(folds)))

@@ -1,0 +1,107 @@
+"""The server of a federation with secure aggregation: it learns the mean of a round, and nobody's own upload."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ConfigRecord, Message
+
+from fedlora.engines.flower import checks, hidden
+from fedlora.engines.flower.records import HOLDS, METRICS
+from fedlora.engines.flower.server import Federated
+from fedlora.engines.loop import Event, Federation, Reply, Standing
+from fedlora.rounds import Received, shares
+from fedlora.secure import PHASES, ProtocolError, Server, TooFewClientsError
+from fedlora.secure import Message as Sealed
+
+
+@dataclass
+class Masked(Federated):
+    """Each round is one session of four messages a client; the method combines the one mean that comes of it.
+
+    For a method whose server only averages, the mean of a round is all that it needs: ``combine`` of one upload that
+    is the mean is that mean. Clients may drop out at any step; the sum is over those whose masked vector arrived.
+    """
+
+    mean: Received | None = field(default=None, init=False)
+
+    def measured(self, f: Federation) -> bool:
+        return False  # there is nothing to measure a mean against
+
+    def gathered(self, replies: list[Reply]) -> list[Received]:
+        return [self.mean] if self.mean is not None else []
+
+    def turns(self, f: Federation, at: Standing) -> list[Reply]:
+        began = self._enter(at)
+        wanted = f.clients.per_round or f.clients.count
+        while True:
+            cohort = [k for k in f.clients.order(at.number, f.seed) if k in self._directory.here()][:wanted]
+            why = f"{len(cohort)} clients are connected"
+            if len(cohort) >= max(3, min(self.network.min_clients, wanted)):
+                try:
+                    self._summed(f, at, sorted(cohort))
+                    break
+                except ProtocolError as error:
+                    why = str(error)
+            self.watch(Event("waiting", at.number, text=f"{why}; the round begins again when there are enough"))
+            time.sleep(self.network.poll)
+            self._directory.refresh()
+        return self._left(f, at, began)
+
+    def _summed(self, f: Federation, at: Standing, cohort: list[int]) -> None:
+        """One session: everybody's vector, unmasked only as a sum. ``ProtocolError`` where too few stay to its end."""
+        self.replies = {}
+        turns = [f.turn(at.number, client) for client in cohort]
+        layout = hidden.layout_of(f.rules, at.shared, turns)
+        weights = dict(zip(cohort, shares(f.method, [self._directory.rows[k] for k in cohort])))
+        if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
+            return super()._ask(cohort, set())
+        t, span = self.network.secure_threshold, self.network.secure_range
+        server = Server.open(weights, hidden.size(layout), t, span, self.token, at.number)
+        told: dict[int, Sealed | None] = dict.fromkeys(cohort)
+        for phase in PHASES:
+            messages = [self._phase(server, phase, k, sealed, layout) for k, sealed in told.items()]
+            for reply in self._exchange(messages):
+                self._taken(reply, lambda client, order, found, phase=phase: self._heard(server, phase, order, found))
+            told = dict(server.close())
+        found = server.outcome()
+        least = min(weights[k] for k in found.numbers) / found.weight
+        tree = hidden.means(layout, found.mean, least)
+        whole = {part: tree.get(part, {}) for part in f.rules}
+        self.mean = Received(f.turn(at.number, found.numbers[0]), 1, checks.upload(f, at.shared, whole))
+        self.replies = {k: self.replies[k] for k in found.numbers}
+
+    def _phase(self, server: Server, phase: str, client: int, told: Sealed | None, layout: hidden.Layout) -> Message:
+        message = self._message(client, self._round, "train", with_leaves=phase == "masked")
+        message.content[hidden.PHASE] = ConfigRecord({hidden.PHASE: phase})
+        if phase == PHASES[0]:
+            message.content[hidden.SESSION] = ConfigRecord(server.session.record())
+        if told is not None:
+            message.content[hidden.TOLD] = ConfigRecord(told.record())
+        if phase == "masked":
+            message.content[hidden.LAYOUT] = hidden.layout_record(layout)
+        return message
+
+    def _heard(self, server: Server, phase: str, order, reply: Message) -> None:
+        """One client's message of a phase; what the protocol refuses is left out, and with it the client."""
+        content, client = reply.content, order.client
+        said = Sealed(**content[hidden.SAID])
+        if said.sender != client:
+            raise checks.RefusedError(f"it answered as client {said.sender}")
+        if phase == "masked":
+            rows, loss = checks.figures(content[METRICS], order.round)
+            if content[HOLDS].get(HOLDS) != order.holds:
+                raise checks.RefusedError("it does not hold what it was sent")
+            if self.federation.method.weighting == "examples" and rows != self._directory.rows[client]:
+                raise checks.RefusedError(f"it trained on {rows} rows and had said {self._directory.rows[client]}")
+            vector = torch.empty(server.session.size, dtype=torch.int32, device="meta")
+            self.at.channel.collect(order.round, client, {"masked": {"": vector}})
+            self.replies[client] = Reply(Received(self.federation.turn(order.round, client), rows, {}), loss)
+            self.watch(Event("turn", order.round, client, loss))
+        try:
+            server.receive(said)
+        except TooFewClientsError:
+            raise
+        except ProtocolError as error:
+            self.replies.pop(client, None)
+            raise checks.RefusedError(str(error)) from error

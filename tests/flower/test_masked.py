@@ -1,0 +1,178 @@
+"""Secure aggregation over Flower's messages: the mean of the plain run, and no upload that could be read."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs the flower extra")
+
+from fedlora import methods
+from fedlora.engines.flower import hidden
+from fedlora.rounds import shares
+from tests.flower.world import QUICK, World, config, overrides
+
+SUMS = [name for name in methods.names() if methods.load(name).sums]
+HIDDEN = replace(QUICK, secure_aggregation=True)
+
+
+def close(a, b, bound):
+    return all((x - b[p][leaf]).abs().max() <= bound for p in a for leaf, x in a[p].items())
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_round_is_the_plain_round_within_the_stated_error(name, tmp_path):
+    settings = [*overrides(name), "rounds=1", "clients.count=4", "task.train_rows=400"]
+    plain = World(tmp_path / "plain", *settings)
+    masked = World(tmp_path / "masked", *settings, network=HIDDEN)
+    [a], [b] = plain.run(), masked.run()
+    assert a.record["loss"] == b.record["loss"]
+    assert close(a.shared, b.shared, 4 * 2**-26 + 16 * 2**-23), "K 2^-(f+1) over the whole weight, and float32"
+    assert "weights" not in b.record
+    assert not list((tmp_path / "masked").rglob("*.secret")), "the keys are gone when the round is over"
+
+
+@pytest.mark.parametrize("score", ["random", "weight", "gradient"])
+def test_clients_that_train_different_heads_are_averaged_head_by_head(score, tmp_path):
+    settings = [*overrides("ravan"), f"method.score={score}", "clients.ranks=1", "rounds=2", "clients.count=4"]
+    plain, masked = World(tmp_path / "plain", *settings), World(tmp_path / "masked", *settings, network=HIDDEN)
+    a, b = plain.run(), masked.run()
+    assert close(a[0].shared, b[0].shared, 1e-5)
+    names = {leaf for layer in a[0].shared.values() for leaf in layer if leaf.startswith("H")}
+    assert names == {"H0", "H1"}
+
+
+def seen_by_the_server(messages):
+    return [m for m in messages if m.metadata.src_node_id >= 10 and m.has_content()]
+
+
+def test_nothing_that_a_client_sends_can_be_read(tmp_path):
+    messages = []
+
+    def post(message):
+        messages.append(message)
+        return message
+
+    world = World(tmp_path, "rounds=1", "clients.count=4", network=HIDDEN, post=post)
+    uploads = {}
+    train = type(world.node(type("C", (), {"node_config": {"client": 0}}), "x")).train
+
+    def spied(self, *rest):
+        answer = train(self, *rest)
+        uploads[self.client] = answer.sent
+        return answer
+
+    import fedlora.engines.flower.node as node
+
+    original, node.Node.train = node.Node.train, spied
+    try:
+        world.run()
+    finally:
+        node.Node.train = original
+    sent = seen_by_the_server(messages)
+    assert all("leaves" not in m.content for m in sent)
+    bodies = [m.content["said"]["body"] for m in sent if "said" in m.content and m.content["said"]["phase"] == "masked"]
+    assert len(bodies) == 4
+    for tree in uploads.values():
+        for layer in tree.values():
+            for x in layer.values():
+                assert all(x.numpy().tobytes() not in body for body in bodies)
+    big = torch.frombuffer(bytearray(b"".join(bodies)), dtype=torch.uint8)
+    counts = torch.bincount(big.long(), minlength=256).double()
+    expected = len(big) / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * (2 * 255) ** 0.5, "bytes as good as random"
+
+
+@pytest.mark.parametrize("phase", ["advertise", "share", "masked", "unmask"])
+def test_a_client_that_drops_out_at_any_step_is_named_and_the_others_are_averaged(phase, tmp_path):
+    def post(message):
+        gone = message.metadata.src_node_id == 12 and message.has_content() and "said" in message.content
+        return None if gone and message.content["said"]["phase"] == phase else message
+
+    network = replace(HIDDEN, round_timeout=0.05, secure_threshold=3)
+    settings = ["rounds=1", "clients.count=5", "task.train_rows=400"]
+    masked = World(tmp_path / "masked", *settings, network=network, post=post)
+    plain = World(tmp_path / "plain", *settings, network=replace(QUICK, join_timeout=0.02))
+    if phase != "unmask":
+        plain.grid.leave(12)
+    [a], [b] = plain.run(), masked.run()
+    there = [0, 1, 2, 3, 4] if phase == "unmask" else [0, 1, 3, 4]
+    assert b.record["cohort"] == there
+    assert set(b.record.get("absent", {})) == {2}
+    assert close(a.shared, b.shared, 1e-5)
+
+
+def test_below_the_threshold_the_round_begins_again(tmp_path):
+    lost = []
+
+    def post(message):
+        masked = message.has_content() and "said" in message.content and message.content["said"]["phase"] == "masked"
+        if masked and message.metadata.src_node_id in (11, 12) and len(lost) < 2:
+            lost.append(message)
+            return None
+        return message
+
+    network = replace(HIDDEN, round_timeout=0.05)
+    world = World(tmp_path / "a", "rounds=1", "clients.count=4", network=network, post=post)
+    [done] = world.run()
+    assert done.record["cohort"] == [0, 1, 2, 3]
+    texts = [e.text for e in world.events if e.kind == "waiting"]
+    assert len(texts) == 1 and "2 of 4 clients sent their 'masked' message" in texts[0]
+    plain = World(tmp_path / "b", "rounds=1", "clients.count=4").run()[0]
+    assert close(plain.shared, done.shared, 1e-5)
+
+
+def test_a_replayed_and_an_altered_message_are_refused(tmp_path):
+    kept = {}
+
+    def post(message):
+        if not (message.has_content() and "said" in message.content and message.metadata.src_node_id == 11):
+            return message
+        phase, said = message.content["said"]["phase"], message.content["said"]
+        again = kept.get(phase)
+        kept.setdefault(phase, dict(said))
+        if again is not None and phase == "masked":  # round 2 gets round 1's vector
+            for key, value in again.items():
+                said[key] = value
+        return message
+
+    network = replace(HIDDEN, round_timeout=0.05, secure_threshold=3)
+    world = World(tmp_path, "rounds=2", "clients.count=4", network=network, post=post)
+    rounds = world.run()
+    assert rounds[0].record["cohort"] == [0, 1, 2, 3]
+    assert rounds[1].record["cohort"] == [0, 2, 3]
+    assert "altered" in rounds[1].record["absent"][1] or "session" in rounds[1].record["absent"][1]
+
+
+def test_the_vector_and_its_layout_come_back():
+    layout = {"a.b/A": (2, 3), "a.b/B": (4,), "c/s": ()}
+    sent = {"a.b": {"A": torch.randn(2, 3)}, "c": {"s": torch.tensor(2.0)}}
+    x = hidden.vector(layout, sent)
+    assert x.numel() == hidden.size(layout) == 6 + 4 + 1 + 3
+    back = hidden.means(layout, x * 0.25, 0.25)
+    assert back["a.b"].keys() == {"A"} and torch.allclose(back["a.b"]["A"], sent["a.b"]["A"])
+    with pytest.raises(ValueError, match="not in the round's layout"):
+        hidden.vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
+
+
+@pytest.mark.parametrize("name", [n for n in methods.names() if n not in SUMS])
+def test_a_method_whose_server_must_see_factors_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match="server must see every client's factors; take one of .*fedit"):
+        config(*overrides(name), "flower.secure_aggregation=true")
+
+
+@pytest.mark.parametrize(
+    "settings", [["clients.count=2"], ["flower.secure_threshold=1"], ["flower.secure_threshold=9"]]
+)
+def test_too_few_clients_or_a_wrong_threshold_are_said_at_once(settings):
+    with pytest.raises(ValueError, match="needs 3 clients, and a threshold above half of them"):
+        config("flower.secure_aggregation=true", *settings)
+
+
+def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
+    from fedlora.method import Method
+
+    for name in SUMS:
+        kind = methods.load(name)
+        assert kind.combine is Method.combine and kind.combine_all is Method.combine_all, name
+    assert shares(methods.load("ravan")(), [3, 1]) == [0.5, 0.5]
