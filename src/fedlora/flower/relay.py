@@ -56,7 +56,7 @@ def _here(path: Path, kind: str, content: RecordDict, context: Context) -> Recor
 
 
 def asked(connection: Connection, kind: str, content: RecordDict) -> RecordDict | str:
-    """One question to the host. What goes over is Flower's own protobuf, never a pickle."""
+    """One question to the host. What goes over is Flower's own protobuf, nothing that would run on arrival."""
     with connection:
         connection.send_bytes(kind.encode())
         connection.send_bytes(recorddict_to_proto(content).SerializeToString())

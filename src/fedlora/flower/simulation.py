@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     """
     threads = config.engine.threads or 1
     table = merged(config.table, {"engine": {"threads": threads}})
-    failed: list[BaseException] = []
+    failed: list[BaseException | None] = []
     with TemporaryDirectory(prefix="fedlora-") as place:
         # All nodes are there from the start; until the first has loaded the model may take a while.
         engine = served_by(config.flower)(
@@ -51,12 +52,12 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             engine.grid = grid
             try:
                 take(engine.run(f))
-            except BaseException as error:  # Flower would log it and go on to stop; the caller is told
-                failed.append(error)
+            except BaseException:  # Flower would only log it
+                failed.append(sys.exc_info()[1])
                 raise
 
         _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
-        if failed:
+        if failed and failed[0] is not None:
             raise failed[0]
         return _kept(engine, Store(Path(place) / engine.token))
 

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER
 
 HELLO = "query"
+REST = 10.0  # seconds until a node that could not answer is asked again
 
 
 @dataclass
@@ -26,12 +27,14 @@ class Directory:
     rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
     refused: set[int] = field(default_factory=set)
+    resting: dict[int, float] = field(default_factory=dict)  # nodes that failed to answer, and until when to let them
     connected: set[int] = field(default_factory=set)
 
     def refresh(self) -> None:
         """Looks who is there, asks who is new, and takes in what has been answered."""
         self.connected = set(self.grid.get_node_ids())
-        known = set(self.nodes.values()) | set(self.asked.values()) | self.refused
+        resting = {node for node, until in self.resting.items() if monotonic() < until}
+        known = set(self.nodes.values()) | set(self.asked.values()) | self.refused | resting
         fresh = sorted(self.connected - known)
         content = RecordDict({ORDER: ConfigRecord({"run": self.run})})
         messages = [Message(content, node, HELLO) for node in fresh]
@@ -57,7 +60,7 @@ class Directory:
 
     def _introduced(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            self.connected.discard(node)  # asked again when it is seen again
+            self.resting[node] = monotonic() + REST
             return self.tell(None, f"node {node} could not say who it is: {reply.error.reason}")
         client = reply.content[METRICS].get("client") if METRICS in reply.content else None
         why = self._objection(node, client, reply)

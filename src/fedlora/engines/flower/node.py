@@ -69,7 +69,8 @@ class Node:
 
     def hello(self) -> Answer:
         """Who this is: its number and rows, how many folds it holds, and what it makes from the seed."""
-        rows = len(self.federation.shards[self.client].train)
+        f = self.federation
+        rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.count else 0
         folded = self.store.load(self.client).folded
         return Answer({"client": self.client, "examples": rows, "folded": folded}, self.base.made)
 

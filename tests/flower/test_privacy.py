@@ -1,0 +1,108 @@
+"""What leaves a party is what its method sends, a digest, and a few numbers: every message is read and checked."""
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs the flower extra")
+
+from fedlora import methods
+from fedlora.engines.flower import records
+from tests.flower.world import World, config, overrides, same
+
+METRICS = {
+    "query": {"client", "examples", "folded"},
+    "train": {"round", "examples", "loss"},
+    "evaluate": {"round", "accuracy.sum", "accuracy.count", "loss.sum", "loss.count"},
+}
+RECORDS = {"query": {"metrics", "holds"}, "train": {"metrics", "holds", "leaves"}, "evaluate": {"metrics", "holds"}}
+SENT = {  # method -> leaves of an adapted weight that may go up; None: those below, with every leaf that is trained
+    "fedsa-lora": {"A"}, "ffa-lora": {"B"}, "fed-sb": {"R"}, "ravan": {"H0", "H1"}, "local": set(), "feddpa": {"A", "B"},
+}  # fmt: skip
+PRIVATE_HEAD = {"fedsa-lora", "feddpa", "local"}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_message_against_the_allow_list(name, tmp_path):
+    messages = []
+
+    def post(message):
+        messages.append(message)
+        return message
+
+    world = World(tmp_path, *overrides(name), "rounds=3", post=post)
+    world.run()
+    up = [m for m in messages if m.metadata.src_node_id >= 10]
+    assert {m.metadata.message_type for m in up} == set(METRICS)
+    for message in up:
+        kind, content = message.metadata.message_type, message.content
+        assert set(content) == RECORDS[kind]
+        assert set(content["metrics"]) == METRICS[kind]
+        assert set(content["holds"]) == {"holds"} and len(content["holds"]["holds"]) == 32
+        if kind == "train":
+            _only_what_is_sent(name, world, message)
+
+
+def _only_what_is_sent(name, world, message):
+    for part, layer in records.unpack(message.content["leaves"]).items():
+        rule = world.federation.rules[part]
+        allowed = SENT.get(name, {"A", "B"})
+        if part in world.federation.heads:
+            allowed = set() if name in PRIVATE_HEAD else {"weight", "bias"}
+        assert set(layer) <= allowed, f"{name}: {part} sent {set(layer)}"
+        assert set(layer) <= rule.adapter.trainable
+
+
+def test_a_private_leaf_is_in_no_message_even_as_bytes(tmp_path):
+    bodies = []
+
+    def post(message):
+        if message.metadata.src_node_id >= 10 and "leaves" in message.content:
+            bodies.append(message.content["leaves"]["leaves"].data)
+        return message
+
+    world = World(tmp_path, "method.name=fedsa-lora", "rounds=3", post=post)
+    world.run()
+    kept = world.kept(0)
+    private = [x for layer in kept.values() for leaf, x in layer.items() if x.numel() > 8]
+    assert len(private) >= 9, "B of eight weights, and the classifier"
+    for x in private:
+        assert all(x.numpy().tobytes() not in body for body in bodies)
+
+
+def test_what_goes_wrong_at_a_party_is_told_by_its_kind_only(tmp_path, capfd):
+    world = World(tmp_path, "rounds=1")
+    node = type(world.node(type("C", (), {"node_config": {"client": 0}}), "run"))
+
+    def fails(self, *rest):
+        raise ValueError("patient Jane Doe, born 1961, has no label")
+
+    original, node.evaluate = node.evaluate, fails
+    try:
+        [done] = world.run()
+    finally:
+        node.evaluate = original
+    assert set(done.record["unscored"].values()) == {"its turn failed (ValueError); its own log says more"}
+    assert "clients" not in done.record
+    assert "Jane Doe" in capfd.readouterr().err, "the party's own log has all of it"
+
+
+def test_a_server_cannot_choose_where_a_party_writes(tmp_path):
+    world = World(tmp_path / "nodes", "rounds=1", token="../../outside")
+    world.server.network = type(world.server.network)(join_timeout=0.02, poll=0.01)
+    world.server.at = world.server.begin(world.federation)
+    world.server._directory.wait(3, 0.02, 0.01)
+    assert not world.server._directory.here()
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def test_the_digest_tells_every_difference():
+    tree = {"a": {"A": torch.zeros(2, 3)}}
+    seen = {records.digest(tree)}
+    for other in (
+        {"a": {"A": torch.zeros(3, 2)}}, {"a": {"B": torch.zeros(2, 3)}}, {"b": {"A": torch.zeros(2, 3)}},
+        {"a": {"A": torch.zeros(2, 3).double()}}, {"a": {"A": -torch.zeros(2, 3)}},
+    ):  # fmt: skip
+        assert records.digest(other) not in seen
+        seen.add(records.digest(other))
+    assert records.digest({"a": {"A": torch.zeros(2, 6)[:, ::2]}}) == records.digest(tree)
+    assert same(config().federation().model.initial(0), config().federation().model.initial(0))
