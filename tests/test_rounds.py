@@ -7,7 +7,7 @@ from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.flora_na import FLoRANA
-from fedlora.rounds import Received, server_turn, shares
+from fedlora.rounds import Received, alike, server_turn, shares
 from fedlora.types import Turn
 from tests.methods.cohort import Cohort
 
@@ -53,3 +53,9 @@ def test_shares():
 def test_a_round_without_clients_changes_nothing():
     c = Cohort.drawn(0)
     assert server_turn({"w": FedIT()}, {"w": c.start}, []).shared["w"] is c.start
+
+
+def test_the_order_of_leaves_has_no_influence_on_how_parts_are_grouped():
+    x = torch.zeros(2, 3)
+    layers = {"a": {"A": x, "B": x}, "b": {"B": x, "A": x}}
+    assert alike(["a", "b"], lambda part: [layers[part]]) == [["a", "b"]]

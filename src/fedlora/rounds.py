@@ -112,7 +112,8 @@ def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> lis
     """The parts in groups whose layers have the same leaves and shapes, so that they can be stacked."""
     groups: dict[object, list[str]] = {}
     for part in parts:
-        form = tuple(tuple((leaf, tuple(x.shape)) for leaf, x in layer.items()) for layer in layers(part))
+        # Sorted: a mapping that came over a wire has its leaves in another order, and a group's size shows in last bits.
+        form = tuple(tuple(sorted((leaf, tuple(x.shape)) for leaf, x in layer.items())) for layer in layers(part))
         groups.setdefault(form, []).append(part)
     return list(groups.values())
 

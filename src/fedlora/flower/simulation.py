@@ -52,8 +52,8 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             engine.grid = grid
             try:
                 take(engine.run(f))
-            except BaseException:  # Flower would only log it
-                failed.append(sys.exc_info()[1])
+            except BaseException:
+                failed.append(sys.exc_info()[1])  # Flower would only log it
                 raise
 
         _play(server, simulated_app(table, Path(place)), f.clients.count, threads)

@@ -1,0 +1,88 @@
+"""A SuperLink and SuperNodes as processes, with TLS and node keys: the same bits, and a node that is killed."""
+
+import json
+import stat
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the flower extra")
+
+import fedlora
+from fedlora.engines.flower.store import Store
+from fedlora.flower.app import init
+from fedlora.flower.processes import Loopback
+from fedlora.state import load_tree
+from tests.flower.test_engine import trained
+from tests.flower.world import config, same
+
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("deployment")
+
+
+@pytest.fixture(scope="module")
+def flower(place):
+    nodes = {f"party-{k}": {"client": k, "state": str(place / "nodes" / str(k)), "engine.threads": 1} for k in range(3)}
+    with Loopback(nodes, place / "logs") as running:
+        yield running
+
+
+def deployed(flower, place, name, *overrides):
+    """Runs a federation through the processes; its folder, and the lines that the run said."""
+    one = config(f"method.name={name}", "engine.threads=1", *overrides)
+    folder, lines = place / name, []
+    status = flower.run(init(place / f"app-{name}", one, folder), watch=lines.append, timeout=400)
+    assert status == 0, (flower.outcome, lines[-20:])
+    return one, folder, lines
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def kept(place, folder, client):
+    run = json.loads((folder / "run.json").read_text())["run"]
+    return Store(place / "nodes" / str(client) / run).load(client)
+
+
+def test_fedex_ends_with_the_bits_of_one_process_folds_included(flower, place):
+    one, folder, _ = deployed(flower, place, "fedex-lora", "rounds=3", "evaluation.every=3")
+    here = fedlora.run(one, place / "here")
+    assert same(load_tree(folder / "shared.safetensors"), here.shared)
+    assert same(load_tree(folder / "folds.safetensors"), load_tree(place / "here" / "folds.safetensors"))
+    there, ours = records_of(folder), records_of(place / "here")
+    assert [r["loss"] for r in there] == [r["loss"] for r in ours]
+    assert there[-1]["clients"] == ours[-1]["clients"] and there[-1]["global"] == ours[-1]["global"]
+
+
+def test_a_node_that_is_killed_in_a_round_is_named_and_the_run_ends_without_it(flower, place):
+    """FedSA: each party's B stays on its own disk; party 2 dies while it trains in round 2."""
+    folder = place / "fedsa-lora"
+
+    def kill():
+        for _ in range(600):
+            log = folder / "metrics.jsonl"
+            if log.exists() and log.read_text().count("\n") >= 1:
+                break
+            time.sleep(0.1)
+        flower.kill("party-2")
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    settings = ("rounds=3", "training.local_steps=40", "evaluation.every=3", "flower.round_timeout=25.0")
+    _, folder, lines = deployed(flower, place, "fedsa-lora", *settings)
+    killer.join()
+    records = records_of(folder)
+    assert records[0]["cohort"] == [0, 1, 2] and records[-1]["cohort"] == [0, 1]
+    assert "2" in records[1]["absent"]
+    assert any("client 2: " in line and line.startswith("round 2") for line in lines)
+    for client in (0, 1):
+        own = kept(place, folder, client).settled(2).kept
+        assert any(layer.keys() == {"B"} for layer in own.values()) and "classifier" in trained(own)
+        files = [p for p in (place / "nodes" / str(client)).rglob("*") if p.is_file()]
+        assert files and all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in files)
