@@ -1,4 +1,4 @@
-"""Runs the benchmarks that are named, or all: training levers memory overhead aggregation merging."""
+"""Runs the benchmarks that are named, or all: training levers memory overhead aggregation merging agreement."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, federation, levers, merging, training
+from benchmarks import aggregation, agreement, federation, levers, merging, training
 
 ALL = {
     "training": training.measure,
@@ -17,6 +17,7 @@ ALL = {
     "overhead": federation.overhead,
     "aggregation": aggregation.measure,
     "merging": merging.measure,
+    "agreement": agreement.measure,
 }
 
 
