@@ -72,6 +72,11 @@ class Run:
         if client is None:
             return self.shared
         file = self.path / "clients" / f"{client}.safetensors"
+        if method.personal and not self.summary.get("kept", True):
+            raise ConfigError(
+                f"client {client}'s own part of {method.title} lies on its own machine and not in {str(self.path)!r}; "
+                "write it there with `fedlora flower result`, and export that."
+            )
         kept = load_tree(file) if file.exists() else {}
         budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
         rules = {

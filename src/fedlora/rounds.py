@@ -112,7 +112,7 @@ def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> lis
     """The parts in groups whose layers have the same leaves and shapes, so that they can be stacked."""
     groups: dict[object, list[str]] = {}
     for part in parts:
-        # Sorted: a mapping that came over a wire has its leaves in another order, and a group's size shows in last bits.
+        # Sorted: a mapping from the wire has its leaves in another order, and a group's size shows in the last bits.
         form = tuple(tuple(sorted((leaf, tuple(x.shape)) for leaf, x in layer.items())) for layer in layers(part))
         groups.setdefault(form, []).append(part)
     return list(groups.values())

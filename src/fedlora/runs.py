@@ -17,11 +17,13 @@ import torch
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Federation, Observe, Round, Watch
+from fedlora.folds import FoldLog
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
 METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
+SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,27 @@ def run(
         **summarise(config, keeper.records, keeper.interrupted, time.perf_counter() - began),
         "labels": list(federation.label_names),
         "folds": len(last.folds) if last else 0,
+        "kept": drive is None,  # whether this folder has what clients keep for themselves
     }
     if folder is not None:
-        save_tree(folder / "shared.safetensors", shared)
-        if last and len(last.folds):
-            save_tree(folder / "folds.safetensors", {p: f._asdict() for p, f in last.folds.everything().items()})
+        save_tree(folder / SHARED, shared)
+        save_folds(folder, last.folds if last else FoldLog())
         for client, tree in kept.items():
             if any(tree.values()):
-                save_tree(folder / "clients" / f"{client}.safetensors", tree)
+                save_tree(clients_file(folder, client), tree)
         save_json(folder / SUMMARY, summary)
     return Result(summary, keeper.records, shared, kept, folder)
+
+
+def save_folds(folder: Path, log: FoldLog) -> None:
+    """The sum of all folds, where there are any."""
+    if len(log):
+        save_tree(folder / FOLDS, {part: f._asdict() for part, f in log.everything().items()})
+
+
+def clients_file(folder: Path, client: int) -> Path:
+    """Where a run's folder has what a client keeps for itself."""
+    return folder / "clients" / f"{client}.safetensors"
 
 
 def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: bool, seconds: float) -> dict[str, Any]:

@@ -95,3 +95,30 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
         "node 10 could not say who it is: its turn failed (ValueError); its own log says more"
     ]
     assert "the data has no column 'lable' (task.label); did you mean 'label'?" in capfd.readouterr().err
+
+
+def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
+    """FedSA: the server's folder has no party's B, and says so; the party's state has all that its model needs."""
+    pytest.importorskip("peft")
+    from fedlora.export import Run, export
+    from fedlora.flower.result import result
+    from fedlora.flower.server import serve
+    from tests.flower.world import World
+
+    quick = ("flower.poll=0.001", "flower.join_timeout=2.0", "rounds=2")
+    for name in ("fedsa-lora", "fedex-lora"):
+        world = World(tmp_path / name / "state", f"method.name={name}", *quick)
+        serve(world.config, world.grid, tmp_path / name / "server")
+        here = fedlora.run(world.config, tmp_path / name / "here")
+        result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")
+        found = export(Run.open(tmp_path / name / "mine"), tmp_path / name / "adapter", 1)
+        wanted = export(Run.open(here.folder), tmp_path / name / "wanted", 1)
+        assert found["difference"] < 1e-4
+        a, b = ((tmp_path / name / n / "adapter_model.safetensors").read_bytes() for n in ("adapter", "wanted"))
+        assert a == b, name
+        assert found["ranks"] == wanted["ranks"]
+    with pytest.raises(fedlora.ConfigError, match="client 1's own part of FedSA-LoRA lies on its own machine"):
+        export(Run.open(tmp_path / "fedsa-lora" / "server"), tmp_path / "no", 1)
+    with pytest.raises(fedlora.ConfigError, match="has no state of client 2 in the run 'nope'"):
+        result(world.config, tmp_path / name / "state", 2, tmp_path / "nothing", "nope")
+    assert not (tmp_path / "nothing").exists()

@@ -1,4 +1,4 @@
-"""Commands for a federation over Flower: init, local, certs."""
+"""Commands for a federation over Flower: init, local, result, certs."""
 
 from pathlib import Path
 from shlex import quote
@@ -85,6 +85,25 @@ def local(
     out = out or numbered(Path("runs") / f"{config.stem}-flower")
     summary = run(resolved, out, parties, insecure, say)
     answer(as_json, summary, lambda: tables.summary(summary, str(out)))
+
+
+@app.command()
+def result(
+    config: ConfigPath,
+    state: Annotated[Path, typer.Option(help="What the node's configuration calls state.")],
+    client: Annotated[int, typer.Option(help="This party's number.")],
+    out: Annotated[Path, typer.Option(help="A new folder: a run's, for show and export --client.")],
+    run: Annotated[Optional[str], typer.Option(help="Which run [default: the last one].")] = None,  # noqa: UP045
+    override: Override = None,
+) -> None:
+    """Write what this party holds after a run as a run's folder; nothing leaves the machine."""
+    _extra()
+    from fedlora.config import read
+    from fedlora.flower.result import result as write
+
+    found = write(read(config, override or []), state, client, out, run)
+    typer.echo(f"{out} has client {client}'s own model after round {found['rounds']}.")
+    say(f"Next: fedlora export {out} --client {client} --out adapter")
 
 
 def _extra() -> None:

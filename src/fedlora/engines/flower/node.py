@@ -84,7 +84,8 @@ class Node:
         )  # fmt: skip
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
         self.store.save(
-            self.client, replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round)
+            self.client,
+            replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
         )
         rows = len(f.shards[self.client].train)
         return Answer({"round": order.round, "examples": rows, "loss": trainer.loss}, holds, sent)
@@ -96,7 +97,7 @@ class Node:
         """
         before = self.store.load(self.client)
         holding, shared, holds = self._received(order, leaves, folds)
-        arrived = {"leaves": holding.leaves, "folds": holding.folds, "folded": holding.folded}
+        arrived = {"leaves": holding.leaves, "folds": holding.folds, "folded": holding.folded, "counted": order.counted}
         self.store.save(self.client, replace(before, **arrived))
         scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
         metrics: dict[str, int | float] = {"round": order.round}
@@ -109,11 +110,11 @@ class Node:
         held = self.store.load(self.client).settled(order.counted)
         held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
-        held = replace(held, leaves=_laid_over(held.leaves, leaves))
+        held = replace(held, leaves=laid_over(held.leaves, leaves))
         f = self.federation
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
-        shared = _laid_over(start, held.leaves)
+        shared = laid_over(start, held.leaves)
         holds = digest(visible(f.rules, shared, rank))
         if holds != order.holds:
             raise StaleError("what this party holds is not what the server thinks it holds.")
@@ -154,5 +155,6 @@ def made(f: Federation) -> str:
     return digest(sample)
 
 
-def _laid_over(tree: Tree, other: Tree) -> dict[str, dict]:
+def laid_over(tree: Tree, other: Tree) -> dict[str, dict]:
+    """``tree`` with the leaves of ``other`` in their places."""
     return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}

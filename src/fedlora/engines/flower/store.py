@@ -33,6 +33,7 @@ class Holding:
     trained: Tree = field(default_factory=dict)
     trained_moments: State | None = None
     pending: int = -1
+    counted: int = -1  # the last round that this party's upload went into, as the server last said
     folds: tuple[str, ...] = ()  # names of the fold files, in order; together they are ``folded`` folds
     folded: int = 0
 
@@ -78,7 +79,12 @@ class Store:
             value = getattr(holding, name) or {}
             layers = _layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
-        about = {"pending": holding.pending, "folds": list(holding.folds), "folded": holding.folded}
+        about = {
+            "pending": holding.pending,
+            "counted": holding.counted,
+            "folds": list(holding.folds),
+            "folded": holding.folded,
+        }
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
 
     def secret(self, client: int) -> Path:

@@ -1,0 +1,61 @@
+"""What a party holds after a run, as a run's folder on its own machine: to show, and to export its own model from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import Config, ConfigError, dumps
+from fedlora.engines.flower.node import laid_over
+from fedlora.engines.flower.store import Holding, Store
+from fedlora.folds import FoldLog
+from fedlora.runs import CONFIG, METRICS, SHARED, SUMMARY, clients_file, save_folds, summarise
+from fedlora.state import absent, save_json, save_tree, write
+from fedlora.types import Tree
+
+
+def result(config: Config, state: str | Path, client: int, out: str | Path, run: str | None = None) -> dict[str, Any]:
+    """Writes the folder of the last run (or of ``run``) that a party's ``state`` folder knows; returns its summary.
+
+    ``config`` is the federation's, with what is this machine's own in it. ``ConfigError`` where the party has no state.
+    """
+    folder = absent(out)
+    if not 0 <= client < config.clients.count:
+        raise ConfigError(
+            f"there is no client {client}; the federation has the clients 0 to {config.clients.count - 1}."
+        )
+    store = _store(Path(state).expanduser(), client, run)
+    held = store.load(client)
+    f = config.federation(combines=True)
+    shared = laid_over(f.model.initial(f.seed), held.leaves)
+    folds = _folds(store, held)
+    summary = {
+        **summarise(config, [], False, 0.0), "labels": list(f.label_names), "folds": len(folds), "kept": True,
+        "rounds": held.counted + 1, "client": client,
+    }  # fmt: skip
+    write(folder / CONFIG, dumps(config.table).encode())
+    write(folder / METRICS, b"")
+    save_tree(folder / SHARED, shared)
+    save_folds(folder, folds)
+    kept: Tree = held.settled(held.counted).kept
+    if any(kept.values()):
+        save_tree(clients_file(folder, client), kept)
+    save_json(folder / SUMMARY, json.loads(json.dumps(summary)))
+    return summary
+
+
+def _store(state: Path, client: int, run: str | None) -> Store:
+    """The state of the named run, or of the one that was written last."""
+    files = sorted(state.glob(f"{run or '*'}/clients/{client}.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ConfigError(
+            f"{str(state)!r} has no state of client {client}{f' in the run {run!r}' if run else ''}; "
+            "name the folder that the node's configuration calls state."
+        )
+    return Store(files[-1].parents[1])
+
+
+def _folds(store: Store, held: Holding) -> FoldLog:
+    log = FoldLog()
+    for name in held.folds:
+        log.append(store.fold(name))
+    return log
