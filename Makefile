@@ -11,7 +11,7 @@ demo: $(VENV)/.base ## ten parties, eight methods, embedded data, about a minute
 	$(OFFLINE) $(BIN)/fedlora demo
 
 test: $(VENV)/.dev ## all tests, offline
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n 2
+	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks scripts

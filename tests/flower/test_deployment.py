@@ -15,9 +15,9 @@ from fedlora.flower.app import init
 from fedlora.flower.processes import Loopback
 from fedlora.state import load_tree
 from tests.flower.test_engine import trained
-from tests.flower.world import config, same
+from tests.flower.world import ADAPTERS, config, same
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +60,33 @@ def test_fedex_ends_with_the_bits_of_one_process_folds_included(flower, place):
     assert there[-1]["clients"] == ours[-1]["clients"] and there[-1]["global"] == ours[-1]["global"]
 
 
+def test_a_run_that_a_superlinks_restart_broke_goes_on_with_the_same_bits(flower, place):
+    one, folder = config("method.name=ravan", "engine.threads=1", "rounds=3", *ADAPTERS["ravan"]), place / "broken"
+    app, lines = init(place / "app-broken", one, folder), []
+    restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
+    restarter.start()
+    assert flower.run(app, watch=lines.append, timeout=200) == 1, flower.outcome
+    restarter.join()
+    assert 1 <= len(records_of(folder)) < 3
+    assert flower.run(app, watch=lines.append, timeout=200) == 0, (flower.outcome, lines[-20:])
+    assert same(load_tree(folder / "shared.safetensors"), fedlora.run(one).shared)
+    assert [r["round"] for r in records_of(folder)] == [1, 2, 3]
+
+
+def _after_a_round(folder):
+    for _ in range(1200):
+        log = folder / "metrics.jsonl"
+        if log.exists() and log.read_text().count("\n") >= 1:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no round came to its end")
+
+
 def test_a_node_that_is_killed_in_a_round_is_named_and_the_run_ends_without_it(flower, place):
     """FedSA: each party's B stays on its own disk; party 2 dies while it trains in round 2."""
     folder = place / "fedsa-lora"
 
-    def kill():
-        for _ in range(600):
-            log = folder / "metrics.jsonl"
-            if log.exists() and log.read_text().count("\n") >= 1:
-                break
-            time.sleep(0.1)
-        flower.kill("party-2")
-
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=lambda: (_after_a_round(folder), flower.kill("party-2")))
     killer.start()
     settings = ("rounds=3", "training.local_steps=40", "evaluation.every=3", "flower.round_timeout=25.0")
     _, folder, lines = deployed(flower, place, "fedsa-lora", *settings)

@@ -19,6 +19,7 @@ from fedlora.flower.processes import Loopback
 pytestmark = [
     pytest.mark.flower,
     pytest.mark.slow,
+    pytest.mark.xdist_group("flower"),
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc"),
 ]
 

@@ -23,7 +23,9 @@ from fedlora.flower.simulation import _play
 from tests.flower.test_engine import plain, trained
 from tests.flower.world import QUICK, config, overrides, same
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower"), pytest.mark.filterwarnings("ignore"),
+]  # fmt: skip
 
 
 def several(tables, folder):

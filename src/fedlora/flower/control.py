@@ -14,6 +14,7 @@ from fedlora.flower.surroundings import LAST, plain, tail
 
 CONNECTION = "loopback"  # the name of the SuperLink in Flower's own config.toml
 COMMAND = "flwr"
+AWAY = 30.0  # seconds that a SuperLink may be unreachable while a run's end is waited for
 STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -55,7 +56,15 @@ class Control:
         return run["status"] if details in ("", "N/A") else f"{run['status']}: {details}"
 
     def _state(self, number: int) -> dict[str, str]:
-        return self.call("list", CONNECTION, "--run-id", str(number))["runs"][0]
+        """What became of a run so far; a SuperLink that is being restarted is given time to come back."""
+        until = time.monotonic() + AWAY
+        while True:
+            try:
+                return self.call("list", CONNECTION, "--run-id", str(number))["runs"][0]
+            except ChildProcessError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
 
     def _flwr(self, *arguments: str, **options) -> subprocess.Popen:
         command = [str(self.program), *arguments]
