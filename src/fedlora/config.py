@@ -4,6 +4,8 @@ Each table holds the keyword arguments of one constructor, so the dataclasses ar
 list. What is wrong is said in one sentence with the key, the value, and what would do.
 """
 
+import hashlib
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +21,7 @@ from fedlora.clients import Clients, Shard
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
+from fedlora.flower.own import OWN
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
@@ -90,7 +93,7 @@ class Config:
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
-            training, self.evaluation, self.server, self.rounds, self.seed, names,
+            training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
         )  # fmt: skip
 
     def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
@@ -124,6 +127,17 @@ class Config:
     def head_rule(self, dense: Dense) -> Method:
         """How a part trained in full is combined: with the method's own weights, or not at all."""
         return (FedIT if self.method.shares_head else Local)(dense, self.method.weighting)
+
+
+def fingerprint(table: Table) -> str:
+    """A digest of all that parties must have alike: the configuration without what a node says of its own machine."""
+    own = {*OWN, "training.precision"}  # a machine's precision is what it is fast at
+    left = {
+        section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
+        for section, value in table.items()
+        if section not in ("engine", "compare")
+    }
+    return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:

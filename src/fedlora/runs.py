@@ -84,7 +84,7 @@ def run(
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
     }
-    if folder is not None:
+    if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
         save_tree(folder / SHARED, shared)
         save_folds(folder, last.folds if last else FoldLog())
         for client, tree in kept.items():
@@ -187,7 +187,10 @@ class Keeper:
             return
         with open(self.folder / METRICS, "a+", encoding="utf-8") as self._file:
             self._file.seek(0)
-            self.records = [json.loads(line) for line in self._file]
+            lines = self._file.read().splitlines(keepends=True)
+            self.records = [json.loads(line) for line in lines if line.endswith("\n")]
+            if len(self.records) < len(lines):  # the last one was cut off
+                self._write(self.records, anew=True)
             yield
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 import fedlora
+from fedlora.config import fingerprint
 from fedlora.engines.flower import records
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
@@ -49,6 +50,10 @@ def with_tree(message, change):
     return message
 
 
+def adapted(tree):
+    return next(part for part in sorted(tree) if "A" in tree[part])
+
+
 def nan(tree):
     part = next(iter(tree))
     leaf = next(iter(tree[part]))
@@ -56,7 +61,7 @@ def nan(tree):
 
 
 def other_shape(tree):
-    part = next(iter(tree))
+    part = adapted(tree)
     tree[part]["A"] = tree[part]["A"][:1]  # (1, n): numpy would broadcast it
 
 
@@ -69,7 +74,7 @@ def frozen_leaf(tree):
 
 
 def whole_numbers(tree):
-    part = next(iter(tree))
+    part = adapted(tree)
     tree[part]["A"] = tree[part]["A"].to(torch.int32)
 
 
@@ -94,7 +99,7 @@ def without(name):
 
 
 def garbage(message):
-    message.content["leaves"] = ArrayRecord({"leaves": Array(torch.arange(9, dtype=torch.uint8).numpy())})
+    message.content["leaves"] = ArrayRecord({"leaves": Array(torch.arange(9, dtype=torch.uint8).numpy())})  # npy
     return message
 
 
@@ -115,13 +120,51 @@ def other_holding(message):
     return message
 
 
+def as_float8(tree):
+    part = adapted(tree)
+    tree[part]["A"] = tree[part]["A"].to(torch.float8_e4m3fn)
+
+
+def huge(tree):
+    part = adapted(tree)
+    tree[part]["A"] = torch.full_like(tree[part]["A"], 3e38)
+
+
+def _replaced(message, name, record):
+    del message.content[name]
+    message.content[name] = record
+    return message
+
+
+def raw(content):
+    def change(message):
+        array = Array(dtype="uint8", shape=(len(content),), stype="safetensors", data=content)
+        message.content["leaves"] = ArrayRecord({"leaves": array})
+        return message
+
+    return change
+
+
+def as_config(message):
+    del message.content["leaves"]
+    message.content["leaves"] = ConfigRecord({"leaves": b"x"})
+    return message
+
+
 FAULTS = {
+    "float8": (lambda m: with_tree(m, as_float8), "no plain ones"),
+    "huge": (lambda m: with_tree(m, huge), "no finite numbers"),
+    "zip": (raw(b"PK\x03\x04" + bytes(40)), "no tree of leaves"),
+    "a header of 2^60 bytes": (raw((2**60).to_bytes(8, "little") + b"{}"), "no tree of leaves"),
+    "leaves of another kind": (as_config, "no tree of leaves"),
+    "rows as a float": (metrics(examples=3.0), "claims 3.0 training rows"),
+    "metrics of another kind": (lambda m: _replaced(m, "metrics", ConfigRecord({"round": "x"})), "answered for round"),
     "NaN": (lambda m: with_tree(m, nan), "no finite numbers"),
     "other shapes": (lambda m: with_tree(m, other_shape), r"with shape \(1, 96\), not \(2, 96\)"),
     "an unknown part": (lambda m: with_tree(m, unknown_part), "which the model does not have"),
-    "an unknown leaf": (lambda m: with_tree(m, frozen_leaf), "which no client trains"),
+    "an unknown leaf": (lambda m: with_tree(m, frozen_leaf), "it sent the leaf 'frozen'"),
     "whole numbers": (lambda m: with_tree(m, whole_numbers), "no finite numbers"),
-    "a part missing": (lambda m: with_tree(m, part_missing), "did not send the leaves that the others sent"),
+    "a part missing": (lambda m: with_tree(m, part_missing), "it did not send the leaf"),
     "another round": (metrics(round=0), "answered for round 0, not 1"),
     "no rows": (metrics(examples=0), "claims 0 training rows"),
     "fewer than no rows": (metrics(examples=-5), "claims -5 training rows"),
@@ -299,7 +342,7 @@ def test_a_node_with_another_pretrained_model_is_left_out(tmp_path):
     world.server.directory = None
     at = world.server.begin(world.federation)
     world.server.at = at
-    world.server._directory.wait(3, 0.02, 0.001)
+    world.server._directory.wait(3, 0.02)
     assert not world.server._directory.here()
     assert "does not make the same start" in world.events[-1].text
 
@@ -332,3 +375,106 @@ def test_wrong_settings_are_said(setting):
     with pytest.raises(fedlora.ConfigError, match=rf"flower\.{setting.split('=')[0]}"):
         config(f"flower.{setting}")
     assert Network().min_clients == 2
+
+
+def lower_rank_of_one_side(tree):
+    tree[adapted(tree)]["A"] = tree[adapted(tree)]["A"][:1]
+
+
+def without_b(tree):
+    del tree[adapted(tree)]["B"]
+
+
+@pytest.mark.parametrize("change", [lower_rank_of_one_side, without_b, part_missing, huge], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "svd"])
+def test_methods_with_unequal_ranks_are_spared_what_does_not_fit_together(name, change, tmp_path):
+    settings = [f"method.name={name}", "adapter={name = 'lora', rank = 4, alpha = 8}", "clients.ranks=[2, 4, 2]"]
+    world = World(tmp_path, *settings, "rounds=2", post=changed(lambda m: with_tree(m, change)))
+    assert [r.record["cohort"] for r in world.run()] == [[0, 1, 2], [0, 2]]
+
+
+def test_a_late_client_that_stays_connected_is_asked_again(tmp_path):
+    lost = []
+
+    def post(message):
+        if message.metadata.src_node_id == 11 and in_round(message, 2) and not lost:
+            lost.append(message)
+            return None
+        return message
+
+    network = replace(IMPATIENT, min_clients=3, retry=0.05)
+    world = World(tmp_path, "rounds=2", network=network, post=post)
+    assert [r.record["cohort"] for r in world.run()] == [[0, 1, 2]] * 2
+    assert lost
+
+
+def test_a_number_that_is_free_again_is_taken_and_a_lost_hello_is_repeated(tmp_path, monkeypatch):
+    from fedlora.engines.flower import directory
+
+    monkeypatch.setattr(directory, "PATIENCE", 0.05)
+    hellos = []
+
+    def post(message):
+        if message.metadata.message_type == "query" and message.metadata.src_node_id == 12 and not hellos:
+            hellos.append(message)
+            return None
+        return message
+
+    world = World(tmp_path, "rounds=4", network=replace(QUICK, retry=0.01, join_timeout=0.3), post=post)
+
+    def watch(event):
+        if event.kind == "round" and event.round == 0:
+            world.grid.join(31, {"client": 1})  # restarted, while its old node still counts as connected
+        if event.kind == "round" and event.round == 1:
+            world.grid.leave(11)
+
+    world.server.watch = watch
+    cohorts = [r.record["cohort"] for r in world.run()]
+    assert hellos and cohorts[0] == [0, 1, 2] and cohorts[-1] == [0, 1, 2]
+
+
+def test_an_order_of_an_earlier_round_is_refused(tmp_path):
+    orders, strange = [], []
+
+    def post(message):
+        if message.metadata.dst_node_id == 11 and in_round(message, 2):
+            orders.append(dict(message.content["order"]))
+        if message.metadata.dst_node_id == 11 and in_round(message, 4):
+            strange.append(message.content["order"]["round"])
+            for key, value in orders[0].items():
+                message.content["order"][key] = value
+        return message
+
+    world = World(tmp_path, "method.name=fedsa-lora", "rounds=4", "evaluation.every=4", post=post)
+    rounds = world.run()
+    assert strange == [3] and rounds[3].record["cohort"] == [0, 2]
+    assert "ValueError" in rounds[3].record["absent"][1]
+
+
+def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
+    world = World(tmp_path, "method.name=fedex-lora", "rounds=1")
+    world.run()
+    model, store = world.base.federation.model, Store(tmp_path / "run")
+    held = store.load(0)
+    world.base.bring_to(held.folds, store)
+    before = {p: x.module.base.weight.clone() for p, x in model.parts.items() if hasattr(x.module, "base")}
+    good, bad = list(before)[:2]
+    name = store.add(
+        {good: (Factors(torch.ones(96, 1), torch.ones(1, 96)),), bad: (Factors(torch.ones(5, 1), torch.ones(1, 7)),)}
+    )
+    with pytest.raises(RuntimeError):
+        world.base.bring_to((*held.folds, name), store)
+    world.base.bring_to(held.folds, store)
+    assert all(torch.equal(model.parts[p].module.base.weight, x) for p, x in before.items())
+
+
+def test_a_party_with_another_configuration_is_left_out(tmp_path):
+    world = World(tmp_path, "rounds=1", network=replace(QUICK, join_timeout=0.02))
+    world.base = type(world.base)(config("rounds=1", "training.learning_rate=0.5").federation())
+    world.server.at = world.server.begin(world.federation)
+    world.server._directory.wait(3, 0.02)
+    assert not world.server._directory.here()
+    assert "its configuration, its pretrained model" in world.events[-1].text
+    for own in ("engine.threads=2", "task.data=/elsewhere", "task.label=y", "model.name=/models/vit"):
+        assert config(own).table != config().table
+        assert fingerprint(config(own).table) == fingerprint(config().table)

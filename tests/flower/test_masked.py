@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 from fedlora import methods
-from fedlora.engines.flower import hidden
+from fedlora.engines.flower.layout import means, size, vector
 from fedlora.rounds import shares
 from tests.flower.world import QUICK, World, config, overrides
 
@@ -147,12 +147,12 @@ def test_a_replayed_and_an_altered_message_are_refused(tmp_path):
 def test_the_vector_and_its_layout_come_back():
     layout = {"a.b/A": (2, 3), "a.b/B": (4,), "c/s": ()}
     sent = {"a.b": {"A": torch.randn(2, 3)}, "c": {"s": torch.tensor(2.0)}}
-    x = hidden.vector(layout, sent)
-    assert x.numel() == hidden.size(layout) == 6 + 4 + 1 + 3
-    back = hidden.means(layout, x * 0.25, 0.25)
+    x = vector(layout, sent)
+    assert x.numel() == size(layout) == 6 + 4 + 1 + 3
+    back = means(layout, x * 0.25, 0.25)
     assert back["a.b"].keys() == {"A"} and torch.allclose(back["a.b"]["A"], sent["a.b"]["A"])
     with pytest.raises(ValueError, match="not in the round's layout"):
-        hidden.vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
+        vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
 
 
 @pytest.mark.parametrize("name", [n for n in methods.names() if n not in SUMS])
@@ -176,3 +176,60 @@ def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
         kind = methods.load(name)
         assert kind.combine is Method.combine and kind.combine_all is Method.combine_all, name
     assert shares(methods.load("ravan")(), [3, 1]) == [0.5, 0.5]
+
+
+def test_a_party_that_hides_its_uploads_sends_none_in_the_clear(tmp_path):
+    """A server whose configuration says otherwise, or that leaves the protocol out, gets nothing."""
+    from fedlora.engines.flower.server import Federated
+
+    world = World(tmp_path, "rounds=1", "clients.count=4", network=HIDDEN)
+    world.server = Federated(
+        world.events.append, federation=world.federation, network=replace(QUICK, retry=100.0), grid=world.grid
+    )
+    world.server.at = world.server.begin(world.federation)
+    world.server._enter(world.server.at)
+    world.server._ask([0, 1, 2, 3], set())
+    assert not world.server.replies
+    assert all("ValueError" in why for why in world.server.absent.values()) and len(world.server.absent) == 4
+
+
+@pytest.mark.parametrize("terms", [{"secure_threshold": 3}, {"secure_range": 8.0}])
+def test_a_party_holds_the_server_to_its_own_terms(terms, tmp_path):
+    world = World(tmp_path, "rounds=1", "clients.count=5", "task.train_rows=400", network=HIDDEN)
+    world.server.network = replace(HIDDEN, **terms)
+    world.server.at = world.server.begin(world.federation)
+    world.server._enter(world.server.at)
+    with pytest.raises(ValueError, match="0 of 5 clients sent their 'advertise' message"):
+        world.server._summed(world.federation, world.server.at, [0, 1, 2, 3, 4])
+
+
+def test_fewer_than_the_threshold_are_waited_for(tmp_path):
+    network = replace(HIDDEN, secure_threshold=4, join_timeout=0.02)
+    world = World(tmp_path, "rounds=1", "clients.count=5", "task.train_rows=400", network=network)
+    world.grid.leave(10)
+    world.grid.leave(11)
+
+    def watch(event):
+        world.events.append(event)
+        if event.kind == "waiting":
+            world.grid.join(40, {"client": 0})
+
+    world.server.watch = watch
+    [done] = world.run()
+    assert done.record["cohort"] == [0, 2, 3, 4]
+    assert any("3 of at least 4 clients are connected" in e.text for e in world.events)
+
+
+def test_a_second_sum_of_a_round_over_other_clients_is_refused_by_the_parties(tmp_path):
+    """Two sums that differ by one client would show what it sent; the same sum again is harmless."""
+    settings = ("rounds=1", "clients.count=5", "task.train_rows=400", "evaluation.every=1")
+    world = World(tmp_path, *settings, network=replace(HIDDEN, secure_threshold=3))
+    f, server = world.federation, world.server
+    server.at = server.begin(f)
+    server._enter(server.at)
+    server._summed(f, server.at, [0, 1, 2, 3, 4])
+    first = server.mean.tree
+    server._summed(f, server.at, [0, 1, 2, 3, 4])
+    assert close(first, server.mean.tree, 1e-6)
+    with pytest.raises(ValueError, match="0 of 4 clients sent their 'unmask' message"):
+        server._summed(f, server.at, [0, 1, 2, 4])

@@ -6,8 +6,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
+import torch
+
 import fedlora
 from fedlora.config import ConfigError
+from fedlora.engines.checkpoint import config_digest, unfolded
+from fedlora.engines.flower.store import Store
 from fedlora.flower.server import serve
 from fedlora.state import load_tree
 from tests.flower.test_engine import plain, trained
@@ -65,3 +69,81 @@ def test_a_finished_run_another_configuration_and_a_foreign_folder_are_refused(t
     assert same(load_tree(tmp_path / "run" / "shared.safetensors"), before)
     longer = World(tmp_path / "nodes", *quick[:2], "rounds=2")
     assert len(serve(longer.config, longer.grid, tmp_path / "run").records) == 2
+
+
+QUICKLY = ("flower.poll=0.001", "flower.join_timeout=0.05", "flower.round_timeout=0.5")
+
+
+def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_first(tmp_path):
+    """Round 2 is folded and sent, then the server dies; it runs again without client 1, which returns in round 3."""
+    world = World(tmp_path / "nodes", "method.name=fedex-lora", "rounds=4", *QUICKLY)
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("evaluation", 1))
+    world.grid.leave(11)
+
+    def watch(event):
+        if event.kind == "round" and event.round == 1:
+            world.grid.join(11, {"client": 1})
+
+    result = serve(world.config, world.grid, tmp_path / "run", watch)
+    assert [r["cohort"] for r in result.records] == [[0, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
+    token = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
+    stores = [Store(tmp_path / "nodes" / token).load(client) for client in range(3)]
+    assert stores[0].folds == stores[1].folds == stores[2].folds
+    assert len({s.base for s in stores}) == 1
+    for number, name in enumerate(stores[0].folds):
+        ours = unfolded(load_tree(tmp_path / "run" / "folds" / f"{number:06d}.safetensors"))
+        theirs = Store(tmp_path / "nodes" / token).fold(name)
+        assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
+
+
+def test_a_line_that_was_cut_off_a_broken_checkpoint_and_a_refusal_that_writes_nothing(tmp_path):
+    settings = ("method.name=fedit", "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
+    world = World(tmp_path / "nodes", *settings)
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"round": 3, "coh')
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        serve(config(*settings, "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    again = serve(world.config, world.grid, tmp_path / "run")
+    assert [r["round"] for r in again.records] == [1, 2, 3]
+    assert same(again.shared, fedlora.run(config(*settings)).shared)
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cannot be read, it was cut off or edited"):
+        serve(world.config, world.grid, tmp_path / "run")
+
+
+def test_ctrl_c_before_the_first_round_after_a_break_loses_nothing(tmp_path):
+    settings = ("rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
+    world = World(tmp_path / "nodes", *settings)
+
+    def interrupt(event):
+        if event.kind == "turn" and event.round == 2:
+            raise KeyboardInterrupt
+
+    first = serve(world.config, world.grid, tmp_path / "run", interrupt)
+    assert first.summary["interrupted"] and first.summary["rounds"] == 2
+    kept = (tmp_path / "run" / "shared.safetensors").read_bytes()
+    serve(world.config, world.grid, tmp_path / "run", interrupt)
+    assert (tmp_path / "run" / "shared.safetensors").read_bytes() == kept
+    last = serve(world.config, world.grid, tmp_path / "run")
+    assert same(last.shared, fedlora.run(config(*settings)).shared)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_servers_own_moments_go_on(optimizer, tmp_path):
+    settings = (f"server.optimizer={optimizer}", "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
+    world = World(tmp_path / "nodes", *settings)
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
+    assert same(serve(world.config, world.grid, tmp_path / "run").shared, fedlora.run(config(*settings)).shared)
+
+
+def test_a_schedule_over_all_rounds_is_not_made_longer(tmp_path):
+    assert config_digest(config("rounds=2").table) == config_digest(config("rounds=4").table)
+    linear = [config_digest(config(f"rounds={n}", "training.schedule=linear").table) for n in (2, 4)]
+    assert linear[0] != linear[1]

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from fedlora.engines.flower.masked import served_by
 from fedlora.engines.flower.memory import MemoryGrid
 from fedlora.engines.flower.node import Base, Node, made
 from fedlora.engines.flower.party import client_app, handled
-from fedlora.engines.flower.server import served_by
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from tests.engines.test_inprocess import ADAPTERS, config, same
 
-QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001)
+QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001, retry=0.3)
 
 
 class World:
@@ -19,6 +19,7 @@ class World:
     def __init__(self, folder: Path, *overrides: str, network=QUICK, post=lambda m: m, token="run"):
         self.config = config(*overrides)
         self.federation = self.config.federation()
+        self.network = network
         self.base = Base(self.config.federation())
         self.folder = folder
         self.events = []
@@ -32,7 +33,7 @@ class World:
         return client_app(lambda kind, content, context: handled(kind, content, lambda run: self.node(context, run)))
 
     def node(self, context, run):
-        return Node(self.base, int(context.node_config["client"]), Store(self.folder / run))
+        return Node(self.base, int(context.node_config["client"]), Store(self.folder / run), self.network)
 
     def run(self, at=None):
         return list(self.server.run(self.federation, at))

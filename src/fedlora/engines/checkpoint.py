@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fedlora.engines.loop import Federation, Standing
 from fedlora.folds import Folds
@@ -27,10 +27,9 @@ class Checkpoint:
 
     def save(self, at: Standing) -> None:
         """The folds first, then the state that counts them: a crash between the two leaves the round before."""
-        for number in range(at.folds.start, len(at.folds)):
-            path = self._fold(number)
-            if not path.exists():
-                save_tree(path, folded(at.folds.entries[number - at.folds.start]))
+        known = self.about()["folds"] if self else 0  # a file beyond is of a round that was run again
+        for number in range(known, len(at.folds)):
+            save_tree(self._fold(number), folded(at.folds.entries[number - at.folds.start]))
         about = {
             "number": at.number, "folds": len(at.folds), "counted": {str(k): v for k, v in at.counted.items()},
             "token": self.token, "config": self.config,
@@ -54,8 +53,13 @@ class Checkpoint:
 
     def about(self) -> dict[str, Any]:
         """What the checkpoint says of itself. ``ValueError`` where it is of another configuration."""
-        with safe_open(self.folder / STATE, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
+        try:
+            with safe_open(self.folder / STATE, framework="pt") as file:
+                about = json.loads(file.metadata()["about"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(self.folder / STATE)!r} cannot be read, it was cut off or edited: {error}; run it anew."
+            ) from error
         if about["config"] != self.config:
             raise ValueError(
                 f"{str(self.folder)!r} holds a run of another configuration; choose another folder, "
@@ -86,7 +90,10 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 
 def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is."""
-    left = {key: value for key, value in table.items() if key not in ("engine", "flower", "rounds")}
+    training = table.get("training", {})
+    flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
+    free = ("engine", "flower", *(["rounds"] if flat else []))  # a schedule is over all rounds
+    left = {key: value for key, value in table.items() if key not in free}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -41,6 +41,7 @@ class Federation:
     rounds: int
     seed: int
     label_names: tuple[str, ...] = ()
+    fingerprint: str = ""  # of the configuration, without what is a party's own
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's part in a round, its seed included."""

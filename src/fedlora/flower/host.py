@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def serve(told: dict) -> None:
             try:
                 with listener.accept() as connection:
                     _answer(connection, table, node)
-            except (EOFError, OSError) as error:  # a relay that was killed while it asked
+            except (EOFError, OSError, AuthenticationError) as error:  # a relay that was killed while it asked
                 print(f"fedlora: a question was not finished: {error}", file=sys.stderr, flush=True)
 
 

@@ -25,15 +25,17 @@ def base(table: str, party: int | None = None) -> Base:
 def party(table: Table, node_config: Mapping[str, Any], run: str) -> Node:
     """One organisation's party for a run, with its own data; model and data are loaded once a process."""
     client = number(node_config)
-    own = base(json.dumps(own_table(table, node_config)), client)
-    return Node(own, client, Store(state_folder(node_config) / run))
+    own = own_table(table, node_config)
+    return Node(base(json.dumps(own), client), client, Store(state_folder(node_config) / run), build(own).flower)
 
 
 def simulated_app(table: Table, folder: Path) -> ClientApp:
     """All clients of a federation in one folder, whichever process they run in."""
-    text = json.dumps(table)
+    text, network = json.dumps(table), build(table).flower
 
     def turns(kind, content, context):
-        return handled(kind, content, lambda run: Node(base(text), number(context.node_config), Store(folder / run)))
+        return handled(
+            kind, content, lambda run: Node(base(text), number(context.node_config), Store(folder / run), network)
+        )
 
     return client_app(turns)

@@ -4,14 +4,18 @@ Flower starts a process for every message. That process imports no torch and loa
 or starts it, and waits for the answer.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,7 @@ def client_app(config: str | Path) -> ClientApp:
             return _here(path, kind, content, context)
         try:
             return asked(reached(path, context.node_config), kind, content)
-        except (OSError, EOFError, TimeoutError, ConfigError) as error:
+        except (OSError, EOFError, AuthenticationError, ConfigError) as error:
             print(f"fedlora: the party's host cannot be reached: {error}", file=sys.stderr)
             return "its host process is gone; its own log says more"
 
@@ -67,9 +71,11 @@ def asked(connection: Connection, kind: str, content: RecordDict) -> RecordDict 
 def reached(config: Path, node_config: Mapping[str, Any]) -> Connection:
     """A connection to the host of this configuration on this machine; it is started where there is none."""
     place = Place.of(config, node_config)
-    connection = place.connect()
-    if connection is not None:
-        return connection
+    with place.alone():  # two messages at once must not start two hosts
+        return place.connect() or _started(place, config, node_config)
+
+
+def _started(place: "Place", config: Path, node_config: Mapping[str, Any]) -> Connection:
     process = place.start(config, node_config)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -89,10 +95,10 @@ class Place:
         runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         self.folder = runtime / f"fedlora-{os.getuid()}"
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        about = self.folder.stat()
-        if about.st_uid != os.getuid() or about.st_mode & 0o077:
+        about = self.folder.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
             raise OSError(f"{str(self.folder)!r} is open to others; remove it, or set XDG_RUNTIME_DIR")
-        self.socket, self.key = (self.folder / f"{name}.{ending}" for ending in ("sock", "key"))
+        self.socket, self.key, self.lock = (self.folder / f"{name}.{ending}" for ending in ("sock", "key", "lock"))
         self.log = log
 
     @classmethod
@@ -101,6 +107,13 @@ class Place:
         told = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
         name = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest()
         return cls(name, state_folder(node_config) / "host.log")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other process looks for this host, or starts it."""
+        with open(os.open(self.lock, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def connect(self) -> Connection | None:
         """None where nobody listens."""

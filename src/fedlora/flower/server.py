@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -10,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config, ConfigError, read
 from fedlora.engines.checkpoint import Checkpoint, config_digest
-from fedlora.engines.flower.server import served_by
+from fedlora.engines.flower.masked import served_by
 from fedlora.engines.loop import Federation, Observe, Round, Watch
 from fedlora.report.progress import Lines
 from fedlora.runs import Result, Take, run
@@ -41,10 +42,12 @@ def serve(config: Config, grid: Grid, out: Path, watch: Watch = lambda event: No
     ``ConfigError`` where ``out`` holds another run, or this one finished.
     """
 
+    saved = Checkpoint(out, config_digest(config.table), "")
+    if saved and saved.about()["number"] >= config.rounds:  # refused before anything is written
+        raise ConfigError(f"{str(out)!r} holds this run, finished; raise rounds, or choose another folder.")
+
     def drive(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
-        checkpoint = Checkpoint(out, config_digest(config.table), _token(out))
-        if checkpoint and checkpoint.about()["number"] >= f.rounds:
-            raise ConfigError(f"{str(out)!r} holds this run, finished; raise rounds, or choose another folder.")
+        checkpoint = replace(saved, token=_token(out))
         engine = served_by(config.flower)(
             watch, observe, federation=f, network=config.flower, token=checkpoint.token, grid=grid
         )

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,12 +24,15 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlora.config import Config, merged
-from fedlora.engines.flower.server import Federated, served_by
+from fedlora.engines.flower.masked import served_by
+from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.engines.loop import Federation, Observe, Watch
 from fedlora.flower.parties import simulated_app
 from fedlora.runs import Take
 from fedlora.types import Tree
+
+ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
 
 
 def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> Mapping[int, Tree]:
@@ -40,6 +44,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     threads = config.engine.threads or 1
     table = merged(config.table, {"engine": {"threads": threads}})
     failed: list[BaseException | None] = []
+    ended = threading.Event()
     with TemporaryDirectory(prefix="fedlora-") as place:
         # All nodes are there from the start; until the first has loaded the model may take a while.
         engine = served_by(config.flower)(
@@ -55,8 +60,14 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             except BaseException:
                 failed.append(sys.exc_info()[1])  # Flower would only log it
                 raise
+            finally:
+                ended.set()
 
-        _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
+        try:
+            _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
+        except KeyboardInterrupt:
+            engine.stopped = True  # its thread ends at its next look, and what was finished is kept
+            ended.wait(ENDING)
         if failed and failed[0] is not None:
             raise failed[0]
         return _kept(engine, Store(Path(place) / engine.token))

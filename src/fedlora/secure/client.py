@@ -87,6 +87,11 @@ class Client:
         self.sealing = self.masking = KeyPair(b"")
         return message
 
+    def survivors(self, survivors: Message) -> frozenset[int]:
+        """Whose vectors the sum would have that :meth:`unmask` is asked to unmask; answers nothing."""
+        request = unpacked(self._opened(survivors, "unmask"), 1)
+        return frozenset(n for n, kept in self._wanted(request).items() if kept)
+
     def to_bytes(self) -> bytes:
         """All that :meth:`from_bytes` needs, private keys among it: for this client's own store, never for the wire."""
         keys = {"sealing": self.sealing.private, "masking": self.masking.private, "seed": self.seed}

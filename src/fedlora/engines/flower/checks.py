@@ -4,51 +4,72 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from fedlora.engines.flower.layout import expected
 from fedlora.engines.loop import Federation
 from fedlora.method import Method
-from fedlora.rounds import public
 from fedlora.tasks.task import Scores
-from fedlora.types import Layer, Tree
+from fedlora.types import Layer, Tree, Turn
+
+PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST = 65504.0  # of a trained number, float16's; far beyond it, factorisations of sums overflow
 
 
 class RefusedError(ValueError):
     """A reply that is left out; the text says why."""
 
 
-def upload(f: Federation, shared: Tree, sent: Tree) -> Tree:
-    """The upload with every part of the model. ``RefusedError``: unknown parts or leaves, wrong shapes, no numbers."""
+# What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
+
+
+def upload(f: Federation, shared: Tree, turn: Turn, sent: Tree) -> Tree:
+    """The upload with every part of the model, float32 as the server's leaves.
+
+    ``RefusedError`` where it has not the leaves that this client's turn sends, with their shapes and finite numbers.
+    """
+    needed, exact = expected(f.rules, shared, turn)
     strange = sorted(sent.keys() - f.rules.keys())
     if strange:
         raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")
-    for part, layer in sent.items():
-        _layer(part, f.rules[part], public(shared[part]), layer)
-    return {part: sent.get(part, {}) for part in f.rules}
+    return {p: _layer(p, rule, needed[p], sent.get(p, {}), exact, turn.rank) for p, rule in f.rules.items()}
 
 
-def _layer(part: str, rule: Method, shared: Layer, sent: Layer) -> None:
+def mean(f: Federation, found: Tree) -> Tree:
+    """A round's mean, with every part of the model: leaves that nobody sent are missing."""
+    for layer in found.values():
+        for leaf, x in layer.items():
+            if not bool(torch.isfinite(x).all()):
+                raise RefusedError(f"the mean of {leaf!r} is not finite")
+    return {part: found.get(part, {}) for part in f.rules}
+
+
+def _layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> dict[str, Tensor]:
+    odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
+    if odd:
+        what = "it did not send" if odd[0] in needed else "it sent"
+        raise RefusedError(f"{what} the leaf {odd[0]!r} of {part!r}")
+    shapes = _shapes(sent)
+    if shapes != _shapes({leaf: needed[leaf] for leaf in sent}) and not _pruned(rule, needed, shapes, rank):
+        wrong = next(leaf for leaf in sent if shapes[leaf] != tuple(needed[leaf].shape))
+        raise RefusedError(
+            f"it sent {wrong!r} of {part!r} with shape {shapes[wrong]}, not {tuple(needed[wrong].shape)}"
+        )
     for leaf, x in sent.items():
-        if leaf not in rule.adapter.trainable or leaf not in shared:
-            raise RefusedError(f"it sent the leaf {leaf!r} of {part!r}, which no client trains")
-        found, needed = tuple(x.shape), tuple(shared[leaf].shape)
-        smaller = len(found) == len(needed) and all(0 < a <= b for a, b in zip(found, needed))
-        if found != needed and not (rule.any_rank and smaller):
-            raise RefusedError(f"it sent {leaf!r} of {part!r} with shape {found}, not {needed}")
-        if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
-            raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers")
+        if x.dtype not in PLAIN or not bool((x.float().abs() <= LARGEST).all()):
+            raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
+    return {leaf: sent[leaf].to(needed[leaf].dtype) for leaf in sorted(sent)}
 
 
-def same_leaves(trees: Mapping[int, Tree], f: Federation) -> dict[int, str]:
-    """Clients whose upload lacks what the others sent, where a method averages what all of them train."""
-    parts = [part for part, rule in f.rules.items() if not rule.any_rank]
-    if len(trees) < 2 or not parts:
-        return {}
-    forms = {client: tuple(frozenset(tree[part]) for part in parts) for client, tree in trees.items()}
-    kinds = list(forms.values())
-    usual = max(kinds, key=kinds.count)
-    return {
-        client: "it did not send the leaves that the others sent" for client, form in forms.items() if form != usual
-    }
+def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    return {leaf: tuple(x.shape) for leaf, x in layer.items()}
+
+
+def _pruned(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], rank: int) -> bool:
+    """Whether a client that may differ in rank has sent a smaller one, the same in all its leaves."""
+    smaller = range(1, rank) if rule.any_rank else ()
+    return any(_shapes(rule.adapter.leading(needed, r)) == shapes for r in smaller)
 
 
 def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
@@ -56,7 +77,7 @@ def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
     if metrics.get("round") != number:
         raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {number}")
     rows, loss = metrics.get("examples"), metrics.get("loss")
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+    if type(rows) is not int or rows < 1:
         raise RefusedError(f"it claims {rows!r} training rows")
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise RefusedError(f"its loss is {loss!r}")
@@ -70,8 +91,8 @@ def scores(metrics: Mapping[str, object], number: int) -> Scores:
     names = [key.removesuffix(".sum") for key in metrics if key.endswith(".sum")]
     found = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in found.items():
-        sound = isinstance(total, int | float) and math.isfinite(total) and isinstance(count, int) and count > 0
-        if not sound:
+        sound = isinstance(total, int | float) and math.isfinite(total) and type(count) is int and count > 0
+        if not sound or (name == "accuracy" and not 0 <= total <= count):
             raise RefusedError(f"its score {name!r} is {total!r} over {count!r} rows")
     if "accuracy" not in found:
         raise RefusedError(f"its scores are {', '.join(found) or 'none'}, without accuracy")

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER
 
 HELLO = "query"
-REST = 10.0  # seconds until a node that could not answer is asked again
+PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
 
 
 @dataclass
@@ -22,25 +22,33 @@ class Directory:
     run: str
     made: str  # what every party must make from the seed
     tell: Callable[[int | None, str], None]  # client, what happened
+    retry: float = 10.0  # seconds until a node that could not say who it is, or was refused, is asked again
+    pause: Callable[[], None] = lambda: sleep(0.1)  # between two looks
     nodes: dict[int, int] = field(default_factory=dict)
-    folded: dict[int, int] = field(default_factory=dict)  # how many of this run's folds a client said that it holds
+    folded: dict[int, tuple[int, str]] = field(default_factory=dict)  # client -> its folds, and its base's name
     rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
-    refused: set[int] = field(default_factory=set)
+    since: dict[str, float] = field(default_factory=dict)  # message id -> when it was asked
+    told: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
     resting: dict[int, float] = field(default_factory=dict)  # nodes that failed to answer, and until when to let them
     connected: set[int] = field(default_factory=set)
 
     def refresh(self) -> None:
         """Looks who is there, asks who is new, and takes in what has been answered."""
         self.connected = set(self.grid.get_node_ids())
-        resting = {node for node, until in self.resting.items() if monotonic() < until}
-        known = set(self.nodes.values()) | set(self.asked.values()) | self.refused | resting
+        now = monotonic()
+        for key in [key for key, then in self.since.items() if now - then > PATIENCE]:
+            self.asked.pop(key, None)
+            del self.since[key]
+        resting = {node for node, until in self.resting.items() if now < until}
+        known = set(self.nodes.values()) | set(self.asked.values()) | resting
         fresh = sorted(self.connected - known)
         content = RecordDict({ORDER: ConfigRecord({"run": self.run})})
         messages = [Message(content, node, HELLO) for node in fresh]
         pushed = set(self.grid.push_messages(messages))
         ids = ((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)
         self.asked |= {key: node for key, node in ids if key in pushed}
+        self.since |= {key: now for key in self.asked if key not in self.since}
         for reply in self.grid.pull_messages(list(self.asked)) if self.asked else ():
             node = self.asked.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
@@ -50,41 +58,46 @@ class Directory:
         """The clients whose nodes are connected."""
         return {client for client, node in self.nodes.items() if node in self.connected}
 
-    def wait(self, wanted: int, seconds: float, poll: float) -> None:
+    def wait(self, wanted: int, seconds: float) -> None:
         """Until so many clients are here, at most so many seconds."""
         end = monotonic() + seconds
         self.refresh()
         while len(self.here()) < wanted and monotonic() < end:
-            sleep(poll)
+            self.pause()
             self.refresh()
 
     def _introduced(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            self.resting[node] = monotonic() + REST
-            return self.tell(None, f"node {node} could not say who it is: {reply.error.reason}")
-        client = reply.content[METRICS].get("client") if METRICS in reply.content else None
-        why = self._objection(node, client, reply)
-        if why is None:
-            self.nodes[client] = node
-            said = reply.content[METRICS]
-            self.folded[client], self.rows[client] = said["folded"], said["examples"]
-            self.tell(client, "joined")
-        else:
-            self.refused.add(node)
-            self.tell(None, f"node {node} is left out: {why}")
+            return self._left_out(node, f"it could not say who it is: {reply.error.reason}")
+        said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
+        if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
+            return self._left_out(node, "it did not say who it is")
+        made, _, base = str(held.get(HOLDS)).partition(" ")
+        client, why = said.get("client"), self._objection(node, said, made)
+        if why is not None or type(client) is not int:
+            return self._left_out(node, str(why))
+        self.nodes[client], self.rows[client] = node, said["examples"]
+        self.folded[client] = said["folded"], base
+        self.tell(client, "joined")
 
-    def _objection(self, node: int, client: object, reply: Message) -> str | None:
-        if not isinstance(client, int) or not 0 <= client < self.count:
+    def _left_out(self, node: int, why: str) -> None:
+        """Told once, and asked again after a while: its number may be free then, or its machine in order."""
+        if self.told.get(node) != why:
+            self.tell(None, f"node {node} is left out: {why}")
+        self.told[node], self.resting[node] = why, monotonic() + self.retry
+
+    def _objection(self, node: int, said: MetricRecord, made: str) -> str | None:
+        client, rows, folded = (said.get(key) for key in ("client", "examples", "folded"))
+        if type(client) is not int or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
-        rows, folded = (reply.content[METRICS].get(key) for key in ("examples", "folded"))
-        if not isinstance(rows, int) or rows < 1 or not isinstance(folded, int):
+        if type(rows) is not int or rows < 1 or type(folded) is not int:
             return f"client {client} says that it has {rows!r} training rows and {folded!r} folds"
         other = self.nodes.get(client)
         if other is not None and other != node and other in self.connected:
             return f"it calls itself client {client}, which node {other} is already"
-        if HOLDS not in reply.content or reply.content[HOLDS].get(HOLDS) != self.made:
+        if made != self.made:
             return (
-                f"client {client} does not make the same start from the configuration; "
-                "its pretrained model, its configuration or its version of torch differs from the server's"
+                f"client {client} does not make the same start; its configuration, its pretrained model or its version "
+                "of torch differs from the server's"
             )
         return None

@@ -4,22 +4,19 @@ What it sends is one vector: every leaf that anybody sends this round, zeros whe
 where it has it. So the server can take each leaf's mean over those who trained it, and cannot tell who that was.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 
-import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fedlora.engines.flower.layout import Layout, vector
 from fedlora.engines.flower.node import Node
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER, order_of
-from fedlora.rounds import Rules, received
-from fedlora.secure import Client, Message, Session
-from fedlora.state import SEPARATOR, write
-from fedlora.types import Tree, Turn, Work
+from fedlora.secure import PHASES, Client, Message, Session, default_threshold
+from fedlora.state import write
 
 PHASE, SESSION, TOLD, SAID, LAYOUT = "phase", "session", "told", "said", "layout"
-
-Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape, in the vector's order
 
 
 def answer(node: Node, content: RecordDict) -> RecordDict:
@@ -27,12 +24,16 @@ def answer(node: Node, content: RecordDict) -> RecordDict:
     if content[ORDER]["client"] != node.client:
         raise ValueError(f"a message for client {content[ORDER]['client']} came to client {node.client}.")
     phase, found, place = content[PHASE][PHASE], RecordDict(), node.store.secret(node.client)
+    if phase not in PHASES:
+        raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
     told = Message(**content[TOLD]) if TOLD in content else None
     if phase == "advertise":
-        client = Client(Session.of(content[SESSION]), node.client)
+        client = Client(agreed(node, Session.of(content[SESSION]), content[ORDER]), node.client)
         said = client.advertise()
     else:
         client = Client.from_bytes(place.read_bytes())
+        if phase == "unmask":
+            _only_sum(node, client, told)
         given = (_turn(node, content, found),) if phase == "masked" else ()
         said = getattr(client, str(phase))(told, *given)
     write(place, client.to_bytes())  # before the message leaves: a client set back could be made to answer twice
@@ -40,6 +41,32 @@ def answer(node: Node, content: RecordDict) -> RecordDict:
         place.unlink()
     found[SAID] = ConfigRecord(said.record())
     return found
+
+
+def agreed(node: Node, session: Session, order: Mapping[str, object]) -> Session:
+    """The session, if its terms are those of this party's own configuration; ``ValueError`` where they are not."""
+    threshold = node.network.secure_threshold or default_threshold(len(session.numbers))
+    if session.threshold < threshold or session.range != node.network.secure_range:
+        raise ValueError(
+            f"the session has a threshold of {session.threshold} and a range of {session.range}; this party's "
+            f"configuration says {threshold} and {node.network.secure_range}."
+        )
+    if (session.run, session.round) != (order["run"], order["round"]):
+        raise ValueError(f"the session is of round {session.round} of run {session.run!r}, not of the order's.")
+    return session
+
+
+def _only_sum(node: Node, client: Client, told: Message) -> None:
+    """Refuses to unmask a second sum of one round over other clients: the difference of the two would be uploads."""
+    place = node.store.secret(node.client).with_suffix(".sums")
+    now = [client.session.round, *sorted(client.survivors(told))]
+    before = json.loads(place.read_text()) if place.exists() else None
+    if before is not None and before[0] == now[0] and before != now:
+        raise ValueError(
+            f"round {now[0]} was unmasked already, as the sum of clients {before[1:]}; another sum, of {now[1:]}, "
+            "would show single uploads. Go on when the same clients are there, or begin a new run."
+        )
+    write(place, json.dumps(now).encode())
 
 
 def _turn(node: Node, content: RecordDict, found: RecordDict) -> Tensor:
@@ -57,64 +84,3 @@ def layout_record(layout: Layout) -> ConfigRecord:
     shapes = list(layout.values())
     sizes = [size for shape in shapes for size in shape]
     return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})
-
-
-def vector(layout: Layout, sent: Tree) -> Tensor:
-    """``(d,)`` float32: every leaf's numbers in the layout's order, then a one for each leaf that was sent."""
-    own = {f"{part}{SEPARATOR}{leaf}": x.float() for part, layer in sent.items() for leaf, x in layer.items()}
-    strange = [name for name, x in own.items() if layout.get(name) != tuple(x.shape)]
-    if strange:
-        raise ValueError(f"this party would send {strange[0]!r}, which is not in the round's layout.")
-    values = [
-        own[name].reshape(-1) if name in own else torch.zeros(shape).reshape(-1) for name, shape in layout.items()
-    ]
-    return torch.cat([*(x.cpu() for x in values), torch.tensor([float(name in own) for name in layout])])
-
-
-def size(layout: Layout) -> int:
-    """``d``: how long the vector is."""
-    return sum(torch.Size(shape).numel() + 1 for shape in layout.values())
-
-
-def means(layout: Layout, mean: Tensor, least: float) -> Tree:
-    """Each leaf's mean over those who sent it, of the mean of all vectors; without leaves that nobody sent.
-
-    ``least`` is the smallest share that a client can have in that mean.
-    """
-    there = mean[mean.numel() - len(layout) :]
-    tree: dict[str, dict[str, Tensor]] = {}
-    at = 0
-    for (name, shape), present in zip(layout.items(), there.tolist()):
-        numbers = torch.Size(shape).numel()
-        part, _, leaf = name.rpartition(SEPARATOR)
-        layer = tree.setdefault(part, {})
-        if present > least / 2:
-            everyone = abs(present - 1) < 1e-6
-            layer[leaf] = mean[at : at + numbers].reshape(shape) / (1.0 if everyone else present)
-        at += numbers
-    return tree
-
-
-def layout_of(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
-    """Every leaf that a client of these turns may send: what the method sends of a start that nobody has trained."""
-    found: dict[str, tuple[int, ...]] = {}
-    for turn in turns:
-        start = received(rules, shared, {}, turn)
-        for part, rule in rules.items():
-            sent = rule.send(Work(start[part], start[part], _trained(rule, start[part], turn)), turn)
-            found |= {f"{part}{SEPARATOR}{leaf}": tuple(x.shape) for leaf, x in sent.items()}
-    return found
-
-
-class _GradientError(Exception):
-    """The choice of what to train goes by the client's own rows: any leaf may come."""
-
-
-def _trained(rule, start, turn: Turn) -> frozenset[str]:
-    def unknown():
-        raise _GradientError
-
-    try:
-        return rule.trains(start, turn, unknown)
-    except _GradientError:
-        return rule.adapter.trainable

@@ -7,12 +7,19 @@ import torch
 from flwr.app import ConfigRecord, Message
 
 from fedlora.engines.flower import checks, hidden
+from fedlora.engines.flower.layout import Layout, layout_of, means, size
 from fedlora.engines.flower.records import HOLDS, METRICS
 from fedlora.engines.flower.server import Federated
+from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Reply, Standing
 from fedlora.rounds import Received, shares
 from fedlora.secure import PHASES, ProtocolError, Server, TooFewClientsError
 from fedlora.secure import Message as Sealed
+
+
+def served_by(network: Network) -> type[Federated]:
+    """The server for these settings."""
+    return Masked if network.secure_aggregation else Federated
 
 
 @dataclass
@@ -36,28 +43,35 @@ class Masked(Federated):
         wanted = f.clients.per_round or f.clients.count
         while True:
             cohort = [k for k in f.clients.order(at.number, f.seed) if k in self._directory.here()][:wanted]
-            why = f"{len(cohort)} clients are connected"
-            if len(cohort) >= max(3, min(self.network.min_clients, wanted)):
+            least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
+            why = f"{len(cohort)} of at least {least} clients are connected"
+            if len(cohort) >= least:
                 try:
                     self._summed(f, at, sorted(cohort))
                     break
                 except ProtocolError as error:
                     why = str(error)
-            self.watch(Event("waiting", at.number, text=f"{why}; the round begins again when there are enough"))
-            time.sleep(self.network.poll)
-            self._directory.refresh()
+            self.watch(Event("waiting", at.number, text=f"{why}; the round begins anew"))
+            self._rest(len(cohort))
         return self._left(f, at, began)
+
+    def _rest(self, there: int) -> None:
+        """Until other clients are here than before, or it is time to try again."""
+        again = time.monotonic() + self.network.retry
+        while len(self._directory.here()) == there and time.monotonic() < again:
+            self._pause()
+            self._directory.refresh()
 
     def _summed(self, f: Federation, at: Standing, cohort: list[int]) -> None:
         """One session: everybody's vector, unmasked only as a sum. ``ProtocolError`` where too few stay to its end."""
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]
-        layout = hidden.layout_of(f.rules, at.shared, turns)
+        layout = layout_of(f.rules, at.shared, turns)
         weights = dict(zip(cohort, shares(f.method, [self._directory.rows[k] for k in cohort])))
         if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
             return super()._ask(cohort, set())
         t, span = self.network.secure_threshold, self.network.secure_range
-        server = Server.open(weights, hidden.size(layout), t, span, self.token, at.number)
+        server = Server.open(weights, size(layout), t, span, self.token, at.number)
         told: dict[int, Sealed | None] = dict.fromkeys(cohort)
         for phase in PHASES:
             messages = [self._phase(server, phase, k, sealed, layout) for k, sealed in told.items()]
@@ -66,12 +80,11 @@ class Masked(Federated):
             told = dict(server.close())
         found = server.outcome()
         least = min(weights[k] for k in found.numbers) / found.weight
-        tree = hidden.means(layout, found.mean, least)
-        whole = {part: tree.get(part, {}) for part in f.rules}
-        self.mean = Received(f.turn(at.number, found.numbers[0]), 1, checks.upload(f, at.shared, whole))
+        tree = checks.mean(f, means(layout, found.mean, least))
+        self.mean = Received(f.turn(at.number, found.numbers[0]), 1, tree)
         self.replies = {k: self.replies[k] for k in found.numbers}
 
-    def _phase(self, server: Server, phase: str, client: int, told: Sealed | None, layout: hidden.Layout) -> Message:
+    def _phase(self, server: Server, phase: str, client: int, told: Sealed | None, layout: Layout) -> Message:
         message = self._message(client, self._round, "train", with_leaves=phase == "masked")
         message.content[hidden.PHASE] = ConfigRecord({hidden.PHASE: phase})
         if phase == PHASES[0]:
@@ -79,7 +92,7 @@ class Masked(Federated):
         if told is not None:
             message.content[hidden.TOLD] = ConfigRecord(told.record())
         if phase == "masked":
-            message.content[hidden.LAYOUT] = hidden.layout_record(layout)
+            message.content[hidden.LAYOUT] = _record(layout)
         return message
 
     def _heard(self, server: Server, phase: str, order, reply: Message) -> None:
@@ -105,3 +118,10 @@ class Masked(Federated):
         except ProtocolError as error:
             self.replies.pop(client, None)
             raise checks.RefusedError(str(error)) from error
+
+
+def _record(layout: Layout) -> ConfigRecord:
+    """The layout as lists."""
+    shapes = list(layout.values())
+    sizes = [size for shape in shapes for size in shape]
+    return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})

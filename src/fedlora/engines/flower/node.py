@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fedlora.engines.flower.records import Order, digest
+from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluator
@@ -47,11 +48,18 @@ class Base:
         """Folds what is missing; starts from the pretrained weights where other folds are in them."""
         model = self.federation.model
         if self.applied != folds[: len(self.applied)]:
-            model.unfold()
-            self.applied = ()
+            self._unfolded()
         for name in folds[len(self.applied) :]:
-            model.fold(store.fold(name))
+            try:
+                model.fold(store.fold(name))
+            except BaseException:
+                self._unfolded()  # half of it may be in the base
+                raise
             self.applied = (*self.applied, name)
+
+    def _unfolded(self) -> None:
+        self.federation.model.unfold()
+        self.applied = ()
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Node:
     base: Base
     client: int
     store: Store
+    network: Network = field(default_factory=Network)  # what this party's own configuration agrees to
     step_done: Callable[[], None] = lambda: None
 
     @property
@@ -71,12 +80,16 @@ class Node:
         """Who this is: its number and rows, how many folds it holds, and what it makes from the seed."""
         f = self.federation
         rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.count else 0
-        folded = self.store.load(self.client).folded
-        return Answer({"client": self.client, "examples": rows, "folded": folded}, self.base.made)
+        held = self.store.load(self.client)
+        metrics = {"client": self.client, "examples": rows, "folded": held.folded}
+        return Answer(metrics, f"{self.base.made} {held.base}")
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted."""
         f, turn = self.federation, self.federation.turn(order.round, self.client)
+        before = self.store.load(self.client)
+        if order.round < max(before.pending, before.counted):
+            raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(order, leaves, folds)
         trainer = LocalTrainer(
             f.model, f.task, f.data.train, f.shards[self.client], f.training, turn, f.rounds, holding.moments,
@@ -97,8 +110,8 @@ class Node:
         """
         before = self.store.load(self.client)
         holding, shared, holds = self._received(order, leaves, folds)
-        arrived = {"leaves": holding.leaves, "folds": holding.folds, "folded": holding.folded, "counted": order.counted}
-        self.store.save(self.client, replace(before, **arrived))
+        arrived = {name: getattr(holding, name) for name in ("leaves", "folds", "folded", "base")}
+        self.store.save(self.client, replace(before, counted=order.counted, **arrived))
         scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
         metrics: dict[str, int | float] = {"round": order.round}
         for name, (total, count) in scores.sums.items():
@@ -110,8 +123,9 @@ class Node:
         held = self.store.load(self.client).settled(order.counted)
         held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
-        held = replace(held, leaves=laid_over(held.leaves, leaves))
         f = self.federation
+        known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
+        held = replace(held, leaves=laid_over(held.leaves, known))
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
         shared = laid_over(start, held.leaves)
@@ -122,15 +136,19 @@ class Node:
         return held, shared, holds
 
     def _caught_up(self, held: Holding, order: Order, folds: Sequence[Folds]) -> Holding:
-        """With the folds that it lacks; one that it has had already is not folded again."""
-        whole = len(folds) == order.after - order.first  # round by round, not their sum
-        if held.folded > order.after or (order.first == 0 and not whole):
-            held = replace(held, folds=(), folded=0)
-        had = held.folded - order.first
-        if had < 0 or (had > 0 and not whole):
+        """With the folds that it lacks, on the base that they were made for; those it has already are not folded again.
+
+        A base is known by its number of folds and the server's name for it: a round that a server ran twice may have
+        folded something else the second time.
+        """
+        if (held.folded, held.base) == (order.after, order.base):
+            return held
+        if order.first == 0:
+            held = replace(held, folds=(), folded=0, base="")
+        if (held.folded, held.base) != (order.first, order.before):
             raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add(some) for some in folds[had:]]
-        return replace(held, folds=(*held.folds, *names), folded=order.after)
+        names = [self.store.add(some) for some in folds]
+        return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
 
 
 def visible(rules: Rules, shared: Tree, rank: int) -> dict[str, dict]:
@@ -143,7 +161,7 @@ def visible(rules: Rules, shared: Tree, rank: int) -> dict[str, dict]:
 
 
 def made(f: Federation) -> str:
-    """A digest of what every party must make alike: the leaves from the seed, and the pretrained weights.
+    """A digest of what every party must have alike: configuration, leaves from the seed, and pretrained weights.
 
     Of each weight up to 1,024 values, in bfloat16, the coarsest precision that a party may hold it in.
     """
@@ -152,7 +170,7 @@ def made(f: Federation) -> str:
         if x.is_floating_point():
             values = x.detach().reshape(-1)
             sample[name] = {str(tuple(x.shape)): values[:: max(1, len(values) // 1024)][:1024].bfloat16()}
-    return digest(sample)
+    return digest(sample | {"configuration": {f.fingerprint: torch.zeros(0)}})
 
 
 def laid_over(tree: Tree, other: Tree) -> dict[str, dict]:

@@ -57,6 +57,8 @@ def _answered(kind: str, content: RecordDict, node) -> RecordDict:
     if hidden.PHASE in content:
         return hidden.answer(node, content)
     answer = _answer(kind, content, node)
+    if node.network.secure_aggregation and any((answer.sent or {}).values()):
+        raise ValueError("the server asks for an upload in the clear; this party's configuration hides uploads.")
     return answered(answer.metrics, answer.holds, answer.sent)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from fedlora.folds import Folds
 from fedlora.state import SEPARATOR, flat, nested
 from fedlora.types import Tree
 
+STYPE = "safetensors"  # how an array of ours is written, where Flower would write npy
 LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
 
 
@@ -33,6 +33,8 @@ class Order:
     full: bool  # the leaves are those that differ from what the seed gives, not from what the party holds
     first: int  # number of the first fold that comes along
     after: int  # folds that the party holds then
+    before: str  # the name of the base with the folds before ``first`` in it
+    base: str  # and with those before ``after``
     holds: str  # digest of the leaves that the party holds then
     counted: int = -1  # the last round that this party's upload went into
 
@@ -42,14 +44,18 @@ class UnreadableError(ValueError):
 
 
 def pack(tree: Tree) -> ArrayRecord:
-    """One uint8 array."""
-    return ArrayRecord({LEAVES: Array(np.frombuffer(save(flat(tree)), dtype=np.uint8))})
+    """One array of bytes."""
+    content = save(flat(tree))
+    return ArrayRecord({LEAVES: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
 
 
 def unpack(record: ArrayRecord) -> Tree:
     """The tree that ``pack`` wrote. ``UnreadableError`` where it is none."""
+    array = record[LEAVES] if isinstance(record, ArrayRecord) and LEAVES in record else None
+    if array is None or array.stype != STYPE:
+        raise UnreadableError("the arrays are no tree of leaves.")
     try:
-        return nested(load(record[LEAVES].numpy().tobytes()))
+        return nested(load(array.data))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
 

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.channel import Delivery
+from fedlora.engines.checkpoint import folded
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
 from fedlora.engines.flower.node import made, visible
@@ -22,7 +24,7 @@ from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, Unread
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
-from fedlora.rounds import Received
+from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
 from fedlora.types import Tree
 
@@ -48,6 +50,8 @@ class Federated(Loop, Strategy):
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
     _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
+    stopped: bool = field(default=False, init=False)  # set by another thread: the next pause raises KeyboardInterrupt
+    _bases: list[str] = field(default_factory=lambda: [""], init=False)  # number of folds -> the base's name
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, tuple[int, Order, Delivery | None]] = field(
@@ -64,14 +68,29 @@ class Federated(Loop, Strategy):
 
     def _connect(self, f: Federation) -> None:
         assert self.grid is not None, "start(grid) first"
-        self.directory = Directory(self.grid, f.clients.count, self.token, made(f), self._told)
+        self.directory = Directory(
+            self.grid, f.clients.count, self.token, made(f), self._told, self.network.retry, self._pause
+        )
+
+    def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+        served = super()._combined(f, at, uploads)
+        self._name(at)
+        return served
+
+    def _name(self, at: Standing) -> None:
+        """A name for the base after each fold, which no other folds have."""
+        while len(self._bases) <= len(at.folds):
+            number = len(self._bases) - 1
+            fold = folded(at.folds.entries[number - at.folds.start])
+            self._bases.append(digest({"before": {self._bases[-1]: torch.zeros(0)}, **fold}))
 
     def measured(self, f: Federation) -> bool:
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
     def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
-        self._first = at.number
+        self._first, self._bases = at.number, [""]
+        self._name(at)
         return super().run(f, at)
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -90,7 +109,7 @@ class Federated(Loop, Strategy):
         """A round begins; the first one waits for all parties. Returns when that was."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         patience = self.network.join_timeout if at.number == self._first else 0.0
-        self._directory.wait(self.federation.clients.count, patience, self.network.poll)
+        self._directory.wait(self.federation.clients.count, patience)
         return began
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
@@ -139,10 +158,6 @@ class Federated(Loop, Strategy):
         """Takes in the uploads that are sound; ``run`` combines them."""
         for reply in replies:
             self._taken(reply, self._upload)
-        odd = checks.same_leaves({k: r.upload.tree for k, r in self.replies.items()}, self.federation)
-        for client, why in odd.items():
-            del self.replies[client]
-            self._lost(client, why)
         return None, None
 
     def configure_evaluate(self, server_round: int, arrays, config, grid) -> Iterable[Message]:
@@ -177,27 +192,35 @@ class Federated(Loop, Strategy):
                 return
 
     def _wait(self, number: int, least: int, tried: set[int]) -> None:
-        """Until a client is here that has not been asked, or one whose node was gone has come back."""
+        """Until a client is here that has not been asked, one is back, or it is time to ask the others once more."""
         gone = tried - self._directory.here()
         text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
         self.watch(Event("waiting", number, text=text))
+        again = time.monotonic() + self.network.retry
         while not (self._directory.here() - tried):
-            time.sleep(self.network.poll)
+            self._pause()
             self._directory.refresh()
             back = gone & self._directory.here() - self.replies.keys()
             gone |= tried - self._directory.here()
-            tried -= back
+            tried -= back if time.monotonic() < again else tried - self.replies.keys()
+
+    def _pause(self) -> None:
+        """Between two looks."""
+        time.sleep(self.network.poll)
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def _message(self, client: int, number: int, kind: str, with_leaves: bool = True) -> Message:
         f, at = self.federation, self.at
         own = visible(f.rules, at.shared, f.budgets[client])
         if not at.channel.knows(client):
-            said = self._directory.folded.pop(client, 0)
-            at.channel.forget(client, said if at.folds.start <= said <= len(at.folds) else 0)
+            count, base = self._directory.folded.pop(client, (0, ""))
+            there = at.folds.start <= count <= len(at.folds) and self._bases[count] == base
+            at.channel.forget(client, count if there else 0)
         delivery = at.channel.lacking(client, at.shared, at.folds, own)
         order = Order(
             self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
-            digest(own), at.counted.get(client, -1),
+            self._bases[delivery.first], self._bases[delivery.after], digest(own), at.counted.get(client, -1),
         )  # fmt: skip
         if with_leaves:
             at.channel.deliver(number, client, delivery)
@@ -221,7 +244,7 @@ class Federated(Loop, Strategy):
                     waiting.discard(key)
                     found.append(reply)
             if waiting:
-                time.sleep(self.network.poll)
+                self._pause()
         for key in waiting:
             self._lost(self._sent[key][0], f"no answer within {self.network.round_timeout:g} seconds")
         return found
@@ -233,8 +256,9 @@ class Federated(Loop, Strategy):
             if reply.has_error():
                 raise checks.RefusedError(reply.error.reason or "its app failed")
             take(client, order, reply)
-        except (checks.RefusedError, UnreadableError, KeyError) as error:
-            text = str(error)
+        except checks.MALFORMED as error:
+            refused = isinstance(error, checks.RefusedError | UnreadableError)
+            text = str(error) if refused else f"its reply is malformed ({type(error).__name__}: {error})"
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
@@ -246,9 +270,10 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         _holding(order, reply)
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        tree: Tree = checks.upload(self.federation, self.at.shared, unpack(reply.content[LEAVES]))
+        turn = self.federation.turn(order.round, client)
+        tree: Tree = checks.upload(self.federation, self.at.shared, turn, unpack(reply.content[LEAVES]))
         self.at.channel.collect(order.round, client, tree)
-        self.replies[client] = Reply(Received(self.federation.turn(order.round, client), rows, tree), loss)
+        self.replies[client] = Reply(Received(turn, rows, tree), loss)
         self.watch(Event("turn", order.round, client, loss))
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
@@ -267,12 +292,3 @@ class Federated(Loop, Strategy):
 def _holding(order: Order, reply: Message) -> None:
     if reply.content[HOLDS].get(HOLDS) != order.holds:
         raise checks.RefusedError("it does not hold what it was sent")
-
-
-def served_by(network: Network) -> type[Federated]:
-    """The server for these settings."""
-    if not network.secure_aggregation:
-        return Federated
-    from fedlora.engines.flower.masked import Masked
-
-    return Masked

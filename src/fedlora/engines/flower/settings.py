@@ -14,6 +14,7 @@ class Network:
     round_timeout: float | None = None  # seconds that a round waits for its slowest client; None: until it has answered
     join_timeout: float = 60.0  # seconds that the first round waits for all parties
     poll: float = 0.3  # seconds between two looks for replies
+    retry: float = 10.0  # seconds until a party that failed is asked once more
     secure_aggregation: bool = False  # the server learns the sum of the uploads, and no upload
     secure_threshold: int | None = None  # clients of a round that must stay to its end; None: two thirds, and one
     secure_range: float = 16.0  # the largest absolute value that a client can send so
@@ -21,7 +22,7 @@ class Network:
     def __post_init__(self):
         if self.min_clients < 1:
             raise ValueError(f"flower.min_clients is {self.min_clients}; a round needs at least 1 client.")
-        for key in ("round_timeout", "join_timeout", "poll"):
+        for key in ("round_timeout", "join_timeout", "poll", "retry"):
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ValueError(f"flower.{key} is {value}; it must be a positive number of seconds.")

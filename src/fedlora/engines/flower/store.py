@@ -36,6 +36,7 @@ class Holding:
     counted: int = -1  # the last round that this party's upload went into, as the server last said
     folds: tuple[str, ...] = ()  # names of the fold files, in order; together they are ``folded`` folds
     folded: int = 0
+    base: str = ""  # the server's name for the base with these folds in it
 
     def settled(self, counted: int) -> "Holding":
         """With the pending turn taken over if its upload counted, and dropped if not."""
@@ -79,12 +80,7 @@ class Store:
             value = getattr(holding, name) or {}
             layers = _layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
-        about = {
-            "pending": holding.pending,
-            "counted": holding.counted,
-            "folds": list(holding.folds),
-            "folded": holding.folded,
-        }
+        about = {name: getattr(holding, name) for name in ("pending", "counted", "folds", "folded", "base")}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
 
     def secret(self, client: int) -> Path:
