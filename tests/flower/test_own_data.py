@@ -92,7 +92,7 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
     server._directory.refresh()
     server._directory.refresh()
     assert [e.text for e in told] == [
-        "node 10 could not say who it is: its turn failed (ValueError); its own log says more"
+        "node 10 is left out: it could not say who it is: its turn failed (ValueError); its own log says more"
     ]
     assert "the data has no column 'lable' (task.label); did you mean 'label'?" in capfd.readouterr().err
 
