@@ -1,4 +1,4 @@
-"""Runs the benchmarks that are named, or all: training levers memory overhead aggregation merging."""
+"""Runs the benchmarks that are named, or all of them, in the order of ``ALL``."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, federation, levers, merging, training
+from benchmarks import aggregation, engines, federation, levers, merging, training
 
 ALL = {
     "training": training.measure,
@@ -17,6 +17,7 @@ ALL = {
     "overhead": federation.overhead,
     "aggregation": aggregation.measure,
     "merging": merging.measure,
+    "engines": engines.measure,
 }
 
 

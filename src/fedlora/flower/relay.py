@@ -39,12 +39,20 @@ def client_app(config: str | Path) -> ClientApp:
         if context.node_config.get("host", True) is False:
             return _here(path, kind, content, context)
         try:
-            return asked(reached(path, context.node_config), kind, content)
+            found = asked(reached(path, context.node_config), kind, content)
         except (OSError, EOFError, TimeoutError, ConfigError) as error:
             print(f"fedlora: the party's host cannot be reached: {error}", file=sys.stderr)
             return "its host process is gone; its own log says more"
+        if isinstance(found, str):  # the SuperNode's log is where the party looks first
+            print(f"fedlora: {kind}: {found}: {log(context.node_config)}", file=sys.stderr)
+        return found
 
     return app_of(turns)
+
+
+def log(node_config: Mapping[str, Any]) -> Path:
+    """Where a party's host writes what went wrong, in full."""
+    return state_folder(node_config).absolute() / "host.log"
 
 
 def _here(path: Path, kind: str, content: RecordDict, context: Context) -> RecordDict | str:
@@ -56,7 +64,7 @@ def _here(path: Path, kind: str, content: RecordDict, context: Context) -> Recor
 
 
 def asked(connection: Connection, kind: str, content: RecordDict) -> RecordDict | str:
-    """One question to the host. What goes over is Flower's own protobuf, never a pickle."""
+    """One question to the host. What goes over is Flower's own protobuf, nothing pickled."""
     with connection:
         connection.send_bytes(kind.encode())
         connection.send_bytes(recorddict_to_proto(content).SerializeToString())
@@ -100,7 +108,7 @@ class Place:
         """One host for one configuration of one node, of one SuperNode process."""
         told = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
         name = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest()
-        return cls(name, state_folder(node_config) / "host.log")
+        return cls(name, log(node_config))
 
     def connect(self) -> Connection | None:
         """None where nobody listens."""

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     """
     threads = config.engine.threads or 1
     table = merged(config.table, {"engine": {"threads": threads}})
-    failed: list[BaseException] = []
+    failed: list[BaseException | None] = []
     with TemporaryDirectory(prefix="fedlora-") as place:
         # All nodes are there from the start; until the first has loaded the model may take a while.
         engine = Federated(watch, observe, federation=f, network=replace(config.flower, join_timeout=math.inf))
@@ -49,13 +50,13 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             engine.grid = grid
             try:
                 take(engine.run(f))
-            except BaseException as error:  # Flower would log it and go on to stop; the caller is told
-                failed.append(error)
+            except BaseException:
+                failed.append(sys.exception())  # Flower would log it and go on to stop; the caller is told
                 raise
 
         _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
-        if failed:
-            raise failed[0]
+        for error in filter(None, failed):
+            raise error
         return _kept(engine, Store(Path(place) / engine.token))
 
 
