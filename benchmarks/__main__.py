@@ -1,4 +1,4 @@
-"""Runs the benchmarks that are named, or all: training levers memory overhead aggregation merging agreement."""
+"""Runs the benchmarks that are named, or all of them, in the order of ``ALL``."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, agreement, federation, levers, merging, training
+from benchmarks import aggregation, agreement, engines, federation, levers, merging, training
 
 ALL = {
     "training": training.measure,
@@ -18,6 +18,7 @@ ALL = {
     "aggregation": aggregation.measure,
     "merging": merging.measure,
     "agreement": agreement.measure,
+    "engines": engines.measure,
 }
 
 

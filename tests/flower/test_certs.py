@@ -166,6 +166,7 @@ def test_the_command_says_what_goes_to_whom(tmp_path):
     assert all(f"keys/parties/{name}/" in found.stdout for name in "ab")
     assert "flwr supernode register keys/server/keys/b.key.pub fl" in found.stdout
     assert "--superlink fl.example.org:8443" in found.stdout
+    assert all(f"--node-config 'client={number} " in found.stdout for number in (0, 1))
     again = fedlora("flower", "certs", "keys", "--parties", "a", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("fedlora: 'keys' exists already")

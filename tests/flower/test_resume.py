@@ -147,3 +147,29 @@ def test_a_schedule_over_all_rounds_is_not_made_longer(tmp_path):
     assert config_digest(config("rounds=2").table) == config_digest(config("rounds=4").table)
     linear = [config_digest(config(f"rounds={n}", "training.schedule=linear").table) for n in (2, 4)]
     assert linear[0] != linear[1]
+
+
+def test_a_refused_configuration_leaves_the_folder_as_it_was(tmp_path):
+    quick = ["flower.poll=0.001", "flower.join_timeout=2.0", "rounds=1"]
+    world = World(tmp_path / "nodes", *quick)
+    serve(world.config, world.grid, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for other in ("training.learning_rate=1e-3", "rounds=1"):
+        with pytest.raises(ValueError, match="choose another folder"):
+            serve(config(*quick, other), world.grid, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path):
+    pytest.importorskip("fcntl", reason="this system has no such locks")
+    world = World(tmp_path / "nodes", "flower.poll=0.001", "flower.join_timeout=2.0", "rounds=2")
+    refused = []
+
+    def second(event):
+        if event.kind == "round" and not refused:
+            with pytest.raises(ConfigError, match="another run writes into") as found:
+                serve(world.config, world.grid, tmp_path / "run")
+            refused.append(found)
+
+    assert len(serve(world.config, world.grid, tmp_path / "run", second).records) == 2
+    assert refused

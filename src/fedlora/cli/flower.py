@@ -27,11 +27,13 @@ Once, where the runs are started from; in ~/.flwr/config.toml:
 then, for each party:
 {register}
 
-At each party, in its folder:
+At each party, in its folder, with its own rows and columns:
 {nodes}
+Two nodes on one machine need --port NUMBER, another for each.
 """
 NODE = """  flower-supernode --root-certificates ca.crt --superlink {address}:8443 \\
-      --auth-supernode-private-key {name}.key --node-config 'KEY="VALUE"'"""
+      --auth-supernode-private-key {name}.key \\
+      --node-config 'client={number} state="state" task.data="rows.csv" task.text="text" task.label="label"'"""
 
 
 @app.callback()
@@ -151,7 +153,7 @@ def _handout(folder: Path, names: list[str], hosts: list[str]) -> str:
         listen="127.0.0.1" if local else "0.0.0.0",
         places=_places(folder, names),
         register="\n".join(f"  flwr supernode register {quote(f'{keys}/{name}.key.pub')} fl" for name in names),
-        nodes="\n".join(NODE.format(address=address, name=name) for name in names),
+        nodes="\n".join(NODE.format(address=address, name=name, number=i) for i, name in enumerate(names)),
     )
 
 

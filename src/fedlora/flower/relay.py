@@ -43,12 +43,20 @@ def client_app(config: str | Path) -> ClientApp:
         if context.node_config.get("host", True) is False:
             return _here(path, kind, content, context)
         try:
-            return asked(reached(path, context.node_config), kind, content)
+            found = asked(reached(path, context.node_config), kind, content)
         except (OSError, EOFError, AuthenticationError, ConfigError) as error:
             print(f"fedlora: the party's host cannot be reached: {error}", file=sys.stderr)
             return "its host process is gone; its own log says more"
+        if isinstance(found, str):  # the SuperNode's log is where the party looks first
+            print(f"fedlora: {kind}: {found}: {log(context.node_config)}", file=sys.stderr)
+        return found
 
     return app_of(turns)
+
+
+def log(node_config: Mapping[str, Any]) -> Path:
+    """Where a party's host writes what went wrong, in full."""
+    return state_folder(node_config).absolute() / "host.log"
 
 
 def _here(path: Path, kind: str, content: RecordDict, context: Context) -> RecordDict | str:
@@ -106,7 +114,7 @@ class Place:
         """One host for one configuration of one node, of one SuperNode process."""
         told = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
         name = hashlib.blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=12).hexdigest()
-        return cls(name, state_folder(node_config) / "host.log")
+        return cls(name, log(node_config))
 
     @contextmanager
     def alone(self) -> Iterator[None]:

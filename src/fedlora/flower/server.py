@@ -1,8 +1,9 @@
 """The server app of a configuration: runs it over Flower, keeps it in a folder, and goes on from there when asked."""
 
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,22 +40,49 @@ def server_app(config: str | Path) -> ServerApp:
 def serve(config: Config, grid: Grid, out: Path, watch: Watch = lambda event: None) -> Result:
     """The federation's rounds over a grid, kept in ``out`` as ``fedlora run`` would, with a checkpoint a round.
 
-    ``ConfigError`` where ``out`` holds another run, or this one finished.
+    ``ConfigError`` where ``out`` holds another run, or this one finished, or somebody else is at work there; it stays
+    as it was.
     """
 
-    saved = Checkpoint(out, config_digest(config.table), "")
-    if saved and saved.about()["number"] >= config.rounds:  # refused before anything is written
-        raise ConfigError(f"{str(out)!r} holds this run, finished; raise rounds, or choose another folder.")
-
     def drive(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
-        checkpoint = replace(saved, token=_token(out))
+        checkpoint = Checkpoint(out, digest, _token(out))
         engine = served_by(config.flower)(
             watch, observe, federation=f, network=config.flower, token=checkpoint.token, grid=grid
         )
         at = checkpoint.load(f, engine.begin(f)) if checkpoint else None
         take(_saved(engine.run(f, at), checkpoint))
 
-    return run(config, out, watch, drive=drive, again=(out / TOKEN).exists())
+    digest = config_digest(config.table)
+    with _alone(out):
+        again = (out / TOKEN).exists()
+        checkpoint = Checkpoint(out, digest, _token(out) if again else "")
+        if checkpoint and checkpoint.about()["number"] >= config.rounds:
+            raise ConfigError(f"{str(out)!r} holds this run, finished; raise rounds, or choose another folder.")
+        return run(config, out, watch, drive=drive, again=again)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """While nobody else runs into this folder; the system takes the lock back when a process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        place = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(out)!r}: {error.strerror}; choose another folder.") from error
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(place)
+        raise ConfigError(f"another run writes into {str(out)!r}; stop it, or choose another folder.") from error
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def _saved(rounds: Iterator[Round], checkpoint: Checkpoint) -> Iterator[Round]:
