@@ -478,3 +478,17 @@ def test_a_party_with_another_configuration_is_left_out(tmp_path):
     for own in ("engine.threads=2", "task.data=/elsewhere", "task.label=y", "model.name=/models/vit"):
         assert config(own).table != config().table
         assert fingerprint(config(own).table) == fingerprint(config().table)
+
+
+def test_a_node_that_goes_while_it_is_asked_is_not_waited_for(tmp_path):
+    """Its message is lost with it, and a node that comes back knows nothing of it."""
+
+    def post(message):
+        if message.metadata.dst_node_id == 11 and in_round(message, 2):
+            world.grid.leave(11)
+        return message
+
+    world = World(tmp_path, "rounds=3", network=replace(QUICK, round_timeout=60.0), post=post)
+    rounds = world.run()
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert rounds[1].record["absent"] == {1: "its node was gone while it was asked"}

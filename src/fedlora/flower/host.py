@@ -22,6 +22,7 @@ from fedlora.config import read_table
 from fedlora.engines.flower.party import handled
 from fedlora.flower.parties import party
 
+IDLE = 1800.0  # seconds without a message after which a host gives its memory back; the next message starts another
 LOOK = 0.5  # seconds between two looks whether the parent is still there
 
 
@@ -35,11 +36,14 @@ def serve(told: dict) -> None:
         file.write(authkey)
     signal.signal(signal.SIGTERM, lambda *_: _gone(socket, key))
     with Listener(str(socket), "AF_UNIX", authkey=authkey) as listener:
-        threading.Thread(target=_end_with, args=(told["parent"], socket, key), daemon=True).start()
+        rest = Rest()
+        threading.Thread(target=_end_with, args=(told["parent"], rest, socket, key), daemon=True).start()
         while True:
             try:
                 with listener.accept() as connection:
+                    rest.busy()
                     _answer(connection, table, node)
+                    rest.begin()
             except (EOFError, OSError, AuthenticationError) as error:  # a relay that was killed while it asked
                 print(f"fedlora: a question was not finished: {error}", file=sys.stderr, flush=True)
 
@@ -54,8 +58,27 @@ def _answer(connection: Connection, table: dict, node: dict) -> None:
     sys.stderr.flush()
 
 
-def _end_with(parent: int, *files: Path) -> None:
-    while alive(parent):
+class Rest:
+    """Since when there has been nothing to do."""
+
+    def __init__(self) -> None:
+        self.since: float | None = time.monotonic()
+
+    def begin(self) -> None:
+        """A message is answered."""
+        self.since = time.monotonic()
+
+    def busy(self) -> None:
+        """A message has come."""
+        self.since = None
+
+    def over(self) -> bool:
+        """Whether it has lasted long enough to leave."""
+        return self.since is not None and time.monotonic() - self.since > IDLE
+
+
+def _end_with(parent: int, rest: Rest, *files: Path) -> None:
+    while alive(parent) and not rest.over():
         time.sleep(LOOK)
     _gone(*files)
 

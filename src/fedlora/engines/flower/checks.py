@@ -72,6 +72,12 @@ def _pruned(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], 
     return any(_shapes(rule.adapter.leading(needed, r)) == shapes for r in smaller)
 
 
+def holding(expected: str, said: Mapping[str, object]) -> None:
+    """``RefusedError`` where a party does not hold what it was sent."""
+    if said.get("holds") != expected:
+        raise RefusedError("it does not hold what it was sent")
+
+
 def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
     """Rows and loss of a turn. ``RefusedError`` where they are of another round, or no numbers."""
     if metrics.get("round") != number:

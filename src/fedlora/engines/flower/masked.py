@@ -103,8 +103,7 @@ class Masked(Federated):
             raise checks.RefusedError(f"it answered as client {said.sender}")
         if phase == "masked":
             rows, loss = checks.figures(content[METRICS], order.round)
-            if content[HOLDS].get(HOLDS) != order.holds:
-                raise checks.RefusedError("it does not hold what it was sent")
+            checks.holding(order.holds, content[HOLDS])
             if self.federation.method.weighting == "examples" and rows != self._directory.rows[client]:
                 raise checks.RefusedError(f"it trained on {rows} rows and had said {self._directory.rows[client]}")
             vector = torch.empty(server.session.size, dtype=torch.int32, device="meta")

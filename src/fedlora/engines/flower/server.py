@@ -32,6 +32,7 @@ from fedlora.types import Tree
 class Asked(NamedTuple):
     """What a message asked of a client, and what it brought along."""
 
+    node: int
     client: int
     order: Order
     delivery: Delivery | None
@@ -225,7 +226,7 @@ class Federated(Loop, Strategy):
         if with_leaves:
             at.channel.deliver(number, client, delivery)
         node = self._directory.nodes[client]
-        self._orders[node] = Asked(client, order, delivery if with_leaves else None)
+        self._orders[node] = Asked(node, client, order, delivery if with_leaves else None)
         content = asked(order, delivery.leaves, delivery.folds) if with_leaves else asked(order, {}, [])
         return Message(content, node, kind, group_id=str(number + 1))
 
@@ -235,23 +236,32 @@ class Federated(Loop, Strategy):
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
         waiting, found = pushed & self._sent.keys(), []
         for key in self._sent.keys() - pushed:
-            self._lost(self._sent[key][0], "its node cannot be reached")
-        end = None if self.network.round_timeout is None else time.monotonic() + self.network.round_timeout
-        while waiting and (end is None or time.monotonic() < end):
+            self._lost(self._sent[key].client, "its node cannot be reached")
+        end = time.monotonic() + self.network.round_timeout
+        while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 key = reply.metadata.reply_to_message_id
                 if key in waiting:
                     waiting.discard(key)
                     found.append(reply)
+            waiting -= self._gone(waiting)
             if waiting:
                 self._pause()
         for key in waiting:
-            self._lost(self._sent[key][0], f"no answer within {self.network.round_timeout:g} seconds")
+            self._lost(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
         return found
+
+    def _gone(self, waiting: set[str]) -> set[str]:
+        """Those whose node is not connected any more: started again, it will know nothing of what it was asked."""
+        there = set(self.grid.get_node_ids())
+        gone = {key for key in waiting if self._sent[key].node not in there}
+        for key in gone:
+            self._lost(self._sent[key].client, "its node was gone while it was asked")
+        return gone
 
     def _taken(self, reply: Message, take) -> None:
         """One reply: what it says is noted, or why it is left out."""
-        client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
+        _, client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
         try:
             if reply.has_error():
                 raise checks.RefusedError(reply.error.reason or "its app failed")
@@ -268,7 +278,7 @@ class Federated(Loop, Strategy):
             self._blamed.pop(client, None)
 
     def _upload(self, client: int, order: Order, reply: Message) -> None:
-        _holding(order, reply)
+        checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
         turn = self.federation.turn(order.round, client)
         tree: Tree = checks.upload(self.federation, self.at.shared, turn, unpack(reply.content[LEAVES]))
@@ -277,7 +287,7 @@ class Federated(Loop, Strategy):
         self.watch(Event("turn", order.round, client, loss))
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
-        _holding(order, reply)
+        checks.holding(order.holds, reply.content[HOLDS])
         self.results[client] = checks.scores(reply.content[METRICS], order.round)
 
     def _lost(self, client: int, why: str) -> None:
@@ -287,8 +297,3 @@ class Federated(Loop, Strategy):
 
     def _told(self, client: int | None, text: str) -> None:
         self.watch(Event("node", self._round, client, text=text))
-
-
-def _holding(order: Order, reply: Message) -> None:
-    if reply.content[HOLDS].get(HOLDS) != order.holds:
-        raise checks.RefusedError("it does not hold what it was sent")

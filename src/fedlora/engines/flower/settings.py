@@ -11,7 +11,7 @@ class Network:
     """The ``[flower]`` table; in one process it has no effect."""
 
     min_clients: int = 2  # a round with fewer good uploads waits for more; at most clients.count
-    round_timeout: float | None = None  # seconds that a round waits for its slowest client; None: until it has answered
+    round_timeout: float = 3600.0  # seconds that a round waits for its slowest client
     join_timeout: float = 60.0  # seconds that the first round waits for all parties
     poll: float = 0.3  # seconds between two looks for replies
     retry: float = 10.0  # seconds until a party that failed is asked once more
@@ -24,7 +24,7 @@ class Network:
             raise ValueError(f"flower.min_clients is {self.min_clients}; a round needs at least 1 client.")
         for key in ("round_timeout", "join_timeout", "poll", "retry"):
             value = getattr(self, key)
-            if value is not None and not value > 0:
+            if not value > 0:
                 raise ValueError(f"flower.{key} is {value}; it must be a positive number of seconds.")
         if not 0 < self.secure_range < 2**20:
             raise ValueError(f"flower.secure_range is {self.secure_range}; it lies above 0 and below 2^20.")
