@@ -116,6 +116,8 @@ def test_ctrl_c_keeps_finished_rounds(cli, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fedlora", "run", "my.toml", "-o", "rounds=5000", "--out", "r"], cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     metrics = tmp_path / "r" / "metrics.jsonl"
     until = time.monotonic() + 120
