@@ -1,6 +1,5 @@
 """What a party holds after a run, as a run's folder on its own machine: to show, and to export its own model from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def result(config: Config, state: str | Path, client: int, out: str | Path, run:
     kept: Tree = held.settled(held.counted).kept
     if any(kept.values()):
         save_tree(clients_file(folder, client), kept)
-    save_json(folder / SUMMARY, json.loads(json.dumps(summary)))
+    save_json(folder / SUMMARY, summary)
     return summary
 
 

@@ -92,7 +92,7 @@ class Masked(Federated):
         if told is not None:
             message.content[hidden.TOLD] = ConfigRecord(told.record())
         if phase == "masked":
-            message.content[hidden.LAYOUT] = _record(layout)
+            message.content[hidden.LAYOUT] = hidden.layout_record(layout)
         return message
 
     def _heard(self, server: Server, phase: str, order, reply: Message) -> None:
@@ -117,10 +117,3 @@ class Masked(Federated):
         except ProtocolError as error:
             self.replies.pop(client, None)
             raise checks.RefusedError(str(error)) from error
-
-
-def _record(layout: Layout) -> ConfigRecord:
-    """The layout as lists."""
-    shapes = list(layout.values())
-    sizes = [size for shape in shapes for size in shape]
-    return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})

@@ -90,7 +90,7 @@ class Node:
         before = self.store.load(self.client)
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
-        holding, shared, holds = self._received(order, leaves, folds)
+        holding, shared, holds = self._received(before, order, leaves, folds)
         trainer = LocalTrainer(
             f.model, f.task, f.data.train, f.shards[self.client], f.training, turn, f.rounds, holding.moments,
             step_done=self.step_done,
@@ -109,7 +109,7 @@ class Node:
         What came along is kept; the last turn stays pending, since a server that dies now may ask for it once more.
         """
         before = self.store.load(self.client)
-        holding, shared, holds = self._received(order, leaves, folds)
+        holding, shared, holds = self._received(before, order, leaves, folds)
         arrived = {name: getattr(holding, name) for name in ("leaves", "folds", "folded", "base")}
         self.store.save(self.client, replace(before, counted=order.counted, **arrived))
         scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
@@ -118,9 +118,11 @@ class Node:
             metrics |= {f"{name}.sum": total, f"{name}.count": count}
         return Answer(metrics, holds)
 
-    def _received(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> tuple[Holding, Tree, str]:
-        """The party's state with what came along, the server's tree, and its digest, which is the server's."""
-        held = self.store.load(self.client).settled(order.counted)
+    def _received(
+        self, before: Holding, order: Order, leaves: Tree, folds: Sequence[Folds]
+    ) -> tuple[Holding, Tree, str]:
+        """The state ``before`` with what came along, the server's tree, and its digest, which is the server's."""
+        held = before.settled(order.counted)
         held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
         f = self.federation
