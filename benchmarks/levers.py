@@ -59,7 +59,8 @@ def _run(model: str, data: str, lever: tuple, steps: int, seed: int, score: bool
     import time
 
     from fedlora.config import build
-    from fedlora.evaluation import Evaluator, scores_of
+    from fedlora.evaluation import Evaluator
+    from fedlora.metrics import figures
     from fedlora.training import LocalTrainer
 
     pad, group, allocator, precision = lever
@@ -95,7 +96,7 @@ def _run(model: str, data: str, lever: tuple, steps: int, seed: int, score: bool
     rate = steps * f.training.batch_size / (time.perf_counter() - began)
     found = {"rate": rate}
     if score:
-        found["accuracy"] = scores_of(Evaluator(f.model, f.task, f.data.test, f.shards).everyone(end))["accuracy"]
+        found["accuracy"] = figures(Evaluator(f.model, f.task, f.data.test, f.shards).everyone(end))["accuracy"]
     return found
 
 

@@ -30,6 +30,7 @@ LAYERS = [  # imports point down only
         "channel",
         "folds",
         "measures",
+        "metrics",
         "oracle",
         "evaluation",
         "secure",

@@ -88,6 +88,8 @@ class Clients:
     def _orders(self, labels: int, seed: int) -> list[Tensor | None]:
         if not self.permute_labels:
             return [None] * self.count
+        if labels < 2:
+            raise ValueError("clients.permute_labels is set, but the rows of this task have no labels; leave it out.")
         seen: set[tuple[int, ...]] = set()
         return [_permutation(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
 
@@ -144,13 +146,14 @@ def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
     Its size is its share of the training rows, or less where the scarcest label would run out: the distribution is
     kept, not the size. Two clients may hold the same test row.
     """
-    labels = len(data.label_names)
-    there = torch.bincount(data.test.labels, minlength=labels)
-    pools = [(data.test.labels == label).nonzero()[:, 0] for label in range(labels)]
+    known, kinds = data.train.kinds, data.test.kinds
+    labels = 1 + int(max(known.max(), kinds.max()))
+    there = torch.bincount(kinds, minlength=labels)
+    pools = [(kinds == label).nonzero()[:, 0] for label in range(labels)]
     everyone = sum(len(rows) for rows in train)
     found = []
     for client, rows in enumerate(train):
-        counts = torch.bincount(data.train.labels[rows], minlength=labels) * (there > 0)
+        counts = torch.bincount(known[rows], minlength=labels) * (there > 0)
         if counts.sum() == 0:
             raise ValueError(
                 f"client {client} has only labels that the test split lacks; give the test split all labels."

@@ -166,6 +166,7 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         own = [cell for cell in cells if cell.label == label]
         good = [cell.summary for cell in own if cell.summary is not None]
         row: dict[str, Any] = {"method": label, "seeds": [cell.seed for cell in own], "diverged": len(own) - len(good)}
+        row["metric"] = good[0]["metric"] if good else None
         for name, read in COLUMNS.items():
             values = [value for value in map(read, good) if value is not None]
             row[name] = {"mean": statistics.fmean(values), "std": _std(values)} if values else None
@@ -188,7 +189,7 @@ def _final(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "global": _final("global", "accuracy"),
+    "global": lambda s: _final("global", s["metric"]["name"])(s),
     "clients": _final("clients", "mean"),
     "examples": _final("clients", "examples_mean"),
     "worst": _final("clients", "worst"),

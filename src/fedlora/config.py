@@ -112,8 +112,8 @@ class Config:
         return data, {party: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
 
     def _label_names(self) -> Sequence[str]:
-        names = getattr(self.task, "label_names", None)
-        if not names:
+        names = self.task.agreed()
+        if names is None:
             raise ConfigError(
                 "clients.split is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
             )

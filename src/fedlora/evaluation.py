@@ -3,13 +3,15 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.clients import Shard
+from fedlora.metrics import KNOWN, Scores, figures, pooled
 from fedlora.model import Model
-from fedlora.tasks.task import Examples, Scores, Task
+from fedlora.tasks.task import Examples, Task
 from fedlora.types import Tree
 
 
@@ -76,9 +78,8 @@ class Evaluator:
         self.model.network.eval()
         rows = rows[self.test.lengths[rows].argsort(stable=True)]  # like lengths together: less padding
         for some in rows.split(self.batch_size):
-            batch = {name: x.to(self.model.device) for name, x in self.task.collate(self.test, some).items()}
             with self.model.running():
-                outputs = self.task.outputs(self.model.network, batch).float().cpu()
+                outputs = self.task.graded(self.model.network, self.test, some, self.model.device).float().cpu()
             if self._outputs is None:
                 self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
             self._outputs[some] = outputs
@@ -91,19 +92,22 @@ def _same(a: Tree, b: Tree) -> bool:
     )
 
 
-def summary(scores: Mapping[int, Scores], name: str = "accuracy") -> dict[str, float | int]:
-    """One metric over the clients: mean over clients, mean over examples, the worst client, the spread."""
-    means = {client: scores_of(s)[name] for client, s in scores.items()}
-    totals = [s.sums[name] for s in scores.values()]
+def summary(scores: Mapping[int, Scores], metric: str, count: int) -> dict[str, Any]:
+    """One metric over ``count`` clients: mean over clients, over all their rows, the worst client, the spread, each.
+
+    A client without scores counts in none of them and is ``None`` in ``each``. ``figures`` has the mean over clients
+    of every figure.
+    """
+    found = {client: figures(one) for client, one in scores.items()}
+    own = {client: values[metric] for client, values in found.items()}
+    every = figures(pooled(scores.values()))
+    worst = (min if KNOWN[metric].higher else max)(own, key=own.__getitem__)
     return {
-        "mean": statistics.fmean(means.values()),
-        "examples_mean": sum(t for t, _ in totals) / sum(n for _, n in totals),
-        "worst": min(means.values()),
-        "worst_client": min(means, key=means.__getitem__),
-        "spread": statistics.pstdev(means.values()),
+        "mean": statistics.fmean(own.values()),
+        "examples_mean": every[metric],
+        "worst": own[worst],
+        "worst_client": worst,
+        "spread": statistics.pstdev(own.values()),
+        "figures": {name: statistics.fmean(values[name] for values in found.values()) for name in every},
+        "each": [own.get(client) for client in range(count)],
     }
-
-
-def scores_of(scores: Scores) -> Mapping[str, float]:
-    """Means of sums."""
-    return {name: value / count for name, (value, count) in scores.sums.items()}

@@ -22,7 +22,18 @@ from fedlora.rounds import public, received
 from fedlora.state import absent, load_tree, write
 from fedlora.types import Factors, Layer, Tree, Turn
 
-NEEDED = ("labels", "folds", "method", "title", "bytes", "errors", "rounds", "seed", "versions")  # of a summary
+NEEDED = (
+    "labels",
+    "metric",
+    "folds",
+    "method",
+    "title",
+    "bytes",
+    "errors",
+    "rounds",
+    "seed",
+    "versions",
+)  # of a summary
 CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
 
 
@@ -164,7 +175,7 @@ def _write_adapter(
     bases = [model.parts[part].module.base for part in layers]
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": run.config.task.peft,
         "base_model_name_or_path": run.config.model.name,
         "target_modules": sorted(layers),
         "modules_to_save": sorted(heads) or None,

@@ -18,6 +18,7 @@ from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Federation, Observe, Round, Watch
 from fedlora.folds import FoldLog
+from fedlora.metrics import KNOWN
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
 
@@ -112,6 +113,7 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         "method": config.table["method"]["name"],
         "title": config.method.title,
         "personal": config.method.personal,
+        "metric": {"name": config.task.metric, "higher": KNOWN[config.task.metric].higher},
         "seed": config.seed,
         "rounds": len(records),
         "rounds_asked": config.rounds,
@@ -133,7 +135,7 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         tail = evaluated[-LAST:]
         found["last_rounds"] = {"rounds": len(tail), "clients": statistics.fmean(r["clients"]["mean"] for r in tail)}
         if "global" in final:
-            found["last_rounds"]["global"] = statistics.fmean(r["global"]["accuracy"] for r in tail)
+            found["last_rounds"]["global"] = statistics.fmean(r["global"][config.task.metric] for r in tail)
     return found
 
 

@@ -32,7 +32,7 @@ class Split(ABC):
 
         # Shuffled first: the partitioners that cut by size cut in the order of the rows.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        columns = {"row": order, "label": [int(y) for y in examples.labels[order]]}
+        columns = {"row": order, "label": [int(y) for y in examples.kinds[order]]}
         if examples.groups is not None:
             columns["group"] = [examples.groups[i] for i in order]
         partitioner = self.partitioner(count, examples, seed % 2**32)
@@ -99,7 +99,7 @@ class Pathological(Split):
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import PathologicalPartitioner
 
-        labels = len(examples.labels.unique())
+        labels = len(examples.kinds.unique())
         if self.labels_per_client > labels:
             raise ValueError(
                 f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels."

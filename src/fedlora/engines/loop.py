@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 from fedlora.adapters import Dense
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import Clients, Shard
-from fedlora.evaluation import Evaluation, Evaluator, scores_of, summary
+from fedlora.evaluation import Evaluation, Evaluator, summary
 from fedlora.folds import FoldLog
 from fedlora.linalg import compacted, total
 from fedlora.measures import errors
 from fedlora.method import Method
+from fedlora.metrics import Scores, figures
 from fedlora.model import Model
 from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, Rules, Served, public, received, server_turn
 from fedlora.seeds import derived
-from fedlora.tasks.task import Data, Scores, Task
+from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
 from fedlora.types import Tree, Turn
 
@@ -187,11 +188,10 @@ class Loop(ABC):
         found: dict[str, Any] = {}
         if not f.method.personal and evaluator is not None:
             tree = {part: public(layer) for part, layer in at.shared.items()}
-            found["global"] = scores_of(evaluator.everyone(tree))
+            found["global"] = figures(evaluator.everyone(tree))
         scores = self.scores(f, at, number, evaluator)
         if scores:
-            each = [scores_of(scores[k])["accuracy"] if k in scores else None for k in range(f.clients.count)]
-            found["clients"] = {**summary(scores), "each": each}
+            found["clients"] = summary(scores, f.task.metric, f.clients.count)
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found

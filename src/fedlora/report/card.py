@@ -9,7 +9,7 @@ ADAPTER = """```python
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained({base!r}, num_labels={labels})
+base = {auto}.from_pretrained({base!r}{labels})
 model = PeftModel.from_pretrained(base, "this folder")
 ```"""
 MERGED = """```python
@@ -17,17 +17,13 @@ from transformers import {auto}
 
 model = {auto}.from_pretrained("this folder")
 ```"""
-AUTO = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 
 
 def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
     """Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
     whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
-    auto = AUTO.get(config.table["task"]["name"], "AutoModel")
-    use = (MERGED if merged else ADAPTER).format(auto=auto, base=config.model.name, labels=len(summary["labels"]))
+    labels = f", num_labels={len(summary['labels'])}" if summary["labels"] else ""
+    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, labels=labels)
     front = ["---", f"base_model: {config.model.name}", "library_name: " + ("transformers" if merged else "peft")]
     front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
@@ -39,7 +35,7 @@ def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], m
 
 
 def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    final, sent = summary.get("final", {}), summary["bytes"]
+    final, sent, metric = summary.get("final", {}), summary["bytes"], summary["metric"]["name"]
     rows = [
         ("method", f"{summary['title']} (`{summary['method']}`)"),
         ("clients", f"{summary['clients']}, split {config.clients.splitter}"),
@@ -56,7 +52,13 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
     if "served" in summary["errors"]:
         rows.append(("aggregation error", f"{summary['errors']['served']:.2e}, mean over weights and rounds"))
     if about["client"] is None and "global" in final:
-        rows.append(("accuracy, global test rows", f"{final['global']['accuracy']:.4f}"))
-    if about["client"] is not None and "clients" in final:
-        rows.append(("accuracy, the client's test rows", f"{final['clients']['each'][about['client']]:.4f}"))
+        rows.append((f"{metric.replace('_', ' ')}, global test rows", f"{final['global'][metric]:.4f}"))
+    own = None if about["client"] is None else _own(final, about["client"])
+    if own is not None:
+        rows.append((f"{metric.replace('_', ' ')}, the client's test rows", f"{own:.4f}"))
     return [*rows, ("made with", "fedlora " + summary["versions"]["fedlora"])]
+
+
+def _own(final: Mapping[str, Any], client: int) -> float | None:
+    found: float | None = final["clients"]["each"][client] if "clients" in final else None
+    return found

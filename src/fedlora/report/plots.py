@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy by round, and by megabyte."""
+"""Figures of a comparison: its metric by round, and by megabyte."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ MEGABYTES = "megabytes sent and received, all clients (log scale)"
 
 
 def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
-    """``accuracy-by-round`` and ``accuracy-by-megabyte`` as PNG and SVG in ``out``; returns the PNGs."""
-    points = [point for cell in cells if cell.summary is not None for point in _points(cell)]
+    """``METRIC-by-round`` and ``METRIC-by-megabyte`` as PNG and SVG in ``out``; returns the PNGs."""
+    metric = next((cell.summary["metric"]["name"] for cell in cells if cell.summary is not None), "accuracy")
+    points = [point for cell in cells if cell.summary is not None for point in _points(cell, metric)]
     if not points:
         return []
     charts = {
-        "accuracy-by-round": _chart(points, alt.X("round:Q", title="round")),
-        "accuracy-by-megabyte": _chart(points, alt.X("mb:Q", title=MEGABYTES, scale=alt.Scale(type="log"))),
+        f"{metric}-by-round": _chart(points, alt.X("round:Q", title="round"), metric),
+        f"{metric}-by-megabyte": _chart(points, alt.X("mb:Q", title=MEGABYTES, scale=alt.Scale(type="log")), metric),
     }  # fmt: skip
     for name, chart in charts.items():
         for kind in FORMATS:
@@ -30,12 +31,12 @@ def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
     return [out / f"{name}.png" for name in charts]
 
 
-def _points(cell: Cell) -> list[dict[str, Any]]:
+def _points(cell: Cell, metric: str) -> list[dict[str, Any]]:
     found, rows = [], records(Path(str(cell.folder)))
     sizes = itertools.accumulate(sum(sum(row["bytes"][d].values()) for d in ("up", "down")) / 1e6 for row in rows)
     for row, mb in zip(rows, sizes):
         for panel, key in PANELS.items():
-            value = row.get(key, {}).get("mean" if key == "clients" else "accuracy")
+            value = row.get(key, {}).get("mean" if key == "clients" else metric)
             if value is not None:
                 found.append(
                     {
@@ -44,19 +45,19 @@ def _points(cell: Cell) -> list[dict[str, Any]]:
                         "round": row["round"],
                         "mb": mb,
                         "panel": panel,
-                        "accuracy": value,
+                        "value": value,
                     }
                 )
     return found
 
 
-def _chart(points: list[dict[str, Any]], x: alt.X) -> alt.FacetChart:
+def _chart(points: list[dict[str, Any]], x: alt.X, metric: str) -> alt.FacetChart:
     """One panel a kind of model; a line a method, the mean over seeds."""
     mean: dict[tuple, list[dict[str, Any]]] = {}
     for point in points:
         mean.setdefault((point["method"], point["panel"], point["round"]), []).append(point)
     data = [
-        {**same[0], **{key: sum(p[key] for p in same) / len(same) for key in ("accuracy", "mb")}}
+        {**same[0], **{key: sum(p[key] for p in same) / len(same) for key in ("value", "mb")}}
         for same in mean.values()
         if all(p["mb"] > 0 or x.shorthand != "mb:Q" for p in same)  # nothing sent has no place on a log scale
     ]
@@ -65,7 +66,7 @@ def _chart(points: list[dict[str, Any]], x: alt.X) -> alt.FacetChart:
     return (
         line.encode(
             x=x,
-            y=alt.Y("accuracy:Q", title="accuracy", scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title=metric.replace("_", " "), scale=alt.Scale(zero=False)),
             color=alt.Color("method:N", sort=methods, title="method", scale=alt.Scale(scheme="tableau10")),
             strokeDash=alt.StrokeDash("method:N", sort=methods, legend=None),
         )

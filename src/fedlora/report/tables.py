@@ -11,7 +11,9 @@ DASH = "–"
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
     """A row a method: mean ± standard deviation over seeds."""
-    table = Table(title="Final round, mean ± standard deviation over seeds" if _seeds(rows) > 1 else "Final round")
+    name = next((row["metric"]["name"] for row in rows if row["metric"]), "accuracy")
+    spread = ", mean ± standard deviation over seeds" if _seeds(rows) > 1 else ""
+    table = Table(title=f"{name.replace('_', ' ').capitalize()} in the final round{spread}")
     table.add_column("method")
     for name in ("global", "clients' own", "worst client", "MB up", "MB down", "aggregation error", "seconds"):
         table.add_column(name, justify="right")
@@ -41,7 +43,8 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> str:
     for key, what in (("global", "The best shared model comes from"), ("clients", "clients' own models are best with")):
         there = [row for row in rows if row[key]]
         if there:
-            top = max(there, key=lambda row: row[key]["mean"])
+            best = max if there[0]["metric"]["higher"] else min
+            top = best(there, key=lambda row: row[key]["mean"])
             said.append(f"{what} {top['method']} ({top[key]['mean']:.3f})")
     sent = [row for row in rows if row["mb_up"] and row["mb_up"]["mean"] > 0]
     if sent:
@@ -117,16 +120,19 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     table.add_column("what")
     table.add_column("figure", justify="right")
     final = found.get("final", {})
-    if "global" in final:
-        table.add_row("global accuracy", f"{final['global']['accuracy']:.4f}")
+    metric = found["metric"]["name"]
+    name = metric.replace("_", " ")
+    for other, value in final.get("global", {}).items():
+        if other == metric or other != "loss":
+            table.add_row(f"global {other.replace('_', ' ')}", f"{value:.4f}")
     if "clients" in final:
         clients = final["clients"]
-        table.add_row("clients' own accuracy, mean over clients", f"{clients['mean']:.4f}")
-        table.add_row("clients' own accuracy, mean over examples", f"{clients['examples_mean']:.4f}")
+        table.add_row(f"clients' own {name}, mean over clients", f"{clients['mean']:.4f}")
+        table.add_row(f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}")
         table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
         table.add_row("spread over clients", f"{clients['spread']:.4f}")
         last = found["last_rounds"]
-        table.add_row(f"clients' own accuracy, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+        table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():
             table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")
@@ -138,7 +144,7 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     console = _console()
     console.print(table)
     if records:
-        _rounds(console, records)
+        _rounds(console, records, metric)
     console.print(f"Folder: {folder}")
 
 
@@ -151,8 +157,8 @@ ERRORS = {
 }
 
 
-def _rounds(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(title="Rounds")
+def _rounds(console: Console, records: Sequence[Mapping[str, Any]], metric: str) -> None:
+    table = Table(title=f"Rounds ({metric.replace('_', ' ')})")
     for name in ("round", "loss", "global", "clients' own", "worst", "MB up", "MB down"):
         table.add_column(name, justify="right")
     for record in records:
@@ -160,7 +166,7 @@ def _rounds(console: Console, records: Sequence[Mapping[str, Any]]) -> None:
         clients = record.get("clients", {})
         table.add_row(
             str(record["round"]), f"{sum(losses) / len(losses):.4f}" if losses else DASH,
-            _number(record.get("global", {}).get("accuracy")),
+            _number(record.get("global", {}).get(metric)),
             *(_number(clients.get(key)) for key in ("mean", "worst")),
             *(f"{sum(record['bytes'][d].values()) / 1e6:.3f}" for d in ("up", "down")),
         )  # fmt: skip

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class ImageClassification(Classification):
     labels: list[int | str] | None = None  # keep only these labels, numbered anew
     train_rows: int | None = None
     test_rows: int | None = None
+    metric: str = "accuracy"  # or, with two labels, "f1" or "matthews"
+    auto: ClassVar[str] = "AutoModelForImageClassification"
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and resizes both splits once; pixels stay uint8 until a batch is made."""

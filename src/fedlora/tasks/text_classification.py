@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class TextClassification(Classification):
     labels: list[int | str] | None = None  # keep only these labels, numbered anew
     train_rows: int | None = None  # a seeded draw of so many rows
     test_rows: int | None = None
+    metric: str = "accuracy"  # or, with two labels, "f1" or "matthews"
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.engines.flower.layout import expected
 from fedlora.engines.loop import Federation
 from fedlora.method import Method
-from fedlora.tasks.task import Scores
+from fedlora.metrics import KNOWN, SHARES, Scores
 from fedlora.types import Layer, Tree, Turn
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,7 +90,7 @@ def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
     return rows, loss
 
 
-def scores(metrics: Mapping[str, object], number: int) -> Scores:
+def scores(metrics: Mapping[str, object], number: int, metric: str) -> Scores:
     """A client's sums and counts. ``RefusedError`` where they are of another round, or no numbers."""
     if metrics.get("round") != number:
         raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {number}")
@@ -98,8 +98,9 @@ def scores(metrics: Mapping[str, object], number: int) -> Scores:
     found = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in found.items():
         sound = isinstance(total, int | float) and math.isfinite(total) and type(count) is int and count > 0
-        if not sound or (name == "accuracy" and not 0 <= total <= count):
+        if not sound or (name in SHARES and not 0 <= total <= count):
             raise RefusedError(f"its score {name!r} is {total!r} over {count!r} rows")
-    if "accuracy" not in found:
-        raise RefusedError(f"its scores are {', '.join(found) or 'none'}, without accuracy")
+    lacking = [name for name in KNOWN[metric].needs if name not in found]
+    if lacking:
+        raise RefusedError(f"its scores are {', '.join(found) or 'none'}, without {lacking[0]}")
     return Scores(found)

@@ -288,7 +288,7 @@ class Federated(Loop, Strategy):
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
-        self.results[client] = checks.scores(reply.content[METRICS], order.round)
+        self.results[client] = checks.scores(reply.content[METRICS], order.round, self.federation.task.metric)
 
     def _lost(self, client: int, why: str) -> None:
         if self._blamed.get(client) != why:
