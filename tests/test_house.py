@@ -48,6 +48,7 @@ LAYERS = [  # imports point down only
         "demo",
         "flower",
         "settings",
+        "similarity",
     },
     {"cli", "__main__", "__init__"},
 ]

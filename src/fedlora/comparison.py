@@ -13,6 +13,7 @@ from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
+from fedlora.method import Method
 from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json
@@ -48,23 +49,35 @@ def plan(table: Table, labels: Sequence[str], seeds: Sequence[int], out: Path | 
 def for_label(table: Table, label: str) -> Table:
     """The table under another method; its ``[compare.LABEL]`` table is laid over, for tuned settings of its own.
 
-    ``label`` is a method's name, or ``centralised``: one client with all the data and the cohort's steps.
+    ``label`` is a method's name; or a name of one's own, whose ``[compare.LABEL]`` table says ``method.name``; or
+    ``centralised``: one client with all the data and the cohort's steps.
     Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
     """
     every = table.get("compare", {})
     base = {key: value for key, value in table.items() if key != "compare"}
     if label == CENTRALISED:
         return merged(_centralised(base), every.get(label, {}))
-    kind = methods.load(label)
-    own = {**base, "method": {"name": label}}
+    name = _method_of(label, every)
+    kind = methods.load(name)
+    own = {**base, "method": {"name": name}}
     given = base.get("adapter", {"name": "lora"})
-    name = given.get("name", "lora")
-    if name in KINDS and not issubclass(KINDS[name], kind.adapters):
-        adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
+    form = given.get("name", "lora")
+    if form in KINDS and not issubclass(KINDS[form], kind.adapters):
+        adapter = construct(KINDS[form], "adapter", {k: v for k, v in given.items() if k != "name"})
         own["adapter"] = _as_table(kind.adapters[0].like(adapter))
-    elif table.get("method", {}).get("name") == label:
+    elif table.get("method", {}).get("name") == name:
         own["method"] = table["method"]
     return merged(own, every.get(label, {}))
+
+
+def _method_of(label: str, every: Mapping[str, Any]) -> str:
+    """The method's name behind a label."""
+    if label in methods.names() or label not in every:
+        return label
+    found = every[label].get("method", {}).get("name") if isinstance(every[label], Mapping) else None
+    if not isinstance(found, str):
+        raise ConfigError(f"[compare.{label}] is no method's name, and says none; give it method.name.")
+    return found
 
 
 def _as_table(adapter: Adapter) -> Table:
@@ -116,7 +129,7 @@ def oracle(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    others = {label: replace(method_for(label), adapter=adapter) for label in labels or applicable()}
+    others = {label: replace(_asked(table, label), adapter=adapter) for label in labels or applicable()}
     records = run(config, out, watch, lambda *round: asked(*round, others)).records
     found = [record["oracle"] for record in records]
     table_rows = [_oracle_row(label, found) for label in others if label in found[0]["methods"]]
@@ -125,6 +138,13 @@ def oracle(
     if out is not None:
         save_json(Path(out).expanduser() / "oracle.json", {"rows": table_rows, "uploads": means})
     return table_rows, means
+
+
+def _asked(table: Table, label: str) -> Method:
+    """A method by its name with its defaults, or as ``[compare.LABEL]`` sets it."""
+    found = method_for(_method_of(label, table.get("compare", {})))
+    set_here = table.get("compare", {}).get(label, {}).get("method")
+    return build(for_label(table, label)).method if set_here else found
 
 
 def _oracle_row(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

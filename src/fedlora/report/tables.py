@@ -108,6 +108,22 @@ def exports(found: Sequence[Mapping[str, Any]]) -> None:
     _console().print(table)
 
 
+def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> None:
+    """How alike the clients' factors are."""
+    table = Table(title="Likeness of the clients' factors, mean over pairs of clients")
+    table.add_column("weight")
+    for name in mean:
+        table.add_column(f"{name}, degrees" if name.endswith("angle") else name, justify="right")
+    for part, row in [*weights.items(), ("mean", mean)]:
+        digits = {name: 1 if name.endswith("angle") else 3 for name in mean}
+        table.add_row(part, *(f"{row[name]:.{digits[name]}f}" for name in mean))
+    console = _console()
+    console.print(table)
+    console.print(
+        "A, B: cosine of the factors as they are. A change: cosine of what training added to the common start."
+    )
+
+
 def _share(value: float | None) -> str:
     return DASH if value is None else f"{value:.2e}"
 
