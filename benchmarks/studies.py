@@ -37,6 +37,7 @@ class Study:
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # name -> overrides
     rates: tuple[float, ...] = (6e-3, 2e-2, 6e-2)
     tuned_at: str = ""  # the setting in which rates are tried
+    clients: bool = False  # judge by the clients' own models, for shared models too
 
 
 def _cohorts() -> dict[str, tuple[str, ...]]:
@@ -53,6 +54,9 @@ def _cohorts() -> dict[str, tuple[str, ...]]:
 
 
 RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales", "normal-basis")
+FEDSA = (
+    "fedit", "local", "ffa-lora", "fedsa-lora", "fedit-rslora", "fedsa-rslora", "fedit-vera", "fedsa-vera",
+)  # fmt: skip
 STUDIES = {
     "aggregation-banking77": Study(
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
@@ -60,6 +64,8 @@ STUDIES = {
     "aggregation-qnli": Study(
         "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),
+    "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2), clients=True),
+    "fedsa-concept-shift": Study("fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2), clients=True),
     "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
     "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
 }
@@ -130,13 +136,14 @@ def table(study: Study, key: Mapping[str, Any], overrides: Sequence[str], models
     return found
 
 
-def figures(cell: Cell) -> dict[str, Any]:
-    """What is kept of a run: the metric, all figures, errors and bytes."""
+def figures(cell: Cell, clients: bool) -> dict[str, Any]:
+    """What is kept of a run: the metric (``clients``: always the mean over clients), all figures, errors and bytes."""
     if cell.summary is None:
         return {"value": None, "higher": True, "failure": cell.failure}
     s = cell.summary
     final = s["final"]
-    value = final["clients"]["mean"] if s["personal"] else final["global"][s["metric"]["name"]]
+    own = s["personal"] or clients
+    value = final["clients"]["mean"] if own else final["global"][s["metric"]["name"]]
     return {
         "value": value,
         "metric": s["metric"]["name"],
@@ -166,7 +173,7 @@ def main() -> None:
             key, overrides = following
             own = table(study, key, overrides, asked.models, asked.data)
             build(own)
-            row = {**key, **figures(execute(Cell(key["label"], key["seed"], own, None), threads=1))}
+            row = {**key, **figures(execute(Cell(key["label"], key["seed"], own, None), threads=1), study.clients)}
             book.add(row)
             print(name, json.dumps({k: row.get(k) for k in (*key, "value", "seconds")}), flush=True)
 
