@@ -145,6 +145,9 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         clients = final["clients"]
         table.add_row(f"clients' own {name}, mean over clients", f"{clients['mean']:.4f}")
         table.add_row(f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}")
+        for other, value in clients.get("figures", {}).items():
+            if other not in (metric, "loss"):
+                table.add_row(f"clients' own {other.replace('_', ' ')}, mean over clients", f"{value:.4f}")
         table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
         table.add_row("spread over clients", f"{clients['spread']:.4f}")
         last = found["last_rounds"]

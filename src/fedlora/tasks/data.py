@@ -1,6 +1,7 @@
 """Rows from wherever they lie: a hub id, a folder, a file, or the digits that come with scikit-learn."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,30 @@ DIGITS = "digits"
 ONLY = "all"  # the split of data that comes without any
 
 
-def splits(data: str, config: str | None, train: str, test: str, seed: int) -> tuple[Any, Any]:
-    """The training and the test split as ``datasets.Dataset``s; a single file is cut by the seed."""
+def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed: int) -> tuple[Any, ...]:
+    """The training and the test splits as ``datasets.Dataset``s; data that is one split is cut in two by the seed."""
     found = _load(data, config)
-    if set(found) == {ONLY} and test != train:
+    if set(found) == {ONLY} and train not in tests:
         if len(found[ONLY]) < 2:
             raise ValueError(
                 f"{data!r} holds {len(found[ONLY])} row; it is cut into training and test rows and needs 2."
             )
         cut = found[ONLY].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
         return cut["train"], cut["test"]
-    for key, split in (("train_split", train), ("test_split", test)):
+    for key, split in (("train_split", train), *(("test_split", test) for test in tests)):
         if split not in found:
             raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of {', '.join(sorted(found))}.")
-    return found[train], found[test]
+    return tuple(found[split] for split in (train, *tests))
+
+
+def joined(tests: Sequence[Any]) -> tuple[Any, Tensor | None]:
+    """Several test splits as one, and which of them each row is of; None where there is but one."""
+    import datasets
+
+    if len(tests) == 1:
+        return tests[0], None
+    sizes = torch.tensor([len(test) for test in tests])
+    return datasets.concatenate_datasets(list(tests)), torch.arange(len(tests)).repeat_interleave(sizes)
 
 
 def _load(data: str, config: str | None) -> dict[str, Any]:
@@ -176,6 +187,18 @@ def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tup
     if len(order) < 2:
         raise ValueError(f"column {name!r} holds only {len(order)} label; a classification needs at least 2.")
     return torch.tensor([order[v] for v in known]), torch.tensor([order[v] for v in seen]), declared
+
+
+def numbers(split: Any, name: str, what: str) -> Tensor:
+    """A column of numbers, float32."""
+    values = column(split, name, "task.label")
+    odd = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float)), None)
+    odd = next((v for v in values if not math.isfinite(v)), None) if odd is None else odd
+    if odd is not None:
+        raise ValueError(
+            f"column {name!r} (task.label) holds {odd!r} in the {what} rows; a regression needs a number in each."
+        )
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _short(values: list[Any]) -> str:

@@ -38,7 +38,7 @@ class ImageClassification(Classification):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and resizes both splits once; pixels stay uint8 until a batch is made."""
-        splits = source.splits(self.data, self.data_config, self.train_split, self.test_split, seed)
+        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
         train, test = (
             source.subset(split, rows, self.labels, self.label, seed, what)
             for split, rows, what in zip(splits, (self.train_rows, self.test_rows), ("training", "test"))
