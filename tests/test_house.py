@@ -20,6 +20,7 @@ LAYERS = [  # imports point down only
     {
         "tasks",
         "splits",
+        "capability",
         "clients",
         "targets",
         "model",

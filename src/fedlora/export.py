@@ -67,8 +67,8 @@ class Run:
         return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
 
     def clients(self) -> list[int]:
-        """The clients' numbers."""
-        return list(range(self.config.clients.count))
+        """The numbers of the clients that took part."""
+        return list(range(self.config.clients.members))
 
     def tree(self, client: int | None) -> Tree:
         """What one client holds, or everybody. ``ConfigError`` where there is no such model."""
