@@ -43,6 +43,7 @@ LAYERS = [  # imports point down only
         "comparison",
         "aggregation",
         "export",
+        "personal",
         "catalogue",
         "scaffold",
         "report",

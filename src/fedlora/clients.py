@@ -103,10 +103,11 @@ class Clients:
         return self.count - self.new
 
     @property
-    def fewest(self) -> int:
-        """How many clients of a round stay at the least."""
+    def staying_sizes(self) -> tuple[int, int]:
+        """How many clients of a round stay, at the least and at the most."""
         cohort = self.per_round or self.members
-        return max(1, cohort - math.ceil(self.dropout * cohort))
+        gone = self.dropout * cohort
+        return max(1, cohort - math.ceil(gone)), max(1, cohort - math.floor(gone))
 
     @property
     def splitter(self) -> Split:

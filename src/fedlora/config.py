@@ -168,9 +168,9 @@ def build(table: Table) -> Config:
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
     parts["server"].check(method)
-    parts["flower"].check(
-        method, parts["clients"].fewest, [name for name in methods.names() if methods.load(name).sums]
-    )
+    able = [name for name in methods.names() if methods.load(name).sums]
+    for size in parts["clients"].staying_sizes:
+        parts["flower"].check(method, size, able)
     if parts["engine"].spill and parts["evaluation"].measure:
         raise ConfigError(
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."

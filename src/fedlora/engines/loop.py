@@ -185,7 +185,7 @@ class Loop(ABC):
         """Names who will not reply: drawn from the seed, so that every engine and every party agrees."""
         for client in f.clients.dropped(number, f.seed):
             self.absent[client] = DROPPED
-            self.watch(Event("absent", number, client, text=DROPPED))
+            self.watch(Event("absent", number, client))  # without words: it is as the configuration asks
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
