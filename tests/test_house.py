@@ -20,6 +20,7 @@ LAYERS = [  # imports point down only
     {
         "tasks",
         "splits",
+        "capability",
         "clients",
         "targets",
         "model",
@@ -42,6 +43,7 @@ LAYERS = [  # imports point down only
         "comparison",
         "aggregation",
         "export",
+        "personal",
         "catalogue",
         "scaffold",
         "report",

@@ -39,7 +39,7 @@ def plan(table: Table, labels: Sequence[str], seeds: Sequence[int], out: Path | 
     cells = []
     for label in labels:
         for seed in seeds:
-            own = {**for_label(table, label), "seed": seed}
+            own = {**for_label({**table, "seed": seed}, label), "seed": seed}  # a draw from it decides some budgets
             build(own)
             folder = None if out is None else str(out / f"{label.replace(':', '-')}-seed{seed}")
             cells.append(Cell(label, seed, own, folder))
@@ -58,16 +58,20 @@ def for_label(table: Table, label: str) -> Table:
     if label == CENTRALISED:
         return merged(_centralised(base), every.get(label, {}))
     name = _method_of(label, every)
-    kind = methods.load(name)
-    own = {**base, "method": {"name": name}}
-    given = base.get("adapter", {"name": "lora"})
-    form = given.get("name", "lora")
-    if form in KINDS and not issubclass(KINDS[form], kind.adapters):
-        adapter = construct(KINDS[form], "adapter", {k: v for k, v in given.items() if k != "name"})
-        own["adapter"] = _as_table(kind.adapters[0].like(adapter))
-    elif table.get("method", {}).get("name") == name:
+    own = _fitted(base, name)
+    if table.get("method", {}).get("name") == name and own.get("adapter") == base.get("adapter"):
         own["method"] = table["method"]
     return merged(own, every.get(label, {}))
+
+
+def _fitted(table: Table, method: str) -> Table:
+    """The table under a method with its defaults, and with an adapter that the method is defined for."""
+    kind, given = methods.load(method), table.get("adapter", {"name": "lora"})
+    own, name = {**table, "method": {"name": method}}, given.get("name", "lora")
+    if name in KINDS and not issubclass(KINDS[name], kind.adapters):
+        adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
+        own["adapter"] = _as_table(kind.adapters[0].like(adapter))
+    return own
 
 
 def _method_of(label: str, every: Mapping[str, Any]) -> str:
@@ -87,10 +91,16 @@ def _as_table(adapter: Adapter) -> Table:
 
 def _centralised(table: Table) -> Table:
     config = build(table)
-    cohort = config.clients.per_round or config.clients.count
-    steps = {} if config.training.local_epochs else {"local_steps": config.training.steps(1) * cohort}
+    steps = {} if config.training.local_epochs else {"local_steps": _cohort_steps(config)}
     own = {key: value for key, value in table.items() if key not in ("clients", "method")}
-    return merged({**own, "method": {"name": "fedit"}, "clients": {"count": 1}}, {"training": steps})
+    return merged({**_fitted(own, "fedit"), "clients": {"count": 1}}, {"training": steps})
+
+
+def _cohort_steps(config: Config) -> int:
+    """Optimiser steps that a round's cohort does together, in the mean over the rounds."""
+    clients, usual, seed = config.clients, config.training.steps(1), config.seed
+    done = sum(clients.steps(usual, r, k, seed) for r in range(config.rounds) for k in clients.staying(r, seed))
+    return max(1, round(done / max(1, config.rounds)))
 
 
 def compare(
@@ -189,9 +199,27 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         row["metric"] = good[0]["metric"] if good else None
         for name, read in COLUMNS.items():
             values = [value for value in map(read, good) if value is not None]
-            row[name] = {"mean": statistics.fmean(values), "std": _std(values)} if values else None
-        found.append(row)
+            row[name] = _over_seeds(values)
+        groups = _groups(good)
+        found.append({**row, "capability": groups} if groups else row)
     return found
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float] | None:
+    return {"mean": statistics.fmean(values), "std": _std(values)} if values else None
+
+
+def _groups(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The clients' own figures by capability, the weakest first, over seeds."""
+    seen: dict[float, list[Mapping[str, Any]]] = {}
+    for summary in summaries:
+        for group in summary.get("final", {}).get("clients", {}).get("capability", []):
+            seen.setdefault(group["capability"], []).append(group)
+    return [
+        {"capability": level, "clients": statistics.fmean(group["clients"] for group in same)}
+        | {key: _over_seeds([group[key] for group in same]) for key in ("mean", "worst")}
+        for level, same in sorted(seen.items())
+    ]
 
 
 def _std(values: Sequence[float]) -> float:

@@ -168,8 +168,9 @@ def build(table: Table) -> Config:
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
     parts["server"].check(method)
-    cohort = parts["clients"].per_round or parts["clients"].count
-    parts["flower"].check(method, cohort, [name for name in methods.names() if methods.load(name).sums])
+    able = [name for name in methods.names() if methods.load(name).sums]
+    for size in parts["clients"].staying_sizes:
+        parts["flower"].check(method, size, able)
     if parts["engine"].spill and parts["evaluation"].measure:
         raise ConfigError(
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
@@ -234,10 +235,15 @@ def _check_ranks(config: Config, name: str) -> None:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     if not config.method.any_rank and len(set(budgets)) > 1:
         able = [other for other in methods.names() if methods.load(other).any_rank]
+        key, instead = "ranks", "set one number"
+        if config.clients.capability is not None:
+            key, instead = "capability", 'take "rank" out of clients.capability_scales'
         raise ConfigError(
-            f"clients.ranks gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
-            f"set one number, or take {' or '.join(map(repr, able))}."
+            f"clients.{key} gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
+            f"{instead}, or take {' or '.join(map(repr, able))}."
         )
+    if config.training.local_epochs is not None and config.clients.local_steps is not None:
+        raise ConfigError("clients.local_steps and training.local_epochs are both set; keep one of them.")
     if not config.method.any_rank and set(budgets) != {config.method.adapter.budget}:
         raise ConfigError(
             f"clients.ranks is {budgets[0]}, but adapter.rank is {config.method.adapter.budget}; "

@@ -118,7 +118,7 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         "rounds": len(records),
         "rounds_asked": config.rounds,
         "interrupted": interrupted,
-        "clients": config.clients.count,
+        "clients": config.clients.members,
         "bytes": {d: _sums([r["bytes"][d] for r in records]) for d in ("up", "down")},
         "seconds": {**_sums([r["seconds"] for r in records]), "whole": seconds},
         "errors": _errors(records),

@@ -24,7 +24,8 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 for command in (
-    running.run, running.compare, folders.show, folders.aggregate, folders.export, studying.similarity,
+    running.run, running.compare, folders.show, folders.personal, folders.aggregate, folders.export,
+    studying.similarity,
     authoring.methods, running.demo,
 ):  # fmt: skip
     app.command()(command)
