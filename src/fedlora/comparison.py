@@ -1,7 +1,7 @@
 """The same federation under several methods and seeds: same data, splits, initial weights and budgets."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -118,7 +118,7 @@ def compare(
     folder = None if out is None else Path(out).expanduser()
     cells = plan(table, list(dict.fromkeys(labels)), list(dict.fromkeys(seeds)), folder)
     finished: dict[tuple[str, int], Cell] = {}
-    for cell in _parallel(cells, jobs) if jobs > 1 else (execute(c, lambda e, c=c: watch(c, e)) for c in cells):
+    for cell in executed(cells, jobs, watch):
         finished[cell.label, cell.seed] = cell
         done(cell)
     ordered = [finished[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in finished]
@@ -164,6 +164,11 @@ def _oracle_row(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any
     return {**row, "gauge": statistics.fmean(x["gauge"] for x in mine) if "gauge" in mine[0] else None}
 
 
+def executed(cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None]) -> Iterator[Cell]:
+    """Each cell once it has run: one after the other here, or as they end where there are several jobs."""
+    return _parallel(cells, jobs) if jobs > 1 else (execute(c, lambda e, c=c: watch(c, e)) for c in cells)
+
+
 def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, threads: int | None = None) -> Cell:
     """One run, in this process."""
     table = merged(cell.table, {"engine": {"threads": threads}} if threads else {})
@@ -177,7 +182,7 @@ def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, thr
     return Cell(cell.label, cell.seed, config.table, cell.folder, result.summary)
 
 
-def _parallel(cells: Sequence[Cell], jobs: int):
+def _parallel(cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:
     """Runs in processes of their own, one torch thread each: two busy threads on one core would wait for each other."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting: list[Future[Cell]] = [pool.submit(execute, cell, threads=1) for cell in cells]
