@@ -183,6 +183,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     console.print(table)
     if records:
         _rounds(console, records, metric)
+    for note in found.get("notes", ()) if records else ():  # of a run that has just ended they were said before
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Folder: {folder}")
 
 
