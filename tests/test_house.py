@@ -34,6 +34,8 @@ LAYERS = [  # imports point down only
         "oracle",
         "evaluation",
         "secure",
+        "sandbox",
+        "programs",
     },
     {"engines", "runtime"},
     {
@@ -48,6 +50,7 @@ LAYERS = [  # imports point down only
         "demo",
         "flower",
         "settings",
+        "grading",
     },
     {"cli", "__main__", "__init__"},
 ]
