@@ -37,6 +37,8 @@ LAYERS = [  # imports point down only
         "oracle",
         "evaluation",
         "secure",
+        "sandbox",
+        "programs",
     },
     {"engines", "runtime"},
     {
@@ -59,6 +61,7 @@ LAYERS = [  # imports point down only
         "flower",
         "settings",
         "similarity",
+        "grading",
     },
     {"cli", "__main__", "__init__"},
 ]

@@ -14,7 +14,7 @@ from fedlora.engines.loop import Event
 class _Live:
     """A bar that is there only on a terminal."""
 
-    def __init__(self, total: int, unit: str):
+    def __init__(self, total: int | None, unit: str):
         self.bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
             TimeRemainingColumn(), console=Console(stderr=True), transient=True,
@@ -104,3 +104,14 @@ class Cells(_Live):
             self.note(note)
         missing = self.rounds - self.seen.get((cell.label, cell.seed), 0)
         self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}: done", advance=missing)
+
+
+class Counted(_Live):
+    """Of things that end one by one, and whose number nobody said."""
+
+    def __init__(self, unit: str):
+        super().__init__(None, unit)
+
+    def done(self, one: object) -> None:
+        """Told of each."""
+        self.bar.update(self.task, description="running", advance=1)

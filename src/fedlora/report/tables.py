@@ -140,6 +140,20 @@ def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, fl
     )
 
 
+def grades(found: Mapping[str, Any]) -> None:
+    """What a file of programs came to."""
+    table = Table(title=f"{found['answers']} answers to {found['problems']} problems", show_header=False)
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, value in found["figures"].items():
+        table.add_row(name, f"{value:.4f}")
+    table.add_row("answers that pass", str(found["passed"]))
+    if found["missing"]:
+        table.add_row("problems without an answer, counted as wrong", str(found["missing"]))
+    table.add_row("verdicts", found["verdicts"])
+    _console().print(table)
+
+
 def _share(value: float | None) -> str:
     return DASH if value is None else f"{value:.2e}"
 
