@@ -62,6 +62,7 @@ LAYERS = [  # imports point down only
         "settings",
         "similarity",
         "grading",
+        "solving",
     },
     {"cli", "__main__", "__init__"},
 ]
