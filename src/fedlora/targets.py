@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Query and value projections, as the families call them; the first line whose names all occur is taken.
-# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT) | DistilBERT | DeBERTa | GPT-2 (fused) | T5
+# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) | T5
+# and where there is no attention: ConvNeXt's pointwise layers
 USUAL = (
     ("query", "value"),
     ("q_proj", "v_proj"),
@@ -16,6 +17,7 @@ USUAL = (
     ("query_proj", "value_proj"),
     ("c_attn",),
     ("q", "v"),
+    ("pwconv1", "pwconv2"),
 )
 
 

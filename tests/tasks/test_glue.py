@@ -33,7 +33,7 @@ def labelled(name, count, shift=0):
     for i in range(count):
         label = (i + shift) % (len(kinds) if kinds else 6)
         words = ("red apple", "blue car", "green sea", "old house", "dark night", "warm bread")[label]
-        texts = {column: f"{words} number {i}" for column in SUBSETS[name].text}
+        texts = dict.fromkeys(SUBSETS[name].text, f"{words} number {i}")
         yield {**texts, "label": label if kinds else label * 0.9, "idx": i}
 
 

@@ -94,7 +94,7 @@ def test_a_single_row_has_no_correlation_and_is_no_error():
 def test_bins_are_of_like_size_and_equal_numbers_share_one(values, bins):
     known = torch.tensor(values, dtype=torch.float32)
     found = quantile_bins(known, known, bins)
-    assert found.dtype == torch.int64 and 0 <= int(found.min()) and int(found.max()) < bins
+    assert found.dtype == torch.int64 and int(found.min()) >= 0 and int(found.max()) < bins
     order = known.argsort(stable=True)
     assert bool((found[order].diff() >= 0).all()), "bins are in the order of the numbers"
     for value in set(values):
