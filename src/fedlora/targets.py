@@ -8,7 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Query and value projections, as the families call them; the first line whose names all occur is taken.
-# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) | T5
+# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) |
+# GPT-NeoX Pythia BLOOM Falcon (fused) | Phi-3 (fused) | MPT (fused) | T5
 # and where there is no attention: ConvNeXt's pointwise layers
 USUAL = (
     ("query", "value"),
@@ -16,6 +17,9 @@ USUAL = (
     ("q_lin", "v_lin"),
     ("query_proj", "value_proj"),
     ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
     ("q", "v"),
     ("pwconv1", "pwconv2"),
 )
@@ -49,8 +53,8 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     paths = [path for path, _ in network.named_modules() if path]
     if patterns is None:
         body = getattr(network, "base_model_prefix", "")
-        patterns = [name for name, _ in network.named_children() if name != body]
-        patterns += getattr(network, "drawn_anew", [])
+        on_top = [name for name, _ in network.named_children() if name != body]
+        patterns = [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
     else:
         for pattern in patterns:
             if not any(matches(path, pattern) for path in paths):

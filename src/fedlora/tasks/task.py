@@ -42,6 +42,7 @@ class Data:
     train: Examples
     test: Examples
     label_names: tuple[str, ...]  # empty where a row has no label
+    notes: tuple[str, ...] = ()  # what a user should be told of how the rows were read
 
 
 class Task(Protocol):
@@ -49,10 +50,11 @@ class Task(Protocol):
 
     auto: ClassVar[str]  # the class of transformers that loads the network
     peft: ClassVar[str | None]  # PEFT's name for the kind of network, where an export says one
+    quantizes: ClassVar[bool]  # whether ``network`` takes what loads a quantised base
     metric: str  # the figure that is reported first, one of metrics.KNOWN
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data: ...
-    def network(self, model: str, labels: int, seed: int) -> nn.Module: ...
+    def network(self, model: str, labels: int, seed: int, **loading: Any) -> nn.Module: ...
     def collate(self, examples: Examples, rows: Tensor) -> Batch: ...
     def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch: ...
     def loss(self, network: nn.Module, batch: Batch) -> Tensor: ...
@@ -68,6 +70,7 @@ class Supervised(ABC):
     """What all tasks on rows have in common."""
 
     peft: ClassVar[str | None] = None
+    quantizes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # that ``task.metric`` may name
     metric: str
     train_rows: int | None
