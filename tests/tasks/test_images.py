@@ -309,6 +309,19 @@ def test_no_more_pictures_are_unpacked_than_a_stretch(monkeypatch):
     assert [len(some) for some in pictures.stretches(rows, "image", None, "training")] == [4, 4, 2]
 
 
+def test_the_rows_stay_in_order_over_stretches(monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures, "STRETCH", 4)
+    grey = [encoded(Image.new("L", (8, 8), i * 9)) for i in range(20)]
+    path = parquet(tmp_path, grey, row=list(range(20)))
+    found = ImageClassification(path).load("demo-vit", 0)
+    for examples in (found.train, found.test):
+        values = examples.features["pixels"][:, 0, 0, 0].tolist()
+        assert [value // 9 % 2 for value in values] == examples.labels.tolist()
+    assert found.train.features["pixels"].dtype == torch.uint8
+    together = torch.cat([e.features["pixels"][:, 0, 0, 0] for e in (found.train, found.test)])
+    assert sorted(together.tolist()) == [i * 9 for i in range(20)]
+
+
 # ------------------------------------------------------------------------------------ families of networks
 
 
@@ -405,12 +418,19 @@ def test_steps_of_training_differ_and_evaluation_is_as_it_was():
     assert not same(fedlora.run(plain).shared, fedlora.run(varied).shared)
 
 
-@pytest.mark.parametrize("method", ["fedit", "fedsa-lora"])
-def test_augmented_runs_have_the_same_bits_on_flowers_grid(method, tmp_path):
+VARIED = [
+    ("fedit", "task.augment=['flip', 'crop']"),
+    ("fedsa-lora", "task.augment=['crop']"),
+    ("fedit", "task.metric=macro_f1"),
+]
+
+
+@pytest.mark.parametrize("method,setting", VARIED)
+def test_augmented_runs_and_figures_by_label_have_the_same_bits_on_flowers_grid(method, setting, tmp_path):
     pytest.importorskip("flwr", reason="needs the flower extra")
     from tests.flower.world import World
 
-    settings_ = ["task.augment=['flip', 'crop']", f"method.name={method}"]
+    settings_ = [setting, f"method.name={method}"]
     here, there = fedlora.run(digits(*settings_)), World(tmp_path, *settings_).run()
     assert same(there[-1].shared, here.shared)
     assert [r.record["clients"] for r in there] == [r["clients"] for r in here.records]

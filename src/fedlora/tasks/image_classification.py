@@ -109,12 +109,16 @@ def _usual(split: Any, names: Sequence[str], key: str) -> str:
 
 
 def _pixels(split: Any, image: str, shape: Sequence[int] | None, what: str, form: Form) -> Tensor:
-    stacks = []
+    found, filled = torch.empty(0, dtype=torch.uint8), 0
     for some in stretches(split, image, shape, what):
-        if not stacks:
+        if not filled:
             form.check(some[0])
-        stacks.append(form.fit(some))
-    return torch.cat(stacks)
+        fitted = form.fit(some)
+        if not filled:  # at once for all rows: joined in the end, they would be there twice
+            found = torch.empty(len(split), *fitted.shape[1:], dtype=torch.uint8)
+        found[filled : filled + len(some)] = fitted
+        filled += len(some)
+    return found
 
 
 def flipped(pixels: Tensor, draws: torch.Generator) -> Tensor:
