@@ -65,7 +65,9 @@ STUDIES = {
         "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),
     "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
-    "fedsa-concept-shift": Study("fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
+    "fedsa-concept-shift": Study(
+        "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
+    ),
     "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
     "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
 }

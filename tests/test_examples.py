@@ -4,6 +4,8 @@ import csv
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import fedlora
 from fedlora.config import read
@@ -37,6 +39,28 @@ def test_digits():
     path = next(p for p in EXAMPLES if p.stem.startswith("digits"))
     result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "clients.count=3"]))
     assert result.summary["personal"]
+
+
+@pytest.mark.shared
+def test_glue_by_name(shared):
+    path = next(p for p in EXAMPLES if p.stem.startswith("glue"))
+    places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={shared}/data/glue_qnli_dev"]
+    result = fedlora.run(read(path, [*TOY, *places, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["labels"] == ["entailment", "not_entailment"]
+    assert 0 <= result.summary["final"]["global"]["accuracy"] <= 1
+
+
+@pytest.mark.shared
+def test_own_pictures(shared, tmp_path):
+    found = load_digits()
+    for i, (picture, label) in enumerate(zip(found.images[:90], found.target)):
+        folder = tmp_path / ("test" if i >= 60 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 15).astype("uint8")).save(folder / f"{i}.png")
+    path = next(p for p in EXAMPLES if p.stem.startswith("images"))
+    places = [f"model.name={shared}/models/vit-mini-cifar10", f"task.data={tmp_path}", "clients.split={name='iid'}"]
+    result = fedlora.run(read(path, [*TOY, *places, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["labels"] == list("0123456789")
 
 
 @pytest.mark.shared

@@ -117,7 +117,7 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
         if path.is_file():
             return {ONLY: _read(path)}
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, config)
         if data.startswith((".", "/", "~")) or any(data.endswith(ending) for ending in READERS):
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
         return dict(datasets.load_dataset(data, config))
@@ -127,7 +127,7 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
         ) from error
 
 
-def _folder(path: Path) -> Mapping[str, Any]:
+def _folder(path: Path, config: str | None) -> Mapping[str, Any]:
     import datasets
 
     if (path / "dataset_dict.json").exists():
@@ -137,8 +137,11 @@ def _folder(path: Path) -> Mapping[str, Any]:
     files = {f.name.split(".", 1)[0]: f for f in sorted(path.iterdir()) if _ending(f) and f.name != "meta.json"}
     if files:
         return _Files(files)
+    if any(path.glob("*/*.parquet")):  # a copy of a hub's data repository
+        return dict(datasets.load_dataset(str(path), config))
     if any(p.is_dir() for p in path.iterdir()):
-        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+        found = dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
+        return {ONLY: found["train"]} if set(found) == {"train"} else found
     raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
 
 
@@ -194,14 +197,19 @@ def image_shape(data: str) -> tuple[int, ...] | None:
     return tuple(found) if found else None
 
 
-def column(split: Any, name: str, key: str) -> list[Any]:
-    """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
+def present(split: Any, name: str, key: str) -> None:
+    """``ValueError`` where there is no such column; names the nearest."""
     if name not in split.column_names:
         near = nearest(name, split.column_names)
         hint = f"did you mean {near!r}? Its" if near else "its"
         raise ValueError(
             f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}."
         )
+
+
+def column(split: Any, name: str, key: str) -> list[Any]:
+    """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
+    present(split, name, key)
     values = list(split[name])
     gaps = sum(value is None for value in values)
     if gaps:
