@@ -35,6 +35,24 @@ def test_on_real_text(path, shared):
     assert 0 <= result.summary["final"]["clients"]["mean"] <= 1
 
 
+LANGUAGE = {"shakespeare-roles": "shakespeare_roles", "dolly-categories": "dolly15k"}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "causal-lm" in p.read_text()], ids=lambda path: path.stem)
+def test_language_models(path, shared):
+    places = [f"model.name={shared}/models/stories260k-llama", f"task.data={shared}/data/{LANGUAGE[path.stem]}"]
+    rows = [
+        "task.train_rows=1500",
+        f"task.test_rows={700 if 'roles' in path.stem else 150}",
+        "task.truncation_side=left",
+        "task.max_length=96",
+    ]
+    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["rounds"] == 2
+    assert 1 < result.summary["final"]["clients"]["mean"] < 512, "better than guessing among 512 tokens"
+
+
 def test_digits():
     path = next(p for p in EXAMPLES if p.stem.startswith("digits"))
     result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "clients.count=3"]))
