@@ -36,6 +36,7 @@ LAYERS = [  # imports point down only
         "secure",
         "sandbox",
         "programs",
+        "squad",
     },
     {"engines", "runtime"},
     {

@@ -102,8 +102,9 @@ class Run:
     def network(self) -> nn.Module:
         """The pretrained network with a head of the run's size."""
         found = self.config.task.network(self.config.model.name, len(self.summary["labels"]), self.config.seed)
-        found.config.id2label = dict(enumerate(self.summary["labels"]))
-        found.config.label2id = {name: i for i, name in found.config.id2label.items()}
+        if self.summary["labels"]:
+            found.config.id2label = dict(enumerate(self.summary["labels"]))
+            found.config.label2id = {name: i for i, name in found.config.id2label.items()}
         return found.eval()
 
 

@@ -1,5 +1,6 @@
 """Pretrained networks by hub id or folder, loaded quietly, with nothing but the head new."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,37 @@ def quietly(load: Any, model: str, **kwargs: Any) -> Any:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def whole(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
+    """A pretrained network with the head that its checkpoint brings, in float32 or as ``loading`` says.
+
+    Nothing of it is trained in full unless it is named. ``ValueError`` where the checkpoint is of another kind or lacks
+    weights: they would be noise that nobody trains.
+    """
+    try:
+        found, report = quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **(loading or {})})
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = quietly(_config(), model).model_type
+        raise ValueError(
+            f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load."
+        ) from error
+    lost = sorted(report["missing_keys"])
+    if lost:
+        raise ValueError(
+            f"the model {model!r} lacks {len(lost)} weights of {type(found).__name__}, such as {lost[0]!r}; "
+            "name a checkpoint of that kind."
+        )
+    found.put_on_top = []  # read by targets.trained_in_full
+    return found
+
+
+def _config() -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig
 
 
 def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:

@@ -41,6 +41,7 @@ class Data:
     train: Examples
     test: Examples
     label_names: tuple[str, ...]  # empty where a row has no label
+    notes: tuple[str, ...] = ()  # what a user should be told of how the rows were read
 
 
 class Task(Protocol):
