@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora.nearest import unknown
 
-_NOT_TASKS = {"task", "data", "networks"}
+_NOT_TASKS = {"task", "data", "networks", "pairs"}
 
 
 def names() -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from string import Formatter
 from typing import Any, ClassVar
 
 import torch
@@ -15,14 +14,10 @@ from fedlora.metrics import Scores
 from fedlora.squad import answer_f1, exact_match
 from fedlora.tasks import data as source
 from fedlora.tasks.networks import quietly, whole
+from fedlora.tasks.pairs import texts
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
 
 IGNORED = -100  # cross_entropy's ignore_index
-# Templates over the columns that public sets use, tried in this order where nothing is named.
-USUAL = (
-    ("question: {question} context: {context}", "answers"),  # SQuAD, MRQA
-    ("{source}", "target"), ("{input}", "target"), ("{text}", "label_text"), ("{text}", "label"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,31 +72,9 @@ class Seq2Seq(Supervised):
         order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
         return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
-    def texts(self, split: Any) -> tuple[list[str], list[list[str]]]:
-        """Each row's source, and its right answers, the first of which is learnt."""
-        asked, answer = self._columns(split)
-        sources = _filled(asked, split, "task.source")
-        if "{" in answer:
-            golds = [[text] for text in _filled(answer, split, "task.target")]
-        else:
-            names = self.label_names or getattr(split.features.get(answer), "names", None)
-            values = source.column(split, answer, "task.target")
-            golds = [_golds(value, names, answer) for value in values]
-        return sources, golds
-
-    def _columns(self, split: Any) -> tuple[str, str]:
-        if self.source is not None and self.target is not None:
-            return self.source if "{" in self.source else f"{{{self.source}}}", self.target
-        for asked, answer in USUAL:
-            if {*_names(asked, "task.source"), answer} <= set(split.column_names):
-                return asked, answer
-        raise ValueError(
-            f"no source and target were found among {', '.join(split.column_names)}; set task.source and task.target."
-        )
-
     def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, int]:
         """The rows, encoded, and how many sources were cut."""
-        sources, golds = self.texts(split)
+        sources, golds = texts(split, self.source, self.target, self.label_names)
         own, most = tokenizer(model), _most(model)
         asked = own(sources, return_attention_mask=False, verbose=False)["input_ids"]
         cut = sum(len(ids) > self.max_source_length for ids in asked)
@@ -239,43 +212,6 @@ def _padded(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Ten
 
 def _ended(ids: list[int], end: int | None) -> list[int]:
     return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-
-def _golds(value: Any, names: Sequence[str] | None, column: str) -> list[str]:
-    """A row's right answers; a list without any is one that has nothing to say (SQuAD 2)."""
-    found = value["text"] if isinstance(value, dict) and "text" in value else value
-    if isinstance(found, list) and all(isinstance(text, str) for text in found):
-        return found or [""]
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise ValueError(f"column {column!r} (task.target) holds {value!r}; it needs text, or a list of texts.")
-    if isinstance(found, int) and names is not None:
-        if not 0 <= found < len(names):
-            raise ValueError(f"column {column!r} (task.target) holds {found}, but there are {len(names)} label names.")
-        return [names[found]]
-    if not str(found).strip():
-        raise ValueError(f"column {column!r} (task.target) holds an empty text; fill or drop these rows.")
-    return [str(found)]
-
-
-def _names(template: str, key: str) -> list[str]:
-    """The columns that a template names."""
-    try:
-        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-    except ValueError as error:
-        raise ValueError(f"{key} is {template!r}, whose braces do not match; write {{column}}.") from error
-
-
-def _filled(template: str, split: Any, key: str) -> list[str]:
-    """The template with each row's values in it."""
-    names = _names(template, key)
-    values = {name: source.column(split, name, key) for name in names}
-    odd = next(((n, v) for n in names for v in values[n] if not isinstance(v, str | int | float)), None)
-    if odd:
-        raise ValueError(f"column {odd[0]!r} ({key}) holds {odd[1]!r}, which is not text; name a text column.")
-    parts = list(Formatter().parse(template))
-    return [
-        "".join(t + (str(values[n][i]) if n is not None else "") for t, n, _, _ in parts) for i in range(len(split))
-    ]
 
 
 def _most(model: str) -> int:
