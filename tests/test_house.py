@@ -39,6 +39,7 @@ LAYERS = [  # imports point down only
         "secure",
         "sandbox",
         "programs",
+        "squad",
     },
     {"engines", "runtime"},
     {
