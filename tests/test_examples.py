@@ -59,6 +59,16 @@ def test_digits():
     assert result.summary["personal"]
 
 
+def test_unequal_clients():
+    path = next(p for p in EXAMPLES if p.stem.startswith("unequal"))
+    result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "rounds=3"]))
+    final, records = result.summary["final"]["clients"], result.records
+    assert [group["capability"] for group in final["capability"]] == [0.25, 0.5, 0.75, 1.0]
+    assert final["each"][10:] == [None, None], "the new ones"
+    assert all(len(record["absent"]) == 1 and len(record["cohort"]) == 9 for record in records)
+    assert any(record["stragglers"] for record in records)
+
+
 @pytest.mark.shared
 def test_glue_by_name(shared):
     path = next(p for p in EXAMPLES if p.stem.startswith("glue"))
