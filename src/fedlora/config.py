@@ -80,7 +80,7 @@ class Config:
         only where every party has data of its own (``clients.split``).
         """
         device = self.engine.prepare()
-        data, shards = self._rows(party, combines)
+        data, shards = self.rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
         network = self.task.network(self.model.name, len(names), self.seed)
         training = self.engine.resolved(self.training, network)
@@ -96,7 +96,8 @@ class Config:
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
         )  # fmt: skip
 
-    def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+    def rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+        """The data of this machine and each client's rows in it; see ``federation``."""
         if not self.clients.own_data:
             data = self.task.load(self.model.name, self.seed, self.clients.client_column)
             return data, self.clients.shards(data, self.seed)
