@@ -5,8 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-
 from benchmarks.studies import STUDIES, TUNING_SEED, Book, best_rate, missing
+
 from fedlora.comparison import for_label
 from fedlora.config import build, read_table
 
