@@ -41,7 +41,7 @@ def test_by_role(config, tmp_path, name):
     assert worst["worst"] == max(worst["each"]) and len(set(worst["each"])) == 3
     assert ("global" in run.summary["final"]) == (name != "fedsa-lora")
     told = run.summary["notes"]
-    assert len(told) == 2 and "rows were cut to 48 tokens on the right" in told[0]
+    assert len(told) == 2 and "training rows were cut to 48 tokens on the right" in told[0]
     if name == "flora":
         assert run.summary["folds"] == 3
     found = export(Run.open(tmp_path / "run"), tmp_path / "out", 1 if name == "fedsa-lora" else None)
@@ -109,7 +109,7 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     own = own_table({**made.table, "task": table}, node)
     party = base(json.dumps(own), 1).federation
     assert len(party.shards[1].train) == 6 and party.label_names == ()
-    assert "fedlora: Of the training rows, 3 of 6 rows were cut to 48 tokens" in capsys.readouterr().err
+    assert "fedlora: 3 of 6 training rows were cut to 48 tokens" in capsys.readouterr().err
 
 
 def test_what_was_cut_is_said_on_stderr(config, tmp_path):

@@ -244,12 +244,12 @@ def test_what_is_cut_is_said(tmp_path, model):
     ]
     settings = {"rows": rows, "test": ROWS[:2], "max_length": 48}
     with pytest.raises(
-        ValueError, match=r"of the training rows, 1 of 6 rows have nothing left to learn within task.max_length = 48"
+        ValueError, match=r"nothing is left to learn in 1 of 6 training rows within task.max_length = 48"
     ):
         task(tmp_path, **settings).load(model, 0)
     found = task(tmp_path, truncation_side="left", **settings).load(model, 0)
     assert found.notes == (
-        "Of the training rows, 2 of 6 rows were cut to 48 tokens on the left: 2 prompts, 1 responses.",
+        "2 of 6 training rows were cut to 48 tokens on the left: the prompt in 2, the response in 1.",
     )
     assert found.train.lengths.max() == 48
     whole, told = learnt(found.train, 4, model)
@@ -257,7 +257,7 @@ def test_what_is_cut_is_said(tmp_path, model):
     rows = [*ROWS[:4], rows[5]]
     right = task(tmp_path, rows, test=ROWS[:2], max_length=48).load(model, 0)
     assert right.notes == (
-        "Of the training rows, 1 of 5 rows were cut to 48 tokens on the right: 0 prompts, 1 responses.",
+        "1 of 5 training rows were cut to 48 tokens on the right: the prompt in 0, the response in 1.",
     )
 
 
@@ -265,7 +265,7 @@ def test_more_than_the_model_reads(tmp_path, model):
     rows = [*ROWS[:4], {"ask": "Why? " * 300, "say": "No.", "kind": "a"}]
     with pytest.raises(
         ValueError,
-        match="1 training rows have more than the 512 tokens that the model reads at most; set task.max_length to 512",
+        match="reads at most 512 tokens, and 1 of 5 training rows would have more; set task.max_length to 512",
     ):
         task(tmp_path, rows, test=ROWS[:2], max_length=5000).load(model, 0)
     with pytest.raises(ValueError, match="task.max_new_tokens is 600, but the model reads at most 512"):
@@ -360,7 +360,7 @@ def test_shots_come_from_the_rows_own_category(tmp_path, model):
         topics = ("dog", "red ball") if row["kind"] == "a" else ("cat", "sun")
         assert sum(found["prompt"].count(f"the {t}") for t in topics) >= 4
         assert not any(f"the {t}" in found["prompt"] for t in {"dog", "red ball", "cat", "sun"} - set(topics))
-    with pytest.raises(ValueError, match="some test rows have only 10 training rows of their task.label"):
+    with pytest.raises(ValueError, match="there are only 10 training rows of the same task.label"):
         task(tmp_path, metric="exact_match", answer="text", shots=11, label="kind").load(model, 0)
 
 
@@ -375,9 +375,15 @@ def test_prompts_that_do_not_fit_lose_their_beginning_and_that_is_said(tmp_path,
 @pytest.mark.parametrize(
     "settings,sentence",
     [
-        ({"answer_column": "final"}, r"1 test rows have no number in column 'final' .*row 2: 'many'; correct"),
+        (
+            {"answer_column": "final"},
+            r"column 'final' .* has no number in 1 of 3 test rows, first in row 2: 'many'; correct",
+        ),
         ({"answer_column": "lost"}, "no column 'lost'"),
-        ({"response": " {final}", "prompt": "{question}"}, r"no number in the response, the first is row 2: 'many'"),
+        (
+            {"response": " {final}", "prompt": "{question}"},
+            r"the response has no number in 1 of 3 test rows, first in row 2: 'many'",
+        ),
     ],
 )
 def test_answers_without_a_number(tmp_path, model, settings, sentence):
@@ -419,7 +425,7 @@ def test_columns_that_are_not_there(tmp_path, model, settings, sentence):
 
 
 def test_empty_responses(tmp_path, model):
-    with pytest.raises(ValueError, match="1 of 5 rows have nothing in task.response"):
+    with pytest.raises(ValueError, match="task.response is empty in 1 of 5 rows"):
         task(tmp_path, [*ROWS[:4], ROWS[4] | {"say": " "}]).load(model, 0)
 
 

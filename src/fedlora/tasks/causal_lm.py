@@ -124,22 +124,18 @@ class CausalLM(Supervised):
         client_column: str | None,
     ) -> tuple[Examples, str]:  # fmt: skip
         special = self.wording(split.column_names) is not None  # a chat template writes its own start token
-        try:
-            found, note = cut(
-                encoded(rows, tokenizer, special), self.max_length, self.truncation_side, tokenizer.bos_token_id
-            )
-        except ValueError as error:
-            raise ValueError(f"of the {what} rows, {error}") from error
+        made = encoded(rows, tokenizer, special)
+        found, note = cut(made, self.max_length, self.truncation_side, tokenizer.bos_token_id, what)
         features, lengths = flat(found, tokenizer.pad_token_id)
         longer = int((lengths > context).sum())
         if longer:
             raise ValueError(
-                f"task.max_length is {self.max_length} and {longer} {what} rows have more than the {context} "
-                f"tokens that the model reads at most; set task.max_length to {context}."
+                f"the model reads at most {context} tokens, and {longer} of {len(found)} {what} rows would have more; "
+                f"set task.max_length to {context} (it is {self.max_length})."
             )
         labels = torch.zeros(len(found), dtype=torch.int64)  # a row has none
         groups = source.groups(split, client_column, what)
-        return Examples(features, labels, lengths, groups, kinds), f"Of the {what} rows, {note}." if note else ""
+        return Examples(features, labels, lengths, groups, kinds), note
 
     def _asked(self, test: Any, rows: Any, kinds: Any, tokenizer: Any, context: int, seed: int) -> Asked:
         room = context - self.max_new_tokens

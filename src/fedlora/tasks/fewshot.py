@@ -77,8 +77,8 @@ def shots(
     for kind, rows in by_kind.items():
         if len(rows) < count:
             raise ValueError(
-                f"task.shots is {count}, but some test rows have only {len(rows)} training rows of their task.label; "
-                "lower task.shots, or leave task.label out."
+                f"task.shots is {count}, but there are only {len(rows)} training rows of the same task.label "
+                "as some test rows; lower task.shots, or leave task.label out."
             )
         draws = torch.Generator().manual_seed(derived(seed, "shots", kind))
         some = [rows[i] for i in torch.randperm(len(rows), generator=draws)[:count].tolist()]
@@ -98,7 +98,7 @@ def golds(split: Any, rows: Sequence[Sequence[Stretch]], name: str | None, kind:
     if lacking:
         where = "the response" if name is None else f"column {name!r} (task.answer_column)"
         raise ValueError(
-            f"{len(lacking)} test rows have no number in {where}, the first is row {lacking[0]}: "
+            f"{where} has no number in {len(lacking)} of {len(found)} test rows, first in row {lacking[0]}: "
             f"{found[lacking[0]].strip()[:60]!r}; correct the rows, or set task.answer to 'text'."
         )
     return found

@@ -65,7 +65,9 @@ def _finish(row: Tokens, one: Sequence[Stretch], tokenizer: Any) -> None:
         row.learnt[0] = False  # nothing stands before it that it could be told from
 
 
-def cut(rows: Sequence[Tokens], limit: int, side: Side, start: int | None) -> tuple[list[Tokens], str]:
+def cut(
+    rows: Sequence[Tokens], limit: int, side: Side, start: int | None, what: str = "training"
+) -> tuple[list[Tokens], str]:
     """Rows of at most ``limit`` tokens, and a sentence that says what was cut, or nothing.
 
     ``side`` is where tokens are taken away; on the left the start token stays. ``ValueError`` says how many rows have
@@ -87,12 +89,12 @@ def cut(rows: Sequence[Tokens], limit: int, side: Side, start: int | None) -> tu
     if lost:
         other = "left" if side == "right" else "right"
         raise ValueError(
-            f"{lost} of {len(rows)} rows have nothing left to learn within task.max_length = {limit} tokens: the "
-            f"response was cut away on the {side}; raise task.max_length, or set task.truncation_side to {other!r}."
+            f"nothing is left to learn in {lost} of {len(rows)} {what} rows within task.max_length = {limit} tokens: "
+            f"the response was cut away on the {side}; raise task.max_length, or set task.truncation_side to {other!r}."
         )
     several = sum(len(row.ids) > limit for row in rows)
-    text = f"{several} of {len(rows)} rows were cut to {limit} tokens on the {side}"
-    return found, f"{text}: {prompts} prompts, {responses} responses" if several else ""
+    text = f"{several} of {len(rows)} {what} rows were cut to {limit} tokens on the {side}"
+    return found, f"{text}: the prompt in {prompts}, the response in {responses}." if several else ""
 
 
 def flat(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:

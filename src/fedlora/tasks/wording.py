@@ -46,7 +46,7 @@ class Wording:
         prompts, responses = (filled(t, split, key) for t, key in zip((self.prompt, self.response), self.keys))
         empty = sum(not text.strip() for text in responses)
         if empty:
-            raise ValueError(f"{empty} of {len(responses)} rows have nothing in {self.keys[1]}; drop these rows.")
+            raise ValueError(f"{self.keys[1]} is empty in {empty} of {len(responses)} rows; drop these rows.")
         return [[(prompt, False), (response, True)] for prompt, response in zip(prompts, responses)]
 
     def asked(self, text: str) -> str:
