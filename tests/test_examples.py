@@ -35,10 +35,38 @@ def test_on_real_text(path, shared):
     assert 0 <= result.summary["final"]["clients"]["mean"] <= 1
 
 
+LANGUAGE = {"shakespeare-roles": "shakespeare_roles", "dolly-categories": "dolly15k"}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "causal-lm" in p.read_text()], ids=lambda path: path.stem)
+def test_language_models(path, shared):
+    places = [f"model.name={shared}/models/stories260k-llama", f"task.data={shared}/data/{LANGUAGE[path.stem]}"]
+    rows = [
+        "task.train_rows=1500",
+        f"task.test_rows={700 if 'roles' in path.stem else 150}",
+        "task.truncation_side=left",
+        "task.max_length=96",
+    ]
+    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["rounds"] == 2
+    assert 1 < result.summary["final"]["clients"]["mean"] < 512, "better than guessing among 512 tokens"
+
+
 def test_digits():
     path = next(p for p in EXAMPLES if p.stem.startswith("digits"))
     result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "clients.count=3"]))
     assert result.summary["personal"]
+
+
+def test_unequal_clients():
+    path = next(p for p in EXAMPLES if p.stem.startswith("unequal"))
+    result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "rounds=3"]))
+    final, records = result.summary["final"]["clients"], result.records
+    assert [group["capability"] for group in final["capability"]] == [0.25, 0.5, 0.75, 1.0]
+    assert final["each"][10:] == [None, None], "the new ones"
+    assert all(len(record["absent"]) == 1 and len(record["cohort"]) == 9 for record in records)
+    assert any(record["stragglers"] for record in records)
 
 
 @pytest.mark.shared

@@ -89,7 +89,7 @@ def _wording(config: Config, task: CausalLM) -> Wording | None:
     named = (task.prompt, task.messages, task.text)
     if any(name is not None for name in named):
         return task.wording([])
-    train, _ = source.splits(task.data, task.data_config, task.train_split, task.test_split, config.seed)
+    train, _ = source.splits(task.data, task.data_config, task.train_split, [task.test_split], config.seed)
     return task.wording(train.column_names)
 
 

@@ -33,6 +33,11 @@ class Adapted(nn.Module):
         self.leaves = nn.ParameterDict()
         self.overlay: Factors | None = None  # folds that the base weight itself cannot take
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's own: T5 looks at its layers' precision."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x) + self.adapter.forward(x, self.leaves)
         return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT

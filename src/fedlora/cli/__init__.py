@@ -26,7 +26,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 for command in (
     running.run, running.compare, preparing.sweep,
     folders.show, folders.personal, folders.aggregate, folders.export,
-    studying.similarity, chatting.chat, grading.grade,
+    studying.similarity, chatting.chat, grading.solve, grading.grade,
     authoring.methods, running.demo,
 ):  # fmt: skip
     app.command()(command)

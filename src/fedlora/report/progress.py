@@ -107,10 +107,14 @@ class Cells(_Live):
 
 
 class Counted(_Live):
-    """Of things that end one by one, and whose number nobody said."""
+    """Of things that end one by one; how many there will be may be unknown."""
 
-    def __init__(self, unit: str):
-        super().__init__(None, unit)
+    def __init__(self, unit: str, total: int | None = None):
+        super().__init__(total, unit)
+
+    def more(self, several: int) -> None:
+        """Told of several at once."""
+        self.bar.update(self.task, description="running", advance=several)
 
     def done(self, one: object) -> None:
         """Told of each."""

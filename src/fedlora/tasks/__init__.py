@@ -8,7 +8,7 @@ from typing import Any
 from fedlora.nearest import unknown
 
 _NOT_TASKS = {
-    "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot",
+    "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot", "pairs",
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class CausalLM(Supervised):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises both splits once."""
-        splits = source.splits(self.data, self.data_config, self.train_split, self.test_split, seed)
+        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
         wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
         train, test = (source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted))
         tokenizer, context = self.preprocessor(model), context_length(model)

@@ -23,6 +23,7 @@ READERS = {
 HELD_OUT = 0.2  # of a single file's rows, when it has no test split of its own
 DIGITS = "digits"
 ONLY = "all"  # the split of data that comes without any
+TEST = "test"  # what the test split is called where nothing else is said
 OF, ANY = " * ", ""  # in the name of a test split: a share of the training rows; no test rows at all
 
 
@@ -36,12 +37,11 @@ def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed
         rows, _ = splits(data, config, train, [ANY], seed)
         return _cut(rows, _share(share, len(rows)), derived(seed, "validation rows"))
     found = _load(data, config)
-    if set(found) == {ONLY} and train not in tests:
-        if len(found[ONLY]) < 2:
-            raise ValueError(
-                f"{data!r} holds {len(found[ONLY])} row; it is cut into training and test rows and needs 2."
-            )
-        return _cut(found[ONLY], HELD_OUT, derived(seed, "held out"))
+    if (set(found) == {ONLY} and train not in tests) or (set(found) == {train} and tuple(tests) == (TEST,)):
+        (rows,) = found.values()
+        if len(rows) < 2:
+            raise ValueError(f"{data!r} holds {len(rows)} row; it is cut into training and test rows and needs 2.")
+        return _cut(rows, HELD_OUT, derived(seed, "held out"))
     pairs = [("train_split", train), *(("test_split", train if test == ANY else test) for test in tests)]
     for key, split in pairs:
         if split not in found:
@@ -140,8 +140,7 @@ def _folder(path: Path, config: str | None) -> Mapping[str, Any]:
     if any(path.glob("*/*.parquet")):  # a copy of a hub's data repository
         return dict(datasets.load_dataset(str(path), config))
     if any(p.is_dir() for p in path.iterdir()):
-        found = dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
-        return {ONLY: found["train"]} if set(found) == {"train"} else found
+        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
     raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
 
 
