@@ -139,7 +139,22 @@ def test_what_costs_too_much_or_reaches_out_is_stopped(place, program, why):
     assert time.monotonic() - began < 60
 
 
-def test_files_of_the_user_stay_as_they_are(place, tmp_path):
+@pytest.fixture(params=["here", 1, 2, 3, 5])
+def kernel(request, tmp_path, monkeypatch):
+    """The confinement as this kernel has it, and as one would whose Landlock is older."""
+    if request.param != "here":
+        older = tmp_path / "older"
+        shutil.copytree(Path(sandbox.__file__).parent, older)
+        text, call = (older / "kernel.py").read_text(), 'return _call("Landlock", number, 0, 0, 1)'
+        assert call in text
+        (older / "kernel.py").write_text(
+            text.replace(call, call.replace("return ", f"return min({request.param}, ") + ")")
+        )
+        monkeypatch.setattr(sandbox, "SCRIPT", older / "inside.py")
+    return request.param
+
+
+def test_files_of_the_user_stay_as_they_are(place, tmp_path, kernel):
     home = tmp_path / "home"
     home.mkdir()
     (home / "letter").write_text("dear")
