@@ -72,7 +72,7 @@ def test_the_whole_function_sees_the_prompts_imports_and_an_empty_answer_is_wron
 
 
 @pytest.mark.parametrize(
-    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999]
+    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999, "no (\n" * 9999]
 )
 def test_answers_that_are_no_programs_hurt_nobody(answer):
     assert isinstance(HALF.program(answer), str) and isinstance(TASK.program(answer), str)
@@ -161,6 +161,8 @@ def test_bad_files_are_one_sentence(folder, content, said):
 def test_data_of_another_kind_and_odd_ks_are_refused(folder):
     with pytest.raises(ValueError, match="needs task_id, test_list"):
         problems(rows(str(folder / "data")), "mbpp")
+    with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of test"):
+        rows(str(folder / "data"), "dev")
     with pytest.raises(ValueError, match="'humaneval' or 'mbpp'"):
         problems(rows(str(folder / "data")), "apps")
     with pytest.raises(ValueError, match="at least 1"):

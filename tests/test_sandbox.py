@@ -95,6 +95,7 @@ def test_only_the_last_test_says_that_all_ran(place, program):
 
 
 def test_a_program_that_puts_others_in_their_place_is_judged_all_the_same(place):
+    assert run("import os, sys\nsys.stdout.close()\nos.close(2)\n" + ADDS, TEST).ok
     assert run("import os, sys\nos._exit = os.write = sys.exit = lambda *a: 0\n" + ADDS, TEST).ok
 
 
