@@ -44,7 +44,7 @@ def cli(tmp_path):
 def test_help_and_version_import_nothing_heavy(cli):
     found = cli("--help")
     assert found.returncode == 0
-    assert all(name in found.stdout for name in ("run", "compare", "methods", "show", "demo", "new-method"))
+    assert all(name in found.stdout for name in ("run", "compare", "methods", "show", "personal", "demo", "new-method"))
     code = "import sys, fedlora.cli; print([m for m in ('torch', 'transformers', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert cli("--version").stdout.startswith("fedlora 0.")
@@ -147,6 +147,23 @@ def test_settings_of_one_method_only(cli, tmp_path):
     assert "learning_rate = 0.001" in (tmp_path / "c" / "fedit-seed0" / "config.toml").read_text()
 
 
+def test_personal_and_groups_by_capability(cli, tmp_path):
+    unequal = ["clients.count=8", "clients.new=1", "clients.capability=uniform", "clients.dropout=0.25"]
+    settings = [x for item in [*unequal, "method.name=hetlora"] for x in ("-o", item)]
+    ran = cli("run", "my.toml", "--out", "run", *settings)
+    assert ran.returncode == 0 and ran.stderr == "", "what the configuration asks for is no news"
+    assert "capability 0.25, " in cli("show", "run").stdout
+    found = cli("personal", "run", "--steps", "2")
+    assert found.returncode == 0, found.stderr
+    for word in ("what it holds", "after 2 steps of its own", "alone", "centralised", "that never took part"):
+        assert word in found.stdout
+    written = json.loads((tmp_path / "run" / "personal.json").read_text())
+    assert json.loads(cli("personal", "run", "--steps", "2", "--json").stdout) == written
+    cli("compare", "my.toml", "--methods", "hetlora,local", "--out", "c", *settings[:-2])
+    assert "by the clients' capability" in cli("show", "c").stdout
+    assert len(json.loads((tmp_path / "c" / "comparison.json").read_text())["rows"][1]["capability"]) == 4
+
+
 def test_aggregate_and_export(cli, tmp_path):
     cli("run", "my.toml", "--out", "run", "-o", "clients.count=3", "-o", "method.name=fedsa-lora")
     exported = cli("export", "run", "--out", "own", "--all-clients", "--json")
@@ -166,6 +183,8 @@ def test_aggregate_and_export(cli, tmp_path):
         (["aggregate", ".", "--out", "o", "--weights", "a,b"], "--weights is 'a,b'; it should be numbers with commas"),
         (["aggregate", ".", "--out", "o", "--method", "fedsa-lora"], "a model of its own"),
         (["export", ".", "--out", "o"], "holds no finished run"),
+        (["personal", "."], "holds no finished run"),
+        (["run", "my.toml", "-o", "clients.capability=bel"], "did you mean 'bell'"),
         (["export", ".", "--out", "o", "--client", "1", "--all-clients"], "exclude each other"),
         (["compare", "my.toml"], "--methods names no method"),
     ],

@@ -1,15 +1,19 @@
 """Who takes part: how the rows are split, what each client can afford, and who is asked in which round."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fedlora import capability
 from fedlora.seeds import derived
 from fedlora.splits import Split, apportioned, load
 from fedlora.tasks.task import Data
+
+DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,80 @@ class Clients:
     ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
     split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see splits.py
     permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
+    new: int = 0  # so many of the count, the last ones, never take part; `fedlora personal` scores them
+    capability: str | list[float] | dict[str, float] | None = None  # a profile, see capability.py; None: all are equal
+    capability_scales: list[Literal["rank", "steps"]] = field(default_factory=lambda: ["rank"])  # what follows from it
+    local_steps: int | list[int] | dict[str, int] | None = None  # a client; a dict goes by capability
+    dropout: float = 0.0  # share of a round's cohort that is sent its order and never replies
+    stragglers: float = 0.0  # share of a round's cohort that does only a part of its steps
+    straggler_work: float = 0.5  # that part
 
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
-        if self.per_round is not None and not 1 <= self.per_round <= self.count:
-            raise ValueError(
-                f"clients.per_round is {self.per_round}; it lies between 1 and clients.count, {self.count}."
-            )
+        if not 0 <= self.new < self.count:
+            raise ValueError(f"clients.new is {self.new}; it lies between 0 and below clients.count, {self.count}.")
+        if self.per_round is not None and not 1 <= self.per_round <= self.members:
+            less = f" less clients.new, {self.members}" if self.new else f", {self.count}"
+            raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count{less}.")
         self.splitter  # noqa: B018 - a wrong split is said at once
+        if self.new and self.own_data:
+            raise ValueError("clients.new holds out clients of a split, and clients.split is 'own'; leave it out.")
+        self._check_shares()
+        self._check_capability()
+        self._check_steps()
+
+    def _check_shares(self) -> None:
+        fits = {
+            "dropout": (0 <= self.dropout < 1, "from 0 to below 1"),
+            "stragglers": (0 <= self.stragglers <= 1, "from 0 to 1"),
+            "straggler_work": (0 < self.straggler_work <= 1, "above 0 and up to 1"),
+        }
+        for key, (fit, ends) in fits.items():
+            if not fit:
+                raise ValueError(f"clients.{key} is {getattr(self, key)}; it is a share, {ends}.")
+
+    def _check_capability(self) -> None:
+        for scale, key in (("rank", "ranks"), ("steps", "local_steps")):
+            if self.capability is not None and scale in self.capability_scales and getattr(self, key) is not None:
+                raise ValueError(
+                    f"clients.capability scales the {scale} and clients.{key} sets it; keep one of them, or take "
+                    f"{scale!r} out of clients.capability_scales."
+                )
+        if self.capability is not None:
+            capability.shares(self.capability)
+
+    def _check_steps(self) -> None:
+        steps = self.local_steps
+        each = list(steps.values()) if isinstance(steps, dict) else [steps] if isinstance(steps, int) else steps
+        if each is not None and (not each or min(each) < 1):
+            raise ValueError(
+                f"clients.local_steps is {steps!r}; it is a number, a list or a table, of at least 1 each."
+            )
+        if isinstance(steps, dict):
+            self._by_capability(steps)
+
+    def _by_capability(self, steps: dict[str, int]) -> dict[float, int]:
+        """Local steps by capability; ``ValueError`` where a client would have none."""
+        if self.capability is None:
+            raise ValueError("clients.local_steps goes by capability, and there is none; set clients.capability.")
+        found = {capability.number("clients.local_steps", key): many for key, many in steps.items()}
+        missing = [level for level in capability.shares(self.capability) if level not in found]
+        if missing:
+            raise ValueError(f"clients.local_steps has no number for the capability {missing[0]:g}; add it.")
+        return found
+
+    @property
+    def members(self) -> int:
+        """How many clients take part: all but the new ones. Their numbers are 0 to ``members - 1``."""
+        return self.count - self.new
+
+    @property
+    def staying_sizes(self) -> tuple[int, int]:
+        """How many clients of a round stay, at the least and at the most."""
+        cohort = self.per_round or self.members
+        gone = self.dropout * cohort
+        return max(1, cohort - math.ceil(gone)), max(1, cohort - math.floor(gone))
 
     @property
     def splitter(self) -> Split:
@@ -68,7 +137,7 @@ class Clients:
                 raise ValueError(
                     f"client {client} got no training rows; lower clients.count, or split more evenly (clients.split)."
                 )
-        tests = self._natural(data, train) or _follow(data, train, seed)
+        tests = self._natural(data, train) or _follow_each(data, train, seed)
         orders = self._orders(len(data.label_names), seed)
         return [Shard(*rows) for rows in zip(train, tests, orders)]
 
@@ -96,7 +165,9 @@ class Clients:
     def budgets(self, full: int, seed: int) -> list[int]:
         """Each client's rank, or number of heads, at most ``full``."""
         ranks = self.ranks
-        if ranks is None:
+        if self.capability is not None and "rank" in self.capability_scales and full > 0:
+            found = [capability.scaled(full, share) for share in self.capabilities(seed) or []]
+        elif ranks is None:
             found = [full] * self.count
         elif isinstance(ranks, int):
             found = [ranks] * self.count
@@ -128,28 +199,72 @@ class Clients:
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derived(seed, "ranks")))
         return [flat[i] for i in order.tolist()]
 
+    def capabilities(self, seed: int) -> list[float] | None:
+        """What each client can do, as a share of the strongest; None where no profile is set."""
+        return None if self.capability is None else capability.drawn(self.capability, self.count, seed)
+
+    def steps(self, usual: int, round: int, client: int, seed: int) -> int:
+        """Optimiser steps of a client in a round, where ``usual`` is what ``[training]`` gives everybody."""
+        found, own, able = usual, self.local_steps, self.capabilities(seed)
+        if isinstance(own, int):
+            found = own
+        elif isinstance(own, list):
+            found = own[client % len(own)]
+        elif own is not None and able is not None:
+            found = self._by_capability(own)[able[client]]
+        elif able is not None and "steps" in self.capability_scales:
+            found = capability.scaled(usual, able[client])
+        return capability.scaled(found, self.straggler_work) if client in self.slow(round, seed) else found
+
+    def slow(self, round: int, seed: int) -> list[int]:
+        """The stragglers of a round's cohort."""
+        if not self.stragglers:
+            return []
+        return capability.picked(self.cohort(round, seed), self.stragglers, derived(seed, "stragglers", round))
+
+    def dropped(self, round: int, seed: int) -> list[int]:
+        """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
+        if not self.dropout:
+            return []
+        cohort = self.cohort(round, seed)
+        return capability.picked(cohort, self.dropout, derived(seed, "dropout", round), len(cohort) - 1)
+
+    def staying(self, round: int, seed: int) -> list[int]:
+        """The cohort without those that drop out."""
+        gone = self.dropped(round, seed)
+        return [client for client in self.cohort(round, seed) if client not in gone]
+
     def cohort(self, round: int, seed: int) -> list[int]:
         """The clients of a round, in order; drawn without replacement where not all take part."""
         return sorted(self.order(round, seed)[: self.per_round])
 
     def order(self, round: int, seed: int) -> list[int]:
         """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
-        if self.per_round is None or self.per_round == self.count:
-            return list(range(self.count))
+        if self.per_round is None or self.per_round == self.members:
+            return list(range(self.members))
         draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
-        return torch.randperm(self.count, generator=draws).tolist()
+        return torch.randperm(self.members, generator=draws).tolist()
 
 
-def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Test rows for each client, drawn from the global test split in the proportions of its training labels.
+def _follow_each(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Test rows for each client, of every test set where there are several."""
+    sets = data.test.sets
+    if sets is None:
+        return _follow(data, train, torch.arange(len(data.test)), seed)
+    each = [_follow(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
+    return [torch.cat(rows) for rows in zip(*each)]
+
+
+def _follow(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
+    """Test rows for each client, drawn from the test rows ``within`` in the proportions of its training labels.
 
     Its size is its share of the training rows, or less where the scarcest label would run out: the distribution is
     kept, not the size. Two clients may hold the same test row.
     """
-    known, kinds = data.train.kinds, data.test.kinds
+    known, kinds = data.train.kinds, data.test.kinds[within]
     labels = 1 + int(max(known.max(), kinds.max()))
     there = torch.bincount(kinds, minlength=labels)
-    pools = [(kinds == label).nonzero()[:, 0] for label in range(labels)]
+    pools = [within[kinds == label] for label in range(labels)]
     everyone = sum(len(rows) for rows in train)
     found = []
     for client, rows in enumerate(train):
@@ -160,7 +275,7 @@ def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
             )
         held = counts.nonzero()[:, 0]
         most = float((there[held] / (counts[held] / counts.sum())).min())
-        size = max(1, int(min(len(data.test) * len(rows) / everyone, most)))
+        size = max(1, int(min(len(within) * len(rows) / everyone, most)))
         draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
         quotas = apportioned(counts.tolist(), size)
         own = [pool[torch.randperm(len(pool), generator=draws)[:quota]] for pool, quota in zip(pools, quotas)]

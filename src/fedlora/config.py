@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from fedlora.optimizers import ServerOptimizer
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.start import begin
+from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
 
@@ -48,6 +49,7 @@ class ModelTable:
     targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
+    quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
 
@@ -82,7 +84,7 @@ class Config:
         device = self.engine.prepare()
         data, shards = self._rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
-        network = self.task.network(self.model.name, len(names), self.seed)
+        network = self.network(len(names), device)
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)
@@ -95,6 +97,12 @@ class Config:
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
         )  # fmt: skip
+
+    def network(self, labels: int, device: torch.device) -> nn.Module:
+        """The pretrained network, quantised where ``model.quantize`` says so."""
+        kind = self.model.quantize
+        loading = {} if kind is None else {"loading": quantised(kind, device)}
+        return self.task.network(self.model.name, labels, self.seed, **loading)
 
     def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
         if not self.clients.own_data:
@@ -167,9 +175,11 @@ def build(table: Table) -> Config:
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
+    _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
-    cohort = parts["clients"].per_round or parts["clients"].count
-    parts["flower"].check(method, cohort, [name for name in methods.names() if methods.load(name).sums])
+    able = [name for name in methods.names() if methods.load(name).sums]
+    for size in parts["clients"].staying_sizes:
+        parts["flower"].check(method, size, able)
     if parts["engine"].spill and parts["evaluation"].measure:
         raise ConfigError(
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
@@ -230,14 +240,28 @@ def _named(section: str, table: Table, load) -> Any:
     return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
 
 
+def _check_quantised(model: ModelTable, task: Task, name: str) -> None:
+    if model.quantize is not None and not task.quantizes:
+        able = [other for other in tasks.names() if tasks.load(other).quantizes]
+        raise ConfigError(
+            f"model.quantize is {model.quantize!r}, but {name!r} trains its base's head in full; leave it out, or take "
+            f"{' or '.join(map(repr, able))}."
+        )
+
+
 def _check_ranks(config: Config, name: str) -> None:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     if not config.method.any_rank and len(set(budgets)) > 1:
         able = [other for other in methods.names() if methods.load(other).any_rank]
+        key, instead = "ranks", "set one number"
+        if config.clients.capability is not None:
+            key, instead = "capability", 'take "rank" out of clients.capability_scales'
         raise ConfigError(
-            f"clients.ranks gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
-            f"set one number, or take {' or '.join(map(repr, able))}."
+            f"clients.{key} gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
+            f"{instead}, or take {' or '.join(map(repr, able))}."
         )
+    if config.training.local_epochs is not None and config.clients.local_steps is not None:
+        raise ConfigError("clients.local_steps and training.local_epochs are both set; keep one of them.")
     if not config.method.any_rank and set(budgets) != {config.method.adapter.budget}:
         raise ConfigError(
             f"clients.ranks is {budgets[0]}, but adapter.rank is {config.method.adapter.budget}; "

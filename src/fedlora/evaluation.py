@@ -92,16 +92,20 @@ def _same(a: Tree, b: Tree) -> bool:
     )
 
 
-def summary(scores: Mapping[int, Scores], metric: str, count: int) -> dict[str, Any]:
+def summary(
+    scores: Mapping[int, Scores], metric: str, count: int, capabilities: Sequence[float] | None = None
+) -> dict[str, Any]:
     """One metric over ``count`` clients: mean over clients, over all their rows, the worst client, the spread, each.
 
     A client without scores counts in none of them and is ``None`` in ``each``. ``figures`` has the mean over clients
-    of every figure.
+    of every figure. Where clients differ in capability, ``capability`` has a group for each, the weakest first.
     """
     found = {client: figures(one) for client, one in scores.items()}
     own = {client: values[metric] for client, values in found.items()}
     every = figures(pooled(scores.values()))
     worst = (min if KNOWN[metric].higher else max)(own, key=own.__getitem__)
+    unequal = capabilities is not None and len(set(capabilities)) > 1
+    groups = {"capability": _groups(own, capabilities or (), KNOWN[metric].higher)} if unequal else {}
     return {
         "mean": statistics.fmean(own.values()),
         "examples_mean": every[metric],
@@ -110,4 +114,17 @@ def summary(scores: Mapping[int, Scores], metric: str, count: int) -> dict[str, 
         "spread": statistics.pstdev(own.values()),
         "figures": {name: statistics.fmean(values[name] for values in found.values()) for name in every},
         "each": [own.get(client) for client in range(count)],
+        **groups,
     }
+
+
+def _groups(own: Mapping[int, float], capabilities: Sequence[float], higher: bool) -> list[dict[str, Any]]:
+    found = []
+    for level in sorted(set(capabilities)):
+        values = [value for client, value in own.items() if capabilities[client] == level]
+        if values:
+            worst = (min if higher else max)(values)
+            found.append(
+                {"capability": level, "clients": len(values), "mean": statistics.fmean(values), "worst": worst}
+            )
+    return found

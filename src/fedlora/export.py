@@ -1,6 +1,7 @@
 """A run's result as something that others load without fedlora: a PEFT adapter, or a merged model."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedlora.products import Term, distances
 from fedlora.report.card import card
 from fedlora.report.read import folder as read_folder
 from fedlora.rounds import public, received
+from fedlora.runs import clients_file
 from fedlora.state import absent, load_tree, write
 from fedlora.types import Factors, Layer, Tree, Turn
 
@@ -67,8 +69,8 @@ class Run:
         return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
 
     def clients(self) -> list[int]:
-        """The clients' numbers."""
-        return list(range(self.config.clients.count))
+        """The numbers of the clients that took part."""
+        return list(range(self.config.clients.members))
 
     def tree(self, client: int | None) -> Tree:
         """What one client holds, or everybody. ``ConfigError`` where there is no such model."""
@@ -82,19 +84,23 @@ class Run:
             raise ConfigError(f"there is no client {client}; the run has the clients 0 to {count - 1}.")
         if client is None:
             return self.shared
-        file = self.path / "clients" / f"{client}.safetensors"
-        if method.personal and not self.summary.get("kept", True):
-            raise ConfigError(
-                f"client {client}'s own part of {method.title} lies on its own machine and not in {str(self.path)!r}; "
-                "write it there with `fedlora flower result`, and export that."
-            )
-        kept = load_tree(file) if file.exists() else {}
+        kept = self.kept(client)
         budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
         rules = {
             part: self.config.head_rule(Dense(frozenset(layer))) if self._dense(layer) else method
             for part, layer in self.shared.items()
         }
         return received(rules, self.shared, kept, Turn(self.config.rounds, client, budget))
+
+    def kept(self, client: int) -> Tree:
+        """What a client keeps for itself. ``ConfigError`` where that lies on its own machine only."""
+        method, file = self.config.method, clients_file(self.path, client)
+        if method.personal and not self.summary.get("kept", True):
+            raise ConfigError(
+                f"client {client}'s own part of {method.title} lies on its own machine and not in {str(self.path)!r}; "
+                "write it there with `fedlora flower result`, and export that."
+            )
+        return load_tree(file) if file.exists() else {}
 
     def _dense(self, layer: Layer) -> bool:
         return not self.config.method.adapter.trainable & set(layer)
@@ -227,7 +233,9 @@ def _reloaded(run: Run, folder: Path, merged: bool) -> nn.Module:
         raise ConfigError(
             "an export is checked with PEFT, which is not installed: pip install 'fedlora[peft]'."
         ) from error
-    return PeftModel.from_pretrained(run.network(), folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own business
+        return PeftModel.from_pretrained(run.network(), folder)
 
 
 @torch.no_grad()

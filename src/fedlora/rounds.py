@@ -43,14 +43,18 @@ class Trainer(Protocol):
 
 def client_turn(rules: Rules, shared: Tree, kept: Tree, turn: Turn, trainer: Trainer) -> tuple[Tree, Tree]:
     """Receive, train, send: returns what goes up and what stays."""
-    start = received(rules, shared, kept, turn)
-    gradient = _once(lambda: trainer.gradient(start))
-    trained = {p: rule.trains(start[p], turn, lambda p=p: gradient()[p]) for p, rule in rules.items()}
-    end = trainer.fit(start, trained, rules)
-    work = {part: Work(start[part], end[part], trained[part]) for part in rules}
+    work = worked(rules, received(rules, shared, kept, turn), turn, trainer)
     sent = {part: rule.send(work[part], turn) for part, rule in rules.items()}
     stays = {part: rule.keep(work[part], sent[part], turn) for part, rule in rules.items()}
     return sent, stays
+
+
+def worked(rules: Rules, start: Tree, turn: Turn, trainer: Trainer) -> dict[str, Work]:
+    """Trains, from ``start``, what the rules train this turn."""
+    gradient = _once(lambda: trainer.gradient(start))
+    trained = {p: rule.trains(start[p], turn, lambda p=p: gradient()[p]) for p, rule in rules.items()}
+    end = trainer.fit(start, trained, rules)
+    return {part: Work(start[part], end[part], trained[part]) for part in rules}
 
 
 def received(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:

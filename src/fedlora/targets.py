@@ -8,8 +8,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Query and value projections, as the families call them; the first line whose names all occur is taken.
-# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT) | DistilBERT | DeBERTa | GPT-2 (fused) |
+# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) |
 # GPT-NeoX Pythia BLOOM Falcon (fused) | Phi-3 (fused) | MPT (fused) | T5
+# and where there is no attention: ConvNeXt's pointwise layers
 USUAL = (
     ("query", "value"),
     ("q_proj", "v_proj"),
@@ -20,6 +21,7 @@ USUAL = (
     ("qkv_proj",),
     ("Wqkv",),
     ("q", "v"),
+    ("pwconv1", "pwconv2"),
 )
 
 

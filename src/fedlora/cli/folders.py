@@ -1,4 +1,4 @@
-"""Commands that work on what is there: show, aggregate, export."""
+"""Commands that work on what is there: show, personal, aggregate, export."""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,6 +20,23 @@ def show(
         answer(as_json, found, lambda: tables.comparison(found["rows"]))
     else:
         answer(as_json, found, lambda: tables.summary(found["summary"], str(folder), found["records"]))
+
+
+def personal(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; its data must still be there.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of the local fine-tuning.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
+    from fedlora.export import Run
+    from fedlora.personal import personal as score
+    from fedlora.report.personal import personal as table
+    from fedlora.report.progress import Progress
+
+    run = Run.open(folder)
+    with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
+        found = score(run, steps, progress.watch)
+    answer(as_json, found, lambda: table(found, str(folder)))
 
 
 def aggregate(

@@ -33,6 +33,8 @@ class InProcess(Loop):
             own = received(f.rules, at.shared, self._kept.get(client, {}), f.turn(at.number, client))
             delivery = at.channel.lacking(client, at.shared, at.folds, own)
             at.channel.deliver(at.number, client, delivery)
+            if client in self.absent:
+                continue  # and nobody knows what arrived: next time it is sent everything that it may lack
             at.channel.holds(client, delivery)
             sent, self._kept[client], loss, self._moments[client] = self._turn(
                 f, at.number, client, at.shared, self._kept.get(client, {}), self._moments.get(client)
@@ -47,7 +49,7 @@ class InProcess(Loop):
         assert evaluator is not None, "all rows are here"
         return {
             client: f.scores(evaluator, number, client, at.shared, self._kept.get(client, {}))
-            for client in range(f.clients.count)
+            for client in range(f.clients.members)
         }
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
@@ -55,7 +57,7 @@ class InProcess(Loop):
         turn = f.turn(number, client)
         assert f.data is not None, "clients train on rows"
         trainer = LocalTrainer(
-            f.model, f.task, f.data.train, f.shards[client], f.training, turn, f.rounds, moments,
+            f.model, f.task, f.data.train, f.shards[client], f.spends(number, client), turn, f.rounds, moments,
             step_done=lambda: self.watch(Event("step", number, client)),
         )  # fmt: skip
         sent, stays = client_turn(f.rules, shared, kept, turn, trainer)

@@ -3,12 +3,12 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fedlora.adapters import Dense
 from fedlora.channel import Channel, Ledger
-from fedlora.clients import Clients, Shard
+from fedlora.clients import DROPPED, Clients, Shard
 from fedlora.evaluation import Evaluation, Evaluator, summary
 from fedlora.folds import FoldLog
 from fedlora.linalg import compacted, total
@@ -48,6 +48,17 @@ class Federation:
         """A client's part in a round, its seed included."""
         return Turn(round, client, self.budgets[client], derived(self.seed, "turn", round, client))
 
+    def spends(self, round: int, client: int) -> Training:
+        """``[training]`` as a client has it in a round: with its own number of steps where clients differ in that."""
+        usual = self.training.steps(len(self.shards[client].train))
+        steps = self.clients.steps(usual, round, client, self.seed)
+        return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told of how this machine's rows were read."""
+        return () if self.data is None else self.data.notes
+
     @property
     def heads(self) -> frozenset[str]:
         """The parts trained in full."""
@@ -67,7 +78,7 @@ class Federation:
 class Event:
     """What a watcher is told, step by step."""
 
-    kind: str  # "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
+    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
     round: int
     client: int | None = None
     loss: float | None = None
@@ -154,12 +165,15 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
+            self._drop(f, number)
             replies = self.turns(f, at)
             uploads = self.gathered(replies)
             served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record: dict[str, Any] = {"round": number + 1, "cohort": sorted(losses), "loss": losses}
+            if f.clients.stragglers:
+                record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
             if self.measured(f) and uploads:
                 record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
             if self.observe is not None:
@@ -172,13 +186,19 @@ class Loop(ABC):
             self.watch(Event("round", number))
             yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at)
 
+    def _drop(self, f: Federation, number: int) -> None:
+        """Names who will not reply: drawn from the seed, so that every engine and every party agrees."""
+        for client in f.clients.dropped(number, f.seed):
+            self.absent[client] = DROPPED
+            self.watch(Event("absent", number, client))  # without words: it is as the configuration asks
+
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
         at.shared = served.shared
         if served.folds:
             # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
             at.folds.append({part: (compacted(total(factors)),) for part, factors in served.folds.items()})
-            at.folds.settle(at.channel.held_by_all(f.clients.count))
+            at.folds.settle(at.channel.held_by_all(f.clients.members))
             f.model.fold(at.folds.entries[-1])
         at.number += 1
         return served
@@ -191,7 +211,7 @@ class Loop(ABC):
             found["global"] = figures(evaluator.everyone(tree))
         scores = self.scores(f, at, number, evaluator)
         if scores:
-            found["clients"] = summary(scores, f.task.metric, f.clients.count)
+            found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found

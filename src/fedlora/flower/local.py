@@ -42,10 +42,11 @@ def run(
 
 def nodes(config: Config, out: Path, parties: Path | None) -> list[dict[str, Any]]:
     """Each party's node configuration: its number, a folder for its state, a fair share of the processors, its own."""
-    count = config.clients.count
+    count = config.clients.members
     said = [{} for _ in range(count)] if parties is None else _tables(parties)
     if len(said) != count:
-        raise ConfigError(f"{str(parties)!r} has {len(said)} [[party]] tables, but clients.count is {count}.")
+        what = "clients.count less clients.new" if config.clients.new else "clients.count"
+        raise ConfigError(f"{str(parties)!r} has {len(said)} [[party]] tables, but {what} is {count}.")
     threads = config.engine.threads or max(1, (os.cpu_count() or 1) // count)
     found = []
     for client, own in enumerate(said):

@@ -18,9 +18,9 @@ def result(config: Config, state: str | Path, client: int, out: str | Path, run:
     ``config`` is the federation's, with what is this machine's own in it. ``ConfigError`` where the party has no state.
     """
     folder = absent(out)
-    if not 0 <= client < config.clients.count:
+    if not 0 <= client < config.clients.members:
         raise ConfigError(
-            f"there is no client {client}; the federation has the clients 0 to {config.clients.count - 1}."
+            f"there is no client {client}; the federation has the clients 0 to {config.clients.members - 1}."
         )
     store = _store(Path(state).expanduser(), client, run)
     held = store.load(client)

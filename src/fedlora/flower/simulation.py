@@ -64,7 +64,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
                 ended.set()
 
         try:
-            _play(server, simulated_app(table, Path(place)), f.clients.count, threads)
+            _play(server, simulated_app(table, Path(place)), f.clients.members, threads)
         except KeyboardInterrupt:
             engine.stopped = True  # its thread ends at its next look, and what was finished is kept
             ended.wait(ENDING)

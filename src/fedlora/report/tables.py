@@ -29,12 +29,28 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(name, *cells)
     console = _console()
     console.print(table)
+    if any("capability" in row for row in rows):
+        console.print(_by_capability(rows))
     console.print(
         "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds."
     )
     if rows:
         console.print(reading(rows))
+
+
+def _by_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The clients' own models, in groups by what the clients can do."""
+    levels = sorted({group["capability"] for row in rows for group in row.get("capability", ())})
+    table = Table(title="Clients' own models by the clients' capability: mean (worst)")
+    table.add_column("method")
+    for level in levels:
+        table.add_column(f"{level:g}", justify="right")
+    for row in rows:
+        found = {group["capability"]: group for group in row.get("capability", ())}
+        cells = [f"{_pm(g['mean'], 3)} ({_pm(g['worst'], 3)})" if (g := found.get(k)) else DASH for k in levels]
+        table.add_row(row["method"], *cells)
+    return table
 
 
 def reading(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -108,6 +124,22 @@ def exports(found: Sequence[Mapping[str, Any]]) -> None:
     _console().print(table)
 
 
+def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> None:
+    """How alike the clients' factors are."""
+    table = Table(title="Likeness of the clients' factors, mean over pairs of clients")
+    table.add_column("weight")
+    for name in mean:
+        table.add_column(f"{name}, degrees" if name.endswith("angle") else name, justify="right")
+    for part, row in [*weights.items(), ("mean", mean)]:
+        digits = {name: 1 if name.endswith("angle") else 3 for name in mean}
+        table.add_row(part, *(f"{row[name]:.{digits[name]}f}" for name in mean))
+    console = _console()
+    console.print(table)
+    console.print(
+        "A, B: cosine of the factors as they are. A change: cosine of what training added to the common start."
+    )
+
+
 def grades(found: Mapping[str, Any]) -> None:
     """What a file of programs came to."""
     table = Table(title=f"{found['answers']} answers to {found['problems']} problems", show_header=False)
@@ -143,8 +175,14 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         clients = final["clients"]
         table.add_row(f"clients' own {name}, mean over clients", f"{clients['mean']:.4f}")
         table.add_row(f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}")
+        for other, value in clients.get("figures", {}).items():
+            if other not in (metric, "loss"):
+                table.add_row(f"clients' own {other.replace('_', ' ')}, mean over clients", f"{value:.4f}")
         table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
         table.add_row("spread over clients", f"{clients['spread']:.4f}")
+        for group in clients.get("capability", ()):
+            who = f"capability {group['capability']:g}, {group['clients']} clients: mean, worst"
+            table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
         last = found["last_rounds"]
         table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
     for direction in ("up", "down"):
@@ -159,6 +197,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     console.print(table)
     if records:
         _rounds(console, records, metric)
+    for note in found.get("notes", ()) if records else ():  # of a run that has just ended they were said before
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Folder: {folder}")
 
 
@@ -223,6 +263,13 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(
         f"Bytes up {one['bytes']['up']:,.0f}, down {one['bytes']['down']:,.0f} ({one['bytes_of']})", markup=False
     )
+
+
+def printed(*things: Table | str) -> None:
+    """Tables and lines on stdout, one after the other."""
+    console = _console()
+    for thing in things:
+        console.print(thing)
 
 
 def _console() -> Console:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -78,6 +79,27 @@ def _config() -> Any:
     from transformers import AutoConfig
 
     return AutoConfig
+
+
+def quantised(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to hold linear layers in 4 or 8 bits on a GPU.
+
+    ``ValueError`` where there is no GPU, or no bitsandbytes.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"model.quantize is {kind!r}, which needs a CUDA device, but engine.device comes to {device.type!r}; "
+            "leave model.quantize out, or run it on a machine with a GPU."
+        )
+    for name in ("bitsandbytes", "accelerate"):
+        if find_spec(name) is None:
+            raise ValueError(f"model.quantize is {kind!r}, which needs {name}; run `pip install {name}`.")
+    from transformers import BitsAndBytesConfig
+
+    half = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
+    settings = {"load_in_4bit": True, **four} if kind == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:

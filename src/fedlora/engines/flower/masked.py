@@ -40,9 +40,9 @@ class Masked(Federated):
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         began = self._enter(at)
-        wanted = f.clients.per_round or f.clients.count
+        order, wanted = self._wanted(f, at)
         while True:
-            cohort = [k for k in f.clients.order(at.number, f.seed) if k in self._directory.here()][:wanted]
+            cohort = [client for client in order if client in self._directory.here()][:wanted]
             least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
             why = f"{len(cohort)} of at least {least} clients are connected"
             if len(cohort) >= least:

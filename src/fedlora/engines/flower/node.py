@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fedlora.clients import DROPPED
 from fedlora.engines.flower.records import Order, digest
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
@@ -20,6 +21,10 @@ from fedlora.types import Tree
 
 class StaleError(ValueError):
     """The party does not hold what the message builds on; it must be sent everything."""
+
+
+class DroppedError(ValueError):
+    """The party is one that the seed lets drop out of this round: it does nothing with its order."""
 
 
 class Answer(NamedTuple):
@@ -79,7 +84,7 @@ class Node:
     def hello(self) -> Answer:
         """Who this is: its number and rows, how many folds it holds, and what it makes from the seed."""
         f = self.federation
-        rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.count else 0
+        rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
         held = self.store.load(self.client)
         metrics = {"client": self.client, "examples": rows, "folded": held.folded}
         return Answer(metrics, f"{self.base.made} {held.base}")
@@ -87,13 +92,15 @@ class Node:
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted."""
         f, turn = self.federation, self.federation.turn(order.round, self.client)
+        if self.client in f.clients.dropped(order.round, f.seed):
+            raise DroppedError(DROPPED)
         before = self.store.load(self.client)
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(before, order, leaves, folds)
         trainer = LocalTrainer(
-            f.model, f.task, f.data.train, f.shards[self.client], f.training, turn, f.rounds, holding.moments,
-            step_done=self.step_done,
+            f.model, f.task, f.data.train, f.shards[self.client], f.spends(order.round, self.client), turn, f.rounds,
+            holding.moments, step_done=self.step_done,
         )  # fmt: skip
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
         self.store.save(

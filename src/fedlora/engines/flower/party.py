@@ -34,7 +34,7 @@ def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
     What goes wrong is told in full here, and by its kind only to the server: the text of an error may hold what a row
     holds, so it does not leave this machine.
     """
-    from fedlora.engines.flower.node import StaleError
+    from fedlora.engines.flower.node import DroppedError, StaleError
     from fedlora.engines.flower.records import ORDER
 
     try:
@@ -45,6 +45,8 @@ def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
     except StaleError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return STALE
+    except DroppedError as error:
+        return str(error)
     except Exception as error:
         traceback.print_exc()
         return f"its turn failed ({type(error).__name__}); its own log says more"

@@ -55,12 +55,8 @@ class Federated(Loop, Strategy):
     _bases: list[str] = field(default_factory=lambda: [""], init=False)  # number of folds -> the base's name
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
-    _orders: dict[int, tuple[int, Order, Delivery | None]] = field(
-        default_factory=dict, init=False
-    )  # node -> its last order
-    _sent: dict[str, tuple[int, Order, Delivery | None]] = field(
-        default_factory=dict, init=False
-    )  # message id -> that order
+    _orders: dict[int, Asked] = field(default_factory=dict, init=False)  # node -> its last order
+    _sent: dict[str, Asked] = field(default_factory=dict, init=False)  # message id -> that order
 
     # ------------------------------------------------------------------------------ as an engine
     def begin(self, f: Federation) -> Standing:
@@ -70,7 +66,7 @@ class Federated(Loop, Strategy):
     def _connect(self, f: Federation) -> None:
         assert self.grid is not None, "start(grid) first"
         self.directory = Directory(
-            self.grid, f.clients.count, self.token, made(f), self._told, self.network.retry, self._pause
+            self.grid, f.clients.members, self.token, made(f), self._told, self.network.retry, self._pause
         )
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
@@ -96,21 +92,26 @@ class Federated(Loop, Strategy):
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         began = self._enter(at)
-        order = f.clients.order(at.number, f.seed)
-        wanted = f.clients.per_round or f.clients.count
-        least = min(self.network.min_clients, wanted)
-        tried: set[int] = set()
+        order, wanted = self._wanted(f, at)
+        least, tried = min(self.network.min_clients, wanted), set[int]()
         while True:
             self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:
                 return self._left(f, at, began)
-            self._wait(at.number, least, tried)
+            self._wait(at.number, least, tried, set(order))
+
+    def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
+        """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
+        if out := [client for client in f.clients.dropped(at.number, f.seed) if client in self._directory.here()]:
+            self._ask(out, set())
+        order = [client for client in f.clients.order(at.number, f.seed) if client not in self.absent]
+        return order, len(f.clients.staying(at.number, f.seed))
 
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         patience = self.network.join_timeout if at.number == self._first else 0.0
-        self._directory.wait(self.federation.clients.count, patience)
+        self._directory.wait(self.federation.clients.members, patience)
         return began
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
@@ -142,7 +143,7 @@ class Federated(Loop, Strategy):
                 {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
             )
             if "clients" in done.record:
-                found = {k: v for k, v in done.record["clients"].items() if k != "each"}
+                found = {k: v for k, v in done.record["clients"].items() if isinstance(v, int | float)}
                 result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
             if "global" in done.record:
                 result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))
@@ -192,13 +193,13 @@ class Federated(Loop, Strategy):
             if not clients:
                 return
 
-    def _wait(self, number: int, least: int, tried: set[int]) -> None:
-        """Until a client is here that has not been asked, one is back, or it is time to ask the others once more."""
+    def _wait(self, number: int, least: int, tried: set[int], able: set[int]) -> None:
+        """Until one is here that has not been asked, one is back, or it is time to ask the others once more."""
         gone = tried - self._directory.here()
         text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
         self.watch(Event("waiting", number, text=text))
         again = time.monotonic() + self.network.retry
-        while not (self._directory.here() - tried):
+        while not (self._directory.here() & able) - tried:
             self._pause()
             self._directory.refresh()
             back = gone & self._directory.here() - self.replies.keys()
