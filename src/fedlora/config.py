@@ -82,7 +82,7 @@ class Config:
         only where every party has data of its own (``clients.split``).
         """
         device = self.engine.prepare()
-        data, shards = self._rows(party, combines)
+        data, shards = self.rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
         network = self.network(len(names), device)
         training = self.engine.resolved(self.training, network)
@@ -104,7 +104,8 @@ class Config:
         loading = {} if kind is None else {"loading": quantised(kind, device)}
         return self.task.network(self.model.name, labels, self.seed, **loading)
 
-    def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+    def rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+        """The data of this machine and each client's rows in it; see ``federation``."""
         if not self.clients.own_data:
             data = self.task.load(self.model.name, self.seed, self.clients.client_column)
             return data, self.clients.shards(data, self.seed)

@@ -90,3 +90,49 @@ def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
     ]
     assert plain[0] == plain[1]
     assert torch.isfinite(torch.tensor(list(here.records[-1]["loss"].values()))).all()
+
+
+def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from fedlora.flower.own import own_table
+    from fedlora.flower.parties import base
+
+    made = config("clients.split={name='own'}")
+    with pytest.raises(ValueError, match="every party has its own data on its own machine"):
+        made.federation()
+    assert made.federation(combines=True).data is None
+    rows = [{"who": "a", "says": "My lord. " * 60}, {"who": "b", "says": "Good night."}] * 3
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {key: value for key, value in made.table["task"].items() if key != "text"}
+    node = {"client": 1, "task.data": str(tmp_path), "task.prompt": "{who}:", "task.response": " {says}"}
+    own = own_table({**made.table, "task": table}, node)
+    party = base(json.dumps(own), 1).federation
+    assert len(party.shards[1].train) == 6 and party.label_names == ()
+    assert "fedlora: Of the training rows, 3 of 6 rows were cut to 48 tokens" in capsys.readouterr().err
+
+
+def test_what_was_cut_is_said_on_stderr(config, tmp_path):
+    import subprocess
+    import sys
+
+    from fedlora.config import dumps
+
+    (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
+    command = [sys.executable, "-m", "fedlora", "run", "my.toml", "--json"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+    notes = json.loads(found.stdout)["notes"]
+    assert found.stderr.splitlines() == notes and len(notes) == 2
+
+
+def test_a_comparison_says_it_once(capsys):
+    from fedlora.comparison import Cell
+    from fedlora.engines.loop import Event
+    from fedlora.report.progress import Cells
+
+    cells = [Cell(label, 0, {}, None, {"notes": ["one", "two"]}) for label in ("fedit", "flora")]
+    with Cells(2, 1) as progress:
+        progress.watch(cells[0], Event("note", 0, text="one"))
+        for cell in cells:
+            progress.done(cell)
+    assert capsys.readouterr().err.splitlines() == ["one", "two"]

@@ -12,7 +12,8 @@ from fedlora.metrics import figures, pooled
 from fedlora.model import Model
 from fedlora.runtime import checkpoint_activations
 from fedlora.tasks.causal_lm import CausalLM, keeps_apart
-from fedlora.tasks.sequences import IGNORED, packed, padded
+from fedlora.tasks.sequences import IGNORED, cut, encoded, flat, packed, padded
+from fedlora.tasks.task import Examples
 from fedlora.tasks.wording import fill
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
@@ -122,6 +123,24 @@ def test_packed_rows_do_not_see_each_other(tmp_path, model, network):
         other = inputs | {"input_ids": inputs["input_ids"].clone()}
         other["input_ids"][0, 1:begin] = 77
         assert torch.equal(network(**other, use_cache=False).logits[0, begin:], before)
+
+
+def test_a_first_token_is_learnt_from_nothing_and_so_not_at_all(model, network):
+    """Without a start token, as with many tokenizers: else packing would learn it from the row before."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = encoded([[("", False), (f"Number {i} is here.", True)] for i in range(4)], tokenizer, special=False)
+    assert all(
+        row.ids[0] != tokenizer.bos_token_id and row.learnt == [False] + [True] * (len(row.ids) - 1) for row in rows
+    )
+    cut_rows, _ = cut(rows, 6, "left", tokenizer.bos_token_id)
+    assert all(row.learnt == [False] + [True] * 5 for row in cut_rows)
+    features, lengths = flat(rows, 0)
+    examples = Examples(features, torch.zeros(4, dtype=torch.int64), lengths)
+    losses = [
+        CausalLM("x").loss(network, batch(examples, torch.arange(4))).item()
+        for batch in (padded, lambda e, r: packed(e, r, 99))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_network_that_would_mix_packed_rows_is_refused(network, monkeypatch):
@@ -253,6 +272,19 @@ def test_splits_go_by_a_category(tmp_path, model):
     found = task(tmp_path, label="kind").load(model, 0, "n")
     assert found.train.kinds.tolist() == [0, 1] * 10 and found.test.kinds.tolist() == [0, 1] * 3
     assert found.train.groups[:2] == ("0", "1") and found.train.labels.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("split", ["dirichlet", "pathological"])
+def test_a_split_by_label_needs_one(tmp_path, model, split):
+    from fedlora.clients import Clients
+
+    clients = Clients(2, split={"name": split})
+    with pytest.raises(
+        ValueError, match=f"'{split}', which splits by label, but all rows have the same; set task.label"
+    ):
+        clients.shards(task(tmp_path).load(model, 0), 0)
+    shards = clients.shards(task(tmp_path, label="kind").load(model, 0), 0)
+    assert sum(len(shard.train) for shard in shards) == len(ROWS)
 
 
 def test_checkpointed_activations_change_nothing(tmp_path, model):

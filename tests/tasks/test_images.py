@@ -401,7 +401,7 @@ def test_a_crop_is_a_shift_on_black(pixels, seed):
 def test_both_happen_about_as_often_as_they_should():
     pixels = torch.arange(16, dtype=torch.uint8).repeat(2000, 1, 16, 1)
     assert 0.45 < float((flipped(pixels, drawn(0))[:, 0, 0, 0] == 15).float().mean()) < 0.55
-    shifts = cropped(pixels, drawn(0))[:, 0, 8, 8].bincount()[6:11]
+    shifts = cropped(pixels, drawn(0))[:, 0, 8, 8].bincount(minlength=11)[6:11]
     assert int(shifts.min()) > 300 and int(shifts.sum()) == 2000, "each of five places"
 
 
