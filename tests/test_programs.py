@@ -72,7 +72,7 @@ def test_the_whole_function_sees_the_prompts_imports_and_an_empty_answer_is_wron
 
 
 @pytest.mark.parametrize(
-    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999]
+    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999, "no (\n" * 9999]
 )
 def test_answers_that_are_no_programs_hurt_nobody(answer):
     assert isinstance(HALF.program(answer), str) and isinstance(TASK.program(answer), str)
@@ -161,6 +161,8 @@ def test_bad_files_are_one_sentence(folder, content, said):
 def test_data_of_another_kind_and_odd_ks_are_refused(folder):
     with pytest.raises(ValueError, match="needs task_id, test_list"):
         problems(rows(str(folder / "data")), "mbpp")
+    with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of test"):
+        rows(str(folder / "data"), "dev")
     with pytest.raises(ValueError, match="'humaneval' or 'mbpp'"):
         problems(rows(str(folder / "data")), "apps")
     with pytest.raises(ValueError, match="at least 1"):
@@ -213,7 +215,9 @@ EVERY = [pytest.param(8, id="some"), pytest.param(1, id="all", marks=pytest.mark
 @pytest.mark.parametrize("every", EVERY)
 def test_gold_solutions_pass_and_wrong_ones_do_not(shared, name, every):
     gold, wrong = BENCHMARKS[name]
-    found = rows(str(shared / "data" / name))[::every]
+    everything = rows(str(shared / "data" / name))
+    assert len(everything) == {"humaneval": 164, "mbpp": 500}[name]
+    found = everything[::every]
     asked = problems(found, name)
     right = graded(asked, {p.task_id: [row[gold]] for p, row in zip(asked, found)}, workers=2)
     assert len(right) == len(found) and [v for v in right if not v.passed] == []

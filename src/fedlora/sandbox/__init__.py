@@ -22,6 +22,7 @@ from fedlora.sandbox import folder
 SCRIPT = Path(__file__).with_name("inside.py")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/nix/store", "/usr/share/zoneinfo",
              "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")  # fmt: skip
+LINKER = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if os.environ.get(key)}  # some interpreters need it
 TICK = 0.05  # seconds between looks at the clock and at the folder
 ENTRIES = 1000  # files and folders that a program may make
 MIB = 2**20
@@ -85,8 +86,8 @@ class Sandbox:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-B", str(SCRIPT), str(answers)],
                 stdin=request, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=own, pass_fds=(answers,),
-                env={"HOME": own, "TMPDIR": own, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
-                     "OPENBLAS_NUM_THREADS": "1"},
+                env={**LINKER, "HOME": own, "TMPDIR": own, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+                     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,
             )  # fmt: skip
         finally:
@@ -136,7 +137,8 @@ class Sandbox:
         if answer == b"+" + token.encode() and status == 0 and not seen.over:
             return Ran(True, output, "", seconds)
         if answer[1:2] == b"-" and not seen.over:
-            why = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
+            text = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
+            why = "".join(c if c.isprintable() else "?" for c in text)  # a terminal would obey some
         else:
             why = seen.over or self._ended(status)
         return Ran(False, output, why, seconds)
@@ -170,7 +172,8 @@ def packages() -> list[str]:
 def readable() -> list[str]:
     """What a program may read beside its own folder: the interpreter's library and what is installed for it."""
     bases = [os.path.join(base, lib) for base in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")]
-    return list(dict.fromkeys([*packages(), *bases, *LIBRARIES]))
+    linked = [place for value in LINKER.values() for place in value.split(":") if place]
+    return list(dict.fromkeys([*packages(), *bases, *linked, *LIBRARIES]))
 
 
 PROBE = """
