@@ -1,14 +1,10 @@
 """A plan against what a run then measures: bytes to the last one, memory within a fifth."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from fedlora import methods
 from fedlora.comparison import for_label
-from fedlora.config import ConfigError, build
+from fedlora.config import build
 from fedlora.planning import byte_plan, outline, planned
 from fedlora.runs import run
 
@@ -86,5 +82,7 @@ def test_rows_numbers_and_steps_are_those_of_the_run():
     assert plan["rows"]["passes"] == pytest.approx(2 * 3 * 2 / 5, rel=0.15)
     trainable = sum(f.model.parts[p].leaves[leaf].numel() if f.model.parts[p].leaves else f.model.initial(0)[p][leaf].numel()
                     for p, part in f.model.parts.items() for leaf in part.adapter.trainable)  # fmt: skip
-    frozen = sum(x.numel() for n, x in f.model.network.named_parameters() if "leaves" not in n and "classifier" not in n)
+    frozen = sum(
+        x.numel() for n, x in f.model.network.named_parameters() if "leaves" not in n and "classifier" not in n
+    )
     assert (plan["numbers"]["trainable"], plan["numbers"]["frozen"]) == (trainable, frozen)

@@ -4,7 +4,7 @@ Leaves of one shape are played by one of them. Adapted weights get real numbers,
 parts trained in full are only averaged, so theirs are shapes without numbers.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -55,7 +55,10 @@ class Traffic:
 
     def kinds(self, direction: str) -> dict[str, int]:
         """The whole run's bytes by kind, as a run's summary has them."""
-        return {kind: self.bytes(direction, kind) for kind in dict.fromkeys(r.kind for r in self.rows if r.direction == direction)}
+        return {
+            kind: self.bytes(direction, kind)
+            for kind in dict.fromkeys(r.kind for r in self.rows if r.direction == direction)
+        }
 
     def a_client(self, direction: str, first: bool, turns: int) -> dict[str, float]:
         """Bytes a client and round by kind: the mean over ``turns`` turns, and the most that one client's turn has."""
@@ -116,10 +119,7 @@ def _played(f: Federation, group: Group, trainer: "_Moves") -> Traffic:
         f, rules={group.part: f.rules[group.part]}, model=cast(Model, _Stand(initial)), data=None,
     )  # fmt: skip
     engine = Rehearsal(trainer=trainer)
-    last = None
-    for last in engine.run(own):
-        pass
-    assert last is not None, "a run has a round"
+    last = deque(engine.run(own), maxlen=1)[0]
     log = last.folds
     factors = [x for f in log.prefix.values() for x in f]
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]

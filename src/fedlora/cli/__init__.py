@@ -24,7 +24,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 for command in (
-    running.run, running.compare, preparing.sweep, folders.show, folders.aggregate, folders.export,
+    preparing.plan, running.run, running.compare, preparing.sweep, folders.show, folders.aggregate, folders.export,
     authoring.methods, running.demo,
 ):  # fmt: skip
     app.command()(command)
