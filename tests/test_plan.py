@@ -1,14 +1,10 @@
 """A plan against what a run then measures: bytes to the last one, memory within a fifth."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from fedlora import methods
 from fedlora.comparison import for_label
-from fedlora.config import ConfigError, build
+from fedlora.config import build
 from fedlora.planning import byte_plan, outline, planned
 from fedlora.runs import run
 
