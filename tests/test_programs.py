@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -14,6 +15,7 @@ import pytest
 from fedlora import sandbox
 from fedlora.grading import answers, grade, rows
 from fedlora.programs import Problem, figures, graded, mbpp, pass_at_k, problems
+from tests.test_sandbox import living, sleeping, until
 from tests.test_sandbox import pytestmark as on_landlock
 
 PROMPT = 'from math import floor\n\n\ndef half(x: int) -> int:\n    """ Half of x.\n    >>> half(4)\n    2\n    """\n'
@@ -190,6 +192,24 @@ def test_the_command(folder):
         pytest.skip(found.stderr)
     assert json.loads(found.stdout)["figures"]["pass@2"] == pytest.approx(2 / 3)
     assert (folder / "v.jsonl").read_text().count("\n") == 4
+
+
+@on_landlock
+def test_ctrl_c_waits_for_no_program_that_sleeps(folder):
+    (folder / "p.jsonl").write_text(
+        json.dumps({"task_id": "T/0", "completion": "    import time; time.sleep(600)"}) + "\n"
+    )
+    grader = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "grade", "p.jsonl", "--data", "data", "--seconds", "100"],
+        cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)},
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    until(lambda: sleeping(folder / "fedlora-program-"), 60)
+    grader.send_signal(signal.SIGINT)
+    _, said = grader.communicate(timeout=30)
+    assert grader.returncode == 130 and "Traceback" not in said
+    assert not list(folder.glob("fedlora-*")) and living(folder / "fedlora-program-") == []
 
 
 def test_without_a_sandbox_nothing_is_run(folder, monkeypatch):

@@ -256,22 +256,22 @@ def test_when_the_grader_is_killed_its_program_dies(tmp_path):
     code = "import sys; from fedlora.sandbox import Sandbox; Sandbox().run('import time; time.sleep(60)')"
     grader = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     until(
-        lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and _sleeping(tmp_path)
+        lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and sleeping(tmp_path)
     )
     grader.send_signal(signal.SIGKILL)
     grader.wait()
     until(lambda: living(tmp_path) == [])
 
 
-def _sleeping(here: Path) -> bool:
+def sleeping(here: Path) -> bool:
     """Whether a program is past the probe: it has slept for a while."""
     there = living(here)
     time.sleep(0.3)
     return bool(there) and living(here) == there
 
 
-def until(holds) -> None:
-    end = time.monotonic() + 20
+def until(holds, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)

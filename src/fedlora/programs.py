@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from threading import Event
 from typing import Any
 
 from fedlora.sandbox import Ran, Sandbox
@@ -120,15 +121,16 @@ def graded(
 
     def one(job: tuple[Problem, int, str]) -> Verdict:
         problem, number, program = job
-        ran: Ran = box.run(program, problem.tests)
+        ran: Ran = box.run(program, problem.tests, stopped.is_set)
         verdict = Verdict(problem.task_id, number, ran.ok, ran.why, round(ran.seconds, 3))
         done(verdict)
         return verdict
 
-    pool = ThreadPoolExecutor(max(1, workers))
+    pool, stopped = ThreadPoolExecutor(max(1, workers)), Event()
     try:
         return list(pool.map(one, jobs))
     finally:
+        stopped.set()  # Ctrl-C waits for no program that sleeps
         pool.shutdown(cancel_futures=True)
 
 
