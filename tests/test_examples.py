@@ -4,6 +4,8 @@ import csv
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import fedlora
 from fedlora.config import read
@@ -33,6 +35,24 @@ def test_on_real_text(path, shared):
     assert 0 <= result.summary["final"]["clients"]["mean"] <= 1
 
 
+LANGUAGE = {"shakespeare-roles": "shakespeare_roles", "dolly-categories": "dolly15k"}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "causal-lm" in p.read_text()], ids=lambda path: path.stem)
+def test_language_models(path, shared):
+    places = [f"model.name={shared}/models/stories260k-llama", f"task.data={shared}/data/{LANGUAGE[path.stem]}"]
+    rows = [
+        "task.train_rows=1500",
+        f"task.test_rows={700 if 'roles' in path.stem else 150}",
+        "task.truncation_side=left",
+        "task.max_length=96",
+    ]
+    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["rounds"] == 2
+    assert 1 < result.summary["final"]["clients"]["mean"] < 512, "better than guessing among 512 tokens"
+
+
 def test_digits():
     path = next(p for p in EXAMPLES if p.stem.startswith("digits"))
     result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "clients.count=3"]))
@@ -47,6 +67,28 @@ def test_unequal_clients():
     assert final["each"][10:] == [None, None], "the new ones"
     assert all(len(record["absent"]) == 1 and len(record["cohort"]) == 9 for record in records)
     assert any(record["stragglers"] for record in records)
+
+
+@pytest.mark.shared
+def test_glue_by_name(shared):
+    path = next(p for p in EXAMPLES if p.stem.startswith("glue"))
+    places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={shared}/data/glue_qnli_dev"]
+    result = fedlora.run(read(path, [*TOY, *places, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["labels"] == ["entailment", "not_entailment"]
+    assert 0 <= result.summary["final"]["global"]["accuracy"] <= 1
+
+
+@pytest.mark.shared
+def test_own_pictures(shared, tmp_path):
+    found = load_digits()
+    for i, (picture, label) in enumerate(zip(found.images[:90], found.target)):
+        folder = tmp_path / ("test" if i >= 60 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((picture * 15).astype("uint8")).save(folder / f"{i}.png")
+    path = next(p for p in EXAMPLES if p.stem.startswith("images"))
+    places = [f"model.name={shared}/models/vit-mini-cifar10", f"task.data={tmp_path}", "clients.split={name='iid'}"]
+    result = fedlora.run(read(path, [*TOY, *places, "training.local_steps=2", "clients.count=3"]))
+    assert result.summary["labels"] == list("0123456789")
 
 
 @pytest.mark.shared

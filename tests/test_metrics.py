@@ -9,7 +9,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from fedlora.evaluation import summary
-from fedlora.metrics import Scores, figures, pooled
+from fedlora.metrics import Scores, figures, pooled, possible
 from fedlora.tasks.text_classification import TextClassification
 
 TASK = TextClassification(data="none", metric="f1")
@@ -73,3 +73,23 @@ def test_a_metric_of_two_labels_is_refused_for_three():
         TASK.scores(torch.zeros(2, 3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="task.metric is 'f2'"):
         TextClassification(data="none", metric="f2")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_macro_f1_is_scikit_learns(seed):
+    draws = torch.Generator().manual_seed(seed)
+    logits, labels = torch.randn(30, 7, generator=draws), torch.randint(5, (30,), generator=draws)
+    logits[:, 6] = -9.0  # neither there nor predicted: counts in no mean
+    task = TextClassification(data="none", metric="macro_f1")
+    parts = [task.scores(logits[:12], labels[:12]), task.scores(logits[12:], labels[12:])]
+    found = figures(pooled(parts))["macro_f1"]
+    assert found == pytest.approx(f1_score(labels, logits.argmax(-1), average="macro", zero_division=0))
+    assert "macro_f1" not in figures(TextClassification(data="none").scores(logits, labels))
+
+
+def test_sums_that_a_party_made_up_are_no_error_and_what_cannot_be_is_known():
+    made = Scores({name: (total, 10) for name, total in (("tp", 9), ("fp", 8), ("fn", 0))})
+    assert figures(made)["matthews"] == 0.0, "17 of 10 rows"
+    for name, total, fine in (("tp.3", 11, False), ("tp.3", 10, True), ("spearman", -10, True), ("spearman", -11, False),
+                              ("accuracy", -1, False), ("mse", 99, True)):  # fmt: skip
+        assert possible(name, total, 10) == fine

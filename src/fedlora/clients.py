@@ -137,7 +137,7 @@ class Clients:
                 raise ValueError(
                     f"client {client} got no training rows; lower clients.count, or split more evenly (clients.split)."
                 )
-        tests = self._natural(data, train) or _follow(data, train, seed)
+        tests = self._natural(data, train) or _follow_each(data, train, seed)
         orders = self._orders(len(data.label_names), seed)
         return [Shard(*rows) for rows in zip(train, tests, orders)]
 
@@ -246,16 +246,25 @@ class Clients:
         return torch.randperm(self.members, generator=draws).tolist()
 
 
-def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Test rows for each client, drawn from the global test split in the proportions of its training labels.
+def _follow_each(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Test rows for each client, of every test set where there are several."""
+    sets = data.test.sets
+    if sets is None:
+        return _follow(data, train, torch.arange(len(data.test)), seed)
+    each = [_follow(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
+    return [torch.cat(rows) for rows in zip(*each)]
+
+
+def _follow(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
+    """Test rows for each client, drawn from the test rows ``within`` in the proportions of its training labels.
 
     Its size is its share of the training rows, or less where the scarcest label would run out: the distribution is
     kept, not the size. Two clients may hold the same test row.
     """
-    known, kinds = data.train.kinds, data.test.kinds
+    known, kinds = data.train.kinds, data.test.kinds[within]
     labels = 1 + int(max(known.max(), kinds.max()))
     there = torch.bincount(kinds, minlength=labels)
-    pools = [(kinds == label).nonzero()[:, 0] for label in range(labels)]
+    pools = [within[kinds == label] for label in range(labels)]
     everyone = sum(len(rows) for rows in train)
     found = []
     for client, rows in enumerate(train):
@@ -266,7 +275,7 @@ def _follow(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
             )
         held = counts.nonzero()[:, 0]
         most = float((there[held] / (counts[held] / counts.sum())).min())
-        size = max(1, int(min(len(data.test) * len(rows) / everyone, most)))
+        size = max(1, int(min(len(within) * len(rows) / everyone, most)))
         draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
         quotas = apportioned(counts.tolist(), size)
         own = [pool[torch.randperm(len(pool), generator=draws)[:quota]] for pool, quota in zip(pools, quotas)]

@@ -1,7 +1,7 @@
 """The same federation under several methods and seeds: same data, splits, initial weights and budgets."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -13,6 +13,7 @@ from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
+from fedlora.method import Method
 from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json
@@ -48,27 +49,39 @@ def plan(table: Table, labels: Sequence[str], seeds: Sequence[int], out: Path | 
 def for_label(table: Table, label: str) -> Table:
     """The table under another method; its ``[compare.LABEL]`` table is laid over, for tuned settings of its own.
 
-    ``label`` is a method's name, or ``centralised``: one client with all the data and the cohort's steps.
+    ``label`` is a method's name; or a name of one's own, whose ``[compare.LABEL]`` table says ``method.name``; or
+    ``centralised``: one client with all the data and the cohort's steps.
     Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
     """
     every = table.get("compare", {})
     base = {key: value for key, value in table.items() if key != "compare"}
     if label == CENTRALISED:
         return merged(_centralised(base), every.get(label, {}))
-    own = _fitted(base, label)
-    if table.get("method", {}).get("name") == label and own.get("adapter") == base.get("adapter"):
+    name = _method_of(label, every)
+    own = _fitted(base, name)
+    if table.get("method", {}).get("name") == name and own.get("adapter") == base.get("adapter"):
         own["method"] = table["method"]
     return merged(own, every.get(label, {}))
 
 
-def _fitted(table: Table, label: str) -> Table:
+def _fitted(table: Table, method: str) -> Table:
     """The table under a method with its defaults, and with an adapter that the method is defined for."""
-    kind, given = methods.load(label), table.get("adapter", {"name": "lora"})
-    own, name = {**table, "method": {"name": label}}, given.get("name", "lora")
+    kind, given = methods.load(method), table.get("adapter", {"name": "lora"})
+    own, name = {**table, "method": {"name": method}}, given.get("name", "lora")
     if name in KINDS and not issubclass(KINDS[name], kind.adapters):
         adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
         own["adapter"] = _as_table(kind.adapters[0].like(adapter))
     return own
+
+
+def _method_of(label: str, every: Mapping[str, Any]) -> str:
+    """The method's name behind a label."""
+    if label in methods.names() or label not in every:
+        return label
+    found = every[label].get("method", {}).get("name") if isinstance(every[label], Mapping) else None
+    if not isinstance(found, str):
+        raise ConfigError(f"[compare.{label}] is no method's name, and says none; give it method.name.")
+    return found
 
 
 def _as_table(adapter: Adapter) -> Table:
@@ -105,7 +118,7 @@ def compare(
     folder = None if out is None else Path(out).expanduser()
     cells = plan(table, list(dict.fromkeys(labels)), list(dict.fromkeys(seeds)), folder)
     finished: dict[tuple[str, int], Cell] = {}
-    for cell in _parallel(cells, jobs) if jobs > 1 else (execute(c, lambda e, c=c: watch(c, e)) for c in cells):
+    for cell in executed(cells, jobs, watch):
         finished[cell.label, cell.seed] = cell
         done(cell)
     ordered = [finished[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in finished]
@@ -126,7 +139,7 @@ def oracle(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    others = {label: replace(method_for(label), adapter=adapter) for label in labels or applicable()}
+    others = {label: replace(_asked(table, label), adapter=adapter) for label in labels or applicable()}
     records = run(config, out, watch, lambda *round: asked(*round, others)).records
     found = [record["oracle"] for record in records]
     table_rows = [_oracle_row(label, found) for label in others if label in found[0]["methods"]]
@@ -137,11 +150,23 @@ def oracle(
     return table_rows, means
 
 
+def _asked(table: Table, label: str) -> Method:
+    """A method by its name with its defaults, or as ``[compare.LABEL]`` sets it."""
+    found = method_for(_method_of(label, table.get("compare", {})))
+    set_here = table.get("compare", {}).get(label, {}).get("method")
+    return build(for_label(table, label)).method if set_here else found
+
+
 def _oracle_row(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mine = [x["methods"][label] for x in found]
     errors = [x["error"] for x in mine]
     row = {"method": label, "error": statistics.fmean(errors), "first": errors[0], "last": errors[-1]}
     return {**row, "gauge": statistics.fmean(x["gauge"] for x in mine) if "gauge" in mine[0] else None}
+
+
+def executed(cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None]) -> Iterator[Cell]:
+    """Each cell once it has run: one after the other here, or as they end where there are several jobs."""
+    return _parallel(cells, jobs) if jobs > 1 else (execute(c, lambda e, c=c: watch(c, e)) for c in cells)
 
 
 def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, threads: int | None = None) -> Cell:
@@ -157,7 +182,7 @@ def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, thr
     return Cell(cell.label, cell.seed, config.table, cell.folder, result.summary)
 
 
-def _parallel(cells: Sequence[Cell], jobs: int):
+def _parallel(cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:
     """Runs in processes of their own, one torch thread each: two busy threads on one core would wait for each other."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting: list[Future[Cell]] = [pool.submit(execute, cell, threads=1) for cell in cells]

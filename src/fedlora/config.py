@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from fedlora.optimizers import ServerOptimizer
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.start import begin
+from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
 
@@ -48,6 +49,7 @@ class ModelTable:
     targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
+    quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
 
@@ -80,9 +82,9 @@ class Config:
         only where every party has data of its own (``clients.split``).
         """
         device = self.engine.prepare()
-        data, shards = self._rows(party, combines)
+        data, shards = self.rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
-        network = self.task.network(self.model.name, len(names), self.seed)
+        network = self.network(len(names), device)
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)
@@ -96,7 +98,14 @@ class Config:
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
         )  # fmt: skip
 
-    def _rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+    def network(self, labels: int, device: torch.device) -> nn.Module:
+        """The pretrained network, quantised where ``model.quantize`` says so."""
+        kind = self.model.quantize
+        loading = {} if kind is None else {"loading": quantised(kind, device)}
+        return self.task.network(self.model.name, labels, self.seed, **loading)
+
+    def rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+        """The data of this machine and each client's rows in it; see ``federation``."""
         if not self.clients.own_data:
             data = self.task.load(self.model.name, self.seed, self.clients.client_column)
             return data, self.clients.shards(data, self.seed)
@@ -167,6 +176,7 @@ def build(table: Table) -> Config:
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
+    _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
@@ -229,6 +239,15 @@ def _named(section: str, table: Table, load) -> Any:
     if not isinstance(table.get("name"), str):
         raise ConfigError(f"[{section}] has no name; set {section}.name to a string.")
     return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
+
+
+def _check_quantised(model: ModelTable, task: Task, name: str) -> None:
+    if model.quantize is not None and not task.quantizes:
+        able = [other for other in tasks.names() if tasks.load(other).quantizes]
+        raise ConfigError(
+            f"model.quantize is {model.quantize!r}, but {name!r} trains its base's head in full; leave it out, or take "
+            f"{' or '.join(map(repr, able))}."
+        )
 
 
 def _check_ranks(config: Config, name: str) -> None:

@@ -1,6 +1,7 @@
 """A run's result as something that others load without fedlora: a PEFT adapter, or a merged model."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,9 @@ class Run:
     def network(self) -> nn.Module:
         """The pretrained network with a head of the run's size."""
         found = self.config.task.network(self.config.model.name, len(self.summary["labels"]), self.config.seed)
-        found.config.id2label = dict(enumerate(self.summary["labels"]))
-        found.config.label2id = {name: i for i, name in found.config.id2label.items()}
+        if self.summary["labels"]:
+            found.config.id2label = dict(enumerate(self.summary["labels"]))
+            found.config.label2id = {name: i for i, name in found.config.id2label.items()}
         return found.eval()
 
 
@@ -231,7 +233,9 @@ def _reloaded(run: Run, folder: Path, merged: bool) -> nn.Module:
         raise ConfigError(
             "an export is checked with PEFT, which is not installed: pip install 'fedlora[peft]'."
         ) from error
-    return PeftModel.from_pretrained(run.network(), folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own business
+        return PeftModel.from_pretrained(run.network(), folder)
 
 
 @torch.no_grad()

@@ -33,6 +33,11 @@ class Adapted(nn.Module):
         self.leaves = nn.ParameterDict()
         self.overlay: Factors | None = None  # folds that the base weight itself cannot take
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's own: T5 looks at its layers' precision."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x) + self.adapter.forward(x, self.leaves)
         return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
@@ -96,14 +101,23 @@ class Model:
         both = sorted(set(chosen) & set(whole))
         if both:
             raise ValueError(f"{both[0]!r} is named in model.targets and in model.head; name it in one of them.")
+        packed = getattr(network, "is_quantized", False)  # its weights are packed, and on the device that reads them
+        fixed = (
+            next((path for path, x in whole.items() if not next(x.parameters(recurse=False)).is_floating_point()), None)
+            if packed
+            else None
+        )
+        if fixed is not None:
+            raise ValueError(f"model.head names {fixed!r}, which is quantised and cannot be trained; leave it out.")
         network.requires_grad_(False)
         if precision == "bf16":
-            network.to(torch.bfloat16)
+            _halved(network) if packed else network.to(torch.bfloat16)
         for module in whole.values():
             module.float()
         parts = {path: Part(_wrap(network, path, module, adapter), adapter) for path, module in chosen.items()}
         parts |= {path: Part(module, Dense(_names(module))) for path, module in whole.items()}
-        network.to(device)
+        if not packed:
+            network.to(device)
         return cls(network, parts, precision, torch.device(device), overlay)
 
     def rules(self, method: Method, heads: Callable[[Dense], Method]) -> Rules:
@@ -250,9 +264,18 @@ class Model:
 
 
 def shape(base: nn.Module) -> tuple[int, int]:
-    """``(m, n)``, outputs and inputs, of a ``Linear`` (weight m n) or ``Conv1D`` (weight n m)."""
-    rows, columns = base.weight.shape
-    return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
+    """``(m, n)``, outputs and inputs, of a ``Linear`` (weight m n, or packed) or ``Conv1D`` (weight n m)."""
+    if isinstance(base, Conv1D):
+        n, m = base.weight.shape
+        return m, n
+    return base.out_features, base.in_features
+
+
+def _halved(network: nn.Module) -> None:
+    """What is not quantised, in bfloat16; a quantised network refuses to be cast as a whole."""
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _wrap(network: nn.Module, path: str, module: nn.Module, adapter: Adapter) -> Adapted:

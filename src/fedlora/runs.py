@@ -16,7 +16,7 @@ import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Federation, Observe, Round, Watch
+from fedlora.engines.loop import Event, Federation, Observe, Round, Watch
 from fedlora.folds import FoldLog
 from fedlora.metrics import KNOWN
 from fedlora.state import save_json, save_tree, write
@@ -70,6 +70,8 @@ def run(
     if folder is not None:
         precision = {"training": {"precision": federation.training.precision}}
         write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
+    for note in federation.notes:
+        watch(Event("note", 0, text=note))
     keeper = Keeper(folder)
     with keeper.writing():
         try:
@@ -84,6 +86,7 @@ def run(
         "labels": list(federation.label_names),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
+        **({"notes": list(federation.notes)} if federation.notes else {}),
     }
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
         save_tree(folder / SHARED, shared)

@@ -54,6 +54,45 @@ def merged(table: Mapping, other: Mapping) -> Table:
     return both
 
 
+def placed(table: Table, values: Mapping[str, Any]) -> Table:
+    """The table with each dotted key set."""
+    for key, value in values.items():
+        table = merged(table, _nested(key.split("."), value))
+    return table
+
+
+def at(table: Table, key: str) -> Any:
+    """What a dotted key leads to; None where there is nothing."""
+    found: Any = table
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def without(table: Table, keys: Sequence[str]) -> Table:
+    """The table without what the keys lead to, one table after the other."""
+    if keys[0] not in table:
+        return table
+    if len(keys) == 1:
+        return {key: value for key, value in table.items() if key != keys[0]}
+    return {**table, keys[0]: without(table[keys[0]], keys[1:])}
+
+
+def difference(table: Mapping[str, Any], base: Mapping[str, Any]) -> Table:
+    """What has to be laid over ``base`` for ``table`` to come out."""
+    if table.get("name") != base.get("name"):
+        return dict(table)  # another name starts its table anew
+    found: Table = {}
+    for key, value in table.items():
+        old = base.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            inner = difference(value, old)
+            found |= {key: inner} if inner else {}
+        elif key not in base or old != value:
+            found[key] = value
+    return found
+
+
 def _nested(keys: list[str], value: Any) -> Table:
     return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
 

@@ -81,6 +81,7 @@ class Dirichlet(Split):
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import DirichletPartitioner
 
+        _labels(self, examples)
         return DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
 
 
@@ -99,7 +100,7 @@ class Pathological(Split):
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import PathologicalPartitioner
 
-        labels = len(examples.kinds.unique())
+        labels = _labels(self, examples)
         if self.labels_per_client > labels:
             raise ValueError(
                 f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
@@ -168,6 +169,17 @@ class Own(Split):
 
 
 KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size, Own)}
+
+
+def _labels(split: Split, examples: Examples) -> int:
+    """How many labels there are to split by; ``ValueError`` where rows have none or one."""
+    labels = len(examples.kinds.unique())
+    if labels < 2:
+        raise ValueError(
+            f"clients.split.name is {split.name!r}, which splits by label, but all rows have the same; set "
+            "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
+        )
+    return labels
 
 
 def load(table: Mapping[str, Any]) -> Split:

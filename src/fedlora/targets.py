@@ -2,20 +2,26 @@
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Query and value projections, as the families call them; the first line whose names all occur is taken.
-# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT) | DistilBERT | DeBERTa | GPT-2 (fused) | T5
+# BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) |
+# GPT-NeoX Pythia BLOOM Falcon (fused) | Phi-3 (fused) | MPT (fused) | T5
+# and where there is no attention: ConvNeXt's pointwise layers
 USUAL = (
     ("query", "value"),
     ("q_proj", "v_proj"),
     ("q_lin", "v_lin"),
     ("query_proj", "value_proj"),
     ("c_attn",),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
     ("q", "v"),
+    ("pwconv1", "pwconv2"),
 )
 
 
@@ -35,7 +41,9 @@ def adapted(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.
     for pattern in patterns:
         if not any(matches(path, pattern) for path in weights):
             raise ValueError(_unmatched("model.targets", pattern, list(weights)))
-    return {path: module for path, module in weights.items() if any(matches(path, p) for p in patterns)}
+    found = {path: module for path, module in weights.items() if any(matches(path, p) for p in patterns)}
+    _untied(network, found, "model.targets")
+    return found
 
 
 def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -47,19 +55,32 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     paths = [path for path, _ in network.named_modules() if path]
     if patterns is None:
         body = getattr(network, "base_model_prefix", "")
-        patterns = [name for name, _ in network.named_children() if name != body]
-        patterns += getattr(network, "drawn_anew", [])
+        on_top = [name for name, _ in network.named_children() if name != body]
+        patterns = [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
     else:
         for pattern in patterns:
             if not any(matches(path, pattern) for path in paths):
                 raise ValueError(_unmatched("model.head", pattern, paths))
     roots = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
-    return {
+    found = {
         path: module
         for path, module in network.named_modules()
         if any(path == root or path.startswith(root + ".") for root in roots)
         and next(module.parameters(recurse=False), None) is not None
     }
+    _untied(network, found, "model.head")
+    return found
+
+
+def _untied(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
+    """``ValueError`` where a chosen weight is another module's as well: to change one would change both."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for path, module in chosen.items():
+        others = [o for p in module.parameters(recurse=False) for o in owners.get(id(p), []) if o != path]
+        if others:
+            raise ValueError(f"{key} names {path!r}, whose weight is also that of {others[0]!r} (tied); leave it out.")
 
 
 def _usual(weights: dict[str, nn.Module]) -> Sequence[str]:

@@ -111,9 +111,10 @@ class LocalTrainer:
     step_done: Callable[[], None] = lambda: None
     loss: float = math.nan  # mean over the turn's batches, once it is over
 
-    def batch(self, rows: Tensor) -> Batch:
-        """Rows as keyword arguments of the network, with this client's own labels."""
-        batch = self.task.collate(self.examples, rows)
+    def batch(self, rows: Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Rows as keyword arguments of the network, with this client's own labels; varied by ``draws`` for a step."""
+        task, examples = self.task, self.examples
+        batch = task.collate(examples, rows) if draws is None else task.augmented(examples, rows, draws)
         if self.shard.relabel is not None:
             batch["labels"] = self.shard.relabel[batch["labels"]]
         return {name: x.to(self.model.device, non_blocking=True) for name, x in batch.items()}
@@ -151,12 +152,13 @@ class LocalTrainer:
     def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
         steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
         stream = batches(self.examples, self.shard.train, self.training, derived(self.turn.seed, "batches"))
+        draws = torch.Generator().manual_seed(derived(self.turn.seed, "augmentation"))
         losses = []
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = self.training.rate((self.turn.round + step / steps) / self.rounds)
             for _ in range(parts):
-                batch = self.batch(next(stream))
+                batch = self.batch(next(stream), draws)
                 with self.model.running():
                     loss = self.task.loss(self.model.network, batch)
                 ((loss + self._penalty(rules)) / parts).backward()

@@ -16,8 +16,8 @@ QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001, retry=0.3)
 class World:
     """Parties 0 to K-1 on nodes 10 to 10+K-1, one base for all of them, as in a simulation."""
 
-    def __init__(self, folder: Path, *overrides: str, network=QUICK, post=lambda m: m, token="run"):
-        self.config = config(*overrides)
+    def __init__(self, folder: Path, *overrides: str, network=QUICK, post=lambda m: m, token="run", made=None):
+        self.config = made or config(*overrides)
         self.federation = self.config.federation()
         self.network = network
         self.base = Base(self.config.federation())

@@ -138,14 +138,20 @@ def test_mistakes(tmp_path, model, rows, settings, sentence):
     assert "\n" not in str(caught.value)
 
 
+def test_training_rows_alone_are_cut_in_two(tmp_path, model):
+    write(tmp_path, "train.jsonl", ROWS * 5)
+    found = TextClassification(str(tmp_path)).load(model, 0)
+    assert len(found.train) + len(found.test) == 5 * len(ROWS) and len(found.test) == len(ROWS)
+
+
 def test_places_that_are_wrong(tmp_path, model):
     (tmp_path / "empty").mkdir()
     for data, sentence in (("./none", "no data at"), (str(tmp_path / "empty"), "holds no data")):
         with pytest.raises(ValueError, match=sentence):
             TextClassification(data).load(model, 0)
     write(tmp_path, "train.jsonl")
-    with pytest.raises(ValueError, match=r"no split 'test'; set task.test_split to one of train"):
-        TextClassification(str(tmp_path)).load(model, 0)
+    with pytest.raises(ValueError, match=r"no split 'dev'; set task.test_split to one of train"):
+        TextClassification(str(tmp_path), test_split="dev").load(model, 0)
     broken = {
         "broken.jsonl": '{"text": "a", "label"',
         "broken.parquet": "no parquet",

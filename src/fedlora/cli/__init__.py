@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import authoring, flower, folders, running
+from fedlora.cli import authoring, chatting, flower, folders, grading, preparing, running, studying
 from fedlora.cli.speech import say
 
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
@@ -24,7 +24,9 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 for command in (
-    running.run, running.compare, folders.show, folders.personal, folders.aggregate, folders.export,
+    running.run, running.compare, preparing.sweep,
+    folders.show, folders.personal, folders.aggregate, folders.export,
+    studying.similarity, chatting.chat, grading.solve, grading.grade,
     authoring.methods, running.demo,
 ):  # fmt: skip
     app.command()(command)

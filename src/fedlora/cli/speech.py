@@ -23,6 +23,11 @@ def numbers(text: str, kind: type, option: str, example: str) -> list:
         raise ValueError(f"{option} is {text!r}; it should be {what} with commas, e.g. {example}.") from error
 
 
+def names(text: str | None) -> list[str]:
+    """The names of an option, with commas between them."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def answer(as_json: bool, value, table) -> None:
     """Tables and JSON go to stdout."""
     if as_json:

@@ -55,6 +55,11 @@ class Federation:
         return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told of how this machine's rows were read."""
+        return () if self.data is None else self.data.notes
+
+    @property
     def heads(self) -> frozenset[str]:
         """The parts trained in full."""
         return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
@@ -73,7 +78,7 @@ class Federation:
 class Event:
     """What a watcher is told, step by step."""
 
-    kind: str  # "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
+    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
     round: int
     client: int | None = None
     loss: float | None = None

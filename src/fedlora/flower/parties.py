@@ -1,6 +1,7 @@
 """A party made of a configuration: the same for a simulation's many clients and for one organisation's node."""
 
 import json
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,10 @@ from fedlora.settings import Table
 @lru_cache(maxsize=1)
 def base(table: str, party: int | None = None) -> Base:
     """The process's one model and data; they are loaded when the first message comes, and stay."""
-    return Base(build(json.loads(table)).federation(party))
+    federation = build(json.loads(table)).federation(party)
+    for note in federation.notes if party is not None else ():  # of a party's own rows; else the run says it
+        print(f"fedlora: {note}", file=sys.stderr, flush=True)
+    return Base(federation)
 
 
 def party(table: Table, node_config: Mapping[str, Any], run: str) -> Node:

@@ -14,7 +14,7 @@ from fedlora.engines.loop import Event
 class _Live:
     """A bar that is there only on a terminal."""
 
-    def __init__(self, total: int, unit: str):
+    def __init__(self, total: int | None, unit: str):
         self.bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
             TimeRemainingColumn(), console=Console(stderr=True), transient=True,
@@ -42,14 +42,16 @@ class Progress(_Live):
         if event.loss is not None:
             self.loss = f", loss {event.loss:.3f}"
         if event.text:
-            self.bar.console.print(told(event), highlight=False, markup=False)
+            self.bar.console.print(told(event), highlight=False, markup=False, soft_wrap=True)
             return
         where = f"round {event.round + 1}" + ("" if event.client is None else f", client {event.client}")
         self.bar.update(self.task, description=f"{where}{self.loss}", advance=1 if event.kind == "round" else 0)
 
 
 def told(event: Event) -> str:
-    """An event with something to say, as a line."""
+    """An event with something to say, as a line; a note is of no round."""
+    if event.kind == "note":
+        return event.text
     who = "" if event.client is None else f", client {event.client}"
     return f"round {event.round + 1}{who}: {event.text}"
 
@@ -77,18 +79,43 @@ class Cells(_Live):
 
     def __init__(self, cells: int, rounds: int):
         super().__init__(cells * rounds, "rounds")
-        self.rounds, self.seen = rounds, dict[tuple[str, int], int]()
+        self.rounds, self.seen, self.told = rounds, dict[tuple[str, int], int](), set[str]()
 
     def watch(self, cell: Cell, event: Event) -> None:
         """Told of every step of a run in this process."""
         key = (cell.label, cell.seed)
+        if event.kind == "note":
+            self.note(event.text)
         if event.kind == "round":
             self.seen[key] = self.seen.get(key, 0) + 1
             self.bar.update(
                 self.task, description=f"{cell.label}, seed {cell.seed}, round {event.round + 1}", advance=1
             )
 
+    def note(self, text: str) -> None:
+        """Said once, however many runs read the same rows."""
+        if text not in self.told:
+            self.told.add(text)
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def done(self, cell: Cell) -> None:
         """Told of every finished run; in another process that is all there is to hear."""
+        for note in (cell.summary or {}).get("notes", ()):
+            self.note(note)
         missing = self.rounds - self.seen.get((cell.label, cell.seed), 0)
         self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}: done", advance=missing)
+
+
+class Counted(_Live):
+    """Of things that end one by one; how many there will be may be unknown."""
+
+    def __init__(self, unit: str, total: int | None = None):
+        super().__init__(total, unit)
+
+    def more(self, several: int) -> None:
+        """Told of several at once."""
+        self.bar.update(self.task, description="running", advance=several)
+
+    def done(self, one: object) -> None:
+        """Told of each."""
+        self.bar.update(self.task, description="running", advance=1)

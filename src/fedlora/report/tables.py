@@ -124,6 +124,36 @@ def exports(found: Sequence[Mapping[str, Any]]) -> None:
     _console().print(table)
 
 
+def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> None:
+    """How alike the clients' factors are."""
+    table = Table(title="Likeness of the clients' factors, mean over pairs of clients")
+    table.add_column("weight")
+    for name in mean:
+        table.add_column(f"{name}, degrees" if name.endswith("angle") else name, justify="right")
+    for part, row in [*weights.items(), ("mean", mean)]:
+        digits = {name: 1 if name.endswith("angle") else 3 for name in mean}
+        table.add_row(part, *(f"{row[name]:.{digits[name]}f}" for name in mean))
+    console = _console()
+    console.print(table)
+    console.print(
+        "A, B: cosine of the factors as they are. A change: cosine of what training added to the common start."
+    )
+
+
+def grades(found: Mapping[str, Any]) -> None:
+    """What a file of programs came to."""
+    table = Table(title=f"{found['answers']} answers to {found['problems']} problems", show_header=False)
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, value in found["figures"].items():
+        table.add_row(name, f"{value:.4f}")
+    table.add_row("answers that pass", str(found["passed"]))
+    if found["missing"]:
+        table.add_row("problems without an answer, counted as wrong", str(found["missing"]))
+    table.add_row("verdicts", found["verdicts"])
+    _console().print(table)
+
+
 def _share(value: float | None) -> str:
     return DASH if value is None else f"{value:.2e}"
 
@@ -145,6 +175,9 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         clients = final["clients"]
         table.add_row(f"clients' own {name}, mean over clients", f"{clients['mean']:.4f}")
         table.add_row(f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}")
+        for other, value in clients.get("figures", {}).items():
+            if other not in (metric, "loss"):
+                table.add_row(f"clients' own {other.replace('_', ' ')}, mean over clients", f"{value:.4f}")
         table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
         table.add_row("spread over clients", f"{clients['spread']:.4f}")
         for group in clients.get("capability", ()):
@@ -164,6 +197,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     console.print(table)
     if records:
         _rounds(console, records, metric)
+    for note in found.get("notes", ()) if records else ():  # of a run that has just ended they were said before
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Folder: {folder}")
 
 

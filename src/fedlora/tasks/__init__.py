@@ -7,7 +7,9 @@ from typing import Any
 
 from fedlora.nearest import unknown
 
-_NOT_TASKS = {"task", "data", "networks"}
+_NOT_TASKS = {
+    "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot", "pairs",
+}  # fmt: skip
 
 
 def names() -> list[str]:

@@ -1,7 +1,8 @@
 """Rows from wherever they lie: a hub id, a folder, a file, or the digits that come with scikit-learn."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,87 @@ READERS = {
 HELD_OUT = 0.2  # of a single file's rows, when it has no test split of its own
 DIGITS = "digits"
 ONLY = "all"  # the split of data that comes without any
+TEST = "test"  # what the test split is called where nothing else is said
+OF, ANY = " * ", ""  # in the name of a test split: a share of the training rows; no test rows at all
 
 
-def splits(data: str, config: str | None, train: str, test: str, seed: int) -> tuple[Any, Any]:
-    """The training and the test split as ``datasets.Dataset``s; a single file is cut by the seed."""
+def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed: int) -> tuple[Any, ...]:
+    """The training and the test splits as ``datasets.Dataset``s; data that is one split is cut in two by the seed.
+
+    A test split that ``held_out`` named is a seeded share of the training rows: no other split is read.
+    """
+    name, marked, share = tests[0].rpartition(OF)
+    if marked and name == train:
+        rows, _ = splits(data, config, train, [ANY], seed)
+        return _cut(rows, _share(share, len(rows)), derived(seed, "validation rows"))
     found = _load(data, config)
-    if set(found) == {ONLY} and test != train:
-        if len(found[ONLY]) < 2:
-            raise ValueError(
-                f"{data!r} holds {len(found[ONLY])} row; it is cut into training and test rows and needs 2."
-            )
-        cut = found[ONLY].train_test_split(HELD_OUT, seed=derived(seed, "held out") % 2**32)
-        return cut["train"], cut["test"]
-    for key, split in (("train_split", train), ("test_split", test)):
+    if train not in tests and (set(found) == {ONLY} or (set(found) == {train} and tuple(tests) == (TEST,))):
+        (rows,) = found.values()
+        if len(rows) < 2:
+            raise ValueError(f"{data!r} holds {len(rows)} row; it is cut into training and test rows and needs 2.")
+        return _cut(rows, HELD_OUT, derived(seed, "held out"))
+    pairs = [("train_split", train), *(("test_split", train if test == ANY else test) for test in tests)]
+    for key, split in pairs:
         if split not in found:
             raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of {', '.join(sorted(found))}.")
-    return found[train], found[test]
+    return (found[train], *(None if test == ANY else found[test] for test in tests))
 
 
-def _load(data: str, config: str | None) -> dict[str, Any]:
+def joined(tests: Sequence[Any]) -> tuple[Any, Tensor | None]:
+    """Several test splits as one, and which of them each row is of; None where there is but one."""
+    import datasets
+
+    if len(tests) == 1:
+        return tests[0], None
+    sizes = torch.tensor([len(test) for test in tests])
+    return datasets.concatenate_datasets(list(tests)), torch.arange(len(tests)).repeat_interleave(sizes)
+
+
+def _cut(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
+    cut = rows.train_test_split(share, seed=seed % 2**32)
+    return cut["train"], cut["test"]
+
+
+def _share(text: str, rows: int) -> float:
+    """The share that a test split's name ends with, where it leaves rows on both sides."""
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise ValueError(f"task.test_split ends with {text!r}; a share of the rows is a number, e.g. 0.1.") from error
+    if not 0 < share < 1 or rows * share < 1 or rows * (1 - share) < 1:
+        raise ValueError(
+            f"{text} of {rows} training rows cannot be held out; take a share between 0 and 1, or more rows."
+        )
+    return share
+
+
+def held_out(train: str, share: float) -> str:
+    """A ``test_split`` that is this share of the training split, drawn by the seed and taken out of it."""
+    return f"{train}{OF}{share}"
+
+
+def split_names(data: str, config: str | None) -> list[str]:
+    """The splits that there are; none of a folder's files is read for it."""
+    return sorted(_load(data, config))
+
+
+class _Files(Mapping[str, Any]):
+    """A folder's splits, each read when it is asked for: who wants two of them is not kept from it by a third."""
+
+    def __init__(self, files: Mapping[str, Path]):
+        self.files = files
+
+    def __getitem__(self, split: str) -> Any:
+        return _read(self.files[split])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _load(data: str, config: str | None) -> Mapping[str, Any]:
     import datasets
     from huggingface_hub.utils import logging as hub
 
@@ -54,7 +117,7 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
         if path.is_file():
             return {ONLY: _read(path)}
         if path.is_dir():
-            return _folder(path)
+            return _folder(path, config)
         if data.startswith((".", "/", "~")) or any(data.endswith(ending) for ending in READERS):
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
         return dict(datasets.load_dataset(data, config))
@@ -64,7 +127,7 @@ def _load(data: str, config: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _folder(path: Path) -> dict[str, Any]:
+def _folder(path: Path, config: str | None) -> Mapping[str, Any]:
     import datasets
 
     if (path / "dataset_dict.json").exists():
@@ -73,7 +136,9 @@ def _folder(path: Path) -> dict[str, Any]:
         return {ONLY: datasets.load_from_disk(str(path))}
     files = {f.name.split(".", 1)[0]: f for f in sorted(path.iterdir()) if _ending(f) and f.name != "meta.json"}
     if files:
-        return {split: _read(file) for split, file in files.items()}
+        return _Files(files)
+    if any(path.glob("*/*.parquet")):  # a copy of a hub's data repository
+        return dict(datasets.load_dataset(str(path), config))
     if any(p.is_dir() for p in path.iterdir()):
         return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
     raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
@@ -131,14 +196,19 @@ def image_shape(data: str) -> tuple[int, ...] | None:
     return tuple(found) if found else None
 
 
-def column(split: Any, name: str, key: str) -> list[Any]:
-    """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
+def present(split: Any, name: str, key: str) -> None:
+    """``ValueError`` where there is no such column; names the nearest."""
     if name not in split.column_names:
         near = nearest(name, split.column_names)
         hint = f"did you mean {near!r}? Its" if near else "its"
         raise ValueError(
             f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}."
         )
+
+
+def column(split: Any, name: str, key: str) -> list[Any]:
+    """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
+    present(split, name, key)
     values = list(split[name])
     gaps = sum(value is None for value in values)
     if gaps:
@@ -176,6 +246,18 @@ def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tup
     if len(order) < 2:
         raise ValueError(f"column {name!r} holds only {len(order)} label; a classification needs at least 2.")
     return torch.tensor([order[v] for v in known]), torch.tensor([order[v] for v in seen]), declared
+
+
+def numbers(split: Any, name: str, what: str) -> Tensor:
+    """A column of numbers, float32."""
+    values = column(split, name, "task.label")
+    odd = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float)), None)
+    odd = next((v for v in values if not math.isfinite(v)), None) if odd is None else odd
+    if odd is not None:
+        raise ValueError(
+            f"column {name!r} (task.label) holds {odd!r} in the {what} rows; a regression needs a number in each."
+        )
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _short(values: list[Any]) -> str:

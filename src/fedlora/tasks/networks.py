@@ -1,8 +1,10 @@
 """Pretrained networks by hub id or folder, loaded quietly, with nothing but the head new."""
 
+from collections.abc import Mapping
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -46,6 +48,58 @@ def quietly(load: Any, model: str, **kwargs: Any) -> Any:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def whole(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
+    """A pretrained network with the head that its checkpoint brings, in float32 or as ``loading`` says.
+
+    Nothing of it is trained in full unless it is named. ``ValueError`` where the checkpoint is of another kind or lacks
+    weights: they would be noise that nobody trains.
+    """
+    try:
+        found, report = quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **(loading or {})})
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = quietly(_config(), model).model_type
+        raise ValueError(
+            f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load."
+        ) from error
+    lost = sorted(report["missing_keys"])
+    if lost:
+        raise ValueError(
+            f"the model {model!r} lacks {len(lost)} weights of {type(found).__name__}, such as {lost[0]!r}; "
+            "name a checkpoint of that kind."
+        )
+    found.put_on_top = []  # read by targets.trained_in_full
+    return found
+
+
+def _config() -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig
+
+
+def quantised(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to hold linear layers in 4 or 8 bits on a GPU.
+
+    ``ValueError`` where there is no GPU, or no bitsandbytes.
+    """
+    if device.type != "cuda":
+        raise ValueError(
+            f"model.quantize is {kind!r}, which needs a CUDA device, but engine.device comes to {device.type!r}; "
+            "leave model.quantize out, or run it on a machine with a GPU."
+        )
+    for name in ("bitsandbytes", "accelerate"):
+        if find_spec(name) is None:
+            raise ValueError(f"model.quantize is {kind!r}, which needs {name}; run `pip install {name}`.")
+    from transformers import BitsAndBytesConfig
+
+    half = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
+    settings = {"load_in_4bit": True, **four} if kind == "4bit" else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:

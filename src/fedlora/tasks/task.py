@@ -19,11 +19,12 @@ class Examples:
     """The rows of one split, encoded once."""
 
     features: Mapping[str, Tensor]
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, or float32 where the target is a number
     lengths: Tensor  # (N,) int64: tokens of each row, or 1
     groups: tuple[str, ...] | None = None  # each row's value of the natural client column
     strata: Tensor | None = None  # (N,) int64: what splits by label go by; None: the labels
     texts: tuple[Mapping[str, Any], ...] | None = None  # each row's own words, for tasks that grade answers
+    sets: Tensor | None = None  # (N,) int64: which of several test sets a row is of; None: there is one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,6 +42,7 @@ class Data:
     train: Examples
     test: Examples
     label_names: tuple[str, ...]  # empty where a row has no label
+    notes: tuple[str, ...] = ()  # what a user should be told of how the rows were read
 
 
 class Task(Protocol):
@@ -48,11 +50,13 @@ class Task(Protocol):
 
     auto: ClassVar[str]  # the class of transformers that loads the network
     peft: ClassVar[str | None]  # PEFT's name for the kind of network, where an export says one
+    quantizes: ClassVar[bool]  # whether ``network`` takes what loads a quantised base
     metric: str  # the figure that is reported first, one of metrics.KNOWN
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data: ...
-    def network(self, model: str, labels: int, seed: int) -> nn.Module: ...
+    def network(self, model: str, labels: int, seed: int, **loading: Any) -> nn.Module: ...
     def collate(self, examples: Examples, rows: Tensor) -> Batch: ...
+    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch: ...
     def loss(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor: ...
@@ -66,6 +70,7 @@ class Supervised(ABC):
     """What all tasks on rows have in common."""
 
     peft: ClassVar[str | None] = None
+    quantizes: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # that ``task.metric`` may name
     metric: str
     train_rows: int | None
@@ -87,6 +92,10 @@ class Supervised(ABC):
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Rows as keyword arguments of the network."""
 
+    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
+        """The same for a step of training, which a task may vary by ``draws``, on the CPU."""
+        return self.collate(examples, rows)
+
     def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """What ``scores`` is made of, for some rows at once: a fixed number of figures a row."""
         batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}
@@ -96,7 +105,7 @@ class Supervised(ABC):
 class Classification(Supervised):
     """Loss and scores that text and image classification have in common."""
 
-    metrics = ("accuracy", "f1", "matthews")
+    metrics = ("accuracy", "f1", "matthews", "macro_f1")
     label_names: list[str] | None
 
     def agreed(self) -> tuple[str, ...] | None:
@@ -109,22 +118,39 @@ class Classification(Supervised):
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Logits, rows by labels."""
-        return network(**{name: x for name, x in batch.items() if name != "labels"}).logits
+        return logits(network, batch)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """Accuracy and cross-entropy; with two labels and a metric of them, the table of hits and misses."""
+        """Accuracy and cross-entropy; for another metric, the table of hits and misses that it is made of."""
         found, rows = outputs.argmax(-1), len(labels)
         loss = float(functional.cross_entropy(outputs.double(), labels, reduction="sum"))
         sums = {"accuracy": (int((found == labels).sum()), rows), "loss": (loss, rows)}
-        if self.metric != "accuracy":
-            if outputs.shape[-1] != 2:
-                raise ValueError(
-                    f"task.metric is {self.metric!r}, which is of two labels; there are {outputs.shape[-1]}."
-                )
-            table = {"tp": (found == 1) & (labels == 1), "fp": (found == 1) & (labels == 0)}
-            table["fn"] = (found == 0) & (labels == 1)
-            sums |= {name: (int(hits.sum()), rows) for name, hits in table.items()}
-        return Scores(sums)
+        return Scores(sums | self._table(found, labels, outputs.shape[-1]))
+
+    def _table(self, found: Tensor, labels: Tensor, count: int) -> dict[str, tuple[float, int]]:
+        if self.metric == "accuracy":
+            return {}
+        if self.metric == "macro_f1":
+            return {
+                f"{name}.{label}": total
+                for label in range(count)
+                for name, total in confusion(found == label, labels == label).items()
+            }
+        if count != 2:
+            raise ValueError(f"task.metric is {self.metric!r}, which is of two labels; there are {count}.")
+        return confusion(found == 1, labels == 1)
+
+
+def confusion(found: Tensor, there: Tensor) -> dict[str, tuple[int, int]]:
+    """Hits, false alarms and misses of one label, each over the number of rows."""
+    table = {"tp": found & there, "fp": found & ~there, "fn": ~found & there}
+    return {name: (int(hits.sum()), len(hits)) for name, hits in table.items()}
+
+
+def logits(network: nn.Module, batch: Batch) -> Tensor:
+    """What the network's head makes of a batch, rows by outputs."""
+    found: Tensor = network(**{name: x for name, x in batch.items() if name != "labels"}).logits
+    return found
 
 
 def lengths_of_one(rows: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.engines.flower.layout import expected
 from fedlora.engines.loop import Federation
 from fedlora.method import Method
-from fedlora.metrics import KNOWN, SHARES, Scores
+from fedlora.metrics import KNOWN, Scores, possible
 from fedlora.types import Layer, Tree, Turn
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,7 +98,7 @@ def scores(metrics: Mapping[str, object], number: int, metric: str) -> Scores:
     found = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in found.items():
         sound = isinstance(total, int | float) and math.isfinite(total) and type(count) is int and count > 0
-        if not sound or (name in SHARES and not 0 <= total <= count):
+        if not sound or not possible(name, total, count):
             raise RefusedError(f"its score {name!r} is {total!r} over {count!r} rows")
     lacking = [name for name in KNOWN[metric].needs if name not in found]
     if lacking:

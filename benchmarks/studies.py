@@ -1,0 +1,184 @@
+"""The small twins of the papers' experiments: tuned with equal trials, run with several seeds, kept as JSON lines.
+
+``python -m benchmarks.studies NAME... --models DIR --data DIR --minutes 60`` runs what is still missing and stops in
+time; what was finished is never run again. ``python -m benchmarks.study_tables`` makes the tables of it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.comparison import Cell, execute, for_label
+from fedlora.config import Table, build, overridden, read_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+TUNING_SEED = 100  # another split, start and order than any seed that is reported
+SEEDS = (0, 1, 2)
+# Ids of the configurations -> folders of --models and --data, for machines without a network.
+LOCAL = {
+    "sentence-transformers/all-MiniLM-L6-v2": "minilm-l6-h384", "vit-mini-cifar10": "vit-mini-cifar10",
+    "mteb/banking77": "banking77", "nyu-mll/glue": "glue_qnli_dev", "pneumoniamnist": "pneumoniamnist",
+    "femnist_digits": "femnist_digits",
+}  # fmt: skip
+SHARED_METHODS = ("fedit", "ffa-lora", "rolora", "flexlora", "fedex-lora", "flora-na", "fedrot-lora", "svd")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison in one or several settings; a label's rate is the best of ``rates`` on validation rows."""
+
+    config: str
+    labels: tuple[str, ...]
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # name -> overrides
+    rates: tuple[float, ...] = (6e-3, 2e-2, 6e-2)
+    tuned_at: str = ""  # the setting in which rates are tried
+    clients: bool = False  # judge by the clients' own models, for shared models too
+
+
+def _cohorts() -> dict[str, tuple[str, ...]]:
+    sizes = {
+        "3 clients": ("clients.count=3", "training.local_steps=10"),
+        "10 clients": (),
+        "50 clients": ("clients.count=50", "clients.per_round=10"),
+    }
+    return {
+        f"{name}, Dirichlet {alpha}": (*size, f"clients.split.alpha={alpha}")
+        for alpha in (0.5, 0.1)
+        for name, size in sizes.items()
+    }
+
+
+RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales", "normal-basis")
+FEDSA = (
+    "fedit", "local", "ffa-lora", "fedsa-lora", "fedit-rslora", "fedsa-rslora", "fedit-vera", "fedsa-vera",
+)  # fmt: skip
+STUDIES = {
+    "aggregation-banking77": Study(
+        "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
+    ),
+    "aggregation-qnli": Study(
+        "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
+    ),
+    "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
+    "fedsa-concept-shift": Study(
+        "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
+    ),
+    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
+    "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
+}
+
+
+@dataclass
+class Book:
+    """The finished runs of a study, a JSON line each."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, name: str, folder: Path = RESULTS) -> "Book":
+        path = folder / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return cls(path, [json.loads(line) for line in lines])
+
+    def find(self, **keys: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in keys.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def missing(study: Study, book: Book) -> Iterator[tuple[dict[str, Any], Sequence[str]]]:
+    """What is still to run, with its overrides: first every trial, then the seeds at the best rate."""
+    for label in study.labels:
+        for rate in study.rates:
+            key = {"phase": "trial", "setting": study.tuned_at, "label": label, "rate": rate, "seed": TUNING_SEED}
+            if book.find(**key) is None:
+                yield key, (*study.settings[study.tuned_at], "task.test_split=validation")
+    for seed in SEEDS:
+        for setting, overrides in study.settings.items():
+            for label in study.labels:
+                key = {"phase": "run", "setting": setting, "label": label, "seed": seed}
+                if book.find(**key) is None:
+                    yield {**key, "rate": best_rate(study, book, label)}, overrides
+
+
+def best_rate(study: Study, book: Book, label: str) -> float:
+    """The rate whose trial ended best; a trial that diverged is the worst."""
+    trials = [row for row in book.rows if row["phase"] == "trial" and row["label"] == label]
+    done = [row for row in trials if row["value"] is not None]
+    if not done:
+        raise ValueError(f"every trial of {label} diverged; give it smaller rates.")
+    best = max if done[0]["higher"] else min
+    return float(best(done, key=lambda row: row["value"])["rate"])
+
+
+def table(study: Study, key: Mapping[str, Any], overrides: Sequence[str], models: Path, data: Path) -> Table:
+    """The configuration of one run, on local copies where there are any."""
+    found = overridden(read_table(ROOT / "examples" / "papers" / study.config), overrides)
+    found = for_label(found, key["label"])
+    found["training"] = {**found["training"], "learning_rate": key["rate"]}
+    found["seed"] = key["seed"]
+    for section, entry, folder in (("model", "name", models), ("task", "data", data)):
+        local = folder / LOCAL[found[section][entry]]
+        if not local.exists():
+            raise ValueError(f"there is no {str(local)!r}; --models and --data name folders of local copies.")
+        found[section][entry] = str(local)
+    if "data_config" in found["task"]:  # a local copy is one configuration
+        found["task"] = {k: v for k, v in found["task"].items() if k not in ("data_config", "train_rows", "test_split")}
+        found["task"]["test_split"] = "validation" if key["phase"] == "trial" else "test"
+    return found
+
+
+def figures(cell: Cell, clients: bool) -> dict[str, Any]:
+    """What is kept of a run: the metric (``clients``: always the mean over clients), all figures, errors and bytes."""
+    if cell.summary is None:
+        return {"value": None, "higher": True, "failure": cell.failure}
+    s = cell.summary
+    final = s["final"]
+    own = s["personal"] or clients
+    value = final["clients"]["mean"] if own else final["global"][s["metric"]["name"]]
+    return {
+        "value": value,
+        "metric": s["metric"]["name"],
+        "higher": s["metric"]["higher"],
+        "global": final.get("global"),
+        "clients": {k: v for k, v in final["clients"].items() if k != "each"},
+        "errors": s["errors"],
+        "bytes": {d: sum(s["bytes"][d].values()) for d in ("up", "down")},
+        "seconds": s["seconds"]["whole"],
+    }
+
+
+def main() -> None:
+    """Runs what is missing of the named studies, as far as the time goes."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("names", nargs="*", default=list(STUDIES), choices=[*STUDIES, []])
+    options.add_argument("--models", type=Path, required=True, help="folder of models")
+    options.add_argument("--data", type=Path, required=True, help="folder of data sets")
+    options.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
+    asked, began = options.parse_args(), time.monotonic()
+    for name in asked.names or STUDIES:
+        study, book = STUDIES[name], Book.of(name)
+        while time.monotonic() - began < asked.minutes * 60:
+            following = next(missing(study, book), None)
+            if following is None:
+                break
+            key, overrides = following
+            own = table(study, key, overrides, asked.models, asked.data)
+            build(own)
+            row = {**key, **figures(execute(Cell(key["label"], key["seed"], own, None), threads=1), study.clients)}
+            book.add(row)
+            print(name, json.dumps({k: row.get(k) for k in (*key, "value", "seconds")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A network without its weights: shapes, types and a device, but no numbers, so that one of any size fits anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fedlora.tasks.networks import located, quietly
+from fedlora.tasks.task import Task
+
+
+def outlined(task: Task, model: str, labels: int) -> nn.Module:
+    """What ``task.network`` would load, on the meta device: from the configuration and the names in the checkpoint.
+
+    ``ValueError`` where the model is not known here.
+    """
+    import transformers
+
+    settings = {"num_labels": labels} if labels else {}
+    config = quietly(transformers.AutoConfig, model, **settings)
+    auto: Any = getattr(transformers, task.auto)
+    with torch.device("meta"):
+        network: nn.Module = auto.from_config(config, dtype=torch.float32)
+    if getattr(config, "pad_token_id", None) is None:
+        network.config.pad_token_id = 0
+    network.drawn_anew = _poolers(network, model)  # type: ignore[assignment]  # read by targets.trained_in_full
+    return network
+
+
+def faked(network: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:
+    """Gives a network on the meta device fake tensors on ``device``: kernels are chosen as there, none is run."""
+    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
+
+    def fresh(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in made:
+            with fake:
+                y = torch.empty(x.shape, dtype=x.dtype, device=device)
+                made[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
+        return made[id(x)]
+
+    for module in network.modules():
+        for table in (module._parameters, module._buffers):
+            for name, x in list(table.items()):
+                if x is not None:
+                    table[name] = fresh(x)  # type: ignore[assignment]
+
+
+def _poolers(network: nn.Module, model: str) -> list[str]:
+    """The poolers that the checkpoint lacks; none where its names cannot be had."""
+    known = stored(model)
+    body = f"{network.base_model_prefix}."
+    poolers = [name for name, _ in network.named_parameters() if name.startswith(body) and ".pooler." in name]
+    lost = [name for name in poolers if not any(key.endswith(name.removeprefix(body)) for key in known)]
+    return sorted({name.rpartition(".")[0] for name in lost}) if known else []
+
+
+def stored(model: str) -> list[str]:
+    """The names of a checkpoint's tensors; no tensor is read."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    found: dict[str, str | None] = {}
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        found[name] = cached_file(
+            located(model), name, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+    index, single = found.values()
+    if index is not None:
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    if single is None:
+        return []
+    with safe_open(single, framework="pt") as file:
+        return list(file.keys())

@@ -1,0 +1,52 @@
+"""What a sweep came to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+DASH = "–"
+
+
+def sweep(found: Mapping[str, Any], folder: str) -> None:
+    """A row a trial, and what was chosen for each method."""
+    metric = found["metric"]["name"].replace("_", " ") if found["metric"] else "figure"
+    seeds = f", mean over {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else ""
+    table = Table(title=f"{metric.capitalize()} on validation rows ({found['validation']}) in the final round{seeds}")
+    for name in ("method", "trial", "values"):
+        table.add_column(name, overflow="fold")
+    table.add_column(metric, justify="right")
+    table.add_column("")
+    for row in found["methods"]:
+        for trial in row["trials"]:
+            value = DASH if trial["value"] is None else f"{trial['value']:.4f}"
+            table.add_row(row["method"], str(trial["trial"]), _values(trial["values"]), value, _remark(row, trial))
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    console.print(table)
+    for row in found["methods"]:
+        console.print(_sentence(row, metric), markup=False)
+    chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
+    if chosen:
+        console.print(f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2", soft_wrap=True)
+
+
+def _remark(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
+    if trial["diverged"]:
+        return "diverged"
+    return "chosen" if trial["trial"] == row["chosen"] else ""
+
+
+def _sentence(row: Mapping[str, Any], metric: str) -> str:
+    trials = len(row["trials"])
+    if row["chosen"] is None:
+        return f"{row['method']}: none of {trials} trials came to a figure; try smaller learning rates."
+    said = f"{row['method']}: {_values(row['values'])} ({metric} {row['value']:.4f}, best of {trials})"
+    if row["edge"]:
+        return f"{said}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
+    return f"{said}."
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in values.items()) or DASH

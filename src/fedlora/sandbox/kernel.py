@@ -1,0 +1,173 @@
+"""What Linux itself offers against a program: limits, no capabilities, Landlock for files, a filter of system calls.
+
+Every step is for the calling process alone, needs no privilege and cannot be taken back. Any that fails raises
+``UnconfinedError``: nothing may run then. Only the standard library: the interpreter is as it was started.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+from collections.abc import Iterable, Sequence
+
+from syscalls import numbers
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+ENOSYS, EPERM = 38, 1
+
+# Landlock's rights over files, and which ABI brought those that came later.
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, MAKE_SYM = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 12
+REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
+LATER = {2: REFER, 3: TRUNCATE, 5: IOCTL_DEV}
+FIRST = (1 << 13) - 1  # all rights of the first ABI
+OWN = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG | MAKE_SYM | REFER | TRUNCATE
+TCP, SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signals (ABI 6)
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
+LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in what a filter is shown
+TERMINAL_AND_DESCRIPTORS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # of ioctl: what open() and isatty() ask
+DESCRIPTORS_AND_LOCKS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)  # of fcntl: no owners, leases or seals
+O_ACCMODE, O_TRUNC = os.O_ACCMODE, os.O_TRUNC
+OPENINGS = (0, 1, 2, 1 | O_TRUNC, 2 | O_TRUNC)  # the first ABI does not see that a read-only opening truncates
+
+
+class UnconfinedError(OSError):
+    """A step of the confinement could not be taken; the text says which and why."""
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(what: str, number: int, *arguments) -> int:
+    """A raw system call; ``UnconfinedError`` where the kernel refuses."""
+    plain = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    found: int = _libc.syscall(ctypes.c_long(number), *plain)
+    if found < 0:
+        raise UnconfinedError(f"{what}: {os.strerror(ctypes.get_errno())}")
+    return found
+
+
+def _prctl(what: str, option: int, value: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
+        raise UnconfinedError(f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def confine(own: str, readable: Iterable[str], limits: dict[str, int], parent: int) -> None:
+    """Shuts the calling process in for good: it may write beneath ``own`` and read beneath ``readable``.
+
+    ``limits`` are ``cpu`` (seconds), ``memory`` and ``file`` (bytes) and ``descriptors``. It dies with ``parent``.
+    """
+    machine = platform.machine()
+    if machine not in ARCHITECTURES:
+        raise UnconfinedError(f"system calls of the processor {machine!r} are not known here")
+    _, others = numbers(machine)
+    _prctl("die with the parent", PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise UnconfinedError("the parent is gone")
+    _limit(limits)
+    _prctl("no new privileges", PR_SET_NO_NEW_PRIVS, 1)
+    _prctl("not to be looked into", PR_SET_DUMPABLE, 0)
+    _drop_capabilities(others["capset"])
+    landlock(others, own, readable)
+    seccomp(others["seccomp"], program(machine, os.getpid()))
+
+
+def _limit(limits: dict[str, int]) -> None:
+    for kind, low, high in (
+        (resource.RLIMIT_CPU, limits["cpu"], limits["cpu"] + 1),  # a signal first, so that the cause is known
+        (resource.RLIMIT_AS, limits["memory"], limits["memory"]),
+        (resource.RLIMIT_FSIZE, limits["file"], limits["file"]),
+        (resource.RLIMIT_NOFILE, limits["descriptors"], limits["descriptors"]),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_NPROC, 0, 0),
+        (resource.RLIMIT_MEMLOCK, 0, 0),
+    ):
+        most = resource.getrlimit(kind)[1]
+        if most != resource.RLIM_INFINITY:
+            low, high = min(low, most), min(high, most)
+        resource.setrlimit(kind, (low, high))
+
+
+def _drop_capabilities(number: int) -> None:
+    """Root keeps none: no file mode is overruled, no owner changed."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
+    _call("drop capabilities", number, header, ctypes.create_string_buffer(24))
+
+
+def landlock_abi(number: int) -> int:
+    """The kernel's version of Landlock; ``UnconfinedError`` where it has none."""
+    return _call("Landlock", number, 0, 0, 1)
+
+
+def landlock(others: dict[str, int], own: str, readable: Iterable[str]) -> None:
+    """No file outside ``own`` can be written, made or removed, and none read but those beneath ``readable``."""
+    abi = landlock_abi(others["landlock_create_ruleset"])
+    handled = FIRST | sum(right for since, right in LATER.items() if since <= abi)
+    words = [handled] + [TCP] * (abi >= 4) + [SCOPES] * (abi >= 6)
+    ruleset = ctypes.create_string_buffer(struct.pack(f"{len(words)}Q", *words))
+    rules = _call("Landlock", others["landlock_create_ruleset"], ruleset, 8 * len(words), 0)
+    wanted = [(own, OWN), ("/dev/null", READ_FILE | WRITE_FILE)]
+    for path, rights in [*wanted, *((path, READ_FILE | READ_DIR) for path in readable if os.path.exists(path))]:
+        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if not os.path.isdir(path):
+            rights &= READ_FILE | WRITE_FILE
+        beneath = ctypes.create_string_buffer(struct.pack("=Qi", rights & handled, at))
+        _call(f"Landlock on {path!r}", others["landlock_add_rule"], rules, 1, beneath, 0)
+        os.close(at)
+    _call("Landlock", others["landlock_restrict_self"], rules, 0)
+    os.close(rules)
+
+
+def program(machine: str, own: int) -> bytes:
+    """The filter: which system calls go through. Signals reach the process ``own`` only, which is the caller."""
+    free, others = numbers(machine)
+    everything = 0xFFFFFFFF
+    code = [_load(ARCHITECTURE), _jump(EQUAL, ARCHITECTURES[machine], 1, 0), _return(KILL), _load(NUMBER)]
+    for number in free.values():
+        code += [_jump(EQUAL, number, 0, 1), _return(ALLOW)]
+    for name, argument, mask, values in (
+        ("open", 1, O_ACCMODE | O_TRUNC, OPENINGS),
+        ("openat", 2, O_ACCMODE | O_TRUNC, OPENINGS),
+        ("ioctl", 1, everything, TERMINAL_AND_DESCRIPTORS),
+        ("fcntl", 1, everything, DESCRIPTORS_AND_LOCKS),
+        ("prlimit64", 0, everything, (0, own)),
+        *((name, 0, everything, (own,)) for name in ("kill", "tkill", "tgkill")),
+    ):
+        if name in others:
+            code += _when(others[name], argument, mask, values)
+    for name in ("clone3", "openat2"):  # the C library then tries the older call, whose arguments can be seen
+        code += [_jump(EQUAL, others[name], 0, 1), _return(REFUSE | ENOSYS)]
+    return b"".join([*code, _return(REFUSE | EPERM)])
+
+
+def _when(number: int, argument: int, mask: int, values: Sequence[int]) -> list[bytes]:
+    """One call is allowed where the low half of an argument, masked, is one of the values."""
+    inner = [_load(ARGUMENTS + 8 * argument), _jump(AND, mask)]
+    for value in values:
+        inner += [_jump(EQUAL, value, 0, 1), _return(ALLOW)]
+    inner += [_return(REFUSE | EPERM)]
+    return [_jump(EQUAL, number, 0, len(inner)), *inner]
+
+
+def _jump(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+    return struct.pack("HBBI", code, yes, no, value)
+
+
+def _load(offset: int) -> bytes:
+    return _jump(LOAD, offset)
+
+
+def _return(value: int) -> bytes:
+    return _jump(RETURN, value)
+
+
+def seccomp(number: int, code: bytes) -> None:
+    """Puts a filter over the calling process; it needs no privilege after ``PR_SET_NO_NEW_PRIVS``."""
+    held = ctypes.create_string_buffer(code)
+    filter_ = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(held)))
+    _call("seccomp", number, 1, 0, filter_)

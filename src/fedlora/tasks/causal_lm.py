@@ -1,0 +1,277 @@
+"""Causal language models: prompt and response, chat messages, or plain text."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.answers import right
+from fedlora.generation import Writing, generate
+from fedlora.metrics import Scores
+from fedlora.tasks import data as source
+from fedlora.tasks.fewshot import BETWEEN, Asked, asked, golds, prompts_of, shots
+from fedlora.tasks.networks import quietly, whole
+from fedlora.tasks.sequences import IGNORED, Side, cut, encoded, flat, packed, padded
+from fedlora.tasks.task import Batch, Data, Examples, Supervised
+from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations
+
+LEAK = 1e-2  # of the largest logit: rounding is far below it in any precision of a base, another row far above
+
+
+@dataclass(frozen=True)
+class CausalLM(Supervised):
+    """The ``[task]`` table of causal language models."""
+
+    data: str  # a hub id, a folder, a file
+    data_config: str | None = None  # of a hub id that has several
+    prompt: str | None = None  # a column, or a template such as "{instruction}\n\n{context}"
+    response: str | None = None  # the same for what is learnt; None: the usual names
+    messages: str | None = None  # or a column of chat messages, each with role and content
+    text: str | None = None  # or plain text, all of it learnt
+    chat_template: str | None = None  # for messages, in the place of the tokenizer's own (Jinja)
+    label: str | None = None  # a column that splits by label go by, such as a category
+    train_split: str = "train"
+    test_split: str = "test"
+    max_length: int = 512  # tokens of a row; longer rows are cut
+    truncation_side: Side = "right"  # where they are cut
+    packing: bool = False  # train on several rows in one sequence of up to max_length tokens
+    train_rows: int | None = None  # a seeded draw of so many rows
+    test_rows: int | None = None
+    metric: str = "perplexity"  # or "token_accuracy" of the response, or "exact_match" of a generated answer
+    answer: Literal["number", "text"] = "number"  # what exact_match compares
+    answer_column: str | None = None  # the right answer; None: the response
+    shots: int = 0  # solved training rows before each prompt, for exact_match
+    max_new_tokens: int = 256  # of a generated answer
+    stop: list[str] | None = None  # strings that end one; None: with shots, a blank line
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    peft: ClassVar[str | None] = "CAUSAL_LM"
+    quantizes: ClassVar[bool] = True
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length < 2:
+            raise ValueError(f"task.max_length is {self.max_length}; a token is told from one before: at least 2.")
+        if self.shots < 0:
+            raise ValueError(f"task.shots is {self.shots}; it must be at least 0.")
+        if (self.prompt is None) != (self.response is None):
+            given, lacks = ("response", "prompt") if self.prompt is None else ("prompt", "response")
+            raise ValueError(f"task.{given} is set without task.{lacks}; set both, or task.text for plain text.")
+        ways = [key for key in ("prompt", "messages", "text") if getattr(self, key) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"task.{ways[0]} and task.{ways[1]} are both set; keep one of them.")
+        if self.graded_by_answer and self.text is not None:
+            raise ValueError("task.metric is 'exact_match', but plain text asks nothing; set prompt and response.")
+        if self.shots and self.messages is not None:
+            raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
+        self.writing  # noqa: B018 - wrong settings are said at once
+
+    @property
+    def graded_by_answer(self) -> bool:
+        """Whether evaluation generates answers."""
+        return self.metric == "exact_match"
+
+    @property
+    def writing(self) -> Writing:
+        """How answers are generated."""
+        stop = self.stop if self.stop is not None else [BETWEEN] * bool(self.shots)
+        return Writing(self.max_new_tokens, stop=tuple(stop))
+
+    def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
+        """Reads, checks and tokenises both splits once."""
+        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
+        wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
+        train, test = (source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted))
+        tokenizer, context = self.preprocessor(model), context_length(model)
+        rows, found, kinds = [], [], self._kinds(train, test)
+        for split, kind, what in zip((train, test), kinds, ("training", "test")):
+            rows.append(self._worded(split, tokenizer))
+            found.append(self._encoded(split, rows[-1], kind, tokenizer, context, what, client_column))
+        notes = tuple(note for _, note in found if note)
+        (first, _), (last, _) = found
+        if self.graded_by_answer:
+            ask = self._asked(test, rows, kinds, tokenizer, context, seed)
+            features = {**last.features, **ask.features()}
+            last = Examples(features, last.labels, last.lengths, last.groups, last.strata, ask.texts)
+            notes += (ask.note + ".",) if ask.note else ()
+        return Data(first, last, (), notes)
+
+    def wording(self, there: list[str]) -> Wording | None:
+        """The templates of rows with these columns; None for chat messages."""
+        named = self.prompt or self.text
+        if self.messages is not None or (named is None and MESSAGES in there):
+            return None
+        return chosen(there, self.prompt, self.response, self.text)
+
+    def _worded(self, split: Any, tokenizer: Any) -> list[list[Stretch]]:
+        wording = self.wording(split.column_names)
+        if wording is None:
+            return conversations(split, self.messages or MESSAGES, tokenizer)
+        return wording.rows(split)
+
+    def _kinds(self, train: Any, test: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if self.label is None:
+            return None, None
+        both = [list(map(str, source.column(split, self.label, "task.label"))) for split in (train, test)]
+        order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
+        return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
+
+    def _encoded(
+        self, split: Any, rows: list[list[Stretch]], kinds: Tensor | None, tokenizer: Any, context: int, what: str,
+        client_column: str | None,
+    ) -> tuple[Examples, str]:  # fmt: skip
+        special = self.wording(split.column_names) is not None  # a chat template writes its own start token
+        try:
+            found, note = cut(
+                encoded(rows, tokenizer, special), self.max_length, self.truncation_side, tokenizer.bos_token_id
+            )
+        except ValueError as error:
+            raise ValueError(f"of the {what} rows, {error}") from error
+        features, lengths = flat(found, tokenizer.pad_token_id)
+        longer = int((lengths > context).sum())
+        if longer:
+            raise ValueError(
+                f"task.max_length is {self.max_length} and {longer} {what} rows have more than the {context} "
+                f"tokens that the model reads at most; set task.max_length to {context}."
+            )
+        labels = torch.zeros(len(found), dtype=torch.int64)  # a row has none
+        groups = source.groups(split, client_column, what)
+        return Examples(features, labels, lengths, groups, kinds), f"Of the {what} rows, {note}." if note else ""
+
+    def _asked(self, test: Any, rows: Any, kinds: Any, tokenizer: Any, context: int, seed: int) -> Asked:
+        room = context - self.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"task.max_new_tokens is {self.max_new_tokens}, but the model reads at most {context} tokens, prompt "
+                "included; lower it."
+            )
+        wording = self.wording(test.column_names)
+        if wording is not None and not columns(wording.prompt):
+            raise ValueError(
+                "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
+            )
+        if wording is None and self.shots:
+            raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
+        train, test_rows = rows
+        both = [[0] * len(part) if of is None else of.tolist() for part, of in zip(rows, kinds)]
+        before = shots(train, *both, self.shots, seed) if self.shots else [""] * len(test_rows)
+        answers = golds(test, test_rows, self.answer_column, self.answer)
+        return asked(test_rows, answers, before, tokenizer, room, wording is None)
+
+    def agreed(self) -> tuple[str, ...] | None:
+        """A row has no label."""
+        return ()
+
+    def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
+        """The pretrained network as it is; ``loading`` as ``networks.quantised`` makes it."""
+        from transformers import AutoModelForCausalLM
+
+        found = whole(AutoModelForCausalLM, model, loading)
+        if self.packing:
+            keeps_apart(found)
+        return found
+
+    def probe(self, network: nn.Module) -> Batch:
+        """Some tokens, to compare two networks on."""
+        draws = torch.Generator().manual_seed(0)
+        ids = torch.randint(network.config.get_text_config().vocab_size, (4, 12), generator=draws)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def preprocessor(self, model: str) -> Any:
+        """The tokenizer."""
+        return tokenizer(model, self.chat_template)
+
+    def collate(self, examples: Examples, rows: Tensor) -> Batch:
+        """A batch to train on: a row a sequence, or packed."""
+        return packed(examples, rows, self.max_length) if self.packing else padded(examples, rows)
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the batch's learnt tokens, in float32 whatever the network runs in."""
+        logits, labels = _told(network, batch)
+        return functional.cross_entropy(logits, labels)
+
+    def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's negative log-likelihood, learnt tokens, and how many of these are the likeliest."""
+        logits, labels = _told(network, batch)
+        row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        figures = [functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(row)]
+        figures.append(logits.argmax(-1) == labels)
+        zeros = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=row.device)
+        return torch.stack([zeros.index_add(0, row, x.double()) for x in figures], 1)
+
+    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """What ``outputs`` has of each row, and whether the answer that is generated is right."""
+        batch = {name: x.to(device) for name, x in padded(examples, rows).items()}
+        found = self.outputs(network, batch).cpu()
+        if not self.graded_by_answer:
+            return found
+        assert examples.texts is not None, "the test rows say what is right"
+        prompts = prompts_of(examples.features, rows)
+        own = self.preprocessor(network.config.name_or_path)
+        said = generate(network, own, prompts, self.writing)
+        hits = [right(text, examples.texts[i]["gold"], self.answer) for i, text in zip(rows.tolist(), said)]
+        return torch.cat([found, torch.tensor(hits).double()[:, None]], 1)
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
+        """Sums over tokens, and over rows where answers were generated."""
+        nll, tokens, told, *hits = outputs.double().sum(0).tolist()
+        sums = {"nll": (nll, int(tokens)), "token_accuracy": (int(told), int(tokens))}
+        if hits:
+            sums["exact_match"] = (int(hits[0]), len(outputs))
+        return Scores(sums)
+
+
+def _told(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The float32 logits of all learnt tokens of a batch, and these tokens."""
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    logits, labels = network(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+    learnt = labels != IGNORED
+    return logits[learnt].float(), labels[learnt]
+
+
+@torch.no_grad()
+def keeps_apart(network: nn.Module) -> None:
+    """``ValueError`` where rows in one sequence see each other, whatever their positions say."""
+    draws = torch.Generator().manual_seed(0)
+    device = next(network.parameters()).device
+    ids = torch.randint(network.config.get_text_config().vocab_size, (1, 24), generator=draws).to(device)
+    positions = torch.arange(12, device=device).repeat(2)[None]
+    training = network.training
+    network.eval()
+    try:
+        both = network(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 12:]
+        alone = network(input_ids=ids[:, 12:], use_cache=False).logits
+        away = float((both - alone).abs().max() / alone.abs().max())
+    except TypeError:  # it takes no positions
+        away = float("inf")
+    finally:
+        network.train(training)
+    if away > LEAK:
+        raise ValueError(
+            f"task.packing is set, but rows in one sequence would see each other in {type(network).__name__}; "
+            "set task.packing = false."
+        )
+
+
+def context_length(model: str) -> int:
+    """How many tokens the model reads at most."""
+    from transformers import AutoConfig
+
+    config = quietly(AutoConfig, model).get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    return min(most or 10**9, tokenizer(model).model_max_length)
+
+
+@lru_cache(maxsize=4)
+def tokenizer(model: str, chat_template: str | None = None) -> Any:
+    """The model's tokenizer, with something to pad with."""
+    from transformers import AutoTokenizer
+
+    found = quietly(AutoTokenizer, model)
+    if found.pad_token_id is None:  # masked out everywhere, so any token will do
+        found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
+    found.chat_template = chat_template or found.chat_template
+    return found

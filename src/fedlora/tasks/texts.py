@@ -1,0 +1,170 @@
+"""What all tasks on sentences and pairs of sentences have in common: columns, tokens, padded batches."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.tasks import data as source
+from fedlora.tasks.networks import network, quietly
+from fedlora.tasks.task import Batch, Data, Examples, Supervised
+
+# The columns that public sets use, tried in this order where task.text is not set.
+USUAL = (
+    ("question", "sentence"), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
+    ("text",), ("sentence",), ("content",),
+)  # fmt: skip
+Targets = tuple[Tensor, Tensor, tuple[str, ...]]  # of the training and the test rows, and what they are called
+
+
+@dataclass(frozen=True)
+class Texts(Supervised):
+    """The part of the ``[task]`` table that says where texts lie and how they are read."""
+
+    data: str  # a hub id, a folder, a file
+    data_config: str | None = None  # of a hub id that has several
+    text: str | list[str] | None = None  # one column or two; None: the usual names
+    label: str = "label"
+    train_split: str = "train"
+    test_split: str = "test"
+    max_length: int = 128  # tokens; longer texts are cut
+    pad_to_max_length: bool = False  # pad every batch to max_length instead of its own longest row
+    train_rows: int | None = None  # a seeded draw of so many rows
+    test_rows: int | None = None
+    metric: str = ""
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length < 1:
+            raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
+
+    @property
+    def kept(self) -> Sequence[Any] | None:
+        """The labels that rows are kept of; None: all."""
+        return None
+
+    @property
+    def test_splits(self) -> tuple[str, ...]:
+        """The splits that are tested on: one, or several that are scored each by itself."""
+        return (self.test_split,)
+
+    @abstractmethod
+    def targets(self, train: Any, test: Any) -> Targets:
+        """What is learnt, as numbers; ``ValueError`` names what is wrong with the column."""
+
+    def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
+        """What splits by label go by, where ``values`` are no labels; ``known`` are the training rows' own."""
+        return None
+
+    def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
+        """Reads, checks and tokenises all splits once."""
+        found = source.splits(self.data, self.data_config, self.train_split, self.test_splits, seed)
+        counts = (self.train_rows, *[self.test_rows] * (len(found) - 1))
+        whats = ("training", *["test"] * (len(found) - 1))
+        train, *tests = (
+            source.subset(split, rows, self.kept, self.label, seed, what)
+            for split, rows, what in zip(found, counts, whats)
+        )
+        test, sets = source.joined(tests)
+        columns = self._columns(train)
+        known, seen, names = self.targets(train, test)
+        tokenizer = tokenizer_of(model)
+        both = (
+            Examples(
+                *self._encoded(split, columns, labels, tokenizer),
+                source.groups(split, client_column, what),
+                self.strata(known, labels),
+                sets=sets if split is test else None,
+            )
+            for split, labels, what in ((train, known, "training"), (test, seen, "test"))
+        )
+        return Data(*both, names)
+
+    def _columns(self, split: Any) -> Sequence[str]:
+        if self.text is None:
+            for columns in USUAL:
+                if set(columns) <= set(split.column_names):
+                    return columns
+            raise ValueError(
+                f"no text column was found among {', '.join(split.column_names)}; set task.text to one or two of them."
+            )
+        columns = [self.text] if isinstance(self.text, str) else self.text
+        if not 1 <= len(columns) <= 2:
+            raise ValueError(f"task.text names {len(columns)} columns; a text is one column, or a pair of two.")
+        return columns
+
+    def _encoded(
+        self, split: Any, columns: Sequence[str], labels: Tensor, tokenizer: Any
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        texts = [source.column(split, name, "task.text") for name in columns]
+        for name, values in zip(columns, texts):
+            odd = next((value for value in values if not isinstance(value, str)), None)
+            if odd is not None:
+                raise ValueError(f"column {name!r} (task.text) holds {odd!r}, which is not text; name a text column.")
+        empty = sum(not any(row) for row in zip(*(map(str.strip, values) for values in texts)))
+        if empty:
+            raise ValueError(f"column {columns[0]!r} (task.text) has {empty} empty texts; drop these rows.")
+        tokens = tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        lengths = torch.tensor([len(ids) for ids in tokens["input_ids"]])
+        longest, most = int(lengths.max()), tokenizer.model_max_length
+        if longest > most:
+            raise ValueError(
+                f"task.max_length is {self.max_length} and a text has {longest} tokens, but the model reads at most "
+                f"{most}; set task.max_length to {most}."
+            )
+        # Flat and 32 bits: a million short texts in tens of megabytes, and no padding until a batch is made.
+        features = {
+            name: torch.tensor(list(chain.from_iterable(tokens[name])), dtype=torch.int32)
+            for name in ("input_ids", "token_type_ids")
+            if name in tokens
+        }
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        pad = torch.tensor(tokenizer.pad_token_id)
+        return {**features, "offsets": offsets, "pad": pad}, labels, lengths
+
+    def network(self, model: str, labels: int, seed: int) -> nn.Module:
+        """The pretrained network with a new head of so many outputs."""
+        from transformers import AutoModelForSequenceClassification
+
+        found = network(AutoModelForSequenceClassification, model, labels, seed)
+        if found.config.pad_token_id is None:  # causal models look for the last token that is none
+            found.config.pad_token_id = tokenizer_of(model).pad_token_id
+        return found
+
+    def probe(self, network: nn.Module) -> Batch:
+        """Some tokens, to compare two networks on."""
+        draws = torch.Generator().manual_seed(0)
+        ids = torch.randint(network.config.vocab_size, (4, 12), generator=draws)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def preprocessor(self, model: str) -> Any:
+        """What has to be saved beside a network for others to use it."""
+        return tokenizer_of(model)
+
+    def collate(self, examples: Examples, rows: Tensor) -> Batch:
+        """A padded batch: rows by its longest row, or by ``max_length``."""
+        lengths = examples.lengths[rows]
+        width = self.max_length if self.pad_to_max_length else int(lengths.max())
+        places = torch.arange(width)
+        mask = places < lengths[:, None]
+        at = torch.where(mask, examples.features["offsets"][rows, None] + places, 0)
+        batch = {"attention_mask": mask.long(), "labels": examples.labels[rows]}
+        for name, fill in (("input_ids", examples.features["pad"]), ("token_type_ids", 0)):
+            if name in examples.features:
+                batch[name] = torch.where(mask, examples.features[name][at].long(), fill)
+        return batch
+
+
+def tokenizer_of(model: str) -> Any:
+    """A model's tokenizer, with something to pad with."""
+    from transformers import AutoTokenizer
+
+    tokenizer = quietly(AutoTokenizer, model)
+    if tokenizer.pad_token_id is None:  # masked out everywhere, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer

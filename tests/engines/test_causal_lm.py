@@ -1,0 +1,138 @@
+"""Whole runs of a causal language model: by role, with every way of combining; on Flower's grid; exported."""
+
+import json
+
+import pytest
+import torch
+
+import fedlora
+from fedlora.config import build, merged, overridden
+from fedlora.export import Run, export
+from tests.engines.test_inprocess import same
+
+
+@pytest.fixture
+def config(shared):
+    def made(*overrides):
+        table = {
+            "rounds": 2,
+            "model": {"name": str(shared / "models" / "stories260k-llama")},
+            "task": {"name": "causal-lm", "data": str(shared / "data" / "shakespeare_roles"), "text": "text", "max_length": 48},
+            "clients": {"count": 3, "split": {"name": "column", "column": "role"}},
+            "adapter": {"name": "lora", "rank": 2, "alpha": 4},
+            "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
+        }  # fmt: skip
+        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 300}}), list(overrides)))
+
+    return made
+
+
+pytestmark = pytest.mark.shared
+
+
+@pytest.mark.parametrize("name", ["fedit", "fedsa-lora", "flora"])
+def test_by_role(config, tmp_path, name):
+    settings = (f"method.name={name}", "rounds=3", "training.local_steps=8", "evaluation.every=1")
+    run = fedlora.run(config(*settings), tmp_path / "run")
+    perplexities = [record["clients"]["mean"] for record in run.records]
+    assert perplexities[-1] < 0.95 * perplexities[0], "it learns"
+    assert run.summary["metric"] == {"name": "perplexity", "higher": False}
+    worst = run.summary["final"]["clients"]
+    assert worst["worst"] == max(worst["each"]) and len(set(worst["each"])) == 3
+    assert ("global" in run.summary["final"]) == (name != "fedsa-lora")
+    told = run.summary["notes"]
+    assert len(told) == 2 and "rows were cut to 48 tokens on the right" in told[0]
+    if name == "flora":
+        assert run.summary["folds"] == 3
+    found = export(Run.open(tmp_path / "run"), tmp_path / "out", 1 if name == "fedsa-lora" else None)
+    assert found["difference"] < 1e-4
+
+
+def test_the_export_is_what_peft_loads_by_itself(config, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    fedlora.run(config(), tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    export(run, tmp_path / "out")
+    export(run, tmp_path / "merged", merged=True)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(run.config.model.name).eval()
+    model = run.config.attached(run.network())
+    model.load(run.tree(None))
+    ids = run.config.task.preprocessor(run.config.model.name)("To be", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        mine = model.network.eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, mine, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole(ids).logits, mine, atol=1e-4, rtol=1e-4)
+        assert (base(ids).logits - mine).abs().max() > 0.05
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "AutoModelForCausalLM.from_pretrained(" in card and "num_labels" not in card and "| perplexity, global" in card
+    )
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name,settings", [("fedsa-lora", ["task.packing=true"]), ("flora", ["training.gradient_checkpointing=true"])])  # fmt: skip
+def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from tests.flower.world import World
+
+    made = config(f"method.name={name}", *settings)
+    here, world = fedlora.run(made), World(tmp_path, made=made)
+    rounds = world.run()
+    assert same(rounds[-1].shared, here.shared)
+    left = ("seconds", "bytes", "weights")
+    plain = [
+        [{k: v for k, v in r.items() if k not in left} for r in rs] for rs in ([r.record for r in rounds], here.records)
+    ]
+    assert plain[0] == plain[1]
+    assert torch.isfinite(torch.tensor(list(here.records[-1]["loss"].values()))).all()
+
+
+def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from fedlora.flower.own import own_table
+    from fedlora.flower.parties import base
+
+    made = config("clients.split={name='own'}")
+    with pytest.raises(ValueError, match="every party has its own data on its own machine"):
+        made.federation()
+    assert made.federation(combines=True).data is None
+    rows = [{"who": "a", "says": "My lord. " * 60}, {"who": "b", "says": "Good night."}] * 3
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {key: value for key, value in made.table["task"].items() if key != "text"}
+    node = {"client": 1, "task.data": str(tmp_path), "task.prompt": "{who}:", "task.response": " {says}"}
+    own = own_table({**made.table, "task": table}, node)
+    party = base(json.dumps(own), 1).federation
+    assert len(party.shards[1].train) == 6 and party.label_names == ()
+    assert "fedlora: Of the training rows, 3 of 6 rows were cut to 48 tokens" in capsys.readouterr().err
+
+
+def test_what_was_cut_is_said_on_stderr(config, tmp_path):
+    import subprocess
+    import sys
+
+    from fedlora.config import dumps
+
+    (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
+    command = [sys.executable, "-m", "fedlora", "run", "my.toml", "--json"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+    notes = json.loads(found.stdout)["notes"]
+    assert found.stderr.splitlines() == notes and len(notes) == 2
+
+
+def test_a_comparison_says_it_once(capsys):
+    from fedlora.comparison import Cell
+    from fedlora.engines.loop import Event
+    from fedlora.report.progress import Cells
+
+    cells = [Cell(label, 0, {}, None, {"notes": ["one", "two"]}) for label in ("fedit", "flora")]
+    with Cells(2, 1) as progress:
+        progress.watch(cells[0], Event("note", 0, text="one"))
+        for cell in cells:
+            progress.done(cell)
+    assert capsys.readouterr().err.splitlines() == ["one", "two"]
