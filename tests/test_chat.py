@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 import fedlora
 from fedlora.chat import Chat
+from fedlora.cli import app
 from fedlora.config import build, merged
 from fedlora.export import Run, export
 from fedlora.generation import Writing
@@ -144,10 +146,11 @@ def test_the_command(runs):
     options = ("--client", 1, "--max-new-tokens", 12)
     chat = Chat.open(Run.open(runs / "plain"), 1)
     expected = [chat.say(text, SHORT) for text in ("The dog", "A cat")]
-    once = cli("chat", runs / "plain", *options, "--prompt", "The dog")
-    assert (once.returncode, once.stdout) == (0, expected[0] + "\n"), once.stderr
-    lines = cli("chat", runs / "plain", *options, stdin="The dog\nA cat\n")
-    assert (lines.returncode, lines.stdout) == (0, "".join(text + "\n" for text in expected)), lines.stderr
+    arguments = [str(x) for x in ("chat", runs / "plain", *options)]
+    once = CliRunner().invoke(app, [*arguments, "--prompt", "The dog"])
+    assert (once.exit_code, once.stdout) == (0, expected[0] + "\n"), once.output
+    lines = CliRunner().invoke(app, arguments, input="The dog\nA cat\n")
+    assert (lines.exit_code, lines.stdout) == (0, "".join(text + "\n" for text in expected)), lines.output
     refused = cli("chat", runs / "digits", "--prompt", "x")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "writes no texts" in refused.stderr
 

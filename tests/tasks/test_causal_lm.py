@@ -159,12 +159,16 @@ def test_a_network_that_would_mix_packed_rows_is_refused(network, monkeypatch):
         keeps_apart(network)
 
 
-def test_the_state_of_a_network_without_attention_is_refused():
-    from transformers import MambaConfig, MambaForCausalLM
+def test_networks_that_do_not_look_at_positions_are_refused():
+    """Mamba carries a state over the rows; BLOOM's attention goes by distance, and as drawn hardly by anything."""
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
-    small = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="see each other in MambaForCausalLM"):
-        keeps_apart(small)
+    for small in (
+        MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)),
+        BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)),
+    ):
+        with pytest.raises(ValueError, match=f"see each other in {type(small).__name__}"):
+            keeps_apart(small)
 
 
 def test_plain_text_is_learnt_whole(tmp_path, model):
