@@ -30,7 +30,6 @@ class Cost:
     flops: int
     saved: int  # activations that wait for the backward pass
     peak: int  # at most at a time, beside the weights and leaves: gradients and moments included
-    held: int = 0  # what an allocator needs for that
     gradients: int = 0
     moments: int = 0
 
@@ -85,7 +84,7 @@ class Bench:
         optimizer.zero_grad(set_to_none=True)
         states = (x for state in optimizer.state.values() for x in state.values())
         moments = sum(_size(x) for x in states if isinstance(x, Tensor))
-        return Cost(counter.get_total_flops(), saved, live.peak, live.heap.top, gradients, moments)
+        return Cost(counter.get_total_flops(), saved, live.peak, gradients, moments)
 
     def score(self, shapes: Mapping[str, Tensor]) -> Cost:
         """A forward pass for evaluation."""
@@ -95,7 +94,7 @@ class Bench:
             batch = self._batch(shapes)
             with self.model.running():
                 self._tried(lambda: self.task.outputs(self.model.network, batch), batch)
-        return Cost(counter.get_total_flops(), 0, live.peak, live.heap.top)
+        return Cost(counter.get_total_flops(), 0, live.peak)
 
     def _forward(self, shapes: Mapping[str, Tensor]) -> Tensor:
         batch = self._batch(shapes)

@@ -79,6 +79,7 @@ class Measured:
 
 
 def measured(o: Outline, shapes: Shapes) -> Measured:
+    """The dearest batch of training and of evaluation, and what a client's turn takes on average."""
     f, bench = o.federation, o.bench
     trained = _trained(o)
     if f.data is None:
