@@ -52,6 +52,7 @@ LAYERS = [  # imports point down only
         "footprint",
         "traffic",
         "live",
+        "workload",
         "sweep",
         "aggregation",
         "export",

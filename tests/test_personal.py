@@ -71,11 +71,14 @@ def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
         assert mine == pytest.approx(float(right.float().mean()))
 
 
-def test_fine_tuning_has_a_rate_of_its_own_after_a_schedule(runs):
-    """A linear schedule has come to zero: fine-tuned at its rate, nothing would move."""
-    folder, _ = runs("fedit", "training.schedule=linear")
-    sides = Sides(Run.open(folder), 2)
-    assert not same(sides.tuned(0), sides.held(0))
+def test_fine_tuning_has_a_constant_rate_after_a_schedule(runs):
+    """A linear schedule has come to zero, and would go on below it."""
+    folder, result = runs("fedit", "training.schedule=linear")
+    f = config(*NEW).federation()
+    training, turn = replace(f.training, local_steps=2), f.turn(2, 0)
+    trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[0], training, turn, f.rounds)
+    end = trainer.fit(result.shared, {part: rule.adapter.trainable for part, rule in f.rules.items()}, f.rules)
+    assert f.training.schedule == "constant" and same(Sides(Run.open(folder), 2).tuned(0), end)
 
 
 def test_local_only_is_the_method_local_with_the_same_budget(runs):

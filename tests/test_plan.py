@@ -1,15 +1,22 @@
 """A plan against what a run then measures: bytes to the last one, memory within a fifth."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from fedlora import methods
+from fedlora.cli import app
 from fedlora.comparison import for_label
-from fedlora.config import ConfigError, build
-from fedlora.planning import byte_plan, outline, planned
+from fedlora.config import ConfigError, build, dumps
+from fedlora.planning import byte_plan, outline, planned, problems
+from fedlora.report import plans
 from fedlora.runs import run
 
 TABLE = {
@@ -90,3 +97,135 @@ def test_rows_numbers_and_steps_are_those_of_the_run():
         x.numel() for n, x in f.model.network.named_parameters() if "leaves" not in n and "classifier" not in n
     )
     assert (plan["numbers"]["trainable"], plan["numbers"]["frozen"]) == (trainable, frozen)
+
+
+MEASURE = """
+import ctypes, gc, json, sys
+from fedlora.config import build
+from fedlora.runs import run
+
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+
+config = build(json.loads(sys.argv[1]))
+run(config)  # libraries and kernels are loaded on first use
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+before = status("VmRSS")
+run(config)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be set back here")
+@pytest.mark.parametrize(
+    "model,batch,scored",
+    [("minilm-l3-h384-v8k", 48, 16), ("minilm-l3-h384-v8k", 8, 256), ("stories260k-llama", 64, 16)],
+    ids=["training", "evaluation", "llama"],
+)
+def test_memory_is_within_a_fifth(shared, model, batch, scored):
+    table = {
+        "rounds": 1,
+        "model": {"name": str(shared / "models" / model)},
+        "task": {"name": "text-classification", "data": str(shared / "data" / "banking77"), "train_rows": 300,
+                 "test_rows": 200},
+        "clients": {"count": 2},
+        "training": {"local_steps": 2, "batch_size": batch, "precision": "float32"},
+        "evaluation": {"batch_size": scored},
+        "engine": {"threads": 1, "allocator": False},
+    }  # fmt: skip
+    # Every tensor a mapping of its own, so that what is freed is gone: the process then holds what tensors hold.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "32768", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(table)], capture_output=True, text=True, check=True, env=environment
+    )
+    spent = int(found.stdout)
+    said = planned(table)[0]["memory"]["one_process"]
+    assert said == pytest.approx(spent, rel=0.2)
+
+
+# ------------------------------------------------------------------------------ what a user meets
+def test_no_weights_are_needed(tmp_path):
+    whole = planned(TABLE)[0]
+    shutil.copytree(str(files("fedlora") / "demo" / "vit"), tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    assert planned({**TABLE, "model": {"name": str(tmp_path / "vit")}})[0] == whole
+
+
+@pytest.mark.shared
+def test_a_pooler_that_the_checkpoint_lacks_is_trained(shared, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(shared / "models" / "minilm-l3-h384-v8k", folder)
+    table = {
+        **TABLE,
+        "model": {"name": str(folder)},
+        "task": {"name": "text-classification", "data": str(shared / "data" / "banking77"), "train_rows": 200,
+                 "test_rows": 200, "max_length": 16},
+        "clients": {"count": 2},
+        "rounds": 1,
+    }  # fmt: skip
+    before = outline(build(table)).federation.heads
+    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "pooler" not in k}
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    after = outline(build(table)).federation.heads
+    assert before == {"classifier"} and after == {"classifier", "bert.pooler.dense"}
+    assert after == build(table).federation().heads
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    table = {**TABLE, "rounds": 0, "clients": {"count": -1}, "training": {"lr": 1.0}, "evaluation": {"every": 0}}
+    found = problems(table)
+    assert len(found) == 4
+    for words in ("rounds is 0", "clients.count is -1", "'training.lr'", "evaluation.every is 0"):
+        assert sum(words in sentence for sentence in found) == 1
+    assert problems(TABLE) == []
+    heads = {**TABLE, "adapter": {"name": "heads"}, "method": {"name": "ravan"}, "rounds": -1}
+    assert problems(heads) == ["rounds is -1; a run needs at least 1."], "sections are judged with those they need"
+    assert "needs one rank" in problems({**TABLE, "clients": {"count": 2, "ranks": [1, 2]}})[0]
+
+
+def test_a_method_that_cannot_be_run_says_why_in_its_row():
+    table = {**TABLE, "clients": {"count": 2, "ranks": [1, 4]}, "rounds": 1}
+    fedit, flora = planned(table, ["fedit", "flora"])
+    assert "needs one rank for all" in fedit["problem"] and flora["bytes"]["run"]["up"]["adapter"] > 0
+    plans.plans([fedit, flora])
+    with pytest.raises(ConfigError, match="needs one rank for all"):
+        planned(table, ["fedit"])
+
+
+def test_a_hub_id_that_is_not_here_is_one_sentence():
+    with pytest.raises(ConfigError, match="'nobody/nothing' could not be loaded"):
+        planned({**TABLE, "model": {"name": "nobody/nothing"}})
+
+
+def test_parties_with_own_data_are_planned_without_rows():
+    task = {**TABLE["task"], "label_names": [str(i) for i in range(10)]}
+    own = {**TABLE, "task": task, "clients": {"count": 3, "split": {"name": "own"}}}
+    found = planned(own)[0]
+    assert found["rows"]["train"] is None and found["flops"]["training"] > 0
+    assert any("No rows are here" in said for said in found["estimates"])
+    plans.plan(found)
+
+
+def test_operations_grow_with_what_is_asked():
+    once, twice = (
+        planned({**TABLE, "training": {"local_steps": n, "batch_size": 4}})[0]["flops"]["training"] for n in (2, 4)
+    )
+    assert twice == pytest.approx(2 * once)
+    small = planned({**TABLE, "adapter": {"name": "lora", "rank": 1}})[0]
+    large = planned({**TABLE, "adapter": {"name": "lora", "rank": 16}})[0]
+    assert large["memory"]["moments"] > 5 * small["memory"]["moments"]
+    assert large["flops"]["training"] > small["flops"]["training"]
+
+
+def test_the_command_prints_and_refuses(tmp_path, capsys):
+    text = dumps(TABLE)
+    (tmp_path / "my.toml").write_text(text)
+    runner = CliRunner()
+    found = runner.invoke(app, ["plan", str(tmp_path / "my.toml"), "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout)[0]["numbers"]["trainable"] == 7114
+    bad = runner.invoke(app, ["plan", str(tmp_path / "my.toml"), "-o", "rounds=0", "-o", "clients.count=0"])
+    assert bad.exit_code == 2 and "rounds is 0" in bad.stderr and "clients.count is 0" in bad.stderr

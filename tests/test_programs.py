@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -14,6 +15,7 @@ import pytest
 from fedlora import sandbox
 from fedlora.grading import answers, grade, rows
 from fedlora.programs import Problem, figures, graded, mbpp, pass_at_k, problems
+from tests.test_sandbox import living, sleeping, until
 from tests.test_sandbox import pytestmark as on_landlock
 
 PROMPT = 'from math import floor\n\n\ndef half(x: int) -> int:\n    """ Half of x.\n    >>> half(4)\n    2\n    """\n'
@@ -72,7 +74,7 @@ def test_the_whole_function_sees_the_prompts_imports_and_an_empty_answer_is_wron
 
 
 @pytest.mark.parametrize(
-    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999]
+    "answer", ["(" * 5000, "-" * 50000 + "1", "\x00", "a." * 50000, "`" * 999, "```" * 5, "\n" * 9999, "no (\n" * 9999]
 )
 def test_answers_that_are_no_programs_hurt_nobody(answer):
     assert isinstance(HALF.program(answer), str) and isinstance(TASK.program(answer), str)
@@ -161,6 +163,8 @@ def test_bad_files_are_one_sentence(folder, content, said):
 def test_data_of_another_kind_and_odd_ks_are_refused(folder):
     with pytest.raises(ValueError, match="needs task_id, test_list"):
         problems(rows(str(folder / "data")), "mbpp")
+    with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of test"):
+        rows(str(folder / "data"), "dev")
     with pytest.raises(ValueError, match="'humaneval' or 'mbpp'"):
         problems(rows(str(folder / "data")), "apps")
     with pytest.raises(ValueError, match="at least 1"):
@@ -190,6 +194,24 @@ def test_the_command(folder):
     assert (folder / "v.jsonl").read_text().count("\n") == 4
 
 
+@on_landlock
+def test_ctrl_c_waits_for_no_program_that_sleeps(folder):
+    (folder / "p.jsonl").write_text(
+        json.dumps({"task_id": "T/0", "completion": "    import time; time.sleep(600)"}) + "\n"
+    )
+    grader = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "grade", "p.jsonl", "--data", "data", "--seconds", "100"],
+        cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)},
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    until(lambda: sleeping(folder / "fedlora-program-"), 60)
+    grader.send_signal(signal.SIGINT)
+    _, said = grader.communicate(timeout=30)
+    assert grader.returncode == 130 and "Traceback" not in said
+    assert not list(folder.glob("fedlora-*")) and living(folder / "fedlora-program-") == []
+
+
 def test_without_a_sandbox_nothing_is_run(folder, monkeypatch):
     def refuses():
         raise sandbox.SandboxError("no.")
@@ -213,7 +235,9 @@ EVERY = [pytest.param(8, id="some"), pytest.param(1, id="all", marks=pytest.mark
 @pytest.mark.parametrize("every", EVERY)
 def test_gold_solutions_pass_and_wrong_ones_do_not(shared, name, every):
     gold, wrong = BENCHMARKS[name]
-    found = rows(str(shared / "data" / name))[::every]
+    everything = rows(str(shared / "data" / name))
+    assert len(everything) == {"humaneval": 164, "mbpp": 500}[name]
+    found = everything[::every]
     asked = problems(found, name)
     right = graded(asked, {p.task_id: [row[gold]] for p, row in zip(asked, found)}, workers=2)
     assert len(right) == len(found) and [v for v in right if not v.passed] == []

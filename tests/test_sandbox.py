@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -94,6 +95,7 @@ def test_only_the_last_test_says_that_all_ran(place, program):
 
 
 def test_a_program_that_puts_others_in_their_place_is_judged_all_the_same(place):
+    assert run("import os, sys\nsys.stdout.close()\nos.close(2)\n" + ADDS, TEST).ok
     assert run("import os, sys\nos._exit = os.write = sys.exit = lambda *a: 0\n" + ADDS, TEST).ok
 
 
@@ -138,7 +140,22 @@ def test_what_costs_too_much_or_reaches_out_is_stopped(place, program, why):
     assert time.monotonic() - began < 60
 
 
-def test_files_of_the_user_stay_as_they_are(place, tmp_path):
+@pytest.fixture(params=["here", 1, 2, 3, 5])
+def kernel(request, tmp_path, monkeypatch):
+    """The confinement as this kernel has it, and as one would whose Landlock is older."""
+    if request.param != "here":
+        older = tmp_path / "older"
+        shutil.copytree(Path(sandbox.__file__).parent, older)
+        text, call = (older / "kernel.py").read_text(), 'return _call("Landlock", number, 0, 0, 1)'
+        assert call in text
+        (older / "kernel.py").write_text(
+            text.replace(call, call.replace("return ", f"return min({request.param}, ") + ")")
+        )
+        monkeypatch.setattr(sandbox, "SCRIPT", older / "inside.py")
+    return request.param
+
+
+def test_files_of_the_user_stay_as_they_are(place, tmp_path, kernel):
     home = tmp_path / "home"
     home.mkdir()
     (home / "letter").write_text("dear")
@@ -186,6 +203,23 @@ def test_files_of_the_user_stay_as_they_are(place, tmp_path):
     assert (after.st_mode, after.st_uid, after.st_mtime_ns) == (before.st_mode, before.st_uid, before.st_mtime_ns)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this processor has one table of system calls")
+def test_the_other_table_of_system_calls_is_no_way_out(place):
+    """The 32-bit table has other numbers: 0x14 there is getpid. A page of machine code asks by it."""
+    code = "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)"
+    program = f"import ctypes, mmap\npage = {code}\npage.write(bytes.fromhex('b814000000cd80c3'))\n"
+    program += "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()"
+    assert run(program).why in ("died of SIGSYS", "died of SIGSEGV")
+    assert (
+        run("import ctypes\nif ctypes.CDLL(None).syscall(0x40000029, 2, 1, 0) < 0: raise OSError('x32')").why
+        == "OSError: x32"
+    )
+
+
+def test_what_went_wrong_cannot_speak_to_a_terminal(place):
+    assert run("raise ValueError('\\x1b[2Jgone\\n')").why == "ValueError: ?[2Jgone"
+
+
 def test_no_connection_leaves(place):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -222,22 +256,22 @@ def test_when_the_grader_is_killed_its_program_dies(tmp_path):
     code = "import sys; from fedlora.sandbox import Sandbox; Sandbox().run('import time; time.sleep(60)')"
     grader = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     until(
-        lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and _sleeping(tmp_path)
+        lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and sleeping(tmp_path)
     )
     grader.send_signal(signal.SIGKILL)
     grader.wait()
     until(lambda: living(tmp_path) == [])
 
 
-def _sleeping(here: Path) -> bool:
+def sleeping(here: Path) -> bool:
     """Whether a program is past the probe: it has slept for a while."""
     there = living(here)
     time.sleep(0.3)
     return bool(there) and living(here) == there
 
 
-def until(holds) -> None:
-    end = time.monotonic() + 20
+def until(holds, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -282,7 +316,7 @@ except SandboxError as error:
 
 @pytest.mark.parametrize("call", ["landlock_create_ruleset", "landlock_restrict_self", "seccomp", "capset"])
 def test_a_machine_that_lacks_a_part_runs_nothing(tmp_path, call):
-    neighbours, machine = str(Path(sandbox.__file__).parent), os.uname().machine
+    neighbours, machine = str(Path(sandbox.__file__).parent), platform.machine()
     marker = str(tmp_path / "marker")
     code = REFUSING.format(neighbours=neighbours, machine=machine, call=call, marker=marker)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -67,7 +67,7 @@ class Bench:
         self.model.network.train()
         with self.fake, Live(self.known()) as live:
             self._step(shapes, parameters, optimizer, live)  # makes the moments
-            live.peak = 0
+            live.peak = live.now
             return self._step(shapes, parameters, optimizer, live)
 
     def _step(self, shapes, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, live: Live) -> Cost:

@@ -16,7 +16,10 @@ from fedlora.tasks import data as source
 def rows(data: str, split: str = "test") -> list[dict[str, Any]]:
     """A benchmark's rows from a file, from one split of a folder, or of a hub id."""
     split = source.ONLY if Path(data).expanduser().is_file() else split
-    return list(source.splits(data, None, split, [split], 0)[1])
+    try:
+        return list(source.splits(data, None, split, [split], 0)[1])
+    except ValueError as error:  # there is no [task] table here
+        raise ValueError(str(error).replace("task.train_split", "--split")) from error
 
 
 def answers(path: str | Path, known: Sequence[Problem]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class Live(TorchDispatchMode):
-    """``now`` and ``peak``: bytes of the tensors that were made within, views counted once."""
+    """``now`` and ``peak``: bytes of the tensors made within, views counted once."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         """``known`` were there before and do not count."""

@@ -1,6 +1,8 @@
 """A network without its weights: shapes, types and a device, but no numbers, so that one of any size fits anywhere."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,68 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fedlora.clients import Shard
+from fedlora.config import Config
+from fedlora.engines.loop import Federation
+from fedlora.footprint import Bench
+from fedlora.model import Model
+from fedlora.rounds import Rules
+from fedlora.runtime import checkpoint_activations
 from fedlora.tasks.networks import located, quietly
 from fedlora.tasks.task import Task
+from fedlora.traffic import Group, grouped, likeness
+from fedlora.types import Tree
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A federation whose network has no weights, and what stands for its parts."""
+
+    config: Config
+    federation: Federation
+    groups: list[Group]
+    fake: FakeTensorMode
+    bench: Bench
+
+
+def outline(config: Config) -> Outline:
+    """The federation of a configuration, with data but without weights."""
+    device = config.engine.chosen()
+    data, shards = config.rows(None, True)
+    names = tuple(config.task.agreed() or ()) if data is None else data.label_names
+    network = outlined(config.task, config.model.name, len(names))
+    training = config.engine.resolved(config.training, network)
+    if training.gradient_checkpointing:
+        checkpoint_activations(network)
+    model = config.attached(network, training.precision, "meta")  # type: ignore[arg-type]
+    rules = model.rules(config.method, config.head_rule)
+    groups = grouped(model, rules)
+    budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
+    f = Federation(
+        rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
+        config.evaluation, config.server, config.rounds, config.seed, names,
+    )  # fmt: skip
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    tree = whole(model, groups, rules)
+    faked(network, fake, device)
+    model.device = device
+    return Outline(config, f, groups, fake, Bench(model, config.task, training, fake, tree))
+
+
+class _Known(dict[int, Any]):
+    """Every client's rows; a client whose rows lie elsewhere has one, so that it has a weight."""
+
+    def __init__(self, shards: Mapping[int, Any] | Sequence[Any]):
+        super().__init__(shards if isinstance(shards, Mapping) else enumerate(shards))
+
+    def __missing__(self, client: int) -> Any:
+        return Shard(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+
+
+def whole(model: Model, groups: Sequence[Group], rules: Rules) -> Tree:
+    """Every part's leaves, by shape: those of the part that stands for it."""
+    layers = {likeness(model, rules, group.part): group.layer for group in groups}
+    return {path: layers[likeness(model, rules, path)] for path in model.parts}
 
 
 def outlined(task: Task, model: str, labels: int) -> nn.Module:

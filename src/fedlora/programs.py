@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from threading import Event
 from typing import Any
 
 from fedlora.sandbox import Ran, Sandbox
 
 # Where a continuation of HumanEval's prompts ends when it is generated (Chen et al. 2021), and MBPP's of few shots.
 STOPS = {"humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"), "mbpp": ("[DONE]", "\nassert", "\n```")}
-LONGEST = 500  # lines of an answer that are looked at
+FAULTS = (SyntaxError, ValueError, RecursionError, MemoryError)  # of text that is no Python
+LONGEST = 5000  # lines of an answer that are looked at
 FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -119,15 +121,16 @@ def graded(
 
     def one(job: tuple[Problem, int, str]) -> Verdict:
         problem, number, program = job
-        ran: Ran = box.run(program, problem.tests)
+        ran: Ran = box.run(program, problem.tests, stopped.is_set)
         verdict = Verdict(problem.task_id, number, ran.ok, ran.why, round(ran.seconds, 3))
         done(verdict)
         return verdict
 
-    pool = ThreadPoolExecutor(max(1, workers))
+    pool, stopped = ThreadPoolExecutor(max(1, workers)), Event()
     try:
         return list(pool.map(one, jobs))
     finally:
+        stopped.set()  # Ctrl-C waits for no program that sleeps
         pool.shutdown(cancel_futures=True)
 
 
@@ -171,20 +174,28 @@ def _unworded(text: str) -> str:
 
 def _tree(text: str) -> ast.Module | None:
     try:
-        tree = ast.parse(text)
-        compile(tree, "<answer>", "exec")  # sees more, such as a return outside of a function; nothing is run
-        return tree
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return _parsed(text)
+    except FAULTS:
         return None
+
+
+def _parsed(text: str) -> ast.Module:
+    tree = ast.parse(text)
+    compile(tree, "<answer>", "exec")  # sees more, such as a return outside of a function; nothing is run
+    return tree
 
 
 def _longest(text: str, least: int = 0) -> str:
     """The longest run of first lines that is Python; an answer is often cut within a line. ``text`` if none is."""
     lines = text.split("\n")
     while lines and len(cut := "\n".join(lines)) >= least:
-        if _tree(cut) is not None:
+        try:
+            _parsed(cut)
+        except FAULTS as error:
+            at = getattr(error, "lineno", None) or len(lines)
+            del lines[max(0, min(at, len(lines)) - 1) :]
+        else:
             return cut
-        lines.pop()
     return text
 
 

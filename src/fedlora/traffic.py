@@ -4,7 +4,7 @@ Leaves of one shape are played by one of them. Adapted weights get real numbers,
 parts trained in full are only averaged, so theirs are shapes without numbers.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -119,10 +119,7 @@ def _played(f: Federation, group: Group, trainer: "_Moves") -> Traffic:
         f, rules={group.part: f.rules[group.part]}, model=cast(Model, _Stand(initial)), data=None,
     )  # fmt: skip
     engine = Rehearsal(trainer=trainer)
-    last = None
-    for last in engine.run(own):
-        pass
-    assert last is not None, "a run has a round"
+    last = deque(engine.run(own), maxlen=1)[0]
     log = last.folds
     factors = [x for f in log.prefix.values() for x in f]
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]

@@ -118,6 +118,15 @@ def test_splits_by_label_go_by_the_numbers(places):
 
 
 @pytest.mark.shared
+def test_it_has_a_name_of_its_own(places):
+    task = {"name": "text-regression", "data": places[1], "test_split": "validation", "metric": "mse", "bins": 3}
+    result = fedlora.run(config(places, task=task))
+    assert result.summary["metric"] == {"name": "mse", "higher": False}
+    clients = result.summary["final"]["clients"]
+    assert clients["worst"] == max(clients["each"])
+
+
+@pytest.mark.shared
 def test_the_loss_is_the_squared_error_in_float32(places):
     federation = config(places).federation()
     batch = federation.task.collate(federation.data.train, torch.arange(4))

@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedlora.cli.speech import ConfigPath, Json, answer, names, numbered, numbers, say
+from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, numbers, say
 
 Swept = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads Optional
@@ -48,3 +48,20 @@ def sweep(
             raise
     answer(as_json, {**found, "folder": str(folder)}, lambda: tuning.sweep(found, str(folder)))
     say(f"sweep.json, chosen.toml and the trials are in {folder}.")
+
+
+def plan(config: ConfigPath, override: Override = None, methods: Methods = None, as_json: Json = False) -> None:
+    """Say what a run will take before anything is spent: bytes, memory, operations, and what is wrong."""
+    from fedlora.config import overridden, read_table
+    from fedlora.planning import planned, problems
+    from fedlora.report import plans
+
+    table = overridden(read_table(config), override or [])
+    wrong = problems(table)
+    if wrong:
+        for sentence in wrong:
+            say(f"fedlora: {' '.join(sentence.split())}")
+        answer(as_json, {"problems": wrong}, lambda: None)
+        raise typer.Exit(2)
+    found = planned(table, names(methods))
+    answer(as_json, found, lambda: plans.plan(found[0]) if len(found) == 1 else plans.plans(found))

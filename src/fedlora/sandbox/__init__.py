@@ -13,15 +13,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from fedlora.sandbox import folder
 
 SCRIPT = Path(__file__).with_name("inside.py")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/nix/store", "/usr/share/zoneinfo",
              "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")  # fmt: skip
+LINKER = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if os.environ.get(key)}  # some interpreters need it
 TICK = 0.05  # seconds between looks at the clock and at the folder
 ENTRIES = 1000  # files and folders that a program may make
 MIB = 2**20
@@ -60,44 +63,50 @@ class Sandbox:
         """``SandboxError`` where this machine cannot confine a program; tried once, by what must be refused."""
         probe()
 
-    def run(self, program: str, tests: str = "") -> Ran:
-        """Runs ``program`` and then, in the same namespace, ``tests``. ``SandboxError`` as ``ready``."""
-        self.ready()
-        return self._run(program, tests)
+    def run(self, program: str, tests: str = "", stopped: Callable[[], bool] = lambda: False) -> Ran:
+        """Runs ``program`` and then, in the same namespace, ``tests``; ends early once ``stopped``.
 
-    def _run(self, program: str, tests: str) -> Ran:
+        ``SandboxError`` as ``ready``.
+        """
+        self.ready()
+        return self._run(program, tests, stopped)
+
+    def _run(self, program: str, tests: str, stopped: Callable[[], bool] = lambda: False) -> Ran:
         token, began = secrets.token_hex(16), time.monotonic()
         task = {**self._task(), "program": program, "tests": tests, "token": token}
         with folder.fresh() as own, tempfile.TemporaryFile() as request:
             request.write(json.dumps(task).encode())
             request.seek(0)
-            process, seen = self._watched(own, request)
+            process, seen = self._watched(own, request, stopped)
         return self._judged(process, seen, token, time.monotonic() - began)
 
     def _task(self) -> dict:
         limits = {"cpu": self.seconds, "memory": self.memory_mb * MIB, "file": self.disk_mb * MIB, "descriptors": 64}
         return {"readable": readable(), "packages": packages(), "limits": limits, "parent": os.getpid()}
 
-    def _watched(self, own: str, request) -> tuple[subprocess.Popen, "_Seen"]:
+    def _watched(self, own: str, request: IO[bytes], stopped: Callable[[], bool]) -> tuple[subprocess.Popen, "_Seen"]:
         """Starts the script and stays until it is dead and buried."""
         verdict, answers = os.pipe()
         try:
             process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-P", "-B", str(SCRIPT), str(answers)],
                 stdin=request, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=own, pass_fds=(answers,),
-                env={"HOME": own, "TMPDIR": own, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
-                     "OPENBLAS_NUM_THREADS": "1"},
+                env={**LINKER, "HOME": own, "TMPDIR": own, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
+                     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,
             )  # fmt: skip
         finally:
             os.close(answers)
         with os.fdopen(verdict, "rb", 0) as pipe, process:
             try:
-                return process, self._watch(process, own, {process.stdout.fileno(): "output", pipe.fileno(): "answer"})
+                names = {process.stdout.fileno(): "output", pipe.fileno(): "answer"}
+                return process, self._watch(process, own, names, stopped)
             finally:
                 process.kill()
 
-    def _watch(self, process: subprocess.Popen, own: str, names: dict[int, str]) -> "_Seen":
+    def _watch(
+        self, process: subprocess.Popen, own: str, names: dict[int, str], stopped: Callable[[], bool]
+    ) -> "_Seen":
         """Reads what comes until the program is dead or a bound is broken that no kernel watches."""
         seen, now = _Seen(), time.monotonic()
         end, look = now + self.wall_seconds, now
@@ -111,12 +120,10 @@ class Sandbox:
                     if not chunk:
                         selector.unregister(key.fd)
                 now = time.monotonic()
-                seen.over = self._late(now > end) or self._loud(seen) or (self._full(own) if now > look else "")
+                late = f"ran longer than {self.wall_seconds:g} s" if now > end else "was stopped" if stopped() else ""
+                seen.over = late or self._loud(seen) or (self._full(own) if now > look else "")
                 look = now + TICK if now > look else look
         return seen
-
-    def _late(self, late: bool) -> str:
-        return f"ran longer than {self.wall_seconds:g} s" if late else ""
 
     def _loud(self, seen: "_Seen") -> str:
         loud = len(seen.output) > self.output_kb * 1024 or len(seen.answer) > 4096
@@ -136,7 +143,8 @@ class Sandbox:
         if answer == b"+" + token.encode() and status == 0 and not seen.over:
             return Ran(True, output, "", seconds)
         if answer[1:2] == b"-" and not seen.over:
-            why = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
+            text = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
+            why = "".join(c if c.isprintable() else "?" for c in text)  # a terminal would obey some
         else:
             why = seen.over or self._ended(status)
         return Ran(False, output, why, seconds)
@@ -170,7 +178,8 @@ def packages() -> list[str]:
 def readable() -> list[str]:
     """What a program may read beside its own folder: the interpreter's library and what is installed for it."""
     bases = [os.path.join(base, lib) for base in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")]
-    return list(dict.fromkeys([*packages(), *bases, *LIBRARIES]))
+    linked = [place for value in LINKER.values() for place in value.split(":") if place]
+    return list(dict.fromkeys([*packages(), *bases, *linked, *LIBRARIES]))
 
 
 PROBE = """

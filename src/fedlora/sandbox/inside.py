@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import types
+from contextlib import suppress
 from functools import partial
 
 PROGRAM, TESTS = "<program>", "<tests>"
@@ -29,7 +30,8 @@ class Verdict:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
         answer = self._token if error is None else "-" + self._said(kind, error, trace)
         for flush in self._flushes:
-            flush()
+            with suppress(OSError, ValueError):  # closed by the program
+                flush()
         self._write(answer.encode("utf-8", "replace")[:2000])
         self._exit(0)
 

@@ -37,7 +37,7 @@ def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed
         rows, _ = splits(data, config, train, [ANY], seed)
         return _cut(rows, _share(share, len(rows)), derived(seed, "validation rows"))
     found = _load(data, config)
-    if (set(found) == {ONLY} and train not in tests) or (set(found) == {train} and tuple(tests) == (TEST,)):
+    if train not in tests and (set(found) == {ONLY} or (set(found) == {train} and tuple(tests) == (TEST,))):
         (rows,) = found.values()
         if len(rows) < 2:
             raise ValueError(f"{data!r} holds {len(rows)} row; it is cut into training and test rows and needs 2.")

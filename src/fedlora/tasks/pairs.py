@@ -1,10 +1,10 @@
 """Pairs of texts from rows: what is asked, and the answers that are right."""
 
 from collections.abc import Sequence
-from string import Formatter
 from typing import Any
 
 from fedlora.tasks import data as source
+from fedlora.tasks.wording import columns, filled, template
 
 # Templates over the columns that public sets use, tried in this order where nothing is named.
 USUAL = (
@@ -23,18 +23,18 @@ def texts(
     there or holds something else.
     """
     asked, answer = _columns(split, asked, answer)
-    sources = _filled(asked, split, "task.source")
+    sources = filled(asked, split, "task.source")
     if "{" in answer:
-        return sources, [[text] for text in _filled(answer, split, "task.target")]
+        return sources, [[text] for text in filled(answer, split, "task.target")]
     names = names or getattr(split.features.get(answer), "names", None)
     return sources, [_golds(value, names, answer) for value in source.column(split, answer, "task.target")]
 
 
 def _columns(split: Any, asked: str | None, answer: str | None) -> tuple[str, str]:
     if asked is not None and answer is not None:
-        return asked if "{" in asked else f"{{{asked}}}", answer
+        return template(asked), answer
     for usual, known in USUAL:
-        if {*_names(usual, "task.source"), known} <= set(split.column_names):
+        if {*columns(usual), known} <= set(split.column_names):
             return usual, known
     raise ValueError(
         f"no source and target were found among {', '.join(split.column_names)}; set task.source and task.target."
@@ -55,24 +55,3 @@ def _golds(value: Any, names: Sequence[str] | None, column: str) -> list[str]:
     if not str(found).strip():
         raise ValueError(f"column {column!r} (task.target) holds an empty text; fill or drop these rows.")
     return [str(found)]
-
-
-def _names(template: str, key: str) -> list[str]:
-    """The columns that a template names."""
-    try:
-        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-    except ValueError as error:
-        raise ValueError(f"{key} is {template!r}, whose braces do not match; write {{column}}.") from error
-
-
-def _filled(template: str, split: Any, key: str) -> list[str]:
-    """The template with each row's values in it."""
-    names = _names(template, key)
-    values = {name: source.column(split, name, key) for name in names}
-    odd = next(((n, v) for n in names for v in values[n] if not isinstance(v, str | int | float)), None)
-    if odd:
-        raise ValueError(f"column {odd[0]!r} ({key}) holds {odd[1]!r}, which is not text; name a text column.")
-    parts = list(Formatter().parse(template))
-    return [
-        "".join(t + (str(values[n][i]) if n is not None else "") for t, n, _, _ in parts) for i in range(len(split))
-    ]

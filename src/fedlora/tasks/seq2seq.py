@@ -16,6 +16,7 @@ from fedlora.tasks import data as source
 from fedlora.tasks.networks import quietly, whole
 from fedlora.tasks.pairs import texts
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
+from fedlora.tasks.wording import checked
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -50,6 +51,8 @@ class Seq2Seq(Supervised):
         if (self.source is None) != (self.target is None):
             given, lacks = ("target", "source") if self.source is None else ("source", "target")
             raise ValueError(f"task.{given} is set without task.{lacks}; set both, or neither for the usual columns.")
+        for key, template in (("task.source", self.source), ("task.target", self.target)):
+            checked(template or "", key)
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises both splits once."""

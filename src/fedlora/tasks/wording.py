@@ -32,12 +32,7 @@ class Wording:
 
     def __post_init__(self):
         for key, template in zip(self.keys, (self.prompt, self.response)):
-            try:
-                columns(template)
-            except ValueError as error:
-                raise ValueError(
-                    f"{key} is {template!r}, whose braces do not match; write {{column}}, and {{{{ for a brace."
-                ) from error
+            checked(template, key)
         if not columns(self.response):
             raise ValueError(f"{self.keys[1]} is {self.response!r}, which names no column; write {{column}}.")
 
@@ -75,6 +70,17 @@ def chosen(there: Sequence[str], prompt: str | None, response: str | None, text:
 def template(named: str, after: str = "") -> str:
     """What is written as it is; a column's bare name stands for its text, and ``after``."""
     return named if "{" in named else f"{{{named}}}{after}"
+
+
+def checked(template: str, key: str) -> str:
+    """The template, or ``ValueError`` where its braces do not match."""
+    try:
+        columns(template)
+    except ValueError as error:
+        raise ValueError(
+            f"{key} is {template!r}, whose braces do not match; write {{column}}, and {{{{ for a brace."
+        ) from error
+    return template
 
 
 def columns(template: str) -> list[str]:
