@@ -120,3 +120,34 @@ def test_tasks_with_a_head_of_their_own_refuse():
     }
     with pytest.raises(ConfigError, match="model.quantize is '4bit', but 'image-classification' .* 'causal-lm'"):
         build(table)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes holds bases on a GPU, and there is none")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    import fedlora
+    from fedlora.export import Run, export
+
+    table = {
+        "rounds": 2,
+        "model": {"name": str(shared / "models" / "stories260k-llama"), "quantize": kind},
+        "task": {
+            "name": "causal-lm",
+            "data": str(shared / "data" / "shakespeare_roles"),
+            "max_length": 48,
+            "test_rows": 60,
+        },
+        "clients": {"count": 2},
+        "method": {"name": "flora"},
+        "training": {"local_steps": 8, "learning_rate": 5e-3, "gradient_checkpointing": True},
+        "adapter": {"name": "lora", "rank": 2, "alpha": 4},
+    }
+    config = build(table)
+    base = next(iter(config.federation().model.parts.values())).module.base
+    assert not base.weight.is_floating_point() and shape(base) == (64, 64)
+    run = fedlora.run(config, tmp_path / "run")
+    found = [record["global"]["perplexity"] for record in run.records]
+    assert found[1] < found[0] and run.summary["folds"] == 2
+    assert export(Run.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4

@@ -354,6 +354,27 @@ def test_exact_match(tmp_path, model, network, shots):
     )
 
 
+def test_exact_match_of_the_last_answer_of_a_conversation(tmp_path, model, network):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 9"},
+                      {"role": "user", "content": f"What is {i} and {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]}
+        for i in range(6)
+    ]  # fmt: skip
+    made = task(tmp_path, rows, metric="exact_match", chat_template=CHAT)
+    data = made.load(model, 0)
+    assert data.test.texts[2]["gold"].startswith("It is 4.")
+    assert data.test.texts[2]["prompt"].endswith(
+        "<|assistant|>Hello 9</s>\n<|user|>What is 2 and 2?</s>\n<|assistant|>"
+    )
+    oracle = Oracle(
+        network, made.preprocessor(model), lambda p: f"It is {2 * last_question(p)}." if last_question(p) else "9"
+    )
+    with torch.no_grad():
+        assert made.graded(oracle, data.test, torch.arange(6), torch.device("cpu"))[:, 3].tolist() == [0, 1, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match="leave it out with messages"):
+        task(tmp_path, rows, metric="exact_match", chat_template=CHAT, shots=1).load(model, 0)
+
+
 def test_shots_come_from_the_rows_own_category(tmp_path, model):
     made = task(tmp_path, metric="exact_match", answer="text", shots=3, label="kind")
     for row, found in zip(ROWS, made.load(model, 0).test.texts):
