@@ -9,7 +9,7 @@ from fedlora.clients import DROPPED
 from fedlora.engines.flower.records import unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
-from tests.flower.world import World, config, same
+from tests.flower.world import World, config, records_agree, same
 
 UNEQUAL = [
     "clients.capability='uniform'",
@@ -29,12 +29,6 @@ OWN = {
 }
 
 
-def plain(record):
-    """Without what differs by design: a loss's last digits depend on which rows were computed together."""
-    found = {k: v for k, v in record.items() if k not in ("seconds", "bytes", "weights")}
-    return found | {"clients": {**found["clients"], "figures": None}} if "clients" in found else found
-
-
 @pytest.mark.parametrize("name", OWN)
 def test_the_bits_records_and_bytes_of_one_process(name, tmp_path):
     settings = [f"method.name={name}", *UNEQUAL, *OWN[name], "evaluation.every=4"]
@@ -51,7 +45,7 @@ def test_the_bits_records_and_bytes_of_one_process(name, tmp_path):
     here, world = fedlora.run(config(*settings)), World(tmp_path, *settings, post=post)
     rounds = world.run()
     assert same(rounds[-1].shared, here.shared)
-    assert [plain(r.record) for r in rounds] == [plain(r) for r in here.records]
+    assert records_agree(rounds, here.records)
     for client, kept in here.kept.items():
         trained = {part: layer for part, layer in kept.items() if layer}
         assert same({p: x for p, x in world.kept(client).items() if x}, trained), f"client {client}"
@@ -116,7 +110,7 @@ def test_new_clients_are_not_waited_for_nor_scored(tmp_path):
     here, world = fedlora.run(config(*settings)), World(tmp_path, *settings)
     rounds = world.run()
     assert same(rounds[-1].shared, here.shared)
-    assert [plain(r.record) for r in rounds] == [plain(r) for r in here.records]
+    assert records_agree(rounds, here.records)
     assert rounds[-1].record["clients"]["each"][3] is None
     told = [event.text for event in world.events if "left out" in event.text]
     assert any("calls itself client 3" in text for text in told), "its node would not be let in"

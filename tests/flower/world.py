@@ -1,5 +1,6 @@
 """A federation on the grid without processes, and the same one in this process."""
 
+import math
 from pathlib import Path
 
 from fedlora.engines.flower.masked import served_by
@@ -43,8 +44,38 @@ class World:
         return Store(self.folder / self.server.token).load(client).settled(last).kept
 
 
+def plain(record):
+    """What every engine must say alike of a round."""
+    return {k: v for k, v in record.items() if k not in ("seconds", "bytes", "weights")}
+
+
+def agree(a, b):
+    """Equal, but for the last digits of floats.
+
+    What was trained is equal to the bit. A loss on test rows is not: its last digits depend on which rows were
+    computed together, and a party computes its own alone. A count of right answers is far coarser than that.
+    """
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(agree(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(agree, a, b))
+    return a == b
+
+
+def records_agree(rounds, records):
+    """Training losses and all the rest to the bit, scores as ``agree`` has it."""
+    theirs, ours = [plain(r.record) for r in rounds], [plain(r) for r in records]
+    scores = ("clients", "global")
+    exact = [[{k: v for k, v in r.items() if k not in scores} for r in side] for side in (theirs, ours)]
+    return exact[0] == exact[1] and agree(theirs, ours)
+
+
 def overrides(name):
     return [f"method.name={name}", *ADAPTERS.get(name, [])]
 
 
-__all__ = ["ADAPTERS", "QUICK", "World", "config", "made", "overrides", "same"]
+__all__ = [
+    "ADAPTERS", "QUICK", "World", "agree", "config", "made", "overrides", "plain", "records_agree", "same",
+]  # fmt: skip
