@@ -59,14 +59,17 @@ class Bench:
         return [*network.parameters(), *network.buffers()]
 
     def train(self, shapes: Mapping[str, Tensor], trained: Mapping[str, frozenset[str]]) -> Cost:
-        """One optimiser step on one batch, after a step that made the moments."""
+        """One optimiser step on one batch, with the moments of steps before it."""
         parameters = list(self.model.select(trained).values())
         if not parameters:
             return Cost(0, 0, 0)
         optimizer = self.training.build(parameters)
         self.model.network.train()
         with self.fake, Live(self.known()) as live:
-            self._step(shapes, parameters, optimizer, live)  # makes the moments
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # makes the moments
+            optimizer.zero_grad(set_to_none=True)
             live.peak = live.now
             return self._step(shapes, parameters, optimizer, live)
 
