@@ -57,6 +57,21 @@ def test_bytes_of_unequal_clients(name):
     agree({**TABLE, "clients": clients}, name)
 
 
+@pytest.mark.parametrize("name", ["flora", "ravan"])
+def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
+    clients = {
+        "count": 7, "new": 2, "per_round": 4, "capability": "uniform", "capability_scales": ["rank", "steps"],
+        "dropout": 0.3, "stragglers": 0.5,
+    }  # fmt: skip
+    table = {**TABLE, "clients": clients, "training": {"local_steps": 4, "batch_size": 4}}
+    agree(table, name)
+    f = build(for_label(table, name)).federation()
+    rows = planned(table, [name])[0]["rows"]
+    assert (rows["clients"], len(rows["train"])) == (5, 5)
+    assert rows["steps"] == [f.spends(0, k).steps(len(f.shards[k].train)) for k in range(5)]
+    assert len(set(rows["steps"])) > 1
+
+
 @pytest.mark.parametrize(
     "other",
     [

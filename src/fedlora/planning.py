@@ -1,6 +1,5 @@
 """What a run will take, before anything is spent: numbers, bytes, memory and operations, without pretrained weights."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,21 +120,22 @@ def _numbers(o: Outline) -> dict[str, Any]:
 
 
 def _rows(f: Federation) -> dict[str, Any]:
-    count, cohort = f.clients.count, f.clients.per_round or f.clients.count
+    count = f.clients.members
+    cohort = f.clients.per_round or count
     if f.data is None:
         return {"clients": count, "cohort": cohort, "rounds": f.rounds, "train": None, "test": None, "passes": None,
                 "steps": None if f.training.local_epochs else f.training.steps(1)}  # fmt: skip
     train = [len(f.shards[k].train) for k in range(count)]
-    steps = [f.training.steps(rows) for rows in train]
-    seen = statistics.fmean(steps) * f.training.batch_size * f.training.accumulation_steps * f.rounds * cohort / count
+    turns = [(number, client) for number in range(f.rounds) for client in f.clients.staying(number, f.seed)]
+    taken = sum(f.spends(*turn).steps(train[turn[1]]) for turn in turns)
     return {
         "clients": count,
         "cohort": cohort,
         "rounds": f.rounds,
         "train": train,
         "test": [len(f.shards[k].test) for k in range(count)],
-        "steps": steps,
-        "passes": seen / statistics.fmean(train),
+        "steps": [f.spends(0, client).steps(rows) for client, rows in enumerate(train)],  # of the first round
+        "passes": taken * f.training.batch_size * f.training.accumulation_steps / sum(train),
     }
 
 
@@ -143,7 +143,7 @@ def byte_plan(o: Outline, crossing: Traffic | None = None) -> dict[str, Any]:
     """Bytes of the run by direction and kind, as its summary will have them, and of one client's round."""
     f = o.federation
     crossing = crossing or traffic(f, o.groups)
-    turns = [len(f.clients.cohort(number, f.seed)) for number in range(f.rounds)]
+    turns = [len(f.clients.staying(number, f.seed)) for number in range(f.rounds)]
     return {
         "exact": not crossing.varies,
         "run": {d: crossing.kinds(d) for d in ("up", "down")},
@@ -166,7 +166,7 @@ def _memory(o: Outline, crossing: Traffic, spent: Measured) -> dict[str, Any]:
     folds = kept_base or (crossing.folds if model.overlay else 0)
     train, score = spent.train, spent.score
     uploads = max(sum(r.bytes for r in crossing.rows if r.direction == "up" and r.round == n) for n in range(f.rounds))
-    moments = train.moments * f.clients.count if f.training.keep_optimizer else 0
+    moments = train.moments * f.clients.members if f.training.keep_optimizer else 0
     client = weights + 2 * leaves + folds + max(train.peak, score.peak)
     server = weights + 2 * leaves + folds + crossing.folds + uploads + crossing.combining
     work = max(train.peak, score.peak, crossing.combining)
@@ -199,7 +199,7 @@ def _estimates(o: Outline, crossing: Traffic, shapes: Shapes) -> list[str]:
     """What of the plan is no exact figure, and why."""
     said = [
         "Memory counts tensors. Python, its libraries and the data come on top (about 600 MB), and freed blocks that "
-        "the allocator keeps: with engine.allocator = true a process was seen to take up to twice as much."
+        "the allocator keeps: with engine.allocator = true processes were seen to take up to three times as much."
     ]
     if crossing.varies:
         said.append("Bytes depend on what training finds with these settings; they are those of a run without luck.")

@@ -34,7 +34,7 @@ class Shapes:
         if f.data is None:
             return found
         for number in range(f.rounds):
-            for client in f.clients.cohort(number, f.seed):
+            for client in f.clients.staying(number, f.seed):
                 if found.counts.total() >= WATCHED:
                     found.complete = False
                     return found
@@ -43,9 +43,9 @@ class Shapes:
 
     def add(self, f: Federation, number: int, client: int, examples: Examples) -> None:
         """One client's turn."""
-        rows, self.turns = f.shards[client].train, self.turns + 1
-        stream = batches(examples, rows, f.training, derived(f.turn(number, client).seed, "batches"))
-        for _ in range(f.training.steps(len(rows)) * f.training.accumulation_steps):
+        rows, training, self.turns = f.shards[client].train, f.spends(number, client), self.turns + 1
+        stream = batches(examples, rows, training, derived(f.turn(number, client).seed, "batches"))
+        for _ in range(training.steps(len(rows)) * training.accumulation_steps):
             some = next(stream)
             width = int(examples.lengths[some].max())
             self.counts[len(some), width] += 1
@@ -73,8 +73,8 @@ class Measured:
     def flops(self, f: Federation) -> dict[str, float]:
         """Per client and round, and of the run; evaluation where it is due."""
         due = sum(f.evaluation.due(number, f.rounds) for number in range(f.rounds))
-        turns = sum(len(f.clients.cohort(number, f.seed)) for number in range(f.rounds))
-        run = self.each * turns + self.evaluating * due * f.clients.count
+        turns = sum(len(f.clients.staying(number, f.seed)) for number in range(f.rounds))
+        run = self.each * turns + self.evaluating * due * f.clients.members
         return {"training": self.each, "evaluation": self.evaluating, "run": run}
 
 
@@ -113,7 +113,7 @@ def _scored(o: Outline) -> tuple[Cost, float]:
     ]
     at = interpolated({width: cost.flops / rows for width, rows, cost in costs})
     own = []
-    for client in range(f.clients.count):
+    for client in range(f.clients.members):
         rows = f.shards[client].test
         parts = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
         own.append(sum(len(part) * at(int(test.lengths[part].max())) for part in parts))
