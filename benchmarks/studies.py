@@ -68,7 +68,7 @@ STUDIES = {
     "fedsa-concept-shift": Study(
         "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
     ),
-    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
+    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3)),
     "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
 }
 
@@ -113,8 +113,8 @@ def missing(study: Study, book: Book) -> Iterator[tuple[dict[str, Any], Sequence
 
 def best_rate(study: Study, book: Book, label: str) -> float:
     """The rate whose trial ended best; a trial that diverged is the worst."""
-    trials = [row for row in book.rows if row["phase"] == "trial" and row["label"] == label]
-    done = [row for row in trials if row["value"] is not None]
+    trials = [book.find(phase="trial", label=label, rate=rate) for rate in study.rates]
+    done = [row for row in trials if row is not None and row["value"] is not None]
     if not done:
         raise ValueError(f"every trial of {label} diverged; give it smaller rates.")
     best = max if done[0]["higher"] else min
