@@ -69,6 +69,8 @@ def test_the_worst_client_is_the_one_with_the_highest_perplexity():
 
 
 def test_a_metric_of_two_labels_is_refused_for_three():
+    with pytest.raises(ValueError, match="two labels; there are 3: take 'macro_f1'"):
+        TASK.network("never loaded", 3, 0)
     with pytest.raises(ValueError, match="two labels; there are 3"):
         TASK.scores(torch.zeros(2, 3), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="task.metric is 'f2'"):

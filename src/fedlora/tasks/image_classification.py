@@ -71,6 +71,7 @@ class ImageClassification(Classification):
         """The pretrained network with a new classifier."""
         from transformers import AutoModelForImageClassification
 
+        self.fits(labels)
         return network(AutoModelForImageClassification, model, labels, seed)
 
     def probe(self, network: nn.Module) -> Batch:

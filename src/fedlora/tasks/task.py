@@ -84,6 +84,9 @@ class Supervised(ABC):
         if self.metric not in self.metrics:
             raise ValueError(f"task.metric is {self.metric!r}; here it is {' or '.join(map(repr, self.metrics))}.")
 
+    def fits(self, labels: int) -> None:  # noqa: B027 - most tasks fit any number
+        """``ValueError`` where the metric is not one of so many labels: said before anything is trained."""
+
     @abstractmethod
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """What is scored of a batch, one entry a row."""
@@ -112,6 +115,14 @@ class Classification(Supervised):
         """The labels, where they are known without any rows."""
         return tuple(self.label_names) if self.label_names else None
 
+    def fits(self, labels: int) -> None:
+        """``ValueError`` where the metric is of two labels and there are more."""
+        if self.metric in ("f1", "matthews") and labels != 2:
+            raise ValueError(
+                f"task.metric is {self.metric!r}, which is of two labels; there are {labels}: take 'macro_f1' or "
+                "'accuracy'."
+            )
+
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch, in float32 whatever the network runs in."""
         return functional.cross_entropy(self.outputs(network, batch).float(), batch["labels"])
@@ -136,8 +147,7 @@ class Classification(Supervised):
                 for label in range(count)
                 for name, total in confusion(found == label, labels == label).items()
             }
-        if count != 2:
-            raise ValueError(f"task.metric is {self.metric!r}, which is of two labels; there are {count}.")
+        self.fits(count)
         return confusion(found == 1, labels == 1)
 
 

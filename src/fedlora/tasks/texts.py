@@ -131,6 +131,7 @@ class Texts(Supervised):
         """The pretrained network with a new head of so many outputs."""
         from transformers import AutoModelForSequenceClassification
 
+        self.fits(labels)
         found = network(AutoModelForSequenceClassification, model, labels, seed)
         if found.config.pad_token_id is None:  # causal models look for the last token that is none
             found.config.pad_token_id = tokenizer_of(model).pad_token_id
