@@ -23,7 +23,8 @@ SEEDS = (0, 1, 2)
 LOCAL = {
     "sentence-transformers/all-MiniLM-L6-v2": "minilm-l6-h384", "vit-mini-cifar10": "vit-mini-cifar10",
     "mteb/banking77": "banking77", "nyu-mll/glue": "glue_qnli_dev", "pneumoniamnist": "pneumoniamnist",
-    "femnist_digits": "femnist_digits",
+    "femnist_digits": "femnist_digits", "stories260k-llama": "stories260k-llama",
+    "shakespeare_roles": "shakespeare_roles", "databricks/databricks-dolly-15k": "dolly15k",
 }  # fmt: skip
 SHARED_METHODS = ("fedit", "ffa-lora", "rolora", "flexlora", "fedex-lora", "flora-na", "fedrot-lora", "svd")
 
@@ -57,6 +58,7 @@ RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales"
 FEDSA = (
     "fedit", "local", "ffa-lora", "fedsa-lora", "fedit-rslora", "fedsa-rslora", "fedit-vera", "fedsa-vera",
 )  # fmt: skip
+WRITING = ("fedit", "local", "fedex-lora", "flexlora", "flora-na", "svd", "fedsa-lora")
 STUDIES = {
     "aggregation-banking77": Study(
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
@@ -69,7 +71,16 @@ STUDIES = {
         "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
     ),
     "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3)),
-    "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(2e-3, 6e-3, 2e-2)),
+    "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3)),
+    "ravan-capability": Study(
+        "ravan/capability-small.toml",
+        ("flexlora", "hetlora", "ravan"),
+        {name: (f"clients.capability={name}",) for name in ("uniform", "bell", "skewed")},
+        rates=(5e-4, 2e-3, 6e-3),
+        tuned_at="uniform",
+    ),
+    "generation-shakespeare": Study("flora-na/shakespeare-small.toml", WRITING, rates=(2e-3, 6e-3, 2e-2), clients=True),
+    "generation-dolly": Study("flora-na/dolly-small.toml", WRITING, rates=(2e-3, 6e-3, 2e-2), clients=True),
 }
 
 
