@@ -70,13 +70,13 @@ STUDIES = {
     "fedsa-concept-shift": Study(
         "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
     ),
-    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3)),
-    "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3)),
+    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3, 2e-2)),
+    "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3, 2e-2)),
     "ravan-capability": Study(
         "ravan/capability-small.toml",
         ("flexlora", "hetlora", "ravan"),
         {name: (f"clients.capability={name}",) for name in ("uniform", "bell", "skewed")},
-        rates=(5e-4, 2e-3, 6e-3),
+        rates=(5e-4, 2e-3, 6e-3, 2e-2),
         tuned_at="uniform",
     ),
     "generation-shakespeare": Study("flora-na/shakespeare-small.toml", WRITING, rates=(2e-3, 6e-3, 2e-2), clients=True),
