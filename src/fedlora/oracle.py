@@ -94,8 +94,12 @@ def _angle(ends: Mapping[str, Sequence[Layer]], leaf: str) -> float:
     found = []
     for layers in ends.values():
         tall = torch.stack([x[leaf].double() if leaf == "B" else x[leaf].double().mT for x in layers])
-        Q: Tensor = torch.linalg.qr(tall).Q  # k m r
-        pairs = torch.triu_indices(len(Q), len(Q), 1)
-        cosines = torch.linalg.svdvals(Q[pairs[0]].mT @ Q[pairs[1]]).clamp(0, 1)
-        found.append(float(cosines.acos().mean()))
+        found.append(principal_angle(tall))
     return float(torch.rad2deg(torch.tensor(sum(found) / len(found))))
+
+
+def principal_angle(tall: Tensor) -> float:
+    """Mean principal angle over all pairs of the ``k`` column spaces of ``(k m r)``, in radians."""
+    Q = torch.linalg.qr(tall).Q
+    pairs = torch.triu_indices(len(Q), len(Q), 1)
+    return float(torch.linalg.svdvals(Q[pairs[0]].mT @ Q[pairs[1]]).clamp(0, 1).acos().mean())

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2410.01463
 """
 
 from collections.abc import Mapping, Sequence
+from math import degrees
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedlora.adapters import LoRA
 from fedlora.config import ConfigError
 from fedlora.export import Run
+from fedlora.oracle import principal_angle
 from fedlora.seeds import derived
 from fedlora.types import Layer
 
@@ -55,7 +57,8 @@ def _of_weight(layers: Sequence[Layer], start: Tensor | None) -> dict[str, float
     if len({tuple(layer["A"].shape) for layer in layers}) > 1:
         raise ConfigError("the clients differ in rank, and factors of different ranks cannot be compared.")
     A, B = (torch.stack([layer[leaf].double() for layer in layers]) for leaf in "AB")
-    found = {"A": _cosine(A), "B": _cosine(B), "A angle": _angle(A.mT), "B angle": _angle(B)}
+    angles = {f"{leaf} angle": degrees(principal_angle(x)) for leaf, x in (("A", A.mT), ("B", B))}
+    found = {"A": _cosine(A), "B": _cosine(B), **angles}
     return found if start is None else {**found, "A change": _cosine(A - start.double())}
 
 
@@ -64,14 +67,6 @@ def _cosine(x: Tensor) -> float:
     flat = torch.nn.functional.normalize(x.flatten(1), dim=1)
     pairs = torch.triu_indices(len(x), len(x), 1)
     return float((flat @ flat.T)[pairs[0], pairs[1]].mean())
-
-
-def _angle(tall: Tensor) -> float:
-    """Mean principal angle over pairs of column spaces, degrees."""
-    Q = torch.linalg.qr(tall).Q
-    pairs = torch.triu_indices(len(Q), len(Q), 1)
-    cosines = torch.linalg.svdvals(Q[pairs[0]].mT @ Q[pairs[1]]).clamp(0, 1)
-    return float(torch.rad2deg(cosines.acos().mean()))
 
 
 def means(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import fedlora
 from fedlora import methods
 from fedlora.engines.flower.records import unpack
-from tests.flower.world import ADAPTERS, World, config, overrides, records_agree, same
+from tests.flower.world import ADAPTERS, World, config, counting, overrides, records_agree, same
 
 
 def trained(kept):
@@ -46,17 +46,8 @@ def test_the_ledger_is_that_of_one_process_and_what_really_crossed(name, tmp_pat
     """Evaluated at the end only, so that what the last round made goes down once more than in one process."""
     settings = [*overrides(name), "rounds=3", "evaluation.every=3"]
     crossed = {"up": 0, "down": 0}
-
-    def post(message):
-        for record in ("leaves", "folds"):
-            if message.has_content() and record in message.content:
-                tree = unpack(message.content[record])
-                size = sum(x.numel() * x.element_size() for layer in tree.values() for x in layer.values())
-                crossed["up" if message.metadata.src_node_id >= 10 else "down"] += size
-        return message
-
     here = [r["bytes"] for r in fedlora.run(config(*settings)).records]
-    there = [r.record["bytes"] for r in World(tmp_path, *settings, post=post).run()]
+    there = [r.record["bytes"] for r in World(tmp_path, *settings, post=counting(crossed)).run()]
     assert [r["up"] for r in there] == [r["up"] for r in here]
     assert [r["down"] for r in there[:2]] == [r["down"] for r in here[:2]]
     for direction, total in crossed.items():

@@ -6,10 +6,9 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.clients import DROPPED
-from fedlora.engines.flower.records import unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
-from tests.flower.world import World, config, records_agree, same
+from tests.flower.world import World, config, counting, records_agree, same
 
 UNEQUAL = [
     "clients.capability='uniform'",
@@ -33,16 +32,7 @@ OWN = {
 def test_the_bits_records_and_bytes_of_one_process(name, tmp_path):
     settings = [f"method.name={name}", *UNEQUAL, *OWN[name], "evaluation.every=4"]
     crossed = {"up": 0, "down": 0}
-
-    def post(message):
-        for record in ("leaves", "folds"):
-            if message.has_content() and record in message.content:
-                tree = unpack(message.content[record])
-                size = sum(x.numel() * x.element_size() for layer in tree.values() for x in layer.values())
-                crossed["up" if message.metadata.src_node_id >= 10 else "down"] += size
-        return message
-
-    here, world = fedlora.run(config(*settings)), World(tmp_path, *settings, post=post)
+    here, world = fedlora.run(config(*settings)), World(tmp_path, *settings, post=counting(crossed))
     rounds = world.run()
     assert same(rounds[-1].shared, here.shared)
     assert records_agree(rounds, here.records)

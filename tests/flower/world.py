@@ -7,6 +7,7 @@ from fedlora.engines.flower.masked import served_by
 from fedlora.engines.flower.memory import MemoryGrid
 from fedlora.engines.flower.node import Base, Node, made
 from fedlora.engines.flower.party import client_app, handled
+from fedlora.engines.flower.records import unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from tests.engines.test_inprocess import ADAPTERS, config, same
@@ -44,6 +45,20 @@ class World:
         return Store(self.folder / self.server.token).load(client).settled(last).kept
 
 
+def counting(crossed):
+    """Adds the size of every tensor that a message carries to ``crossed["up"]`` or ``crossed["down"]``."""
+
+    def post(message):
+        for record in ("leaves", "folds"):
+            if message.has_content() and record in message.content:
+                tree = unpack(message.content[record])
+                size = sum(x.numel() * x.element_size() for layer in tree.values() for x in layer.values())
+                crossed["up" if message.metadata.src_node_id >= 10 else "down"] += size
+        return message
+
+    return post
+
+
 def plain(record):
     """What every engine must say alike of a round."""
     return {k: v for k, v in record.items() if k not in ("seconds", "bytes", "weights")}
@@ -77,5 +92,5 @@ def overrides(name):
 
 
 __all__ = [
-    "ADAPTERS", "QUICK", "World", "agree", "config", "made", "overrides", "plain", "records_agree", "same",
+    "ADAPTERS", "QUICK", "World", "agree", "config", "counting", "made", "overrides", "plain", "records_agree", "same",
 ]  # fmt: skip

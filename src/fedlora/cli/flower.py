@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedlora.cli.speech import ConfigPath, Json, Override, answer, numbered, say
+from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, say
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Federations over Flower, each party at home.")
 
@@ -132,14 +132,10 @@ def certs(
     _extra()
     from fedlora.flower.certs import certificates
 
-    names, reached = _listed(parties), _listed(hosts)
-    made = certificates(folder, names, reached, days)
-    typer.echo(_handout(made, names, reached).strip("\n"))
+    called, reached = names(parties), names(hosts)
+    made = certificates(folder, called, reached, days)
+    typer.echo(_handout(made, called, reached).strip("\n"))
     say(f"Valid for {days} days. The keys are written once and nowhere else.")
-
-
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _handout(folder: Path, names: list[str], hosts: list[str]) -> str:

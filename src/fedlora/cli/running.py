@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedlora.cli.speech import ConfigPath, Json, Override, answer, numbered, numbers, say
+from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, numbers, say
 
 
 def run(
@@ -55,7 +55,7 @@ def compare(
     from fedlora.report.progress import Cells
 
     table = overridden(read_table(config), override or [])
-    labels = [label.strip() for label in (methods or "").split(",") if label.strip()]
+    labels = names(methods)
     if oracle:
         return _oracle(table, labels, out or numbered(Path("runs") / f"{config.stem}-oracle"), as_json)
     if not labels:

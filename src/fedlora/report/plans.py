@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-DASH = "–"
+from fedlora.report.tables import DASH, stdout
+
 ABILITIES = {
     "exact": "a round ends at the exact mean",
     "any_rank": "clients of unequal ranks",
@@ -37,7 +37,7 @@ MEMORY = {
 
 def plan(found: Mapping[str, Any]) -> None:
     """One method's plan, in full."""
-    console = _console()
+    console = stdout()
     console.print(_sizes(found))
     console.print(_traffic(found["bytes"]))
     console.print(_listed("Memory (estimate), MB", ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())))
@@ -59,7 +59,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for one in found:
         table.add_row(one["method"], *([one["problem"]] if "problem" in one else _cells(one)))
-    console = _console()
+    console = stdout()
     console.print(table)
     console.print(
         "MB a client and round: a later round's mean. Memory is an estimate; bytes are exact unless marked (≤)."
@@ -134,8 +134,3 @@ def _word(value: Any) -> str:
 
 def _mb(size: float) -> str:
     return f"{size / 1e6:,.3f}" if size < 1e8 else f"{size / 1e6:,.0f}"
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

@@ -27,7 +27,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
         ]
         name = row["method"] if not row["diverged"] else f"{row['method']} ({row['diverged']} diverged)"
         table.add_row(name, *cells)
-    console = _console()
+    console = stdout()
     console.print(table)
     if any("capability" in row for row in rows):
         console.print(_by_capability(rows))
@@ -89,7 +89,7 @@ def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> N
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in sorted(rows, key=lambda row: row["error"]):
         table.add_row(row["method"], *(_share(row[key]) for key in ("error", "first", "last", "gauge")))
-    console = _console()
+    console = stdout()
     console.print(table)
     console.print("factors moved: how far the served A and B lie from the clients' means, relative to these.")
     angles = "; ".join(f"{name} {value:.0f} degrees" for name, value in uploads.items() if name != "tail")
@@ -109,7 +109,7 @@ def aggregation(found: Mapping[str, Any]) -> None:
     worst = max(found["weights"], key=lambda part: found["weights"][part]["served"])
     table.add_row(f"largest error, at {worst}", _share(found["weights"][worst]["served"]))
     table.add_row("folder", found["folder"])
-    _console().print(table)
+    stdout().print(table)
 
 
 def exports(found: Sequence[Mapping[str, Any]]) -> None:
@@ -121,7 +121,7 @@ def exports(found: Sequence[Mapping[str, Any]]) -> None:
         ranks = ", ".join(map(str, row["ranks"]))
         client = "shared" if row["client"] is None else str(row["client"])
         table.add_row(row["folder"], client, ranks, _share(row["error"]), _share(row["difference"]))
-    _console().print(table)
+    stdout().print(table)
 
 
 def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, float]) -> None:
@@ -133,7 +133,7 @@ def similarity(weights: Mapping[str, Mapping[str, float]], mean: Mapping[str, fl
     for part, row in [*weights.items(), ("mean", mean)]:
         digits = {name: 1 if name.endswith("angle") else 3 for name in mean}
         table.add_row(part, *(f"{row[name]:.{digits[name]}f}" for name in mean))
-    console = _console()
+    console = stdout()
     console.print(table)
     console.print(
         "A, B: cosine of the factors as they are. A change: cosine of what training added to the common start."
@@ -151,7 +151,7 @@ def grades(found: Mapping[str, Any]) -> None:
     if found["missing"]:
         table.add_row("problems without an answer, counted as wrong", str(found["missing"]))
     table.add_row("verdicts", found["verdicts"])
-    _console().print(table)
+    stdout().print(table)
 
 
 def _share(value: float | None) -> str:
@@ -193,7 +193,7 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
     for name in ("train", "evaluate", "total"):
         if name in found["seconds"]:
             table.add_row(f"seconds, {name}", f"{found['seconds'][name]:.1f}")
-    console = _console()
+    console = stdout()
     console.print(table)
     if records:
         _rounds(console, records, metric)
@@ -245,12 +245,12 @@ def methods(found: Sequence[Mapping[str, Any]]) -> None:
             "yes" if one["claims"][key] else DASH for key in ("exact", "any_rank", "personal", "secure_aggregation")
         ]
         table.add_row(one["name"], one["idea"], *claims, *(f"{one['bytes'][d]:,.0f}" for d in ("up", "down")))
-    _console().print(table)
+    stdout().print(table)
 
 
 def method(one: Mapping[str, Any]) -> None:
     """The page of one method."""
-    console = _console()
+    console = stdout()
     claims = [key.replace("_", " ") for key, value in one["claims"].items() if value] or ["none"]
     console.print(f"{one['title']} ({one['name']}): {one['idea']}.\n\n{one['equation']}\n", markup=False)
     console.print(f"Paper: {one['reference']}", markup=False)
@@ -267,12 +267,13 @@ def method(one: Mapping[str, Any]) -> None:
 
 def printed(*things: Table | str) -> None:
     """Tables and lines on stdout, one after the other."""
-    console = _console()
+    console = stdout()
     for thing in things:
         console.print(thing)
 
 
-def _console() -> Console:
+def stdout() -> Console:
+    """Where tables go."""
     console = Console()
     # Where nobody looks, a line is as long as it needs to be: a folded table cannot be read by a program.
     return console if console.is_terminal else Console(width=200)

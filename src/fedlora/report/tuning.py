@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-DASH = "–"
+from fedlora.report.tables import DASH, stdout
 
 
 def sweep(found: Mapping[str, Any], folder: str) -> None:
@@ -22,8 +21,7 @@ def sweep(found: Mapping[str, Any], folder: str) -> None:
         for trial in row["trials"]:
             value = DASH if trial["value"] is None else f"{trial['value']:.4f}"
             table.add_row(row["method"], str(trial["trial"]), _values(trial["values"]), value, _remark(row, trial))
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = stdout()
     console.print(table)
     for row in found["methods"]:
         console.print(_sentence(row, metric), markup=False)

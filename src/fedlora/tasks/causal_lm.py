@@ -1,7 +1,6 @@
 """Causal language models: prompt and response, chat messages, or plain text."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,10 +12,10 @@ from fedlora.generation import Writing, generate
 from fedlora.metrics import Scores
 from fedlora.tasks import data as source
 from fedlora.tasks.fewshot import BETWEEN, Asked, asked, golds, prompts_of, shots
-from fedlora.tasks.networks import quietly, whole
+from fedlora.tasks.networks import quietly, tokenizer, whole
 from fedlora.tasks.sequences import IGNORED, Side, cut, encoded, flat, packed, padded
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations
+from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations, strata
 
 LEAK = 0.1  # of what a row before changes when nothing keeps it apart; rounding is a fifth of it in bfloat16
 
@@ -86,7 +85,7 @@ class CausalLM(Supervised):
         wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
         train, test = (source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted))
         tokenizer, context = self.preprocessor(model), context_length(model)
-        rows, found, kinds = [], [], self._kinds(train, test)
+        rows, found, kinds = [], [], strata(train, test, self.label)
         for split, kind, what in zip((train, test), kinds, ("training", "test")):
             rows.append(self._worded(split, tokenizer))
             found.append(self._encoded(split, rows[-1], kind, tokenizer, context, what, client_column))
@@ -111,13 +110,6 @@ class CausalLM(Supervised):
         if wording is None:
             return conversations(split, self.messages or MESSAGES, tokenizer)
         return wording.rows(split)
-
-    def _kinds(self, train: Any, test: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        if self.label is None:
-            return None, None
-        both = [list(map(str, source.column(split, self.label, "task.label"))) for split in (train, test)]
-        order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
-        return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
     def _encoded(
         self, split: Any, rows: list[list[Stretch]], kinds: Tensor | None, tokenizer: Any, context: int, what: str,
@@ -262,15 +254,3 @@ def context_length(model: str) -> int:
     config = quietly(AutoConfig, model).get_text_config()
     most = getattr(config, "max_position_embeddings", None)
     return min(most or 10**9, tokenizer(model).model_max_length)
-
-
-@lru_cache(maxsize=4)
-def tokenizer(model: str, chat_template: str | None = None) -> Any:
-    """The model's tokenizer, with something to pad with."""
-    from transformers import AutoTokenizer
-
-    found = quietly(AutoTokenizer, model)
-    if found.pad_token_id is None:  # masked out everywhere, so any token will do
-        found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
-    found.chat_template = chat_template or found.chat_template
-    return found

@@ -1,6 +1,7 @@
 """Pretrained networks by hub id or folder, loaded quietly, with nothing but the head new."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,19 @@ def quantised(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, 
     four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
     settings = {"load_in_4bit": True, **four} if kind == "4bit" else {"load_in_8bit": True}
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
+
+
+@lru_cache(maxsize=4)
+def tokenizer(model: str, chat_template: str | None = None) -> Any:
+    """The model's tokenizer, with something to pad with; ``chat_template`` in the place of its own."""
+    from transformers import AutoTokenizer
+
+    found = quietly(AutoTokenizer, model)
+    if found.pad_token_id is None:  # masked out everywhere, so any token will do
+        found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
+    if chat_template is not None:
+        found.chat_template = chat_template
+    return found
 
 
 def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:

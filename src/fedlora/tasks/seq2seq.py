@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -13,10 +12,10 @@ from torch.nn import functional
 from fedlora.metrics import Scores
 from fedlora.squad import answer_f1, exact_match
 from fedlora.tasks import data as source
-from fedlora.tasks.networks import quietly, whole
+from fedlora.tasks.networks import quietly, tokenizer, whole
 from fedlora.tasks.pairs import texts
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import checked
+from fedlora.tasks.wording import checked, strata
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -60,20 +59,13 @@ class Seq2Seq(Supervised):
         wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
         both = [source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted)]
         found, notes = [], []
-        for split, kinds, what in zip(both, self._kinds(*both), ("training", "test")):
+        for split, kinds, what in zip(both, strata(*both, self.label), ("training", "test")):
             groups = source.groups(split, client_column, what)
             examples, cut = self._encoded(split, model, kinds, groups, what)
             found.append(examples)
             if cut:
                 notes.append(f"{cut} of {len(examples)} {what} sources were cut to {self.max_source_length} tokens.")
         return Data(*found, (), tuple(notes))
-
-    def _kinds(self, train: Any, test: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        if self.label is None:
-            return None, None
-        both = [list(map(str, source.column(split, self.label, "task.label"))) for split in (train, test)]
-        order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
-        return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
     def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, int]:
         """The rows, encoded, and how many sources were cut."""
@@ -222,15 +214,4 @@ def _most(model: str) -> int:
     from transformers import AutoConfig
 
     found: int = getattr(quietly(AutoConfig, model), "max_position_embeddings", None) or 10**9
-    return found
-
-
-@lru_cache(maxsize=4)
-def tokenizer(model: str) -> Any:
-    """The model's tokenizer, with something to pad with."""
-    from transformers import AutoTokenizer
-
-    found = quietly(AutoTokenizer, model)
-    if found.pad_token_id is None:  # masked out everywhere, so any token will do
-        found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.tasks import data as source
-from fedlora.tasks.networks import network, quietly
+from fedlora.tasks.networks import network, tokenizer
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
 
 # The columns that public sets use, tried in this order where task.text is not set.
@@ -73,10 +73,10 @@ class Texts(Supervised):
         test, sets = source.joined(tests)
         columns = self._columns(train)
         known, seen, names = self.targets(train, test)
-        tokenizer = tokenizer_of(model)
+        own = tokenizer(model)
         both = (
             Examples(
-                *self._encoded(split, columns, labels, tokenizer),
+                *self._encoded(split, columns, labels, own),
                 source.groups(split, client_column, what),
                 self.strata(known, labels),
                 sets=sets if split is test else None,
@@ -134,7 +134,7 @@ class Texts(Supervised):
         self.fits(labels)
         found = network(AutoModelForSequenceClassification, model, labels, seed)
         if found.config.pad_token_id is None:  # causal models look for the last token that is none
-            found.config.pad_token_id = tokenizer_of(model).pad_token_id
+            found.config.pad_token_id = tokenizer(model).pad_token_id
         return found
 
     def probe(self, network: nn.Module) -> Batch:
@@ -145,7 +145,7 @@ class Texts(Supervised):
 
     def preprocessor(self, model: str) -> Any:
         """What has to be saved beside a network for others to use it."""
-        return tokenizer_of(model)
+        return tokenizer(model)
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """A padded batch: rows by its longest row, or by ``max_length``."""
@@ -159,13 +159,3 @@ class Texts(Supervised):
             if name in examples.features:
                 batch[name] = torch.where(mask, examples.features[name][at].long(), fill)
         return batch
-
-
-def tokenizer_of(model: str) -> Any:
-    """A model's tokenizer, with something to pad with."""
-    from transformers import AutoTokenizer
-
-    tokenizer = quietly(AutoTokenizer, model)
-    if tokenizer.pad_token_id is None:  # masked out everywhere, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer

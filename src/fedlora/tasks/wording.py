@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedlora.tasks import data as source
 
 Stretch = tuple[str, bool]  # some text, and whether it is learnt
@@ -116,6 +119,15 @@ def _text(value: Any, name: str, key: str) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     raise ValueError(f"column {name!r} ({key}) holds {value!r}, which is not text; name a text column.")
+
+
+def strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Both splits' values of a column as numbers from 0, for splits by label; None where no column is named."""
+    if label is None:
+        return None, None
+    both = [list(map(str, source.column(split, label, "task.label"))) for split in (train, test)]
+    order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
+    return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
 
 def conversations(split: Any, name: str, tokenizer: Any) -> list[list[Stretch]]:
