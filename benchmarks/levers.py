@@ -13,11 +13,11 @@ from typing import Any
 REPEATS = 3
 MODELS = {"minilm-l6-h384": 12, "stories260k-llama": 60}  # model -> steps timed
 LEVERS = {  # cumulative, in this order
-    "as people write it": (True, False, False, "float32"),
-    "+ padding to the longest row": (False, False, False, "float32"),
-    "+ rows of like length together": (False, True, False, "float32"),
-    "+ allocator": (False, True, True, "float32"),
-    "+ bf16 frozen base (fedlora's defaults)": (False, True, True, "auto"),
+    "as people write it": (True, False, "system", "float32"),
+    "+ padding to the longest row": (False, False, "system", "float32"),
+    "+ rows of like length together": (False, True, "system", "float32"),
+    "+ allocator": (False, True, "keep", "float32"),
+    "+ bf16 frozen base (fedlora's defaults)": (False, True, "keep", "auto"),
 }
 SEEDS, LEARN_STEPS, LEARN_RATE = (0, 1, 2), 250, 5e-3
 

@@ -198,8 +198,9 @@ def _kept_base(model: Model) -> int:
 def _estimates(o: Outline, crossing: Traffic, shapes: Shapes) -> list[str]:
     """What of the plan is no exact figure, and why."""
     said = [
-        "Memory counts tensors. Python, its libraries and the data come on top (about 600 MB), and freed blocks that "
-        "the allocator keeps: with engine.allocator = true processes were seen to take up to three times as much."
+        "Memory counts tensors. Python, its libraries and the data come on top (about 600 MB), and gaps between "
+        'blocks: with engine.allocator = "keep" processes took 1.4 to 3 times as much, with "return" '
+        "as much as is said here."
     ]
     if crossing.varies:
         said.append("Bytes depend on what training finds with these settings; they are those of a run without luck.")

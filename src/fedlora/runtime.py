@@ -1,8 +1,9 @@
-"""What the machine gives: device, threads, precision, and an allocator that keeps its memory."""
+"""What the machine gives: device, threads, precision, and what becomes of freed memory."""
 
 import ctypes
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,8 @@ from torch import nn
 from fedlora.training import Training
 
 WORTH_BF16 = 4_000_000  # parameters; below, converting costs more than the faster products save
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+LARGE = 32_768  # bytes; blocks from here on are a mapping of their own where memory is returned
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Engine:
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: int | None = None  # torch's threads; None leaves them as they are
     spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
-    allocator: bool = True  # keep freed memory in the process instead of returning it each step (Linux, glibc)
+    allocator: Literal["keep", "return", "system"] = "keep"  # freed memory (Linux, glibc): fast, small or as it comes
 
     def chosen(self) -> torch.device:
         """The device that ``device`` stands for. ``ValueError`` where it is not there."""
@@ -41,8 +43,10 @@ class Engine:
         """Applies the settings to this process, and returns the device."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.allocator:
+        if self.allocator == "keep":
             keep_memory()
+        elif self.allocator == "return":
+            return_memory()
         return self.chosen()
 
     def resolved(self, training: Training, network: nn.Module) -> Training:
@@ -84,9 +88,21 @@ def keep_memory() -> bool:
     """Tells glibc to serve large blocks from its heap and not to hand them back; False where there is no glibc.
 
     Each training step frees and asks again for the same large blocks; by default glibc returns them to the kernel,
-    which zeroes every page anew. The price is that memory stays with the process at its peak.
+    which zeroes every page anew. The price is that memory stays with the process at its peak, and gaps with it.
     """
+    return _tell_glibc({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def return_memory() -> bool:
+    """Tells glibc to give every large block back when it is freed: the process holds what its tensors hold, no more.
+
+    Slower than ``keep_memory``, since the kernel zeroes each page that is asked for again.
+    """
+    return _tell_glibc({M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: LARGE, M_TRIM_THRESHOLD: LARGE})
+
+
+def _tell_glibc(options: Mapping[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL("libc.so.6")
-    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return all(libc.mallopt(option, value) for option, value in options.items())
