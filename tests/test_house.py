@@ -44,6 +44,7 @@ LAYERS = [  # imports point down only
     {"engines", "runtime"},
     {
         "config",
+        "composition",
         "runs",
         "comparison",
         "grids",

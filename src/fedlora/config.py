@@ -4,149 +4,33 @@ Each table holds the keyword arguments of one constructor, so the dataclasses ar
 list. What is wrong is said in one sentence with the key, the value, and what would do.
 """
 
-import hashlib
-import json
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import Any
 
 from fedlora import methods, splits, tasks
-from fedlora.adapters import KINDS, Adapter, Dense
-from fedlora.clients import Clients, Shard
+from fedlora.adapters import KINDS, Adapter
+from fedlora.clients import Clients
+from fedlora.composition import Config, ModelTable, fingerprint
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
-from fedlora.flower.own import OWN
 from fedlora.method import Method
-from fedlora.methods.fedit import FedIT
-from fedlora.methods.local import Local
-from fedlora.model import Model, Precision
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
-from fedlora.runtime import Engine, checkpoint_activations
+from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
-from fedlora.start import begin
-from fedlora.tasks.networks import quantised
-from fedlora.tasks.task import Data, Task
+from fedlora.tasks.task import Task
 from fedlora.training import Training
 
 __all__ = [
-    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "merged", "overridden", "read",
-    "read_table",
+    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
+    "overridden", "read", "read_table",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelTable:
-    """The ``[model]`` table."""
-
-    name: str  # a hub id or a local folder
-    targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
-    head: list[str] | None = None  # modules trained in full; None: what the task put on top
-    start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
-    quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
-    overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
-
 
 SECTIONS = (
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole run, checked. ``table`` is the resolved TOML, every default written out: enough to repeat the run."""
-
-    model: ModelTable
-    task: Task
-    method: Method
-    clients: Clients = field(default_factory=Clients)
-    training: Training = field(default_factory=Training)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    server: ServerOptimizer = field(default_factory=ServerOptimizer)
-    engine: Engine = field(default_factory=Engine)
-    flower: Network = field(default_factory=Network)
-    rounds: int = 20
-    seed: int = 0
-    table: Table = field(default_factory=dict)
-
-    def federation(self, party: int | None = None, combines: bool = False) -> Federation:
-        """Loads the model and the data, and builds what an engine runs.
-
-        ``party`` is the client that this machine is, and ``combines`` says that no client trains here; both matter
-        only where every party has data of its own (``clients.split``).
-        """
-        device = self.engine.prepare()
-        data, shards = self.rows(party, combines)
-        names = tuple(self._label_names()) if data is None else data.label_names
-        network = self.network(len(names), device)
-        training = self.engine.resolved(self.training, network)
-        if training.gradient_checkpointing:
-            checkpoint_activations(network)
-        model = self.attached(network, typing.cast(Any, training.precision), device)
-        rules = model.rules(self.method, self.head_rule)
-        if self.model.start is not None:
-            begin(model, rules, self.method, self.model.start, self.seed)
-        budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
-        return Federation(
-            rules, self.method, model, self.task, data, self.clients, shards, budgets,
-            training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
-        )  # fmt: skip
-
-    def network(self, labels: int, device: torch.device) -> nn.Module:
-        """The pretrained network, quantised where ``model.quantize`` says so."""
-        kind = self.model.quantize
-        loading = {} if kind is None else {"loading": quantised(kind, device)}
-        return self.task.network(self.model.name, labels, self.seed, **loading)
-
-    def rows(self, party: int | None, combines: bool) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
-        """The data of this machine and each client's rows in it; see ``federation``."""
-        if not self.clients.own_data:
-            data = self.task.load(self.model.name, self.seed, self.clients.client_column)
-            return data, self.clients.shards(data, self.seed)
-        self._label_names()
-        if party is None and not combines:
-            raise ConfigError(
-                "clients.split is 'own': every party has its own data on its own machine; run it with "
-                "`fedlora flower`, or set clients.split to a way to split one data set."
-            )
-        if party is None:
-            return None, {}
-        data = self.task.load(self.model.name, self.seed)
-        return data, {party: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
-
-    def _label_names(self) -> Sequence[str]:
-        names = self.task.agreed()
-        if names is None:
-            raise ConfigError(
-                "clients.split is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
-            )
-        return names
-
-    def attached(self, network: nn.Module, precision: Precision = "float32", device: Any = "cpu") -> Model:
-        """The network with this configuration's adapters."""
-        table = self.model
-        return Model.attach(network, self.method.adapter, table.targets, table.head, precision, device, table.overlay)
-
-    def head_rule(self, dense: Dense) -> Method:
-        """How a part trained in full is combined: with the method's own weights, or not at all."""
-        return (FedIT if self.method.shares_head else Local)(dense, self.method.weighting)
-
-
-def fingerprint(table: Table) -> str:
-    """A digest of all that parties must have alike: the configuration without what a node says of its own machine."""
-    own = {*OWN, "training.precision"}  # a machine's precision is what it is fast at
-    left = {
-        section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
-        for section, value in table.items()
-        if section not in ("engine", "compare")
-    }
-    return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
