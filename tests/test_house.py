@@ -40,6 +40,13 @@ LAYERS = [  # imports point down only
         "sandbox",
         "programs",
         "squad",
+        "forms",
+        "updates",
+        "hygiene",
+        "defence",
+        "defences",
+        "attack",
+        "attacks",
     },
     {"engines", "runtime"},
     {

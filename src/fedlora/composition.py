@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from fedlora.adapters import Dense
+from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
+from fedlora.defence import Defence
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
 from fedlora.flower.own import OWN
+from fedlora.hygiene import Hygiene
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
@@ -54,6 +57,9 @@ class Config:
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
+    hygiene: Hygiene = field(default_factory=Hygiene)
+    robust: Defence | None = None
+    attack: Attack | None = None
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -79,6 +85,8 @@ class Config:
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
+            self.hygiene, self.robust,
+            self.attack and self.attack.ready(self.task, self.model.name, self.clients.members, self.seed),
         )  # fmt: skip
 
     def network(self, labels: int, device: torch.device) -> nn.Module:

@@ -32,7 +32,7 @@ class Checkpoint:
             save_tree(self._fold(number), folded(at.folds.entries[number - at.folds.start]))
         about = {
             "number": at.number, "folds": len(at.folds), "counted": {str(k): v for k, v in at.counted.items()},
-            "token": self.token, "config": self.config,
+            "token": self.token, "config": self.config, "conduct": at.conduct,
         }  # fmt: skip
         save_tree(self.folder / STATE, at.shared, {"about": json.dumps(about)})
 
@@ -49,6 +49,7 @@ class Checkpoint:
             begin.folds.append(unfolded(load_tree(self._fold(number))))
             f.model.fold(begin.folds.entries[-1])
         begin.number, begin.counted = about["number"], {int(k): v for k, v in about["counted"].items()}
+        begin.conduct = about.get("conduct", {})
         return begin
 
     def about(self) -> dict[str, Any]:

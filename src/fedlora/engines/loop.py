@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fedlora.adapters import Dense
+from fedlora.attack import Attack
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import DROPPED, Clients, Shard
+from fedlora.defence import Defence, defended
 from fedlora.evaluation import Evaluation, Evaluator, summary
 from fedlora.folds import FoldLog
+from fedlora.hygiene import Bad, Gate, Hygiene, barred
 from fedlora.linalg import compacted, total
 from fedlora.measures import errors
 from fedlora.method import Method
@@ -43,6 +46,9 @@ class Federation:
     seed: int
     label_names: tuple[str, ...] = ()
     fingerprint: str = ""  # of the configuration, without what is a party's own
+    hygiene: Hygiene = field(default_factory=Hygiene)
+    defence: Defence | None = None
+    attack: Attack | None = None
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's part in a round, its seed included."""
@@ -54,6 +60,11 @@ class Federation:
         steps = self.clients.steps(usual, round, client, self.seed)
         return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
 
+    def work(self, upload: Received) -> int:
+        """The optimiser steps that a client was to do for an upload, by the rows that it claims."""
+        turn = upload.turn
+        return self.clients.steps(self.training.steps(upload.examples), turn.round, turn.client, self.seed)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should be told of how this machine's rows were read."""
@@ -64,10 +75,10 @@ class Federation:
         """The parts trained in full."""
         return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
 
-    def evaluator(self) -> Evaluator:
-        """Scores trees on the test rows of this machine."""
+    def evaluator(self, task: Task | None = None) -> Evaluator:
+        """Scores trees on the test rows of this machine, by the run's task or another one on the same rows."""
         assert self.data is not None, "only a machine with data evaluates"
-        return Evaluator(self.model, self.task, self.data.test, self.shards, self.evaluation.batch_size)
+        return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
 
     def scores(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
         """What a client holds after round ``number``, on its own test rows."""
@@ -78,7 +89,7 @@ class Federation:
 class Event:
     """What a watcher is told, step by step."""
 
-    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
+    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting" | "quarantined"
     round: int
     client: int | None = None
     loss: float | None = None
@@ -101,6 +112,7 @@ class Standing:
     folds: FoldLog
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
+    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/gate.py
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,7 @@ class Round:
     record: Mapping[str, Any]  # JSON-able: losses, scores, errors, bytes, seconds
     ledger: Ledger
     standing: Standing
+    bad: Mapping[int, Bad] = field(default_factory=dict)  # uploads that were quarantined
 
 
 Watch = Callable[[Event], None]
@@ -129,6 +142,8 @@ class Loop(ABC):
     clock: dict[str, float] = field(default_factory=dict, init=False)
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
+    gate: Gate = field(init=False)  # of this round
+    overheard: dict[int, Tree] = field(default_factory=dict, init=False)  # what an attack remembers of the last round
 
     @abstractmethod
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -149,6 +164,16 @@ class Loop(ABC):
         """What clients hold for themselves, where it is on this machine."""
         return {}
 
+    def undone(self, client: int) -> None:  # noqa: B027 - a party that is elsewhere sees to it itself
+        """A client's turn of this round did not count: what it keeps is what it kept before."""
+
+    def arrived(self, upload: Received) -> Received | None:
+        """Every upload passes here: as the server has it, or None where it was quarantined."""
+        found = self.gate.arrived(upload)
+        if found is None:
+            self._quarantined(upload.turn)
+        return found
+
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
         return f.evaluation.measure
@@ -165,9 +190,10 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self._drop(f, number)
-            replies = self.turns(f, at)
-            uploads = self.gathered(replies)
+            self.gate = Gate(f.hygiene, f.rules, before, at.conduct)
+            self._drop(f, at)
+            replies = self._screened(f, at, self.turns(f, at))
+            uploads, judged = defended(f.defence, f.method, f.rules, before, self.gathered(replies), number, f.seed)
             served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
@@ -181,16 +207,39 @@ class Loop(ABC):
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
             record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
+            record |= {"quarantined": {k: bad.reason for k, bad in self.gate.bad.items()}} if self.gate.bad else {}
+            record |= {"robust": judged} if judged else {}
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number))
-            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at)
+            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at, self.gate.bad)
 
-    def _drop(self, f: Federation, number: int) -> None:
-        """Names who will not reply: drawn from the seed, so that every engine and every party agrees."""
-        for client in f.clients.dropped(number, f.seed):
+    def _drop(self, f: Federation, at: Standing) -> None:
+        """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""
+        for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
-            self.watch(Event("absent", number, client))  # without words: it is as the configuration asks
+            self.watch(Event("absent", at.number, client))  # without words: it is as the configuration asks
+        for client in sorted(barred(f.hygiene, at.conduct) & set(f.clients.cohort(at.number, f.seed))):
+            self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
+
+    def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
+        """The replies whose uploads pass beside each other, in the server's form."""
+        uploads = {reply.upload.turn.client: reply.upload for reply in replies}
+        if f.attack is not None and (forged := f.attack.together(f.rules, at.shared, uploads, self.overheard)):
+            uploads = {k: u for k, u in uploads.items() if k not in forged}
+            uploads |= {k: found for k, u in forged.items() if (found := self.arrived(u)) is not None}
+        before = set(self.gate.bad)
+        good = {u.turn.client: u for u in self.gate.judged([uploads[k] for k in sorted(uploads)], f.work)}
+        for client in sorted(self.gate.bad.keys() - before):
+            self._quarantined(uploads[client].turn)
+        self.gate.settle()
+        return [reply._replace(upload=good[k]) for reply in replies if (k := reply.upload.turn.client) in good]
+
+    def _quarantined(self, turn: Turn) -> None:
+        self.watch(
+            Event("quarantined", turn.round, turn.client, text=f"quarantined: {self.gate.bad[turn.client].reason}")
+        )
+        self.undone(turn.client)
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
@@ -209,6 +258,10 @@ class Loop(ABC):
         if not f.method.personal and evaluator is not None:
             tree = {part: public(layer) for part, layer in at.shared.items()}
             found["global"] = figures(evaluator.everyone(tree))
+            judge = f.attack.judge(f.task) if f.attack is not None else None
+            if judge is not None:
+                hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
+                found["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.scores(f, at, number, evaluator)
         if scores:
             found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))

@@ -34,6 +34,7 @@ class HetLoRA(Method):
     adapters = (LoRA,)
     any_rank = True
     sums = False
+    weighs = True
 
     def __post_init__(self):
         if not 0 < self.decay <= 1:

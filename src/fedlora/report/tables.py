@@ -185,6 +185,10 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
             table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
         last = found["last_rounds"]
         table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+    if "attack" in final:
+        table.add_row("attack's success", f"{final['attack']['success']:.4f}")
+    for client, rounds in found.get("quarantined", {}).items():
+        table.add_row(f"client {client}, quarantined in round", ", ".join(rounds))
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():
             table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")

@@ -67,7 +67,8 @@ class Masked(Federated):
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]
         layout = layout_of(f.rules, at.shared, turns)
-        weights = dict(zip(cohort, shares(f.method, [self._directory.rows[k] for k in cohort])))
+        claims = f.hygiene.capped([self._directory.rows[k] for k in cohort])
+        weights = dict(zip(cohort, shares(f.method, claims)))
         if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
             return super()._ask(cohort, set())
         t, span = self.network.secure_threshold, self.network.secure_range

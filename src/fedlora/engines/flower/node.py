@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from fedlora.attack import leaving, taught
 from fedlora.clients import DROPPED
 from fedlora.engines.flower.records import Order, digest
 from fedlora.engines.flower.settings import Network
@@ -99,10 +100,11 @@ class Node:
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(before, order, leaves, folds)
         trainer = LocalTrainer(
-            f.model, f.task, f.data.train, f.shards[self.client], f.spends(order.round, self.client), turn, f.rounds,
-            holding.moments, step_done=self.step_done,
+            f.model, taught(f.attack, f.task, turn), f.data.train, f.shards[self.client],
+            f.spends(order.round, self.client), turn, f.rounds, holding.moments, step_done=self.step_done,
         )  # fmt: skip
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
+        sent = leaving(f.attack, f.rules, shared, holding.kept, sent, turn)
         self.store.save(
             self.client,
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),

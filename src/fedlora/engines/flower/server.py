@@ -24,9 +24,9 @@ from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, Unread
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
+from fedlora.hygiene import barred
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
-from fedlora.types import Tree
 
 
 class Asked(NamedTuple):
@@ -102,10 +102,11 @@ class Federated(Loop, Strategy):
 
     def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
-        if out := [client for client in f.clients.dropped(at.number, f.seed) if client in self._directory.here()]:
+        out_of_it = barred(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
+        if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
             self._ask(out, set())
-        order = [client for client in f.clients.order(at.number, f.seed) if client not in self.absent]
-        return order, len(f.clients.staying(at.number, f.seed))
+        order = [c for c in f.clients.order(at.number, f.seed) if c not in self.absent.keys() | out_of_it]
+        return order, len(set(f.clients.staying(at.number, f.seed)) - out_of_it)
 
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
@@ -117,7 +118,7 @@ class Federated(Loop, Strategy):
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
         for client in f.clients.cohort(at.number, f.seed):
-            if client not in self.replies:
+            if client not in self.replies and client not in self.gate.bad:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
@@ -175,7 +176,6 @@ class Federated(Loop, Strategy):
     def summary(self) -> None:
         """What a run is, is in its folder."""
 
-    # ------------------------------------------------------------------------------------ parts
     @property
     def _directory(self) -> Directory:
         if self.directory is None:
@@ -281,11 +281,11 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        turn = self.federation.turn(order.round, client)
-        tree: Tree = checks.upload(self.federation, self.at.shared, turn, unpack(reply.content[LEAVES]))
-        self.at.channel.collect(order.round, client, tree)
-        self.replies[client] = Reply(Received(turn, rows, tree), loss)
+        upload = Received(self.federation.turn(order.round, client), rows, unpack(reply.content[LEAVES]))
+        self.at.channel.collect(order.round, client, upload.tree)
         self.watch(Event("turn", order.round, client, loss))
+        if (found := self.arrived(upload)) is not None:
+            self.replies[client] = Reply(found, loss)
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
