@@ -31,7 +31,10 @@ def world(method, K=5, head=False, ranks=None):
     shared = SHARED if isinstance(adapter, LoRA) else {"w": adapter.init(M, N, 0), "v": adapter.init(N, M, 1)}
     rules = dict.fromkeys(shared, method)
     if head:
-        shared, rules = {**shared, "head": {"weight": torch.ones(4, 5)}}, {**rules, "head": FedIT(Dense(frozenset({"weight"})))}
+        shared, rules = (
+            {**shared, "head": {"weight": torch.ones(4, 5)}},
+            {**rules, "head": FedIT(Dense(frozenset({"weight"})))},
+        )
     uploads = []
     for k in range(K):
         turn = Turn(2, k, (ranks or [adapter.budget] * K)[k], 10 + k)
