@@ -1,7 +1,7 @@
 """What it costs the server to look at every upload, and to compare them all, beside combining them.
 
-``python -m benchmarks.hygiene`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of the
-aggregation errors that every round measures unless told not to, of the gate, and of a robust rule's inner products.
+``python -m benchmarks.hygiene`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
+the aggregation errors that a round measures unless told not to, of the gate, and of a robust rule's inner products.
 """
 
 import argparse

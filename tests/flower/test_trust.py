@@ -35,7 +35,7 @@ def test_engines_agree_on_hostile_clients(case, tmp_path):
     there = world.run()
     assert same(there[-1].shared, here.shared)
     assert records_agree(there, here.records)
-    assert [r.record["bytes"] for r in there] == [r["bytes"] for r in here.records]
+    assert [r.record["bytes"]["up"] for r in there] == [r["bytes"]["up"] for r in here.records]
     for client, tree in here.kept.items():
         assert same({p: x for p, x in world.kept(client).items() if x}, {p: x for p, x in tree.items() if x})
     said = [r.record for r in there if {"quarantined", "robust"} & r.record.keys()]
