@@ -27,6 +27,7 @@ from fedlora.start import begin
 from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Config:
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
+    transport: Transport = field(default_factory=Transport)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Config:
         return Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
+            self.transport,
         )  # fmt: skip
 
     def network(self, labels: int, device: torch.device) -> nn.Module:

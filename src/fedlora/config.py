@@ -22,6 +22,7 @@ from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.tasks.task import Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 __all__ = [
     "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
@@ -29,7 +30,8 @@ __all__ = [
 ]  # fmt: skip
 
 SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower",
+    "transport", "compare",
 )  # fmt: skip
 
 
@@ -59,9 +61,11 @@ def build(table: Table) -> Config:
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
+        "transport": construct(Transport, "transport", _section(table, "transport")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
+    parts["transport"].check(method, parts["flower"].secure_aggregation)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
         parts["flower"].check(method, size, able)

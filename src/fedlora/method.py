@@ -31,6 +31,7 @@ class Method:
     personal: ClassVar[bool] = False  # is there one model a client, rather than one for all?
     shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
     sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
+    keeps_frame: ClassVar[bool] = True  # does a leaf mean the same next round, so that what was lost can be added then?
 
     @property
     def whole_model(self) -> bool:

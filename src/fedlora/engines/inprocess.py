@@ -36,13 +36,15 @@ class InProcess(Loop):
             if client in self.absent:
                 continue  # and nobody knows what arrived: next time it is sent everything that it may lack
             at.channel.holds(client, delivery)
-            sent, self._kept[client], loss, self._moments[client] = self._turn(
-                f, at.number, client, at.shared, self._kept.get(client, {}), self._moments.get(client)
+            kept, turn = self._kept.get(client, {}), f.turn(at.number, client)
+            sent, stays, loss, self._moments[client] = self._turn(
+                f, at.number, client, at.shared, kept, self._moments.get(client)
             )
-            at.channel.collect(at.number, client, sent)
+            crossed, sent, self._kept[client] = f.transport.sent(f.rules, at.shared, kept, turn, sent, stays)
+            at.channel.collect(at.number, client, sent, crossed)
             if self.spill is not None:
                 sent = Spilled(self.spill / f"{client}.safetensors", sent)
-            replies.append(Reply(Received(f.turn(at.number, client), len(f.shards[client].train), sent), loss))
+            replies.append(Reply(Received(turn, len(f.shards[client].train), sent), loss))
         return replies
 
     def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None):

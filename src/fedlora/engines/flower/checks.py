@@ -30,6 +30,10 @@ def upload(f: Federation, shared: Tree, turn: Turn, sent: Tree) -> Tree:
     ``RefusedError`` where it has not the leaves that this client's turn sends, with their shapes and finite numbers.
     """
     needed, exact = expected(f.rules, shared, turn)
+    try:
+        sent = f.transport.arrived(f.rules, shared, turn, sent)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     strange = sorted(sent.keys() - f.rules.keys())
     if strange:
         raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")

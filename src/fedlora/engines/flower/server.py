@@ -281,9 +281,9 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        turn = self.federation.turn(order.round, client)
-        tree: Tree = checks.upload(self.federation, self.at.shared, turn, unpack(reply.content[LEAVES]))
-        self.at.channel.collect(order.round, client, tree)
+        turn, crossed = self.federation.turn(order.round, client), unpack(reply.content[LEAVES])
+        tree: Tree = checks.upload(self.federation, self.at.shared, turn, crossed)
+        self.at.channel.collect(order.round, client, tree, crossed)
         self.replies[client] = Reply(Received(turn, rows, tree), loss)
         self.watch(Event("turn", order.round, client, loss))
 
