@@ -32,6 +32,7 @@ LAYERS = [  # imports point down only
         "codec",
         "codecs",
         "transport",
+        "limits",
         "folds",
         "measures",
         "answers",

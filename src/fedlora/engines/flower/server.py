@@ -24,6 +24,7 @@ from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, Unread
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
+from fedlora.limits import shown, upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
 from fedlora.types import Tree
@@ -269,7 +270,7 @@ class Federated(Loop, Strategy):
             take(client, order, reply)
         except checks.MALFORMED as error:
             refused = isinstance(error, checks.RefusedError | UnreadableError)
-            text = str(error) if refused else f"its reply is malformed ({type(error).__name__}: {error})"
+            text = shown(error) if refused else f"its reply is malformed ({type(error).__name__}: {shown(error)})"
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
@@ -281,7 +282,8 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        turn, crossed = self.federation.turn(order.round, client), unpack(reply.content[LEAVES])
+        turn, most = self.federation.turn(order.round, client), upload_limits(self.federation.transport.max_upload_mb)
+        crossed = unpack(reply.content[LEAVES], most)
         tree: Tree = checks.upload(self.federation, self.at.shared, turn, crossed)
         self.at.channel.collect(order.round, client, tree, crossed)
         self.replies[client] = Reply(Received(turn, rows, tree), loss)
