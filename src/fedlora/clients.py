@@ -14,6 +14,7 @@ from fedlora.splits import Split, apportioned, load
 from fedlora.tasks.task import Data
 
 DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
+MOST = 1_000_000  # clients: each is drawn, split and listed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Clients:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
+        if self.count > MOST:
+            raise ValueError(f"clients.count is {self.count}; a federation here has at most {MOST:,} clients.")
         if not 0 <= self.new < self.count:
             raise ValueError(f"clients.new is {self.new}; it lies between 0 and below clients.count, {self.count}.")
         if self.per_round is not None and not 1 <= self.per_round <= self.members:

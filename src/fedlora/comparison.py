@@ -13,6 +13,7 @@ from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
+from fedlora.limits import plain_name
 from fedlora.method import Method
 from fedlora.oracle import asked
 from fedlora.runs import run
@@ -53,6 +54,7 @@ def for_label(table: Table, label: str) -> Table:
     ``centralised``: one client with all the data and the cohort's steps.
     Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
     """
+    plain_name(label, "a compared run")
     every = table.get("compare", {})
     base = {key: value for key, value in table.items() if key != "compare"}
     if label == CENTRALISED:

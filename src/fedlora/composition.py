@@ -30,6 +30,7 @@ from fedlora.start import begin
 from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Config:
     hygiene: Hygiene = field(default_factory=Hygiene)
     robust: Defence | None = None
     attack: Attack | None = None
+    transport: Transport = field(default_factory=Transport)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Config:
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
             self.hygiene, self.robust,
             self.attack and self.attack.ready(self.task, self.model.name, self.clients.members, self.seed),
+            self.transport,
         )  # fmt: skip
 
     def network(self, labels: int, device: torch.device) -> nn.Module:

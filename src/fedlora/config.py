@@ -23,6 +23,7 @@ from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.tasks.task import Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 __all__ = [
     "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
@@ -31,7 +32,7 @@ __all__ = [
 
 SECTIONS = (
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "hygiene",
-    "robust", "attack", "compare",
+    "robust", "attack", "transport", "compare",
 )  # fmt: skip
 
 
@@ -64,9 +65,11 @@ def build(table: Table) -> Config:
         "hygiene": construct(Hygiene, "hygiene", _section(table, "hygiene")),
         "robust": _optional(table, "robust", defences.load),
         "attack": _optional(table, "attack", attacks.load),
+        "transport": construct(Transport, "transport", _section(table, "transport")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
+    parts["transport"].check(method, parts["flower"].secure_aggregation)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
         parts["flower"].check(method, size, able)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora.adapters import Dense, LoRA
 from fedlora.linalg import scaled, total
 from fedlora.method import Method, mean
-from fedlora.rounds import Received, Rules, Served, alike, stacked, weights_of
+from fedlora.rounds import Received, Rules, Served, alike, public, stacked, weights_of
 from fedlora.types import Factors, Layer, Tree, Upload
 
 STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
@@ -47,7 +47,7 @@ def errors(
 
 def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) -> Layer:
     """A client's trained leaves, and the frozen ones at its own budget."""
-    return {**rule.adapter.leading(before, upload.turn.rank), **kept, **upload.tree[part]}
+    return {**rule.adapter.leading(before, upload.turn.rank), **public(kept), **upload.tree[part]}
 
 
 def _fold_shapes(served: Served, part: str) -> Layer:

@@ -32,6 +32,7 @@ class Method:
     shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
     sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
     weighs: ClassVar[bool] = False  # does the server give the uploads other weights than their shares?
+    keeps_frame: ClassVar[bool] = True  # does a leaf mean the same next round, so that what was lost can be added then?
 
     @property
     def whole_model(self) -> bool:

@@ -14,6 +14,7 @@ from fedlora.clients import Shard
 from fedlora.config import Config
 from fedlora.engines.loop import Federation
 from fedlora.footprint import Bench
+from fedlora.limits import read_header
 from fedlora.model import Model
 from fedlora.rounds import Rules
 from fedlora.runtime import checkpoint_activations
@@ -49,7 +50,7 @@ def outline(config: Config) -> Outline:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     f = Federation(
         rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
-        config.evaluation, config.server, config.rounds, config.seed, names,
+        config.evaluation, config.server, config.rounds, config.seed, names, transport=config.transport,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tree = whole(model, groups, rules)
@@ -121,7 +122,6 @@ def _poolers(network: nn.Module, model: str) -> list[str]:
 
 def stored(model: str) -> list[str]:
     """The names of a checkpoint's tensors; no tensor is read."""
-    from safetensors import safe_open
     from transformers.utils import cached_file
 
     found: dict[str, str | None] = {}
@@ -135,5 +135,4 @@ def stored(model: str) -> list[str]:
         return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
     if single is None:
         return []
-    with safe_open(single, framework="pt") as file:
-        return list(file.keys())
+    return list(read_header(single).tensors)

@@ -165,7 +165,8 @@ def _memory(o: Outline, crossing: Traffic, spent: Measured) -> dict[str, Any]:
     kept_base = _kept_base(model) if crossing.folds and not model.overlay else 0
     folds = kept_base or (crossing.folds if model.overlay else 0)
     train, score = spent.train, spent.score
-    uploads = max(sum(r.bytes for r in crossing.rows if r.direction == "up" and r.round == n) for n in range(f.rounds))
+    up = [row for row in crossing.rows if row.direction == "up"]
+    uploads = max(sum(4 * row.numbers for row in up if row.round == n) for n in range(f.rounds))  # decoded, float32
     moments = train.moments * f.clients.members if f.training.keep_optimizer else 0
     client = weights + 2 * leaves + folds + max(train.peak, score.peak)
     server = weights + 2 * leaves + folds + crossing.folds + uploads + crossing.combining

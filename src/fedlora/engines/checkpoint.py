@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from fedlora.engines.loop import Federation, Standing
 from fedlora.folds import Folds
-from fedlora.state import load_tree, save_tree
+from fedlora.state import load_about, load_tree, save_tree
 from fedlora.types import Factors
 
 STATE, FOLDS = "checkpoint.safetensors", "folds"
@@ -54,14 +52,8 @@ class Checkpoint:
 
     def about(self) -> dict[str, Any]:
         """What the checkpoint says of itself. ``ValueError`` where it is of another configuration."""
-        try:
-            with safe_open(self.folder / STATE, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{str(self.folder / STATE)!r} cannot be read, it was cut off or edited: {error}; run it anew."
-            ) from error
-        if about["config"] != self.config:
+        about = load_about(self.folder / STATE)
+        if about.get("config") != self.config:
             raise ValueError(
                 f"{str(self.folder)!r} holds a run of another configuration; choose another folder, "
                 "or go on with the configuration it began with."

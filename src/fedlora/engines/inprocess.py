@@ -44,12 +44,14 @@ class InProcess(Loop):
             if client in self.absent:
                 continue  # and nobody knows what arrived: next time it is sent everything that it may lack
             at.channel.holds(client, delivery)
-            self._before[client] = self._kept.get(client, {}), self._moments.get(client)
-            sent, self._kept[client], loss, self._moments[client] = self._turn(
-                f, at.number, client, at.shared, self._kept.get(client, {}), self._moments.get(client)
+            kept, turn = self._kept.get(client, {}), f.turn(at.number, client)
+            self._before[client] = kept, self._moments.get(client)
+            sent, stays, loss, self._moments[client] = self._turn(
+                f, at.number, client, at.shared, kept, self._moments.get(client)
             )
-            at.channel.collect(at.number, client, sent)
-            upload = self.arrived(Received(f.turn(at.number, client), len(f.shards[client].train), sent))
+            crossed, sent, self._kept[client] = f.transport.sent(f.rules, at.shared, kept, turn, sent, stays)
+            at.channel.collect(at.number, client, sent, crossed)
+            upload = self.arrived(Received(turn, len(f.shards[client].train), sent))
             if upload is None:
                 continue
             if self.spill is not None:

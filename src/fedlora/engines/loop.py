@@ -24,6 +24,7 @@ from fedlora.rounds import Received, Rules, Served, public, received, server_tur
 from fedlora.seeds import derived
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 from fedlora.types import Tree, Turn
 
 
@@ -49,6 +50,7 @@ class Federation:
     hygiene: Hygiene = field(default_factory=Hygiene)
     defence: Defence | None = None
     attack: Attack | None = None
+    transport: Transport = field(default_factory=Transport)
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's part in a round, its seed included."""
@@ -174,6 +176,11 @@ class Loop(ABC):
             self._quarantined(upload.turn)
         return found
 
+    def refused(self, upload: Received, reason: str) -> None:
+        """Quarantines an upload that cannot even be read as one."""
+        self.gate.refuse(upload, reason)
+        self._quarantined(upload.turn)
+
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
         return f.evaluation.measure
@@ -181,7 +188,7 @@ class Loop(ABC):
     def begin(self, f: Federation) -> Standing:
         """Before the first round."""
         shared = f.model.initial(f.seed)
-        return Standing(0, shared, FoldLog(), Channel(shared, f.heads))
+        return Standing(0, shared, FoldLog(), Channel(shared, f.heads, f.transport))
 
     def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
         """One ``Round`` after another, from the start or from where a run stands; stop whenever you like."""
@@ -243,10 +250,11 @@ class Loop(ABC):
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
-        at.shared = served.shared
+        at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
             # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
-            at.folds.append({part: (compacted(total(factors)),) for part, factors in served.folds.items()})
+            folds = {part: (compacted(total(factors)),) for part, factors in served.folds.items()}
+            at.folds.append(f.transport.rounded(folds))
             at.folds.settle(at.channel.held_by_all(f.clients.members))
             f.model.fold(at.folds.entries[-1])
         at.number += 1

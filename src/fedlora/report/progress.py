@@ -9,6 +9,9 @@ from rich.progress import Progress as Bar
 
 from fedlora.comparison import Cell
 from fedlora.engines.loop import Event
+from fedlora.limits import shown
+
+NOTE = 4000  # characters of one line
 
 
 class _Live:
@@ -51,9 +54,9 @@ class Progress(_Live):
 def told(event: Event) -> str:
     """An event with something to say, as a line; a note is of no round."""
     if event.kind == "note":
-        return event.text
+        return shown(event.text, NOTE)
     who = "" if event.client is None else f", client {event.client}"
-    return f"round {event.round + 1}{who}: {event.text}"
+    return f"round {event.round + 1}{who}: {shown(event.text, NOTE)}"
 
 
 class Lines:

@@ -5,6 +5,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from fedlora.limits import shown
 
 DASH = "–"
 
@@ -276,8 +279,17 @@ def printed(*things: Table | str) -> None:
         console.print(thing)
 
 
+class Plain(Console):
+    """A console that obeys nothing in the texts it shows: names may come from other parties."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text as it is, without rich's markup, and with escapes where a terminal would act on a character."""
+        lines = (shown(line, len(line)) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **{**options, "markup": False})
+
+
 def stdout() -> Console:
     """Where tables go."""
-    console = Console()
+    console = Plain(markup=False)
     # Where nobody looks, a line is as long as it needs to be: a folded table cannot be read by a program.
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Plain(width=200, markup=False)

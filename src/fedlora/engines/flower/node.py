@@ -105,6 +105,7 @@ class Node:
         )  # fmt: skip
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
         sent = leaving(f.attack, f.rules, shared, holding.kept, sent, turn)
+        sent, _, stays = f.transport.sent(f.rules, shared, holding.kept, turn, sent, stays)
         self.store.save(
             self.client,
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
@@ -135,12 +136,16 @@ class Node:
         held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
         f = self.federation
-        known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
-        held = replace(held, leaves=laid_over(held.leaves, known))
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
         shared = laid_over(start, held.leaves)
         holds = digest(visible(f.rules, shared, rank))
+        if holds != order.holds:  # else it had these leaves already, and its reply was lost
+            leaves = f.transport.heard(leaves, shared)
+            known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
+            held = replace(held, leaves=laid_over(held.leaves, known))
+            shared = laid_over(start, held.leaves)
+            holds = digest(visible(f.rules, shared, rank))
         if holds != order.holds:
             raise StaleError("what this party holds is not what the server thinks it holds.")
         self.base.bring_to(held.folds, self.store)
@@ -158,7 +163,7 @@ class Node:
             held = replace(held, folds=(), folded=0, base="")
         if (held.folded, held.base) != (order.first, order.before):
             raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add(some) for some in folds]
+        names = [self.store.add(self.federation.transport.widened(some)) for some in folds]
         return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
 
 

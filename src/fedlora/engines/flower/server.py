@@ -18,6 +18,7 @@ from fedlora.channel import Delivery
 from fedlora.engines.checkpoint import folded
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
+from fedlora.engines.flower.exchange import exchanged
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
 from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
@@ -25,6 +26,7 @@ from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
+from fedlora.limits import shown, upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
 
@@ -233,32 +235,13 @@ class Federated(Loop, Strategy):
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Sends, and collects what is answered in time; the silent are named."""
-        pushed = set(self.grid.push_messages(messages))
+        assert self.grid is not None, "start(grid) first"
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
-        waiting, found = pushed & self._sent.keys(), []
-        for key in self._sent.keys() - pushed:
-            self._lost(self._sent[key].client, "its node cannot be reached")
-        end = time.monotonic() + self.network.round_timeout
-        while waiting and time.monotonic() < end:
-            for reply in self.grid.pull_messages(list(waiting)):
-                key = reply.metadata.reply_to_message_id
-                if key in waiting:
-                    waiting.discard(key)
-                    found.append(reply)
-            waiting -= self._gone(waiting)
-            if waiting:
-                self._pause()
-        for key in waiting:
-            self._lost(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
+        nodes = {key: asked.node for key, asked in self._sent.items()}
+        found, silent = exchanged(self.grid, messages, nodes, self.network.round_timeout, self._pause)
+        for key, why in silent.items():
+            self._lost(self._sent[key].client, why)
         return found
-
-    def _gone(self, waiting: set[str]) -> set[str]:
-        """Those whose node is not connected any more: started again, it will know nothing of what it was asked."""
-        there = set(self.grid.get_node_ids())
-        gone = {key for key in waiting if self._sent[key].node not in there}
-        for key in gone:
-            self._lost(self._sent[key].client, "its node was gone while it was asked")
-        return gone
 
     def _taken(self, reply: Message, take) -> None:
         """One reply: what it says is noted, or why it is left out."""
@@ -269,7 +252,7 @@ class Federated(Loop, Strategy):
             take(client, order, reply)
         except checks.MALFORMED as error:
             refused = isinstance(error, checks.RefusedError | UnreadableError)
-            text = str(error) if refused else f"its reply is malformed ({type(error).__name__}: {error})"
+            text = shown(error) if refused else f"its reply is malformed ({type(error).__name__}: {shown(error)})"
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
@@ -281,9 +264,14 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        upload = Received(self.federation.turn(order.round, client), rows, unpack(reply.content[LEAVES]))
-        self.at.channel.collect(order.round, client, upload.tree)
+        f, turn = self.federation, self.federation.turn(order.round, client)
+        crossed = unpack(reply.content[LEAVES], upload_limits(f.transport.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
+        try:
+            upload = Received(turn, rows, f.transport.arrived(f.rules, self.at.shared, turn, crossed))
+        except ValueError as error:
+            return self.refused(Received(turn, rows, crossed), str(error))
+        self.at.channel.collect(order.round, client, upload.tree, crossed)
         if (found := self.arrived(upload)) is not None:
             self.replies[client] = Reply(found, loss)
 
