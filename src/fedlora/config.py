@@ -18,6 +18,7 @@ from fedlora.evaluation import Evaluation
 from fedlora.method import Method
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy, refusals
 from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.tasks.task import Task
@@ -29,7 +30,8 @@ __all__ = [
 ]  # fmt: skip
 
 SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine",
+    "flower", "compare",
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def build(table: Table) -> Config:
         "training": construct(Training, "training", _section(table, "training")),
         "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
+        "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
     }
@@ -71,7 +74,9 @@ def build(table: Table) -> Config:
         )
     config = Config(**parts, **numbers)
     config.engine.chosen()  # a device that is not there is said before anything is loaded
-    _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])
+    _check_ranks(config, _section(table, "method").get("name", "fedit"))
+    budgets = config.clients.budgets(method.adapter.budget, config.seed)
+    refusals.check(config.privacy, method, config.clients, budgets, config.task)
     return replace(config, table=_resolved(config, table))
 
 
@@ -163,6 +168,8 @@ def _resolved(config: Config, table: Table) -> Table:
     objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
     for section, value in objects.items():
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    if not config.privacy.on:
+        del found["privacy"]
     if config.training.local_epochs is None:
         found["training"]["local_steps"] = config.training.steps(1)
     found["clients"]["split"] = splits.resolved(config.clients.split)

@@ -49,7 +49,7 @@ def outline(config: Config) -> Outline:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     f = Federation(
         rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
-        config.evaluation, config.server, config.rounds, config.seed, names,
+        config.evaluation, config.server, config.rounds, config.seed, names, privacy=config.privacy,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tree = whole(model, groups, rules)

@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.report.guarantee import lines as guarantee
+
 DASH = "–"
 
 
@@ -185,6 +187,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
             table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
         last = found["last_rounds"]
         table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+    for name, value in guarantee(found["privacy"]) if "privacy" in found else ():
+        table.add_row(name, value)
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():
             table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")

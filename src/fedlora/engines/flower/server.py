@@ -104,8 +104,8 @@ class Federated(Loop, Strategy):
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
         if out := [client for client in f.clients.dropped(at.number, f.seed) if client in self._directory.here()]:
             self._ask(out, set())
-        order = [client for client in f.clients.order(at.number, f.seed) if client not in self.absent]
-        return order, len(f.clients.staying(at.number, f.seed))
+        order = [client for client in f.order(at.number) if client not in self.absent]
+        return order, len(f.clients.staying(at.number, f.drawn))
 
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
@@ -116,7 +116,7 @@ class Federated(Loop, Strategy):
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
-        for client in f.clients.cohort(at.number, f.seed):
+        for client in f.cohort(at.number):
             if client not in self.replies:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
         self.clock["train"] += time.perf_counter() - began
