@@ -48,7 +48,7 @@ class Wide(nn.Module):
 def trained(noise, key):
     """One run of DP-SGD in which a coin decides for each canary; each canary's coin and its score."""
     model = Model.attach(Wide(), LoRA(rank=4), ["first"], ["classifier"])
-    x, labels = 10 * torch.eye(CANARIES)[:, None], torch.arange(CANARIES) % 2
+    x, labels = 2 * torch.eye(CANARIES)[:, None], torch.arange(CANARIES) % 2
     coins = torch.rand(CANARIES, generator=torch.Generator().manual_seed(key)) < 0.5
     training = Training(local_steps=STEPS, batch_size=CANARIES, optimizer="sgd", learning_rate=0.3, momentum=0.0, max_grad_norm=None)  # fmt: skip
     trainer = dpsgd.PrivateTrainer(
@@ -58,7 +58,7 @@ def trained(noise, key):
     )  # fmt: skip
     start = model.initial(0)
     draws = torch.Generator().manual_seed(5)
-    start = {p: {leaf: x + 0.5 * torch.randn(x.shape, generator=draws) for leaf, x in layer.items()} for p, layer in start.items()}  # fmt: skip
+    start = {p: {leaf: x + 0.2 * torch.randn(x.shape, generator=draws) for leaf, x in layer.items()} for p, layer in start.items()}  # fmt: skip
     end = trainer.fit(start, {p: part.adapter.trainable for p, part in model.parts.items()}, model.rules(FedIT(LoRA(rank=4)), FedIT))  # fmt: skip
     model.load(start)
     change, column = end["first"]["A"] - start["first"]["A"], []

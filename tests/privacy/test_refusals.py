@@ -5,8 +5,9 @@ import re
 import pytest
 
 from fedlora import methods
+from fedlora.catalogue import covered
 from fedlora.comparison import for_label, oracle
-from fedlora.config import ConfigError, build, merged, overridden
+from fedlora.config import build, merged, overridden
 from tests.engines.test_inprocess import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -45,7 +46,7 @@ def made(name, *overrides):
     ],
 )  # fmt: skip
 def test_one_sentence(name, overrides, text):
-    with pytest.raises(ConfigError if "clients.ranks" not in overrides else ValueError, match=re.escape(text)) as found:
+    with pytest.raises(ValueError, match=re.escape(text)) as found:
         made(name, *overrides)
     assert str(found.value).endswith(".") and "\n" not in str(found.value)
 
@@ -90,3 +91,11 @@ def test_a_comparison_gives_every_method_equal_weights_and_the_upper_line_no_cli
     assert not upper.privacy.on and upper.clients.count == 1
     with pytest.raises(ValueError, match=r"the oracle looks at every upload"):
         oracle(table)
+
+
+def test_a_methods_page_says_what_is_covered():
+    said = {name: covered(methods.load(name)) for name in methods.names()}
+    assert "noise on a round's sum or each upload, for A, clipped" in said["fedsa-lora"]
+    assert "; B, parts trained in full stay with a client, uncovered" in said["fedsa-lora"]
+    assert "for A, B and the parts trained in full, clipped" in said["rolora"] and "stay" not in said["rolora"]
+    assert "noise on each upload, for A, B and" in said["flora"] and said["local"].startswith("Whole clients: nothing")

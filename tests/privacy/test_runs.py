@@ -51,7 +51,8 @@ def test_the_grid_has_the_bits_of_one_process(name, settings, tmp_path):
     world = World(tmp_path, made=made)
     rounds = world.run()
     assert same(rounds[-1].shared, here.shared) and records_agree(rounds, here.records)
-    assert all(same(world.kept(client), tree) for client, tree in here.kept.items())
+    kept = {client: {part: layer for part, layer in tree.items() if layer} for client, tree in here.kept.items()}
+    assert all(same(world.kept(client), tree) for client, tree in kept.items())
     bare = fedlora.run(config(name, *settings, "rounds=2", "privacy.noise_multiplier=0.0"))
     assert not same(bare.shared, here.shared) or name == "flora"
 

@@ -41,7 +41,7 @@ class Progress(_Live):
         """Told of every step."""
         if event.epsilon is not None:
             self.spent = f", ε {event.epsilon:.2f}"
-        if event.loss is not None:
+        if event.loss:  # 0 stands for a loss that privacy keeps with its client
             self.loss = f", loss {event.loss:.3f}"
         if event.text:
             self.bar.console.print(told(event), highlight=False, markup=False, soft_wrap=True)
@@ -73,7 +73,7 @@ class Lines:
         elif event.loss is not None and event.client is not None:
             self.losses[event.client] = event.loss
         elif event.kind == "round":
-            mean = f", mean loss {fmean(self.losses.values()):.4f}" if self.losses else ""
+            mean = f", mean loss {fmean(self.losses.values()):.4f}" if any(self.losses.values()) else ""
             spent = "" if event.epsilon is None else f", ε {event.epsilon:.2f}"
             print(f"round {event.round + 1} of {self.rounds}: {len(self.losses)} clients{mean}{spent}", flush=True)
             self.losses.clear()

@@ -261,6 +261,7 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
     console.print(f"Claims: {', '.join(claims)}", markup=False)
     console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)
+    console.print(f"Privacy: {one['privacy']}", markup=False)
     console.print(
         f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False
     )
