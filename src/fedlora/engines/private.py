@@ -133,10 +133,19 @@ def spent(f: "Federation", rounds: int) -> dict[str, Any]:
     if not f.privacy.on:
         return {}
     pairs = _worst((rate(f, k), steps(f, k, asked(f, k, rounds))) for k in known(f))
+    if not pairs:
+        return {"privacy": {"epsilon": None, "delta": None}}
     d = delta(f)
-    z = f.noise
-    found = [f.privacy.epsilon(z, q, n, d) for q, n in pairs]
-    return {"privacy": {"epsilon": _finite(max(found)) if found else None, "delta": d}}
+    found = [f.privacy.epsilon(f.noise, q, n, d) for q, n in pairs]
+    return {"privacy": {"epsilon": _finite(max(found)), "delta": d}}
+
+
+def told(f: "Federation", rounds: int) -> str:
+    """A line for the log of a party that alone knows its rows; empty where the server says it."""
+    if not (f.privacy.by_example and f.clients.own_data):
+        return ""
+    found = spent(f, rounds)["privacy"]
+    return f"fedlora: after round {rounds}, ε = {found['epsilon']} at δ = {found['delta']} for this party's rows"
 
 
 def report(f: "Federation", rounds: int, plan: bool = False) -> dict[str, Any]:
@@ -148,8 +157,8 @@ def report(f: "Federation", rounds: int, plan: bool = False) -> dict[str, Any]:
     own = {k: _finite(p.epsilon(z, rate(f, k), n, delta(f))) for k, n in count.items()}
     worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
     found: dict[str, Any] = {
-        "level": p.level, "epsilon": worst, "delta": delta(f), "noise_multiplier": _finite(z), "clip": p.clip,
-        "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
+        "level": p.level, "epsilon": worst, "delta": delta(f) if own else None, "noise_multiplier": _finite(z),
+        "clip": p.clip, "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
         "sampling_rate": max((rate(f, k) for k in known(f)), default=None),
         "secret": p.secret, "covers": CLIENT if p.by_client else EXAMPLE,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """A party: what it does with a message. Nothing of Flower's here beyond the records."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -110,6 +111,8 @@ class Node:
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
         )
         rows = len(f.shards[self.client].train)
+        if said := private.told(f, order.round + 1):
+            print(said, file=sys.stderr)
         loss = 0.0 if f.privacy.hides_figures else trainer.loss
         return Answer({"round": order.round, "examples": rows, "loss": loss}, holds, sent)
 
