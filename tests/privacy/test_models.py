@@ -11,7 +11,7 @@ from tests.engines.test_inprocess import TABLE
 LEVEL = {
     "privacy": {"level": "example", "noise_multiplier": 1.0},
     "adapter": {"rank": 2},
-    "training": {"batch_size": 4},
+    "training": {"batch_size": 4, "precision": "float32"},
 }
 
 
