@@ -50,6 +50,7 @@ def _problem(table: Table) -> str | None:
 # What a section can only be judged with.
 WITH = {"adapter": ("method",), "method": ("adapter",), "server": ("method", "adapter")}
 WITH |= {"clients": ("method", "adapter"), "flower": ("method", "adapter", "clients")}
+WITH |= {"privacy": ("method", "adapter", "clients")}
 SOUND: Table = {
     "model": {"name": "demo-vit"},
     "task": {"name": "image-classification", "data": "digits"},

@@ -8,6 +8,7 @@ from fedlora import methods
 from fedlora.catalogue import covered
 from fedlora.comparison import for_label, oracle
 from fedlora.config import build, merged, overridden
+from fedlora.planning import problems
 from tests.engines.test_inprocess import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -99,3 +100,8 @@ def test_a_methods_page_says_what_is_covered():
     assert "; B, parts trained in full stay with a client, uncovered" in said["fedsa-lora"]
     assert "for A, B and the parts trained in full, clipped" in said["rolora"] and "stay" not in said["rolora"]
     assert "noise on each upload, for A, B and" in said["flora"] and said["local"].startswith("Whole clients: nothing")
+
+
+def test_a_plan_lists_what_is_wrong_and_not_what_is_right():
+    table = {**made("fedit", *CLIENT).table, "rounds": 0}
+    assert problems(table) == ["rounds is 0; a run needs at least 1."]
