@@ -41,6 +41,8 @@ LAYERS = [  # imports point down only
         "oracle",
         "evaluation",
         "secure",
+        "privacy",
+        "sampling",
         "sandbox",
         "programs",
         "squad",

@@ -69,7 +69,8 @@ def for_label(table: Table, label: str) -> Table:
 def _fitted(table: Table, method: str) -> Table:
     """The table under a method with its defaults, and with an adapter that the method is defined for."""
     kind, given = methods.load(method), table.get("adapter", {"name": "lora"})
-    own, name = {**table, "method": {"name": method}}, given.get("name", "lora")
+    equal = {"weighting": "uniform"} if _by_client(table) else {}
+    own, name = {**table, "method": {"name": method, **equal}}, given.get("name", "lora")
     if name in KINDS and not issubclass(KINDS[name], kind.adapters):
         adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
         own["adapter"] = _as_table(kind.adapters[0].like(adapter))
@@ -94,8 +95,14 @@ def _as_table(adapter: Adapter) -> Table:
 def _centralised(table: Table) -> Table:
     config = build(table)
     steps = {} if config.training.local_epochs else {"local_steps": _cohort_steps(config)}
-    own = {key: value for key, value in table.items() if key not in ("clients", "method")}
+    gone = ("clients", "method", *(["privacy"] if _by_client(table) else []))  # one client is hidden among no others
+    own = {key: value for key, value in table.items() if key not in gone}
     return merged({**_fitted(own, "fedit"), "clients": {"count": 1}}, {"training": steps})
+
+
+def _by_client(table: Table) -> bool:
+    """Whether the guarantee is about whole clients, whose weights must then be equal."""
+    return bool(table.get("privacy", {}).get("level") == "client")
 
 
 def _cohort_steps(config: Config) -> int:
@@ -138,6 +145,8 @@ def oracle(
     ``ConfigError`` names a method that combines no finished factors.
     """
     config = build({key: value for key, value in table.items() if key != "compare"})
+    if config.privacy.hides_figures:
+        raise ConfigError("the oracle looks at every upload, which [privacy] covers; set privacy.figures = true.")
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")

@@ -14,6 +14,7 @@ from fedlora.adapters import Dense
 from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
 from fedlora.defence import Defence
+from fedlora.engines import private
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
@@ -24,6 +25,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.model import Model, Precision
 from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table
 from fedlora.start import begin
@@ -56,6 +58,7 @@ class Config:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
+    privacy: Privacy = field(default_factory=Privacy)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
     hygiene: Hygiene = field(default_factory=Hygiene)
@@ -84,13 +87,16 @@ class Config:
         if self.model.start is not None:
             begin(model, rules, self.method, self.model.start, self.seed)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
-        return Federation(
+        found = Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
             self.hygiene, self.robust,
             self.attack and self.attack.ready(self.task, self.model.name, self.clients.members, self.seed),
             self.transport,
+            self.privacy,
         )  # fmt: skip
+        private.check(found)
+        return found
 
     def network(self, labels: int, device: torch.device) -> nn.Module:
         """The pretrained network, quantised where ``model.quantize`` says so."""

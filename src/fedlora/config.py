@@ -19,6 +19,7 @@ from fedlora.hygiene import Hygiene
 from fedlora.method import Method
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy, refusals
 from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.tasks.task import Task
@@ -31,8 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "hygiene",
-    "robust", "attack", "transport", "compare",
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
+    "hygiene", "robust", "attack", "transport", "compare",
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def build(table: Table) -> Config:
         "training": construct(Training, "training", _section(table, "training")),
         "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
+        "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
         "hygiene": construct(Hygiene, "hygiene", _section(table, "hygiene")),
@@ -80,7 +82,9 @@ def build(table: Table) -> Config:
         )
     config = Config(**parts, **numbers)
     config.engine.chosen()  # a device that is not there is said before anything is loaded
-    _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])
+    _check_ranks(config, _section(table, "method").get("name", "fedit"))
+    budgets = config.clients.budgets(method.adapter.budget, config.seed)
+    refusals.check(config.privacy, method, config.clients, budgets, config.task)
     return replace(config, table=_resolved(config, table))
 
 
@@ -144,6 +148,11 @@ def _check_trust(parts: dict[str, Any]) -> None:
     hidden = parts["flower"].secure_aggregation
     if parts["robust"] is not None:
         parts["robust"].check(parts["method"], hidden)
+        if parts["privacy"].sums_clients:
+            raise ConfigError(
+                "[robust] lets one client's upload decide about another's, so privacy.noise_on = 'sum' cannot bound "
+                'what one client changes; set privacy.noise_on = "upload", or leave [robust] out.'
+            )
     if parts["attack"] is not None:
         parts["attack"].check(parts["method"], parts["task"], hidden)
 
@@ -187,6 +196,8 @@ def _resolved(config: Config, table: Table) -> Table:
     objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
     for section, value in ((k, v) for k, v in objects.items() if v is not None):
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    if not config.privacy.on:
+        del found["privacy"]
     if config.training.local_epochs is None:
         found["training"]["local_steps"] = config.training.steps(1)
     found["clients"]["split"] = splits.resolved(config.clients.split)

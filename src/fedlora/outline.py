@@ -51,6 +51,7 @@ def outline(config: Config) -> Outline:
     f = Federation(
         rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
         config.evaluation, config.server, config.rounds, config.seed, names, transport=config.transport,
+        privacy=config.privacy,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tree = whole(model, groups, rules)

@@ -6,10 +6,10 @@ from typing import Any
 from fedlora.adapters import Dense
 from fedlora.comparison import for_label
 from fedlora.config import Config, ConfigError, Table, build
+from fedlora.engines import private
 from fedlora.engines.loop import Federation
 from fedlora.footprint import weight_bytes
 from fedlora.model import Adapted, Model
-from fedlora.optimizers import ServerOptimizer
 from fedlora.outline import Outline, outline
 from fedlora.traffic import Traffic, traffic
 from fedlora.workload import WATCHED, Measured, Shapes, measured
@@ -50,6 +50,7 @@ def _problem(table: Table) -> str | None:
 # What a section can only be judged with.
 WITH = {"adapter": ("method",), "method": ("adapter",), "server": ("method", "adapter")}
 WITH |= {"clients": ("method", "adapter"), "flower": ("method", "adapter", "clients")}
+WITH |= {"privacy": ("method", "adapter", "clients")}
 SOUND: Table = {
     "model": {"name": "demo-vit"},
     "task": {"name": "image-classification", "data": "digits"},
@@ -76,6 +77,7 @@ def plan(config: Config) -> dict[str, Any]:
         "options": options(config, crossing),
         "numbers": _numbers(o),
         "rows": _rows(o.federation),
+        **private.report(o.federation, config.rounds, plan=True),
         "bytes": byte_plan(o, crossing),
         "memory": _memory(o, crossing, work),
         "flops": work.flops(o.federation),
@@ -86,16 +88,11 @@ def plan(config: Config) -> dict[str, Any]:
 def options(config: Config, crossing: Traffic) -> dict[str, Any]:
     """What the method can do, and what these settings ask of it."""
     method, folds = config.method, crossing.folds > 0
-    try:
-        ServerOptimizer("momentum").check(method)
-        averages = True
-    except ValueError:
-        averages = False
     return {
         "exact": bool(method.exact),
         "any_rank": method.any_rank,
         "secure_aggregation": method.sums,
-        "server_optimizer": averages,
+        "server_optimizer": method.averages,
         "quantised_base": "folds are kept beside it" if folds else "yes",
         "partial_participation": "who was absent is sent the folds it missed" if folds else "yes",
         "result": "a model for each client" if method.personal else "one model for all",

@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
+from fedlora.engines import private
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Event, Federation, Observe, Round, Watch
 from fedlora.folds import FoldLog
@@ -84,6 +85,7 @@ def run(
     kept = kept if kept is not None else last.kept if last else {}
     summary = {
         **summarise(config, keeper.records, keeper.interrupted, time.perf_counter() - began),
+        **private.report(federation, len(keeper.records)),
         "labels": list(federation.label_names),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves

@@ -18,7 +18,7 @@ from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Federation, Standing
 from fedlora.live import Live
 from fedlora.model import Model, shape
-from fedlora.rounds import SMALL, Rules, client_turn
+from fedlora.rounds import SMALL, Rules, client_turn, server_turn
 from fedlora.seeds import derived
 from fedlora.types import Factors, Layer, Tree, Turn
 
@@ -184,6 +184,9 @@ class Rehearsal(InProcess):
 
     def measured(self, f):
         return False
+
+    def made(self, f, at, uploads):
+        return server_turn(f.rules, at.shared, uploads)  # noise has no bytes
 
     def scores(self, f, at, number, evaluator):
         return {}

@@ -4,13 +4,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.attack import leaving, taught
+from fedlora.attack import leaving
+from fedlora.engines import private
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
 from fedlora.rounds import Received, client_turn, received
 from fedlora.state import Spilled
-from fedlora.training import LocalTrainer, State
+from fedlora.training import State
 from fedlora.types import Tree
 
 
@@ -35,7 +36,7 @@ class InProcess(Loop):
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         replies = []
-        for client in f.clients.cohort(at.number, f.seed):
+        for client in f.cohort(at.number):
             if client in barred(f.hygiene, at.conduct):
                 continue
             own = received(f.rules, at.shared, self._kept.get(client, {}), f.turn(at.number, client))
@@ -68,14 +69,10 @@ class InProcess(Loop):
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         began = time.perf_counter()
-        turn = f.turn(number, client)
-        assert f.data is not None, "clients train on rows"
-        trainer = LocalTrainer(
-            f.model, taught(f.attack, f.task, turn), f.data.train, f.shards[client], f.spends(number, client), turn,
-            f.rounds, moments, step_done=lambda: self.watch(Event("step", number, client)),
-        )  # fmt: skip
-        sent, stays = client_turn(f.rules, shared, kept, turn, trainer)
+        trainer = private.trainer(f, number, client, moments, lambda: self.watch(Event("step", number, client)), None)
+        sent, stays = client_turn(f.rules, shared, kept, trainer.turn, trainer)
+        sent = private.leaving(f, number, client, shared, sent)
         self.clock["train"] += time.perf_counter() - began
         self.watch(Event("turn", number, client, trainer.loss))
-        sent = leaving(f.attack, f.rules, shared, kept, sent, turn)
+        sent = leaving(f.attack, f.rules, shared, kept, sent, trainer.turn)
         return sent, stays, trainer.loss, trainer.state

@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from fedlora.adapters import Dense
@@ -11,6 +12,7 @@ from fedlora.attack import Attack
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import DROPPED, Clients, Shard
 from fedlora.defence import Defence, defended
+from fedlora.engines import private
 from fedlora.evaluation import Evaluation, Evaluator, summary
 from fedlora.folds import FoldLog
 from fedlora.hygiene import Bad, Gate, Hygiene, barred
@@ -20,7 +22,8 @@ from fedlora.method import Method
 from fedlora.metrics import Scores, figures
 from fedlora.model import Model
 from fedlora.optimizers import ServerOptimizer
-from fedlora.rounds import Received, Rules, Served, public, received, server_turn
+from fedlora.privacy import Privacy, Stream, key_of
+from fedlora.rounds import Received, Rules, Served, public, received
 from fedlora.seeds import derived
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
@@ -51,6 +54,36 @@ class Federation:
     defence: Defence | None = None
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
+    privacy: Privacy = field(default_factory=Privacy)
+
+    @cached_property
+    def key(self) -> bytes:
+        """What this machine's draws for privacy come from."""
+        return key_of(None if self.privacy.secret else self.seed)
+
+    @cached_property
+    def noise(self) -> float:
+        """The noise multiplier of the run, where there is privacy."""
+        return private.noise(self)
+
+    def cohort(self, round: int) -> list[int]:
+        """The clients of a round, in order."""
+        if round not in self._cohorts:
+            self._cohorts[round] = self.clients.cohort(round, self.drawn)
+        return self._cohorts[round]
+
+    def order(self, round: int) -> list[int]:
+        """The cohort first, then who stands in for the absent; with privacy nobody: no account knows a stand-in."""
+        return self.cohort(round) if self.privacy.on else self.clients.order(round, self.seed)
+
+    @cached_property
+    def _cohorts(self) -> dict[int, list[int]]:
+        return {}
+
+    @property
+    def drawn(self) -> int:
+        """The seed of the cohorts: the run's, but a secret of this machine's where a sample must not be known."""
+        return Stream(self.key).seed if self.privacy.secret and self.clients.rate is not None else self.seed
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's part in a round, its seed included."""
@@ -96,6 +129,7 @@ class Event:
     client: int | None = None
     loss: float | None = None
     text: str = ""
+    epsilon: float | None = None  # of a "round" with privacy: what has been spent so far
 
 
 class Reply(NamedTuple):
@@ -183,7 +217,11 @@ class Loop(ABC):
 
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
-        return f.evaluation.measure
+        return f.evaluation.measure and not f.privacy.hides_figures
+
+    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+        """What the server makes of a round's uploads."""
+        return private.made(f, at.number, at.shared, uploads)
 
     def begin(self, f: Federation) -> Standing:
         """Before the first round."""
@@ -197,36 +235,37 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self.gate = Gate(f.hygiene, f.rules, before, at.conduct)
+            self.gate = Gate(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
             self._drop(f, at)
             replies = self._screened(f, at, self.turns(f, at))
             uploads, judged = defended(f.defence, f.method, f.rules, before, self.gathered(replies), number, f.seed)
             served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
-            record: dict[str, Any] = {"round": number + 1, "cohort": sorted(losses), "loss": losses}
+            record: dict[str, Any] = {"round": number + 1, **_named(f, losses), **private.spent(f, number + 1)}
             if f.clients.stragglers:
                 record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
             if self.measured(f) and uploads:
                 record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
-            if self.observe is not None:
+            if self.observe is not None and not f.privacy.hides_figures:
                 record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
             record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
-            record |= {"quarantined": {k: bad.reason for k, bad in self.gate.bad.items()}} if self.gate.bad else {}
+            bad = {} if f.privacy.hides_figures else self.gate.bad  # they show what single clients sent
+            record |= {"quarantined": {k: one.reason for k, one in bad.items()}} if bad else {}
             record |= {"robust": judged} if judged else {}
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
-            self.watch(Event("round", number))
-            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at, self.gate.bad)
+            self.watch(Event("round", number, epsilon=record.get("privacy", {}).get("epsilon")))
+            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at, bad)
 
     def _drop(self, f: Federation, at: Standing) -> None:
         """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""
         for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
             self.watch(Event("absent", at.number, client))  # without words: it is as the configuration asks
-        for client in sorted(barred(f.hygiene, at.conduct) & set(f.clients.cohort(at.number, f.seed))):
+        for client in sorted(barred(f.hygiene, at.conduct) & set(f.cohort(at.number))):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
     def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
@@ -249,7 +288,7 @@ class Loop(ABC):
         self.undone(turn.client)
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
-        served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
+        served = f.server.stepped(at.shared, self.made(f, at, uploads))
         at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
             # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
@@ -276,6 +315,13 @@ class Loop(ABC):
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found
+
+
+def _named(f: Federation, losses: dict[int, float]) -> dict[str, Any]:
+    """Who trained, with which loss; without what a guarantee of privacy does not cover."""
+    if not f.privacy.hides_figures:
+        return {"cohort": sorted(losses), "loss": losses}
+    return {"cohort": [] if f.clients.rate is not None else sorted(losses), "loss": {}}
 
 
 def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:

@@ -42,6 +42,10 @@ class HetLoRA(Method):
         if self.tail_penalty < 0:
             raise ValueError(f"method.tail_penalty is {self.tail_penalty}; it cannot be negative.")
 
+    @property
+    def prunes(self):
+        return self.decay < 1
+
     def receive(self, shared, kept, turn):
         return self.adapter.leading(shared, int(kept.get(RANK, turn.rank)))
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.limits import shown
+from fedlora.report.guarantee import lines as guarantee
 
 DASH = "–"
 
@@ -192,6 +193,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         table.add_row("attack's success", f"{final['attack']['success']:.4f}")
     for client, rounds in found.get("quarantined", {}).items():
         table.add_row(f"client {client}, quarantined in round", ", ".join(rounds))
+    for name, value in guarantee(found["privacy"]) if "privacy" in found else ():
+        table.add_row(name, value)
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():
             table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")
@@ -264,6 +267,7 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
     console.print(f"Claims: {', '.join(claims)}", markup=False)
     console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)
+    console.print(f"Privacy: {one['privacy']}", markup=False)
     console.print(
         f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False
     )

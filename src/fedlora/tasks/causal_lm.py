@@ -181,6 +181,11 @@ class CausalLM(Supervised):
         logits, labels = _told(network, batch)
         return functional.cross_entropy(logits, labels)
 
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's mean cross-entropy over its own learnt tokens (b,)."""
+        nll, tokens, _ = self.outputs(network, batch).unbind(1)
+        return nll / tokens.clamp_min(1)
+
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Each row's negative log-likelihood, learnt tokens, and how many of these are the likeliest."""
         logits, labels = _told(network, batch)

@@ -99,6 +99,10 @@ class Glue(Texts):
         """Cross-entropy, or the mean squared error of a score."""
         return self.own.loss(network, batch)
 
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's own loss."""
+        return self.own.losses(network, batch)
+
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Logits, or predicted scores; rows by outputs."""
         return self.own.outputs(network, batch)

@@ -129,6 +129,11 @@ class Seq2Seq(Supervised):
         """Mean cross-entropy over the batch's target tokens, in float32 whatever the network runs in."""
         return functional.cross_entropy(_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
 
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's mean cross-entropy over its own target tokens (b,)."""
+        nll, tokens = self.outputs(network, batch).unbind(1)
+        return nll / tokens.clamp_min(1)
+
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Each row's negative log-likelihood and number of target tokens."""
         logits, labels = _logits(network, batch), batch["labels"]

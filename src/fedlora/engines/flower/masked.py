@@ -12,7 +12,7 @@ from fedlora.engines.flower.records import HOLDS, METRICS
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Reply, Standing
-from fedlora.rounds import Received, shares
+from fedlora.rounds import Received, Served, server_turn, shares
 from fedlora.secure import PHASES, ProtocolError, Server, TooFewClientsError
 from fedlora.secure import Message as Sealed
 
@@ -34,6 +34,9 @@ class Masked(Federated):
 
     def measured(self, f: Federation) -> bool:
         return False  # there is nothing to measure a mean against
+
+    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+        return server_turn(f.rules, at.shared, uploads)  # with privacy, the clients' own noise is in it
 
     def gathered(self, replies: list[Reply]) -> list[Received]:
         return [self.mean] if self.mean is not None else []

@@ -1,13 +1,15 @@
 """A party: what it does with a message. Nothing of Flower's here beyond the records."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
-from fedlora.attack import leaving, taught
+from fedlora.attack import leaving
 from fedlora.clients import DROPPED
+from fedlora.engines import private
 from fedlora.engines.flower.records import Order, digest
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
@@ -16,7 +18,6 @@ from fedlora.evaluation import Evaluator
 from fedlora.folds import Folds
 from fedlora.method import pick
 from fedlora.rounds import Rules, client_turn, public
-from fedlora.training import LocalTrainer
 from fedlora.types import Tree
 
 
@@ -90,8 +91,11 @@ class Node:
         metrics = {"client": self.client, "examples": rows, "folded": held.folded}
         return Answer(metrics, f"{self.base.made} {held.base}")
 
-    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
-        """One turn. Its outcome is kept as pending until the server says that it counted."""
+    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds], sharing: int = 0) -> Answer:
+        """One turn. Its outcome is kept as pending until the server says that it counted.
+
+        ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
+        """
         f, turn = self.federation, self.federation.turn(order.round, self.client)
         if self.client in f.clients.dropped(order.round, f.seed):
             raise DroppedError(DROPPED)
@@ -99,11 +103,10 @@ class Node:
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(before, order, leaves, folds)
-        trainer = LocalTrainer(
-            f.model, taught(f.attack, f.task, turn), f.data.train, f.shards[self.client],
-            f.spends(order.round, self.client), turn, f.rounds, holding.moments, step_done=self.step_done,
-        )  # fmt: skip
+        key = self.store.key(self.client) if f.privacy.secret else None
+        trainer = private.trainer(f, order.round, self.client, holding.moments, self.step_done, key)
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
+        sent = private.leaving(f, order.round, self.client, shared, sent, key, sharing)
         sent = leaving(f.attack, f.rules, shared, holding.kept, sent, turn)
         sent, _, stays = f.transport.sent(f.rules, shared, holding.kept, turn, sent, stays)
         self.store.save(
@@ -111,7 +114,10 @@ class Node:
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
         )
         rows = len(f.shards[self.client].train)
-        return Answer({"round": order.round, "examples": rows, "loss": trainer.loss}, holds, sent)
+        if said := private.told(f, order.round + 1):
+            print(said, file=sys.stderr)
+        loss = 0.0 if f.privacy.hides_figures else trainer.loss
+        return Answer({"round": order.round, "examples": rows, "loss": loss}, holds, sent)
 
     def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """Sums and counts of each score, on the party's own test rows.

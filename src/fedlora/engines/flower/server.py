@@ -107,8 +107,8 @@ class Federated(Loop, Strategy):
         out_of_it = barred(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
         if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
             self._ask(out, set())
-        order = [c for c in f.clients.order(at.number, f.seed) if c not in self.absent.keys() | out_of_it]
-        return order, len(set(f.clients.staying(at.number, f.seed)) - out_of_it)
+        order = [c for c in f.order(at.number) if c not in self.absent.keys() | out_of_it]
+        return order, len(set(f.clients.staying(at.number, f.drawn)) - out_of_it)
 
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
@@ -119,7 +119,7 @@ class Federated(Loop, Strategy):
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
-        for client in f.clients.cohort(at.number, f.seed):
+        for client in f.cohort(at.number):
             if client not in self.replies and client not in self.gate.bad:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
         self.clock["train"] += time.perf_counter() - began

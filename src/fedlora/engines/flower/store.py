@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.folds import Folds
+from fedlora.privacy import key_of
 from fedlora.state import flat, load_about, load_tree, save_tree, write
 from fedlora.training import State
 from fedlora.types import Tree
@@ -89,6 +90,13 @@ class Store:
     def secret(self, client: int) -> Path:
         """Where its side of a secure aggregation lies between two messages."""
         return self.folder / "clients" / f"{client}.secret"
+
+    def key(self, client: int) -> bytes:
+        """What the party's draws for privacy come from in this run: a turn that is asked for twice is noised alike."""
+        path = self.folder / "clients" / f"{client}.key"
+        if not path.exists():
+            write(path, key_of(None))
+        return path.read_bytes()
 
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""
