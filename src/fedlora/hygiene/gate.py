@@ -142,7 +142,9 @@ class Gate:
         if bool((whole > RESTLESS * whole.quantile(0.5, dim=0)).any()):
             return True
         weights = sides.flatten(1)
-        return bool((weights > self.limits.norm_limit * more[:, None] * weights.quantile(0.5, dim=0)).any())
+        return bool(parts) and bool(
+            (weights > self.limits.norm_limit * more[:, None] * weights.quantile(0.5, dim=0)).any()
+        )
 
     def _factors(self, explained: Mapping[int, float], side: int) -> dict[int, float]:
         """Client -> by how much its factors of one side moved too far, over all weights or in one of them."""
