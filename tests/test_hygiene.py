@@ -8,16 +8,18 @@ import torch
 
 import fedlora
 from fedlora.adapters import LoRA
+from fedlora.config import build, overridden
 from fedlora.hygiene import Gate, Hygiene, barred
 from fedlora.hygiene.sizes import norm
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.rounds import server_turn
 from fedlora.state import load_tree
-from tests.engines.test_inprocess import config, same
+from tests.engines.test_inprocess import TABLE, config, same
 from tests.test_defences import R, dense, turned, world
 
 METHOD = FedIT(LoRA(R, 6.0))
+SMALL = {key: value for key, value in TABLE.items() if key != "training"}
 
 
 def through(gate, uploads, steps=lambda upload: 1):
@@ -217,3 +219,13 @@ def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
     uploads[1] = changed(uploads[1], lambda t: t["w"].update(B=shared["w"]["B"] + 5 * (t["w"]["B"] - shared["w"]["B"])))
     with pytest.raises(TypeError):
         through(Gate(Hygiene(), rules, shared, {}), uploads)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_honest_clients_that_differ_much_are_let_in(optimizer):
+    """Few labels each, rows and steps that differ tenfold: what honest federations look like."""
+    unequal = "clients={count=6, split={name='dirichlet', alpha=0.1}}"
+    rate = "training.learning_rate=0.05" if optimizer == "sgd" else "training.learning_rate=0.005"
+    how = (f"training={{local_epochs=1, batch_size=4, optimizer='{optimizer}'}}", rate)
+    result = fedlora.run(build(overridden(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"])))
+    assert "quarantined" not in result.summary
