@@ -139,11 +139,11 @@ class Config:
 
 
 def fingerprint(table: Table) -> str:
-    """A digest of all that parties must have alike: the configuration without what a node says of its own machine."""
+    """A digest of all that parties must have alike: without what a node says of its machine, or the server looks at."""
     own = {*OWN, "training.precision"}  # a machine's precision is what it is fast at
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in ("engine", "compare")
+        if section not in ("engine", "compare", "hygiene", "robust")  # the last two are the server's alone
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,71 +1,82 @@
-"""How large an upload's change is, and how far its factors have moved: one pass over it, from small Gram matrices."""
+"""How far an upload's leaves have moved, in one pass over them; and the norm of its update, where that is asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedlora.adapters import Adapter
 from fedlora.forms import LARGEST, Checked, finite
 from fedlora.method import Method
 from fedlora.rounds import Rules, alike, batches, stacked
-from fedlora.types import Layer
+from fedlora.types import Layer, Tree
 from fedlora.updates import change
 
-
-class Sizes(NamedTuple):
-    """Squares of norms, part by part. ``sides`` has only parts of two factors that both came."""
-
-    updates: dict[str, float]  # of the change of the weight, or of the leaves where there is no product to see
-    sides: dict[str, tuple[float, float]]  # of the change of the input and of the output factors
-    served: dict[str, tuple[float, float]]  # of these factors as they were served
+BOUND = (LARGEST / 2) ** 2  # of a leaf's squared distance; below it, no number is beyond all bounds
 
 
-def sizes(rules: Rules, found: Checked) -> Sizes:
-    """An upload's sizes. ``RefusedError`` where a number in it is not finite or beyond all bounds."""
-    whole = Sizes({}, {}, {})
-    for rule in dict.fromkeys(rules.values()):
-        parts = [part for part in rules if rules[part] == rule and found.tree[part]]
-        for group in alike(parts, lambda part: [found.tree[part]]):
-            for some in batches(group, sum(x.numel() for x in found.tree[group[0]].values())):
-                _some(rule, some, found, whole)
-    return whole
+class Moved(NamedTuple):
+    """Squares of distances from where each leaf of one upload was served, part by part."""
+
+    leaves: dict[str, float]  # of all leaves together
+    sides: dict[str, tuple[float, float]]  # of the input and the output factors, for parts of which both came
 
 
-def _some(rule: Method, parts: Sequence[str], found: Checked, whole: Sizes) -> None:
-    """Parts of one shape, in one batch."""
-    start = stacked([found.start[part] for part in parts])
-    sent = stacked([found.tree[part] for part in parts])
-    start = {leaf: x.to(next(iter(sent.values())).device) for leaf, x in start.items()}
-    moved = {leaf: _squares(x - start[leaf]) for leaf, x in sent.items()}
-    inputs, outputs = (sorted(side & sent.keys()) for side in (rule.adapter.inputs, rule.adapter.outputs))
-    # Where nothing but the inside of fixed factors is trained, the update is linear in the leaves: their norm is one
-    # of it, and the same where the fixed factors are orthonormal.
-    product = bool(rule.adapter.inputs) and parts[0] in found.products
-    update = _norms(rule, start, {**start, **sent}) if product else sum(moved.values())
-    rows = [update, *([_sum(moved, inputs), _sum(moved, outputs)] if inputs and outputs else [])]
-    table = torch.stack([torch.as_tensor(row).double().cpu() for row in rows]).mT.tolist()
-    largest = float(torch.stack([*moved.values()]).max())
-    if not largest <= (LARGEST / 2) ** 2:  # not a number, or some that are too large
-        for part in parts:
+def moved(rules: Rules, found: Checked) -> Moved:
+    """One upload's distances. ``RefusedError`` where a number in it is not finite or beyond all bounds."""
+    keys = [(part, leaf) for part, layer in found.tree.items() for leaf in layer]
+    if not keys:
+        return Moved({}, {})
+    sent = [found.tree[part][leaf] for part, leaf in keys]
+    start = [found.start[part][leaf].to(x.device) for (part, leaf), x in zip(keys, sent)]
+    squares = torch.stack(torch._foreach_norm(torch._foreach_sub(sent, start))).double().square().tolist()
+    by_part: dict[str, dict[str, float]] = {}
+    for (part, leaf), square in zip(keys, squares):
+        by_part.setdefault(part, {})[leaf] = square
+        if not square <= BOUND:  # not a number, or one that is too large
             finite(part, found.tree[part])
-    whole.updates.update({part: row[0] for part, row in zip(parts, table)})
-    if inputs and outputs:
-        whole.sides.update({part: (row[1], row[2]) for part, row in zip(parts, table)})
-        before = [_sum({leaf: _squares(start[leaf]) for leaf in side}, side) for side in (inputs, outputs)]
-        both = torch.stack(before).double().mT.tolist()
-        whole.served.update({part: (row[0], row[1]) for part, row in zip(parts, both)})
+    sides = {part: _sides(rules[part].adapter, own) for part, own in by_part.items()}
+    return Moved(
+        {part: sum(own.values()) for part, own in by_part.items()},
+        {part: (both[0], both[1]) for part, both in sides.items() if len(both) == 2},
+    )
 
 
-def _squares(x: Tensor) -> Tensor:
-    """The square of each part's norm, summed in float32: a tenth of a percent is more than is needed."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).square()
+def _sides(adapter: Adapter, squares: Mapping[str, float]) -> list[float]:
+    """Input and output, or nothing where one of them did not come."""
+    both = [[squares[leaf] for leaf in squares.keys() & side] for side in (adapter.inputs, adapter.outputs)]
+    return [sum(values) for values in both] if all(both) else []
 
 
-def _sum(squares: dict[str, Tensor], leaves: Sequence[str]) -> Tensor:
-    return torch.stack([squares[leaf] for leaf in leaves]).sum(0)
+def served(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:
+    """The norm of the factors of one side as they were served."""
+    layers = ((start[p], (rules[p].adapter.inputs, rules[p].adapter.outputs)[side]) for p in parts)
+    return float(sum(float(layer[leaf].double().square().sum()) for layer, leaves in layers for leaf in leaves) ** 0.5)
 
 
-def _norms(rule: Method, start: Layer, end: Layer) -> Tensor:
-    U, V = change(rule.adapter, start, end)
-    return ((U.mT @ U) * (V @ V.mT)).sum((-2, -1)).clamp_min(0)
+def norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree, away: Moved) -> float:
+    """``‖D‖`` over the whole model.
+
+    Where nothing but the inside of fixed factors is trained, the update is linear in the leaves: their distance is a
+    norm of it, and the same one where the fixed factors are orthonormal.
+    """
+    square = 0.0
+    for rule in dict.fromkeys(rules.values()):
+        parts = [part for part in rules if rules[part] == rule and part in away.leaves]
+        if not rule.adapter.inputs or not products.issuperset(parts):
+            square += sum(away.leaves[part] for part in parts)
+            continue
+        sent = {part: tree[part] for part in parts}
+        for group in alike(parts, lambda part, sent=sent: [sent[part]]):  # type: ignore[misc]
+            for some in batches(group, sum(x.numel() for x in sent[group[0]].values())):
+                square += _square(rule, [start[part] for part in some], [sent[part] for part in some])
+    return float(square**0.5)
+
+
+def _square(rule: Method, starts: Sequence[Layer], layers: Sequence[Layer]) -> float:
+    """Of parts of one shape together, from two small Gram matrices a part."""
+    sent = stacked(layers)
+    start: dict[str, Tensor] = {leaf: x.to(next(iter(sent.values())).device) for leaf, x in stacked(starts).items()}
+    U, V = change(rule.adapter, start, {**start, **sent})
+    return float(((U.mT @ U).double() * (V @ V.mT).double()).sum().clamp_min(0))
