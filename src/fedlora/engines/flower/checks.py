@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping
 
 import torch
+from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedlora.engines.flower.layout import expected
+from fedlora.engines.flower.records import UnreadableError, unpack
 from fedlora.engines.loop import Federation
+from fedlora.limits import shown, upload_limits
 from fedlora.method import Method
 from fedlora.metrics import KNOWN, Scores, possible
 from fedlora.types import Layer, Tree, Turn
@@ -22,6 +25,19 @@ class RefusedError(ValueError):
 
 # What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
+
+
+def told(error: BaseException) -> str:
+    """Why a reply is left out, fit for a log whatever the party wrote into it."""
+    if isinstance(error, RefusedError | UnreadableError):
+        return shown(error)
+    return f"its reply is malformed ({type(error).__name__}: {shown(error)})"
+
+
+def arrived(f: Federation, shared: Tree, turn: Turn, record: ArrayRecord) -> tuple[Tree, Tree]:
+    """An upload as it crossed and as ``upload`` has it. ``UnreadableError`` where it is too large, or no tree."""
+    crossed = unpack(record, upload_limits(f.transport.max_upload_mb))
+    return crossed, upload(f, shared, turn, crossed)
 
 
 def upload(f: Federation, shared: Tree, turn: Turn, sent: Tree) -> Tree:

@@ -20,14 +20,12 @@ from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
-from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
+from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, asked, digest, pack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
-from fedlora.limits import shown, upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
-from fedlora.types import Tree
 
 
 class Asked(NamedTuple):
@@ -269,8 +267,7 @@ class Federated(Loop, Strategy):
                 raise checks.RefusedError(reply.error.reason or "its app failed")
             take(client, order, reply)
         except checks.MALFORMED as error:
-            refused = isinstance(error, checks.RefusedError | UnreadableError)
-            text = shown(error) if refused else f"its reply is malformed ({type(error).__name__}: {shown(error)})"
+            text = checks.told(error)
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
@@ -282,9 +279,8 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        turn, most = self.federation.turn(order.round, client), upload_limits(self.federation.transport.max_upload_mb)
-        crossed = unpack(reply.content[LEAVES], most)
-        tree: Tree = checks.upload(self.federation, self.at.shared, turn, crossed)
+        turn = self.federation.turn(order.round, client)
+        crossed, tree = checks.arrived(self.federation, self.at.shared, turn, reply.content[LEAVES])
         self.at.channel.collect(order.round, client, tree, crossed)
         self.replies[client] = Reply(Received(turn, rows, tree), loss)
         self.watch(Event("turn", order.round, client, loss))
