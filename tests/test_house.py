@@ -32,6 +32,7 @@ LAYERS = [  # imports point down only
         "codec",
         "codecs",
         "transport",
+        "encoding",
         "limits",
         "folds",
         "measures",

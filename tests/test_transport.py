@@ -8,12 +8,13 @@ import torch
 import fedlora
 from fedlora import methods
 from fedlora.channel import Channel
+from fedlora.encoding import OWED
 from fedlora.engines.inprocess import InProcess
 from fedlora.folds import FoldLog
 from fedlora.methods.fedit import FedIT
 from fedlora.planning import byte_plan, outline
 from fedlora.rounds import public
-from fedlora.transport import OWED, Transport
+from fedlora.transport import Transport
 from fedlora.types import Turn
 from tests.engines.test_inprocess import ADAPTERS, HEAD, LORA, config, same
 

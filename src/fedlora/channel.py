@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fedlora.encoding import SAID
 from fedlora.folds import FoldLog, Folds
 from fedlora.rounds import public
-from fedlora.transport import SAID, Transport
+from fedlora.transport import Transport
 from fedlora.types import Tree
 
 Kind = Literal["adapter", "head", "fold"]

@@ -14,18 +14,16 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fedlora import codecs
 from fedlora.codec import Chain
+from fedlora.encoding import CODED, MARK, OWED, SAID, SHAPE, apart, base_of, codable, draws, known, shape_of, with_owed
 from fedlora.folds import Folds
 from fedlora.method import Method
 from fedlora.rounds import Rules, public, received
-from fedlora.seeds import derived
 from fedlora.types import Factors, Layer, Tree, Turn
 
-MARK, SHAPE = "@", "shape"  # an encoded leaf's fields are LEAF@FIELD; SHAPE where it is not that of its start
-OWED, CODED, SAID = "_owed.", "_coded.", "_said."  # notes: what is still to be said, the encoded leaf, how often
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = 65504.0  # float16's
 
@@ -120,12 +118,12 @@ class Transport:
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """One leaf's fields, what they decode to, and what is owed then."""
         assert self.upward is not None
-        if not _codable(x) or leaf not in start:
+        if not codable(x) or leaf not in start:
             return {leaf: x}, x, None
-        base, shape = _base(start, leaf, tuple(x.shape)), tuple(x.shape)
+        base, shape = base_of(start, leaf, tuple(x.shape)), tuple(x.shape)
         owed = kept.get(OWED + leaf) if base is not None else None
-        goal = _sum(x if base is None else x - base.to(x), owed)
-        found = self.upward.encode(goal, _draws(turn.seed, "up", name))
+        goal = with_owed(x if base is None else x - base.to(x), owed)
+        found = self.upward.encode(goal, draws(turn.seed, "up", name))
         got = self.upward.decode(found, shape).to(x)
         fields = {f"{leaf}{MARK}{field}": value for field, value in found.items()}
         if base is None:
@@ -144,8 +142,8 @@ class Transport:
         plain, coded = apart(layer)
         found = dict(plain)
         for leaf, coding in coded.items():
-            shape = _shape(part, leaf, coding, start)
-            base = _base(start, leaf, shape)
+            shape = shape_of(part, leaf, coding, start)
+            base = base_of(start, leaf, shape)
             assert self.upward is not None
             got = self.upward.decode({k: x for k, x in coding.items() if k != SHAPE}, shape)
             found[leaf] = got if base is None else base.to(got) + got
@@ -161,7 +159,7 @@ class Transport:
     def _said(self, part: str, before: Layer, after: Layer, seed: int) -> Layer:
         found = dict(after)
         for leaf, x in public(after).items():
-            if x is before.get(leaf) or not _codable(x):
+            if x is before.get(leaf) or not codable(x):
                 continue
             found |= self._leaf(f"{part}/{leaf}", leaf, x, before, seed)
         return found
@@ -169,8 +167,8 @@ class Transport:
     def _leaf(self, name: str, leaf: str, x: Tensor, before: Layer, seed: int) -> dict[str, Tensor]:
         assert self.downward is not None
         base = before[leaf].to(x) if self.downward.coarse else None
-        goal = _sum(x, before.get(OWED + leaf))
-        coded = self.downward.encode(goal if base is None else goal - base, _draws(seed, "down", name))
+        goal = with_owed(x, before.get(OWED + leaf))
+        coded = self.downward.encode(goal if base is None else goal - base, draws(seed, "down", name))
         got = self.downward.decode(coded, tuple(x.shape)).to(x)
         value = got if base is None else base + got
         notes = {f"{CODED}{leaf}{MARK}{field}": y for field, y in coded.items()}
@@ -198,7 +196,7 @@ class Transport:
         found = dict(plain)
         for leaf, coding in coded.items():
             assert self.downward is not None
-            base = _known(part, leaf, held)
+            base = known(part, leaf, held)
             got = self.downward.decode(coding, tuple(base.shape)).to(base)
             found[leaf] = base + got if self.downward.coarse else got
         return found
@@ -225,55 +223,6 @@ def _listed(direction: str | list[str]) -> list[str]:
 
 def _takes_share(name: str) -> bool:
     return "share" in {f.name for f in fields(codecs.load(name))}
-
-
-def _codable(x: Tensor) -> bool:
-    return x.is_floating_point() and x.numel() > 0
-
-
-def _draws(seed: int, direction: str, name: str) -> Generator:
-    return Generator().manual_seed(derived(seed, direction, name))
-
-
-def _sum(x: Tensor, owed: Tensor | None) -> Tensor:
-    return x if owed is None or owed.shape != x.shape else x + owed.to(x)
-
-
-def _base(start: Layer, leaf: str, shape: tuple[int, ...]) -> Tensor | None:
-    found = start.get(leaf)
-    return found if found is not None and tuple(found.shape) == shape else None
-
-
-def _known(part: str, leaf: str, layer: Layer) -> Tensor:
-    if leaf not in layer:
-        raise ValueError(f"an encoded leaf {leaf!r} of {part!r} came, which the model does not have")
-    return layer[leaf]
-
-
-def _shape(part: str, leaf: str, fields: Layer, start: Layer) -> tuple[int, ...]:
-    """The shape that a leaf has: its start's, or one that it says and that is no larger."""
-    usual = tuple(_known(part, leaf, start).shape)
-    if SHAPE not in fields:
-        return usual
-    told = fields[SHAPE]
-    fits = told.dtype == torch.int32 and tuple(told.shape) == (len(usual),)
-    shape = tuple(told.tolist()) if fits else ()
-    if not fits or not all(1 <= size <= most for size, most in zip(shape, usual)):
-        raise ValueError(f"the encoded leaf {leaf!r} of {part!r} says a shape that is not within {usual}")
-    return shape
-
-
-def apart(layer: Layer) -> tuple[Layer, dict[str, dict[str, Tensor]]]:
-    """The leaves that crossed as they are, and the fields of the encoded ones."""
-    plain: dict[str, Tensor] = {}
-    coded: dict[str, dict[str, Tensor]] = {}
-    for name, x in layer.items():
-        leaf, mark, field = name.rpartition(MARK)
-        if mark:
-            coded.setdefault(leaf, {})[field] = x
-        else:
-            plain[name] = x
-    return plain, coded
 
 
 def _each(folds: Folds, change) -> Mapping[str, tuple[Factors, ...]]:

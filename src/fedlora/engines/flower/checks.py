@@ -5,15 +5,24 @@ from collections.abc import Mapping
 
 import torch
 
+from fedlora.engines.flower.records import UnreadableError
 from fedlora.engines.loop import Federation
 from fedlora.forms import RefusedError
+from fedlora.limits import shown
 from fedlora.metrics import KNOWN, Scores, possible
 from fedlora.types import Tree
 
-__all__ = ["MALFORMED", "RefusedError", "figures", "holding", "mean", "scores"]
+__all__ = ["MALFORMED", "RefusedError", "figures", "holding", "mean", "scores", "told"]
 
 # What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
+
+
+def told(error: BaseException) -> str:
+    """Why a reply is left out, fit for a log whatever the party wrote into it."""
+    if isinstance(error, RefusedError | UnreadableError):
+        return shown(error)
+    return f"its reply is malformed ({type(error).__name__}: {shown(error)})"
 
 
 def mean(f: Federation, found: Tree) -> Tree:

@@ -21,12 +21,12 @@ from fedlora.engines.flower.directory import Directory
 from fedlora.engines.flower.exchange import exchanged
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
-from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
+from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, asked, digest, pack, unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
-from fedlora.limits import shown, upload_limits
+from fedlora.limits import upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
 
@@ -251,8 +251,7 @@ class Federated(Loop, Strategy):
                 raise checks.RefusedError(reply.error.reason or "its app failed")
             take(client, order, reply)
         except checks.MALFORMED as error:
-            refused = isinstance(error, checks.RefusedError | UnreadableError)
-            text = shown(error) if refused else f"its reply is malformed ({type(error).__name__}: {shown(error)})"
+            text = checks.told(error)
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
