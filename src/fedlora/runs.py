@@ -16,7 +16,7 @@ import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Event, Federation, Observe, Round, Watch
+from fedlora.engines.loop import Event, Federation, Observe, Round, Watch, sound
 from fedlora.folds import FoldLog
 from fedlora.metrics import KNOWN
 from fedlora.state import save_json, save_tree, write
@@ -169,7 +169,7 @@ class Keeper:
     def take(self, rounds: Iterator[Round]) -> None:
         """Every round of an engine, to the end or to Ctrl-C."""
         try:
-            for self.last in rounds:
+            for self.last in sound(rounds):
                 again = [r for r in self.records if r["round"] >= self.last.record["round"]]  # was cut off after it
                 self.records = [*(r for r in self.records if r not in again), self.last.record]
                 self._write(self.records if again else self.records[-1:], anew=bool(again))

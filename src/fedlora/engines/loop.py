@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from fedlora.adapters import Dense
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import DROPPED, Clients, Shard
@@ -224,3 +226,14 @@ def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:
         if row.round == number:
             found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes
     return found
+
+
+def sound(rounds: Iterator[Round]) -> Iterator[Round]:
+    """The rounds; ``FloatingPointError`` where a product of finite updates is too large to be decomposed."""
+    try:
+        yield from rounds
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            "what clients trained is too large to be combined or measured; lower training.learning_rate, or set "
+            "training.max_grad_norm."
+        ) from error

@@ -48,6 +48,11 @@ class ImageClassification(Classification):
         """Reads, checks and resizes both splits once; pixels stay uint8 until a batch is made."""
         splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
         image = self.image or _usual(splits[0], IMAGES, "task.image")
+        if self.label is None and splits[0].column_names == ["image"]:
+            raise ValueError(
+                f"the pictures of {self.data!r} have no labels; put them into a folder for each of two labels or more: "
+                "train/LABEL/*.jpg and test/LABEL/*.jpg."
+            )
         label = self.label or _usual(splits[0], LABELS, "task.label")
         train, test = (
             source.subset(split, rows, self.labels, label, seed, what)
