@@ -138,7 +138,8 @@ class Clients:
         ``ValueError`` names a client that would have no rows.
         """
         if self.count > len(data.train):
-            raise ValueError(f"clients.count is {self.count}, but there are only {len(data.train)} training rows.")
+            rows = len(data.train)
+            raise ValueError(f"clients.count is {self.count}, but there are only {rows} training rows; lower it.")
         train = self.splitter.rows(data.train, self.count, derived(seed, "split"))
         for client, rows in enumerate(train):
             if len(rows) == 0:

@@ -15,6 +15,7 @@ from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
 from fedlora.limits import plain_name
 from fedlora.method import Method
+from fedlora.nearest import nearest
 from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json
@@ -82,8 +83,12 @@ def _method_of(label: str, every: Mapping[str, Any]) -> str:
     if label in methods.names() or label not in every:
         return label
     found = every[label].get("method", {}).get("name") if isinstance(every[label], Mapping) else None
+    if not isinstance(found, str) and not every[label]:
+        return label  # which the list of methods is asked for
     if not isinstance(found, str):
-        raise ConfigError(f"[compare.{label}] is no method's name, and says none; give it method.name.")
+        near = nearest(label, methods.names())
+        hint = f"; did you mean {near!r}? If not," if near else ";"
+        raise ConfigError(f"[compare.{label}] is no method's name, and says none{hint} give it method.name.")
     return found
 
 

@@ -44,6 +44,7 @@ def outline(config: Config) -> Outline:
     training = config.engine.resolved(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
+        network.config.use_cache = False  # type: ignore[union-attr]  # transformers would do so, and say it
     model = config.attached(network, training.precision, "meta")  # type: ignore[arg-type]
     rules = model.rules(config.method, config.head_rule)
     groups = grouped(model, rules)
@@ -90,6 +91,8 @@ def outlined(task: Task, model: str, labels: int) -> nn.Module:
         network: nn.Module = auto.from_config(config, dtype=torch.float32)
     if getattr(config, "pad_token_id", None) is None:
         network.config.pad_token_id = 0
+    if task.brings_head:
+        network.put_on_top = []  # type: ignore[assignment]  # as networks.whole has it
     network.drawn_anew = _poolers(network, model)  # type: ignore[assignment]  # read by targets.trained_in_full
     return network
 

@@ -34,9 +34,16 @@ def problems(table: Table) -> list[str]:
     try:
         build(own)
     except ValueError as error:
-        found = [_problem({**SOUND, **{k: own[k] for k in (key, *WITH.get(key, ())) if k in own}}) for key in own]
+        found = [_problem_of(own, key) for key in own]
         return list(dict.fromkeys(text for text in (*found, str(error)) if text is not None))
     return []
+
+
+def _problem_of(own: Table, key: str) -> str | None:
+    """What is wrong with one section; with the method's defaults where it is the method that is wrong."""
+    others = {k: own[k] for k in WITH.get(key, ()) if k in own}
+    wrong = _problem({**SOUND, **others})
+    return _problem({**SOUND, **({} if wrong else others), key: own[key]})
 
 
 def _problem(table: Table) -> str | None:
@@ -200,6 +207,10 @@ def _estimates(o: Outline, crossing: Traffic, shapes: Shapes) -> list[str]:
         'blocks: with engine.allocator = "keep" processes took 1.4 to 3 times as much, with "return" '
         "as much as is said here."
     ]
+    if o.config.model.quantize is not None:
+        said.append("Memory is that of a base in float32: what model.quantize saves is not taken off.")
+    if o.federation.data is not None and o.federation.data.test.texts is not None:
+        said.append("Answers are generated in every evaluation: what that takes is not counted.")
     if crossing.varies:
         said.append("Bytes depend on what training finds with these settings; they are those of a run without luck.")
     if not shapes.complete:

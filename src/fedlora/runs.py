@@ -17,7 +17,7 @@ import torch
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines import private
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Event, Federation, Observe, Round, Watch
+from fedlora.engines.loop import Event, Federation, Observe, Round, Watch, sound
 from fedlora.folds import FoldLog
 from fedlora.hygiene import Hygiene, shelf
 from fedlora.metrics import KNOWN
@@ -175,7 +175,7 @@ class Keeper:
     def take(self, rounds: Iterator[Round]) -> None:
         """Every round of an engine, to the end or to Ctrl-C."""
         try:
-            for self.last in rounds:
+            for self.last in sound(rounds):
                 shelf.keep(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
                 again = [r for r in self.records if r["round"] >= self.last.record["round"]]  # was cut off after it
                 self.records = [*(r for r in self.records if r not in again), self.last.record]

@@ -99,10 +99,23 @@ def absent(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
+    _within_reach(path)
+    return path
+
+
+def writable(file: str | Path) -> Path:
+    """A file that may be written or written over; nothing is made yet. ``ValueError`` where it cannot be."""
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file in it.")
+    _within_reach(path.parent)
+    return path
+
+
+def _within_reach(path: Path) -> None:
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"cannot write to {str(path)!r}: {str(there)!r} is no folder to write in; choose another.")
-    return path
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -44,6 +44,10 @@ def main() -> None:
         return
     try:
         app(standalone_mode=True)
+    except SystemExit as left:  # typer leaves without a word where Ctrl-C was pressed
+        if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
+            say("Stopped.")
+        raise
     except KeyboardInterrupt:
         say("Stopped.")
         sys.exit(130)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
+
 from fedlora.adapters import Dense
 from fedlora.attack import Attack
 from fedlora.channel import Channel, Ledger
@@ -331,3 +333,14 @@ def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:
         if row.round == number:
             found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes
     return found
+
+
+def sound(rounds: Iterator[Round]) -> Iterator[Round]:
+    """The rounds; ``FloatingPointError`` where a product of finite updates is too large to be decomposed."""
+    try:
+        yield from rounds
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            "what clients trained is too large to be combined or measured; lower training.learning_rate, or set "
+            "training.max_grad_norm."
+        ) from error

@@ -48,6 +48,7 @@ class CausalLM(Supervised):
     auto: ClassVar[str] = "AutoModelForCausalLM"
     peft: ClassVar[str | None] = "CAUSAL_LM"
     quantizes: ClassVar[bool] = True
+    brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
 
     def __post_init__(self):

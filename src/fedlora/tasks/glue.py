@@ -1,5 +1,6 @@
 """The GLUE benchmark's tasks by name, with their columns, labels and metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -86,6 +87,13 @@ class Glue(Texts):
                     "keeps the labels of its test rows to itself; leave task.test_split out to test on validation rows."
                 )
         return self.own.targets(train, test)
+
+    def _columns(self, split: Any) -> Sequence[str]:
+        if self.text is None:
+            for name in SUBSETS[self.subset].text:
+                source.present(split, name, f"of GLUE's {self.subset}; task.text names others")
+            return SUBSETS[self.subset].text
+        return super()._columns(split)
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
         """What splits by label go by."""

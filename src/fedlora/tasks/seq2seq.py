@@ -40,6 +40,7 @@ class Seq2Seq(Supervised):
     metric: str = "exact_match"  # or "answer_f1", or "nll" without generating anything
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+    brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "answer_f1", "nll")
 
     def __post_init__(self):

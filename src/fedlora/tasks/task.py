@@ -51,6 +51,7 @@ class Task(Protocol):
     auto: ClassVar[str]  # the class of transformers that loads the network
     peft: ClassVar[str | None]  # PEFT's name for the kind of network, where an export says one
     quantizes: ClassVar[bool]  # whether ``network`` takes what loads a quantised base
+    brings_head: ClassVar[bool]  # whether the checkpoint has the whole network, so that nothing on top is new
     metric: str  # the figure that is reported first, one of metrics.KNOWN
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data: ...
@@ -72,6 +73,7 @@ class Supervised(ABC):
 
     peft: ClassVar[str | None] = None
     quantizes: ClassVar[bool] = False
+    brings_head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # that ``task.metric`` may name
     metric: str
     train_rows: int | None
