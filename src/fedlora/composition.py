@@ -15,8 +15,8 @@ from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
 from fedlora.defence import Defence
 from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
 from fedlora.flower.own import OWN
 from fedlora.hygiene import Hygiene

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.clients import Shard
 from fedlora.config import Config
-from fedlora.engines.loop import Federation
+from fedlora.engines.federation import Federation
 from fedlora.footprint import Bench
 from fedlora.limits import read_header
 from fedlora.model import Model

@@ -15,8 +15,9 @@ import torch
 from fedlora.clients import Shard
 from fedlora.comparison import CENTRALISED, for_label
 from fedlora.config import ConfigError, Table, build
+from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Federation, Round, Watch, sound
+from fedlora.engines.loop import Round, Watch, sound
 from fedlora.evaluation import Evaluator, summary
 from fedlora.export import Run
 from fedlora.metrics import Scores

@@ -7,7 +7,7 @@ from fedlora.adapters import Dense
 from fedlora.comparison import for_label
 from fedlora.config import Config, ConfigError, Table, build
 from fedlora.engines import private
-from fedlora.engines.loop import Federation
+from fedlora.engines.federation import Federation
 from fedlora.footprint import weight_bytes
 from fedlora.model import Adapted, Model
 from fedlora.outline import Outline, outline

@@ -16,8 +16,9 @@ import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Event, Federation, Observe, Round, Watch, sound
+from fedlora.engines.loop import Event, Observe, Round, Watch, sound
 from fedlora.folds import FoldLog
 from fedlora.hygiene import Hygiene, shelf
 from fedlora.metrics import KNOWN

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fedlora.adapters import Dense
 from fedlora.channel import Crossing
+from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Federation, Standing
+from fedlora.engines.loop import Standing
 from fedlora.live import Live
 from fedlora.model import Model, shape
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.loop import Federation, Standing
+from fedlora.engines.federation import Federation
+from fedlora.engines.loop import Standing
 from fedlora.folds import Folds
 from fedlora.state import load_about, load_tree, save_tree
 from fedlora.types import Factors

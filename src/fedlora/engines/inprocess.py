@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedlora.attack import leaving
 from fedlora.engines import private
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
+from fedlora.engines.federation import Federation
+from fedlora.engines.loop import Event, Loop, Reply, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
 from fedlora.rounds import Received, client_turn, received

@@ -12,7 +12,7 @@ from fedlora.training import LocalTrainer, State
 from fedlora.types import Tree
 
 if TYPE_CHECKING:
-    from fedlora.engines.loop import Federation
+    from fedlora.engines.federation import Federation
 
 CLIENT, EXAMPLE = (
     "one client more or less, with all that it holds: what it sends is covered, what it keeps for itself is not",

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.records import UnreadableError
-from fedlora.engines.loop import Federation
 from fedlora.forms import RefusedError
 from fedlora.limits import shown
 from fedlora.metrics import KNOWN, Scores, possible

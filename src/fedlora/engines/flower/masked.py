@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import ConfigRecord, Message
 
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks, hidden
 from fedlora.engines.flower.layout import Layout, layout_of, means, size
 from fedlora.engines.flower.records import HOLDS, METRICS
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Federation, Reply, Standing
+from fedlora.engines.loop import Event, Reply, Standing
 from fedlora.rounds import Received, Served, server_turn, shares
 from fedlora.secure import PHASES, ProtocolError, Server, TooFewClientsError
 from fedlora.secure import Message as Sealed

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.channel import Delivery
 from fedlora.engines.checkpoint import folded
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
 from fedlora.engines.flower.exchange import exchanged
@@ -23,7 +24,7 @@ from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
 from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, asked, digest, pack, unpack
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
+from fedlora.engines.loop import Event, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
 from fedlora.limits import upload_limits
