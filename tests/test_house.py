@@ -16,8 +16,9 @@ LAYERS = [  # imports point down only
     {"types", "linalg", "products", "gauge", "mixing", "seeds", "nearest"},
     {"method", "adapters"},
     {"methods"},
-    {"rounds", "optimizers"},
+    {"rounds"},
     {
+        "optimizers",
         "tasks",
         "splits",
         "capability",
