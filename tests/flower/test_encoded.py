@@ -1,5 +1,7 @@
 """Encoded messages on the grid: the bits and the book of one process, and what a lost reply does not break."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,10 @@ from flwr.app import Array, ArrayRecord
 
 import fedlora
 from fedlora.engines.flower.records import UnreadableError, pack, unpack
+from fedlora.flower.server import serve
 from fedlora.limits import Limits
-from tests.flower.world import World, config, counting, overrides, records_agree, same
+from tests.flower.test_resume import DiedError, dying
+from tests.flower.world import QUICK, World, config, counting, overrides, records_agree, same
 
 FINE = ["transport.up=int8", "transport.down=bfloat16", "transport.error_feedback=true"]
 COARSE = ["transport.up=['top-k', 'int4']", "transport.down=['top-k', 'int8']", "transport.top_k=0.2",
@@ -101,3 +105,22 @@ def test_arrays_are_looked_at_before_they_are_read():
             unpack(ArrayRecord({"leaves": array}))
     with pytest.raises(UnreadableError, match="most that is taken"):
         unpack(pack({"p": {"A": torch.zeros(4, 4)}}), Limits(size=100))
+
+
+@pytest.mark.parametrize("how", [FINE, COARSE], ids=["fine", "coarse"])
+def test_a_server_that_dies_goes_on_with_the_same_bits(how, tmp_path):
+    """What is owed on both sides, and what was served last, are in the checkpoint and with the parties."""
+    settings = [*SHORT, *how, "flower.poll=0.001", "flower.join_timeout=2.0"]
+    here, world = fedlora.run(config(*settings)), World(tmp_path / "nodes", *settings)
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("round", 1))
+    assert same(serve(world.config, world.grid, tmp_path / "run").shared, here.shared)
+
+
+def test_what_is_served_may_be_encoded_where_uploads_are_hidden(tmp_path):
+    hidden = replace(QUICK, secure_aggregation=True)
+    settings = ["rounds=2", "clients.count=4", "task.train_rows=400", "training.local_steps=1", "transport.down=int8"]
+    rounds = World(tmp_path, *settings, network=hidden).run()
+    assert rounds[-1].record["cohort"] == [0, 1, 2, 3] and "absent" not in rounds[-1].record
+    plain = fedlora.run(config(*settings))
+    assert rounds[-1].record["bytes"]["down"] == plain.records[-1]["bytes"]["down"]
