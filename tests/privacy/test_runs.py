@@ -1,6 +1,7 @@
 """Whole runs with privacy: one set of bits on every engine, and what is said of ε."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 import fedlora
 from fedlora.cli import app
 from fedlora.config import build, dumps, merged, overridden
+from fedlora.engines import private
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Event
 from fedlora.export import Run, export
@@ -142,3 +144,15 @@ def test_a_party_keeps_its_secret_key_for_a_run(tmp_path):
     store = Store(tmp_path / "run")
     assert store.key(1) == Store(tmp_path / "run").key(1) != store.key(2)
     assert len(store.key(1)) == 32 and (tmp_path / "run" / "clients" / "1.key").stat().st_mode & 0o077 == 0
+
+
+def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
+    f = config("fedit", *EXAMPLE).federation()
+    own = replace(f.clients, split={"name": "own"})
+    server, party = (replace(f, clients=own, shards=rows) for rows in ({}, {1: f.shards[1]}))
+    assert private.spent(server, 1) == {"privacy": {"epsilon": None, "delta": None}}
+    said = private.report(server, 1)["privacy"]
+    assert said["epsilon"] is None and "each party" in lines(said)[0][1]
+    figure = private.report(f, 1)["privacy"]["clients"]["1"]
+    assert private.told(party, 1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
+    assert private.told(f, 1) == ""
