@@ -50,6 +50,14 @@ class Delivery:
     versions: dict[tuple[str, str], int] = field(repr=False)
 
 
+class Knowledge(NamedTuple):
+    """What has been seen to be held, and by whom: plain values, apart from the leaves themselves."""
+
+    versions: dict[tuple[str, str], int]  # of each leaf, the newest; 0: as every party makes it from the seed
+    held: dict[int, dict[tuple[str, str], int]]  # client -> the versions that it has
+    folds_seen: dict[int, int]
+
+
 @dataclass
 class Channel:
     """Says what a client lacks, and counts the bytes of what it is sent and sends.
@@ -77,7 +85,7 @@ class Channel:
         leaves: dict[str, dict[str, Tensor]] = {}
         for part, leaf in (key for key, version in versions.items() if held.get(key, 0) != version):
             leaves.setdefault(part, {})[leaf] = _smaller(shared[part][leaf], own.get(part, {}).get(leaf))
-        seen = self._folds_seen.get(client, 0)
+        seen = self.folds_seen(client)
         return Delivery(leaves, log.catching_up(seen), seen, len(log), versions)
 
     def deliver(self, round: int, client: int, delivery: Delivery) -> None:
@@ -100,9 +108,22 @@ class Channel:
         self._held.pop(client, None)
         self._folds_seen[client] = folds
 
+    def known(self, shared: Tree) -> Knowledge:
+        """All that later deliveries depend on, beside the tree itself."""
+        return Knowledge(self._note(shared), dict(self._held), dict(self._folds_seen))
+
+    def recall(self, shared: Tree, known: Knowledge) -> None:
+        """Goes on from what was known of a tree with these leaves."""
+        self._versions = {(part, leaf): (shared[part][leaf], n) for (part, leaf), n in known.versions.items()}
+        self._held, self._folds_seen = dict(known.held), dict(known.folds_seen)
+
+    def folds_seen(self, client: int) -> int:
+        """How many folds the client holds."""
+        return self._folds_seen.get(client, 0)
+
     def held_by_all(self, clients: int) -> int:
         """How many folds each of so many clients holds."""
-        return min(self._folds_seen.get(client, 0) for client in range(clients))
+        return min(self.folds_seen(client) for client in range(clients))
 
     def collect(self, round: int, client: int, sent: Tree) -> None:
         """A client's upload."""

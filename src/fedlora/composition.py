@@ -14,6 +14,7 @@ from fedlora.adapters import Dense
 from fedlora.clients import Clients, Shard
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Federation
+from fedlora.engines.retention import Retention
 from fedlora.evaluation import Evaluation
 from fedlora.flower.own import OWN
 from fedlora.method import Method
@@ -54,6 +55,7 @@ class Config:
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
+    checkpoint: Retention = field(default_factory=Retention)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -127,6 +129,6 @@ def fingerprint(table: Table) -> str:
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in ("engine", "compare")
+        if section not in ("engine", "compare", "checkpoint")
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -14,6 +14,7 @@ from fedlora.adapters import KINDS, Adapter
 from fedlora.clients import Clients
 from fedlora.composition import Config, ModelTable, fingerprint
 from fedlora.engines.flower.settings import Network
+from fedlora.engines.retention import Retention
 from fedlora.evaluation import Evaluation
 from fedlora.method import Method
 from fedlora.nearest import unknown
@@ -29,7 +30,8 @@ __all__ = [
 ]  # fmt: skip
 
 SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower",
+    "checkpoint", "compare",
 )  # fmt: skip
 
 
@@ -59,9 +61,11 @@ def build(table: Table) -> Config:
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
+        "checkpoint": construct(Retention, "checkpoint", _section(table, "checkpoint")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
+    parts["checkpoint"].check(method.personal, method.title)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
         parts["flower"].check(method, size, able)

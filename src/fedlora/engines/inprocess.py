@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
+from fedlora.engines.loop import Event, Federation, Loop, Private, Reply, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.rounds import Received, client_turn, received
 from fedlora.state import Spilled
@@ -26,6 +26,18 @@ class InProcess(Loop):
 
     def kept(self):
         return self._kept
+
+    def privates(self, at: Standing):
+        return {client: Private(kept, self._moments.get(client)) for client, kept in self._kept.items()}
+
+    def resumed(self, f: Federation, at: Standing, privates):
+        if privates is None:
+            raise ValueError(
+                "what the clients keep for themselves is on their own machines; go on with the engine that ran this, "
+                "by `flwr run` or `fedlora flower local` with the same folder."
+            )
+        self._kept = {client: private.kept for client, private in privates.items()}
+        self._moments = {client: private.moments for client, private in privates.items()}
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         replies = []

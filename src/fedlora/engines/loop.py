@@ -10,7 +10,7 @@ from fedlora.adapters import Dense
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import DROPPED, Clients, Shard
 from fedlora.evaluation import Evaluation, Evaluator, summary
-from fedlora.folds import FoldLog
+from fedlora.folds import FoldLog, Folds
 from fedlora.linalg import compacted, total
 from fedlora.measures import errors
 from fedlora.method import Method
@@ -20,7 +20,7 @@ from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, Rules, Served, public, received, server_turn
 from fedlora.seeds import derived
 from fedlora.tasks.task import Data, Task
-from fedlora.training import Training
+from fedlora.training import State, Training
 from fedlora.types import Tree, Turn
 
 
@@ -92,6 +92,13 @@ class Reply(NamedTuple):
     loss: float
 
 
+class Private(NamedTuple):
+    """What a client keeps for itself from turn to turn."""
+
+    kept: Tree
+    moments: State | None = None  # its optimiser's, where these are kept
+
+
 @dataclass
 class Standing:
     """Where a run stands between two rounds: with the parties' own state, all that its next round depends on."""
@@ -149,6 +156,18 @@ class Loop(ABC):
         """What clients hold for themselves, where it is on this machine."""
         return {}
 
+    def privates(self, at: Standing) -> Mapping[int, Private] | None:
+        """What each client keeps for itself between two rounds; None: that is not on this machine."""
+        return None
+
+    def refolded(self, folds: Folds) -> None:
+        """Told of each fold, in order, that is in the base again where a run goes on."""
+        return None
+
+    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private] | None) -> None:
+        """A run goes on from ``at``, with what its clients kept, where that is on this machine."""
+        return None
+
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
         return f.evaluation.measure
@@ -184,7 +203,8 @@ class Loop(ABC):
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number))
-            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at)
+            folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
+            yield Round(number, at.shared, dict(self.kept()), folds, record, at.channel.ledger, at)
 
     def _drop(self, f: Federation, number: int) -> None:
         """Names who will not reply: drawn from the seed, so that every engine and every party agrees."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fedlora.clients import DROPPED
-from fedlora.engines.flower.records import Order, digest
+from fedlora.engines.flower.records import Order
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
 from fedlora.engines.loop import Federation
@@ -15,6 +15,7 @@ from fedlora.evaluation import Evaluator
 from fedlora.folds import Folds
 from fedlora.method import pick
 from fedlora.rounds import Rules, client_turn, public
+from fedlora.state import digest
 from fedlora.training import LocalTrainer
 from fedlora.types import Tree
 

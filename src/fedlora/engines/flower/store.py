@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from fedlora.engines.checkpoint import folded, unfolded
+from fedlora.engines.snapshot import moment_layers, moments_of
 from fedlora.folds import Folds
 from fedlora.state import flat, load_tree, save_tree, write
 from fedlora.training import State
@@ -70,7 +71,7 @@ class Store:
             groups[name][part] = layer
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
-        moments = {name: _moments(groups.pop(name)) for name in ("moments", "trained_moments")}
+        moments = {name: moments_of(groups.pop(name)) for name in ("moments", "trained_moments")}
         return Holding(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
 
     def save(self, client: int, holding: Holding) -> None:
@@ -78,7 +79,7 @@ class Store:
         tree: dict[str, Mapping] = {}
         for name in PARTS:
             value = getattr(holding, name) or {}
-            layers = _layers(value) if name.endswith("moments") else value
+            layers = moment_layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
         about = {name: getattr(holding, name) for name in ("pending", "counted", "folds", "folded", "base")}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
@@ -104,13 +105,3 @@ class Store:
 
     def _fold(self, name: str) -> Path:
         return self.folder / "folds" / f"{name}.safetensors"
-
-
-def _layers(moments: State) -> dict[str, dict]:
-    """An optimiser's moments as a tree: part ``PART//LEAF``."""
-    return {f"{part}//{leaf}": values for (part, leaf), values in moments.items()}
-
-
-def _moments(layers: Mapping[str, Mapping]) -> State | None:
-    found = {tuple(key.split("//")): dict(values) for key, values in layers.items()}
-    return found or None
