@@ -18,15 +18,17 @@ from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import Checkpoints, config_digest
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Event, Federation, Loop, Observe, Watch
+from fedlora.engines.sealed import RefusedError
 from fedlora.folds import FoldLog
-from fedlora.keeping import METRICS, Keeper
+from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
-from fedlora.state import save_json, save_tree, write
+from fedlora.state import save_json, save_tree, swept, write
 from fedlora.stopping import FULL, Stop, alone, saying_full
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
 SUMMARY, CONFIG = "summary.json", "config.toml"
+BEST = "best"  # a run's folder in the run's folder
 TOKEN = "run.json"  # a deployed run's own name: parties keep their state under it
 SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
 
@@ -91,8 +93,12 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     keeper.checkpoints.retention = config.checkpoint
     if again:
         keeper.find()
+        if keeper.saved is None and (folder / SUMMARY).exists() and records(folder):
+            raise ConfigError(f"{str(folder)!r} holds rounds, but no checkpoint; run it anew in another folder.")
         if keeper.saved is not None and (finished(folder, config.rounds) or keeper.saved.number > config.rounds):
             raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
+    for place in (folder, folder / BEST, *(clients_file(own, 0).parent for own in (folder, folder / BEST))):
+        swept(place)
     write(folder / CONFIG, dumps(table).encode())
     return keeper
 
@@ -123,6 +129,7 @@ def _kept(
     }
     folder = keeper.folder
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
+        summary |= _left_best(config, f, keeper, watch)
         leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
     return Result(summary, keeper.records, shared, kept, folder)
 
@@ -135,6 +142,29 @@ def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, 
         if any(tree.values()):
             save_tree(clients_file(folder, client), tree)
     save_json(folder / SUMMARY, summary)
+
+
+def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
+    """The best round's model as a run's folder of its own, ``best``; what the summary says of it."""
+    assert keeper.folder is not None and keeper.checkpoints is not None
+    try:
+        found = keeper.checkpoints.best_model(f)
+    except RefusedError as error:
+        watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
+        return {}
+    if found is None:
+        return {}
+    shared, privates, folds = found
+    place, about = keeper.folder / BEST, {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
+    until = keeper.records[: about["round"]]
+    write(place / CONFIG, (keeper.folder / CONFIG).read_bytes())
+    write(place / METRICS, "".join(json.dumps(record) + "\n" for record in until).encode())
+    summary = {
+        **summarise(config, until, False, keeper.seconds), "labels": list(f.label_names), "folds": len(folds),
+        "kept": bool(privates), "best": about,
+    }  # fmt: skip
+    leave(place, shared, {client: own.kept for client, own in privates.items()}, folds, summary)
+    return {"best": about}
 
 
 def finished(folder: Path, rounds: int) -> bool:

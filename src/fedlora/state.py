@@ -128,6 +128,13 @@ def write(path: Path, content: bytes) -> None:
     synced(path.parent)
 
 
+def swept(folder: Path) -> None:
+    """Removes what ``write`` had begun in a folder when its process was killed; nobody may be writing there now."""
+    for ending in ("safetensors", "json", "jsonl", "toml"):
+        for path in folder.glob(f".*.{ending}.????????"):
+            path.unlink()
+
+
 def synced(folder: Path) -> None:
     """What was renamed or removed in a folder is so on the disk, where the system lets a folder be synced."""
     if os.name != "posix":

@@ -102,7 +102,11 @@ def test_a_run_without_a_finished_round_begins_anew(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "rounds", "sentence"),
     [
-        (["training.learning_rate=1e-4"], None, "holds a run of another configuration; go on with the configuration"),
+        (
+            ["training.learning_rate=1e-4"],
+            None,
+            "holds a run of another configuration; go on with the one it began with",
+        ),
         (["training.schedule=linear"], 9, "training.schedule = 'linear' with warmup = 0.0 is over all 4 rounds"),
         (["engine.nam=x"], None, "there is no setting 'engine.nam'"),
     ],

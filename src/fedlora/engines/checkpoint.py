@@ -19,10 +19,11 @@ from fedlora.engines.retention import Retention
 from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
 from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
 from fedlora.folds import FoldLog, Folds
-from fedlora.state import digest
+from fedlora.state import digest, swept
 from fedlora.types import Factors, Tree
 
 FOLDER, FOLDS, FORM = "checkpoints", "folds", 1
+FOREIGN = "holds a run of another configuration"
 STATES = f"[0-9]*-{'[0-9a-f]' * 32}{ENDING}"
 
 
@@ -61,8 +62,8 @@ class Checkpoints:
     def begin(self, f: Federation) -> None:
         """Before the first round, or before a run goes on."""
         self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
-        for path in self.folder.rglob(".*"):  # what a crash left half written
-            path.unlink()
+        for folder in (self.folder, self.folder / FOLDS):
+            swept(folder)
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
         """A round is over: its folds are written, and its state where that is due."""
@@ -135,10 +136,13 @@ class Checkpoints:
                 return self._sound(path)
             except RefusedError as error:
                 self.refused.append(str(error))
+        run = repr(str(self.folder.parent))
+        if self.refused and all(FOREIGN in why for why in self.refused):
+            raise ValueError(f"{run} {FOREIGN}; go on with the one it began with, or choose another folder.")
         if self.refused:
             raise ValueError(
-                f"{str(self.folder.parent)!r} holds no checkpoint to go on from: {'; '.join(self.refused)}; go on with "
-                "the configuration it began with, or choose another folder and run it anew."
+                f"{run} holds no checkpoint to go on from: {'; '.join(self.refused)}; choose another folder and run it "
+                "anew."
             )
         return None
 
@@ -158,6 +162,8 @@ class Checkpoints:
         self._written = self.privates(saved, f) or {}
         self._files = {int(client): name for client, name in (said["private"] or {}).items()}
         self.best = said["best"]
+        if self.best is not None and self.best["by"] != self.retention.best:
+            self.best = None
         if self.best is not None:
             self.best.setdefault("file", saved.name)  # it was written before it knew its own name
         engine.resumed(f, at, None if said["private"] is None else self._written)
@@ -201,7 +207,7 @@ class Checkpoints:
         if said["form"] != FORM:
             raise RefusedError(f"{path.name} was written by another version of fedlora")
         if said["config"] != self.config:
-            raise RefusedError(f"{path.name} holds a run of another configuration")
+            raise RefusedError(f"{path.name} {FOREIGN}")
         for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
             unseal(self.folder / name)
         for name, _ in said["folds"]:
