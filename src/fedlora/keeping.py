@@ -66,10 +66,12 @@ class Keeper:
         try:
             for self.last in engine.run(f, at):
                 self._line(self.last.record)
+                last = self.last.number + 1 >= f.rounds
                 if self.checkpoints is not None:
                     self.checkpoints.notes["seconds"] = self.seconds
-                    self.checkpoints.after(self.last, engine, last=self.last.number + 1 >= f.rounds)
-                self.stop.look()
+                    self.checkpoints.after(self.last, engine, last)
+                if not last:
+                    self.stop.look()
         except KeyboardInterrupt:
             self.interrupted = True
             if self.checkpoints is not None:

@@ -48,5 +48,5 @@ def alike(folder, other):
     for name in a:
         assert same(a[name], b[name]), name
     assert lines(folder) == lines(other)
-    assert ledger(folder) == ledger(other)
+    assert sorted(ledger(folder)) == sorted(ledger(other)), "on a grid, replies of a round come in any order"
     return True
