@@ -176,3 +176,18 @@ def test_two_runs_never_write_into_one_folder(tmp_path):
 
     assert len(serve(world.config, world.grid, tmp_path / "run", second).records) == 2
     assert refused
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora"])
+def test_a_server_that_goes_on_sends_only_what_parties_lack(name, tmp_path):
+    settings = [*overrides(name), "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0"]
+    whole, world = World(tmp_path / "a", *settings), World(tmp_path / "b", *settings)
+    serve(whole.config, whole.grid, tmp_path / "whole")
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
+    serve(world.config, world.grid, tmp_path / "run")
+    one, other = (
+        [json.loads(line)["bytes"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "run")
+    )
+    assert one == other and sum(one[2]["down"].values()) > 0

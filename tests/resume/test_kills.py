@@ -37,10 +37,10 @@ def test_the_bits_of_a_run_that_was_never_killed(name, tmp_path):
         folder = tmp_path / f"run-{finished}"
         attempts += 1
         assert attempts < 8 * KILLS[name], "the children end before they are killed"
-        # In turn: at any time at all, and at one of the calls that write, of which a round has about thirty.
-        pid = child(settings, folder, call=draws.randrange(60) if attempts % 2 else None)
+        # In turn: at any time at all, and at one of the calls that write, of which a round has about a dozen.
+        pid = child(settings, folder, call=draws.randrange(1, 24) if attempts % 2 else None)
         if not attempts % 2:
-            time.sleep(draws.uniform(0.05, 0.9) * took)
+            time.sleep(draws.uniform(0.02, 0.5) * took)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
