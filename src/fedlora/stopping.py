@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -45,7 +45,8 @@ class Stop:
         self.asked = True
         if not self.patient:
             raise KeyboardInterrupt
-        os.write(2, WORDS)  # a handler may have broken into a print
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(2, WORDS)  # no print: the handler may have broken into one
 
     def look(self) -> None:
         """``KeyboardInterrupt`` where the run is to stop."""
