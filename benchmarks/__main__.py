@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, agreement, engines, federation, levers, merging, training
+from benchmarks import aggregation, agreement, checkpoints, engines, federation, levers, merging, training
 
 ALL = {
     "training": training.measure,
@@ -19,6 +19,7 @@ ALL = {
     "merging": merging.measure,
     "agreement": agreement.measure,
     "engines": engines.measure,
+    "checkpoints": checkpoints.measure,
 }
 
 

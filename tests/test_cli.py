@@ -59,7 +59,10 @@ def test_run_show_and_json(cli, tmp_path):
     assert json.loads(cli("show", "runs/a", "--json").stdout)["records"][0]["round"] == 1
     second = cli("run", "my.toml", "--out", "runs/a")
     assert (second.returncode, second.stdout) == (2, "")
-    assert second.stderr == "fedlora: 'runs/a' holds a run already; choose another folder with --out.\n"
+    assert second.stderr == (
+        "fedlora: 'runs/a' holds a run already; `fedlora resume runs/a` goes on with it, or choose another folder "
+        "with --out.\n"
+    )
 
 
 def test_compare_draws_and_tabulates(cli, tmp_path):

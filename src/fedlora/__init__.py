@@ -12,7 +12,8 @@ __version__ = version("fedlora")
 
 _WHERE = {
     "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
-    "Result": "fedlora.runs", "run": "fedlora.runs", "compare": "fedlora.comparison", "Method": "fedlora.method",
+    "Result": "fedlora.runs", "run": "fedlora.runs", "resume": "fedlora.resuming",
+    "compare": "fedlora.comparison", "Method": "fedlora.method",
     "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters", "Heads": "fedlora.adapters", "Model": "fedlora.model",
 }  # fmt: skip
 

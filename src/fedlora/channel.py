@@ -53,6 +53,14 @@ class Delivery:
     versions: dict[tuple[str, str], int] = field(repr=False)
 
 
+class Knowledge(NamedTuple):
+    """What has been seen to be held, and by whom: plain values, apart from the leaves themselves."""
+
+    versions: dict[tuple[str, str], int]  # of each leaf, the newest; 0: as every party makes it from the seed
+    held: dict[int, dict[tuple[str, str], int]]  # client -> the versions that it has
+    folds_seen: dict[int, int]
+
+
 @dataclass
 class Channel:
     """Says what a client lacks, and counts the bytes of what it is sent and sends.
@@ -88,7 +96,7 @@ class Channel:
             coded = self.transport.crossing(shared[part], leaf, had, version)
             cut = mine.numel() < whole.numel()  # and an encoding is of the whole leaf
             crossing.setdefault(part, {}).update({leaf: mine} if cut or coded is None else coded)
-        seen = self._folds_seen.get(client, 0)
+        seen = self.folds_seen(client)
         # A round's folds were rounded before anybody folded them; a sum of several was not, and crosses as it is.
         lone = {id(entry) for entry in log.entries}
         folds = [self.transport.narrowed(x) if id(x) in lone else x for x in log.catching_up(seen)]
@@ -113,9 +121,22 @@ class Channel:
         self._held.pop(client, None)
         self._folds_seen[client] = folds
 
+    def known(self, shared: Tree) -> Knowledge:
+        """All that later deliveries depend on, beside the tree itself."""
+        return Knowledge(self._note(shared), dict(self._held), dict(self._folds_seen))
+
+    def recall(self, shared: Tree, known: Knowledge) -> None:
+        """Goes on from what was known of a tree with these leaves."""
+        self._versions = {(part, leaf): (shared[part][leaf], n) for (part, leaf), n in known.versions.items()}
+        self._held, self._folds_seen = dict(known.held), dict(known.folds_seen)
+
+    def folds_seen(self, client: int) -> int:
+        """How many folds the client holds."""
+        return self._folds_seen.get(client, 0)
+
     def held_by_all(self, clients: int) -> int:
         """How many folds each of so many clients holds."""
-        return min(self._folds_seen.get(client, 0) for client in range(clients))
+        return min(self.folds_seen(client) for client in range(clients))
 
     def collect(self, round: int, client: int, sent: Tree, crossed: Tree | None = None) -> None:
         """A client's upload, and what of it crossed where that is something else."""

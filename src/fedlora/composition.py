@@ -17,6 +17,7 @@ from fedlora.defence import Defence
 from fedlora.engines import private
 from fedlora.engines.federation import Federation
 from fedlora.engines.flower.settings import Network
+from fedlora.engines.retention import Retention
 from fedlora.evaluation import Evaluation
 from fedlora.flower.own import OWN
 from fedlora.hygiene import Hygiene
@@ -65,6 +66,7 @@ class Config:
     robust: Defence | None = None
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
+    checkpoint: Retention = field(default_factory=Retention)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -144,6 +146,7 @@ def fingerprint(table: Table) -> str:
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in ("engine", "compare", "hygiene", "robust")  # the last two are the server's alone
+        if section
+        not in ("engine", "compare", "checkpoint", "hygiene", "robust")  # the last two are the server's alone
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

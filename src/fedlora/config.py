@@ -14,6 +14,7 @@ from fedlora.adapters import KINDS, Adapter
 from fedlora.clients import Clients
 from fedlora.composition import Config, ModelTable, fingerprint
 from fedlora.engines.flower.settings import Network
+from fedlora.engines.retention import Retention
 from fedlora.evaluation import Evaluation
 from fedlora.hygiene import Hygiene
 from fedlora.method import Method
@@ -33,7 +34,7 @@ __all__ = [
 
 SECTIONS = (
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
-    "hygiene", "robust", "attack", "transport", "compare",
+    "hygiene", "robust", "attack", "transport", "checkpoint", "compare",
 )  # fmt: skip
 
 
@@ -68,10 +69,12 @@ def build(table: Table) -> Config:
         "robust": _optional(table, "robust", defences.load),
         "attack": _optional(table, "attack", attacks.load),
         "transport": construct(Transport, "transport", _section(table, "transport")),
+        "checkpoint": construct(Retention, "checkpoint", _section(table, "checkpoint")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
     parts["transport"].check(method, parts["flower"].secure_aggregation)
+    parts["checkpoint"].check(method.personal, method.title)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
         parts["flower"].check(method, size, able)

@@ -3,30 +3,36 @@
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines import private
+from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
+from fedlora.engines.checkpoint import Checkpoints, config_digest
 from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Event, Observe, Round, Watch, sound
+from fedlora.engines.loop import Event, Loop, Observe, Watch
+from fedlora.engines.sealed import RefusedError
 from fedlora.folds import FoldLog
-from fedlora.hygiene import Hygiene, shelf
+from fedlora.hygiene import shelf
+from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
-from fedlora.state import save_json, save_tree, write
+from fedlora.state import save_json, save_tree, swept, write
+from fedlora.stopping import FULL, Stop, alone, saying_full
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
-METRICS, SUMMARY, CONFIG = "metrics.jsonl", "summary.json", "config.toml"
+SUMMARY, CONFIG = "summary.json", "config.toml"
+BEST = "best"  # a run's folder in the run's folder
+TOKEN = "run.json"  # a deployed run's own name: parties keep their state under it
 SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
 
 
@@ -41,8 +47,8 @@ class Result:
     folder: Path | None = None
 
 
-Take = Callable[[Iterator[Round]], None]
-# Runs a federation's rounds into ``take``; returns what each client keeps, where the last round does not know it.
+Take = Callable[[Loop, Federation], None]
+# Lets ``take`` run an engine; returns what each client keeps, where the last round does not know it.
 Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
 
 
@@ -61,45 +67,117 @@ def run(
     ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
-    this run, and its records stay.
+    this run, which goes on from its last checkpoint. Raises ``OSError`` where the disk is full; finished rounds stay.
     """
-    folder = None if out is None else _fresh(Path(out).expanduser(), again)
-    began = time.perf_counter()
-    try:
-        federation = config.federation(combines=drive is not None)
-    except BaseException:
-        _left_as_found(folder)
-        raise
-    if folder is not None:
-        precision = {"training": {"precision": federation.training.precision}}
-        write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
-    for note in federation.notes:
+    folder = None if out is None else Path(out).expanduser()
+    stop = Stop(patient=drive is None and config.engine.name == "inprocess")
+    with alone(folder), saying_full(folder):
+        if folder is not None:
+            _fresh(folder, again)
+        try:
+            federation = config.federation(combines=drive is not None)
+            keeper = _keeper(config, federation, folder, stop, again)
+        except BaseException:
+            _left_as_found(folder)
+            raise
+        with stop.listening() if drive is None else nullcontext():
+            result = _kept(config, federation, keeper, stop.watched(watch), observe, drive)
+    if stop.asked and not keeper.interrupted:  # too late to stop this run, but not whatever would come after it
+        raise KeyboardInterrupt
+    return result
+
+
+def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool) -> Keeper:
+    """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
+    if folder is None:
+        return Keeper(None, stop=stop, hygiene=config.hygiene)
+    table = merged(config.table, {"training": {"precision": f.training.precision}})
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric)
+    keeper = Keeper(folder, checkpoints, stop, config.hygiene)
+    keeper.checkpoints.retention = config.checkpoint
+    if again:
+        keeper.find()
+        if keeper.saved is None and (folder / SUMMARY).exists() and records(folder):
+            raise ConfigError(f"{str(folder)!r} holds rounds, but no checkpoint; run it anew in another folder.")
+        if keeper.saved is not None and (finished(folder, config.rounds) or keeper.saved.number > config.rounds):
+            raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
+    for place in (folder, folder / BEST, *(clients_file(own, 0).parent for own in (folder, folder / BEST))):
+        swept(place)
+    write(folder / CONFIG, dumps(table).encode())
+    return keeper
+
+
+def _kept(
+    config: Config, f: Federation, keeper: Keeper, watch: Watch, observe: Observe | None, drive: Drive | None
+) -> Result:
+    """The rounds, and what they leave."""
+    refused = keeper.checkpoints.refused if keeper.checkpoints else []
+    for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
         watch(Event("note", 0, text=note))
-    keeper = Keeper(folder, config.hygiene)
     with keeper.writing():
         try:
-            kept = (drive or DRIVES[config.engine.name])(config, federation, watch, observe, keeper.take)
+            kept = (drive or DRIVES[config.engine.name])(config, f, watch, observe, keeper.take)
         except KeyboardInterrupt:
             kept, keeper.interrupted = None, True
     last = keeper.last
-    shared = last.shared if last else federation.model.initial(config.seed)
+    shared = last.shared if last else f.model.initial(config.seed)
     kept = kept if kept is not None else last.kept if last else {}
     summary = {
-        **summarise(config, keeper.records, keeper.interrupted, time.perf_counter() - began),
-        **private.report(federation, len(keeper.records)),
-        "labels": list(federation.label_names),
+        **summarise(config, keeper.records, keeper.interrupted, keeper.seconds),
+        **private.report(f, len(keeper.records)),
+        "labels": list(f.label_names),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
-        **({"notes": list(federation.notes)} if federation.notes else {}),
+        **({"notes": list(f.notes)} if f.notes else {}),
+        **({"resumed": keeper.resumed} if keeper.resumed else {}),
+        **({"refused": refused} if refused else {}),
     }
+    folder = keeper.folder
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
-        save_tree(folder / SHARED, shared)
-        save_folds(folder, last.folds if last else FoldLog())
-        for client, tree in kept.items():
-            if any(tree.values()):
-                save_tree(clients_file(folder, client), tree)
-        save_json(folder / SUMMARY, summary)
+        summary |= _left_best(config, f, keeper, watch)
+        leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
     return Result(summary, keeper.records, shared, kept, folder)
+
+
+def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
+    """What a run came to, for whoever opens its folder; the summary comes last."""
+    save_tree(folder / SHARED, shared)
+    save_folds(folder, folds)
+    for client, tree in kept.items():
+        if any(tree.values()):
+            save_tree(clients_file(folder, client), tree)
+    save_json(folder / SUMMARY, summary)
+
+
+def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
+    """The best round's model as a run's folder of its own, ``best``; what the summary says of it."""
+    assert keeper.folder is not None and keeper.checkpoints is not None
+    try:
+        found = keeper.checkpoints.best_model(f)
+    except RefusedError as error:
+        watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
+        return {}
+    if found is None:
+        return {}
+    shared, privates, folds = found
+    place, about = keeper.folder / BEST, {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
+    until = keeper.records[: about["round"]]
+    write(place / CONFIG, (keeper.folder / CONFIG).read_bytes())
+    write(place / METRICS, "".join(json.dumps(record) + "\n" for record in until).encode())
+    summary = {
+        **summarise(config, until, False, keeper.seconds), "labels": list(f.label_names), "folds": len(folds),
+        "kept": bool(privates), "best": about,
+    }  # fmt: skip
+    leave(place, shared, {client: own.kept for client, own in privates.items()}, folds, summary)
+    return {"best": about}
+
+
+def finished(folder: Path, rounds: int) -> bool:
+    """Whether a folder's run came to its end, at so many rounds or more."""
+    if not (folder / SUMMARY).exists():
+        return False
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return not summary["interrupted"] and bool(summary["rounds"] >= rounds)
 
 
 def save_folds(folder: Path, log: FoldLog) -> None:
@@ -162,55 +240,10 @@ def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
 
 
-@dataclass
-class Keeper:
-    """Takes the rounds as they come, each on disk before the next begins; records that are there already stay."""
-
-    folder: Path | None
-    hygiene: Hygiene = field(default_factory=Hygiene)
-    records: list[Mapping[str, Any]] = field(default_factory=list)
-    last: Round | None = None
-    interrupted: bool = False
-    _file: IO[str] | None = None
-
-    def take(self, rounds: Iterator[Round]) -> None:
-        """Every round of an engine, to the end or to Ctrl-C."""
-        try:
-            for self.last in sound(rounds):
-                shelf.keep(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
-                again = [r for r in self.records if r["round"] >= self.last.record["round"]]  # was cut off after it
-                self.records = [*(r for r in self.records if r not in again), self.last.record]
-                self._write(self.records if again else self.records[-1:], anew=bool(again))
-        except KeyboardInterrupt:
-            self.interrupted = True
-
-    def _write(self, records: list[Mapping[str, Any]], anew: bool) -> None:
-        if self._file is None:
-            return
-        if anew:
-            self._file.truncate(0)
-        self._file.write("".join(json.dumps(record) + "\n" for record in records))
-        self._file.flush()
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """While the metrics file is open."""
-        if self.folder is None:
-            yield
-            return
-        with open(self.folder / METRICS, "a+", encoding="utf-8") as self._file:
-            self._file.seek(0)
-            lines = self._file.read().splitlines(keepends=True)
-            self.records = [json.loads(line) for line in lines if line.endswith("\n")]
-            if len(self.records) < len(lines):  # the last one was cut off
-                self._write(self.records, anew=True)
-            yield
-
-
 def in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
     """All turns in this process."""
     with TemporaryDirectory(prefix="fedlora-") as place:
-        take(InProcess(watch, observe, Path(place) if config.engine.spill else None).run(f))
+        take(InProcess(watch, observe, Path(place) if config.engine.spill else None), f)
 
 
 def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
@@ -228,17 +261,20 @@ def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | No
 DRIVES: Mapping[str, Drive] = {"inprocess": in_process, "flower-simulation": simulated}
 
 
-def _fresh(folder: Path, again: bool) -> Path:
-    """An empty folder to write into, or one sentence why not."""
+def _fresh(folder: Path, again: bool) -> None:
+    """Makes it a folder to write into, or says in one sentence why not."""
     if not again and ((folder / CONFIG).exists() or (folder / SUMMARY).exists()):
-        raise ConfigError(f"{str(folder)!r} holds a run already; choose another folder with --out.")
+        raise ConfigError(
+            f"{str(folder)!r} holds a run already; `fedlora resume {folder}` goes on with it, or choose another "
+            "folder with --out."
+        )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / METRICS).exists():
             write(folder / METRICS, b"")
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder.") from error
-    return folder
 
 
 def _left_as_found(folder: Path | None) -> None:

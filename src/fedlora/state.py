@@ -1,5 +1,6 @@
 """Trees on disk: safetensors, written whole or not at all."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -123,8 +124,22 @@ def save_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def digest(tree: Tree) -> str:
+    """Names, shapes, dtypes and bits of all leaves as one short text."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in sorted(tree):
+        for leaf in sorted(tree[part]):
+            x = tree[part][leaf].detach().cpu().contiguous()
+            found.update(f"{part}{SEPARATOR}{leaf} {tuple(x.shape)} {x.dtype};".encode())
+            found.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def write(path: Path, content: bytes) -> None:
-    """Through a temporary file beside it, synced and renamed: a crash or a full disk leaves the old file."""
+    """Through a temporary file beside it, synced and renamed: a crash or a full disk leaves the old file.
+
+    The folder is synced, too: what is written afterwards may count on this file, whatever happens to the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -136,3 +151,22 @@ def write(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    synced(path.parent)
+
+
+def swept(folder: Path) -> None:
+    """Removes what ``write`` had begun in a folder when its process was killed; nobody may be writing there now."""
+    for ending in ("safetensors", "json", "jsonl", "toml"):
+        for path in folder.glob(f".*.{ending}.????????"):
+            path.unlink()
+
+
+def synced(folder: Path) -> None:
+    """What was renamed or removed in a folder is so on the disk, where the system lets a folder be synced."""
+    if os.name != "posix":
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)

@@ -186,4 +186,5 @@ class LocalTrainer:
             for key, parameter in parameters.items():
                 moments = self.state.get(key)
                 if moments is not None:
-                    optimizer.state[parameter] = moments
+                    # Copies: the optimiser works in place, and a turn that is broken off must leave no trace.
+                    optimizer.state[parameter] = {k: x.clone() if torch.is_tensor(x) else x for k, x in moments.items()}

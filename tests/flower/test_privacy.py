@@ -7,6 +7,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 from fedlora import methods
 from fedlora.engines.flower import records
+from fedlora.state import digest
 from tests.flower.world import World, config, overrides, same
 
 METRICS = {
@@ -98,12 +99,12 @@ def test_a_server_cannot_choose_where_a_party_writes(tmp_path):
 
 def test_the_digest_tells_every_difference():
     tree = {"a": {"A": torch.zeros(2, 3)}}
-    seen = {records.digest(tree)}
+    seen = {digest(tree)}
     for other in (
         {"a": {"A": torch.zeros(3, 2)}}, {"a": {"B": torch.zeros(2, 3)}}, {"b": {"A": torch.zeros(2, 3)}},
         {"a": {"A": torch.zeros(2, 3).double()}}, {"a": {"A": -torch.zeros(2, 3)}},
     ):  # fmt: skip
-        assert records.digest(other) not in seen
-        seen.add(records.digest(other))
-    assert records.digest({"a": {"A": torch.zeros(2, 6)[:, ::2]}}) == records.digest(tree)
+        assert digest(other) not in seen
+        seen.add(digest(other))
+    assert digest({"a": {"A": torch.zeros(2, 6)[:, ::2]}}) == digest(tree)
     assert same(config().federation().model.initial(0), config().federation().model.initial(0))

@@ -61,7 +61,9 @@ def test_a_finished_run_another_configuration_and_a_foreign_folder_are_refused(t
     before = load_tree(tmp_path / "run" / "shared.safetensors")
     with pytest.raises(ConfigError, match="holds this run, finished; raise rounds, or choose another folder"):
         serve(world.config, world.grid, tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run of another configuration; choose another folder"):
+    with pytest.raises(
+        ValueError, match="holds a run of another configuration; go on with .*, or choose another folder"
+    ):
         serve(config(*quick, "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
     fedlora.run(config("rounds=1"), tmp_path / "other")
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -92,7 +94,8 @@ def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_fi
     assert stores[0].folds == stores[1].folds == stores[2].folds
     assert len({s.base for s in stores}) == 1
     for number, name in enumerate(stores[0].folds):
-        ours = unfolded(load_tree(tmp_path / "run" / "folds" / f"{number:06d}.safetensors"))
+        (file,) = (tmp_path / "run" / "checkpoints" / "folds").glob(f"{number:06d}-*.safetensors")
+        ours = unfolded(load_tree(file))
         theirs = Store(tmp_path / "nodes" / token).fold(name)
         assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
 
@@ -111,9 +114,9 @@ def test_a_line_that_was_cut_off_a_broken_checkpoint_and_a_refusal_that_writes_n
     again = serve(world.config, world.grid, tmp_path / "run")
     assert [r["round"] for r in again.records] == [1, 2, 3]
     assert same(again.shared, fedlora.run(config(*settings)).shared)
-    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:50])
-    with pytest.raises(ValueError, match="cannot be read, it was cut off or edited"):
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
+        checkpoint.write_bytes(checkpoint.read_bytes()[:50])
+    with pytest.raises(ValueError, match="holds no checkpoint to go on from: 000003-.* was cut off or altered"):
         serve(world.config, world.grid, tmp_path / "run")
 
 
@@ -173,3 +176,18 @@ def test_two_runs_never_write_into_one_folder(tmp_path):
 
     assert len(serve(world.config, world.grid, tmp_path / "run", second).records) == 2
     assert refused
+
+
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora"])
+def test_a_server_that_goes_on_sends_only_what_parties_lack(name, tmp_path):
+    settings = [*overrides(name), "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0"]
+    whole, world = World(tmp_path / "a", *settings), World(tmp_path / "b", *settings)
+    serve(whole.config, whole.grid, tmp_path / "whole")
+    with pytest.raises(DiedError):
+        serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
+    serve(world.config, world.grid, tmp_path / "run")
+    one, other = (
+        [json.loads(line)["bytes"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "run")
+    )
+    assert one == other and sum(one[2]["down"].values()) > 0

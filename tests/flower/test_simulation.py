@@ -73,7 +73,11 @@ def test_a_run_on_the_simulation_leaves_the_folder_of_a_run_in_one_process(tmp_p
     here = fedlora.run(config(*settings), tmp_path / "here")
     assert same(there.shared, here.shared)
     assert agree(there.summary["final"], here.summary["final"])
-    there, here = ({p.relative_to(r) for p in r.rglob("*")} for r in (tmp_path / "there", tmp_path / "here"))
+    # A checkpoint's name ends with a digest of its content, and bytes are counted in another order here.
+    there, here = (
+        {str(p.relative_to(r)).rpartition("-")[0] or p.relative_to(r) for p in r.rglob("*")}
+        for r in (tmp_path / "there", tmp_path / "here")
+    )
     assert there == here
 
 

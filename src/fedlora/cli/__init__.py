@@ -25,7 +25,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 for command in (
-    preparing.plan, preparing.sweep, running.run, running.compare,
+    preparing.plan, preparing.sweep, running.run, running.resume, running.compare,
     folders.show, folders.personal, folders.aggregate, folders.export,
     studying.similarity, chatting.chat, grading.solve, grading.grade,
     authoring.methods, running.demo,

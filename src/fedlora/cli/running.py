@@ -1,4 +1,4 @@
-"""Commands that run federations: run, compare, demo."""
+"""Commands that run federations: run, resume, compare, demo."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,6 @@ def run(
 ) -> None:
     """Run one federation, and keep it in a folder."""
     from fedlora.config import read
-    from fedlora.report import tables
     from fedlora.report.progress import Progress
     from fedlora.runs import run as execute
 
@@ -26,9 +25,36 @@ def run(
     out = out or numbered(Path("runs") / config.stem)
     with Progress(resolved.rounds) as progress:
         result = execute(resolved, out, progress.watch)
-    answer(as_json, result.summary, lambda: tables.summary(result.summary, str(out)))
-    if result.summary["interrupted"]:
-        say(f"Stopped after {result.summary['rounds']} of {resolved.rounds} rounds; what was finished is in {out}.")
+    _answered(result.summary, out, as_json)
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was broken off.")],
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Rounds in all [default: as it was asked].")] = None,  # noqa: UP045
+    override: Override = None,
+    engine: Annotated[Optional[str], typer.Option(help="inprocess or flower-simulation.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Go on with a run from its last checkpoint, with the bits of one that was never broken off."""
+    from fedlora.keeping import records
+    from fedlora.report.progress import Progress
+    from fedlora.resuming import continued
+    from fedlora.runs import run as execute
+
+    resolved = continued(folder, rounds, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
+    with Progress(resolved.rounds - len(records(folder))) as progress:
+        result = execute(resolved, folder, progress.watch, again=True)
+    _answered(result.summary, folder, as_json)
+
+
+def _answered(summary, folder: Path, as_json: bool) -> None:
+    """What a run came to; exit status 130 where Ctrl-C ended it."""
+    from fedlora.report import tables
+
+    answer(as_json, summary, lambda: tables.summary(summary, str(folder)))
+    if summary["interrupted"]:
+        asked = f"{summary['rounds']} of {summary['rounds_asked']} rounds"
+        say(f"Stopped after {asked}; what was finished is in {folder}: `fedlora resume {folder}` goes on.")
         raise typer.Exit(130)
 
 

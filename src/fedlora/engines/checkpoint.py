@@ -1,71 +1,231 @@
-"""Where a run stands, on disk: written after each round, whole or not at all."""
+"""A run's checkpoints: written after its rounds, each whole or not at all, and found again when it goes on.
+
+A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and which other files belong to
+it), ``private-NUMBER-DIGEST.safetensors`` (what clients keep that trained since the one before) and
+``folds/NUMBER-DIGEST.safetensors`` (one round's folds). Every file is written once; the state comes last, so a crash
+anywhere leaves the checkpoint before.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.channel import Channel
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Standing
-from fedlora.folds import Folds
-from fedlora.state import load_about, load_tree, save_tree
-from fedlora.types import Factors
+from fedlora.engines.loop import Loop, Private, Round, Standing
+from fedlora.engines.retention import Retention
+from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
+from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
+from fedlora.folds import FoldLog, Folds
+from fedlora.state import digest, swept
+from fedlora.types import Factors, Tree
 
-STATE, FOLDS = "checkpoint.safetensors", "folds"
+FOLDER, FOLDS, FORM = "checkpoints", "folds", 1
+FOREIGN = "holds a run of another configuration"
+STATES = f"[0-9]*-{'[0-9a-f]' * 32}{ENDING}"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A folder with the server's state, and each round's folds in a file of its own, so that they are written once."""
+class Saved:
+    """A checkpoint that was found sound, with all that belongs to it."""
+
+    name: str
+    about: Mapping[str, Any]
+    tree: Tree = field(repr=False)
+
+    @property
+    def number(self) -> int:
+        """Rounds that it counts."""
+        return int(self.about["plain"]["number"])
+
+
+@dataclass
+class Checkpoints:
+    """The folder of one run. ``refused`` says of each checkpoint that was not taken why."""
 
     folder: Path
     config: str  # a digest of the configuration: another one cannot go on from here
-    token: str  # of the run: parties keep their state under it
+    metric: str  # of the task
+    retention: Retention = field(default_factory=Retention)
+    notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, where it went on
+    refused: list[str] = field(default_factory=list, init=False)
+    best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
+    _made: str = field(default="", init=False)  # a digest of what every party makes from the seed
+    _folds: list[tuple[str, int]] = field(default_factory=list, init=False)  # file, and how many were settled then
+    _files: dict[int, str | None] = field(default_factory=dict, init=False)  # client -> where what it keeps is
+    _written: dict[int, Private] = field(default_factory=dict, init=False)
+    _last: Snapshot | None = field(default=None, init=False)  # of the last round, if that is not on disk
 
-    def save(self, at: Standing) -> None:
-        """The folds first, then the state that counts them: a crash between the two leaves the round before."""
-        known = self.about()["folds"] if self else 0  # a file beyond is of a round that was run again
-        for number in range(known, len(at.folds)):
-            save_tree(self._fold(number), folded(at.folds.entries[number - at.folds.start]))
-        about = {
-            "number": at.number, "folds": len(at.folds), "counted": {str(k): v for k, v in at.counted.items()},
-            "token": self.token, "config": self.config, "conduct": at.conduct,
+    # ------------------------------------------------------------------------------------ saving
+    def begin(self, f: Federation) -> None:
+        """Before the first round, or before a run goes on."""
+        self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
+        for folder in (self.folder, self.folder / FOLDS):
+            swept(folder)
+
+    def after(self, done: Round, engine: Loop, last: bool) -> None:
+        """A round is over: its folds are written, and its state where that is due."""
+        self._fold(done.folds)
+        self._last = Snapshot.take(done.standing, engine.privates(done.standing))
+        value = self.retention.value(done.record, self.metric)
+        better = self.retention.better(value, self.best and self.best["value"], self.metric)
+        if better:
+            self.best = {"round": self._last.number, "by": self.retention.best, "value": value}
+        if last or better or self._last.number % self.retention.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """The last finished round, if it is not on disk yet."""
+        snapshot = self._last
+        if snapshot is None:
+            return
+        stem = f"{snapshot.number:06d}"
+        self._private(f"private-{stem}", snapshot)
+        tree, said = snapshot.leaves()
+        files = None if snapshot.privates is None else self._files
+        own = {
+            "form": FORM, "config": self.config, "made": self._made, "folds": self._folds, "private": files,
+            "notes": self.notes, "best": self.best,
         }  # fmt: skip
-        save_tree(self.folder / STATE, at.shared, {"about": json.dumps(about)})
+        name = seal(self.folder, stem, packed(tree, {**said, **own}))
+        if self.best is not None and self.best["round"] == snapshot.number:
+            self.best["file"] = name
+        self._last = None
+        self._prune(name, snapshot.number)
 
-    def load(self, f: Federation, begin: Standing) -> Standing:
-        """The standing that was saved, its folds in the model's base, in the order in which they were made."""
-        about = self.about()
-        saved = load_tree(self.folder / STATE)
-        begin.shared = {
-            # A leaf with its first values stays the very object, so that nobody is sent it.
-            part: {leaf: own if _equal(own := layer.get(leaf), x) else x for leaf, x in saved.get(part, {}).items()}
-            for part, layer in begin.shared.items()
-        }
-        for number in range(about["folds"]):
-            begin.folds.append(unfolded(load_tree(self._fold(number))))
-            f.model.fold(begin.folds.entries[-1])
-        begin.number, begin.counted = about["number"], {int(k): v for k, v in about["counted"].items()}
-        begin.conduct = about.get("conduct", {})
-        return begin
+    def _fold(self, log: FoldLog) -> None:
+        """Each round's folds are on disk before they are summed with others."""
+        for number in range(len(self._folds), len(log)):
+            content = packed(folded(log.entries[number - log.start]), {})
+            name = seal(self.folder / FOLDS, f"{number:06d}", content)
+            self._folds.append((name, log.start))
 
-    def about(self) -> dict[str, Any]:
-        """What the checkpoint says of itself. ``ValueError`` where it is of another configuration."""
-        about = load_about(self.folder / STATE)
-        if about.get("config") != self.config:
+    def _private(self, stem: str, snapshot: Snapshot) -> None:
+        found = snapshot.privates or {}
+        fresh = {client: own for client, own in found.items() if not _same(self._written.get(client), own)}
+        tree = private_leaves(fresh)
+        name = seal(self.folder, stem, packed(tree, {})) if tree else None
+        self._files |= dict.fromkeys(fresh, name)
+        self._written |= fresh
+
+    def _prune(self, newest: str, number: int) -> None:
+        """Removes what is neither among the last, nor the best, nor belongs to them."""
+        found = [path for path in self._states() if path.name == newest or _number(path) < number]
+        kept = {path.name for path in found[-self.retention.keep :]}
+        kept |= {self.best["file"]} if self.best else set()
+        belong = {str(f) for name in kept for f in (about(self.folder / name).get("private") or {}).values()}
+        for path in self.folder.glob(f"*{ENDING}"):
+            if path.name not in kept | belong:
+                path.unlink(missing_ok=True)
+        current = {name for name, _ in self._folds}
+        for path in (self.folder / FOLDS).glob(f"*{ENDING}"):
+            if path.name not in current:
+                path.unlink(missing_ok=True)
+
+    # ----------------------------------------------------------------------------------- finding
+    def newest(self) -> Saved | None:
+        """The newest sound checkpoint; None where there is none at all.
+
+        ``ValueError`` where there are some and none of them will do.
+        """
+        self.refused = []
+        for path in reversed(self._states()):
+            try:
+                return self._sound(path)
+            except RefusedError as error:
+                self.refused.append(str(error))
+        run = repr(str(self.folder.parent))
+        if self.refused and all(FOREIGN in why for why in self.refused):
+            raise ValueError(f"{run} {FOREIGN}; go on with the one it began with, or choose another folder.")
+        if self.refused:
             raise ValueError(
-                f"{str(self.folder)!r} holds a run of another configuration; choose another folder, "
-                "or go on with the configuration it began with."
+                f"{run} holds no checkpoint to go on from: {'; '.join(self.refused)}; choose another folder and run it "
+                "anew."
             )
-        return about
+        return None
 
-    def __bool__(self) -> bool:
-        return (self.folder / STATE).exists()
+    def load(self, saved: Saved, f: Federation, engine: Loop) -> Standing:
+        """The standing that was saved, its folds in the model's base, and the engine's clients with what they keep."""
+        at, said = engine.begin(f), saved.about
+        if said["made"] != self._made:
+            raise ValueError(
+                f"{saved.name} was made with other first values of the adapters than this machine draws from the same "
+                "seed; go on with the version of torch that the run began with."
+            )
+        self._folds = [(str(name), int(start)) for name, start in said["folds"]]
+        for folds in self._refold(at.folds, self._folds):
+            f.model.fold(folds)
+            engine.refolded(folds)
+        put_back(at, saved.tree, said, f.model.device)
+        self._written = self.privates(saved, f) or {}
+        self._files = {int(client): name for client, name in (said["private"] or {}).items()}
+        self.best = said["best"]
+        if self.best is not None and self.best["by"] != self.retention.best:
+            self.best = None
+        if self.best is not None:
+            self.best.setdefault("file", saved.name)  # it was written before it knew its own name
+        engine.resumed(f, at, None if said["private"] is None else self._written)
+        return at
 
-    def _fold(self, number: int) -> Path:
-        return self.folder / FOLDS / f"{number:06d}.safetensors"
+    def privates(self, saved: Saved, f: Federation) -> dict[int, Private] | None:
+        """What each client kept then; None where that is on the parties' own machines."""
+        files = saved.about["private"]
+        if files is None:
+            return None
+        found: dict[int, Private] = {int(client): Private({part: {} for part in f.rules}) for client in files}
+        for name in sorted({name for name in files.values() if name is not None}):
+            tree, _ = unpacked(unseal(self.folder / name))
+            own = privates_of(tree, f.rules, f.model.device)
+            found |= {client: private for client, private in own.items() if files[str(client)] == name}
+        return dict(sorted(found.items()))
+
+    def best_model(self, f: Federation) -> tuple[Tree, dict[int, Private], FoldLog] | None:
+        """What the best round ended with: the shared tree, what clients kept, the folds so far."""
+        if self.best is None:
+            return None
+        saved = self._sound(self.folder / self.best["file"])
+        first = f.model.initial(f.seed)
+        at = Standing(0, first, FoldLog(), Channel(first, f.heads))
+        for _ in self._refold(at.folds, saved.about["folds"]):
+            pass
+        put_back(at, saved.tree, saved.about, f.model.device)
+        return at.shared, self.privates(saved, f) or {}, at.folds
+
+    def _refold(self, log: FoldLog, names: list) -> Iterator[Folds]:
+        """Lets a log grow as it once did, fold by fold."""
+        for name, start in names:
+            tree, _ = unpacked(unseal(self.folder / FOLDS / name))
+            log.append(unfolded(tree))
+            yield log.entries[-1]
+            log.settle(start)
+
+    def _sound(self, path: Path) -> Saved:
+        """The checkpoint of a file, if it and all that belongs to it are as they were written."""
+        tree, said = unpacked(unseal(path))
+        if said["form"] != FORM:
+            raise RefusedError(f"{path.name} was written by another version of fedlora")
+        if said["config"] != self.config:
+            raise RefusedError(f"{path.name} {FOREIGN}")
+        for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
+            unseal(self.folder / name)
+        for name, _ in said["folds"]:
+            unseal(self.folder / FOLDS / name)
+        return Saved(path.name, said, tree)
+
+    def _states(self) -> list[Path]:
+        return sorted(self.folder.glob(STATES), key=lambda path: (_number(path), path.stat().st_mtime_ns))
+
+
+def _same(a: Private | None, b: Private) -> bool:
+    """Whether these are the very objects: a turn makes new ones."""
+    return a is not None and a.kept is b.kept and a.moments is b.moments
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition("-")[0])
 
 
 def folded(folds: Folds) -> dict[str, Mapping]:
@@ -84,13 +244,13 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 
 def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is."""
-    training = table.get("training", {})
-    flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
-    solved = "target_epsilon" in table.get("privacy", {})  # for so many rounds
-    free = ("engine", "flower", *(["rounds"] if flat and not solved else []))  # a schedule is over all rounds
+    free = ("engine", "flower", "checkpoint", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _equal(own: Any, x: Any) -> bool:
-    return own is not None and own.shape == x.shape and bool((own.cpu() == x).all())
+def endless(table: Mapping[str, Any]) -> bool:
+    """Whether a run's beginning is the same however long it is: a schedule, or noise for a target, is for all rounds."""
+    training = table.get("training", {})
+    flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
+    return flat and "target_epsilon" not in table.get("privacy", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedlora.attack import leaving
 from fedlora.engines import private
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Event, Loop, Reply, Standing
+from fedlora.engines.loop import Event, Loop, Private, Reply, Standing
 from fedlora.evaluation import Evaluator
 from fedlora.hygiene import barred
 from fedlora.rounds import Received, client_turn, received
@@ -34,6 +34,18 @@ class InProcess(Loop):
 
     def undone(self, client: int) -> None:
         self._kept[client], self._moments[client] = self._before[client]
+
+    def privates(self, at: Standing):
+        return {client: Private(kept, self._moments.get(client)) for client, kept in self._kept.items()}
+
+    def resumed(self, f: Federation, at: Standing, privates):
+        if privates is None:
+            raise ValueError(
+                "what the clients keep for themselves is on their own machines; go on with the engine that ran this, "
+                "by `flwr run` or `fedlora flower local` with the same folder."
+            )
+        self._kept = {client: private.kept for client, private in privates.items()}
+        self._moments = {client: private.moments for client, private in privates.items()}
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         replies = []

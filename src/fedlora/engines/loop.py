@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from fedlora.defence import defended
 from fedlora.engines import private
 from fedlora.engines.federation import Federation
 from fedlora.evaluation import Evaluator, summary
-from fedlora.folds import FoldLog
+from fedlora.folds import FoldLog, Folds
 from fedlora.hygiene import Bad, Gate, barred
 from fedlora.linalg import compacted, total
 from fedlora.measures import errors
 from fedlora.metrics import Scores, figures
 from fedlora.rounds import Received, Rules, Served, public
 from fedlora.seeds import derived
+from fedlora.training import State
 from fedlora.types import Tree, Turn
 
 
@@ -41,6 +42,13 @@ class Reply(NamedTuple):
 
     upload: Received
     loss: float
+
+
+class Private(NamedTuple):
+    """What a client keeps for itself from turn to turn."""
+
+    kept: Tree
+    moments: State | None = None  # its optimiser's, where these are kept
 
 
 @dataclass
@@ -119,6 +127,18 @@ class Loop(ABC):
         self.gate.refuse(upload, reason)
         self._quarantined(upload.turn)
 
+    def privates(self, at: Standing) -> Mapping[int, Private] | None:
+        """What each client keeps for itself between two rounds; None: that is not on this machine."""
+        return None
+
+    def refolded(self, folds: Folds) -> None:
+        """Told of each fold, in order, that is in the base again where a run goes on."""
+        return None
+
+    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private] | None) -> None:
+        """A run goes on from ``at``, with what its clients kept, where that is on this machine."""
+        return None
+
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
         return f.evaluation.measure and not f.privacy.hides_figures
@@ -162,7 +182,8 @@ class Loop(ABC):
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number, epsilon=record.get("privacy", {}).get("epsilon")))
-            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at, bad)
+            folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
+            yield Round(number, at.shared, dict(self.kept()), folds, record, at.channel.ledger, at, bad)
 
     def _drop(self, f: Federation, at: Standing) -> None:
         """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""

@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,18 +24,18 @@ from flwr.simulation import run_simulation
 
 from fedlora.config import Config, merged
 from fedlora.engines.federation import Federation
+from fedlora.engines.flower.home import Home
 from fedlora.engines.flower.masked import served_by
-from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.engines.loop import Observe, Watch
 from fedlora.flower.parties import simulated_app
 from fedlora.runs import Take
-from fedlora.types import Tree
 
+NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
 ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
 
 
-def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> Mapping[int, Tree]:
+def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
     """Runs the federation's rounds into ``take``, and returns what each client keeps.
 
     ``engine.threads`` is one client's; so many processors are given to each, and as many clients run at a time as
@@ -47,9 +46,15 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
     failed: list[BaseException | None] = []
     ended = threading.Event()
     with TemporaryDirectory(prefix="fedlora-") as place:
+        home = Home(Store(Path(place) / NAME))
         # All nodes are there from the start; until the first has loaded the model may take a while.
         engine = served_by(config.flower)(
-            watch, observe, federation=f, network=replace(config.flower, join_timeout=math.inf)
+            watch,
+            observe,
+            federation=f,
+            network=replace(config.flower, join_timeout=math.inf),
+            token=NAME,
+            home=home,
         )
         server = ServerApp()
 
@@ -57,7 +62,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
         def main(grid: Grid, context: Context) -> None:
             engine.grid = grid
             try:
-                take(engine.run(f))
+                take(engine, f)
             except BaseException:
                 failed.append(sys.exc_info()[1])  # Flower would only log it
                 raise
@@ -71,7 +76,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             ended.wait(ENDING)
         if failed and failed[0] is not None:
             raise failed[0]
-        return _kept(engine, Store(Path(place) / engine.token))
+        return None if engine.at is None else {k: own.kept for k, own in home.privates(engine.at).items()}
 
 
 def _play(server: ServerApp, client, count: int, threads: int) -> None:
@@ -86,10 +91,3 @@ def _play(server: ServerApp, client, count: int, threads: int) -> None:
             run_simulation(server, client, count, backend_config={"client_resources": resources, "init_args": init})
     finally:
         ray.shutdown()
-
-
-def _kept(engine: Federated, store: Store) -> dict[int, Tree]:
-    """What each client keeps after the last round that it took part in."""
-    if engine.at is None:
-        return {}
-    return {client: store.load(client).settled(number).kept for client, number in sorted(engine.at.counted.items())}

@@ -11,13 +11,14 @@ from fedlora.attack import leaving
 from fedlora.clients import DROPPED
 from fedlora.engines import private
 from fedlora.engines.federation import Federation
-from fedlora.engines.flower.records import Order, digest
+from fedlora.engines.flower.records import Order
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
 from fedlora.evaluation import Evaluator
 from fedlora.folds import Folds
 from fedlora.method import pick
 from fedlora.rounds import Rules, client_turn, public
+from fedlora.state import digest
 from fedlora.types import Tree
 
 

@@ -4,17 +4,18 @@ A tree goes as one array of bytes in safetensors form: any dtype (Flower's own a
 one object on the wire instead of two for each leaf.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedlora.channel import Delivery
 from fedlora.engines.checkpoint import folded, unfolded
+from fedlora.engines.loop import Round
 from fedlora.folds import Folds
 from fedlora.limits import Limits, RefusedHeaderError, read_header
 from fedlora.state import SEPARATOR, flat, nested
@@ -39,6 +40,15 @@ class Order:
     base: str  # and with those before ``after``
     holds: str  # digest of the leaves that the party holds then
     counted: int = -1  # the last round that this party's upload went into
+
+
+class Asked(NamedTuple):
+    """What a message asked of a client, and what it brought along."""
+
+    node: int
+    client: int
+    order: Order
+    delivery: Delivery | None
 
 
 class UnreadableError(ValueError):
@@ -113,12 +123,14 @@ def answered(metrics: Mapping[str, int | float], holds: str, sent: Tree | None =
     return content
 
 
-def digest(tree: Tree) -> str:
-    """Names, shapes, dtypes and bits of all leaves as one short text."""
-    found = hashlib.blake2b(digest_size=16)
-    for part in sorted(tree):
-        for leaf in sorted(tree[part]):
-            x = tree[part][leaf].detach().cpu().contiguous()
-            found.update(f"{part}{SEPARATOR}{leaf} {tuple(x.shape)} {x.dtype};".encode())
-            found.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def reported(result: Result, done: Round) -> None:
+    """Adds a finished round to what Flower's own ``start`` returns."""
+    result.arrays = pack(done.shared)
+    result.train_metrics_clientapp[done.number + 1] = MetricRecord(
+        {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
+    )
+    if "clients" in done.record:
+        found = {k: v for k, v in done.record["clients"].items() if isinstance(v, int | float)}
+        result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
+    if "global" in done.record:
+        result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))

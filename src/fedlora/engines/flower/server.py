@@ -7,38 +7,28 @@ renormalised. With fewer than ``min_clients`` good uploads the round waits, asks
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedlora.channel import Delivery
-from fedlora.engines.checkpoint import folded
 from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
 from fedlora.engines.flower.exchange import exchanged
+from fedlora.engines.flower.home import Bases, Home
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
-from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, asked, digest, pack, unpack
+from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Asked, Order, asked, reported, unpack
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Loop, Reply, Round, Standing
+from fedlora.engines.loop import Event, Loop, Private, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
+from fedlora.folds import Folds
 from fedlora.hygiene import barred
 from fedlora.limits import upload_limits
 from fedlora.rounds import Received, Served
+from fedlora.state import digest
 from fedlora.tasks.task import Scores
-
-
-class Asked(NamedTuple):
-    """What a message asked of a client, and what it brought along."""
-
-    node: int
-    client: int
-    order: Order
-    delivery: Delivery | None
 
 
 @dataclass
@@ -49,13 +39,14 @@ class Federated(Loop, Strategy):
     network: Network = field(default_factory=Network, kw_only=True)
     token: str = field(default="run", kw_only=True)  # of this run: parties keep their state under it
     grid: Grid | None = field(default=None, kw_only=True)
+    home: Home | None = field(default=None, kw_only=True)  # the parties' state, where it is on this machine
     directory: Directory | None = field(default=None, init=False)
     at: Standing | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
     _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
     stopped: bool = field(default=False, init=False)  # set by another thread: the next pause raises KeyboardInterrupt
-    _bases: list[str] = field(default_factory=lambda: [""], init=False)  # number of folds -> the base's name
+    _bases: Bases = field(default_factory=Bases, init=False)
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, Asked] = field(default_factory=dict, init=False)  # node -> its last order
@@ -64,6 +55,7 @@ class Federated(Loop, Strategy):
     # ------------------------------------------------------------------------------ as an engine
     def begin(self, f: Federation) -> Standing:
         self._connect(f)
+        self._bases = Bases()
         return super().begin(f)
 
     def _connect(self, f: Federation) -> None:
@@ -74,23 +66,28 @@ class Federated(Loop, Strategy):
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = super()._combined(f, at, uploads)
-        self._name(at)
+        if served.folds:
+            self._bases.add(at.folds.entries[-1])
         return served
 
-    def _name(self, at: Standing) -> None:
-        """A name for the base after each fold, which no other folds have."""
-        while len(self._bases) <= len(at.folds):
-            number = len(self._bases) - 1
-            fold = folded(at.folds.entries[number - at.folds.start])
-            self._bases.append(digest({"before": {self._bases[-1]: torch.zeros(0)}, **fold}))
+    def privates(self, at: Standing) -> Mapping[int, Private] | None:
+        return None if self.home is None else self.home.privates(at)
+
+    def refolded(self, folds: Folds) -> None:
+        self._bases.add(folds)
+        if self.home is not None:
+            self.home.refolded(folds)
+
+    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private] | None) -> None:
+        if self.home is not None and privates is not None:
+            self.home.resumed(f, at, privates, self._bases)
 
     def measured(self, f: Federation) -> bool:
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
     def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
-        self._first, self._bases = at.number, [""]
-        self._name(at)
+        self._first = at.number
         return super().run(f, at)
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -142,15 +139,7 @@ class Federated(Loop, Strategy):
         """Runs the federation to its end. What it starts from, and how long it runs, is in the federation."""
         self.grid, result = grid, Result()
         for done in self.run(self.federation):
-            result.arrays = pack(done.shared)
-            result.train_metrics_clientapp[done.number + 1] = MetricRecord(
-                {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
-            )
-            if "clients" in done.record:
-                found = {k: v for k, v in done.record["clients"].items() if isinstance(v, int | float)}
-                result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
-            if "global" in done.record:
-                result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))
+            reported(result, done)
         return result
 
     def configure_train(

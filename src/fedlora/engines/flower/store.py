@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from fedlora.engines.checkpoint import folded, unfolded
+from fedlora.engines.snapshot import moment_layers, moments_of
 from fedlora.folds import Folds
 from fedlora.privacy import key_of
 from fedlora.state import flat, load_about, load_tree, save_tree, write
@@ -74,7 +75,7 @@ class Store:
         about = load_about(path)
         if groups.keys() != set(PARTS) or about.keys() != set(TOLD) or not all(map(NAME.fullmatch, about["folds"])):
             raise ValueError(f"{str(path)!r} holds no state of a party, it was edited; remove the run's folder.")
-        moments = {name: _moments(groups.pop(name)) for name in ("moments", "trained_moments")}
+        moments = {name: moments_of(groups.pop(name)) for name in ("moments", "trained_moments")}
         return Holding(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
 
     def save(self, client: int, holding: Holding) -> None:
@@ -82,7 +83,7 @@ class Store:
         tree: dict[str, Mapping] = {}
         for name in PARTS:
             value = getattr(holding, name) or {}
-            layers = _layers(value) if name.endswith("moments") else value
+            layers = moment_layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
         about = {name: getattr(holding, name) for name in TOLD}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
@@ -115,13 +116,3 @@ class Store:
 
     def _fold(self, name: str) -> Path:
         return self.folder / "folds" / f"{name}.safetensors"
-
-
-def _layers(moments: State) -> dict[str, dict]:
-    """An optimiser's moments as a tree: part ``PART//LEAF``."""
-    return {f"{part}//{leaf}": values for (part, leaf), values in moments.items()}
-
-
-def _moments(layers: Mapping[str, Mapping]) -> State | None:
-    found = {tuple(key.split("//")): dict(values) for key, values in layers.items()}
-    return found or None

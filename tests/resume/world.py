@@ -1,0 +1,52 @@
+"""A tiny federation that is broken off and goes on, and what must be alike then."""
+
+import json
+
+from fedlora.state import load_tree
+from tests.engines.test_inprocess import ADAPTERS, config, same
+
+SMALL = (
+    "task.train_rows=60", "task.test_rows=30", "training.local_steps=1", "training.batch_size=8",
+    "clients.split={name='iid'}",
+)  # fmt: skip
+
+
+def small(name, *more):
+    """A configuration of a method, three clients, a fraction of a second a round."""
+    return config(f"method.name={name}", *ADAPTERS.get(name, []), *SMALL, *more)
+
+
+def lines(folder):
+    """A run's records without what the clock says."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+
+
+def trees(folder):
+    """All leaves that a run leaves, by file."""
+    return {
+        str(path.relative_to(folder)): load_tree(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+        if "checkpoints" not in path.parts
+    }
+
+
+def ledger(folder):
+    """The crossings that the newest checkpoint has."""
+    from fedlora.engines.sealed import unpacked
+    from fedlora.engines.snapshot import _crossings
+
+    newest = sorted(path for path in (folder / "checkpoints").glob("[0-9]*"))[-1]
+    tree, about = unpacked(newest.read_bytes())
+    return _crossings(tree["numbers"]["ledger"], about["words"])
+
+
+def alike(folder, other):
+    """Whether two runs left the same bits: what is shared, what is kept, folds, records, and every crossing."""
+    a, b = trees(folder), trees(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert same(a[name], b[name]), name
+    assert lines(folder) == lines(other)
+    assert sorted(ledger(folder)) == sorted(ledger(other)), "on a grid, replies of a round come in any order"
+    return True
