@@ -186,6 +186,12 @@ class Rehearsal(InProcess):
     def measured(self, f):
         return False
 
+    def arrived(self, upload):
+        return upload  # there are no values to judge
+
+    def _screened(self, f, at, replies):
+        return replies
+
     def made(self, f, at, uploads):
         return server_turn(f.rules, at.shared, uploads)  # noise has no bytes
 

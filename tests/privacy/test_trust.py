@@ -29,7 +29,7 @@ def test_a_robust_rule_needs_noise_on_every_upload():
 @pytest.mark.parametrize("alone", [False, True])
 def test_an_upload_that_is_odd_beside_the_others_stays_in_where_each_is_judged_alone(alone):
     rules, draws = {"w": FedIT(LoRA(rank=2))}, torch.Generator().manual_seed(0)
-    shared = {"w": rules["w"].adapter.init(6, 5, 2, 0)}
+    shared = {"w": rules["w"].adapter.init(6, 5, 0)}
     gate = Gate(Hygiene(), rules, shared, {}, alone=alone)
 
     def upload(client, size):

@@ -1,17 +1,20 @@
-"""One exchange over a grid: what is sent, what is answered in time, and who stays silent."""
+"""What is answered in time over a grid, and who stays silent."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 
-def exchanged(
-    grid: Grid, messages: Sequence[Message], nodes: Mapping[str, int], seconds: float, pause: Callable[[], None]
+def answered(
+    grid: Grid, pushed: AbstractSet[str], nodes: Mapping[str, int], seconds: float, pause: Callable[[], None]
 ) -> tuple[list[Message], dict[str, str]]:
-    """The replies within ``seconds``, and message id -> why there is none; ``nodes``: message id -> its node."""
-    pushed = set(grid.push_messages(list(messages)))
+    """The replies within ``seconds``, and message id -> why there is none.
+
+    ``nodes``: message id -> its node, of all messages; ``pushed``: the ids of those that went out.
+    """
     waiting, found = pushed & nodes.keys(), []
     silent = dict.fromkeys(nodes.keys() - pushed, "its node cannot be reached")
     end = time.monotonic() + seconds

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
-from fedlora.engines.flower.exchange import exchanged
+from fedlora.engines.flower.exchange import answered
 from fedlora.engines.flower.home import Bases, Home
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
@@ -226,9 +226,10 @@ class Federated(Loop, Strategy):
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Sends, and collects what is answered in time; the silent are named."""
         assert self.grid is not None, "start(grid) first"
+        pushed = set(self.grid.push_messages(messages))  # a message has its id from then on
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
         nodes = {key: asked.node for key, asked in self._sent.items()}
-        found, silent = exchanged(self.grid, messages, nodes, self.network.round_timeout, self._pause)
+        found, silent = answered(self.grid, pushed, nodes, self.network.round_timeout, self._pause)
         for key, why in silent.items():
             self._lost(self._sent[key].client, why)
         return found
