@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -13,9 +12,11 @@ from safetensors.torch import save
 from fedlora.adapters import Dense
 from fedlora.config import read
 from fedlora.engines.checkpoint import STATE, Checkpoint
+from fedlora.hygiene import Gate, Hygiene
 from fedlora.limits import read_header, upload_limits
 from fedlora.methods.fedit import FedIT
 from fedlora.peft_folder import CONFIG, WEIGHTS, AdapterFolder
+from fedlora.rounds import Received
 from fedlora.state import flat, load_tree, save_tree
 from fedlora.transport import Transport
 from fedlora.types import Turn
@@ -66,13 +67,12 @@ def upload(transport: Transport) -> Target:
     """An upload on its way to the aggregate: what is taken has the leaves' shapes and plain numbers."""
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.engines.flower import checks
     from fedlora.engines.flower.records import STYPE, unpack
 
     method = FedIT()
     rules = {"layer.0": method, "head": FedIT(Dense(frozenset({"weight", "bias"})))}
     shared = {"layer.0": method.adapter.init(9, 12, 0), "head": {"weight": numbers(3, 5), "bias": numbers(3)}}
-    f, turn = SimpleNamespace(rules=rules, transport=transport), Turn(0, 0, method.adapter.budget, seed=3)
+    turn = Turn(0, 0, method.adapter.budget, seed=3)
     before = {part: {leaf: x.clone() for leaf, x in layer.items()} for part, layer in shared.items()}
 
     def one(seed: int) -> bytes:
@@ -83,7 +83,12 @@ def upload(transport: Transport) -> Target:
     def look(data: bytes) -> None:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
         try:
-            tree = checks.upload(f, shared, turn, unpack(record, upload_limits(1)))
+            gate = Gate(Hygiene(), rules, shared, {})
+            sent = transport.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
+            found = gate.arrived(Received(turn, 10, sent))
+            if found is None:
+                raise ValueError(gate.bad[0].reason)
+            tree = found.tree
         finally:
             assert all(torch.equal(x, shared[p][k]) for p, layer in before.items() for k, x in layer.items())
         for part, layer in tree.items():
