@@ -11,13 +11,14 @@ from safetensors.torch import save
 
 from fedlora.adapters import Dense
 from fedlora.config import read
-from fedlora.engines.checkpoint import STATE, Checkpoint
+from fedlora.engines.checkpoint import FORM, Checkpoints
+from fedlora.engines.sealed import packed, seal
 from fedlora.hygiene import Gate, Hygiene
 from fedlora.limits import read_header, upload_limits
 from fedlora.methods.fedit import FedIT
 from fedlora.peft_folder import CONFIG, WEIGHTS, AdapterFolder
 from fedlora.rounds import Received
-from fedlora.state import flat, load_tree, save_tree
+from fedlora.state import flat, load_tree
 from fedlora.transport import Transport
 from fedlora.types import Turn
 
@@ -158,16 +159,16 @@ def adapter_settings(place: Path) -> Target:
 
 
 def checkpoint(place: Path) -> Target:
-    kept = Checkpoint(place / "checkpoint", "config", "token")
-    path = kept.folder / STATE
-    about = {"number": 3, "folds": 0, "counted": {"0": 2}, "token": "token", "config": "config"}
-    save_tree(path, trees()[0], {"about": json.dumps(about)})
-    sound = [path.read_bytes()]
+    kept = Checkpoints(place / "checkpoints", "config", "accuracy")
+    said = {"form": FORM, "config": "config", "private": {"0": None}, "folds": [], "number": 3}
+    sound = [packed(trees()[0], said)]
 
     def look(data: bytes) -> None:
-        path.write_bytes(data)
-        kept.about()
-        load_tree(path)
+        name = seal(kept.folder, "000003", data)  # even where the name tells its digest
+        try:
+            kept.newest()
+        finally:
+            (kept.folder / name).unlink()
 
     return Target(sound, look)
 

@@ -20,6 +20,7 @@ from fedlora.engines.retention import Retention
 from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
 from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
 from fedlora.folds import FoldLog, Folds
+from fedlora.limits import plain_name
 from fedlora.state import digest, swept
 from fedlora.types import Factors, Tree
 
@@ -205,14 +206,19 @@ class Checkpoints:
     def _sound(self, path: Path) -> Saved:
         """The checkpoint of a file, if it and all that belongs to it are as they were written."""
         tree, said = unpacked(unseal(path))
-        if said["form"] != FORM:
-            raise RefusedError(f"{path.name} was written by another version of fedlora")
-        if said["config"] != self.config:
-            raise RefusedError(f"{path.name} {FOREIGN}")
-        for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
-            unseal(self.folder / name)
-        for name, _ in said["folds"]:
-            unseal(self.folder / FOLDS / name)
+        try:
+            if said["form"] != FORM:
+                raise RefusedError(f"{path.name} was written by another version of fedlora")
+            if said["config"] != self.config:
+                raise RefusedError(f"{path.name} {FOREIGN}")
+            for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
+                unseal(self.folder / plain_name(name, "a file of a checkpoint"))
+            for name, _ in said["folds"]:
+                unseal(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
+        except RefusedError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RefusedError(f"{path.name} does not say what a checkpoint says") from error
         return Saved(path.name, said, tree)
 
     def _states(self) -> list[Path]:
@@ -250,7 +256,7 @@ def config_digest(table: Mapping[str, Any]) -> str:
 
 
 def endless(table: Mapping[str, Any]) -> bool:
-    """Whether a run's beginning is the same however long it is: a schedule, or noise for a target, is for all rounds."""
+    """Whether a run's beginning is the same however long it is: a schedule, or noise for a target, is over all."""
     training = table.get("training", {})
     flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
     return flat and "target_epsilon" not in table.get("privacy", {})

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedlora.limits import Header, read_header
 from fedlora.state import SEPARATOR, flat, nested, write
 from fedlora.types import Tree
 
 ENDING = ".safetensors"
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
 
 
 class RefusedError(ValueError):
@@ -32,11 +35,14 @@ def packed(tree: Tree, about: Mapping[str, Any]) -> bytes:
 
 def unpacked(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tree that ``packed`` was given, in main memory of its own, and what was said of it."""
-    about = _about(content)
-    leaves = load(content)
-    for key, order in about.pop("orders").items():
-        back = sorted(range(len(order)), key=order.__getitem__)
-        leaves[key] = leaves[key].permute(order).contiguous().permute(back)
+    try:
+        about = _about(content)
+        leaves = load(content)
+        for key, order in about.pop("orders").items():
+            back = sorted(range(len(order)), key=order.__getitem__)
+            leaves[key] = leaves[key].permute(order).contiguous().permute(back)
+    except BROKEN as error:
+        raise RefusedError(f"it holds no tree of leaves ({error})") from error
     return {part: dict(layer) for part, layer in nested(leaves).items()}, about
 
 
@@ -61,16 +67,20 @@ def unseal(path: Path) -> bytes:
 def about(path: Path) -> dict[str, Any]:
     """What a file says of itself, without its leaves and unchecked; nothing where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            size = file.read(8)
-            return _about(size + file.read(int.from_bytes(size, "little")))
-    except (OSError, ValueError, KeyError, OverflowError):
+        return _told(read_header(path))
+    except (OSError, *BROKEN):
         return {}
 
 
 def _about(content: bytes) -> dict[str, Any]:
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return json.loads(header["__metadata__"]["about"])
+    return _told(read_header(content))
+
+
+def _told(header: Header) -> dict[str, Any]:
+    found = json.loads(header.metadata["about"])
+    if not isinstance(found, dict):
+        raise ValueError("its notes are no table")
+    return found
 
 
 def _digest(content: bytes) -> str:
