@@ -155,7 +155,7 @@ def test_ctrl_c_in_a_comparison_says_what_is_left(cli, tmp_path):
         == "The runs that were finished are in c, each in a folder of its own; no comparison was made.\nStopped.\n"
     )
     found = cli("show", "c")
-    assert found.returncode == 2 and "holds several runs and no comparison of them" in found.stderr
+    assert found.returncode == 2 and "holds the folders of runs and no comparison of them" in found.stderr
     assert cli("show", "c/fedit-seed0").returncode == 0
 
 

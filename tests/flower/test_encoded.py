@@ -82,7 +82,7 @@ def test_an_upload_with_a_false_code_is_left_out(tmp_path):
 
     world = World(tmp_path, "rounds=1", "transport.up=int8", post=post)
     (done,) = world.run()
-    assert done.record["cohort"] == [0, 2] and "codes" in done.record["absent"][1]
+    assert done.record["cohort"] == [0, 2] and "codes" in done.record["quarantined"][1]
 
 
 def test_an_upload_beyond_the_limit_is_left_out(tmp_path):

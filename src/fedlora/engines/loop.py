@@ -204,6 +204,12 @@ class Loop(ABC):
         for client in sorted(self.gate.bad.keys() - before):
             self._quarantined(uploads[client].turn)
         self.gate.settle()
+        if len(self.gate.bad) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
+            client, bad = min(self.gate.bad.items())
+            raise FloatingPointError(
+                f"every upload of round {at.number + 1} was quarantined (client {client}: {bad.reason}); lower "
+                "training.learning_rate, or set training.max_grad_norm."
+            )
         return [reply._replace(upload=good[k]) for reply in replies if (k := reply.upload.turn.client) in good]
 
     def _quarantined(self, turn: Turn) -> None:
