@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.engines.checkpoint import Checkpoint
+from fedlora.engines.checkpoint import Checkpoints
 from tests.flower.world import QUICK, World, config, records_agree, same
 
 MINE = "evaluation={every=9, measure=false}"
@@ -45,11 +45,13 @@ def test_engines_agree_on_hostile_clients(case, tmp_path):
 def test_a_client_that_is_left_out_stays_out_when_the_server_goes_on(tmp_path):
     settings = ("attack={name='nan', clients=[1]}", "hygiene.strikes=1", MINE, "rounds=3")
     world = World(tmp_path / "nodes", *settings)
-    checkpoint = Checkpoint(tmp_path / "run", "config", "token")
+    checkpoints = Checkpoints(tmp_path / "run", "config", "accuracy")
+    checkpoints.begin(world.federation)
     rounds = world.server.run(world.federation)
-    checkpoint.save(next(rounds).standing)
+    checkpoints.after(next(rounds), world.server, last=True)
     later = World(tmp_path / "nodes", *settings)
-    at = checkpoint.load(later.federation, later.server.begin(later.federation))
+    checkpoints.begin(later.federation)
+    at = checkpoints.load(checkpoints.newest(), later.federation, later.server)
     assert at.conduct["strikes"] == {"1": 1}
     assert [r.record["cohort"] for r in later.run(at)] == [[0, 2], [0, 2]]
 
