@@ -127,7 +127,7 @@ def test_mistakes(runs, tmp_path):
         (plain, {}, "a model for each client and none for all; name one with --client K"),
         (plain, {"client": 9}, "there is no client 9"),
         (plain, {"client": 0, "system": "x"}, "--system is part of a chat template"),
-        (Run.open(runs / "digits"), {}, "a run of 'image-classification', which writes no texts"),
+        (Run.open(runs / "digits"), {}, "a run of 'image-classification', but only a causal"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Chat.open(run, **options)
@@ -152,7 +152,9 @@ def test_the_command(runs):
     lines = CliRunner().invoke(app, arguments, input="The dog\nA cat\n")
     assert (lines.exit_code, lines.stdout) == (0, "".join(text + "\n" for text in expected)), lines.output
     refused = cli("chat", runs / "digits", "--prompt", "x")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "writes no texts" in refused.stderr
+    assert (
+        refused.returncode == 2 and refused.stderr.count("\n") == 1 and "only a causal language model" in refused.stderr
+    )
 
 
 def test_typing(runs, monkeypatch, capsys):

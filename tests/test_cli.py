@@ -134,6 +134,28 @@ def test_ctrl_c_keeps_finished_rounds(cli, tmp_path):
     assert (tmp_path / "r" / "shared.safetensors").exists()
 
 
+def test_ctrl_c_in_a_comparison_says_what_is_left(cli, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedlora", "compare", "my.toml", "--methods", "fedit,svd", "-o", "rounds=3000",
+         "-o", "compare.fedit.rounds=1", "--out", "c"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    second = tmp_path / "c" / "svd-seed0" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not second.exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stdout == ""
+    assert (
+        stderr
+        == "The runs that were finished are in c, each in a folder of its own; no comparison was made.\nStopped.\n"
+    )
+    found = cli("show", "c")
+    assert found.returncode == 2 and "holds the folders of runs and no comparison of them" in found.stderr
+    assert cli("show", "c/fedit-seed0").returncode == 0
+
+
 def test_a_run_that_could_not_begin_leaves_no_folder(cli, tmp_path):
     assert cli("run", "my.toml", "-o", "task.label=lable", "--out", "r").returncode == 2
     assert not (tmp_path / "r").exists()

@@ -76,8 +76,11 @@ def test_mistakes(tmp_path):
             export(run, tmp_path / "out", client)
     with pytest.raises(ValueError, match="not empty"):
         export(run, tmp_path / "run", 0)
-    with pytest.raises(ValueError, match="holds no finished run"):
+    with pytest.raises(ValueError, match="holds the folders of runs"):
         Run.open(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no finished run"):
+        Run.open(tmp_path / "empty")
 
 
 def test_a_run_goes_on_from_an_export(tmp_path):

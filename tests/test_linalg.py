@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.linalg import core, norm, polar, procrustes, scaled, total, truncated
+from fedlora.linalg import core, einsum, norm, polar, procrustes, scaled, total, truncated
 from fedlora.types import Factors
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))
@@ -69,3 +69,13 @@ def test_procrustes_and_polar():
 def test_annotated_shapes_are_checked_in_tests():
     with pytest.raises(jaxtyping.TypeCheckError, match="procrustes"):
         procrustes(torch.randn(3, 4))  # annotated r x r
+
+
+def test_three_operands_have_the_same_bits_whatever_else_is_installed():
+    draws = torch.Generator().manual_seed(0)
+    w, G, C = (
+        torch.rand(shape, generator=draws, dtype=torch.float64) for shape in ((5,), (3, 5, 5, 7, 7), (3, 5, 7, 7))
+    )
+    found = einsum("j,...kjab,...jba->...k", w, G, C)
+    # From left to right: first the weights into the blocks, then the traces.
+    assert torch.equal(found, torch.einsum("...kjab,...jba->...k", torch.einsum("j,...kjab->...kjab", w, G), C))

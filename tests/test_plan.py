@@ -193,6 +193,28 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained(shared, tmp_path):
     assert after == build(table).federation().heads
 
 
+@pytest.mark.shared
+def test_a_head_that_the_checkpoint_brings_is_not_trained(shared, tmp_path):
+    """Tied to the embedding or not: what a language model has on top is part of what was pretrained."""
+    from transformers import AutoModelForCausalLM
+
+    there = shared / "models" / "stories260k-llama"
+    shutil.copytree(there, tmp_path / "untied")
+    network = AutoModelForCausalLM.from_pretrained(there, tie_word_embeddings=False)
+    network.save_pretrained(tmp_path / "untied")
+    rows = [{"question": f"{n} apples and {n}?", "answer": f"#### {2 * n}"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "causal-lm", "data": str(tmp_path / "rows.jsonl"), "max_length": 32}
+    for model in (there, tmp_path / "untied"):
+        table = {**TABLE, "model": {"name": str(model)}, "task": task, "clients": {"count": 2}, "rounds": 2}
+        for label in ("fedit", "flora"):
+            agree(table, label)
+        assert outline(build(table)).federation.heads == build(table).federation().heads == frozenset()
+    asked = {**task, "metric": "exact_match", "max_new_tokens": 4}
+    said = " ".join(planned({**table, "task": asked, "model": {**table["model"], "quantize": "4bit"}})[0]["estimates"])
+    assert "Answers are generated" in said and "model.quantize" in said
+
+
 def test_all_that_is_wrong_is_said_at_once():
     table = {**TABLE, "rounds": 0, "clients": {"count": -1}, "training": {"lr": 1.0}, "evaluation": {"every": 0}}
     found = problems(table)
@@ -203,6 +225,8 @@ def test_all_that_is_wrong_is_said_at_once():
     heads = {**TABLE, "adapter": {"name": "heads"}, "method": {"name": "ravan"}, "rounds": -1}
     assert problems(heads) == ["rounds is -1; a run needs at least 1."], "sections are judged with those they need"
     assert "needs one rank" in problems({**TABLE, "clients": {"count": 2, "ranks": [1, 2]}})[0]
+    both = problems({**TABLE, "adapter": {"rank": 0}, "clients": {"count": 0}})
+    assert [sentence.split(" is")[0] for sentence in both] == ["clients.count", "adapter.rank"], "none hides another"
 
 
 def test_a_method_that_cannot_be_run_says_why_in_its_row():

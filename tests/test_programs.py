@@ -175,6 +175,14 @@ def test_data_of_another_kind_and_odd_ks_are_refused(folder):
         grade(folder / "none.jsonl", str(folder / "data"))
 
 
+@pytest.mark.parametrize("out, said", [("data", "is a folder; name a file"), ("p.jsonl/v", "is no folder to write in")])
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_run(folder, out, said):
+    ran = []
+    with pytest.raises(ValueError, match=said):
+        grade(folder / "p.jsonl", str(folder / "data"), out=folder / out, done=ran.append)
+    assert not ran
+
+
 def test_the_command(folder):
     def call(*more):
         return subprocess.run(

@@ -81,11 +81,12 @@ def test_the_sweeps_values_win_over_tuned_ones():
         (["compare.fedit.training.learning_rate=1e-3,1e-2"], ["fedit", "svd"], "would get 2 trials and 'svd' 1"),
         (["compare.ravan.training.learning_rate=1e-3,1e-2"], ["fedit"], "not among its methods"),
         (["training.learning_rate=1e-4:1e-2:log"], [], "--trials"),
+        (["training.learning_rate=1e-3,1e-2"], ["fedit", "svvd"], "no method 'svvd'; did you mean 'svd'"),
         (["training.learning_rate=1e-2:1e-4"], [], "from a smaller to a larger"),
     ],
 )
 def test_mistakes_are_said_before_the_first_run(overrides, labels, sentence):
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         Sweep.plan(TABLE, overrides, labels)
 
 

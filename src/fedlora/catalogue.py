@@ -11,7 +11,7 @@ from fedlora.channel import Channel
 from fedlora.folds import FoldLog
 from fedlora.method import Method
 from fedlora.rounds import Received, client_turn, server_turn
-from fedlora.types import Tree, Turn
+from fedlora.types import Tree, Turn, Work
 
 REFERENCE = (768, 768, 8)  # outputs, inputs and rank of the weight that bytes are counted on
 ROUNDS = 2  # a method that alternates sends one thing and then the other
@@ -85,12 +85,36 @@ def entry(name: str) -> dict[str, Any]:
             "personal": kind.personal,
             "secure_aggregation": kind.sums,
         },
+        "privacy": covered(kind),
         "adapters": [adapter.__name__ for adapter in kind.adapters],
         "changes": [hook for hook in HOOKS if hook in vars(kind)],
         "settings": settings(kind),
         "bytes": traffic(kind),
         "bytes_of": "a client, a round and a weight of {} x {} at LoRA rank {}, float32".format(*REFERENCE),
     }
+
+
+def covered(kind: type[Method]) -> str:
+    """What ``[privacy]`` can cover of a method and how, found by letting its hooks send and keep once."""
+    method = reference(kind)
+    layer = method.adapter.init(*REFERENCE[:2], 0)
+    sent, stays = set[str](), set[str]()
+    for round in range(ROUNDS):
+        turn = Turn(round, 0, method.adapter.budget)
+        work = Work(layer, layer, method.trains(layer, turn, lambda: layer))
+        out = method.send(work, turn)
+        sent, stays = sent | set(out), stays | set(method.keep(work, out, turn))
+    rows = "Single rows: all that is trained."
+    if not sent:
+        return f"Whole clients: nothing is sent. {rows}"
+    where = "a round's sum or each upload" if method.sums and method.averages else "each upload"
+    head = " and the parts trained in full" if method.shares_head else ""
+    own = [*sorted(stays), *([] if method.shares_head else ["parts trained in full"])]
+    left = f"; {', '.join(own)} stay with a client, uncovered" if own else ""
+    return (
+        f"Whole clients: noise on {where}, for {', '.join(sorted(sent))}{head}, clipped together as they are sent "
+        f"(factors, not their product){left}. {rows}"
+    )
 
 
 def settings(kind: type[Method]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from fedlora.encoding import SAID
 from fedlora.folds import FoldLog, Folds
 from fedlora.rounds import public
+from fedlora.transport import Transport
 from fedlora.types import Tree
 
 Kind = Literal["adapter", "head", "fold"]
@@ -43,7 +45,8 @@ class Ledger:
 class Delivery:
     """What one client lacks, and what it holds once it has that."""
 
-    leaves: Tree  # only the leaves that changed
+    leaves: Tree  # only the leaves that changed, as they cross
+    held: Tree  # the same leaves as the client then holds them
     folds: list[Folds]  # in order
     first: int  # how many folds the client holds before them
     after: int  # and with them
@@ -60,6 +63,7 @@ class Channel:
 
     initial: Tree
     heads: frozenset[str]  # the parts trained in full
+    transport: Transport = field(default_factory=Transport)
     ledger: Ledger = field(default_factory=Ledger)
     _versions: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)
     _held: dict[int, dict[tuple[str, str], int]] = field(default_factory=dict)
@@ -75,17 +79,26 @@ class Channel:
         """
         versions, held, own = self._note(shared), self._held.get(client, {}), own or {}
         leaves: dict[str, dict[str, Tensor]] = {}
-        for part, leaf in (key for key, version in versions.items() if held.get(key, 0) != version):
-            leaves.setdefault(part, {})[leaf] = _smaller(shared[part][leaf], own.get(part, {}).get(leaf))
+        crossing: dict[str, dict[str, Tensor]] = {}
+        for (part, leaf), version in versions.items():
+            had, whole = held.get((part, leaf), 0), shared[part][leaf]
+            if had == version:
+                continue
+            mine = leaves.setdefault(part, {})[leaf] = _smaller(whole, own.get(part, {}).get(leaf))
+            coded = self.transport.crossing(shared[part], leaf, had, version)
+            cut = mine.numel() < whole.numel()  # and an encoding is of the whole leaf
+            crossing.setdefault(part, {}).update({leaf: mine} if cut or coded is None else coded)
         seen = self._folds_seen.get(client, 0)
-        return Delivery(leaves, log.catching_up(seen), seen, len(log), versions)
+        # A round's folds were rounded before anybody folded them; a sum of several was not, and crosses as it is.
+        lone = {id(entry) for entry in log.entries}
+        folds = [self.transport.narrowed(x) if id(x) in lone else x for x in log.catching_up(seen)]
+        return Delivery(crossing, leaves, folds, seen, len(log), versions)
 
     def deliver(self, round: int, client: int, delivery: Delivery) -> None:
         """Counts what goes down to a client."""
-        leaves = ((self._kind(part), x) for part, layer in delivery.leaves.items() for x in layer.values())
-        self._write(round, client, "down", leaves)
+        self._write(round, client, "down", self._leaves(delivery.held, delivery.leaves))
         factors = (side for folds in delivery.folds for layers in folds.values() for f in layers for side in f)
-        self._write(round, client, "down", (("fold", side) for side in factors))
+        self._write(round, client, "down", (("fold", side.numel(), _size([side])) for side in factors))
 
     def holds(self, client: int, delivery: Delivery) -> None:
         """The client has what was delivered."""
@@ -104,10 +117,15 @@ class Channel:
         """How many folds each of so many clients holds."""
         return min(self._folds_seen.get(client, 0) for client in range(clients))
 
-    def collect(self, round: int, client: int, sent: Tree) -> None:
-        """A client's upload."""
-        leaves = ((self._kind(part), x) for part, layer in sent.items() for x in layer.values())
-        self._write(round, client, "up", leaves)
+    def collect(self, round: int, client: int, sent: Tree, crossed: Tree | None = None) -> None:
+        """A client's upload, and what of it crossed where that is something else."""
+        self._write(round, client, "up", self._leaves(sent, sent if crossed is None else crossed))
+
+    def _leaves(self, tree: Tree, crossed: Tree) -> Iterable[tuple[Kind, int, int]]:
+        """Of each part: its kind, how many numbers it has, and in how many bytes they cross."""
+        for part, layer in tree.items():
+            if layer:
+                yield self._kind(part), sum(x.numel() for x in layer.values()), _size(crossed[part].values())
 
     def _kind(self, part: str) -> Kind:
         return "head" if part in self.heads else "adapter"
@@ -117,15 +135,20 @@ class Channel:
         for part, layer in tree.items():
             for leaf, x in public(layer).items():  # the server's own notes stay with it
                 known, version = self._versions.get((part, leaf), (x, 0))
-                self._versions[part, leaf] = (x, version if known is x else version + 1)
+                after = int(layer[SAID + leaf]) if SAID + leaf in layer else version + 1  # a codec counts by itself
+                self._versions[part, leaf] = (x, version if known is x else after)
         return {key: version for key, (_, version) in self._versions.items()}
 
-    def _write(self, round: int, client: int, direction, leaves: Iterable[tuple[Kind, Tensor]]) -> None:
+    def _write(self, round: int, client: int, direction, leaves: Iterable[tuple[Kind, int, int]]) -> None:
         sums: dict[Kind, tuple[int, int]] = {}
-        for kind, x in leaves:
+        for kind, *more in leaves:
             numbers, size = sums.get(kind, (0, 0))
-            sums[kind] = (numbers + x.numel(), size + x.numel() * x.element_size())
+            sums[kind] = (numbers + more[0], size + more[1])
         self.ledger.rows += [Crossing(round, client, direction, kind, *both) for kind, both in sums.items()]
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _smaller(whole: Tensor, own: Tensor | None) -> Tensor:

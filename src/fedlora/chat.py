@@ -38,8 +38,8 @@ class Chat:
         task = config.task
         if not isinstance(task, CausalLM):
             raise ConfigError(
-                f"{str(run.path)!r} is a run of {config.table['task']['name']!r}, which writes no texts; name a run of "
-                "'causal-lm'."
+                f"{str(run.path)!r} is a run of {config.table['task']['name']!r}, but only a causal language model can "
+                "be talked with; name a run of 'causal-lm'."
             )
         if client is None and config.method.personal:
             raise ConfigError(

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora import capability
+from fedlora import capability, sampling
 from fedlora.seeds import derived
 from fedlora.splits import Split, apportioned, load
 from fedlora.tasks.task import Data
 
 DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
+MOST = 1_000_000  # clients: each is drawn, split and listed
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Clients:
 
     count: int = 10
     per_round: int | None = None  # how many take part in a round; None: all
+    sampling: Literal["fixed", "poisson"] = "fixed"  # so many a round, or each by itself with probability rate
+    rate: float | None = None  # poisson only
     ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
     split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see splits.py
     permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
@@ -45,6 +48,8 @@ class Clients:
     def __post_init__(self):
         if self.count < 1:
             raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
+        if self.count > MOST:
+            raise ValueError(f"clients.count is {self.count}; a federation here has at most {MOST:,} clients.")
         if not 0 <= self.new < self.count:
             raise ValueError(f"clients.new is {self.new}; it lies between 0 and below clients.count, {self.count}.")
         if self.per_round is not None and not 1 <= self.per_round <= self.members:
@@ -53,6 +58,7 @@ class Clients:
         self.splitter  # noqa: B018 - a wrong split is said at once
         if self.new and self.own_data:
             raise ValueError("clients.new holds out clients of a split, and clients.split is 'own'; leave it out.")
+        sampling.check(self.sampling, self.rate, self.per_round)
         self._check_shares()
         self._check_capability()
         self._check_steps()
@@ -105,6 +111,8 @@ class Clients:
     @property
     def staying_sizes(self) -> tuple[int, int]:
         """How many clients of a round stay, at the least and at the most."""
+        if self.rate is not None:
+            return 0, self.members
         cohort = self.per_round or self.members
         gone = self.dropout * cohort
         return max(1, cohort - math.ceil(gone)), max(1, cohort - math.floor(gone))
@@ -130,7 +138,8 @@ class Clients:
         ``ValueError`` names a client that would have no rows.
         """
         if self.count > len(data.train):
-            raise ValueError(f"clients.count is {self.count}, but there are only {len(data.train)} training rows.")
+            rows = len(data.train)
+            raise ValueError(f"clients.count is {self.count}, but there are only {rows} training rows; lower it.")
         train = self.splitter.rows(data.train, self.count, derived(seed, "split"))
         for client, rows in enumerate(train):
             if len(rows) == 0:
@@ -160,7 +169,7 @@ class Clients:
         if labels < 2:
             raise ValueError("clients.permute_labels is set, but the rows of this task have no labels; leave it out.")
         seen: set[tuple[int, ...]] = set()
-        return [_permutation(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
+        return [sampling.permutation(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
 
     def budgets(self, full: int, seed: int) -> list[int]:
         """Each client's rank, or number of heads, at most ``full``."""
@@ -218,13 +227,13 @@ class Clients:
 
     def slow(self, round: int, seed: int) -> list[int]:
         """The stragglers of a round's cohort."""
-        if not self.stragglers:
+        if not self.stragglers or not self.cohort(round, seed):
             return []
         return capability.picked(self.cohort(round, seed), self.stragglers, derived(seed, "stragglers", round))
 
     def dropped(self, round: int, seed: int) -> list[int]:
         """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
-        if not self.dropout:
+        if not self.dropout or not self.cohort(round, seed):
             return []
         cohort = self.cohort(round, seed)
         return capability.picked(cohort, self.dropout, derived(seed, "dropout", round), len(cohort) - 1)
@@ -240,10 +249,17 @@ class Clients:
 
     def order(self, round: int, seed: int) -> list[int]:
         """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
+        if self.rate is not None:  # nobody stands in: each has its own probability
+            return sampling.poisson(self.members, self.rate, derived(seed, "cohort", round))
         if self.per_round is None or self.per_round == self.members:
             return list(range(self.members))
         draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
         return torch.randperm(self.members, generator=draws).tolist()
+
+    @property
+    def expected(self) -> float:
+        """How many clients a round asks, on average."""
+        return self.members * self.rate if self.rate is not None else self.per_round or self.members
 
 
 def _follow_each(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -281,14 +297,3 @@ def _follow(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> l
         own = [pool[torch.randperm(len(pool), generator=draws)[:quota]] for pool, quota in zip(pools, quotas)]
         found.append(torch.cat(own).sort().values)
     return found
-
-
-def _permutation(labels: int, seed: int, seen: set[tuple[int, ...]]) -> Tensor:
-    """An order that no client before has, as long as there are any left."""
-    draws = torch.Generator().manual_seed(seed)
-    for _ in range(100):
-        order = torch.randperm(labels, generator=draws)
-        if tuple(order.tolist()) not in seen:
-            break
-    seen.add(tuple(order.tolist()))
-    return order

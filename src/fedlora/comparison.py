@@ -13,7 +13,9 @@ from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.aggregation import applicable, method_for
 from fedlora.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
+from fedlora.limits import plain_name
 from fedlora.method import Method
+from fedlora.nearest import nearest
 from fedlora.oracle import asked
 from fedlora.runs import run
 from fedlora.state import save_json
@@ -53,6 +55,7 @@ def for_label(table: Table, label: str) -> Table:
     ``centralised``: one client with all the data and the cohort's steps.
     Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
     """
+    plain_name(label, "a compared run")
     every = table.get("compare", {})
     base = {key: value for key, value in table.items() if key != "compare"}
     if label == CENTRALISED:
@@ -67,7 +70,8 @@ def for_label(table: Table, label: str) -> Table:
 def _fitted(table: Table, method: str) -> Table:
     """The table under a method with its defaults, and with an adapter that the method is defined for."""
     kind, given = methods.load(method), table.get("adapter", {"name": "lora"})
-    own, name = {**table, "method": {"name": method}}, given.get("name", "lora")
+    equal = {"weighting": "uniform"} if _by_client(table) else {}
+    own, name = {**table, "method": {"name": method, **equal}}, given.get("name", "lora")
     if name in KINDS and not issubclass(KINDS[name], kind.adapters):
         adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
         own["adapter"] = _as_table(kind.adapters[0].like(adapter))
@@ -79,8 +83,12 @@ def _method_of(label: str, every: Mapping[str, Any]) -> str:
     if label in methods.names() or label not in every:
         return label
     found = every[label].get("method", {}).get("name") if isinstance(every[label], Mapping) else None
+    if not isinstance(found, str) and not every[label]:
+        return label  # which the list of methods is asked for
     if not isinstance(found, str):
-        raise ConfigError(f"[compare.{label}] is no method's name, and says none; give it method.name.")
+        near = nearest(label, methods.names())
+        hint = f"; did you mean {near!r}? If not," if near else ";"
+        raise ConfigError(f"[compare.{label}] is no method's name, and says none{hint} give it method.name.")
     return found
 
 
@@ -92,8 +100,14 @@ def _as_table(adapter: Adapter) -> Table:
 def _centralised(table: Table) -> Table:
     config = build(table)
     steps = {} if config.training.local_epochs else {"local_steps": _cohort_steps(config)}
-    own = {key: value for key, value in table.items() if key not in ("clients", "method")}
+    gone = ("clients", "method", *(["privacy"] if _by_client(table) else []))  # one client is hidden among no others
+    own = {key: value for key, value in table.items() if key not in gone}
     return merged({**_fitted(own, "fedit"), "clients": {"count": 1}}, {"training": steps})
+
+
+def _by_client(table: Table) -> bool:
+    """Whether the guarantee is about whole clients, whose weights must then be equal."""
+    return bool(table.get("privacy", {}).get("level") == "client")
 
 
 def _cohort_steps(config: Config) -> int:
@@ -136,6 +150,8 @@ def oracle(
     ``ConfigError`` names a method that combines no finished factors.
     """
     config = build({key: value for key, value in table.items() if key != "compare"})
+    if config.privacy.hides_figures:
+        raise ConfigError("the oracle looks at every upload, which [privacy] covers; set privacy.figures = true.")
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")

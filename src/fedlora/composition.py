@@ -11,22 +11,28 @@ import torch
 from torch import nn
 
 from fedlora.adapters import Dense
+from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
+from fedlora.defence import Defence
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluation
 from fedlora.flower.own import OWN
+from fedlora.hygiene import Hygiene
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.model import Model, Precision
 from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table
 from fedlora.start import begin
 from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,13 @@ class Config:
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
     server: ServerOptimizer = field(default_factory=ServerOptimizer)
+    privacy: Privacy = field(default_factory=Privacy)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
+    hygiene: Hygiene = field(default_factory=Hygiene)
+    robust: Defence | None = None
+    attack: Attack | None = None
+    transport: Transport = field(default_factory=Transport)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -76,10 +87,16 @@ class Config:
         if self.model.start is not None:
             begin(model, rules, self.method, self.model.start, self.seed)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
-        return Federation(
+        found = Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,
             training, self.evaluation, self.server, self.rounds, self.seed, names, fingerprint(self.table),
+            self.hygiene, self.robust,
+            self.attack and self.attack.ready(self.task, self.model.name, self.clients.members, self.seed),
+            self.transport,
+            self.privacy,
         )  # fmt: skip
+        private.check(found)
+        return found
 
     def network(self, labels: int, device: torch.device) -> nn.Module:
         """The pretrained network, quantised where ``model.quantize`` says so."""
@@ -122,11 +139,11 @@ class Config:
 
 
 def fingerprint(table: Table) -> str:
-    """A digest of all that parties must have alike: the configuration without what a node says of its own machine."""
+    """A digest of all that parties must have alike: without what a node says of its machine, or the server looks at."""
     own = {*OWN, "training.precision"}  # a machine's precision is what it is fast at
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in ("engine", "compare")
+        if section not in ("engine", "compare", "hygiene", "robust")  # the last two are the server's alone
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -9,19 +9,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora import methods, splits, tasks
+from fedlora import attacks, defences, methods, splits, tasks
 from fedlora.adapters import KINDS, Adapter
 from fedlora.clients import Clients
 from fedlora.composition import Config, ModelTable, fingerprint
 from fedlora.engines.flower.settings import Network
 from fedlora.evaluation import Evaluation
+from fedlora.hygiene import Hygiene
 from fedlora.method import Method
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy, refusals
 from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.tasks.task import Task
 from fedlora.training import Training
+from fedlora.transport import Transport
 
 __all__ = [
     "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
@@ -29,7 +32,8 @@ __all__ = [
 ]  # fmt: skip
 
 SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "engine", "flower", "compare",
+    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
+    "hygiene", "robust", "attack", "transport", "compare",
 )  # fmt: skip
 
 
@@ -57,21 +61,30 @@ def build(table: Table) -> Config:
         "training": construct(Training, "training", _section(table, "training")),
         "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
         "server": construct(ServerOptimizer, "server", _section(table, "server")),
+        "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
+        "hygiene": construct(Hygiene, "hygiene", _section(table, "hygiene")),
+        "robust": _optional(table, "robust", defences.load),
+        "attack": _optional(table, "attack", attacks.load),
+        "transport": construct(Transport, "transport", _section(table, "transport")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
+    parts["transport"].check(method, parts["flower"].secure_aggregation)
     able = [name for name in methods.names() if methods.load(name).sums]
     for size in parts["clients"].staying_sizes:
         parts["flower"].check(method, size, able)
+    _check_trust(parts)
     if parts["engine"].spill and parts["evaluation"].measure:
         raise ConfigError(
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
         )
     config = Config(**parts, **numbers)
     config.engine.chosen()  # a device that is not there is said before anything is loaded
-    _check_ranks(config, _section(table, "method", {"name": "fedit"})["name"])
+    _check_ranks(config, _section(table, "method").get("name", "fedit"))
+    budgets = config.clients.budgets(method.adapter.budget, config.seed)
+    refusals.check(config.privacy, method, config.clients, budgets, config.task)
     return replace(config, table=_resolved(config, table))
 
 
@@ -125,6 +138,25 @@ def _named(section: str, table: Table, load) -> Any:
     return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
 
 
+def _optional(table: Table, section: str, load) -> Any:
+    """The same of a table that may be left out."""
+    return _named(section, _section(table, section), load) if section in table else None
+
+
+def _check_trust(parts: dict[str, Any]) -> None:
+    """A rule or an attack that cannot work with the method, the task or hidden uploads is said before anything runs."""
+    hidden = parts["flower"].secure_aggregation
+    if parts["robust"] is not None:
+        parts["robust"].check(parts["method"], hidden)
+        if parts["privacy"].sums_clients:
+            raise ConfigError(
+                "[robust] lets one client's upload decide about another's, so privacy.noise_on = 'sum' cannot bound "
+                'what one client changes; set privacy.noise_on = "upload", or leave [robust] out.'
+            )
+    if parts["attack"] is not None:
+        parts["attack"].check(parts["method"], parts["task"], hidden)
+
+
 def _check_quantised(model: ModelTable, task: Task, name: str) -> None:
     if model.quantize is not None and not task.quantizes:
         able = [other for other in tasks.names() if tasks.load(other).quantizes]
@@ -157,12 +189,15 @@ def _check_ranks(config: Config, name: str) -> None:
 def _resolved(config: Config, table: Table) -> Table:
     """Every setting of the run with its default written out; ``None`` has no TOML form and is left out."""
     adapter = {"name": next(k for k, v in KINDS.items() if type(config.method.adapter) is v)}
-    names = {key: {"name": table[key]["name"]} for key in ("task",)} | {"adapter": adapter}
+    named = [key for key in ("task", "robust", "attack") if key in table]
+    names = {key: {"name": table[key]["name"]} for key in named} | {"adapter": adapter}
     names["method"] = {"name": table.get("method", {}).get("name", "fedit")}
     found: Table = {"rounds": config.rounds, "seed": config.seed}
     objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
-    for section, value in objects.items():
+    for section, value in ((k, v) for k, v in objects.items() if v is not None):
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    if not config.privacy.on:
+        del found["privacy"]
     if config.training.local_epochs is None:
         found["training"]["local_steps"] = config.training.steps(1)
     found["clients"]["split"] = splits.resolved(config.clients.split)
@@ -173,7 +208,7 @@ def _as_table(value: Any) -> Table:
     found = {}
     for f in fields(value):
         item = getattr(value, f.name)
-        if item is None or isinstance(item, Adapter):
+        if item is None or isinstance(item, Adapter) or f.name.startswith("_"):
             continue
         found[f.name] = item
     return found

@@ -80,6 +80,11 @@ class Evaluator:
         for some in rows.split(self.batch_size):
             with self.model.running():
                 outputs = self.task.graded(self.model.network, self.test, some, self.model.device).float().cpu()
+            if bool(outputs.isnan().any()):  # an accuracy would be read out of it all the same
+                raise FloatingPointError(
+                    "what the model says of test rows is no number (nan); lower training.learning_rate, or set "
+                    "training.max_grad_norm."
+                )
             if self._outputs is None:
                 self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
             self._outputs[some] = outputs

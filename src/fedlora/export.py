@@ -166,17 +166,16 @@ def _cut_off(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
     return float(lost / everything) ** 0.5 if everything else 0.0
 
 
-def _layers(run: Run, tree: Tree, cut: Mapping[str, Factors], truncated: bool) -> tuple[dict[str, Layer], LoRA]:
-    """Each weight's factors and the LoRA they belong to: the run's own where it has one, else of scale one."""
+def _layers(run: Run, tree: Tree, cut: Mapping[str, Factors], truncated: bool) -> tuple[dict[str, Layer], LoRA | None]:
+    """Each weight's factors, and the run's own LoRA; None: factors with their scale inside."""
     adapter = run.config.method.adapter
     if isinstance(adapter, LoRA) and not run.folds and not truncated:
         return {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
-    layers = {part: {"A": f.V, "B": f.U} for part, f in cut.items()}
-    return layers, LoRA(max(f.V.shape[-2] for f in cut.values()), 0.0)
+    return {part: {"A": f.V, "B": f.U} for part, f in cut.items()}, None
 
 
 def _write_adapter(
-    run: Run, folder: Path, model: Model, made: tuple[Mapping[str, Layer], LoRA], heads: Mapping[str, Layer]
+    run: Run, folder: Path, model: Model, made: tuple[Mapping[str, Layer], LoRA | None], heads: Mapping[str, Layer]
 ) -> None:
     layers, lora = made
     bases = [model.parts[part].module.base for part in layers]
@@ -187,12 +186,12 @@ def _write_adapter(
         "target_modules": sorted(layers),
         "modules_to_save": sorted(heads) or None,
         "fan_in_fan_out": any(isinstance(base, Conv1D) for base in bases),
-        "use_rslora": lora.use_rslora,
+        "use_rslora": lora is not None and lora.use_rslora,
         "bias": "none",
         "lora_dropout": 0.0,
     }
-    # Alpha 0 stands for factors with their scale inside: alpha = rank then makes PEFT's scale one.
-    alphas = {part: lora.alpha or float(layer["A"].shape[-2]) for part, layer in layers.items()}
+    # Where the scale is inside the factors, alpha = rank makes PEFT's scale one.
+    alphas = {part: lora.alpha if lora else float(layer["A"].shape[-2]) for part, layer in layers.items()}
     whole = {f"{PREFIX}{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
     save_folder(folder, config, layers, alphas, whole)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.nearest import nearest
 from fedlora.programs import Problem, Verdict, figures, graded, problems
 from fedlora.sandbox import Sandbox
-from fedlora.state import write
+from fedlora.state import writable, write
 from fedlora.tasks import data as source
 
 
@@ -86,7 +86,7 @@ def grade(
     known = problems(rows(data, split), benchmark)
     given = answers(predictions, known)
     figures(known, [_unrun(task, i) for task, texts in given.items() for i in range(len(texts))], ks)  # enough for k?
-    place = Path(out).expanduser() if out else _beside(Path(predictions).expanduser())
+    place = writable(out or _beside(Path(predictions).expanduser()))
     verdicts = graded(known, given, sandbox, workers, done)
     lines = (json.dumps(vars(v)) + "\n" for v in verdicts)
     write(place, "".join(lines).encode())

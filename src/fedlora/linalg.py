@@ -14,6 +14,16 @@ from torch import Tensor
 from fedlora.types import Factors
 
 
+def einsum(equation: str, *operands: Tensor) -> Tensor:
+    """``torch.einsum`` from left to right.
+
+    Where opt_einsum is installed (Opacus brings it), torch takes three operands in an order of its choice, which has
+    other last bits: parties would differ by what else is on their machines.
+    """
+    with torch.backends.opt_einsum.flags(enabled=False):
+        return torch.einsum(equation, *operands)
+
+
 def total(parts: Sequence[Factors]) -> Factors:
     """The sum of products is the product of stacks: ``Σ U_k V_k = [U_1 … U_K] [V_1; …; V_K]``.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlora.adapters import Dense, LoRA
 from fedlora.linalg import scaled, total
 from fedlora.method import Method, mean
-from fedlora.rounds import Received, Rules, Served, alike, shares, stacked
+from fedlora.rounds import Received, Rules, Served, alike, public, stacked, weights_of
 from fedlora.types import Factors, Layer, Tree, Upload
 
 STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
@@ -37,7 +37,7 @@ def errors(
             for part in parts
         }
         after = {part: served.shared[part] for part in parts}
-        weights = shares(rule, [u.examples for u in uploads])
+        weights = weights_of(rule, uploads)
         forms = {part: [*ends[part], after[part], _fold_shapes(served, part)] for part in parts}
         most = max(1, STACK // len(uploads))
         for group in (g[i : i + most] for g in alike(parts, forms.__getitem__) for i in range(0, len(g), most)):
@@ -47,7 +47,7 @@ def errors(
 
 def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) -> Layer:
     """A client's trained leaves, and the frozen ones at its own budget."""
-    return {**rule.adapter.leading(before, upload.turn.rank), **kept, **upload.tree[part]}
+    return {**rule.adapter.leading(before, upload.turn.rank), **public(kept), **upload.tree[part]}
 
 
 def _fold_shapes(served: Served, part: str) -> Layer:

@@ -31,6 +31,8 @@ class Method:
     personal: ClassVar[bool] = False  # is there one model a client, rather than one for all?
     shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
     sums: ClassVar[bool] = True  # does the server only sum what it gets, so that secure aggregation can hide it?
+    weighs: ClassVar[bool] = False  # does the server give the uploads other weights than their shares?
+    keeps_frame: ClassVar[bool] = True  # does a leaf mean the same next round, so that what was lost can be added then?
 
     @property
     def whole_model(self) -> bool:
@@ -38,9 +40,24 @@ class Method:
         return False
 
     @property
+    def uses_gradient(self) -> bool:
+        """Whether ``trains`` goes by a gradient on the client's own rows."""
+        return False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the size of what a client sends goes by what its training came to."""
+        return False
+
+    @property
     def imitation(self) -> bool:
         """Whether these settings repeat published code as it is, so that the laws are not promised."""
         return False
+
+    @property
+    def averages(self) -> bool:
+        """Whether the server does nothing to the shared leaves but average them."""
+        return type(self).combine is Method.combine and type(self).combine_all is Method.combine_all
 
     # ------------------------------------------------------------- on the client, before training
     def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fedlora.linalg import einsum
 from fedlora.products import Lazy
 
 CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
@@ -66,7 +67,7 @@ def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, 
     C = torch.einsum("...l,...klij->...kij", fixed, other)
     H = torch.einsum("...k,...kij->...ij", fixed, C)
     M = torch.einsum("...klij,...ji->...kl", G, H)
-    b = torch.einsum("j,...kjab,...jba->...k", w, G, C)
+    b = einsum("j,...kjab,...jba->...k", w, G, C)
     return M, b
 
 

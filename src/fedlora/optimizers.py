@@ -42,8 +42,7 @@ class ServerOptimizer:
 
     def check(self, method: Method) -> None:
         """``ValueError`` where the method does more to the shared leaves than average them."""
-        averages = type(method).combine is Method.combine and type(method).combine_all is Method.combine_all
-        if self.optimizer != "none" and not averages:
+        if self.optimizer != "none" and not method.averages:
             raise ValueError(
                 f"server.optimizer = {self.optimizer!r} works on averaged leaves, but {method.title} makes "
                 "its own of them; take a method that averages (such as fedit), or leave the server's optimizer out."

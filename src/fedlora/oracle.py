@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.adapters import LoRA
 from fedlora.method import Method
 from fedlora.products import Term, distances
-from fedlora.rounds import Received, Rules, server_turn, shares
+from fedlora.rounds import Received, Rules, server_turn, weights_of
 from fedlora.types import Layer, Tree, Work
 
 FACTORS = frozenset("AB")
@@ -36,7 +36,7 @@ def asked(rules: Rules, before: Tree, uploads: Sequence[Received], methods: Mapp
             "fedit."
         )
     ends = {part: [u.tree[part] for u in uploads] for part in parts}
-    weights = shares(rules[parts[0]], [u.examples for u in uploads])
+    weights = weights_of(rules[parts[0]], uploads)
     equal = len({layer["A"].shape[-2] for layers in ends.values() for layer in layers}) == 1
     found: dict[str, Any] = {"methods": {}}
     for label, method in methods.items():

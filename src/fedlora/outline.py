@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.clients import Shard
 from fedlora.config import Config
-from fedlora.engines.loop import Federation
+from fedlora.engines.federation import Federation
 from fedlora.footprint import Bench
+from fedlora.limits import read_header
 from fedlora.model import Model
 from fedlora.rounds import Rules
 from fedlora.runtime import checkpoint_activations
@@ -43,13 +44,15 @@ def outline(config: Config) -> Outline:
     training = config.engine.resolved(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
+        network.config.use_cache = False  # type: ignore[union-attr]  # transformers would do so, and say it
     model = config.attached(network, training.precision, "meta")  # type: ignore[arg-type]
     rules = model.rules(config.method, config.head_rule)
     groups = grouped(model, rules)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     f = Federation(
         rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
-        config.evaluation, config.server, config.rounds, config.seed, names,
+        config.evaluation, config.server, config.rounds, config.seed, names, transport=config.transport,
+        privacy=config.privacy,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tree = whole(model, groups, rules)
@@ -88,6 +91,8 @@ def outlined(task: Task, model: str, labels: int) -> nn.Module:
         network: nn.Module = auto.from_config(config, dtype=torch.float32)
     if getattr(config, "pad_token_id", None) is None:
         network.config.pad_token_id = 0
+    if task.brings_head:
+        network.put_on_top = []  # type: ignore[assignment]  # as networks.whole has it
     network.drawn_anew = _poolers(network, model)  # type: ignore[assignment]  # read by targets.trained_in_full
     return network
 
@@ -121,7 +126,6 @@ def _poolers(network: nn.Module, model: str) -> list[str]:
 
 def stored(model: str) -> list[str]:
     """The names of a checkpoint's tensors; no tensor is read."""
-    from safetensors import safe_open
     from transformers.utils import cached_file
 
     found: dict[str, str | None] = {}
@@ -135,5 +139,4 @@ def stored(model: str) -> list[str]:
         return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
     if single is None:
         return []
-    with safe_open(single, framework="pt") as file:
-        return list(file.keys())
+    return list(read_header(single).tensors)

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedlora.adapters import LoRA
+from fedlora.limits import RefusedHeaderError, read_header
 from fedlora.state import write
 from fedlora.types import Layer
 
@@ -152,12 +153,11 @@ def _compiled(folder: Path, key: str, pattern: str) -> None:
 
 def _header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
     try:
-        with safe_open(file, framework="pt") as found:
-            slices = {key: found.get_slice(key) for key in found.keys()}  # noqa: SIM118 - no mapping
-            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-            return shapes, {key: DTYPES.get(s.get_dtype(), torch.float32) for key, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+        found = read_header(file).tensors
+    except (RefusedHeaderError, OSError) as error:
         raise ValueError(f"{str(file)!r} cannot be read, it may be cut off: {error}; copy the file anew.") from error
+    shapes = {key: entry.shape for key, entry in found.items()}
+    return shapes, {key: DTYPES.get(entry.dtype, torch.float32) for key, entry in found.items()}
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

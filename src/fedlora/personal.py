@@ -15,8 +15,9 @@ import torch
 from fedlora.clients import Shard
 from fedlora.comparison import CENTRALISED, for_label
 from fedlora.config import ConfigError, Table, build
+from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Federation, Round, Watch
+from fedlora.engines.loop import Round, Watch, sound
 from fedlora.evaluation import Evaluator, summary
 from fedlora.export import Run
 from fedlora.metrics import Scores
@@ -139,7 +140,7 @@ def _trained(
     f = build(_here(run.config.table, label, run.config.rounds)).federation()
     if of is not None and shard is not None:
         f = replace(f, data=of.data, shards=[shard])
-    return f, deque(islice(InProcess(watch).run(f), run.summary["rounds"]), maxlen=1)[0]
+    return f, deque(islice(sound(InProcess(watch).run(f)), run.summary["rounds"]), maxlen=1)[0]
 
 
 def _here(table: Table, label: str, rounds: int) -> Table:

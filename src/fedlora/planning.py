@@ -6,10 +6,10 @@ from typing import Any
 from fedlora.adapters import Dense
 from fedlora.comparison import for_label
 from fedlora.config import Config, ConfigError, Table, build
-from fedlora.engines.loop import Federation
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.footprint import weight_bytes
 from fedlora.model import Adapted, Model
-from fedlora.optimizers import ServerOptimizer
 from fedlora.outline import Outline, outline
 from fedlora.traffic import Traffic, traffic
 from fedlora.workload import WATCHED, Measured, Shapes, measured
@@ -34,9 +34,16 @@ def problems(table: Table) -> list[str]:
     try:
         build(own)
     except ValueError as error:
-        found = [_problem({**SOUND, **{k: own[k] for k in (key, *WITH.get(key, ())) if k in own}}) for key in own]
+        found = [_problem_of(own, key) for key in own]
         return list(dict.fromkeys(text for text in (*found, str(error)) if text is not None))
     return []
+
+
+def _problem_of(own: Table, key: str) -> str | None:
+    """What is wrong with one section; with the method's defaults where it is the method that is wrong."""
+    others = {k: own[k] for k in WITH.get(key, ()) if k in own}
+    wrong = _problem({**SOUND, **others})
+    return _problem({**SOUND, **({} if wrong else others), key: own[key]})
 
 
 def _problem(table: Table) -> str | None:
@@ -50,6 +57,7 @@ def _problem(table: Table) -> str | None:
 # What a section can only be judged with.
 WITH = {"adapter": ("method",), "method": ("adapter",), "server": ("method", "adapter")}
 WITH |= {"clients": ("method", "adapter"), "flower": ("method", "adapter", "clients")}
+WITH |= {"privacy": ("method", "adapter", "clients")}
 SOUND: Table = {
     "model": {"name": "demo-vit"},
     "task": {"name": "image-classification", "data": "digits"},
@@ -76,6 +84,7 @@ def plan(config: Config) -> dict[str, Any]:
         "options": options(config, crossing),
         "numbers": _numbers(o),
         "rows": _rows(o.federation),
+        **private.report(o.federation, config.rounds, plan=True),
         "bytes": byte_plan(o, crossing),
         "memory": _memory(o, crossing, work),
         "flops": work.flops(o.federation),
@@ -86,16 +95,11 @@ def plan(config: Config) -> dict[str, Any]:
 def options(config: Config, crossing: Traffic) -> dict[str, Any]:
     """What the method can do, and what these settings ask of it."""
     method, folds = config.method, crossing.folds > 0
-    try:
-        ServerOptimizer("momentum").check(method)
-        averages = True
-    except ValueError:
-        averages = False
     return {
         "exact": bool(method.exact),
         "any_rank": method.any_rank,
         "secure_aggregation": method.sums,
-        "server_optimizer": averages,
+        "server_optimizer": method.averages,
         "quantised_base": "folds are kept beside it" if folds else "yes",
         "partial_participation": "who was absent is sent the folds it missed" if folds else "yes",
         "result": "a model for each client" if method.personal else "one model for all",
@@ -165,7 +169,8 @@ def _memory(o: Outline, crossing: Traffic, spent: Measured) -> dict[str, Any]:
     kept_base = _kept_base(model) if crossing.folds and not model.overlay else 0
     folds = kept_base or (crossing.folds if model.overlay else 0)
     train, score = spent.train, spent.score
-    uploads = max(sum(r.bytes for r in crossing.rows if r.direction == "up" and r.round == n) for n in range(f.rounds))
+    up = [row for row in crossing.rows if row.direction == "up"]
+    uploads = max(sum(4 * row.numbers for row in up if row.round == n) for n in range(f.rounds))  # decoded, float32
     moments = train.moments * f.clients.members if f.training.keep_optimizer else 0
     client = weights + 2 * leaves + folds + max(train.peak, score.peak)
     server = weights + 2 * leaves + folds + crossing.folds + uploads + crossing.combining
@@ -202,6 +207,10 @@ def _estimates(o: Outline, crossing: Traffic, shapes: Shapes) -> list[str]:
         'blocks: with engine.allocator = "keep" processes took 1.4 to 3 times as much, with "return" '
         "as much as is said here."
     ]
+    if o.config.model.quantize is not None:
+        said.append("Memory is that of a base in float32: what model.quantize saves is not taken off.")
+    if o.federation.data is not None and o.federation.data.test.texts is not None:
+        said.append("Answers are generated in every evaluation: what that takes is not counted.")
     if crossing.varies:
         said.append("Bytes depend on what training finds with these settings; they are those of a run without luck.")
     if not shapes.complete:

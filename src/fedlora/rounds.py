@@ -23,6 +23,7 @@ class Received(NamedTuple):
     turn: Turn
     examples: int  # rows the client trained on: its weight, where the method weights by examples
     tree: Tree
+    factor: float = 1.0  # of its weight, as a robust rule has it
 
 
 class Served(NamedTuple):
@@ -91,13 +92,22 @@ def shares(rule: Method, examples: Sequence[int]) -> list[float]:
     return [n / sum(examples) for n in examples]
 
 
+def weights_of(rule: Method, uploads: Sequence[Received]) -> list[float]:
+    """The same of uploads, each with the factor that a robust rule gave it."""
+    own = shares(rule, [upload.examples for upload in uploads])
+    if all(upload.factor == 1.0 for upload in uploads):
+        return own
+    whole = sum(w * upload.factor for w, upload in zip(own, uploads))
+    return [w * upload.factor / whole for w, upload in zip(own, uploads)]
+
+
 def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Received]) -> dict[str, Outcome]:
-    weights = shares(rule, [upload.examples for upload in uploads])
+    weights = weights_of(rule, uploads)
     moving = {part: pick(shared[part], rule.adapter.trainable & set(shared[part])) for part in parts}
     groups = [
         some
         for group in alike(parts, lambda part: [moving[part], *(_form(upload.tree, part) for upload in uploads)])
-        for some in _batches(group, sum(x.numel() for x in moving[group[0]].values()))
+        for some in batches(group, sum(x.numel() for x in moving[group[0]].values()))
     ]
     start = {group[0]: stacked([moving[part] for part in group]) for group in groups}
     arrived = {
@@ -151,7 +161,8 @@ class _Later(Mapping[str, Tensor]):
         return stacked([{leaf: self.tree[part][leaf]} for part in self.group])[leaf]
 
 
-def _batches(group: list[str], numbers: int) -> list[list[str]]:
+def batches(group: list[str], numbers: int) -> list[list[str]]:
+    """Parts of one shape, of so many ``numbers`` each, as many together as are stacked."""
     most = max(1, SMALL // max(1, numbers))
     return [group[i : i + most] for i in range(0, len(group), most)]
 

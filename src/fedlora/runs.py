@@ -15,9 +15,12 @@ from typing import IO, Any
 import torch
 
 from fedlora.config import Config, ConfigError, dumps, merged
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
-from fedlora.engines.loop import Event, Federation, Observe, Round, Watch
+from fedlora.engines.loop import Event, Observe, Round, Watch, sound
 from fedlora.folds import FoldLog
+from fedlora.hygiene import Hygiene, shelf
 from fedlora.metrics import KNOWN
 from fedlora.state import save_json, save_tree, write
 from fedlora.types import Tree
@@ -72,7 +75,7 @@ def run(
         write(folder / CONFIG, dumps(merged(config.table, precision)).encode())
     for note in federation.notes:
         watch(Event("note", 0, text=note))
-    keeper = Keeper(folder)
+    keeper = Keeper(folder, config.hygiene)
     with keeper.writing():
         try:
             kept = (drive or DRIVES[config.engine.name])(config, federation, watch, observe, keeper.take)
@@ -83,6 +86,7 @@ def run(
     kept = kept if kept is not None else last.kept if last else {}
     summary = {
         **summarise(config, keeper.records, keeper.interrupted, time.perf_counter() - began),
+        **private.report(federation, len(keeper.records)),
         "labels": list(federation.label_names),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
@@ -132,9 +136,11 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
             "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
+    if bad := shelf.quarantined(records):
+        found["quarantined"] = bad
     if evaluated:
         final = evaluated[-1]
-        found["final"] = {key: final[key] for key in ("global", "clients") if key in final}
+        found["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}
         tail = evaluated[-LAST:]
         found["last_rounds"] = {"rounds": len(tail), "clients": statistics.fmean(r["clients"]["mean"] for r in tail)}
         if "global" in final:
@@ -161,6 +167,7 @@ class Keeper:
     """Takes the rounds as they come, each on disk before the next begins; records that are there already stay."""
 
     folder: Path | None
+    hygiene: Hygiene = field(default_factory=Hygiene)
     records: list[Mapping[str, Any]] = field(default_factory=list)
     last: Round | None = None
     interrupted: bool = False
@@ -169,7 +176,8 @@ class Keeper:
     def take(self, rounds: Iterator[Round]) -> None:
         """Every round of an engine, to the end or to Ctrl-C."""
         try:
-            for self.last in rounds:
+            for self.last in sound(rounds):
+                shelf.keep(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
                 again = [r for r in self.records if r["round"] >= self.last.record["round"]]  # was cut off after it
                 self.records = [*(r for r in self.records if r not in again), self.last.record]
                 self._write(self.records if again else self.records[-1:], anew=bool(again))

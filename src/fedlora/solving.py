@@ -9,6 +9,7 @@ from fedlora.chat import Chat
 from fedlora.generation import Writing, generate
 from fedlora.programs import STOPS, Problem
 from fedlora.seeds import derived
+from fedlora.state import writable
 from fedlora.tasks.sequences import tokens
 
 Done = Callable[[int], None]  # told how many more are written
@@ -32,7 +33,7 @@ def solve(
     """
     if samples > 1 and writing.temperature == 0:
         raise ValueError(f"--samples is {samples}, but at --temperature 0 all are alike; raise it, e.g. to 0.8.")
-    place = Path(out).expanduser()
+    place = writable(out)
     there = _there(place)
     asked = {problem.task_id: _asked(talk, problem, worded) for problem in known}
     fits = [p for p in known if len(asked[p.task_id]) + writing.max_new_tokens <= talk.room]

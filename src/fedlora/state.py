@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from fedlora.limits import RefusedHeaderError, read_header
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
@@ -46,11 +47,23 @@ def nested(leaves: Mapping[str, Tensor]) -> Tree:
 def load_tree(path: Path) -> Tree:
     """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
     try:
+        read_header(path)
         return nested(load_file(path))
-    except (SafetensorError, OSError) as error:
+    except (RefusedHeaderError, SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."
         ) from error
+
+
+def load_about(path: Path) -> dict[str, Any]:
+    """The notes that ``save_tree`` put beside a tree under ``about``. ``ValueError`` where they are not there."""
+    try:
+        found = json.loads(read_header(path).metadata["about"])
+        if not isinstance(found, dict):
+            raise ValueError("its notes are no table")
+    except (ValueError, KeyError, OSError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read, it was cut off or edited: {error!s}; run it anew.") from error
+    return found
 
 
 class Spilled(Mapping[str, Layer]):
@@ -86,10 +99,23 @@ def absent(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
+    _within_reach(path)
+    return path
+
+
+def writable(file: str | Path) -> Path:
+    """A file that may be written or written over; nothing is made yet. ``ValueError`` where it cannot be."""
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file in it.")
+    _within_reach(path.parent)
+    return path
+
+
+def _within_reach(path: Path) -> None:
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"cannot write to {str(path)!r}: {str(there)!r} is no folder to write in; choose another.")
-    return path
 
 
 def save_json(path: Path, value: Any) -> None:

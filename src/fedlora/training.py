@@ -169,9 +169,11 @@ class LocalTrainer:
             optimizer.zero_grad(set_to_none=True)
             self.step_done()
         self.loss = float(torch.stack(losses).mean())
-        if not math.isfinite(self.loss):
+        sound = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
+        if not math.isfinite(self.loss) or not bool(sound):  # of the last step the loss does not know
+            what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
             raise FloatingPointError(
-                f"client {self.turn.client}'s loss is {self.loss} in round {self.turn.round + 1}; "
+                f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
                 "lower training.learning_rate, or set training.max_grad_norm."
             )
 

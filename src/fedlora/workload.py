@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedlora.engines.loop import Federation
+from fedlora.engines.federation import Federation
 from fedlora.footprint import Cost, interpolated
 from fedlora.outline import Outline
 from fedlora.seeds import derived

@@ -191,14 +191,15 @@ def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(fault
     world.server.observe = observe
     rounds = world.run()
     assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 1, 2]]
-    assert [set(r.record.get("absent", ())) for r in rounds] == [set(), {1}, set()]
+    left = [{**r.record.get("absent", {}), **r.record.get("quarantined", {})} for r in rounds]
+    assert [set(some) for some in left] == [set(), {1}, set()]
     import re
 
-    assert re.search(why, rounds[1].record["absent"][1]), rounds[1].record["absent"]
+    assert re.search(why, left[1][1]), left[1]
     before, uploads = seen[1]
     alone = server_turn(world.federation.rules, before, [Received(u.turn, u.examples, u.tree) for u in uploads])
     assert same(rounds[1].shared, alone.shared)
-    told = [e for e in world.events if e.kind == "absent"]
+    told = [e for e in world.events if e.kind in ("absent", "quarantined")]
     assert [(e.round, e.client) for e in told] == [(1, 1)]
 
 

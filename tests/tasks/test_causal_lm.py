@@ -375,6 +375,11 @@ def test_exact_match_of_the_last_answer_of_a_conversation(tmp_path, model, netwo
         task(tmp_path, rows, metric="exact_match", chat_template=CHAT, shots=1).load(model, 0)
 
 
+def test_more_shots_than_rows(tmp_path, model):
+    with pytest.raises(ValueError, match=r"but there are only \d+ training rows; lower task.shots\.$"):
+        task(tmp_path, metric="exact_match", answer="text", shots=1000).load(model, 0)
+
+
 def test_shots_come_from_the_rows_own_category(tmp_path, model):
     made = task(tmp_path, metric="exact_match", answer="text", shots=3, label="kind")
     for row, found in zip(ROWS, made.load(model, 0).test.texts):

@@ -126,6 +126,11 @@ BAD = {
         {"max_length": 700},
         r"reads at most \d+; set",
     ),
+    "too wide": (
+        ROWS,
+        {"max_length": 700, "pad_to_max_length": True},
+        r"a text comes to 700 tokens, but .* at most \d+",
+    ),
     "three columns": (ROWS, {"text": ["text", "text", "text"]}, r"task.text names 3 columns"),
 }
 
@@ -198,7 +203,7 @@ def test_pictures_that_are_wrong(tmp_path):
     Image.new("L", (4, 4)).save(buffer, "PNG")
     rows = [{"image": numpy.zeros(16, dtype="uint8").tobytes(), "label": i % 2} for i in range(10)]
     path = str(write(tmp_path, "train.parquet", rows))
-    with pytest.raises(ValueError, match="no known picture format; set task.image_shape"):
+    with pytest.raises(ValueError, match="no known picture format; replace it .* set task.image_shape"):
         ImageClassification(path).load("demo-vit", 0)
     with pytest.raises(ValueError, match=r"an image of 16 bytes; the shape \[4, 5, 1\] needs 20"):
         ImageClassification(path, image_shape=[4, 5, 1]).load("demo-vit", 0)

@@ -156,6 +156,15 @@ def test_mistakes(settings, sentence):
         build({"model": {"name": "x"}, "task": {"name": "glue", **settings}})
 
 
+def test_another_tasks_columns_are_no_rows_of_this_one(model, tmp_path):
+    """QNLI's rows under MRPC's name would be scored as paraphrases, with the labels turned round."""
+    data = write(tmp_path / "rows", "qnli", 8)
+    with pytest.raises(ValueError, match=r"no column 'sentence1' \(of GLUE's mrpc; task.text names others\)"):
+        Glue(data=data, subset="mrpc").load(model, 0)
+    named = Glue(data=data, subset="mrpc", text=["question", "sentence"])
+    assert len(named.load(model, 0).train) == 8
+
+
 def test_the_order_of_labels_is_glues_where_they_are_words(model, tmp_path):
     for split in ("train", "validation"):
         rows = [

@@ -266,6 +266,16 @@ def test_a_folder_without_test_pictures_is_cut_by_the_seed(tmp_path, splits):
     assert found.train.features["pixels"][found.train.labels == 0].max() < 40
 
 
+@pytest.mark.parametrize("labels", [["only"], []])
+def test_pictures_without_labels_are_said(tmp_path, labels):
+    for split in ("train", "test"):
+        place = tmp_path.joinpath(split, *labels)
+        place.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(place / "a.png")
+    with pytest.raises(ValueError, match="have no labels; put them into a folder for each of two labels or more"):
+        ImageClassification(str(tmp_path)).load("demo-vit", 0)
+
+
 def test_a_broken_file_in_a_folder_is_named(tmp_path):
     folder = saved(tmp_path, ("train", "test"))
     (tmp_path / "train" / "dark" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
@@ -323,6 +333,13 @@ def test_the_rows_stay_in_order_over_stretches(monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------ families of networks
+
+
+def test_a_model_of_another_kind_is_one_sentence(tmp_path):
+    """transformers would list all the kinds that it has a network of images for."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="is of the kind 'bert', which AutoModelForImageClassification does not load"):
+        ImageClassification("digits").network(str(tmp_path), 10, 0)
 
 
 def federation_of(model, folder, **more):

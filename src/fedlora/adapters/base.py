@@ -1,5 +1,6 @@
 """What an adapter is: leaves, the update they stand for, and which of them act on which side."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -72,6 +73,12 @@ class Adapter(ABC):
     def leading(self, layer: Layer, rank: int) -> Layer:
         """The part of ``layer`` that a client of smaller budget holds; its update is that part of the update."""
         return layer
+
+
+def scaled(alpha: int | float) -> None:
+    """``ValueError`` where an update's scale would be none, or turn it round."""
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"adapter.alpha is {alpha}; it scales the update and must be a number above 0.")
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

@@ -33,6 +33,10 @@ class Heads(Adapter):
     def __post_init__(self):
         if self.heads < 1:
             raise ValueError(f"adapter.heads is {self.heads}; Ravan needs at least 1 head.")
+        for key in ("head_rank", "lora_rank"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
 
     @property
     def cores(self) -> tuple[str, ...]:

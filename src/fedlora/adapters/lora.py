@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from fedlora.adapters.base import Adapter, generator, uniform
+from fedlora.adapters.base import Adapter, generator, scaled, uniform
 from fedlora.linalg import truncated
 from fedlora.products import Term
 from fedlora.types import Factors, Layer
@@ -26,6 +26,7 @@ class LoRA(Adapter):
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
+        scaled(self.alpha)
 
     @property
     def inputs(self):

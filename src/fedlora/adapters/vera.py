@@ -3,6 +3,7 @@
 Kopiczko et al. VeRA: Vector-based Random Matrix Adaptation. ICLR 2024. https://arxiv.org/abs/2310.11454
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +20,12 @@ class VeRA(Adapter):
     rank: int = 256
     d_initial: float = 0.1
     projection_seed: int = 0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is {self.rank}; VeRA needs a rank of at least 1.")
+        if not 0 < abs(self.d_initial) < math.inf:
+            raise ValueError(f"adapter.d_initial is {self.d_initial}; from 0 nothing would be trained.")
 
     @property
     def inputs(self):

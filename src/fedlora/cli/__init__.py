@@ -9,6 +9,7 @@ import typer
 
 from fedlora.cli import authoring, chatting, flower, folders, grading, preparing, running, studying
 from fedlora.cli.speech import say
+from fedlora.limits import shown
 
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 
@@ -43,6 +44,10 @@ def main() -> None:
         return
     try:
         app(standalone_mode=True)
+    except SystemExit as left:  # typer leaves without a word where Ctrl-C was pressed
+        if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
+            say("Stopped.")
+        raise
     except KeyboardInterrupt:
         say("Stopped.")
         sys.exit(130)
@@ -51,5 +56,5 @@ def main() -> None:
             raise
         full = getattr(error, "errno", None) == errno.ENOSPC
         text = DISK_FULL if full else str(error)
-        say(f"fedlora: {' '.join(text.split())}")
+        say(f"fedlora: {shown(' '.join(text.split()), len(text))}")
         sys.exit(2)

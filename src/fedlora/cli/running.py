@@ -63,7 +63,11 @@ def compare(
     drawn = numbers(seeds, int, "--seeds", "0,1,2")
     out = out or numbered(Path("runs") / f"{config.stem}-compare")
     with Cells(len(labels) * len(drawn), table.get("rounds", 20)) as progress:
-        cells = execute(table, labels, drawn, out, jobs, progress.watch, progress.done)
+        try:
+            cells = execute(table, labels, drawn, out, jobs, progress.watch, progress.done)
+        except KeyboardInterrupt:
+            say(f"The runs that were finished are in {out}, each in a folder of its own; no comparison was made.")
+            raise
     plots.draw(cells, out)
     answer(as_json, {"rows": rows(cells), "folder": str(out)}, lambda: tables.comparison(rows(cells)))
     say(f"Runs, comparison.json and plots are in {out}.")

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from fedlora.engines.loop import Federation, Standing
+from fedlora.engines.federation import Federation
+from fedlora.engines.loop import Standing
 from fedlora.folds import Folds
-from fedlora.state import load_tree, save_tree
+from fedlora.state import load_about, load_tree, save_tree
 from fedlora.types import Factors
 
 STATE, FOLDS = "checkpoint.safetensors", "folds"
@@ -32,7 +31,7 @@ class Checkpoint:
             save_tree(self._fold(number), folded(at.folds.entries[number - at.folds.start]))
         about = {
             "number": at.number, "folds": len(at.folds), "counted": {str(k): v for k, v in at.counted.items()},
-            "token": self.token, "config": self.config,
+            "token": self.token, "config": self.config, "conduct": at.conduct,
         }  # fmt: skip
         save_tree(self.folder / STATE, at.shared, {"about": json.dumps(about)})
 
@@ -49,18 +48,13 @@ class Checkpoint:
             begin.folds.append(unfolded(load_tree(self._fold(number))))
             f.model.fold(begin.folds.entries[-1])
         begin.number, begin.counted = about["number"], {int(k): v for k, v in about["counted"].items()}
+        begin.conduct = about.get("conduct", {})
         return begin
 
     def about(self) -> dict[str, Any]:
         """What the checkpoint says of itself. ``ValueError`` where it is of another configuration."""
-        try:
-            with safe_open(self.folder / STATE, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{str(self.folder / STATE)!r} cannot be read, it was cut off or edited: {error}; run it anew."
-            ) from error
-        if about["config"] != self.config:
+        about = load_about(self.folder / STATE)
+        if about.get("config") != self.config:
             raise ValueError(
                 f"{str(self.folder)!r} holds a run of another configuration; choose another folder, "
                 "or go on with the configuration it began with."
@@ -92,7 +86,8 @@ def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is."""
     training = table.get("training", {})
     flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
-    free = ("engine", "flower", *(["rounds"] if flat else []))  # a schedule is over all rounds
+    solved = "target_epsilon" in table.get("privacy", {})  # for so many rounds
+    free = ("engine", "flower", *(["rounds"] if flat and not solved else []))  # a schedule is over all rounds
     left = {key: value for key, value in table.items() if key not in free}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 

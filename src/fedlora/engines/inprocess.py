@@ -4,11 +4,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Standing
+from fedlora.attack import leaving
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
+from fedlora.engines.loop import Event, Loop, Reply, Standing
 from fedlora.evaluation import Evaluator
+from fedlora.hygiene import barred
 from fedlora.rounds import Received, client_turn, received
 from fedlora.state import Spilled
-from fedlora.training import LocalTrainer, State
+from fedlora.training import State
 from fedlora.types import Tree
 
 
@@ -19,6 +23,7 @@ class InProcess(Loop):
     spill: Path | None = None  # a folder for a round's uploads, instead of memory
     _kept: dict[int, Tree] = field(default_factory=dict, init=False)
     _moments: dict[int, State | None] = field(default_factory=dict, init=False)
+    _before: dict[int, tuple[Tree, State | None]] = field(default_factory=dict, init=False)  # this round's turns
 
     def begin(self, f: Federation) -> Standing:
         self._kept, self._moments = {}, {}
@@ -27,22 +32,33 @@ class InProcess(Loop):
     def kept(self):
         return self._kept
 
+    def undone(self, client: int) -> None:
+        self._kept[client], self._moments[client] = self._before[client]
+
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         replies = []
-        for client in f.clients.cohort(at.number, f.seed):
+        for client in f.cohort(at.number):
+            if client in barred(f.hygiene, at.conduct):
+                continue
             own = received(f.rules, at.shared, self._kept.get(client, {}), f.turn(at.number, client))
             delivery = at.channel.lacking(client, at.shared, at.folds, own)
             at.channel.deliver(at.number, client, delivery)
             if client in self.absent:
                 continue  # and nobody knows what arrived: next time it is sent everything that it may lack
             at.channel.holds(client, delivery)
-            sent, self._kept[client], loss, self._moments[client] = self._turn(
-                f, at.number, client, at.shared, self._kept.get(client, {}), self._moments.get(client)
+            kept, turn = self._kept.get(client, {}), f.turn(at.number, client)
+            self._before[client] = kept, self._moments.get(client)
+            sent, stays, loss, self._moments[client] = self._turn(
+                f, at.number, client, at.shared, kept, self._moments.get(client)
             )
-            at.channel.collect(at.number, client, sent)
+            crossed, sent, self._kept[client] = f.transport.sent(f.rules, at.shared, kept, turn, sent, stays)
+            at.channel.collect(at.number, client, sent, crossed)
+            upload = self.arrived(Received(turn, len(f.shards[client].train), sent))
+            if upload is None:
+                continue
             if self.spill is not None:
-                sent = Spilled(self.spill / f"{client}.safetensors", sent)
-            replies.append(Reply(Received(f.turn(at.number, client), len(f.shards[client].train), sent), loss))
+                upload = upload._replace(tree=Spilled(self.spill / f"{client}.safetensors", upload.tree))
+            replies.append(Reply(upload, loss))
         return replies
 
     def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None):
@@ -54,13 +70,10 @@ class InProcess(Loop):
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         began = time.perf_counter()
-        turn = f.turn(number, client)
-        assert f.data is not None, "clients train on rows"
-        trainer = LocalTrainer(
-            f.model, f.task, f.data.train, f.shards[client], f.spends(number, client), turn, f.rounds, moments,
-            step_done=lambda: self.watch(Event("step", number, client)),
-        )  # fmt: skip
-        sent, stays = client_turn(f.rules, shared, kept, turn, trainer)
+        trainer = private.trainer(f, number, client, moments, lambda: self.watch(Event("step", number, client)), None)
+        sent, stays = client_turn(f.rules, shared, kept, trainer.turn, trainer)
+        sent = private.leaving(f, number, client, shared, sent)
         self.clock["train"] += time.perf_counter() - began
         self.watch(Event("turn", number, client, trainer.loss))
+        sent = leaving(f.attack, f.rules, shared, kept, sent, trainer.turn)
         return sent, stays, trainer.loss, trainer.state

@@ -2,87 +2,38 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fedlora.adapters import Dense
+import torch
+
 from fedlora.channel import Channel, Ledger
-from fedlora.clients import DROPPED, Clients, Shard
-from fedlora.evaluation import Evaluation, Evaluator, summary
+from fedlora.clients import DROPPED
+from fedlora.defence import defended
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
+from fedlora.evaluation import Evaluator, summary
 from fedlora.folds import FoldLog
+from fedlora.hygiene import Bad, Gate, barred
 from fedlora.linalg import compacted, total
 from fedlora.measures import errors
-from fedlora.method import Method
 from fedlora.metrics import Scores, figures
-from fedlora.model import Model
-from fedlora.optimizers import ServerOptimizer
-from fedlora.rounds import Received, Rules, Served, public, received, server_turn
+from fedlora.rounds import Received, Rules, Served, public
 from fedlora.seeds import derived
-from fedlora.tasks.task import Data, Task
-from fedlora.training import Training
 from fedlora.types import Tree, Turn
-
-
-@dataclass(frozen=True)
-class Federation:
-    """All that a run needs, built; any engine runs it. On a party's own machine ``shards`` has only its own rows."""
-
-    rules: Rules
-    method: Method
-    model: Model
-    task: Task
-    data: Data | None  # None: this machine only combines
-    clients: Clients
-    shards: Mapping[int, Shard] | Sequence[Shard]
-    budgets: list[int]
-    training: Training
-    evaluation: Evaluation
-    server: ServerOptimizer
-    rounds: int
-    seed: int
-    label_names: tuple[str, ...] = ()
-    fingerprint: str = ""  # of the configuration, without what is a party's own
-
-    def turn(self, round: int, client: int) -> Turn:
-        """A client's part in a round, its seed included."""
-        return Turn(round, client, self.budgets[client], derived(self.seed, "turn", round, client))
-
-    def spends(self, round: int, client: int) -> Training:
-        """``[training]`` as a client has it in a round: with its own number of steps where clients differ in that."""
-        usual = self.training.steps(len(self.shards[client].train))
-        steps = self.clients.steps(usual, round, client, self.seed)
-        return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should be told of how this machine's rows were read."""
-        return () if self.data is None else self.data.notes
-
-    @property
-    def heads(self) -> frozenset[str]:
-        """The parts trained in full."""
-        return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
-
-    def evaluator(self) -> Evaluator:
-        """Scores trees on the test rows of this machine."""
-        assert self.data is not None, "only a machine with data evaluates"
-        return Evaluator(self.model, self.task, self.data.test, self.shards, self.evaluation.batch_size)
-
-    def scores(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
-        """What a client holds after round ``number``, on its own test rows."""
-        return evaluator.client(client, received(self.rules, shared, kept, self.turn(number + 1, client)))
 
 
 @dataclass(frozen=True)
 class Event:
     """What a watcher is told, step by step."""
 
-    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting"
+    kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting" | "quarantined"
     round: int
     client: int | None = None
     loss: float | None = None
     text: str = ""
+    epsilon: float | None = None  # of a "round" with privacy: what has been spent so far
 
 
 class Reply(NamedTuple):
@@ -101,6 +52,7 @@ class Standing:
     folds: FoldLog
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
+    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/gate.py
 
 
 @dataclass(frozen=True)
@@ -114,6 +66,7 @@ class Round:
     record: Mapping[str, Any]  # JSON-able: losses, scores, errors, bytes, seconds
     ledger: Ledger
     standing: Standing
+    bad: Mapping[int, Bad] = field(default_factory=dict)  # uploads that were quarantined
 
 
 Watch = Callable[[Event], None]
@@ -129,6 +82,8 @@ class Loop(ABC):
     clock: dict[str, float] = field(default_factory=dict, init=False)
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
+    gate: Gate = field(init=False)  # of this round
+    overheard: dict[int, Tree] = field(default_factory=dict, init=False)  # what an attack remembers of the last round
 
     @abstractmethod
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -149,14 +104,33 @@ class Loop(ABC):
         """What clients hold for themselves, where it is on this machine."""
         return {}
 
+    def undone(self, client: int) -> None:  # noqa: B027 - a party that is elsewhere sees to it itself
+        """A client's turn of this round did not count: what it keeps is what it kept before."""
+
+    def arrived(self, upload: Received) -> Received | None:
+        """Every upload passes here: as the server has it, or None where it was quarantined."""
+        found = self.gate.arrived(upload)
+        if found is None:
+            self._quarantined(upload.turn)
+        return found
+
+    def refused(self, upload: Received, reason: str) -> None:
+        """Quarantines an upload that cannot even be read as one."""
+        self.gate.refuse(upload, reason)
+        self._quarantined(upload.turn)
+
     def measured(self, f: Federation) -> bool:
         """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
-        return f.evaluation.measure
+        return f.evaluation.measure and not f.privacy.hides_figures
+
+    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+        """What the server makes of a round's uploads."""
+        return private.made(f, at.number, at.shared, uploads)
 
     def begin(self, f: Federation) -> Standing:
         """Before the first round."""
         shared = f.model.initial(f.seed)
-        return Standing(0, shared, FoldLog(), Channel(shared, f.heads))
+        return Standing(0, shared, FoldLog(), Channel(shared, f.heads, f.transport))
 
     def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
         """One ``Round`` after another, from the start or from where a run stands; stop whenever you like."""
@@ -165,39 +139,71 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self._drop(f, number)
-            replies = self.turns(f, at)
-            uploads = self.gathered(replies)
+            self.gate = Gate(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
+            self._drop(f, at)
+            replies = self._screened(f, at, self.turns(f, at))
+            uploads, judged = defended(f.defence, f.method, f.rules, before, self.gathered(replies), number, f.seed)
             served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
-            record: dict[str, Any] = {"round": number + 1, "cohort": sorted(losses), "loss": losses}
+            record: dict[str, Any] = {"round": number + 1, **_named(f, losses), **private.spent(f, number + 1)}
             if f.clients.stragglers:
                 record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
             if self.measured(f) and uploads:
                 record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
-            if self.observe is not None:
+            if self.observe is not None and not f.privacy.hides_figures:
                 record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
             record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
+            bad = {} if f.privacy.hides_figures else self.gate.bad  # they show what single clients sent
+            record |= {"quarantined": {k: one.reason for k, one in bad.items()}} if bad else {}
+            record |= {"robust": judged} if judged else {}
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
-            self.watch(Event("round", number))
-            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at)
+            self.watch(Event("round", number, epsilon=record.get("privacy", {}).get("epsilon")))
+            yield Round(number, at.shared, dict(self.kept()), at.folds, record, at.channel.ledger, at, bad)
 
-    def _drop(self, f: Federation, number: int) -> None:
-        """Names who will not reply: drawn from the seed, so that every engine and every party agrees."""
-        for client in f.clients.dropped(number, f.seed):
+    def _drop(self, f: Federation, at: Standing) -> None:
+        """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""
+        for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
-            self.watch(Event("absent", number, client))  # without words: it is as the configuration asks
+            self.watch(Event("absent", at.number, client))  # without words: it is as the configuration asks
+        for client in sorted(barred(f.hygiene, at.conduct) & set(f.cohort(at.number))):
+            self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
+
+    def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
+        """The replies whose uploads pass beside each other, in the server's form."""
+        uploads = {reply.upload.turn.client: reply.upload for reply in replies}
+        if f.attack is not None and (forged := f.attack.together(f.rules, at.shared, uploads, self.overheard)):
+            uploads = {k: u for k, u in uploads.items() if k not in forged}
+            uploads |= {k: found for k, u in forged.items() if (found := self.arrived(u)) is not None}
+        before = set(self.gate.bad)
+        good = {u.turn.client: u for u in self.gate.judged([uploads[k] for k in sorted(uploads)], f.work)}
+        for client in sorted(self.gate.bad.keys() - before):
+            self._quarantined(uploads[client].turn)
+        self.gate.settle()
+        if len(self.gate.bad) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
+            client, bad = min(self.gate.bad.items())
+            raise FloatingPointError(
+                f"every upload of round {at.number + 1} was quarantined (client {client}: {bad.reason}); lower "
+                "training.learning_rate, or set training.max_grad_norm."
+            )
+        return [reply._replace(upload=good[k]) for reply in replies if (k := reply.upload.turn.client) in good]
+
+    def _quarantined(self, turn: Turn) -> None:
+        self.watch(
+            Event("quarantined", turn.round, turn.client, text=f"quarantined: {self.gate.bad[turn.client].reason}")
+        )
+        self.undone(turn.client)
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
-        served = f.server.stepped(at.shared, server_turn(f.rules, at.shared, uploads))
-        at.shared = served.shared
+        served = f.server.stepped(at.shared, self.made(f, at, uploads))
+        at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
             # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
-            at.folds.append({part: (compacted(total(factors)),) for part, factors in served.folds.items()})
+            folds = {part: (compacted(total(factors)),) for part, factors in served.folds.items()}
+            at.folds.append(f.transport.rounded(folds))
             at.folds.settle(at.channel.held_by_all(f.clients.members))
             f.model.fold(at.folds.entries[-1])
         at.number += 1
@@ -209,12 +215,23 @@ class Loop(ABC):
         if not f.method.personal and evaluator is not None:
             tree = {part: public(layer) for part, layer in at.shared.items()}
             found["global"] = figures(evaluator.everyone(tree))
+            judge = f.attack.judge(f.task) if f.attack is not None else None
+            if judge is not None:
+                hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
+                found["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.scores(f, at, number, evaluator)
         if scores:
             found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found
+
+
+def _named(f: Federation, losses: dict[int, float]) -> dict[str, Any]:
+    """Who trained, with which loss; without what a guarantee of privacy does not cover."""
+    if not f.privacy.hides_figures:
+        return {"cohort": sorted(losses), "loss": losses}
+    return {"cohort": [] if f.clients.rate is not None else sorted(losses), "loss": {}}
 
 
 def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:
@@ -224,3 +241,14 @@ def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:
         if row.round == number:
             found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes
     return found
+
+
+def sound(rounds: Iterator[Round]) -> Iterator[Round]:
+    """The rounds; ``FloatingPointError`` where a product of finite updates is too large to be decomposed."""
+    try:
+        yield from rounds
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            "what clients trained is too large to be combined or measured; lower training.learning_rate, or set "
+            "training.max_grad_norm."
+        ) from error

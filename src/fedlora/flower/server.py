@@ -12,8 +12,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config, ConfigError, read
 from fedlora.engines.checkpoint import Checkpoint, config_digest
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.masked import served_by
-from fedlora.engines.loop import Federation, Observe, Round, Watch
+from fedlora.engines.loop import Observe, Round, Watch
 from fedlora.report.progress import Lines
 from fedlora.runs import Result, Take, run
 from fedlora.state import save_json

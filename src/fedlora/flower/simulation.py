@@ -24,10 +24,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlora.config import Config, merged
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.masked import served_by
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
-from fedlora.engines.loop import Federation, Observe, Watch
+from fedlora.engines.loop import Observe, Watch
 from fedlora.flower.parties import simulated_app
 from fedlora.runs import Take
 from fedlora.types import Tree

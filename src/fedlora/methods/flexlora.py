@@ -23,6 +23,7 @@ class FlexLoRA(Method):
     adapters = (LoRA,)
     any_rank = True
     sums = False
+    keeps_frame = False
 
     def receive(self, shared, kept, turn):
         return self.adapter.leading({**shared, **kept}, turn.rank)

@@ -25,6 +25,7 @@ class FLoRA(Method):
     exact = True
     any_rank = True
     sums = False
+    keeps_frame = False
 
     def receive(self, shared, kept, turn):
         m, n = shared["B"].shape[-2], shared["A"].shape[-1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
+from fedlora.linalg import einsum
 from fedlora.method import Method
 from fedlora.mixing import Atoms, Grams, als, best_mixes, gram, normal, streamed
 from fedlora.products import HELD, Lazy
@@ -85,14 +86,14 @@ def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tenso
     """The authors' way: 200 AdamW steps at 1e-2 from ones, on the error relative to ``‖W*‖²``, without decay."""
     L, K = (1 if whole_model else len(grams.B)), len(w)
     p, q = (torch.ones(L, K, dtype=w.dtype, device=w.device, requires_grad=True) for _ in "pq")
-    target = torch.einsum("k,j,...kjab,...jkba->...", w, w, grams.B, grams.A)  # ‖W*‖² a weight
+    target = einsum("k,j,...kjab,...jkba->...", w, w, grams.B, grams.A)  # ‖W*‖² a weight
     scale = torch.where(target > 0, target, torch.ones_like(target))
     optimizer = torch.optim.AdamW([p, q], lr=1e-2, weight_decay=0.0)
     with torch.enable_grad():
         for _ in range(200):
             optimizer.zero_grad()
             M, b = normal(grams.B, grams.A, q.expand(len(grams.B), -1), w)
-            error = torch.einsum("...k,...kl,...l->...", p, M, p) - 2 * (p * b).sum(-1)
+            error = einsum("...k,...kl,...l->...", p, M, p) - 2 * (p * b).sum(-1)
             (error.sum() / scale.sum() if whole_model else (error / scale).sum()).backward()
             optimizer.step()
     return p.detach().expand(len(grams.B), -1), q.detach().expand(len(grams.B), -1)

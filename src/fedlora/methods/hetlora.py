@@ -34,12 +34,17 @@ class HetLoRA(Method):
     adapters = (LoRA,)
     any_rank = True
     sums = False
+    weighs = True
 
     def __post_init__(self):
         if not 0 < self.decay <= 1:
             raise ValueError(f"method.decay is {self.decay}; HetLoRA's γ lies above 0 and at most at 1.")
         if self.tail_penalty < 0:
             raise ValueError(f"method.tail_penalty is {self.tail_penalty}; it cannot be negative.")
+
+    @property
+    def prunes(self):
+        return self.decay < 1
 
     def receive(self, shared, kept, turn):
         return self.adapter.leading(shared, int(kept.get(RANK, turn.rank)))

@@ -33,6 +33,10 @@ class Ravan(Method):
     exact = True
     any_rank = True
 
+    @property
+    def uses_gradient(self):
+        return self.score == "gradient"
+
     def trains(self, start, turn, gradient):
         cores = self.adapter.cores
         draws = torch.rand(len(cores), generator=generator(turn.seed), dtype=torch.float64)  # breaks ties

@@ -40,6 +40,10 @@ class BestRank(Method):
     def exact(self):
         return self.fold_rest
 
+    @property
+    def keeps_frame(self):
+        return self.sweeps > 0 or self.gauge != "balanced"
+
     def receive(self, shared, kept, turn):
         return self.adapter.leading({**shared, **kept}, turn.rank)
 

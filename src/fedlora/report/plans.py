@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fedlora.report.guarantee import lines as guarantee
 from fedlora.report.tables import DASH, stdout
 
 ABILITIES = {
@@ -39,6 +40,8 @@ def plan(found: Mapping[str, Any]) -> None:
     """One method's plan, in full."""
     console = stdout()
     console.print(_sizes(found))
+    if "privacy" in found:
+        console.print(_listed("Privacy of the whole run", guarantee(found["privacy"])))
     console.print(_traffic(found["bytes"]))
     console.print(_listed("Memory (estimate), MB", ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())))
     console.print(

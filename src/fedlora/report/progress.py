@@ -9,6 +9,9 @@ from rich.progress import Progress as Bar
 
 from fedlora.comparison import Cell
 from fedlora.engines.loop import Event
+from fedlora.limits import shown
+
+NOTE = 4000  # characters of one line
 
 
 class _Live:
@@ -35,25 +38,29 @@ class Progress(_Live):
 
     def __init__(self, rounds: int):
         super().__init__(rounds, "rounds")
-        self.loss = ""
+        self.loss = self.spent = ""
 
     def watch(self, event: Event) -> None:
         """Told of every step."""
-        if event.loss is not None:
+        if event.epsilon is not None:
+            self.spent = f", ε {event.epsilon:.2f}"
+        if event.loss:  # 0 stands for a loss that privacy keeps with its client
             self.loss = f", loss {event.loss:.3f}"
         if event.text:
             self.bar.console.print(told(event), highlight=False, markup=False, soft_wrap=True)
             return
         where = f"round {event.round + 1}" + ("" if event.client is None else f", client {event.client}")
-        self.bar.update(self.task, description=f"{where}{self.loss}", advance=1 if event.kind == "round" else 0)
+        self.bar.update(
+            self.task, description=f"{where}{self.loss}{self.spent}", advance=1 if event.kind == "round" else 0
+        )
 
 
 def told(event: Event) -> str:
     """An event with something to say, as a line; a note is of no round."""
     if event.kind == "note":
-        return event.text
+        return shown(event.text, NOTE)
     who = "" if event.client is None else f", client {event.client}"
-    return f"round {event.round + 1}{who}: {event.text}"
+    return f"round {event.round + 1}{who}: {shown(event.text, NOTE)}"
 
 
 class Lines:
@@ -69,8 +76,9 @@ class Lines:
         elif event.loss is not None and event.client is not None:
             self.losses[event.client] = event.loss
         elif event.kind == "round":
-            mean = f", mean loss {fmean(self.losses.values()):.4f}" if self.losses else ""
-            print(f"round {event.round + 1} of {self.rounds}: {len(self.losses)} clients{mean}", flush=True)
+            mean = f", mean loss {fmean(self.losses.values()):.4f}" if any(self.losses.values()) else ""
+            spent = "" if event.epsilon is None else f", ε {event.epsilon:.2f}"
+            print(f"round {event.round + 1} of {self.rounds}: {len(self.losses)} clients{mean}{spent}", flush=True)
             self.losses.clear()
 
 

@@ -10,6 +10,8 @@ def folder(path: Path) -> dict[str, Any]:
     comparison, summary = path / "comparison.json", path / "summary.json"
     if comparison.exists():
         return _json(comparison)
+    if not summary.exists() and any(file for way in ("*", "trials/*") for file in path.glob(f"{way}/summary.json")):
+        raise ValueError(f"{str(path)!r} holds the folders of runs and no comparison of them; name one of these.")
     if not summary.exists():
         raise ValueError(
             f"{str(path)!r} holds no finished run: it has no summary.json; name a folder `fedlora run` made."

@@ -5,6 +5,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from fedlora.limits import shown
+from fedlora.report.guarantee import lines as guarantee
 
 DASH = "–"
 
@@ -185,6 +189,12 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
             table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
         last = found["last_rounds"]
         table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+    if "attack" in final:
+        table.add_row("attack's success", f"{final['attack']['success']:.4f}")
+    for client, rounds in found.get("quarantined", {}).items():
+        table.add_row(f"client {client}, quarantined in round", ", ".join(rounds))
+    for name, value in guarantee(found["privacy"]) if "privacy" in found else ():
+        table.add_row(name, value)
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():
             table.add_row(f"MB {direction}, {kind}", f"{size / 1e6:.3f}")
@@ -257,6 +267,7 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
     console.print(f"Claims: {', '.join(claims)}", markup=False)
     console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)
+    console.print(f"Privacy: {one['privacy']}", markup=False)
     console.print(
         f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in one['settings'].items())}", markup=False
     )
@@ -272,8 +283,17 @@ def printed(*things: Table | str) -> None:
         console.print(thing)
 
 
+class Plain(Console):
+    """A console that obeys nothing in the texts it shows: names may come from other parties."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text as it is, without rich's markup, and with escapes where a terminal would act on a character."""
+        lines = (shown(line, len(line)) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **{**options, "markup": False})
+
+
 def stdout() -> Console:
     """Where tables go."""
-    console = Console()
+    console = Plain(markup=False)
     # Where nobody looks, a line is as long as it needs to be: a folded table cannot be read by a program.
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Plain(width=200, markup=False)

@@ -48,6 +48,7 @@ class CausalLM(Supervised):
     auto: ClassVar[str] = "AutoModelForCausalLM"
     peft: ClassVar[str | None] = "CAUSAL_LM"
     quantizes: ClassVar[bool] = True
+    brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
 
     def __post_init__(self):
@@ -180,6 +181,11 @@ class CausalLM(Supervised):
         """Mean cross-entropy over the batch's learnt tokens, in float32 whatever the network runs in."""
         logits, labels = _told(network, batch)
         return functional.cross_entropy(logits, labels)
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's mean cross-entropy over its own learnt tokens (b,)."""
+        nll, tokens, _ = self.outputs(network, batch).unbind(1)
+        return nll / tokens.clamp_min(1)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Each row's negative log-likelihood, learnt tokens, and how many of these are the likeliest."""

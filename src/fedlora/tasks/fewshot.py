@@ -76,9 +76,11 @@ def shots(
     made = {}
     for kind, rows in by_kind.items():
         if len(rows) < count:
+            among, instead = " of the same task.label as some test rows", ", or leave task.label out"
+            among, instead = (among, instead) if len(rows) < len(kinds) else ("", "")
             raise ValueError(
-                f"task.shots is {count}, but there are only {len(rows)} training rows of the same task.label "
-                "as some test rows; lower task.shots, or leave task.label out."
+                f"task.shots is {count}, but there are only {len(rows)} training rows{among}; "
+                f"lower task.shots{instead}."
             )
         draws = torch.Generator().manual_seed(derived(seed, "shots", kind))
         some = [rows[i] for i in torch.randperm(len(rows), generator=draws)[:count].tolist()]

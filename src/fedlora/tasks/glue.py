@@ -1,5 +1,6 @@
 """The GLUE benchmark's tasks by name, with their columns, labels and metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -87,6 +88,13 @@ class Glue(Texts):
                 )
         return self.own.targets(train, test)
 
+    def _columns(self, split: Any) -> Sequence[str]:
+        if self.text is None:
+            for name in SUBSETS[self.subset].text:
+                source.present(split, name, f"of GLUE's {self.subset}; task.text names others")
+            return SUBSETS[self.subset].text
+        return super()._columns(split)
+
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
         """What splits by label go by."""
         return self.own.strata(known, values)
@@ -98,6 +106,10 @@ class Glue(Texts):
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy, or the mean squared error of a score."""
         return self.own.loss(network, batch)
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's own loss."""
+        return self.own.losses(network, batch)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Logits, or predicted scores; rows by outputs."""

@@ -48,6 +48,11 @@ class ImageClassification(Classification):
         """Reads, checks and resizes both splits once; pixels stay uint8 until a batch is made."""
         splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
         image = self.image or _usual(splits[0], IMAGES, "task.image")
+        if self.label is None and _unlabelled(splits[0]):
+            raise ValueError(
+                f"the pictures of {self.data!r} have no labels; put them into a folder for each of two labels or more: "
+                "train/LABEL/*.jpg and test/LABEL/*.jpg."
+            )
         label = self.label or _usual(splits[0], LABELS, "task.label")
         train, test = (
             source.subset(split, rows, self.labels, label, seed, what)
@@ -97,6 +102,13 @@ class ImageClassification(Classification):
     def _batch(self, examples: Examples, rows: Tensor, pixels: Tensor) -> Batch:
         constants = {name: x for name, x in examples.features.items() if name != "pixels"}
         return {"pixel_values": normal(pixels, **constants), "labels": examples.labels[rows]}
+
+
+def _unlabelled(split: Any) -> bool:
+    """Whether this is a folder of pictures that lie in no label folders, or all in one."""
+    return split.column_names == ["image"] or (
+        split.column_names == ["image", "label"] and all(label is None for label in split["label"])
+    )
 
 
 def _usual(split: Any, names: Sequence[str], key: str) -> str:

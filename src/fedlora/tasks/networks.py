@@ -60,12 +60,7 @@ def whole(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn
     try:
         found, report = quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **(loading or {})})
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        kind = quietly(_config(), model).model_type
-        raise ValueError(
-            f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load."
-        ) from error
+        raise _of_another_kind(auto, model, error) from error
     lost = sorted(report["missing_keys"])
     if lost:
         raise ValueError(
@@ -74,6 +69,17 @@ def whole(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn
         )
     found.put_on_top = []  # read by targets.trained_in_full
     return found
+
+
+def _of_another_kind(auto: Any, model: str, error: ValueError) -> ValueError:
+    """What to say where ``auto`` has no network for such a model: transformers lists all that it has one for."""
+    if "Unrecognized configuration class" not in str(error):
+        return error
+    kind = quietly(_config(), model).model_type
+    return ValueError(
+        f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load; "
+        "name another, or another task.name."
+    )
 
 
 def _config() -> Any:
@@ -108,7 +114,12 @@ def tokenizer(model: str, chat_template: str | None = None) -> Any:
     """The model's tokenizer, with something to pad with; ``chat_template`` in the place of its own."""
     from transformers import AutoTokenizer
 
-    found = quietly(AutoTokenizer, model)
+    try:
+        found = quietly(AutoTokenizer, model)
+    except ValueError as error:
+        if "backend tokenizer" not in str(error):
+            raise
+        raise ValueError(f"the model {model!r} has no tokenizer that can be read; name a model of texts.") from error
     if found.pad_token_id is None:  # masked out everywhere, so any token will do
         found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
     if chat_template is not None:
@@ -122,11 +133,13 @@ def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
     A pooler that the checkpoint lacks is new as well, and trained like the head. ``ValueError`` where it lacks other
     weights of the body: they would be noise that nobody trains.
     """
+    loading = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
     with torch.random.fork_rng([]):
         torch.manual_seed(derived(seed, "network"))
-        found, report = quietly(
-            auto, model, num_labels=labels, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-        )
+        try:
+            found, report = quietly(auto, model, num_labels=labels, **loading)
+        except ValueError as error:
+            raise _of_another_kind(auto, model, error) from error
     body = found.base_model_prefix
     lost = sorted(key for key in report["missing_keys"] if key.startswith(f"{body}.") and ".pooler." not in key)
     if lost:

@@ -80,8 +80,8 @@ def _opened(value: bytes, where: str) -> Any:
         image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{where} holds bytes of no known picture format; "
-            "set task.image_shape to [height, width, channels] for raw pixels."
+            f"{where} holds bytes of no known picture format; replace it or drop the row, or for raw pixels set "
+            "task.image_shape to [height, width, channels]."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{where} holds a broken picture ({error}); replace it or drop the row.") from error

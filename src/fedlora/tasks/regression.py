@@ -21,6 +21,10 @@ class Regression(Supervised):
         """Mean squared error over the batch, in float32 whatever the network runs in."""
         return functional.mse_loss(self.outputs(network, batch)[:, 0].float(), batch["labels"])
 
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's squared error (b,)."""
+        return functional.mse_loss(self.outputs(network, batch)[:, 0].float(), batch["labels"], reduction="none")
+
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Predictions, rows by 1."""
         return logits(network, batch)

@@ -40,6 +40,7 @@ class Seq2Seq(Supervised):
     metric: str = "exact_match"  # or "answer_f1", or "nll" without generating anything
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+    brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "answer_f1", "nll")
 
     def __post_init__(self):
@@ -128,6 +129,11 @@ class Seq2Seq(Supervised):
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch's target tokens, in float32 whatever the network runs in."""
         return functional.cross_entropy(_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's mean cross-entropy over its own target tokens (b,)."""
+        nll, tokens = self.outputs(network, batch).unbind(1)
+        return nll / tokens.clamp_min(1)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Each row's negative log-likelihood and number of target tokens."""

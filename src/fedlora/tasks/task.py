@@ -51,6 +51,7 @@ class Task(Protocol):
     auto: ClassVar[str]  # the class of transformers that loads the network
     peft: ClassVar[str | None]  # PEFT's name for the kind of network, where an export says one
     quantizes: ClassVar[bool]  # whether ``network`` takes what loads a quantised base
+    brings_head: ClassVar[bool]  # whether the checkpoint has the whole network, so that nothing on top is new
     metric: str  # the figure that is reported first, one of metrics.KNOWN
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data: ...
@@ -58,6 +59,7 @@ class Task(Protocol):
     def collate(self, examples: Examples, rows: Tensor) -> Batch: ...
     def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch: ...
     def loss(self, network: nn.Module, batch: Batch) -> Tensor: ...
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor: ...
     def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor: ...
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores: ...
@@ -71,6 +73,7 @@ class Supervised(ABC):
 
     peft: ClassVar[str | None] = None
     quantizes: ClassVar[bool] = False
+    brings_head: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # that ``task.metric`` may name
     metric: str
     train_rows: int | None
@@ -126,6 +129,10 @@ class Classification(Supervised):
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch, in float32 whatever the network runs in."""
         return functional.cross_entropy(self.outputs(network, batch).float(), batch["labels"])
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's own loss (b,), whatever the other rows are."""
+        return functional.cross_entropy(self.outputs(network, batch).float(), batch["labels"], reduction="none")
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Logits, rows by labels."""

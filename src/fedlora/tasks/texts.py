@@ -112,10 +112,11 @@ class Texts(Supervised):
         tokens = tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
         lengths = torch.tensor([len(ids) for ids in tokens["input_ids"]])
         longest, most = int(lengths.max()), tokenizer.model_max_length
+        longest = self.max_length if self.pad_to_max_length else longest
         if longest > most:
             raise ValueError(
-                f"task.max_length is {self.max_length} and a text has {longest} tokens, but the model reads at most "
-                f"{most}; set task.max_length to {most}."
+                f"task.max_length is {self.max_length} and a text comes to {longest} tokens, but the model reads at "
+                f"most {most}; set task.max_length to {most}."
             )
         # Flat and 32 bits: a million short texts in tens of megabytes, and no padding until a batch is made.
         features = {

@@ -1,39 +1,28 @@
-"""What a reply must be before it can touch the aggregate."""
+"""What a reply must be before its upload is looked at; the upload itself is for hygiene, as in every engine."""
 
 import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from fedlora.engines.flower.layout import expected
-from fedlora.engines.loop import Federation
-from fedlora.method import Method
+from fedlora.engines.federation import Federation
+from fedlora.engines.flower.records import UnreadableError
+from fedlora.forms import RefusedError
+from fedlora.limits import shown
 from fedlora.metrics import KNOWN, Scores, possible
-from fedlora.types import Layer, Tree, Turn
+from fedlora.types import Tree
 
-PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST = 65504.0  # of a trained number, float16's; far beyond it, factorisations of sums overflow
-
-
-class RefusedError(ValueError):
-    """A reply that is left out; the text says why."""
-
+__all__ = ["MALFORMED", "RefusedError", "figures", "holding", "mean", "scores", "told"]
 
 # What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
 
-def upload(f: Federation, shared: Tree, turn: Turn, sent: Tree) -> Tree:
-    """The upload with every part of the model, float32 as the server's leaves.
-
-    ``RefusedError`` where it has not the leaves that this client's turn sends, with their shapes and finite numbers.
-    """
-    needed, exact = expected(f.rules, shared, turn)
-    strange = sorted(sent.keys() - f.rules.keys())
-    if strange:
-        raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")
-    return {p: _layer(p, rule, needed[p], sent.get(p, {}), exact, turn.rank) for p, rule in f.rules.items()}
+def told(error: BaseException) -> str:
+    """Why a reply is left out, fit for a log whatever the party wrote into it."""
+    if isinstance(error, RefusedError | UnreadableError):
+        return shown(error)
+    return f"its reply is malformed ({type(error).__name__}: {shown(error)})"
 
 
 def mean(f: Federation, found: Tree) -> Tree:
@@ -43,33 +32,6 @@ def mean(f: Federation, found: Tree) -> Tree:
             if not bool(torch.isfinite(x).all()):
                 raise RefusedError(f"the mean of {leaf!r} is not finite")
     return {part: found.get(part, {}) for part in f.rules}
-
-
-def _layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> dict[str, Tensor]:
-    odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
-    if odd:
-        what = "it did not send" if odd[0] in needed else "it sent"
-        raise RefusedError(f"{what} the leaf {odd[0]!r} of {part!r}")
-    shapes = _shapes(sent)
-    if shapes != _shapes({leaf: needed[leaf] for leaf in sent}) and not _pruned(rule, needed, shapes, rank):
-        wrong = next(leaf for leaf in sent if shapes[leaf] != tuple(needed[leaf].shape))
-        raise RefusedError(
-            f"it sent {wrong!r} of {part!r} with shape {shapes[wrong]}, not {tuple(needed[wrong].shape)}"
-        )
-    for leaf, x in sent.items():
-        if x.dtype not in PLAIN or not bool((x.float().abs() <= LARGEST).all()):
-            raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
-    return {leaf: sent[leaf].to(needed[leaf].dtype) for leaf in sorted(sent)}
-
-
-def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
-    return {leaf: tuple(x.shape) for leaf, x in layer.items()}
-
-
-def _pruned(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], rank: int) -> bool:
-    """Whether a client that may differ in rank has sent a smaller one, the same in all its leaves."""
-    smaller = range(1, rank) if rule.any_rank else ()
-    return any(_shapes(rule.adapter.leading(needed, r)) == shapes for r in smaller)
 
 
 def holding(expected: str, said: Mapping[str, object]) -> None:

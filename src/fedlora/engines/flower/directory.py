@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER
+from fedlora.limits import shown
 
 HELLO = "query"
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
@@ -68,7 +69,7 @@ class Directory:
 
     def _introduced(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            return self._left_out(node, f"it could not say who it is: {reply.error.reason}")
+            return self._left_out(node, f"it could not say who it is: {shown(reply.error.reason)}")
         said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
         if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
             return self._left_out(node, "it did not say who it is")

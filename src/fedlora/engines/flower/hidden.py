@@ -34,7 +34,7 @@ def answer(node: Node, content: RecordDict) -> RecordDict:
         client = Client.from_bytes(place.read_bytes())
         if phase == "unmask":
             _only_sum(node, client, told)
-        given = (_turn(node, content, found),) if phase == "masked" else ()
+        given = (_turn(node, content, found, client.session.threshold),) if phase == "masked" else ()
         said = getattr(client, str(phase))(told, *given)
     write(place, client.to_bytes())  # before the message leaves: a client set back could be made to answer twice
     if phase == "unmask":
@@ -69,10 +69,10 @@ def _only_sum(node: Node, client: Client, told: Message) -> None:
     write(place, json.dumps(now).encode())
 
 
-def _turn(node: Node, content: RecordDict, found: RecordDict) -> Tensor:
+def _turn(node: Node, content: RecordDict, found: RecordDict, threshold: int) -> Tensor:
     """Trains, notes the figures, and returns the vector to be masked."""
     order, leaves, folds = order_of(content)
-    done = node.train(order, leaves, folds)
+    done = node.train(order, leaves, folds, threshold)
     found[METRICS], found[HOLDS] = MetricRecord(done.metrics), ConfigRecord({HOLDS: done.holds})
     names, ranks = content[LAYOUT]["names"], content[LAYOUT]["ranks"]
     sizes = iter(content[LAYOUT]["sizes"])

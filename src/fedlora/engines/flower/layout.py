@@ -5,51 +5,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.method import Method
-from fedlora.rounds import Rules, received
+from fedlora.forms import expected
+from fedlora.rounds import Rules
 from fedlora.state import SEPARATOR
-from fedlora.types import Layer, Tree, Turn, Work
+from fedlora.types import Tree, Turn
 
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
-
-
-def expected(rules: Rules, shared: Tree, turn: Turn) -> tuple[dict[str, Layer], bool]:
-    """What the method sends of a start that nobody has trained, and whether a client sends exactly these leaves.
-
-    False where the choice goes by the client's own rows: then it sends some of them.
-    """
-    start, exact = received(rules, shared, {}, turn), True
-    found = {}
-    for part, rule in rules.items():
-        trained, known = _trained(rule, start[part], turn)
-        found[part] = rule.send(Work(start[part], start[part], trained), turn)
-        exact = exact and known
-    return found, exact
 
 
 def layout_of(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
     """Every leaf that a client of these turns may send."""
     found: dict[str, tuple[int, ...]] = {}
     for turn in turns:
-        tree, _ = expected(rules, shared, turn)
+        tree = expected(rules, shared, turn).sent
         found |= {
             f"{part}{SEPARATOR}{leaf}": tuple(x.shape) for part, layer in tree.items() for leaf, x in layer.items()
         }
     return found
-
-
-class _GradientError(Exception):
-    """The choice of what to train goes by the client's own rows: any leaf may come."""
-
-
-def _trained(rule: Method, start: Layer, turn: Turn) -> tuple[frozenset[str], bool]:
-    def unknown():
-        raise _GradientError
-
-    try:
-        return rule.trains(start, turn, unknown), True
-    except _GradientError:
-        return rule.adapter.trainable, False
 
 
 def vector(layout: Layout, sent: Tree) -> Tensor:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from flwr.app import ConfigRecord, Message
 
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks, hidden
 from fedlora.engines.flower.layout import Layout, layout_of, means, size
 from fedlora.engines.flower.records import HOLDS, METRICS
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Federation, Reply, Standing
-from fedlora.rounds import Received, shares
+from fedlora.engines.loop import Event, Reply, Standing
+from fedlora.rounds import Received, Served, server_turn, shares
 from fedlora.secure import PHASES, ProtocolError, Server, TooFewClientsError
 from fedlora.secure import Message as Sealed
 
@@ -34,6 +35,9 @@ class Masked(Federated):
 
     def measured(self, f: Federation) -> bool:
         return False  # there is nothing to measure a mean against
+
+    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+        return server_turn(f.rules, at.shared, uploads)  # with privacy, the clients' own noise is in it
 
     def gathered(self, replies: list[Reply]) -> list[Received]:
         return [self.mean] if self.mean is not None else []
@@ -67,7 +71,8 @@ class Masked(Federated):
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]
         layout = layout_of(f.rules, at.shared, turns)
-        weights = dict(zip(cohort, shares(f.method, [self._directory.rows[k] for k in cohort])))
+        claims = f.hygiene.capped([self._directory.rows[k] for k in cohort])
+        weights = dict(zip(cohort, shares(f.method, claims)))
         if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
             return super()._ask(cohort, set())
         t, span = self.network.secure_threshold, self.network.secure_range

@@ -1,21 +1,23 @@
 """A party: what it does with a message. Nothing of Flower's here beyond the records."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
+from fedlora.attack import leaving
 from fedlora.clients import DROPPED
+from fedlora.engines import private
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.records import Order, digest
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
-from fedlora.engines.loop import Federation
 from fedlora.evaluation import Evaluator
 from fedlora.folds import Folds
 from fedlora.method import pick
 from fedlora.rounds import Rules, client_turn, public
-from fedlora.training import LocalTrainer
 from fedlora.types import Tree
 
 
@@ -89,8 +91,11 @@ class Node:
         metrics = {"client": self.client, "examples": rows, "folded": held.folded}
         return Answer(metrics, f"{self.base.made} {held.base}")
 
-    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
-        """One turn. Its outcome is kept as pending until the server says that it counted."""
+    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds], sharing: int = 0) -> Answer:
+        """One turn. Its outcome is kept as pending until the server says that it counted.
+
+        ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
+        """
         f, turn = self.federation, self.federation.turn(order.round, self.client)
         if self.client in f.clients.dropped(order.round, f.seed):
             raise DroppedError(DROPPED)
@@ -98,17 +103,21 @@ class Node:
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(before, order, leaves, folds)
-        trainer = LocalTrainer(
-            f.model, f.task, f.data.train, f.shards[self.client], f.spends(order.round, self.client), turn, f.rounds,
-            holding.moments, step_done=self.step_done,
-        )  # fmt: skip
+        key = self.store.key(self.client) if f.privacy.secret else None
+        trainer = private.trainer(f, order.round, self.client, holding.moments, self.step_done, key)
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
+        sent = private.leaving(f, order.round, self.client, shared, sent, key, sharing)
+        sent = leaving(f.attack, f.rules, shared, holding.kept, sent, turn)
+        sent, _, stays = f.transport.sent(f.rules, shared, holding.kept, turn, sent, stays)
         self.store.save(
             self.client,
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
         )
         rows = len(f.shards[self.client].train)
-        return Answer({"round": order.round, "examples": rows, "loss": trainer.loss}, holds, sent)
+        if said := private.told(f, order.round + 1):
+            print(said, file=sys.stderr)
+        loss = 0.0 if f.privacy.hides_figures else trainer.loss
+        return Answer({"round": order.round, "examples": rows, "loss": loss}, holds, sent)
 
     def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """Sums and counts of each score, on the party's own test rows.
@@ -133,12 +142,16 @@ class Node:
         held = replace(held, leaves={}) if order.full else held
         held = self._caught_up(held, order, folds)
         f = self.federation
-        known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
-        held = replace(held, leaves=laid_over(held.leaves, known))
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
         shared = laid_over(start, held.leaves)
         holds = digest(visible(f.rules, shared, rank))
+        if holds != order.holds:  # else it had these leaves already, and its reply was lost
+            leaves = f.transport.heard(leaves, shared)
+            known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
+            held = replace(held, leaves=laid_over(held.leaves, known))
+            shared = laid_over(start, held.leaves)
+            holds = digest(visible(f.rules, shared, rank))
         if holds != order.holds:
             raise StaleError("what this party holds is not what the server thinks it holds.")
         self.base.bring_to(held.folds, self.store)
@@ -156,7 +169,7 @@ class Node:
             held = replace(held, folds=(), folded=0, base="")
         if (held.folded, held.base) != (order.first, order.before):
             raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add(some) for some in folds]
+        names = [self.store.add(self.federation.transport.widened(some)) for some in folds]
         return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
 
 

@@ -16,9 +16,11 @@ from safetensors.torch import load, save
 
 from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.folds import Folds
+from fedlora.limits import Limits, RefusedHeaderError, read_header
 from fedlora.state import SEPARATOR, flat, nested
 from fedlora.types import Tree
 
+MESSAGE = Limits(2**31, 100_000, 2**24)  # of what the server sends; uploads have a limit of their own
 STYPE = "safetensors"  # how an array of ours is written, where Flower would write npy
 LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
 
@@ -49,13 +51,18 @@ def pack(tree: Tree) -> ArrayRecord:
     return ArrayRecord({LEAVES: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
 
 
-def unpack(record: ArrayRecord) -> Tree:
-    """The tree that ``pack`` wrote. ``UnreadableError`` where it is none."""
+def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
+    """The tree that ``pack`` wrote. ``UnreadableError`` where it is none, or more than the limits take in."""
     array = record[LEAVES] if isinstance(record, ArrayRecord) and LEAVES in record else None
     if array is None or array.stype != STYPE:
         raise UnreadableError("the arrays are no tree of leaves.")
+    if (array.dtype, tuple(array.shape)) != ("uint8", (len(array.data),)):
+        raise UnreadableError(f"the array is told to be {array.dtype} {tuple(array.shape)} of {len(array.data)} bytes.")
     try:
+        read_header(array.data, limits)
         return nested(load(array.data))
+    except RefusedHeaderError as error:
+        raise UnreadableError(f"the arrays are no tree of leaves: {error}.") from error
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
 
@@ -71,6 +78,8 @@ def unpack_folds(record: ArrayRecord) -> list[Folds]:
     found: dict[int, dict[str, Mapping]] = {}
     for key, factors in unpack(record).items():
         number, _, rest = key.partition(SEPARATOR)
+        if not number.isdecimal() or factors.keys() != {"U", "V"} or not rest.rpartition("/")[2].isdecimal():
+            raise UnreadableError("the arrays are no folds.")
         found.setdefault(int(number), {})[rest] = factors
     return [unfolded(found[number]) for number in sorted(found)]
 

@@ -16,17 +16,20 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.channel import Delivery
 from fedlora.engines.checkpoint import folded
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks
 from fedlora.engines.flower.directory import Directory
+from fedlora.engines.flower.exchange import answered
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
-from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, UnreadableError, asked, digest, pack, unpack
+from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Order, asked, digest, pack, unpack
 from fedlora.engines.flower.settings import Network
-from fedlora.engines.loop import Event, Federation, Loop, Reply, Round, Standing
+from fedlora.engines.loop import Event, Loop, Reply, Round, Standing
 from fedlora.evaluation import Evaluator
+from fedlora.hygiene import barred
+from fedlora.limits import upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.tasks.task import Scores
-from fedlora.types import Tree
 
 
 class Asked(NamedTuple):
@@ -102,10 +105,11 @@ class Federated(Loop, Strategy):
 
     def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
-        if out := [client for client in f.clients.dropped(at.number, f.seed) if client in self._directory.here()]:
+        out_of_it = barred(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
+        if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
             self._ask(out, set())
-        order = [client for client in f.clients.order(at.number, f.seed) if client not in self.absent]
-        return order, len(f.clients.staying(at.number, f.seed))
+        order = [c for c in f.order(at.number) if c not in self.absent.keys() | out_of_it]
+        return order, len(set(f.clients.staying(at.number, f.drawn)) - out_of_it)
 
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
@@ -116,8 +120,8 @@ class Federated(Loop, Strategy):
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
-        for client in f.clients.cohort(at.number, f.seed):
-            if client not in self.replies:
+        for client in f.cohort(at.number):
+            if client not in self.replies and client not in self.gate.bad:
                 self._lost(client, self.absent.get(client, "its node is not connected"))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
@@ -175,7 +179,6 @@ class Federated(Loop, Strategy):
     def summary(self) -> None:
         """What a run is, is in its folder."""
 
-    # ------------------------------------------------------------------------------------ parts
     @property
     def _directory(self) -> Directory:
         if self.directory is None:
@@ -233,32 +236,14 @@ class Federated(Loop, Strategy):
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Sends, and collects what is answered in time; the silent are named."""
-        pushed = set(self.grid.push_messages(messages))
+        assert self.grid is not None, "start(grid) first"
+        pushed = set(self.grid.push_messages(messages))  # a message has its id from then on
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
-        waiting, found = pushed & self._sent.keys(), []
-        for key in self._sent.keys() - pushed:
-            self._lost(self._sent[key].client, "its node cannot be reached")
-        end = time.monotonic() + self.network.round_timeout
-        while waiting and time.monotonic() < end:
-            for reply in self.grid.pull_messages(list(waiting)):
-                key = reply.metadata.reply_to_message_id
-                if key in waiting:
-                    waiting.discard(key)
-                    found.append(reply)
-            waiting -= self._gone(waiting)
-            if waiting:
-                self._pause()
-        for key in waiting:
-            self._lost(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
+        nodes = {key: asked.node for key, asked in self._sent.items()}
+        found, silent = answered(self.grid, pushed, nodes, self.network.round_timeout, self._pause)
+        for key, why in silent.items():
+            self._lost(self._sent[key].client, why)
         return found
-
-    def _gone(self, waiting: set[str]) -> set[str]:
-        """Those whose node is not connected any more: started again, it will know nothing of what it was asked."""
-        there = set(self.grid.get_node_ids())
-        gone = {key for key in waiting if self._sent[key].node not in there}
-        for key in gone:
-            self._lost(self._sent[key].client, "its node was gone while it was asked")
-        return gone
 
     def _taken(self, reply: Message, take) -> None:
         """One reply: what it says is noted, or why it is left out."""
@@ -268,8 +253,7 @@ class Federated(Loop, Strategy):
                 raise checks.RefusedError(reply.error.reason or "its app failed")
             take(client, order, reply)
         except checks.MALFORMED as error:
-            refused = isinstance(error, checks.RefusedError | UnreadableError)
-            text = str(error) if refused else f"its reply is malformed ({type(error).__name__}: {error})"
+            text = checks.told(error)
             if text == STALE:
                 self.at.channel.forget(client)
             self._lost(client, text)
@@ -281,11 +265,16 @@ class Federated(Loop, Strategy):
     def _upload(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])
         rows, loss = checks.figures(reply.content[METRICS], order.round)
-        turn = self.federation.turn(order.round, client)
-        tree: Tree = checks.upload(self.federation, self.at.shared, turn, unpack(reply.content[LEAVES]))
-        self.at.channel.collect(order.round, client, tree)
-        self.replies[client] = Reply(Received(turn, rows, tree), loss)
+        f, turn = self.federation, self.federation.turn(order.round, client)
+        crossed = unpack(reply.content[LEAVES], upload_limits(f.transport.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
+        try:
+            upload = Received(turn, rows, f.transport.arrived(f.rules, self.at.shared, turn, crossed))
+        except ValueError as error:
+            return self.refused(Received(turn, rows, crossed), str(error))
+        self.at.channel.collect(order.round, client, upload.tree, crossed)
+        if (found := self.arrived(upload)) is not None:
+            self.replies[client] = Reply(found, loss)
 
     def _score(self, client: int, order: Order, reply: Message) -> None:
         checks.holding(order.holds, reply.content[HOLDS])

@@ -7,19 +7,22 @@ round that is run again after a crash starts from what it started from.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save
 
 from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.folds import Folds
-from fedlora.state import flat, load_tree, save_tree, write
+from fedlora.privacy import key_of
+from fedlora.state import flat, load_about, load_tree, save_tree, write
 from fedlora.training import State
 from fedlora.types import Tree
 
+NAME = re.compile(r"[0-9a-f]{32}")  # of a fold's file: nothing else becomes a path
+TOLD = ("pending", "counted", "folds", "folded", "base")
 PARTS = ("leaves", "kept", "trained", "moments", "trained_moments")
 
 
@@ -67,9 +70,10 @@ class Store:
         groups: dict[str, dict] = {name: {} for name in PARTS}
         for key, layer in load_tree(path).items():
             name, _, part = key.partition("/")
-            groups[name][part] = layer
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
+            groups.setdefault(name, {})[part] = layer
+        about = load_about(path)
+        if groups.keys() != set(PARTS) or about.keys() != set(TOLD) or not all(map(NAME.fullmatch, about["folds"])):
+            raise ValueError(f"{str(path)!r} holds no state of a party, it was edited; remove the run's folder.")
         moments = {name: _moments(groups.pop(name)) for name in ("moments", "trained_moments")}
         return Holding(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
 
@@ -80,12 +84,19 @@ class Store:
             value = getattr(holding, name) or {}
             layers = _layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
-        about = {name: getattr(holding, name) for name in ("pending", "counted", "folds", "folded", "base")}
+        about = {name: getattr(holding, name) for name in TOLD}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
 
     def secret(self, client: int) -> Path:
         """Where its side of a secure aggregation lies between two messages."""
         return self.folder / "clients" / f"{client}.secret"
+
+    def key(self, client: int) -> bytes:
+        """What the party's draws for privacy come from in this run: a turn that is asked for twice is noised alike."""
+        path = self.folder / "clients" / f"{client}.key"
+        if not path.exists():
+            write(path, key_of(None))
+        return path.read_bytes()
 
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""

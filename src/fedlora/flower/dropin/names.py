@@ -9,6 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
+from fedlora.flower.dropin.npy import check_npy
 from fedlora.types import Factors, Layer, Tree
 
 PREFIX = "base_model.model."
@@ -96,6 +97,7 @@ def _pair(part: str, layer: Layer) -> None:
 def tensor(key: str, array: Array) -> Tensor:
     """An array that crossed, as float32. ``ValueError`` where it cannot be read or holds no finite numbers."""
     try:
+        check_npy(array.data, tuple(array.shape))
         value = array.numpy()
         found = torch.from_numpy(np.array(value, dtype=np.float32)) if value.dtype.kind == "f" else None
     except UNREADABLE as error:

@@ -1,0 +1,105 @@
+"""Accuracy against megabytes for each codec: one federation, the same seeds, and only ``[transport]`` differs.
+
+``python -m benchmarks.transport --models DIR --data DIR --minutes 60`` runs what is missing and stops in time; what
+was finished is never run again. ``--table`` prints what there is. ``-o KEY=VALUE`` lays settings over all runs, and
+``--results`` names another folder: short trials do not belong among the results.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
+from fedlora.comparison import Cell, execute
+from fedlora.config import build, overridden
+
+STUDY = Study("fedrot-lora/banking77-small.toml", ())
+METHODS = {"fedit": 2e-2, "fedex-lora": 2e-2, "fedsa-lora": 2e-2}  # and the rate that all its runs have
+FEEDBACK = "transport.error_feedback=true"
+FORMS: dict[str, tuple[str, ...]] = {
+    "float32": (),
+    "bfloat16 both ways": ("transport.up=bfloat16", "transport.down=bfloat16"),
+    "float16 both ways": ("transport.up=float16", "transport.down=float16"),
+    "int8 up": ("transport.up=int8",),
+    "int8 both ways": ("transport.up=int8", "transport.down=int8"),
+    "int8 both ways, feedback": ("transport.up=int8", "transport.down=int8", FEEDBACK),
+    "int4 up, int8 down": ("transport.up=int4", "transport.down=int8"),
+    "int4 up, int8 down, feedback": ("transport.up=int4", "transport.down=int8", FEEDBACK),
+    "top 10 % up, int8 down": ("transport.top_k=0.1", "transport.down=int8"),
+    "top 10 % up, int8 down, feedback": ("transport.top_k=0.1", "transport.down=int8", FEEDBACK),
+    "top 10 % in int8 up, int8 down, feedback": (
+        "transport.top_k=0.1", "transport.up=int8", "transport.down=int8", FEEDBACK,
+    ),
+    "top 1 % in int8 up, int8 down, feedback": (
+        "transport.top_k=0.01", "transport.up=int8", "transport.down=int8", FEEDBACK,
+    ),
+    "bfloat16 both ways and folds": ("transport.up=bfloat16", "transport.down=bfloat16", "transport.folds=bfloat16"),
+}  # fmt: skip
+
+
+def missing(book: Book, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The runs that are not in the book, seed by seed."""
+    for seed in SEEDS:
+        for form in FORMS:
+            for method in methods:
+                key = {"phase": "run", "setting": form, "label": method, "seed": seed}
+                if book.find(**key) is None:
+                    yield {**key, "rate": METHODS[method]}
+
+
+def rows(book: Book) -> list[dict[str, Any]]:
+    """A row a method and form: means over seeds, and bytes relative to float32."""
+    found = []
+    for method in METHODS:
+        for form in FORMS:
+            done = [r for r in book.rows if (r["label"], r["setting"]) == (method, form) and r["value"] is not None]
+            if done:
+                sums = {d: statistics.fmean(r["bytes"][d] for r in done) / 1e6 for d in ("up", "down")}
+                values = [r["value"] for r in done]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                found.append({"method": method, "form": form, "seeds": len(done), **sums,
+                              "value": statistics.fmean(values), "spread": spread})  # fmt: skip
+    return found
+
+
+def printed(book: Book) -> None:
+    """The table as Markdown."""
+    print("| method | form | seeds | MB up | MB down | score | sd |\n|---|---|---|---|---|---|---|")
+    for r in rows(book):
+        figures_ = " | ".join(f"{r[key]:.{n}f}" for key, n in (("up", 2), ("down", 2), ("value", 4), ("spread", 4)))
+        print(f"| {r['method']} | {r['form']} | {r['seeds']} | {figures_} |")
+
+
+def main() -> None:
+    """Runs what is missing, as far as the time goes."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--models", type=Path, help="folder of models")
+    options.add_argument("--data", type=Path, help="folder of data sets")
+    options.add_argument("--minutes", type=float, default=1e9, help="begin no run after so long")
+    options.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS, []])
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options.add_argument("-o", dest="overrides", action="append", default=[], help="a setting of all runs: key=value")
+    options.add_argument("--table", action="store_true", help="print what there is, and run nothing")
+    asked, began = options.parse_args(), time.monotonic()
+    book = Book.of("transport", asked.results)
+    if asked.table:
+        return printed(book)
+    if asked.models is None or asked.data is None:
+        options.error("--models and --data are needed to run anything")
+    while time.monotonic() - began < asked.minutes * 60:
+        key = next(missing(book, asked.methods), None)
+        if key is None:
+            break
+        own = table(STUDY, key, (), asked.models, asked.data)
+        own = overridden(own, [*FORMS[key["setting"]], *asked.overrides])
+        build(own)
+        book.add({**key, **figures(execute(Cell(key["label"], key["seed"], own, None), threads=1), STUDY.clients)})
+        print(json.dumps({k: book.rows[-1].get(k) for k in (*key, "value", "bytes", "seconds")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

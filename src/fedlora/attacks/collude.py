@@ -1,0 +1,68 @@
+"""Collusion: all attackers send one and the same upload, so that each has near neighbours.
+
+Baruch et al. A Little Is Enough: Circumventing Defenses For Distributed Learning. NeurIPS 2019 show why a tight group
+is hard to tell from honest clients: https://arxiv.org/abs/1902.06156
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.attack import Attack
+from fedlora.forms import expected
+from fedlora.rounds import Received, Rules
+from fedlora.types import Layer, Tree
+
+
+@dataclass(frozen=True)
+class Collude(Attack):
+    """``−scale`` times the mean of the attackers' own honest updates, from each of them: a third of the clients."""
+
+    share: float = 1 / 3
+    scale: float = 1.0
+
+    def check(self, method, task, hidden):
+        """``ValueError`` where it cannot be played: the attackers' uploads meet at the server."""
+        if hidden:
+            raise ValueError(
+                "attack.name is 'collude', which is played where the uploads meet, and flower.secure_aggregation hides "
+                "these; leave one of the two out."
+            )
+
+    def together(self, rules, shared, uploads, overheard):
+        """The same upload from every attacker."""
+        own = self.who
+        theirs = [upload for client, upload in uploads.items() if client in own]
+        return forged(self, rules, shared, uploads, theirs, -self.scale)
+
+
+def forged(
+    attack: Attack, rules: Rules, shared: Tree, uploads: Mapping[int, Received], known: Sequence[Received], by: float
+) -> dict[int, Received]:
+    """Every attacker's start moved by ``by`` times the mean of the known uploads' changes, leaf by leaf."""
+    known = [u for u in known if not _odd(u)]
+    found = {}
+    for client, upload in uploads.items():
+        if not attack.acts(upload.turn) or not known:
+            continue
+        start = expected(rules, shared, upload.turn).start
+        starts = [expected(rules, shared, other.turn).start for other in known]
+        tree = {
+            part: _layer(start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by)
+            for part in rules
+        }
+        found[client] = upload._replace(tree=tree)
+    return found
+
+
+def _odd(upload: Received) -> bool:
+    return not all(torch.isfinite(x).all() for layer in upload.tree.values() for x in layer.values())
+
+
+def _layer(start: Layer, own: Layer, starts: Sequence[Layer], known: Sequence[Layer], by: float) -> Layer:
+    found = {}
+    for leaf, x in own.items():
+        changes = [b[leaf] - a[leaf] for a, b in zip(starts, known) if leaf in b and b[leaf].shape == x.shape]
+        found[leaf] = start[leaf] + by * torch.stack(changes).mean(0) if changes else x
+    return found

@@ -1,0 +1,36 @@
+"""Copy: another client's upload of the round before, sent as one's own.
+
+Lin et al. Free-riders in Federated Learning: Attacks and Defenses. 2019. https://arxiv.org/abs/1911.12560
+"""
+
+from dataclasses import dataclass
+
+from fedlora.attack import Attack
+
+
+@dataclass(frozen=True)
+class Copy(Attack):
+    """Every attacker sends what client ``victim`` sent in its last round; before there is any, its own.
+
+    What was overheard is not part of a checkpoint: a run that goes on begins to listen anew.
+    """
+
+    victim: int | None = None  # None: the first client of the round that is no attacker
+
+    def check(self, method, task, hidden):
+        """``ValueError`` where nobody can overhear an upload."""
+        if hidden:
+            raise ValueError(
+                "attack.name is 'copy', which sends another's upload, and flower.secure_aggregation hides these; leave "
+                "one of the two out."
+            )
+
+    def together(self, rules, shared, uploads, overheard):
+        """The victim's last upload from every attacker; and what it sends now, for the next round."""
+        victim = self.victim if self.victim is not None else min(uploads.keys() - self.who, default=-1)
+        last = next(iter(overheard.values()), None)
+        overheard.clear()
+        if victim in uploads:
+            overheard[victim] = {part: dict(uploads[victim].tree[part]) for part in rules}
+        acting = [k for k, u in uploads.items() if k != victim and self.acts(u.turn)]
+        return {} if last is None else {client: uploads[client]._replace(tree=last) for client in acting}

@@ -1,0 +1,31 @@
+"""Inner product manipulation: the honest mean the other way round, so small that nobody stands out.
+
+Xie et al. Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation. UAI 2019.
+https://arxiv.org/abs/1903.03936
+"""
+
+from dataclasses import dataclass
+
+from fedlora.attack import Attack
+from fedlora.attacks.collude import forged
+
+
+@dataclass(frozen=True)
+class InnerProduct(Attack):
+    """``−scale`` times the mean of the honest updates, leaf by leaf. The attackers know all uploads of the round."""
+
+    scale: float = 1.5
+
+    def check(self, method, task, hidden):
+        """``ValueError`` where nobody can know the uploads."""
+        if hidden:
+            raise ValueError(
+                "attack.name is 'inner-product', whose attackers know the others' uploads, and "
+                "flower.secure_aggregation hides these; leave one of the two out."
+            )
+
+    def together(self, rules, shared, uploads, overheard):
+        """The same upload from every attacker."""
+        own = self.who
+        honest = [upload for client, upload in uploads.items() if client not in own]
+        return forged(self, rules, shared, uploads, honest, -self.scale)

@@ -1,0 +1,19 @@
+"""Scaling: an update many times its size, so that it replaces the mean.
+
+Bagdasaryan et al. How To Backdoor Federated Learning. AISTATS 2020. https://arxiv.org/abs/1807.00459
+"""
+
+from dataclasses import dataclass
+
+from fedlora.attack import Attack, moved
+
+
+@dataclass(frozen=True)
+class Scaling(Attack):
+    """``scale`` times the change of every leaf."""
+
+    scale: float = 20.0
+
+    def sends(self, rules, start, sent, turn):
+        """The enlarged update."""
+        return {part: moved(start[part], layer, self.scale) for part, layer in sent.items()}

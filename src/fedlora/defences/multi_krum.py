@@ -1,0 +1,20 @@
+"""Multi-Krum: the mean of the uploads with the best scores of Krum.
+
+Blanchard et al. Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017.
+https://arxiv.org/abs/1703.02757
+"""
+
+from dataclasses import dataclass
+
+from fedlora.defence import Defence, Verdict
+from fedlora.defences.krum import chosen, scores
+
+
+@dataclass(frozen=True)
+class MultiKrum(Defence):
+    """The ``K − f`` uploads of the least score, with the weights that they have."""
+
+    def judge(self, seen):
+        """All but the ``f`` worst."""
+        f = self.hostile(len(seen.w))
+        return Verdict(chosen(scores(seen, f), len(seen.w) - f))

@@ -1,0 +1,21 @@
+"""Trimmed mean by distance: without the uploads farthest from the geometric median.
+
+Yin et al. Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates. ICML 2018 trim each coordinate,
+of which a pair of factors has none: https://arxiv.org/abs/1803.01498. Whole updates are trimmed here.
+"""
+
+from dataclasses import dataclass
+
+from fedlora.defence import Defence, Verdict
+from fedlora.defences.geometric_median import uniform
+from fedlora.defences.krum import chosen
+
+
+@dataclass(frozen=True)
+class Trimmed(Defence):
+    """All but the ``⌊attackers · K⌋`` uploads with the largest ``‖D_k − z‖``, with the weights that they have."""
+
+    def judge(self, seen):
+        """Distances from the median of the updates, one voice a client."""
+        K = len(seen.w)
+        return Verdict(chosen(seen.away(uniform(seen)), K - int(self.attackers * K)))

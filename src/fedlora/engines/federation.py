@@ -1,0 +1,113 @@
+"""A federation: all that a run needs, built and checked, whichever engine runs it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from fedlora.adapters import Dense
+from fedlora.attack import Attack
+from fedlora.clients import Clients, Shard
+from fedlora.defence import Defence
+from fedlora.engines import private
+from fedlora.evaluation import Evaluation, Evaluator
+from fedlora.hygiene import Hygiene
+from fedlora.method import Method
+from fedlora.metrics import Scores
+from fedlora.model import Model
+from fedlora.optimizers import ServerOptimizer
+from fedlora.privacy import Privacy, Stream, key_of
+from fedlora.rounds import Received, Rules, received
+from fedlora.seeds import derived
+from fedlora.tasks.task import Data, Task
+from fedlora.training import Training
+from fedlora.transport import Transport
+from fedlora.types import Tree, Turn
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that a run needs, built; any engine runs it. On a party's own machine ``shards`` has only its own rows."""
+
+    rules: Rules
+    method: Method
+    model: Model
+    task: Task
+    data: Data | None  # None: this machine only combines
+    clients: Clients
+    shards: Mapping[int, Shard] | Sequence[Shard]
+    budgets: list[int]
+    training: Training
+    evaluation: Evaluation
+    server: ServerOptimizer
+    rounds: int
+    seed: int
+    label_names: tuple[str, ...] = ()
+    fingerprint: str = ""  # of the configuration, without what is a party's own
+    hygiene: Hygiene = field(default_factory=Hygiene)
+    defence: Defence | None = None
+    attack: Attack | None = None
+    transport: Transport = field(default_factory=Transport)
+    privacy: Privacy = field(default_factory=Privacy)
+
+    @cached_property
+    def key(self) -> bytes:
+        """What this machine's draws for privacy come from."""
+        return key_of(None if self.privacy.secret else self.seed)
+
+    @cached_property
+    def noise(self) -> float:
+        """The noise multiplier of the run, where there is privacy."""
+        return private.noise(self)
+
+    def cohort(self, round: int) -> list[int]:
+        """The clients of a round, in order."""
+        if round not in self._cohorts:
+            self._cohorts[round] = self.clients.cohort(round, self.drawn)
+        return self._cohorts[round]
+
+    def order(self, round: int) -> list[int]:
+        """The cohort first, then who stands in for the absent; with privacy nobody: no account knows a stand-in."""
+        return self.cohort(round) if self.privacy.on else self.clients.order(round, self.seed)
+
+    @cached_property
+    def _cohorts(self) -> dict[int, list[int]]:
+        return {}
+
+    @property
+    def drawn(self) -> int:
+        """The seed of the cohorts: the run's, but a secret of this machine's where a sample must not be known."""
+        return Stream(self.key).seed if self.privacy.secret and self.clients.rate is not None else self.seed
+
+    def turn(self, round: int, client: int) -> Turn:
+        """A client's part in a round, its seed included."""
+        return Turn(round, client, self.budgets[client], derived(self.seed, "turn", round, client))
+
+    def spends(self, round: int, client: int) -> Training:
+        """``[training]`` as a client has it in a round: with its own number of steps where clients differ in that."""
+        usual = self.training.steps(len(self.shards[client].train))
+        steps = self.clients.steps(usual, round, client, self.seed)
+        return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
+
+    def work(self, upload: Received) -> int:
+        """The optimiser steps that a client was to do for an upload, by the rows that it claims."""
+        turn = upload.turn
+        return self.clients.steps(self.training.steps(upload.examples), turn.round, turn.client, self.seed)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should be told of how this machine's rows were read."""
+        return () if self.data is None else self.data.notes
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """The parts trained in full."""
+        return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
+
+    def evaluator(self, task: Task | None = None) -> Evaluator:
+        """Scores trees on the test rows of this machine, by the run's task or another one on the same rows."""
+        assert self.data is not None, "only a machine with data evaluates"
+        return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
+
+    def scores(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
+        """What a client holds after round ``number``, on its own test rows."""
+        return evaluator.client(client, received(self.rules, shared, kept, self.turn(number + 1, client)))

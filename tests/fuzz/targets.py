@@ -1,0 +1,274 @@
+"""The readers, each with sound inputs to begin from: bytes in; what comes back is sound, or a ``ValueError`` says why."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+
+from fedlora.adapters import Dense
+from fedlora.config import read
+from fedlora.engines.checkpoint import STATE, Checkpoint
+from fedlora.hygiene import Gate, Hygiene
+from fedlora.limits import read_header, upload_limits
+from fedlora.methods.fedit import FedIT
+from fedlora.peft_folder import CONFIG, WEIGHTS, AdapterFolder
+from fedlora.rounds import Received
+from fedlora.state import flat, load_tree, save_tree
+from fedlora.transport import Transport
+from fedlora.types import Turn
+
+DRAWS = torch.Generator().manual_seed(0)
+
+
+class Target(NamedTuple):
+    """A reader. ``read`` raises ``ValueError`` for what it refuses and ``AssertionError`` where it took what it must not."""
+
+    corpus: Sequence[bytes]
+    read: Callable[[bytes], None]
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=DRAWS)
+
+
+def trees():
+    one = {"layer.0": {"A": numbers(2, 6), "B": numbers(5, 2)}, "head": {"weight": numbers(3, 5), "bias": numbers(3)}}
+    return [one, {}, {"layer.0": {"A": numbers(2, 6).bfloat16()}}]
+
+
+def contents():
+    return [save(flat(tree), {"format": "pt", "about": "{}"}) for tree in trees()]
+
+
+def header() -> Target:
+    def look(data: bytes) -> None:
+        found = read_header(data, upload_limits(1))
+        assert len(data) <= 10**6 and all(name.isprintable() for name in found.tensors)
+
+    return Target(contents(), look)
+
+
+def tree_file(place: Path) -> Target:
+    path = place / "tree.safetensors"
+
+    def look(data: bytes) -> None:
+        path.write_bytes(data)
+        size = sum(x.numel() * x.element_size() for layer in load_tree(path).values() for x in layer.values())
+        assert size <= len(data)
+
+    return Target(contents(), look)
+
+
+def upload(transport: Transport) -> Target:
+    """An upload on its way to the aggregate: what is taken has the leaves' shapes and plain numbers."""
+    from flwr.app import Array, ArrayRecord
+
+    from fedlora.engines.flower.records import STYPE, unpack
+
+    method = FedIT()
+    rules = {"layer.0": method, "head": FedIT(Dense(frozenset({"weight", "bias"})))}
+    shared = {"layer.0": method.adapter.init(9, 12, 0), "head": {"weight": numbers(3, 5), "bias": numbers(3)}}
+    turn = Turn(0, 0, method.adapter.budget, seed=3)
+    before = {part: {leaf: x.clone() for leaf, x in layer.items()} for part, layer in shared.items()}
+
+    def one(seed: int) -> bytes:
+        sent = {part: {leaf: x + 0.1 for leaf, x in layer.items()} for part, layer in shared.items()}
+        found = transport.sent(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
+        return save(flat(found.crosses))
+
+    def look(data: bytes) -> None:
+        record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
+        try:
+            gate = Gate(Hygiene(), rules, shared, {})
+            sent = transport.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
+            found = gate.arrived(Received(turn, 10, sent))
+            if found is None:
+                raise ValueError(gate.bad[0].reason)
+            tree = found.tree
+        finally:
+            assert all(torch.equal(x, shared[p][k]) for p, layer in before.items() for k, x in layer.items())
+        for part, layer in tree.items():
+            for leaf, x in layer.items():
+                assert x.shape == shared[part][leaf].shape and x.dtype == torch.float32 and bool(x.isfinite().all())
+
+    return Target([one(3), one(4)], look)
+
+
+def fold_message() -> Target:
+    from flwr.app import Array, ArrayRecord
+
+    from fedlora.engines.flower.records import STYPE, pack_folds, unpack_folds
+    from fedlora.types import Factors
+
+    folds = [
+        {"layer.0": (Factors(numbers(5, 2), numbers(2, 6)),)},
+        {"layer.0": (Factors(numbers(5, 1), numbers(1, 6)),)},
+    ]
+
+    def look(data: bytes) -> None:
+        array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
+        unpack_folds(ArrayRecord({"leaves": array}))
+
+    return Target([pack_folds(folds)["leaves"].data], look)
+
+
+def adapter_weights(place: Path) -> Target:
+    folder = place / "weights"
+    folder.mkdir()
+    (folder / CONFIG).write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    key = "base_model.model.q.lora_{}.weight"
+    sound = [
+        save(
+            {key.format("A"): numbers(2, 6), key.format("B"): numbers(5, 2), "base_model.model.head.weight": numbers(3)}
+        )
+    ]
+
+    def look(data: bytes) -> None:
+        (folder / WEIGHTS).write_bytes(data)
+        found = AdapterFolder.open(folder)
+        for part, (m, n, r) in found.shapes.items():
+            layer = found.layer(part)
+            assert tuple(layer["A"].shape) == (r, n) and tuple(layer["B"].shape) == (m, r)
+            found.verify(part, layer)
+        found.modules()
+
+    return Target(sound, look)
+
+
+def adapter_settings(place: Path) -> Target:
+    folder = place / "settings"
+    folder.mkdir()
+    key = "base_model.model.q.lora_{}.weight"
+    (folder / WEIGHTS).write_bytes(save({key.format("A"): numbers(2, 6), key.format("B"): numbers(5, 2)}))
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "bias": "none",
+                "rank_pattern": {"q": 2}, "alpha_pattern": {"^q": 8.0}, "init_lora_weights": True}  # fmt: skip
+    sound = [json.dumps(settings).encode(), json.dumps(settings, indent=2).encode(), b'{"peft_type": "LORA"}']
+
+    def look(data: bytes) -> None:
+        (folder / CONFIG).write_bytes(data)
+        found = AdapterFolder.open(folder)
+        for part in found.shapes:
+            found.lora(part)
+
+    return Target(sound, look)
+
+
+def checkpoint(place: Path) -> Target:
+    kept = Checkpoint(place / "checkpoint", "config", "token")
+    path = kept.folder / STATE
+    about = {"number": 3, "folds": 0, "counted": {"0": 2}, "token": "token", "config": "config"}
+    save_tree(path, trees()[0], {"about": json.dumps(about)})
+    sound = [path.read_bytes()]
+
+    def look(data: bytes) -> None:
+        path.write_bytes(data)
+        kept.about()
+        load_tree(path)
+
+    return Target(sound, look)
+
+
+def party_state(place: Path) -> Target:
+    from fedlora.engines.flower.store import Holding, Store
+
+    store, tree = Store(place / "state"), trees()[0]
+    path = store._path(0)
+    sound = []
+    for holding in (
+        Holding(leaves=tree, kept=tree, pending=3),
+        Holding(folds=("0" * 32,), folded=1, base="x", trained=tree),
+    ):
+        store.save(0, holding)
+        sound.append(path.read_bytes())
+
+    def look(data: bytes) -> None:
+        path.write_bytes(data)
+        for name in store.load(0).folds:
+            assert store._fold(name).resolve().parent == (store.folder / "folds").resolve()
+
+    return Target(sound, look)
+
+
+def configuration(place: Path) -> Target:
+    path = place / "config.toml"
+    sound = [
+        b"""rounds = 3
+seed = 1
+[model]
+name = "demo-vit"
+[task]
+name = "image-classification"
+data = "digits"
+train_rows = 90
+[clients]
+count = 5
+per_round = 2
+split = { name = "dirichlet", alpha = 0.5 }
+[method]
+name = "svd"
+sweeps = 2
+[adapter]
+name = "lora"
+rank = 4
+[training]
+local_steps = 2
+learning_rate = 5e-3
+[transport]
+up = ["top-k", "int8"]
+down = "bfloat16"
+top_k = 0.1
+""",
+        b"""rounds = 2
+[model]
+name = "demo-vit"
+start = "x"
+[task]
+name = "text-classification"
+data = "y"
+[clients]
+ranks = [1, 2]
+dropout = 0.2
+[method]
+name = "flora"
+[flower]
+min_clients = 3
+[evaluation]
+every = 2
+""",
+    ]
+
+    def look(data: bytes) -> None:
+        path.write_bytes(data)
+        read(path)
+
+    return Target(sound, look)
+
+
+def targets(place: Path | None = None) -> dict[str, Callable[[], Target]]:
+    """Every reader by its name; what needs Flower is left out where it is missing."""
+    memory = Path("/dev/shm")  # where a file costs no disk
+    place = place or Path(tempfile.mkdtemp(prefix="fedlora-fuzz-", dir=memory if memory.is_dir() else None))
+    found: dict[str, Callable[[], Target]] = {
+        "header": header,
+        "tree file": lambda: tree_file(place),
+        "adapter weights": lambda: adapter_weights(place),
+        "adapter settings": lambda: adapter_settings(place),
+        "checkpoint": lambda: checkpoint(place),
+        "configuration": lambda: configuration(place),
+    }
+    try:
+        import flwr  # noqa: F401
+    except ImportError:
+        return found
+    return found | {
+        "upload": lambda: upload(Transport()),
+        "upload in int8": lambda: upload(Transport(up="int8")),
+        "upload in top-k and int4": lambda: upload(Transport(up="int4", top_k=0.3)),
+        "upload in few places": lambda: upload(Transport(top_k=0.02)),
+        "folds": fold_message,
+        "party state": lambda: party_state(place),
+    }

@@ -1,0 +1,60 @@
+"""Each row's own gradient on real networks: a ViT, a BERT with masks, a Llama, with and without checkpoints."""
+
+import pytest
+import torch
+
+from fedlora.config import build, merged, overridden
+from fedlora.engines import private
+from fedlora.privacy import each
+from tests.engines.test_inprocess import TABLE
+
+LEVEL = {
+    "privacy": {"level": "example", "noise_multiplier": 1.0},
+    "adapter": {"rank": 2},
+    "training": {"batch_size": 4, "precision": "float32"},
+}
+
+
+def agree(table, *overrides, rows=4):
+    """The gradients of a few rows at once against the gradient of each row alone."""
+    f = build(overridden(merged(LEVEL, table), list(overrides))).federation()
+    trainer = private.trainer(f, 0, 0, None, lambda: None, None)
+    draws = torch.Generator().manual_seed(0)
+    tree = {p: {leaf: x + 0.05 * torch.randn(x.shape, generator=draws) if leaf in f.model.parts[p].adapter.trainable else x for leaf, x in layer.items()} for p, layer in f.model.initial(0).items()}  # fmt: skip
+    f.model.load(tree)
+    f.model.network.eval()
+    parameters = f.model.select({p: part.adapter.trainable for p, part in f.model.parts.items()})
+    some = f.shards[0].train[:rows]
+    batch = trainer.batch(some)
+    losses, found = each.gradients(f.model, lambda network: f.task.losses(network, batch), rows, parameters)
+    for i, row in enumerate(some):
+        one = trainer.batch(row[None])
+        alone = f.model.gradient(lambda network, one=one: f.task.loss(network, one))
+        with torch.no_grad():
+            torch.testing.assert_close(losses[i].float(), f.task.loss(f.model.network, one), atol=1e-5, rtol=1e-5)
+        for (path, leaf), x in found.items():
+            torch.testing.assert_close(x[i], alone[path][leaf], atol=1e-5, rtol=1e-4)
+    return found
+
+
+def test_a_vit():
+    assert len(agree(TABLE)) == 8 * 2 + 2
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("overrides", [(), ("training.gradient_checkpointing=true",)], ids=["plain", "checkpointed"])
+def test_a_bert_with_masks(shared, overrides):
+    table = {
+        "model": {"name": str(shared / "models" / "minilm-l3-h384-v8k")}, "clients": {"count": 2},
+        "task": {"name": "text-classification", "data": str(shared / "data" / "banking77"), "train_rows": 40, "test_rows": 20, "max_length": 32},
+    }  # fmt: skip
+    assert agree(table, *overrides)
+
+
+@pytest.mark.shared
+def test_a_llama_with_rows_of_unequal_length(shared):
+    table = {
+        "model": {"name": str(shared / "models" / "stories260k-llama")}, "clients": {"count": 2},
+        "task": {"name": "causal-lm", "data": str(shared / "data" / "shakespeare_roles"), "text": "text", "max_length": 48, "train_rows": 40, "test_rows": 20},
+    }  # fmt: skip
+    assert agree(table)

@@ -1,0 +1,231 @@
+"""Every upload is looked at before it counts: what is refused, what that leaves behind, and what honest clients notice."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import fedlora
+from fedlora.adapters import LoRA
+from fedlora.config import build, overridden
+from fedlora.hygiene import Gate, Hygiene, barred
+from fedlora.hygiene.sizes import norm
+from fedlora.methods.fedit import FedIT
+from fedlora.methods.hetlora import HetLoRA
+from fedlora.rounds import server_turn
+from fedlora.state import load_tree
+from tests.engines.test_inprocess import TABLE, config, same
+from tests.test_defences import R, dense, turned, world
+
+METHOD = FedIT(LoRA(R, 6.0))
+SMALL = {key: value for key, value in TABLE.items() if key != "training"}
+
+
+def through(gate, uploads, steps=lambda upload: 1):
+    """The uploads that a round's gate lets in."""
+    return gate.judged([found for u in uploads if (found := gate.arrived(u)) is not None], steps)
+
+
+def changed(upload, change):
+    tree = {part: dict(layer) for part, layer in upload.tree.items()}
+    change(tree)
+    return upload._replace(tree=tree)
+
+
+def put(part, leaf, make):
+    def change(tree):
+        tree[part][leaf] = make(tree[part][leaf])
+
+    return change
+
+
+def one(value):
+    def make(x):
+        x = x.clone()
+        x[0, 0] = value
+        return x
+
+    return make
+
+
+BAD = {
+    "a part of no model": (
+        lambda t: t.update(nobody={"A": torch.ones(2)}),
+        "part 'nobody', which the model does not have",
+    ),
+    "a leaf too many": (lambda t: t["w"].update(C=torch.ones(2)), "it sent the leaf 'C'"),
+    "a leaf missing": (lambda t: t["w"].pop("B"), "it did not send the leaf 'B' of 'w'"),
+    "a part missing": (lambda t: t.pop("head"), "it did not send the leaf 'weight' of 'head'"),
+    "another shape": (put("w", "A", lambda x: x[:1]), r"with shape \(1, 7\), not \(3, 7\)"),
+    "another rank": (lambda t: t["w"].update(A=t["w"]["A"][:2], B=t["w"]["B"][:, :2]), r"shape \(2, 7\), not \(3, 7\)"),
+    "whole numbers": (put("w", "A", lambda x: x.int()), "no plain ones"),
+    "complex numbers": (put("w", "A", lambda x: x.to(torch.complex64)), "no plain ones"),
+    "NaN": (put("v", "B", one(torch.nan)), "'B' of 'v' with values that are no finite numbers"),
+    "infinity": (put("head", "weight", one(-torch.inf)), "'weight' of 'head' with values that are no finite numbers"),
+    "beyond all bounds": (put("w", "A", one(1e6)), "no finite numbers"),
+    "beyond float32's squares": (put("w", "A", one(1e30)), "no finite numbers"),
+    "an update too large": (
+        put("head", "weight", lambda x: 1 + 600 * (x - 1)),
+        "times the round's median, above hygiene.norm_limit",
+    ),
+    "another's update": (None, "it sent what client 0 had sent before"),
+    "a rescaled pair": (lambda t: t.update(_pair(t, 100.0)), "the pair is rescaled or turned"),
+    "one rescaled the other way": (lambda t: t.update(_pair(t, 0.01)), "the pair is rescaled or turned"),
+    "one weight's pair": (lambda t: t.update(w=_pair(t, 1e3)["w"]), "the pair is rescaled or turned"),
+}
+
+
+def _pair(tree, c):
+    return {p: {"A": tree[p]["A"] / c, "B": tree[p]["B"] * c} for p in ("w", "v")}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_upload_is_named_and_leaves_no_trace(fault):
+    change, why = BAD[fault]
+    rules, shared, uploads = world(METHOD, K=6, head=True)
+    conduct = {}
+    if change is None:  # the round before: client 0 sent what client 3 sends now
+        gate = Gate(Hygiene(), rules, shared, conduct)
+        through(gate, uploads)
+        gate.settle()
+        uploads = [changed(u, put("head", "weight", lambda x: x + 0.01)) for u in uploads]
+        uploads[3] = uploads[3]._replace(tree=world(METHOD, K=6, head=True)[2][0].tree)
+    else:
+        uploads[3] = changed(uploads[3], change)
+    gate = Gate(Hygiene(), rules, shared, json.loads(json.dumps(conduct)))
+    good = through(gate, uploads)
+    assert [u.turn.client for u in good] == [0, 1, 2, 4, 5]
+    assert list(gate.bad) == [3]
+    assert re.search(why, gate.bad[3].reason), gate.bad[3].reason
+    alone = server_turn(rules, shared, [u for u in uploads if u.turn.client != 3])
+    assert same(server_turn(rules, shared, good).shared, alone.shared), "bit for bit"
+
+
+def test_honest_uploads_pass_as_the_very_same_tensors():
+    rules, shared, uploads = world(METHOD, K=6, head=True)
+    good = through(Gate(Hygiene(), rules, shared, {}), uploads)
+    assert all(a.tree[p][leaf] is x for a, b in zip(good, uploads) for p in b.tree for leaf, x in b.tree[p].items())
+    assert [u.examples for u in good] == [u.examples for u in uploads]
+
+
+def test_who_was_to_do_more_may_move_farther():
+    rules, shared, uploads = world(METHOD, K=6)
+    uploads[3] = changed(
+        uploads[3], lambda t: [t[p].update(B=shared[p]["B"] + 30 * (t[p]["B"] - shared[p]["B"])) for p in t]
+    )
+    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 5
+    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads, lambda u: 40 if u.turn.client == 3 else 1)) == 6
+
+
+def test_a_client_that_prunes_its_rank_is_sound():
+    adapter = LoRA(R, 6.0)
+    rules, shared, uploads = world(HetLoRA(adapter, decay=0.9), K=4)
+    pruned = {p: dict(adapter.leading(layer, 2)) for p, layer in uploads[1].tree.items()}
+    uploads[1] = uploads[1]._replace(tree=pruned)
+    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 4
+
+
+def test_turned_pairs_are_stopped_only_where_they_wreck_the_mean():
+    """Clients that moved little are far from a turned pair; where all moved far, a turned one is no farther."""
+    rules, shared, uploads = world(METHOD, K=6)
+    T = torch.linalg.qr(torch.randn(R, R, generator=torch.Generator().manual_seed(1)))[0]
+    for by, passed in ((0.05, 5), (4.0, 6)):
+        some = [
+            u._replace(
+                tree={p: {k: shared[p][k] + by * (x - shared[p][k]) for k, x in u.tree[p].items()} for p in u.tree}
+            )
+            for u in uploads
+        ]
+        assert len(through(Gate(Hygiene(), rules, shared, {}), [*some[:5], turned(some[5], T)])) == passed
+
+
+def test_claims_are_capped():
+    assert Hygiene().capped([1, 2, 10**12]) == [1, 2, 200]
+    assert Hygiene(most_examples=5).capped([1, 9]) == [1, 5]
+    rules, shared, uploads = world(METHOD, K=4)
+    uploads[3] = uploads[3]._replace(examples=10**15)
+    good = through(Gate(Hygiene(most_examples=6), rules, shared, {}), uploads)
+    assert [u.examples for u in good] == [1, 2, 3, 6]
+
+
+def test_strikes_count_rounds_and_then_a_client_is_barred():
+    rules, shared, uploads = world(METHOD, K=5)
+    uploads[2] = changed(uploads[2], put("w", "A", one(torch.nan)))
+    conduct = {}
+    for number in range(1, 4):
+        gate = Gate(Hygiene(strikes=3), rules, shared, conduct)
+        through(gate, [uploads[2], *uploads])  # it tried twice: one strike a round
+        gate.settle()
+        conduct = json.loads(json.dumps(conduct))
+        assert conduct["strikes"] == {"2": number}
+        assert barred(Hygiene(strikes=3), conduct) == ({2} if number == 3 else set())
+    assert barred(Hygiene(strikes=0), conduct) == set()
+
+
+NAN = "attack={name='nan', clients=[1], start=2}"
+
+
+def test_a_run_quarantines_says_so_and_keeps_the_file(tmp_path):
+    events = []
+    out = tmp_path / "run"
+    settings = ("rounds=5", NAN, "hygiene.strikes=2", "evaluation.every=5", "hygiene.keep_files=1")
+    result = fedlora.run(config(*settings), out, events.append)
+    assert [r["cohort"] for r in result.records] == [[0, 1, 2], [0, 2], [0, 2], [0, 2], [0, 2]]
+    assert [set(r.get("quarantined", ())) for r in result.records] == [set(), {1}, {1}, set(), set()]
+    assert result.records[3]["absent"] == {1: "left out: it was quarantined in 2 rounds"}
+    told = [(e.round, e.client) for e in events if e.kind == "quarantined"]
+    assert told == [(1, 1), (2, 1)] and "no finite numbers" in next(e.text for e in events if e.kind == "quarantined")
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["quarantined"]["1"]) == {"2", "3"}
+    assert [path.name for path in (out / "quarantine").iterdir()] == ["2-1.safetensors"], (
+        "one file, as keep_files has it"
+    )
+    kept = load_tree(out / "quarantine" / "2-1.safetensors")
+    assert all(torch.isnan(x).sum() == 1 for layer in kept.values() for x in layer.values())
+    assert all(torch.isfinite(x).all() for layer in result.shared.values() for x in layer.values())
+
+
+def test_a_turn_that_did_not_count_leaves_no_trace_at_the_client():
+    settings = ("method.name=fedsa-lora", NAN, "evaluation.every=9")
+    before, after = (fedlora.run(config(*settings, f"rounds={n}")).kept[1] for n in (1, 3))
+    assert same(before, after)
+
+
+def test_uploads_on_disk_are_judged_alike():
+    settings = ("rounds=2", "attack={name='scaling', clients=[1], scale=100.0}", "evaluation.measure=false")
+    there, here = (fedlora.run(config(*settings, f"engine.spill={spill}")) for spill in ("true", "false"))
+    assert same(there.shared, here.shared)
+    assert there.summary["quarantined"] == here.summary["quarantined"]
+    assert "norm" in here.summary["quarantined"]["1"]["1"]
+
+
+def test_norms_are_those_of_the_update_written_out():
+    rules, shared, uploads = world(METHOD, K=3, head=True)
+    gate = Gate(Hygiene(), rules, shared, {})
+    through(gate, uploads)
+    for k, upload in enumerate(uploads):
+        found = norm(rules, gate.starts[k].start, gate.starts[k].products, upload.tree, gate.away[k])
+        assert found == pytest.approx(float(dense(rules, shared, upload).norm()), rel=1e-4)
+        for leaf, square in zip("AB", gate.away[k].sides["w"]):
+            assert square == pytest.approx(float((upload.tree["w"][leaf] - shared["w"][leaf]).square().sum()), rel=1e-4)
+    assert "head" not in gate.away[0].sides
+
+
+def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
+    rules, shared, uploads = world(METHOD, K=5)
+    monkeypatch.setattr("fedlora.hygiene.gate.norm", None)  # calling it would fail
+    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 5
+    uploads[1] = changed(uploads[1], lambda t: t["w"].update(B=shared["w"]["B"] + 5 * (t["w"]["B"] - shared["w"]["B"])))
+    with pytest.raises(TypeError):
+        through(Gate(Hygiene(), rules, shared, {}), uploads)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_honest_clients_that_differ_much_are_let_in(optimizer):
+    """Few labels each, rows and steps that differ tenfold: what honest federations look like."""
+    unequal = "clients={count=6, split={name='dirichlet', alpha=0.1}}"
+    rate = "training.learning_rate=0.05" if optimizer == "sgd" else "training.learning_rate=0.005"
+    how = (f"training={{local_epochs=1, batch_size=4, optimizer='{optimizer}'}}", rate)
+    result = fedlora.run(build(overridden(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"])))
+    assert "quarantined" not in result.summary
