@@ -70,7 +70,7 @@ STUDIES = {
     "fedsa-concept-shift": Study(
         "fedsa-lora/concept-shift-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True
     ),
-    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3, 2e-2)),
+    "ravan-pneumonia": Study("ravan/pneumonia-small.toml", RAVAN, rates=(1.5e-4, 5e-4, 2e-3, 6e-3, 2e-2)),
     "ravan-femnist": Study("ravan/femnist-small.toml", RAVAN, rates=(5e-4, 2e-3, 6e-3, 2e-2)),
     "ravan-capability": Study(
         "ravan/capability-small.toml",
@@ -117,9 +117,10 @@ def missing(study: Study, book: Book) -> Iterator[tuple[dict[str, Any], Sequence
     for seed in SEEDS:
         for setting, overrides in study.settings.items():
             for label in study.labels:
-                key = {"phase": "run", "setting": setting, "label": label, "seed": seed}
+                rate = best_rate(study, book, label)
+                key = {"phase": "run", "setting": setting, "label": label, "rate": rate, "seed": seed}
                 if book.find(**key) is None:
-                    yield {**key, "rate": best_rate(study, book, label)}, overrides
+                    yield key, overrides
 
 
 def best_rate(study: Study, book: Book, label: str) -> float:
@@ -162,7 +163,7 @@ def figures(cell: Cell, clients: bool) -> dict[str, Any]:
         "metric": s["metric"]["name"],
         "higher": s["metric"]["higher"],
         "global": final.get("global"),
-        "clients": {k: v for k, v in final["clients"].items() if k != "each"},
+        "clients": {k: v for k, v in final["clients"].items() if clients or k != "each"},
         "errors": s["errors"],
         "bytes": {d: sum(s["bytes"][d].values()) for d in ("up", "down")},
         "seconds": s["seconds"]["whole"],

@@ -4,9 +4,10 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Sequence
+from math import isnan, nan
 from typing import Any
 
-from scipy.stats import ttest_rel
+from scipy.stats import spearmanr, ttest_1samp
 
 from benchmarks.studies import STUDIES, Book, Study, best_rate
 
@@ -35,16 +36,29 @@ def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> tuple[fl
         pairs += [(one[seed], other[seed]) for seed in one.keys() & other.keys()]
     if len(pairs) < 2 or label == study.labels[0]:
         return None
+    differences = [a - b for a, b in pairs]
+    return statistics.fmean(differences), p_value(differences), len(pairs)
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Student's test of a mean of zero, two-sided."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of differences that are all alike: the p-value is then 0 or NaN, and shown
-        p = float(ttest_rel(*zip(*pairs)).pvalue)
-    return statistics.fmean(a - b for a, b in pairs), p, len(pairs)
+        warnings.simplefilter("ignore")  # of differences that are all alike: it is then 0 or NaN, and shown
+        return float(ttest_1samp(differences, 0).pvalue)
+
+
+def finished(name: str) -> list[dict[str, Any]]:
+    """The runs at each label's best rate that ended."""
+    study, book = STUDIES[name], Book.of(name)
+    best = {label: best_rate(study, book, label) for label in study.labels}
+    runs = [row for row in book.rows if row["phase"] == "run" and row["value"] is not None]
+    return [row for row in runs if row["rate"] == best[row["label"]]]
 
 
 def table(name: str) -> str:
     """One study's table."""
     study, book = STUDIES[name], Book.of(name)
-    rows = [row for row in book.rows if row["phase"] == "run"]
+    rows = finished(name)
     metric = next((row["metric"] for row in rows if row.get("metric")), "accuracy")
     digits = DIGITS.get(metric, 3)
     first = study.labels[0]
@@ -52,7 +66,7 @@ def table(name: str) -> str:
     head += [f"against {first} (paired)", "aggregation error", "MB up", "MB down"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label in study.labels:
-        own = [row for row in rows if row["label"] == label and row["value"] is not None]
+        own = [row for row in rows if row["label"] == label]
         if not own:
             continue
         test = paired(study, rows, label)
@@ -77,12 +91,63 @@ def trials(name: str) -> str:
     return "\n".join(lines)
 
 
+def groups(name: str) -> str:
+    """Accuracy by what clients can do, the weakest group first; empty where all are alike."""
+    study, cells = STUDIES[name], {}
+    for row in finished(name):
+        for group in row["clients"].get("capability", []):
+            key = row["setting"], row["label"], group["capability"]
+            cells.setdefault(key, []).append(group["mean"])
+    levels = sorted({level for *_, level in cells})
+    lines = ["| profile | | " + " | ".join(f"{level:g}" for level in levels) + " |", "|---" * (len(levels) + 2) + "|"]
+    for setting in study.settings:
+        for label in study.labels:
+            own = [spread(cells.get((setting, label, level), []), 3) for level in levels]
+            lines.append("| " + " | ".join([setting, label, *own]) + " |")
+    return "\n".join(lines) if cells else ""
+
+
+def each(name: str) -> str:
+    """The metric of every client; empty where it was not kept."""
+    rows = [row for row in finished(name) if "each" in row["clients"]]
+    if not rows:
+        return ""
+    labels = [label for label in STUDIES[name].labels if any(row["label"] == label for row in rows)]
+    digits = DIGITS.get(rows[0]["metric"], 3)
+    lines = ["| client | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
+    for client in range(len(rows[0]["clients"]["each"])):
+        own = [[row["clients"]["each"][client] for row in rows if row["label"] == label] for label in labels]
+        lines.append(
+            f"| {client} | " + " | ".join(spread([x for x in few if x is not None], digits) for few in own) + " |"
+        )
+    return "\n".join(lines)
+
+
+def explained(name: str) -> str:
+    """Whether methods of a smaller aggregation error do better: their rank correlation, run by run of one seed."""
+    rows = [row for row in finished(name) if "served" in row["errors"]]
+    found = []
+    for key in sorted({(row["setting"], row["seed"]) for row in rows}):
+        some = [row for row in rows if (row["setting"], row["seed"]) == key]
+        good = [row["value"] if row["higher"] else -row["value"] for row in some]
+        # Rounding is no difference: what is exact shares one rank.
+        rho = spearmanr([round(row["errors"]["served"], 6) for row in some], good).statistic if len(some) > 2 else nan
+        found += [] if isnan(rho) else [float(rho)]
+    if len(found) < 2:
+        return ""
+    return (
+        f"Rank correlation of error and goodness over methods: {spread(found, 2)} over {len(found)} federations "
+        f"(-1: the smaller the error the better; p = {p_value(found):.2g})."
+    )
+
+
 def main() -> None:
     """Prints the tables of the named studies."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("names", nargs="*", default=list(STUDIES), choices=[*STUDIES, []])
     for name in options.parse_args().names:
-        print(f"### {name}\n\n{table(name)}\n\nTrials on validation rows:\n\n{trials(name)}\n")
+        more = [text for make in (explained, groups, each) if (text := make(name))]
+        print("\n\n".join([f"### {name}", table(name), *more, "Trials on validation rows:", trials(name)]) + "\n")
 
 
 if __name__ == "__main__":

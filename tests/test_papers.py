@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from benchmarks import study_tables
 from benchmarks.studies import STUDIES, TUNING_SEED, Book, best_rate, missing
 
 from fedlora.comparison import for_label
@@ -51,3 +52,37 @@ def test_a_study_tries_every_rate_for_every_label_before_any_run(name, tmp_path)
     assert best_rate(study, book, study.labels[0]) == study.rates[1], "one that diverged is never the best"
     assert key["rate"] == study.rates[1]
     assert len(Book(book.path, []).rows) == 0 and len((tmp_path / "book.jsonl").read_text().splitlines()) == len(tried)
+
+
+def test_tables_of_a_study_are_its_lines(tmp_path, monkeypatch):
+    name = "ravan-capability"
+    study, path = STUDIES[name], tmp_path / f"{name}.jsonl"
+    monkeypatch.setattr(study_tables.Book, "of", classmethod(lambda kind, name: kind(path, list(book.rows))))
+    book = Book(path)
+    for key, _ in missing(study, book):
+        best = key["rate"] == study.rates[1]
+        place = study.labels.index(key["label"])
+        value = 0.5 + 0.1 * place + 0.001 * key["seed"] if best else 0.1  # the first label is the worst
+        groups = [
+            {"capability": 0.25, "clients": 2, "mean": value / 2},
+            {"capability": 1.0, "clients": 1, "mean": value},
+        ]
+        figures = {"value": value, "metric": "accuracy", "higher": True, "errors": {"served": 0.3 - 0.1 * place}}
+        book.add(
+            {
+                **key,
+                **figures,
+                "bytes": {"up": 10**6, "down": 0},
+                "clients": {"capability": groups, "each": [value, None]},
+            }
+        )
+    stale = {**book.rows[-1], "rate": study.rates[0], "value": 9.0}  # of a rate that was the best before
+    book.add(stale)
+    rows = study_tables.table(name).splitlines()
+    assert len(rows) == 2 + len(study.labels) and f"| {study.rates[1]:g} |" in rows[2]
+    assert "0.501 ± 0.001" in rows[2] and "+0.100, p =" in rows[3] and "9.0" not in "".join(rows)
+    assert "-1.00 ± 0.00 over 9 federations" in study_tables.explained(name)
+    assert "| uniform | flexlora | 0.251 ± 0.001 | 0.501 ± 0.001 |" in study_tables.groups(name)
+    lines = study_tables.each(name).splitlines()
+    assert lines[2].startswith("| 0 | 0.501 ± 0.001 |") and lines[3].startswith("| 1 | – |")
+    assert study_tables.trials(name).count("| 0.100 |") >= len(study.labels)
