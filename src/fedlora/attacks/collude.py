@@ -22,13 +22,7 @@ class Collude(Attack):
     share: float = 1 / 3
     scale: float = 1.0
 
-    def check(self, method, task, hidden):
-        """``ValueError`` where it cannot be played: the attackers' uploads meet at the server."""
-        if hidden:
-            raise ValueError(
-                "attack.name is 'collude', which is played where the uploads meet, and flower.secure_aggregation hides "
-                "these; leave one of the two out."
-            )
+    meets = "'collude', which is played where the uploads meet"
 
     def together(self, rules, shared, uploads, overheard):
         """The same upload from every attacker."""
