@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedlora"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [  # imports point down only
-    {"types", "linalg", "products", "gauge", "mixing", "seeds", "nearest"},
+    {"types", "linalg", "products", "gauge", "mixing", "seeds", "nearest", "finding"},
     {"method", "adapters"},
     {"methods"},
     {"rounds"},

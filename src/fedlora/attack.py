@@ -6,7 +6,7 @@ knows what the others send; that one is played where the uploads meet, so that i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Attack:
     clients: list[int] | None = None  # or these
     start: int = 1  # the first round with an attack, from 1
 
+    meets: ClassVar[str] = ""  # of an attack that needs the others' uploads: its name, and what it does with them
+
     def __post_init__(self):
         if not 0 <= self.share <= 1:
             raise ValueError(f"attack.share is {self.share}; it is a share of the clients, from 0 to 1.")
@@ -36,6 +38,10 @@ class Attack:
 
     def check(self, method: Method, task: Task, hidden: bool) -> None:
         """``ValueError`` where the attack has nothing to act on; ``hidden`` says that the server sees no upload."""
+        if hidden and self.meets:
+            raise ValueError(
+                f"attack.name is {self.meets}, and flower.secure_aggregation hides these; leave one of the two out."
+            )
 
     def ready(self, task: Task, model: str, count: int, seed: int) -> Self:
         """The attack with its clients known, and what it needs of the task's model, such as a word's tokens."""

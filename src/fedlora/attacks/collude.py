@@ -22,13 +22,7 @@ class Collude(Attack):
     share: float = 1 / 3
     scale: float = 1.0
 
-    def check(self, method, task, hidden):
-        """``ValueError`` where it cannot be played: the attackers' uploads meet at the server."""
-        if hidden:
-            raise ValueError(
-                "attack.name is 'collude', which is played where the uploads meet, and flower.secure_aggregation hides "
-                "these; leave one of the two out."
-            )
+    meets = "'collude', which is played where the uploads meet"
 
     def together(self, rules, shared, uploads, overheard):
         """The same upload from every attacker."""
@@ -42,12 +36,12 @@ def forged(
 ) -> dict[int, Received]:
     """Every attacker's start moved by ``by`` times the mean of the known uploads' changes, leaf by leaf."""
     known = [u for u in known if not _odd(u)]
+    starts = [expected(rules, shared, other.turn).start for other in known]
     found = {}
     for client, upload in uploads.items():
         if not attack.acts(upload.turn) or not known:
             continue
         start = expected(rules, shared, upload.turn).start
-        starts = [expected(rules, shared, other.turn).start for other in known]
         tree = {
             part: _layer(start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by)
             for part in rules

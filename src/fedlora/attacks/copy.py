@@ -17,13 +17,7 @@ class Copy(Attack):
 
     victim: int | None = None  # None: the first client of the round that is no attacker
 
-    def check(self, method, task, hidden):
-        """``ValueError`` where nobody can overhear an upload."""
-        if hidden:
-            raise ValueError(
-                "attack.name is 'copy', which sends another's upload, and flower.secure_aggregation hides these; leave "
-                "one of the two out."
-            )
+    meets = "'copy', which sends another's upload"
 
     def together(self, rules, shared, uploads, overheard):
         """The victim's last upload from every attacker; and what it sends now, for the next round."""

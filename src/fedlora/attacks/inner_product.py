@@ -16,13 +16,7 @@ class InnerProduct(Attack):
 
     scale: float = 1.5
 
-    def check(self, method, task, hidden):
-        """``ValueError`` where nobody can know the uploads."""
-        if hidden:
-            raise ValueError(
-                "attack.name is 'inner-product', whose attackers know the others' uploads, and "
-                "flower.secure_aggregation hides these; leave one of the two out."
-            )
+    meets = "'inner-product', whose attackers know the others' uploads"
 
     def together(self, rules, shared, uploads, overheard):
         """The same upload from every attacker."""

@@ -162,12 +162,12 @@ def report(f: "Federation", rounds: int, plan: bool = False) -> dict[str, Any]:
     """What the guarantee is, for summaries, plans and cards; nothing where privacy is off."""
     if not f.privacy.on:
         return {}
-    p, z = f.privacy, f.noise
+    p, z, d = f.privacy, f.noise, delta(f)
     count = {k: planned(f, k) if plan else steps(f, k, asked(f, k, rounds)) for k in known(f)}
-    own = {k: _finite(p.epsilon(z, rate(f, k), n, delta(f))) for k, n in count.items()}
+    own = {k: _finite(p.epsilon(z, rate(f, k), n, d)) for k, n in count.items()}
     worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
     found: dict[str, Any] = {
-        "level": p.level, "epsilon": worst, "delta": delta(f) if own else None, "noise_multiplier": _finite(z),
+        "level": p.level, "epsilon": worst, "delta": d if own else None, "noise_multiplier": _finite(z),
         "clip": p.clip, "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
         "sampling_rate": max((rate(f, k) for k in known(f)), default=None),
         "secret": p.secret, "covers": CLIENT if p.by_client else EXAMPLE,

@@ -2,9 +2,9 @@
 
 import importlib
 import inspect
-import pkgutil
 from typing import Any
 
+from fedlora import finding
 from fedlora.nearest import unknown
 
 _NOT_TASKS = {
@@ -14,7 +14,7 @@ _NOT_TASKS = {
 
 def names() -> list[str]:
     """The names of all tasks, found by looking in this folder."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_TASKS)
+    return [name for name in finding.names(__path__) if name not in _NOT_TASKS]
 
 
 def load(name: str) -> type[Any]:
