@@ -64,7 +64,7 @@ STUDIES = {
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),
     "aggregation-qnli": Study(
-        "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
+        "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), (6e-4, 2e-3, 6e-3), "10 clients, Dirichlet 0.5"
     ),
     "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
     "fedsa-concept-shift": Study(

@@ -40,6 +40,11 @@ def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> tuple[fl
     return statistics.fmean(differences), p_value(differences), len(pairs)
 
 
+def compared(difference: float, p: float, pairs: int, digits: int) -> str:
+    """A paired test in words; no test can be made of differences that are all the same."""
+    return f"{difference:+.{digits}f}, " + ("the same every time" if isnan(p) else f"p = {p:.2g}") + f" (n = {pairs})"
+
+
 def p_value(differences: Sequence[float]) -> float:
     """Student's test of a mean of zero, two-sided."""
     with warnings.catch_warnings():
@@ -73,7 +78,7 @@ def table(name: str) -> str:
         errors = [row["errors"]["served"] for row in own if "served" in row["errors"]]
         cells = [label, f"{best_rate(study, book, label):g}"]
         cells += [spread(list(values(rows, setting, label).values()), digits) for setting in study.settings]
-        cells.append("–" if test is None else f"{test[0]:+.{digits}f}, p = {test[1]:.2g} (n = {test[2]})")
+        cells.append("–" if test is None else compared(*test, digits))
         cells.append(f"{statistics.fmean(errors):.3f}" if errors else "–")
         cells += [f"{statistics.fmean(row['bytes'][d] for row in own) / 1e6:.2f}" for d in ("up", "down")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -108,11 +113,10 @@ def groups(name: str) -> str:
 
 
 def each(name: str) -> str:
-    """The metric of every client; empty where it was not kept."""
-    rows = [row for row in finished(name) if "each" in row["clients"]]
-    if not rows:
+    """The metric of every client; empty where it was not kept of every run."""
+    rows, labels = finished(name), STUDIES[name].labels
+    if not rows or not all("each" in row["clients"] for row in rows):
         return ""
-    labels = [label for label in STUDIES[name].labels if any(row["label"] == label for row in rows)]
     digits = DIGITS.get(rows[0]["metric"], 3)
     lines = ["| client | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
     for client in range(len(rows[0]["clients"]["each"])):
