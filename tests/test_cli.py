@@ -145,7 +145,7 @@ def test_ctrl_c_in_a_comparison_says_what_is_left(cli, tmp_path):
     )  # fmt: skip
     second = tmp_path / "c" / "svd-seed0" / "metrics.jsonl"
     until = time.monotonic() + 120
-    while time.monotonic() < until and not second.exists():
+    while time.monotonic() < until and not (second.exists() and second.stat().st_size):  # a round is done
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
