@@ -9,6 +9,7 @@ from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
 from fedlora.defence import Defence
 from fedlora.engines import private
+from fedlora.engines.book import Book
 from fedlora.evaluation import Evaluation, Evaluator
 from fedlora.hygiene import Hygiene
 from fedlora.method import Method
@@ -58,6 +59,11 @@ class Federation:
     def noise(self) -> float:
         """The noise multiplier of the run, where there is privacy."""
         return private.noise(self)
+
+    @cached_property
+    def book(self) -> Book:
+        """What goes into the figures of privacy, counted as the rounds go by."""
+        return Book(self)
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, in order."""
