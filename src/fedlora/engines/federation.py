@@ -115,5 +115,17 @@ class Federation:
         return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
 
     def scores(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
-        """What a client holds after round ``number``, on its own test rows."""
-        return evaluator.client(client, received(self.rules, shared, kept, self.turn(number + 1, client)))
+        """What a client holds after round ``number``, on its own test rows; with a personal method, how far an attack
+        came there, too."""
+        tree = received(self.rules, shared, kept, self.turn(number + 1, client))
+        own = evaluator.client(client, tree)
+        if self._judge is None:
+            return own
+        harm = {name: pair for name, pair in self._judge.client(client, tree).sums.items() if pair[1]}
+        return Scores({**own.sums, **harm})
+
+    @cached_property
+    def _judge(self) -> Evaluator | None:
+        """Of a personal method's models, where there is an attack that one can see in what they say."""
+        judge = self.attack.judge(self.task) if self.attack is not None and self.method.personal else None
+        return None if judge is None else self.evaluator(judge)
