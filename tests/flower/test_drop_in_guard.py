@@ -35,7 +35,7 @@ def factor(by, leaf="lora_B"):
 @pytest.mark.parametrize("method", ["fedit", "fedex-lora"])
 def test_an_absurd_upload_is_quarantined_and_the_rest_go_on(monkeypatch, caplog, method):
     world = Federation(monkeypatch, FIVE, post=spoiled(3, factor(1e3)))
-    made = strategy(method, fraction_evaluate=0.0)
+    made = strategy(method, fraction_evaluate=0.0, hygiene={})
     with caplog.at_level(logging.WARNING, "flwr"):
         world.run(made)
     assert list(made.quarantined) == [1] and list(made.quarantined[1]) == [3]
