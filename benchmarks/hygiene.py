@@ -1,7 +1,8 @@
 """What it costs the server to look at every upload, and to compare them all, beside combining them.
 
 ``python -m benchmarks.hygiene`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
-the aggregation errors that a round measures unless told not to, of the gate, and of a robust rule's inner products.
+the aggregation errors that a round measures unless told not to, of reading the uploads as they come over a network, of
+the gate, and of a robust rule's inner products. Aggregation as a user runs it is the first three together.
 """
 
 import argparse
@@ -12,34 +13,57 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 
 from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.hygiene import Gate, Hygiene
+from fedlora.limits import Limits, read_header
 from fedlora.measures import errors
 from fedlora.method import Method
-from fedlora.rounds import Received, server_turn
-from fedlora.types import Turn
+from fedlora.rounds import Received, Rules, client_turn, server_turn
+from fedlora.state import flat, nested
+from fedlora.types import Tree, Turn
 from fedlora.updates import gram
 
 SHAPES = {"12 of 384": (12, 384, 384), "24 of 768": (24, 768, 768), "4 of 4096": (4, 4096, 4096)}
 
 
-def uploads(weights: int, m: int, n: int, r: int, K: int) -> tuple[dict[str, Any], list[Received]]:
-    """What is served, and ``K`` clients a little apart from it, as after a round of training."""
-    g = torch.Generator().manual_seed(0)
-    shared = {
-        f"w{i}": {"A": torch.randn(r, n, generator=g) * n**-0.5, "B": torch.randn(m, r, generator=g) * 0.02}
-        for i in range(weights)
-    }
+class Walk:
+    """Training that moves every leaf a little, each client's on its own."""
 
-    def near(x: torch.Tensor) -> torch.Tensor:
-        return x + 0.1 * x.std() * torch.randn(x.shape, generator=g)
+    def __init__(self, seed: int):
+        self.draws = torch.Generator().manual_seed(seed)
 
-    return shared, [
-        Received(Turn(1, k, r, k), 1, {p: {leaf: near(x) for leaf, x in layer.items()} for p, layer in shared.items()})
-        for k in range(K)
-    ]
+    def gradient(self, start: Tree) -> Tree:
+        return start
+
+    def fit(self, start: Tree, trained: Any, rules: Rules) -> Tree:
+        """A tenth of each leaf's own size, or of 0.02 where it is zero."""
+        return {
+            part: {leaf: self._near(x) if leaf in trained[part] else x for leaf, x in layer.items()}
+            for part, layer in start.items()
+        }
+
+    def _near(self, x: torch.Tensor) -> torch.Tensor:
+        size = float(x.square().mean().sqrt()) or 0.02
+        return x + 0.1 * size * torch.randn(x.shape, generator=self.draws)
+
+
+def uploads(
+    method: Method, weights: int, m: int, n: int, K: int
+) -> tuple[Rules, Tree, list[Received], dict[int, Tree]]:
+    """What is served, ``K`` clients a little apart from it, as after a round of training, and what they keep."""
+    rules = {f"w{i}": method for i in range(weights)}
+    first: Tree = {part: method.adapter.init(m, n, i) for i, part in enumerate(rules)}
+    every = dict.fromkeys(rules, method.adapter.trainable)
+    shared = Walk(0).fit(first, every, rules)
+    sent, kept = [], {}
+    for k in range(K):
+        turn = Turn(1, k, method.adapter.budget, k)
+        tree, kept[k] = client_turn(rules, shared, {}, turn, Walk(k + 1))
+        sent.append(Received(turn, 1, tree))
+    return rules, shared, sent, kept
 
 
 def seconds(work: Callable[[], Any], times: int = 3) -> float:
@@ -53,7 +77,7 @@ def seconds(work: Callable[[], Any], times: int = 3) -> float:
     return median(found)
 
 
-def looked_at(rules: Any, shared: Any, sent: Sequence[Received]) -> None:
+def looked_at(rules: Rules, shared: Tree, sent: Sequence[Received]) -> None:
     """All that hygiene does in a round."""
     gate = Gate(Hygiene(), rules, shared, {})
     good = gate.judged([u for u in sent if gate.arrived(u) is not None], lambda upload: 1)
@@ -61,39 +85,46 @@ def looked_at(rules: Any, shared: Any, sent: Sequence[Received]) -> None:
     assert len(good) == len(sent), gate.bad
 
 
+def read(content: bytes) -> Tree:
+    """An upload as it comes over a network, in memory of its own."""
+    read_header(content, Limits(2**31, 100_000, 2**24))
+    return nested(load(content))
+
+
 def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int) -> list[dict[str, Any]]:
     """Rows of figures, one a method and shape."""
     found = []
     for shape in shapes:
-        shared, sent = uploads(*SHAPES[shape], r, K)
         for name in names:
+            kind = methods.load(name)
             about = {"weights": shape, "rank": r, "clients": K, "method": name}
-            found.append({**about, **costs(methods.load(name)(LoRA(r, 16.0)), shared, sent)})
+            found.append({**about, **costs(*uploads(kind(kind.adapters[0].like(LoRA(r, 16.0))), *SHAPES[shape], K))})
             print(json.dumps(found[-1]), flush=True)
     return found
 
 
-def costs(method: Method, shared: Any, sent: Sequence[Received]) -> dict[str, float]:
-    """Seconds of each, and the gate's share of combining, and of combining and measuring."""
-    rules = dict.fromkeys(shared, method)
-    served = server_turn(rules, shared, sent)
+def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, Tree]) -> dict[str, float]:
+    """Seconds of each, and the gate's share of combining alone, and of aggregation as a user runs it."""
+    served, came = server_turn(rules, shared, sent), [save(flat(u.tree)) for u in sent]
     combine = seconds(lambda: server_turn(rules, shared, sent))
-    measure = seconds(lambda: errors(rules, shared, sent, {}, served))
+    measured = seconds(lambda: errors(rules, shared, sent, kept, served))
+    reading = seconds(lambda: [read(content) for content in came])
     gate = seconds(lambda: looked_at(rules, shared, sent))
     return {
         "combine": combine,
-        "measure": measure,
+        "measure": measured,
+        "read": reading,
         "hygiene": gate,
         "share of combining": gate / combine,
-        "share of both": gate / (combine + measure),
-        "inner products": seconds(lambda: gram(rules, shared, sent), 2),
+        "share of all": gate / (combine + measured + reading),
+        "inner products": seconds(lambda: gram(rules, shared, sent), 1),
     }
 
 
 def main() -> None:
     """Prints a JSON line a row."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--methods", default="fedit,fedex-lora,flexlora,svd,flora-na")
+    options.add_argument("--methods", default="fedit,fedsa-lora,svd,flora,fedex-lora,ravan")
     options.add_argument("--shapes", default=",".join(SHAPES))
     options.add_argument("--rank", type=int, default=8)
     options.add_argument("--clients", type=int, default=20)

@@ -7,17 +7,20 @@ import torch
 
 from fedlora import attacks, defences
 from fedlora.adapters import LoRA
-from fedlora.attack import leaving, taught
+from fedlora.attack import leaving, succeeded, taught
 from fedlora.attacks.backdoor import Backdoor
 from fedlora.attacks.label_flip import LabelFlip
 from fedlora.defence import defended
+from fedlora.engines.inprocess import InProcess
 from fedlora.hygiene import Gate, Hygiene
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
+from fedlora.metrics import Scores, possible
 from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.tasks.task import Examples
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.types import Turn
+from tests.engines.test_inprocess import config
 from tests.laws.world import Nudge
 
 M, N, R, K = 12, 10, 2, 10
@@ -220,3 +223,46 @@ def test_all_attacks_are_found():
     assert attacks.names() == [
         "backdoor", "collude", "copy", "gaussian", "inner-product", "label-flip", "nan", "rescale", "scaling", "sign-flip",
     ]  # fmt: skip
+
+
+FLIP = "attack={name='label-flip', clients=[1]}"
+
+
+def flipped(*settings):
+    return config(
+        "method.name=fedsa-lora", FLIP, "rounds=1", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1",
+        "clients.split={name='iid'}", *settings,
+    )  # fmt: skip
+
+
+def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
+    made = flipped()
+    f, engine = made.federation(), InProcess()
+    [done] = list(engine.run(f))
+    judge = f.evaluator(f.attack.judge(f.task))
+    shares, rows = [], 0
+    for client in (0, 2):
+        tree = received(f.rules, done.shared, done.kept[client], f.turn(1, client))
+        hits, count = judge.client(client, tree).sums["success"]
+        shares.append(hits / count)
+        rows += count
+    assert done.record["attack"] == {"success": pytest.approx(sum(shares) / 2), "rows": rows, "clients": 2}
+    assert len(set(shares)) > 1 or rows > 0
+    assert "attack" not in next(iter(InProcess().run(flipped("attack={name='nan', clients=[1]}").federation()))).record
+
+
+def test_a_personal_methods_harm_is_the_same_over_messages(tmp_path):
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from tests.flower.world import World
+
+    made = flipped()
+    [there] = World(tmp_path, made=made).run()
+    [here] = list(InProcess().run(made.federation()))
+    assert there.record["attack"] == here.record["attack"] and here.record["attack"]["clients"] == 2
+
+
+def test_nobody_can_claim_more_successes_than_rows():
+    assert possible("success", 3, 3) and not possible("success", 4, 3) and not possible("success", -1, 3)
+    sums = {0: Scores({"success": (1, 4)}), 1: Scores({"success": (4, 4)}), 2: Scores({"accuracy": (1, 1)})}
+    assert succeeded(LabelFlip(clients=[1]), sums) == {"success": 0.25, "rows": 4, "clients": 1}
+    assert succeeded(None, sums) == {} and succeeded(LabelFlip(clients=[0, 1]), sums) == {}

@@ -7,14 +7,17 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.adapters import LoRA
+from fedlora.adapters import Heads, LoRA
 from fedlora.config import build, overridden
 from fedlora.hygiene import Gate, Hygiene, barred
 from fedlora.hygiene.sizes import norm
 from fedlora.methods.fedit import FedIT
+from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import HetLoRA
+from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
 from fedlora.state import load_tree
+from fedlora.types import Turn
 from tests.engines.test_inprocess import TABLE, config, same
 from tests.test_defences import R, dense, turned, world
 
@@ -229,3 +232,27 @@ def test_honest_clients_that_differ_much_are_let_in(optimizer):
     how = (f"training={{local_epochs=1, batch_size=4, optimizer='{optimizer}'}}", rate)
     result = fedlora.run(build(overridden(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"])))
     assert "quarantined" not in result.summary
+
+
+def test_what_is_expected_is_made_once_for_turns_that_are_alike(monkeypatch):
+    from fedlora import forms
+
+    asked, plain = [], forms.expected
+    monkeypatch.setattr(forms, "expected", lambda *about: asked.append(about) or plain(*about))
+    rules, shared, uploads = world(METHOD, K=6, head=True)
+    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 6
+    assert len(asked) == 1, "FedIT's hooks read nothing of a turn"
+    for score, times in (("random", 6), ("weight", 6)):
+        ravan = {"w": Ravan(Heads(heads=4, head_rank=2), score=score)}
+        wanted = forms.Expectations(ravan, {"w": ravan["w"].adapter.init(9, 9, 0)})
+        turns = [Turn(0, k, 2, seed=k) for k in range(6)]
+        asked.clear()
+        found = [wanted.of(turn) for turn in turns]
+        assert len(asked) == times, "which heads a client trains goes by its seed"
+        assert [f.forms for f in found] == [plain(ravan, wanted.shared, turn).forms for turn in turns]
+        asked.clear()
+        assert wanted.of(Turn(0, 0, 4, 0)) is wanted.of(Turn(0, 1, 4, 1)) and len(asked) == 1, "all heads: no draw"
+        assert wanted.of(Turn(0, 0, 4, 0)).sent["w"].keys() == {"H0", "H1", "H2", "H3"}
+    flex = forms.Expectations({"w": FlexLoRA(LoRA(R, 6.0))}, {"w": shared["w"]})
+    ranks = [flex.of(Turn(0, k, rank, k)).forms["w"]["A"][0][0] for k, rank in enumerate((3, 1, 3, 2, 1))]
+    assert ranks == [3, 1, 3, 2, 1], "a turn of another rank has an answer of its own"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tracemalloc
 
 import numpy as np
@@ -201,3 +202,13 @@ def test_an_array_of_numpys_is_looked_at_first():
     ):
         with pytest.raises(ValueError, match="cannot be read"):
             tensor("k", Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=data))
+
+
+def test_a_pattern_that_python_warns_of_is_read_in_silence(tmp_path):
+    """Found by fuzzing: with warnings as errors the reader fell over a pattern that another party had written."""
+    from fedlora.peft_folder import _compiled
+
+    re.purge()
+    _compiled(tmp_path, "rank_pattern", "[[a]layer")
+    with pytest.raises(ValueError, match="which is no pattern"):
+        _compiled(tmp_path, "rank_pattern", "(a")

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from fedlora.method import Method
+from fedlora.metrics import Scores
 from fedlora.rounds import Received, Rules, received
 from fedlora.seeds import derived
 from fedlora.tasks.task import Task
 from fedlora.types import Layer, Tree, Turn
+
+SUCCESS = "success"  # the name of a judge's sum
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def leaving(attack: Attack | None, rules: Rules, shared: Tree, kept: Tree, sent:
 def moved(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:
     """Each leaf with ``by`` times its change: to first order, ``by`` times the update."""
     return {leaf: start[leaf] + by * (x - start[leaf]) for leaf, x in sent.items()}
+
+
+def succeeded(attack: Attack | None, scores: Mapping[int, Scores]) -> dict[str, Any]:
+    """How far an attack came with honest clients' own models, mean over clients; nothing where they do not tell."""
+    honest = {client: one.sums for client, one in scores.items() if attack is not None and client not in attack.who}
+    told = [sums[SUCCESS] for sums in honest.values() if SUCCESS in sums]
+    if not told:
+        return {}
+    shares = [hits / rows for hits, rows in told]
+    return {"success": sum(shares) / len(told), "rows": sum(rows for _, rows in told), "clients": len(told)}
 
 
 class Altered:

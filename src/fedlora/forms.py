@@ -1,7 +1,8 @@
 """What an upload must look like: known before its client has trained."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from fedlora.types import Layer, Tree, Turn, Work
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST = 65504.0  # of a trained number, float16's; far beyond it, factorisations of sums overflow
+Form = Mapping[str, tuple[torch.Size, torch.dtype]]  # shape and type of a layer's leaves
 
 
 class RefusedError(ValueError):
@@ -25,6 +27,7 @@ class Expected(NamedTuple):
     sent: Tree  # those that it sends
     exact: bool  # False where the choice goes by the client's own rows: then it sends some of ``sent``
     products: frozenset[str]  # parts whose update ``ΔW`` the upload tells: no factor of it stays with the client
+    forms: Mapping[str, "Form"]  # of ``sent``
 
 
 class Checked(NamedTuple):
@@ -33,6 +36,41 @@ class Checked(NamedTuple):
     tree: Tree
     start: Tree
     products: frozenset[str]
+
+
+FIELDS = tuple(f.name for f in fields(Turn))
+OWN = {"client", "seed"}  # fields by which no two turns of a round are alike
+
+
+class _Read(Turn):
+    """A turn that notes what is read of it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in FIELDS:
+            object.__getattribute__(self, "__dict__").setdefault("read", {})[name] = None
+        return object.__getattribute__(self, name)
+
+
+@dataclass
+class Expectations:
+    """What the uploads of one round have to have. Hooks are pure, so where they read nothing of a turn but, say, its
+    rank, the answer is the same for all clients of that rank, and is made once."""
+
+    rules: Rules
+    shared: Tree
+    _known: dict[tuple[str, ...], dict[tuple[Any, ...], Expected]] = field(default_factory=dict, init=False)
+
+    def of(self, turn: Turn) -> Expected:
+        """What a client's upload of this turn has to have."""
+        for names, answers in self._known.items():
+            if (found := answers.get(tuple([getattr(turn, name) for name in names]))) is not None:
+                return found
+        watched = _Read(*(getattr(turn, name) for name in FIELDS))
+        found = expected(self.rules, self.shared, watched)
+        names = tuple(vars(watched).get("read", ()))
+        if not OWN & set(names):
+            self._known.setdefault(names, {})[tuple([getattr(turn, name) for name in names])] = found
+        return found
 
 
 def expected(rules: Rules, shared: Tree, turn: Turn) -> Expected:
@@ -46,20 +84,22 @@ def expected(rules: Rules, shared: Tree, turn: Turn) -> Expected:
         stays = (trained - set(sent[part])) & rule.adapter.outputs
         if not isinstance(rule.adapter, Dense) and (not stays or set(sent[part]) & rule.adapter.outputs):
             products.add(part)
-    return Expected(start, sent, exact, frozenset(products))
+    return Expected(start, sent, exact, frozenset(products), {part: _form(layer) for part, layer in sent.items()})
 
 
-def checked(rules: Rules, shared: Tree, turn: Turn, sent: Tree) -> Checked:
+def checked(rules: Rules, turn: Turn, sent: Tree, wanted: Expected) -> Checked:
     """The upload with every part of the model. ``RefusedError`` where it has not the leaves that this client's turn
     sends, with their shapes, or other than plain numbers; whether these are finite, ``sizes`` tells."""
-    wanted = expected(rules, shared, turn)
+    if {part: _form(layer) for part, layer in sent.items()} == wanted.forms:  # nearly all: nothing is to be converted
+        plain = {part: {leaf: sent[part][leaf] for leaf in sorted(form)} for part, form in wanted.forms.items()}
+        return Checked(plain, wanted.start, wanted.products)
     strange = sorted(sent.keys() - rules.keys())
     if strange:
         raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")
     tree, start = {}, {}
     for part, rule in rules.items():
         layer = sent.get(part, {})
-        rank = _form(part, rule, wanted.sent[part], layer, wanted.exact, turn.rank)
+        rank = _rank(part, rule, wanted.sent[part], layer, wanted.exact, turn.rank)
         whole = wanted.start[part]
         start[part] = whole if rank is None else rule.adapter.leading(whole, rank)
         tree[part] = {leaf: layer[leaf].to(wanted.sent[part][leaf].dtype) for leaf in sorted(layer)}
@@ -73,7 +113,11 @@ def finite(part: str, layer: Layer) -> None:
             raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
 
 
-def _form(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
+def _form(layer: Layer) -> Form:
+    return {leaf: (x.shape, x.dtype) for leaf, x in layer.items()}
+
+
+def _rank(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
     """Checks one layer; the rank where it is a smaller one than the turn's."""
     odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
     if odd:

@@ -104,7 +104,7 @@ KNOWN = {
     )
 }
 SHARES = frozenset(  # 0 to the count
-    ("accuracy", "accuracy_mismatched", *CONFUSION, "exact_match", "answer_f1", "pass@1", "token_accuracy")
+    ("accuracy", "accuracy_mismatched", *CONFUSION, "exact_match", "answer_f1", "pass@1", "token_accuracy", "success")
 )
 SIGNED = frozenset(("spearman",))  # minus the count to the count
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,7 +147,9 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _compiled(folder: Path, key: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # "[[a]" may mean something else some day: no fault of it
+            re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{str(folder / CONFIG)!r} has {pattern!r} in {key}, which is no pattern: {error}.") from error
 

@@ -34,7 +34,8 @@ def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[s
     if (folder / TOKEN).exists():
         raise ConfigError(
             f"{str(folder)!r} holds a run whose parties keep their state on their own machines; go on with it by "
-            "`flwr run` or `fedlora flower local` with the same folder."
+            "`flwr run` with the same app and out, or, where that began it, by "
+            f"`fedlora flower local {folder / CONFIG} --out {folder}`."
         )
     config = read(folder / CONFIG, [*overrides, *([f"rounds={rounds}"] if rounds is not None else [])])
     _check_rounds(folder, read(folder / CONFIG), config, records(folder))

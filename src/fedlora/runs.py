@@ -25,6 +25,7 @@ from fedlora.folds import FoldLog
 from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
+from fedlora.rounds import public
 from fedlora.state import save_json, save_tree, swept, write
 from fedlora.stopping import FULL, Stop, alone, saying_full
 from fedlora.types import Tree
@@ -141,7 +142,7 @@ def _kept(
 
 def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
     """What a run came to, for whoever opens its folder; the summary comes last."""
-    save_tree(folder / SHARED, shared)
+    save_tree(folder / SHARED, {part: public(layer) for part, layer in shared.items()})
     save_folds(folder, folds)
     for client, tree in kept.items():
         if any(tree.values()):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapters import Adapter
-from fedlora.forms import checked
+from fedlora.forms import Expectations, checked
 from fedlora.rounds import Received, Rules
 from fedlora.types import Factors, Layer, Tree
 
@@ -39,7 +39,8 @@ def gram(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Float[Tenso
     One part of all uploads is in memory at a time.
     """
     G = torch.zeros(len(uploads), len(uploads), dtype=torch.float64)
-    starts = [checked(rules, shared, u.turn, _forms(u.tree)) for u in uploads]
+    wanted = Expectations(rules, shared)
+    starts = [checked(rules, u.turn, _forms(u.tree), wanted.of(u.turn)) for u in uploads]
     for part, rule in rules.items():
         layers = [u.tree[part] for u in uploads]
         if not any(layers):

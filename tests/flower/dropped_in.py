@@ -107,5 +107,6 @@ def three(**more):
 
 
 def strategy(method, **more):
-    """A strategy for them."""
-    return FedLoRA(method, **{"lora_alpha": ALPHA, "min_train_nodes": 2, **more})
+    """A strategy for them; the small app trains at a rate at which honest updates differ more than tenfold."""
+    wide = {"norm_limit": 1e6, "factor_limit": 1e6}
+    return FedLoRA(method, **{"lora_alpha": ALPHA, "min_train_nodes": 2, "hygiene": wide, **more})

@@ -96,7 +96,7 @@ def test_an_error_and_a_duplicate(monkeypatch, caplog):
 
     def twice(messages, timeout=None):
         replies = list(pushed(messages, timeout=timeout))
-        return [*replies, *replies[:1]]
+        return [*replies, *[r for r in replies if not r.has_error()][:1]]  # Flower asks nodes in any order
 
     monkeypatch.setattr(world.grid, "send_and_receive", twice)
     world.grid._contexts[4].node_config = {}  # the app looks for its partition

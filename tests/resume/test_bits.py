@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import fedlora
 from fedlora import methods
 from fedlora.config import ConfigError
+from fedlora.state import load_tree
+from tests.engines.test_inprocess import same
 from tests.resume.world import alike, small
 
 ROUNDS = 4
@@ -43,6 +46,7 @@ SETTINGS = {
     "unequal": ["clients.capability=uniform", "clients.stragglers=0.5"],
     "seldom": ["evaluation.every=3", "checkpoint.every=3"],
     "spilled": ["engine.spill=true", "evaluation.measure=false"],
+    "copied": ["attack={name='copy', clients=[1], victim=0}", "hygiene.strikes=0"],
     "halved": ["training.precision=bf16"],
 }
 
@@ -137,3 +141,14 @@ def test_run_names_resume_and_other_folders_are_refused(tmp_path):
     (tmp_path / "run" / "run.json").write_text('{"run": "abc"}')
     with pytest.raises(ConfigError, match="keep their state on their own machines; go on with it by `flwr run`"):
         fedlora.resume(tmp_path / "run")
+
+
+def test_a_users_file_holds_plain_leaves_and_the_checkpoint_the_notes(tmp_path):
+    settings = small("fedit", f"rounds={ROUNDS}", "transport={down='int4', error_feedback=true}")
+    result = fedlora.run(settings, tmp_path / "whole")
+    assert any(leaf.startswith("_owed.") for layer in result.shared.values() for leaf in layer), "there are notes"
+    left = load_tree(tmp_path / "whole" / "shared.safetensors")
+    assert left and not [leaf for layer in left.values() for leaf in layer if leaf.startswith("_")]
+    assert all(torch.equal(x, result.shared[part][leaf]) for part, layer in left.items() for leaf, x in layer.items())
+    stopped(settings, tmp_path / "run", 2)
+    assert same(fedlora.resume(tmp_path / "run").shared, result.shared), "what is owed goes on from the checkpoint"

@@ -76,7 +76,7 @@ class LoRA(Adapter):
 
     def leading(self, layer, rank):
         own = layer["A"].shape[-2]
-        if rank == own:
+        if rank >= own:
             return layer
         # Each rank has a scale of its own, and the update is what must stay.
         B = layer["B"][..., :rank] * (self.scale(own) / self.scale(rank))

@@ -10,10 +10,7 @@ from fedlora.attack import Attack
 
 @dataclass(frozen=True)
 class Copy(Attack):
-    """Every attacker sends what client ``victim`` sent in its last round; before there is any, its own.
-
-    What was overheard is not part of a checkpoint: a run that goes on begins to listen anew.
-    """
+    """Every attacker sends what client ``victim`` sent in its last round; before there is any, its own."""
 
     victim: int | None = None  # None: the first client of the round that is no attacker
 

@@ -9,6 +9,7 @@ from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
 from fedlora.defence import Defence
 from fedlora.engines import private
+from fedlora.engines.book import Book
 from fedlora.evaluation import Evaluation, Evaluator
 from fedlora.hygiene import Hygiene
 from fedlora.method import Method
@@ -58,6 +59,11 @@ class Federation:
     def noise(self) -> float:
         """The noise multiplier of the run, where there is privacy."""
         return private.noise(self)
+
+    @cached_property
+    def book(self) -> Book:
+        """What goes into the figures of privacy, counted as the rounds go by."""
+        return Book(self)
 
     def cohort(self, round: int) -> list[int]:
         """The clients of a round, in order."""
@@ -109,5 +115,17 @@ class Federation:
         return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
 
     def scores(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
-        """What a client holds after round ``number``, on its own test rows."""
-        return evaluator.client(client, received(self.rules, shared, kept, self.turn(number + 1, client)))
+        """What a client holds after round ``number``, on its own test rows; with a personal method, how far an attack
+        came there, too."""
+        tree = received(self.rules, shared, kept, self.turn(number + 1, client))
+        own = evaluator.client(client, tree)
+        if self._judge is None:
+            return own
+        harm = {name: pair for name, pair in self._judge.client(client, tree).sums.items() if pair[1]}
+        return Scores({**own.sums, **harm})
+
+    @cached_property
+    def _judge(self) -> Evaluator | None:
+        """Of a personal method's models, where there is an attack that one can see in what they say."""
+        judge = self.attack.judge(self.task) if self.attack is not None and self.method.personal else None
+        return None if judge is None else self.evaluator(judge)

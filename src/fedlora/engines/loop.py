@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedlora.attack import succeeded
 from fedlora.channel import Channel, Ledger
 from fedlora.clients import DROPPED
 from fedlora.defence import defended
@@ -61,6 +62,7 @@ class Standing:
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
     conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/gate.py
+    overheard: dict[int, Tree] = field(default_factory=dict)  # what an attack remembers of the last round
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,6 @@ class Loop(ABC):
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
     gate: Gate = field(init=False)  # of this round
-    overheard: dict[int, Tree] = field(default_factory=dict, init=False)  # what an attack remembers of the last round
 
     @abstractmethod
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -196,7 +197,7 @@ class Loop(ABC):
     def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
         """The replies whose uploads pass beside each other, in the server's form."""
         uploads = {reply.upload.turn.client: reply.upload for reply in replies}
-        if f.attack is not None and (forged := f.attack.together(f.rules, at.shared, uploads, self.overheard)):
+        if f.attack is not None and (forged := f.attack.together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
             uploads |= {k: found for k, u in forged.items() if (found := self.arrived(u)) is not None}
         before = set(self.gate.bad)
@@ -241,6 +242,8 @@ class Loop(ABC):
                 hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
                 found["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.scores(f, at, number, evaluator)
+        if harm := succeeded(f.attack, scores):
+            found["attack"] = harm
         if scores:
             found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
         self.clock["evaluate"] += time.perf_counter() - began

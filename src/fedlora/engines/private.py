@@ -1,7 +1,7 @@
 """What ``[privacy]`` does to a federation's turns, and what its rounds have spent of it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora.attack import taught
@@ -77,46 +77,11 @@ def check(f: "Federation") -> None:
         each.check(f.model.network)
 
 
-def rate(f: "Federation", client: int) -> float:
-    """With which probability a unit is in a sample, where that is sampling of the kind that the accountants know."""
-    if f.privacy.by_example:
-        return dpsgd.rate(f.training, len(f.shards[client].train))
-    # Who sees single uploads sees whose they are.
-    return 1.0 if f.privacy.noise_on == "upload" else f.clients.rate or 1.0
-
-
 def delta(f: "Federation") -> float:
     """One δ for the run: of the clients, or of the rows of the client that has most."""
     if f.privacy.by_client:
         return f.privacy.delta_of(f.clients.members)
-    return f.privacy.delta_of(max((len(f.shards[k].train) for k in known(f)), default=1))
-
-
-def known(f: "Federation") -> list[int]:
-    """The clients of which this machine knows what goes into the figures."""
-    if f.privacy.by_client:
-        return list(range(f.clients.members))
-    keys: Iterable[int] = f.shards if isinstance(f.shards, Mapping) else range(len(f.shards))
-    return [k for k in keys if k < f.clients.members]
-
-
-def steps(f: "Federation", client: int, rounds: Iterable[int]) -> int:
-    """Noisy sums that a client's data go into in these rounds: one a round, or the steps of its turns in them."""
-    if f.privacy.by_client:
-        return len(list(rounds))
-    return sum(f.spends(number, client).steps(len(f.shards[client].train)) for number in rounds)
-
-
-def asked(f: "Federation", client: int, rounds: int) -> list[int]:
-    """The rounds that count for a client: those that asked it, or all where the accountant knows the sampling."""
-    every = f.privacy.by_client and f.clients.rate is not None
-    return [number for number in range(rounds) if every or client in f.cohort(number)]
-
-
-def planned(f: "Federation", client: int) -> int:
-    """The noisy sums of the whole run; a secret sample counts as if the client were in every round."""
-    rounds = range(f.rounds) if f.clients.rate is not None else asked(f, client, f.rounds)
-    return steps(f, client, rounds)
+    return f.privacy.delta_of(max((len(f.shards[k].train) for k in f.book.rates), default=1))
 
 
 def noise(f: "Federation") -> float:
@@ -124,15 +89,8 @@ def noise(f: "Federation") -> float:
     p = f.privacy
     if p.noise_multiplier is not None:
         return p.noise_multiplier
-    d = delta(f)
-    worst = _worst([(rate(f, k), planned(f, k)) for k in known(f)])
-    return max((p.noise(q, n, d) for q, n in worst), default=math.nan)
-
-
-def _worst(pairs: Iterable[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The pairs of rate and steps that no other pair is as large as in both: ε grows with either."""
-    several = sorted(set(pairs), reverse=True)
-    return [x for x in several if not any(y != x and y[0] >= x[0] and y[1] >= x[1] for y in several)]
+    d, book = delta(f), f.book
+    return max((p.noise(q, n, d) for q, n in book.worst(book.planned)), default=math.nan)
 
 
 def spent(f: "Federation", rounds: int) -> dict[str, Any]:
@@ -142,12 +100,11 @@ def spent(f: "Federation", rounds: int) -> dict[str, Any]:
     """
     if not f.privacy.on:
         return {}
-    pairs = _worst((rate(f, k), steps(f, k, asked(f, k, rounds))) for k in known(f))
+    pairs = f.book.worst(f.book.after(rounds))
     if not pairs:
         return {"privacy": {"epsilon": None, "delta": None}}
     d = delta(f)
-    found = [f.privacy.epsilon(f.noise, q, n, d) for q, n in pairs]
-    return {"privacy": {"epsilon": _finite(max(found)), "delta": d}}
+    return {"privacy": {"epsilon": _finite(f.privacy.largest(f.noise, pairs, d)), "delta": d}}
 
 
 def told(f: "Federation", rounds: int) -> str:
@@ -163,13 +120,14 @@ def report(f: "Federation", rounds: int, plan: bool = False) -> dict[str, Any]:
     if not f.privacy.on:
         return {}
     p, z, d = f.privacy, f.noise, delta(f)
-    count = {k: planned(f, k) if plan else steps(f, k, asked(f, k, rounds)) for k in known(f)}
-    own = {k: _finite(p.epsilon(z, rate(f, k), n, d)) for k, n in count.items()}
+    book = f.book
+    count = book.planned if plan else book.after(rounds)
+    own = {k: _finite(p.epsilon(z, book.rates[k], n, d)) for k, n in count.items()}
     worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
     found: dict[str, Any] = {
         "level": p.level, "epsilon": worst, "delta": d if own else None, "noise_multiplier": _finite(z),
         "clip": p.clip, "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
-        "sampling_rate": max((rate(f, k) for k in known(f)), default=None),
+        "sampling_rate": max(book.rates.values(), default=None),
         "secret": p.secret, "covers": CLIENT if p.by_client else EXAMPLE,
     }  # fmt: skip
     return {"privacy": found | ({"clients": {str(k): x for k, x in own.items()}} if p.by_example else {})}

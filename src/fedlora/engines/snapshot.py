@@ -17,7 +17,7 @@ from fedlora.engines.sealed import moved
 from fedlora.training import State
 from fedlora.types import Tree
 
-APART = ("shared", "folds", "channel")  # what of a standing is no plain value
+APART = ("shared", "folds", "channel", "overheard")  # what of a standing is no plain value
 
 
 class Key(NamedTuple):
@@ -37,6 +37,7 @@ class Snapshot:
     ledger: list[Crossing]
     folds: int
     privates: Mapping[int, Private] | None  # None: parties keep theirs on their own machines
+    overheard: Mapping[int, Tree]
 
     @classmethod
     def take(cls, at: Standing, privates: Mapping[int, Private] | None) -> "Snapshot":
@@ -45,7 +46,8 @@ class Snapshot:
         copied = deepcopy(plain)
         ledger = list(at.channel.ledger.rows)
         held = None if privates is None else dict(privates)
-        return cls(at.shared, copied, at.channel.known(at.shared), ledger, len(at.folds), held)
+        known = at.channel.known(at.shared)
+        return cls(at.shared, copied, known, ledger, len(at.folds), held, dict(at.overheard))
 
     @property
     def number(self) -> int:
@@ -66,8 +68,10 @@ class Snapshot:
         about = {
             "plain": self.plain, "leaves": {part: list(layer) for part, layer in self.shared.items()},
             "keys": keys, "held": rows, "folds_seen": self.knowledge.folds_seen, "words": words,
+            "overheard": list(self.overheard),
         }  # fmt: skip
-        return {**changed, "numbers": numbers}, about
+        heard = {f"overheard/{k}/{part}": layer for k, tree in self.overheard.items() for part, layer in tree.items()}
+        return {**changed, **heard, "numbers": numbers}, about
 
 
 def put_back(at: Standing, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
@@ -78,6 +82,10 @@ def put_back(at: Standing, tree: Tree, about: Mapping[str, Any], device: torch.d
     at.shared = {
         part: {leaf: saved[part][leaf] if leaf in saved.get(part, ()) else first[part][leaf] for leaf in own}
         for part, own in about["leaves"].items()
+    }
+    at.overheard = {
+        client: {part: saved.get(f"overheard/{client}/{part}", {}) for part in first}
+        for client in about.get("overheard", ())
     }
     for name, value in about["plain"].items():
         setattr(at, name, _whole(value))

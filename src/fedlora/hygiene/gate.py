@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.forms import Checked, RefusedError, checked
+from fedlora.forms import Checked, Expectations, RefusedError, checked
 from fedlora.hygiene.limits import ENOUGH, Hygiene
 from fedlora.hygiene.sizes import Moved, moved, norm, served
 from fedlora.rounds import Received, Rules
@@ -52,12 +52,16 @@ class Gate:
     away: dict[int, Moved] = field(default_factory=dict)
     starts: dict[int, Checked] = field(default_factory=dict)  # without the upload itself, which may be kept on disk
     digests: dict[int, str] = field(default_factory=dict)
+    wanted: Expectations = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.wanted = Expectations(self.rules, self.shared)
 
     def arrived(self, upload: Received) -> Received | None:
         """What can be said of an upload by itself: the upload as the server has it, or None where it is bad."""
         client = upload.turn.client
         try:
-            found = checked(self.rules, self.shared, upload.turn, upload.tree)
+            found = checked(self.rules, upload.turn, upload.tree, self.wanted.of(upload.turn))
             self.away[client] = moved(self.rules, found)
             self.starts[client] = found._replace(tree={})
             self.digests[client] = digest(found.tree) if any(self.away[client].leaves.values()) else ""

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
+Claim = TypeVar("Claim", int, float)
 CLAIMS = 100  # times the median of a round: more rows than that, nobody is believed who sets no cap
 ENOUGH = 3  # uploads that a median needs: of two, nobody can say which one is odd
 
@@ -30,9 +32,9 @@ class Hygiene:
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"hygiene.{key} is {getattr(self, key)}; it cannot be negative or without end.")
 
-    def capped(self, claims: Sequence[int]) -> list[int]:
-        """The rows that each client of a round is believed to have."""
-        most = self.most_examples
+    def capped(self, claims: Sequence[Claim]) -> list[Claim]:
+        """The rows that each client of a round is believed to have; somebody else's app may weigh by fractions."""
+        most: float | None = self.most_examples
         if most is None:
-            most = int(CLAIMS * median(claims)) if len(claims) >= ENOUGH else max(claims, default=1)
-        return [min(claim, most) for claim in claims]
+            most = CLAIMS * median(claims) if len(claims) >= ENOUGH else max(claims, default=1)
+        return [claim if claim <= most else type(claim)(most) for claim in claims]

@@ -1,12 +1,11 @@
 """How far an upload's leaves have moved, in one pass over them; and the norm of its update, where that is asked for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters import Adapter
 from fedlora.forms import LARGEST, Checked, finite
 from fedlora.method import Method
 from fedlora.rounds import Rules, alike, batches, stacked
@@ -25,28 +24,35 @@ class Moved(NamedTuple):
 
 def moved(rules: Rules, found: Checked) -> Moved:
     """One upload's distances. ``RefusedError`` where a number in it is not finite or beyond all bounds."""
-    keys = [(part, leaf) for part, layer in found.tree.items() for leaf in layer]
-    if not keys:
+    sent = [x for layer in found.tree.values() for x in layer.values()]
+    if not sent:
         return Moved({}, {})
-    sent = [found.tree[part][leaf] for part, leaf in keys]
-    start = [found.start[part][leaf].to(x.device) for (part, leaf), x in zip(keys, sent)]
-    squares = torch.stack(torch._foreach_norm(torch._foreach_sub(sent, start))).double().square().tolist()
-    by_part: dict[str, dict[str, float]] = {}
-    for (part, leaf), square in zip(keys, squares):
-        by_part.setdefault(part, {})[leaf] = square
-        if not square <= BOUND:  # not a number, or one that is too large
-            finite(part, found.tree[part])
-    sides = {part: _sides(rules[part].adapter, own) for part, own in by_part.items()}
-    return Moved(
-        {part: sum(own.values()) for part, own in by_part.items()},
-        {part: (both[0], both[1]) for part, both in sides.items() if len(both) == 2},
-    )
+    start = [found.start[part][leaf] for part, layer in found.tree.items() for leaf in layer]
+    if start[0].device != sent[0].device:
+        start = [x.to(sent[0].device) for x in start]
+    norms = torch.stack(torch._foreach_norm(torch._foreach_sub(sent, start))).tolist()
+    squares = [x * x for x in norms]
+    if not sum(squares) <= BOUND:  # something may be no number, or too large
+        for part, layer in found.tree.items():
+            finite(part, layer)
+    return _by_part(rules, found.tree, iter(squares))
 
 
-def _sides(adapter: Adapter, squares: Mapping[str, float]) -> list[float]:
-    """Input and output, or nothing where one of them did not come."""
-    both = [[squares[leaf] for leaf in squares.keys() & side] for side in (adapter.inputs, adapter.outputs)]
-    return [sum(values) for values in both] if all(both) else []
+def _by_part(rules: Rules, tree: Tree, squares: Iterator[float]) -> Moved:
+    """The squares of all leaves, in order, summed for each part and for each of its sides that came."""
+    leaves: dict[str, float] = {}
+    sides: dict[str, tuple[float, float]] = {}
+    known: dict[int, tuple[frozenset[str], frozenset[str]]] = {}  # an adapter makes its sets anew when asked
+    for part, layer in tree.items():
+        adapter = rules[part].adapter
+        inputs, outputs = known.get(id(adapter)) or known.setdefault(id(adapter), (adapter.inputs, adapter.outputs))
+        own = [(leaf, next(squares)) for leaf in layer]
+        if own:
+            leaves[part] = sum([x for _, x in own])
+        into, out = [x for leaf, x in own if leaf in inputs], [x for leaf, x in own if leaf in outputs]
+        if into and out:
+            sides[part] = sum(into), sum(out)
+    return Moved(leaves, sides)
 
 
 def served(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:

@@ -38,12 +38,13 @@ class Ravan(Method):
         return self.score == "gradient"
 
     def trains(self, start, turn, gradient):
-        cores = self.adapter.cores
+        cores, kinds = self.adapter.cores, "Hs" if self.train_scales else "H"
+        if turn.rank >= len(cores) and not self.uses_gradient:  # all of them, whatever the draws
+            return frozenset(f"{kind}{core[1:]}" for core in cores for kind in kinds)
         draws = torch.rand(len(cores), generator=generator(turn.seed), dtype=torch.float64)  # breaks ties
         scores = {"random": lambda: draws, "weight": lambda: _norms(start, cores, draws),
                   "gradient": lambda: _norms(gradient(), cores, draws)}[self.score]()  # fmt: skip
         chosen = scores.topk(turn.rank).indices.tolist()
-        kinds = "Hs" if self.train_scales else "H"
         return frozenset(f"{kind}{i}" for i in chosen for kind in kinds)
 
     def send(self, work, turn):

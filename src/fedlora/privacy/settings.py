@@ -1,6 +1,7 @@
 """The ``[privacy]`` table."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,3 +86,7 @@ class Privacy:
     def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
         """ε after so many steps; infinite without noise."""
         return accounting.epsilon(self.accountant, noise, rate, steps, delta)
+
+    def largest(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
+        """The largest ε of several pairs of rate and steps."""
+        return accounting.largest(self.accountant, noise, pairs, delta)

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from fedlora.flower.dropin.guard import Guard, limits, rule
 from fedlora.flower.dropin.names import Adapter, fold_arrays, split, tensor
 from fedlora.flower.dropin.order import FOLDS, RECORD, Order, Recipe, folds, needs_client
 from fedlora.flower.dropin.replies import Desk, alike, weight
@@ -30,7 +31,9 @@ class FedLoRA(FedAvg):
     ``lora_alpha``, ``use_rslora`` and ``alpha_pattern`` are those of the server's ``LoraConfig``; clients that call
     ``fedlora.flower.receive`` and ``send`` may have a scale of their own. ``r`` is the largest rank (None: that of the
     initial arrays). ``method_options`` are the settings of the method's table in fedlora's TOML. All arguments of
-    ``FedAvg`` keep their meaning. The arrays of a result hold what a method folded, too, under keys that begin with
+    ``FedAvg`` keep their meaning. ``hygiene`` holds settings of fedlora's table of that name, which is always on, and
+    ``robust`` the name of a robust rule, or its table; ``quarantined`` says of each round which nodes were left out and
+    why. The arrays of a result hold what a method folded, too, under keys that begin with
     ``fedlora.fold.``: ``fedlora.flower.load(model, arrays)`` takes both. ``ValueError`` says what cannot be done.
     """
 
@@ -44,11 +47,14 @@ class FedLoRA(FedAvg):
         alpha_pattern: Mapping[str, float] | None = None,
         method_options: Mapping[str, Any] | None = None,
         seed: int = 0,
+        hygiene: Mapping[str, Any] | None = None,
+        robust: str | Mapping[str, Any] | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
         self.method = self.recipe.made()
+        self.guard = Guard(limits(hygiene), rule(robust, self.method), self.method, seed)
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = FoldLog()
@@ -72,6 +78,8 @@ class FedLoRA(FedAvg):
         """``FedAvg``'s messages, each with an order for its node and the folds that it lacks."""
         self._open(server_round, arrays)
         messages = list(super().configure_train(server_round, self._plain, config, grid))
+        there = set(self.guard.allowed([m.metadata.dst_node_id for m in messages], server_round - 1))
+        messages = [message for message in messages if message.metadata.dst_node_id in there]
         self._asked = frozenset(message.metadata.dst_node_id for message in messages)
         return self._ordered(messages, server_round - 1)
 
@@ -90,7 +98,7 @@ class FedLoRA(FedAvg):
         if not self._asked:
             return None, None
         self._forget(replies)
-        good = self._desk(server_round - 1).judged(replies)
+        good = self._passed(server_round - 1, replies)
         LOG.info("aggregate_train: %s good replies of %s", len(good), len(self._asked))
         if len(good) < max(1, self.min_train_nodes):
             LOG.warning(
@@ -126,6 +134,7 @@ class FedLoRA(FedAvg):
         self._rules: Rules = self.recipe.rules(self._shared)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
+            self.guard.begin()
             self._log = FoldLog(begun, 1, []) if begun else FoldLog()
             self._check_start()
         self._round, self._arrays = server_round, arrays
@@ -173,8 +182,22 @@ class FedLoRA(FedAvg):
             self.needs_client, len(self._log),
         )  # fmt: skip
 
+    def _passed(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
+        """The replies that are as they must be, each by itself and beside the others."""
+        good = self._desk(round).judged(replies)
+        uploads = self.guard.passed(self._rules, self._shared.tree, round, {node: u for node, (u, _) in good.items()})
+        return {node: (uploads[node], content) for node, (_, content) in good.items() if node in uploads}
+
+    @property
+    def quarantined(self) -> Mapping[int, Mapping[int, str]]:
+        """Round -> node -> why its upload was quarantined."""
+        return self.guard.quarantined
+
     def _combined(self, server_round: int, uploads: Sequence[Received]) -> ArrayRecord:
         try:
+            uploads = self.guard.counted(self._rules, self._shared.tree, server_round - 1, uploads)
+            if not uploads:
+                raise ValueError("a robust rule needs 3 good replies.")
             served = server_turn(self._rules, self._shared.tree, uploads)
             _finite(served)
             written = self._written(served.shared)
