@@ -12,6 +12,7 @@ __version__ = version("fedlora")
 
 _WHERE = {
     "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
+    "Callback": "fedlora.callbacks", "CallbackError": "fedlora.callbacks",
     "Result": "fedlora.runs", "run": "fedlora.runs", "resume": "fedlora.resuming",
     "compare": "fedlora.comparison", "Method": "fedlora.method",
     "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters", "Heads": "fedlora.adapters", "Model": "fedlora.model",
