@@ -5,10 +5,7 @@
 """
 
 import importlib
-from importlib.metadata import version
 from typing import Any
-
-__version__ = version("fedlora")
 
 _WHERE = {
     "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
@@ -22,6 +19,8 @@ __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it takes longer than all else here
+        return importlib.import_module("importlib.metadata").version("fedlora")
     if name == "methods":
         return importlib.import_module("fedlora.methods")
     if name not in _WHERE:

@@ -149,6 +149,13 @@ def fingerprint(table: Table) -> str:
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
         if section
-        not in ("engine", "compare", "checkpoint", "hygiene", "robust", "track")  # the last three are the server's alone
+        not in (
+            "engine",
+            "compare",
+            "checkpoint",
+            "hygiene",
+            "robust",
+            "track",
+        )  # the last three are the server's alone
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,22 +1,15 @@
-"""``progress.json`` in a run's folder: where the run stands between two lines of its metrics, for ``fedlora watch``.
+"""``progress.json`` in a run's folder: where the run stands between two lines of its metrics, for ``fedlora watch``."""
 
-Written aside and renamed, so a reader always finds it whole; not synced, since nothing depends on it after a crash.
-"""
-
-import json
-import os
-import socket
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedlora.callbacks import Callback, End, Record, Start
 from fedlora.engines.loop import Event
+from fedlora.following import FILE, me, replace
 
-FILE = "progress.json"
 EVERY = 0.5  # seconds between two writings within a round
 SAID = 8  # of the last things that were said
 LONG = 400  # characters of one of them
@@ -34,10 +27,10 @@ class Pulse(Callback):
     _written: float = field(default=0.0, init=False)
 
     def on_start(self, start: Start) -> None:
-        clients = start.config.clients
+        config, clients = start.config, start.config.clients
         self._now = {
-            "form": 1, "state": "running", "pid": os.getpid(), "host": socket.gethostname(),
-            "engine": start.config.engine.name, "began": time.time(), "rounds": start.config.rounds,
+            "form": 1, "state": "running", **me(), "title": config.method.title, "metric": config.task.metric,
+            "began": time.time(), "rounds": config.rounds, "clients": clients.members,
             "cohort": clients.per_round or clients.members, "round": len(start.records) + 1, "doing": "starting",
         }  # fmt: skip
         self._write()
@@ -73,19 +66,3 @@ class Pulse(Callback):
         more = {"answered": len(self._answered), "loss": loss, "said": list(self._said), "at": time.time()}
         replace(self.folder / FILE, {**self._now, **more})
         self._written = time.monotonic()
-
-
-def replace(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON that a reader finds old or new, never cut off."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """What the file says; None where there is none, or one that is not ours."""
-    try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("form") == 1 else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedlora.callbacks import Callbacks, Start
+from fedlora.callbacks import Start
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines import private
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
@@ -26,6 +26,7 @@ from fedlora.folds import FoldLog
 from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
+from fedlora.report.notebook import Rounds
 from fedlora.state import save_json, save_tree, swept, write
 from fedlora.stopping import FULL, Stop, alone, saying_full
 from fedlora.telling import callbacks as telling
@@ -40,7 +41,7 @@ SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Rounds):
     """A run that has ended: its summary, its rounds' records, and what the parties hold."""
 
     summary: Mapping[str, Any]
@@ -71,7 +72,7 @@ def run(
     ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
-    this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes (callbacks.py). Raises
+    this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
     ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay.
     """
     folder = None if out is None else Path(out).expanduser()

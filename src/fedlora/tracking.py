@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.callbacks import Callback, End, Record, Start
 from fedlora.curves import figures, flat
-from fedlora.pulse import replace
+from fedlora.following import replace
 from fedlora.settings import ConfigError
 from fedlora.trackers import Session, Told, Tracker
 

@@ -47,7 +47,9 @@ def wandb(folder):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
             if record.HasField("history"):
-                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                row = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
                 pairs += [(k, row["_step"], v) for k, v in row.items() if not k.startswith("_")]
     return once(pairs), ids
 

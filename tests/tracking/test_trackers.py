@@ -86,7 +86,8 @@ def test_the_config_keeps_them_and_no_bit_goes_by_them(done, tmp_path):
     assert list(track) == ["tensorboard", "mlflow", "wandb", "trackio"] and track["trackio"] == {"project": "late"}
     plain = runs.run(small("fedit", "rounds=3"))
     assert [{k: v for k, v in r.items() if k != "seconds"} for r in plain.records] == [
-        {k: v for k, v in r.items() if k != "seconds"} for r in json.loads(json.dumps(result.records), object_hook=whole)
+        {k: v for k, v in r.items() if k != "seconds"}
+        for r in json.loads(json.dumps(result.records), object_hook=whole)
     ]
     assert "track" not in small("fedit").table, "a config without trackers is as it was"
 
@@ -142,7 +143,9 @@ def test_a_tracker_that_cannot_begin_is_said_before_the_first_round(tmp_path):
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_missing_package_is_one_sentence_with_the_command(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedlora.trackers.base.find_spec", lambda package: None if package == EXTRAS[name] else object())
+    monkeypatch.setattr(
+        "fedlora.trackers.base.find_spec", lambda package: None if package == EXTRAS[name] else object()
+    )
     config = small("fedit", f"track.{name}=true")
     with pytest.raises(ConfigError) as told:
         runs.run(config, tmp_path / "run")

@@ -15,6 +15,9 @@ class Copy(Attack):
     What was overheard is not part of a checkpoint: a run that goes on begins to listen anew.
     """
 
+    cite = """@misc{lin2019freeriders, title = {Free-riders in Federated Learning: Attacks and Defenses},
+      author = {Lin and others}, year = {2019}, eprint = {1911.12560}, archiveprefix = {arXiv}}"""
+
     victim: int | None = None  # None: the first client of the round that is no attacker
 
     meets = "'copy', which sends another's upload"

@@ -23,8 +23,8 @@ OLD = "checkpoint.safetensors"  # version 0.1 kept a run's state there
 def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
     """A ``ServerApp`` that runs the federation of a TOML file into the folder ``out`` of the run's configuration.
 
-    Where that folder holds the beginning of this run, it goes on from the last finished round. ``callbacks`` are told of
-    the run on the server.
+    Where that folder holds the beginning of this run, it goes on from the last finished round. ``callbacks`` are
+    told of the run on the server.
     """
     app = ServerApp()
 

@@ -17,7 +17,9 @@ LONG = 500  # characters of a setting: what every store takes
 class MLflow(Tracker):
     """``track.mlflow``. Names and passwords of a server are MLflow's own environment variables."""
 
-    uri: str | None = None  # e.g. "sqlite:///mlflow.db", "https://mlflow.example.org"; None: as MLFLOW_TRACKING_URI says
+    uri: str | None = (
+        None  # e.g. "sqlite:///mlflow.db", "https://mlflow.example.org"; None: as MLFLOW_TRACKING_URI says
+    )
     experiment: str = "fedlora"
 
     package, extra = "mlflow", "track-mlflow"
