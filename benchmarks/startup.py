@@ -22,7 +22,7 @@ def measure(models: Path, data: Path) -> dict[str, Any]:
     The ratio to Python's start of the same round is what can be compared between machines, and busy times.
     """
     found: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for name, arguments in COMMANDS.items():
+    for arguments in COMMANDS.values():
         _seconds(arguments)  # so that every file has been read once
     for _ in range(TIMES):
         for name, arguments in COMMANDS.items():

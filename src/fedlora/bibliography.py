@@ -15,14 +15,14 @@ ACCOUNTANTS = {
     "rdp": r"""@misc{mironov2019renyi, title = {{R{\'e}nyi} Differential Privacy of the Sampled {Gaussian} Mechanism},
       author = {Mironov and Talwar and Zhang}, year = {2019}, eprint = {1908.10530}, archiveprefix = {arXiv}}""",
 }
+REDDI = """@inproceedings{reddi2021adaptive, title = {Adaptive Federated Optimization}, author = {Reddi and others},
+  booktitle = {ICLR}, year = {2021}, eprint = {2003.00295}, archiveprefix = {arXiv}}"""
 OPTIMIZERS = {
-    "momentum": r"""@misc{hsu2019measuring,
+    "momentum": """@misc{hsu2019measuring,
       title = {Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification},
       author = {Hsu and others}, year = {2019}, eprint = {1909.06335}, archiveprefix = {arXiv}}""",
-    "adam": r"""@inproceedings{reddi2021adaptive, title = {Adaptive Federated Optimization},
-      author = {Reddi and others}, booktitle = {ICLR}, year = {2021}, eprint = {2003.00295}, archiveprefix = {arXiv}}""",
-    "yogi": r"""@inproceedings{reddi2021adaptive, title = {Adaptive Federated Optimization},
-      author = {Reddi and others}, booktitle = {ICLR}, year = {2021}, eprint = {2003.00295}, archiveprefix = {arXiv}}""",
+    "adam": REDDI,
+    "yogi": REDDI,
 }
 SECURE_AGGREGATION = """@inproceedings{bonawitz2017secure,
   title = {Practical Secure Aggregation for Privacy-Preserving Machine Learning},

@@ -36,7 +36,13 @@ class Sent(Session):
 
         self.errors = (Error, OSError)
         quiet = wandb.Settings(
-            silent=True, console="off", save_code=False, disable_git=True, x_disable_stats=True, x_disable_meta=True
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
         )
         here = settings.folder or told.folder
         self.session = wandb.init(
