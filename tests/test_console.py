@@ -1,13 +1,16 @@
 """What is printed: no colour where it is not wanted, no figure cut off on a narrow terminal, lines left whole in a pipe."""
 
+import fcntl
 import io
 import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -19,38 +22,47 @@ from fedlora.report.console import Plain
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
 
 
-def on_pty(code_or_arguments, width=80, height=24, seconds=240, press=None, **environment):
-    """What a program writes on a terminal of so many columns, and how it ended."""
-    import fcntl
-    import termios
+def on_pty(arguments, width=80, height=24, seconds=240, at=None, **environment):
+    """What a program writes on a terminal of so many columns, and how it ended.
 
+    ``at`` is a text and what is to be done once it has been written: a function, or bytes as keys that are pressed.
+    """
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, *code_or_arguments], stdin=follower, stdout=follower, stderr=follower, close_fds=True,
+        [sys.executable, *arguments], stdin=follower, stdout=follower, stderr=follower, preexec_fn=_its_terminal,
         env={**env, "TERM": "xterm-256color", **environment}, start_new_session=True,
     )  # fmt: skip
     os.close(follower)
     found, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until:
-        ready, _, _ = select.select([leader], [], [], 0.2)
-        if ready:
-            try:
-                piece = os.read(leader, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
-            found += piece
-            if press is not None and press[0] in found:
-                os.kill(process.pid, press[1])
-                press = None
-        elif process.poll() is not None:
-            break
-    code = process.wait(timeout=30)
+    while time.monotonic() < until and (piece := _piece(leader, process)) is not None:
+        found += piece
+        if at is not None and at[0].encode() in found:
+            os.write(leader, at[1]) if isinstance(at[1], bytes) else at[1]()
+            at = None
+    if process.poll() is None and time.monotonic() >= until:
+        process.kill()
+    code = process.wait(timeout=60)
     os.close(leader)
     return found.decode("utf-8", "replace"), code
+
+
+def _its_terminal():
+    """Ctrl-C typed there is a signal here, also where whoever runs the tests ignores that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _piece(leader, process):
+    """What was written since; None at the end."""
+    ready, _, _ = select.select([leader], [], [], 0.2)
+    if not ready:
+        return b"" if process.poll() is None else None
+    try:
+        return os.read(leader, 65536) or None
+    except OSError:  # nobody has it open any more
+        return None
 
 
 ROWS = """

@@ -102,11 +102,13 @@ class Callbacks:
             self._tell("on_start", start, "the start")
             yield
         except BaseException:
-            error = sys.exc_info()[1]
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            with suppress(CallbackError):  # the first mistake is the one to be told
-                self.ended(End("interrupted" if stopped else "failed", None, "" if stopped else str(error)))
+            self._broken_off(sys.exc_info()[1])
             raise
+
+    def _broken_off(self, error: BaseException | None) -> None:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(CallbackError):  # the first mistake is the one to be told
+            self.ended(End("interrupted" if stopped else "failed", None, "" if stopped else str(error)))
 
     def round(self, record: Record) -> None:
         """A round is over and on disk."""

@@ -78,7 +78,10 @@ def _of(thing: object) -> str:
 
 def unique(entries: Iterable[Entry]) -> list[Entry]:
     """One entry a paper, in order."""
-    return list({entry.key: entry for entry in reversed(list(entries))}.values())[::-1]
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        found.setdefault(entry.key, entry)
+    return list(found.values())
 
 
 def parsed(text: str) -> list[Entry]:

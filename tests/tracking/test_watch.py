@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -192,24 +191,22 @@ def a_run(path, seconds):
 
 
 def test_on_a_terminal_it_waits_draws_and_ends_with_the_run(tmp_path):
-    later = subprocess.Popen(["sh", "-c", 'sleep 3; exec "$@"', "sh", sys.executable, "-c", WRITER, str(tmp_path / "run"),
-                              json.dumps(PROGRESS), json.dumps(record(1)), "2"])  # fmt: skip
-    text, code = on_pty(["-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.2"], 70, 20)
-    later.wait()
-    assert code == 0
-    assert "waiting for the run to begin" in text
+    begun = []
+    text, code = on_pty(
+        ["-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"], 70, 20,
+        at=("waiting for the run to begin", lambda: begun.append(a_run(tmp_path / "run", 3.0))),
+    )  # fmt: skip
+    assert begun[0].wait() == 0 and code == 0
     assert len(set(re.findall(r"(\d) of 3 rounds", text))) >= 2, "it was drawn again as rounds went by"
-    assert text.rstrip().count("finished after 3 of 3 rounds") >= 1
-    assert text.index("\x1b[?1049h") < text.index("\x1b[?1049l") < text.rindex("finished after"), (
-        "left standing at the end"
-    )
+    before, _, after = text.partition("\x1b[?1049l")  # the other screen is left
+    assert "\x1b[?1049h" in before and "finished after 3 of 3 rounds" in after, "left standing at the end"
 
 
 def test_ctrl_c_leaves_and_harms_nothing(tmp_path):
     folder_of(tmp_path / "run")
-    text, code = on_pty(["-m", "fedlora", "watch", str(tmp_path / "run")], press=(b"0 of 4 rounds", signal.SIGINT))
+    text, code = on_pty(["-m", "fedlora", "watch", str(tmp_path / "run")], 100, at=("0 of 4 rounds", b"\x03"))
     assert code == 0 and "The run goes on" in text and "Traceback" not in text
-    assert text.endswith("\x1b[?25h") or "\x1b[?25h" in text, "the cursor is back"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
 
 
 def test_in_a_pipe_it_prints_lines(tmp_path):

@@ -38,5 +38,9 @@ class Kept(Session):
         self.session.log(dict(values), step=number)
 
     def close(self, state: str) -> None:
+        import trackio
+        from trackio import context_vars
+
+        ours = context_vars.current_run.get() is self.session  # then it would be finished, aloud, once more at exit
         with redirect_stdout(io.StringIO()):
-            self.session.finish()
+            (trackio if ours else self.session).finish()
