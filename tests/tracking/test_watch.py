@@ -97,6 +97,8 @@ def test_a_narrow_terminal_shows_what_fits_and_cuts_no_figure(width):
     row = next(line for line in text.splitlines() if line.split()[:1] == ["2"] and len(line.split()) < 14)
     assert all(re.fullmatch(r"[\d.e+-]+|–", cell) for cell in row.split())
     assert "0.4000" in row, "the first figure is the clients' own"
+    assert "2 of 4 rounds" in " ".join(text.split()) and "about 20 s left" in " ".join(text.split())
+    assert re.search("━ *\n", text), "the bar has a line of its own"
 
 
 def test_many_rounds_leave_the_head_on_the_screen():

@@ -76,15 +76,24 @@ def span(seconds: float) -> str:
 def picture(at: Standing, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
     """What a terminal of so many columns and lines shows of a run."""
     metric = str(at.progress.get("metric", "accuracy"))
-    head: list[RenderableType] = [_line(text) for text in _head(at, name, now)]
+    said_of_it = list(_head(at, name, now))
+    head: list[RenderableType] = [Text(text, overflow="fold") for text in said_of_it]
     if at.progress:
-        head.insert(1, ProgressBar(at.progress["rounds"], len(at.records), width=min(width, 60)))
+        head.insert(1, _bar(len(at.records), at.progress["rounds"], width))
     rows = _rows(at)
     curves = [_line(text) for text in _curves(rows, metric, width)] if unicode else []
     said = [_line(shown(text)) for text in at.progress.get("said", [])[-4:]]
-    room = height - len(head) - len(curves) - len(said) - 5
+    folded = sum(len(text) // width for text in said_of_it)
+    room = height - len(head) - 2 * folded - len(curves) - len(said) - 3
     table = [_table(rows[-max(1, room) :], metric, width)] if rows else []
     return Group(*head, *curves, *table, *said)
+
+
+def _bar(done: int, rounds: int, width: int) -> Table:
+    """In a grid, since a bar alone does not end its line."""
+    grid = Table.grid()
+    grid.add_row(ProgressBar(rounds, done, width=min(width, 60)))
+    return grid
 
 
 def _line(text: str) -> Text:
