@@ -101,3 +101,14 @@ def test_exit_status_1_where_something_is_broken(monkeypatch):
             assert left.value.exit_code == 1
         else:
             checking.doctor(as_json=True)
+
+
+@pytest.mark.parametrize("name", ["track-tensorboard", "track-mlflow", "track-wandb", "track-trackio"])
+def test_each_tracker_keeps_a_round_and_says_nothing_on_stdout(name):
+    """A word on stdout, also at exit, would spoil the answer of a command with --json."""
+    if find_spec(name.partition("-")[2]) is None:
+        pytest.skip(f"{name} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "fedlora.selftests", name], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == '{"said": "a round is kept"}\n', done.stderr
