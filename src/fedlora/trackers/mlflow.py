@@ -1,5 +1,6 @@
 """MLflow: a run of an experiment, in a database, a folder or on a server. ``mlflow ui`` shows it."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class MLflow(Tracker):
 
     def open(self, told: Told) -> Session:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is reported to anybody
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it would tell of every table it makes
         return Logged(self, told)
 
     def refusals(self) -> tuple[type[Exception], ...]:
