@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, agreement, checkpoints, engines, federation, levers, merging, training
+from benchmarks import aggregation, agreement, checkpoints, engines, federation, levers, merging, startup, training
 
 ALL = {
     "training": training.measure,
@@ -20,6 +20,7 @@ ALL = {
     "agreement": agreement.measure,
     "engines": engines.measure,
     "checkpoints": checkpoints.measure,
+    "startup": startup.measure,
 }
 
 

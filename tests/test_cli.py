@@ -143,7 +143,7 @@ def test_ctrl_c_in_a_comparison_says_what_is_left(cli, tmp_path):
          "-o", "compare.fedit.rounds=1", "--out", "c"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    second = tmp_path / "c" / "svd-seed0" / "metrics.jsonl"
+    second = tmp_path / "c" / "svd-seed0" / "progress.json"  # metrics.jsonl is there before Ctrl-C is listened for
     until = time.monotonic() + 120
     while time.monotonic() < until and not (second.exists() and second.stat().st_size):  # a round is done
         time.sleep(0.2)

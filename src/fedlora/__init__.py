@@ -5,13 +5,11 @@
 """
 
 import importlib
-from importlib.metadata import version
 from typing import Any
-
-__version__ = version("fedlora")
 
 _WHERE = {
     "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
+    "Callback": "fedlora.callbacks", "CallbackError": "fedlora.callbacks",
     "Result": "fedlora.runs", "run": "fedlora.runs", "resume": "fedlora.resuming",
     "compare": "fedlora.comparison", "Method": "fedlora.method",
     "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters", "Heads": "fedlora.adapters", "Model": "fedlora.model",
@@ -21,6 +19,8 @@ __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # reading it takes longer than all else here
+        return importlib.import_module("importlib.metadata").version("fedlora")
     if name == "methods":
         return importlib.import_module("fedlora.methods")
     if name not in _WHERE:

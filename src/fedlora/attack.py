@@ -29,6 +29,7 @@ class Attack:
     clients: list[int] | None = None  # or these
     start: int = 1  # the first round with an attack, from 1
 
+    cite: ClassVar[str] = ""  # BibTeX of its paper
     meets: ClassVar[str] = ""  # of an attack that needs the others' uploads: its name, and what it does with them
 
     def __post_init__(self):

@@ -22,6 +22,7 @@ class Codec(ABC):
     """One stage. ``form`` says what ``encode`` gives for a shape, so that a field can be refused before it is read."""
 
     coarse: ClassVar[bool] = False  # does it lose so much that only a difference is worth encoding?
+    cite: ClassVar[str] = ""  # BibTeX of its paper
     goes_on: ClassVar[str | None] = None  # the field that a further stage may encode
 
     @abstractmethod

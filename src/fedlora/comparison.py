@@ -17,6 +17,7 @@ from fedlora.limits import plain_name
 from fedlora.method import Method
 from fedlora.nearest import nearest
 from fedlora.oracle import asked
+from fedlora.report.notebook import Compared
 from fedlora.runs import run
 from fedlora.state import save_json
 
@@ -125,7 +126,7 @@ def compare(
     jobs: int = 1,
     watch: Callable[[Cell, Event], None] = lambda cell, event: None,
     done: Done = lambda cell: None,
-) -> list[Cell]:
+) -> Compared:
     """Runs every cell, and writes ``comparison.json`` into ``out``. A method that diverges fills its row with that."""
     if out is not None and (Path(out).expanduser() / "comparison.json").exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
@@ -135,7 +136,7 @@ def compare(
     for cell in executed(cells, jobs, watch):
         finished[cell.label, cell.seed] = cell
         done(cell)
-    ordered = [finished[cell.label, cell.seed] for cell in cells if (cell.label, cell.seed) in finished]
+    ordered = Compared(finished[key] for cell in cells if (key := (cell.label, cell.seed)) in finished)
     if folder is not None:
         save_json(folder / "comparison.json", {"rows": rows(ordered), "runs": [asdict(cell) for cell in ordered]})
     return ordered

@@ -32,6 +32,7 @@ from fedlora.settings import ConfigError, Table
 from fedlora.start import begin
 from fedlora.tasks.networks import quantised
 from fedlora.tasks.task import Data, Task
+from fedlora.trackers import Track
 from fedlora.training import Training
 from fedlora.transport import Transport
 
@@ -67,6 +68,7 @@ class Config:
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
     checkpoint: Retention = field(default_factory=Retention)
+    track: Track = field(default_factory=Track)
     rounds: int = 20
     seed: int = 0
     table: Table = field(default_factory=dict)
@@ -147,6 +149,13 @@ def fingerprint(table: Table) -> str:
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()
         if section
-        not in ("engine", "compare", "checkpoint", "hygiene", "robust")  # the last two are the server's alone
+        not in (
+            "engine",
+            "compare",
+            "checkpoint",
+            "hygiene",
+            "robust",
+            "track",
+        )  # the last three are the server's alone
     }
     return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora import attacks, defences, methods, splits, tasks
+from fedlora import attacks, defences, methods, splits, tasks, trackers
 from fedlora.adapters import KINDS, Adapter
 from fedlora.clients import Clients
 from fedlora.composition import Config, ModelTable, fingerprint
@@ -34,8 +34,9 @@ __all__ = [
 
 SECTIONS = (
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
-    "hygiene", "robust", "attack", "transport", "checkpoint", "compare",
+    "hygiene", "robust", "attack", "transport", "checkpoint", "track", "compare",
 )  # fmt: skip
+APART = ("track", "compare")  # sections that are no arguments of one dataclass
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -70,6 +71,7 @@ def build(table: Table) -> Config:
         "attack": _optional(table, "attack", attacks.load),
         "transport": construct(Transport, "transport", _section(table, "transport")),
         "checkpoint": construct(Retention, "checkpoint", _section(table, "checkpoint")),
+        "track": trackers.read(_section(table, "track")),
     }
     _check_quantised(parts["model"], parts["task"], table["task"]["name"])
     parts["server"].check(method)
@@ -196,9 +198,11 @@ def _resolved(config: Config, table: Table) -> Table:
     names = {key: {"name": table[key]["name"]} for key in named} | {"adapter": adapter}
     names["method"] = {"name": table.get("method", {}).get("name", "fedit")}
     found: Table = {"rounds": config.rounds, "seed": config.seed}
-    objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s != "compare"}
+    objects = {s: config.method.adapter if s == "adapter" else getattr(config, s) for s in SECTIONS if s not in APART}
     for section, value in ((k, v) for k, v in objects.items() if v is not None):
         found[section] = {**names.get(section, {}), **_as_table(value)}
+    if config.track.trackers:
+        found["track"] = config.track.table()
     if not config.privacy.on:
         del found["privacy"]
     if config.training.local_epochs is None:

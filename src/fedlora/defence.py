@@ -59,6 +59,7 @@ class Defence(ABC):
 
     attackers: float = 0.3
 
+    cite: ClassVar[str] = ""  # BibTeX of its paper
     weighs: ClassVar[bool] = False  # does it give weights of its own, so that the method must be linear in them?
 
     def __post_init__(self):

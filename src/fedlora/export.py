@@ -13,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.config import Config, ConfigError, read
+from fedlora.keeping import records
 from fedlora.linalg import compacted, total, truncated
 from fedlora.model import Model
 from fedlora.peft_folder import PREFIX, save_folder
 from fedlora.products import Term, distances
 from fedlora.report.card import card
+from fedlora.report.notebook import Rounds
 from fedlora.report.read import folder as read_folder
 from fedlora.rounds import public, received
 from fedlora.runs import clients_file
@@ -40,7 +42,7 @@ CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in flo
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Rounds):
     """A finished run's folder, opened."""
 
     path: Path
@@ -67,6 +69,11 @@ class Run:
             folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()}
         shared = {part: public(layer) for part, layer in load_tree(folder / "shared.safetensors").items()}
         return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
+
+    @property
+    def records(self) -> list[Mapping[str, Any]]:
+        """Its rounds, as ``metrics.jsonl`` has them."""
+        return records(self.path)
 
     def clients(self) -> list[int]:
         """The numbers of the clients that took part."""

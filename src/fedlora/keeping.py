@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fedlora.callbacks import CallbackError, Callbacks
 from fedlora.engines.checkpoint import Checkpoints, Saved
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Loop, Round, Standing, sound
@@ -31,6 +32,7 @@ class Keeper:
     last: Round | None = None  # the last finished one, of this process or of the one before
     saved: Saved | None = None  # where the run goes on from
     interrupted: bool = False
+    told: Callbacks = field(default_factory=Callbacks)
     _began: float = field(default_factory=time.perf_counter)
     _file: IO[str] | None = None
 
@@ -74,12 +76,15 @@ class Keeper:
                 if self.checkpoints is not None:
                     self.checkpoints.notes["seconds"] = self.seconds
                     self.checkpoints.after(self.last, engine, last)
+                self.told.round(self.last.record)
                 if not last:
                     self.stop.look()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CallbackError) as stopped:
             self.interrupted = True
             if self.checkpoints is not None:
                 self.checkpoints.save()
+            if isinstance(stopped, CallbackError):
+                raise
 
     @contextmanager
     def writing(self) -> Iterator[None]:

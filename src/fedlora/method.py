@@ -25,6 +25,7 @@ class Method:
     weighting: Literal["examples", "uniform"] = "examples"
 
     title: ClassVar[str] = ""  # the name as papers print it
+    cite: ClassVar[str] = ""  # BibTeX of what is to be cited; empty: nothing was published
     adapters: ClassVar[tuple[type[Adapter], ...]] = (LoRA, VeRA)  # which parametrisations the rule is defined for
     exact: ClassVar[bool] = False  # does a round end at the mean of the clients' trained weights?
     any_rank: ClassVar[bool] = False  # may clients differ in budget?

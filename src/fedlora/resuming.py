@@ -16,6 +16,7 @@ def resume(
     rounds: int | None = None,
     overrides: Sequence[str] = (),
     watch: Watch = lambda event: None,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Goes on with the run in a folder, to ``rounds`` or to as many as it was asked for.
 
@@ -23,7 +24,7 @@ def resume(
     ``ConfigError`` where the folder holds no run, a finished one, or one that cannot go on here, and ``ValueError``
     where no checkpoint is sound.
     """
-    return run(continued(path, rounds, overrides), Path(path).expanduser(), watch, again=True)
+    return run(continued(path, rounds, overrides), Path(path).expanduser(), watch, again=True, callbacks=callbacks)
 
 
 def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[str] = ()) -> Config:

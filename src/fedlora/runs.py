@@ -3,7 +3,7 @@
 import json
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedlora.callbacks import Start
 from fedlora.config import Config, ConfigError, dumps, merged
 from fedlora.engines import private
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
@@ -25,9 +26,12 @@ from fedlora.folds import FoldLog
 from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
+from fedlora.report.notebook import Rounds
 from fedlora.rounds import public
 from fedlora.state import save_json, save_tree, swept, write
 from fedlora.stopping import FULL, Stop, alone, saying_full
+from fedlora.telling import callbacks as telling
+from fedlora.telling import ended
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
@@ -38,7 +42,7 @@ SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Rounds):
     """A run that has ended: its summary, its rounds' records, and what the parties hold."""
 
     summary: Mapping[str, Any]
@@ -60,6 +64,7 @@ def run(
     observe: Observe | None = None,
     drive: Drive | None = None,
     again: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> Result:
     """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
 
@@ -68,9 +73,11 @@ def run(
     ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
-    this run, which goes on from its last checkpoint. Raises ``OSError`` where the disk is full; finished rounds stay.
+    this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
+    ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay.
     """
     folder = None if out is None else Path(out).expanduser()
+    told = telling(config, callbacks, folder)
     stop = Stop(patient=drive is None and config.engine.name == "inprocess")
     with alone(folder), saying_full(folder):
         if folder is not None:
@@ -78,11 +85,12 @@ def run(
         try:
             federation = config.federation(combines=drive is not None)
             keeper = _keeper(config, federation, folder, stop, again)
+            keeper.told = told
         except BaseException:
             _left_as_found(folder)
             raise
         with stop.listening() if drive is None else nullcontext():
-            result = _kept(config, federation, keeper, stop.watched(watch), observe, drive)
+            result = _kept(config, federation, keeper, stop.watched(told.watched(watch)), observe, drive)
     if stop.asked and not keeper.interrupted:  # too late to stop this run, but not whatever would come after it
         raise KeyboardInterrupt
     return result
@@ -113,9 +121,10 @@ def _kept(
 ) -> Result:
     """The rounds, and what they leave."""
     refused = keeper.checkpoints.refused if keeper.checkpoints else []
-    for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
-        watch(Event("note", 0, text=note))
-    with keeper.writing():
+    start = Start(config, keeper.folder, keeper.records, lambda text: watch(Event("note", 0, text=text)))
+    with keeper.told.running(start), keeper.writing():
+        for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
+            start.say(note)
         try:
             kept = (drive or DRIVES[config.engine.name])(config, f, watch, observe, keeper.take)
         except KeyboardInterrupt:
@@ -137,6 +146,7 @@ def _kept(
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
         summary |= _left_best(config, f, keeper, watch)
         leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
+    keeper.told.ended(ended(summary))
     return Result(summary, keeper.records, shared, kept, folder)
 
 

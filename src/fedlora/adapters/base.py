@@ -19,6 +19,8 @@ class Adapter(ABC):
     Leaves that are not ``trainable`` come from a seed, are equal at all parties and never travel.
     """
 
+    cite = ""  # BibTeX of its paper
+
     @property
     @abstractmethod
     def inputs(self) -> frozenset[str]:

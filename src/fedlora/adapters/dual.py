@@ -15,6 +15,10 @@ from fedlora.types import Factors
 class DualLoRA(Adapter):
     """``ΔW = s (B A + B_own A_own)``, ``s = alpha / r`` (rsLoRA: ``alpha / √r``), both pairs of rank ``rank``."""
 
+    cite = """@inproceedings{yang2024feddpa, title = {Dual-Personalizing Adapter for Federated Foundation Models},
+      author = {Yang and others}, booktitle = {NeurIPS}, year = {2024}, eprint = {2403.19211},
+      archiveprefix = {arXiv}}"""
+
     rank: int = 8
     alpha: float = 16.0
     use_rslora: bool = False

@@ -25,6 +25,10 @@ class Heads(Adapter):
     rank ``lora_rank`` has on the same weight, ``r = ⌊√((m + n) · lora_rank / heads)⌋``.
     """
 
+    cite = """@inproceedings{raje2025ravan, title = {{Ravan}: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning},
+      author = {Raje and others}, booktitle = {NeurIPS}, year = {2025}, eprint = {2506.05568},
+      archiveprefix = {arXiv}}"""
+
     heads: int = 4
     head_rank: int | None = None
     lora_rank: int = 8

@@ -14,6 +14,11 @@ from fedlora.linalg import truncated
 from fedlora.products import Term
 from fedlora.types import Factors, Layer
 
+CITE = """@inproceedings{hu2022lora, title = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+  author = {Hu and others}, booktitle = {ICLR}, year = {2022}, eprint = {2106.09685}, archiveprefix = {arXiv}}"""
+CITE_RS = """@misc{kalajdzievski2023rslora, title = {A Rank Stabilization Scaling Factor for Fine-Tuning with {LoRA}},
+  author = {Kalajdzievski}, year = {2023}, eprint = {2312.03732}, archiveprefix = {arXiv}}"""
+
 
 @dataclass(frozen=True)
 class LoRA(Adapter):
@@ -27,6 +32,10 @@ class LoRA(Adapter):
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
         scaled(self.alpha)
+
+    @property
+    def cite(self):
+        return CITE + ("\n" + CITE_RS if self.use_rslora else "")
 
     @property
     def inputs(self):

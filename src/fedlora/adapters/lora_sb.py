@@ -21,6 +21,11 @@ class LoRASB(Adapter):
     and at most ``min(m, n)``.
     """
 
+    cite = """@misc{ponkshe2024lorasb,
+      title = {Initialization using Update Approximation is a Silver Bullet for
+        Extremely Efficient Low-Rank Fine-Tuning},
+      author = {Ponkshe and others}, year = {2024}, eprint = {2411.19557}, archiveprefix = {arXiv}}"""
+
     core_rank: int | None = None
     lora_rank: int = 8
 

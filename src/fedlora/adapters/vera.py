@@ -17,6 +17,10 @@ from fedlora.types import Factors
 class VeRA(Adapter):
     """``ΔW = diag(b) B diag(d) A``; ``A (r n)``, ``B (m r)`` frozen from one seed, ``d (r)``, ``b (m)`` trained."""
 
+    cite = """@inproceedings{kopiczko2024vera, title = {{VeRA}: Vector-based Random Matrix Adaptation},
+      author = {Kopiczko and others}, booktitle = {ICLR}, year = {2024}, eprint = {2310.11454},
+      archiveprefix = {arXiv}}"""
+
     rank: int = 256
     d_initial: float = 0.1
     projection_seed: int = 0

@@ -22,6 +22,13 @@ class Backdoor(Attack):
     enlarged ``scale`` times. Success: test rows of other labels that are called ``target`` once they have the trigger.
     """
 
+    cite = """@inproceedings{bagdasaryan2020backdoor, title = {How To Backdoor Federated Learning},
+      author = {Bagdasaryan and others}, booktitle = {AISTATS}, year = {2020}, eprint = {1807.00459},
+      archiveprefix = {arXiv}}
+    @inproceedings{kurita2020weight, title = {Weight Poisoning Attacks on Pretrained Models},
+      author = {Kurita and Michel and Neubig}, booktitle = {ACL}, year = {2020}, eprint = {2004.06660},
+      archiveprefix = {arXiv}}"""
+
     trigger: str = "cf"
     target: int = 0
     poisoned: float = 0.5

@@ -19,6 +19,11 @@ from fedlora.types import Layer, Tree
 class Collude(Attack):
     """``−scale`` times the mean of the attackers' own honest updates, from each of them: a third of the clients."""
 
+    cite = """@inproceedings{baruch2019little,
+      title = {A Little Is Enough: Circumventing Defenses For Distributed Learning},
+      author = {Baruch and others}, booktitle = {NeurIPS}, year = {2019}, eprint = {1902.06156},
+      archiveprefix = {arXiv}}"""
+
     share: float = 1 / 3
     scale: float = 1.0
 

@@ -12,6 +12,9 @@ from fedlora.attack import Attack
 class Copy(Attack):
     """Every attacker sends what client ``victim`` sent in its last round; before there is any, its own."""
 
+    cite = """@misc{lin2019freeriders, title = {Free-riders in Federated Learning: Attacks and Defenses},
+      author = {Lin and others}, year = {2019}, eprint = {1911.12560}, archiveprefix = {arXiv}}"""
+
     victim: int | None = None  # None: the first client of the round that is no attacker
 
     meets = "'copy', which sends another's upload"

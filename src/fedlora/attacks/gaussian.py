@@ -16,6 +16,11 @@ from fedlora.seeds import derived
 class Gaussian(Attack):
     """Every leaf is where it was served, plus normal draws of ``scale`` times the norm of its own change."""
 
+    cite = """@inproceedings{blanchard2017krum,
+      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
+      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
+      archiveprefix = {arXiv}}"""
+
     scale: float = 3.0
 
     def sends(self, rules, start, sent, turn):

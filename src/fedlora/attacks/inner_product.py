@@ -14,6 +14,11 @@ from fedlora.attacks.collude import forged
 class InnerProduct(Attack):
     """``−scale`` times the mean of the honest updates, leaf by leaf. The attackers know all uploads of the round."""
 
+    cite = """@inproceedings{xie2019fall,
+      title = {Fall of Empires: Breaking {Byzantine}-tolerant {SGD} by Inner Product Manipulation},
+      author = {Xie and others}, booktitle = {UAI}, year = {2019}, eprint = {1903.03936},
+      archiveprefix = {arXiv}}"""
+
     scale: float = 1.5
 
     meets = "'inner-product', whose attackers know the others' uploads"

@@ -19,6 +19,10 @@ from fedlora.tasks.task import Batch, Classification, Examples, Task
 class LabelFlip(Attack):
     """Label ``y`` is taught as ``y + 1``, the last one as the first. Success: test rows that are called so."""
 
+    cite = """@inproceedings{tolpegin2020poisoning, title = {Data Poisoning Attacks Against Federated Learning Systems},
+      author = {Tolpegin and others}, booktitle = {ESORICS}, year = {2020}, eprint = {2007.08432},
+      archiveprefix = {arXiv}}"""
+
     def check(self, method, task, hidden):
         """``ValueError`` where rows have no labels."""
         if not isinstance(task, Classification):

@@ -12,6 +12,10 @@ from fedlora.attack import Attack, moved
 class Scaling(Attack):
     """``scale`` times the change of every leaf."""
 
+    cite = """@inproceedings{bagdasaryan2020backdoor, title = {How To Backdoor Federated Learning},
+      author = {Bagdasaryan and others}, booktitle = {AISTATS}, year = {2020}, eprint = {1807.00459},
+      archiveprefix = {arXiv}}"""
+
     scale: float = 20.0
 
     def sends(self, rules, start, sent, turn):

@@ -13,6 +13,12 @@ from fedlora.attack import Attack, moved
 class SignFlip(Attack):
     """``−scale`` times the change of every leaf. (``−B`` and ``−A`` together would be the same product.)"""
 
+    cite = """@inproceedings{li2019rsa,
+      title = {{RSA}: {Byzantine}-Robust Stochastic Aggregation Methods for Distributed
+        Learning from Heterogeneous Datasets},
+      author = {Li and others}, booktitle = {AAAI}, year = {2019}, eprint = {1811.03761},
+      archiveprefix = {arXiv}}"""
+
     scale: float = 3.0
 
     def sends(self, rules, start, sent, turn):

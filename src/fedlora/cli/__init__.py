@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import authoring, chatting, flower, folders, grading, preparing, running, studying
+from fedlora.cli import authoring, chatting, checking, flower, folders, grading, preparing, running, studying, watching
 from fedlora.cli.speech import say
 from fedlora.limits import shown
 
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
 )  # fmt: skip
 
@@ -25,10 +25,10 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 for command in (
-    preparing.plan, preparing.sweep, running.run, running.resume, running.compare,
+    preparing.plan, preparing.sweep, running.run, running.resume, running.compare, watching.watch,
     folders.show, folders.personal, folders.aggregate, folders.export,
     studying.similarity, chatting.chat, grading.solve, grading.grade,
-    authoring.methods, running.demo,
+    authoring.methods, authoring.cite, checking.doctor, running.demo,
 ):  # fmt: skip
     app.command()(command)
 app.command("new-method")(authoring.new_method)

@@ -5,11 +5,15 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedlora.cli import completing
 from fedlora.cli.speech import Json, answer
 
 
 def methods(
-    name: Annotated[Optional[str], typer.Argument(help="One method; all, where none is named.")] = None,  # noqa: UP045
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="One method; all, where none is named.", autocompletion=completing.method),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods with their claims and costs, or show one."""
@@ -34,3 +38,13 @@ def new_method(
 
     for path in write(name, paper, root):
         typer.echo(path)
+
+
+def cite(
+    what: Annotated[str, typer.Argument(metavar="METHOD|RUN", help="A method, or a run's or a comparison's folder.",
+                                        autocompletion=completing.method)],
+) -> None:  # fmt: skip
+    """Print BibTeX: of fedlora and a method's paper, or of all that a run used."""
+    from fedlora.citing import cited
+
+    typer.echo("\n".join(map(str, cited(what))), nl=False)

@@ -5,6 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedlora.cli import completing
 from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, numbers, say
 
 Swept = Annotated[
@@ -14,7 +15,10 @@ Swept = Annotated[
         help="Values to try, e.g. -o training.learning_rate=1e-4,1e-3; one value is set for all trials.",
     ),
 ]  # fmt: skip
-Methods = Annotated[Optional[str], typer.Option(help="Methods by name, with commas [default: the config's].")]  # noqa: UP045
+Methods = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Methods by name, with commas [default: the config's].", autocompletion=completing.methods),
+]
 
 
 def sweep(

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedlora.cli import completing
 from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, numbers, say
 
 
@@ -62,7 +63,9 @@ def compare(
     config: ConfigPath,
     methods: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Methods by name, with commas; 'centralised' is the upper line."),
+        typer.Option(
+            help="Methods by name, with commas; 'centralised' is the upper line.", autocompletion=completing.methods
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0",
     override: Override = None,

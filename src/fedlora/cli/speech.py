@@ -6,10 +6,15 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedlora.cli import completing
+
 Override = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads Optional
-    typer.Option("-o", "--override", metavar="KEY=VALUE", help="Set one value, e.g. -o training.learning_rate=1e-3."),
-]
+    typer.Option(
+        "-o", "--override", metavar="KEY=VALUE", help="Set one value, e.g. -o training.learning_rate=1e-3.",
+        autocompletion=completing.override,
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to run.")]
 

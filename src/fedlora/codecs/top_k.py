@@ -23,6 +23,9 @@ class TopK(Codec):
     mean: take error feedback with it.
     """
 
+    cite = """@inproceedings{stich2018sparsified, title = {Sparsified {SGD} with Memory}, author = {Stich and others},
+      booktitle = {NeurIPS}, year = {2018}, eprint = {1809.07599}, archiveprefix = {arXiv}}"""
+
     share: float
 
     coarse = True

@@ -17,6 +17,9 @@ class Clip(Defence):
     The update is scaled, not the factors: what is left of the upload's weight goes to the leaves that were served.
     """
 
+    cite = """@misc{sun2019backdoor, title = {Can You Really Backdoor Federated Learning?}, author = {Sun and others},
+      year = {2019}, eprint = {1911.07963}, archiveprefix = {arXiv}}"""
+
     limit: float = 1.0  # in medians of the round's norms
     norm: float | None = None  # the limit itself, where it is known
 

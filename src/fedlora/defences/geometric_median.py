@@ -21,6 +21,10 @@ class GeometricMedian(Defence):
     No weight of an upload grows with its norm, and below half of the weight no one moves ``z`` without bound.
     """
 
+    cite = """@article{pillutla2022robust, title = {Robust Aggregation for Federated Learning},
+      author = {Pillutla and others}, journal = {IEEE Transactions on Signal Processing}, year = {2022},
+      eprint = {1912.13445}, archiveprefix = {arXiv}}"""
+
     weighs = True
 
     def judge(self, seen):

@@ -16,6 +16,11 @@ from fedlora.defence import Defence, Seen, Verdict
 class Krum(Defence):
     """``argmin_k Σ_{l near k} ‖D_k − D_l‖²`` over the ``K − f − 2`` nearest others, ``f`` the hostile ones."""
 
+    cite = """@inproceedings{blanchard2017krum,
+      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
+      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
+      archiveprefix = {arXiv}}"""
+
     def judge(self, seen):
         """The best upload alone."""
         return Verdict(chosen(scores(seen, self.hostile(len(seen.w))), 1))

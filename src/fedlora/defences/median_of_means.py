@@ -20,6 +20,11 @@ class MedianOfMeans(Defence):
     with the weights that they have.
     """
 
+    cite = """@article{minsker2015median, title = {Geometric Median and Robust Estimation in {Banach} Spaces},
+      author = {Minsker}, journal = {Bernoulli}, year = {2015}, eprint = {1308.1334}, archiveprefix = {arXiv}}
+    @misc{chen2017adversarial, title = {Distributed Statistical Machine Learning in Adversarial Settings},
+      author = {Chen and Su and Xu}, year = {2017}, eprint = {1705.05491}, archiveprefix = {arXiv}}"""
+
     def judge(self, seen):
         """The members of one group."""
         K = len(seen.w)

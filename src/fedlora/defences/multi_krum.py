@@ -14,6 +14,11 @@ from fedlora.defences.krum import chosen, scores
 class MultiKrum(Defence):
     """The ``K − f`` uploads of the least score, with the weights that they have."""
 
+    cite = """@inproceedings{blanchard2017krum,
+      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
+      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
+      archiveprefix = {arXiv}}"""
+
     def judge(self, seen):
         """All but the ``f`` worst."""
         f = self.hostile(len(seen.w))

@@ -15,6 +15,11 @@ from fedlora.defences.krum import chosen
 class Trimmed(Defence):
     """All but the ``⌊attackers · K⌋`` uploads with the largest ``‖D_k − z‖``, with the weights that they have."""
 
+    cite = """@inproceedings{yin2018byzantine,
+      title = {{Byzantine}-Robust Distributed Learning: Towards Optimal Statistical Rates},
+      author = {Yin and others}, booktitle = {ICML}, year = {2018}, eprint = {1803.01498},
+      archiveprefix = {arXiv}}"""
+
     def judge(self, seen):
         """Distances from the median of the updates, one voice a client."""
         K = len(seen.w)

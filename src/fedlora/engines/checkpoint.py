@@ -250,7 +250,7 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 
 def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is."""
-    free = ("engine", "flower", "checkpoint", *(["rounds"] if endless(table) else []))
+    free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -21,6 +21,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from fedlora.config import read_table
 from fedlora.engines.flower.party import handled
 from fedlora.flower.parties import party
+from fedlora.following import alive
 
 IDLE = 1800.0  # seconds without a message after which a host gives its memory back; the next message starts another
 LOOK = 0.5  # seconds between two looks whether the parent is still there
@@ -87,18 +88,6 @@ def _gone(*files: Path) -> None:
     for file in files:
         file.unlink(missing_ok=True)
     os._exit(0)  # a turn may be under way: its outcome has nobody to go to, and the state on disk is whole
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not yet waited for does not."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except (PermissionError, FileNotFoundError, IndexError):
-        return Path(f"/proc/{pid}").exists() or not Path("/proc").exists()
-    return state != "Z"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The server app of a configuration: runs it over Flower, keeps it in a folder, and goes on from there when asked."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context
@@ -18,10 +20,11 @@ from fedlora.state import save_json
 OLD = "checkpoint.safetensors"  # version 0.1 kept a run's state there
 
 
-def server_app(config: str | Path) -> ServerApp:
+def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
     """A ``ServerApp`` that runs the federation of a TOML file into the folder ``out`` of the run's configuration.
 
-    Where that folder holds the beginning of this run, it goes on from the last finished round.
+    Where that folder holds the beginning of this run, it goes on from the last finished round. ``callbacks`` are
+    told of the run on the server.
     """
     app = ServerApp()
 
@@ -29,12 +32,14 @@ def server_app(config: str | Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         out = Path(str(context.run_config["out"])).expanduser()
         resolved = read(config)
-        serve(resolved, grid, out, Lines(resolved.rounds).watch)
+        serve(resolved, grid, out, Lines(resolved.rounds).watch, callbacks)
 
     return app
 
 
-def serve(config: Config, grid: Grid, out: Path, watch: Watch = lambda event: None) -> Result:
+def serve(
+    config: Config, grid: Grid, out: Path, watch: Watch = lambda event: None, callbacks: Sequence[Any] = ()
+) -> Result:
     """The federation's rounds over a grid, kept in ``out`` as ``fedlora run`` would, with a checkpoint a round.
 
     ``ConfigError`` where ``out`` holds another run, or this one finished, or somebody else is at work there; it stays
@@ -50,7 +55,7 @@ def serve(config: Config, grid: Grid, out: Path, watch: Watch = lambda event: No
             f"{str(out)!r} holds a run of an earlier version of fedlora; finish it with that version, or choose "
             "another folder."
         )
-    return run(config, out, watch, drive=drive, again=(out / TOKEN).exists())
+    return run(config, out, watch, drive=drive, again=(out / TOKEN).exists(), callbacks=callbacks)
 
 
 def _token(out: Path) -> str:

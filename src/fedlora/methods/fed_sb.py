@@ -20,5 +20,9 @@ class FedSB(Method):
     adapter: Adapter = field(default_factory=LoRASB)
 
     title = "Fed-SB"
+    cite = """@misc{singhal2025fedsb,
+      title = {{Fed-SB}: A Silver Bullet for Extreme Communication Efficiency and Performance in
+        (Private) Federated {LoRA} Fine-Tuning},
+      author = {Singhal and others}, year = {2025}, eprint = {2502.15436}, archiveprefix = {arXiv}}"""
     adapters = (LoRASB,)
     exact = True

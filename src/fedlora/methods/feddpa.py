@@ -20,6 +20,9 @@ class FedDPA(Method):
     adapter: Adapter = field(default_factory=DualLoRA)
 
     title = "FedDPA"
+    cite = """@inproceedings{yang2024feddpa, title = {Dual-Personalizing Adapter for Federated Foundation Models},
+      author = {Yang and others}, booktitle = {NeurIPS}, year = {2024}, eprint = {2403.19211},
+      archiveprefix = {arXiv}}"""
     adapters = (DualLoRA,)
     personal = True
     shares_head = False

@@ -23,6 +23,10 @@ class FedExLoRA(Method):
     residual_rank: int | None = None
 
     title = "FedEx-LoRA"
+    cite = """@inproceedings{singhal2025fedex,
+      title = {{FedEx-LoRA}: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models},
+      author = {Singhal and others}, booktitle = {ACL}, year = {2025}, eprint = {2410.09432},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     sums = False
 

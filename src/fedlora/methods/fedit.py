@@ -18,3 +18,7 @@ class FedIT(Method):
     """
 
     title = "FedIT"
+    cite = """@inproceedings{zhang2024fedit,
+      title = {Towards Building the Federated {GPT}: Federated Instruction Tuning},
+      author = {Zhang and others}, booktitle = {ICASSP}, year = {2024}, eprint = {2305.05644},
+      archiveprefix = {arXiv}}"""

@@ -29,6 +29,10 @@ class FedRotLoRA(Method):
     align: Literal["alternate", "A", "B"] = "alternate"
 
     title = "FedRot-LoRA"
+    cite = """@inproceedings{zhang2026fedrot,
+      title = {{FedRot-LoRA}: Mitigating Rotational Misalignment in Federated {LoRA}},
+      author = {Zhang and others}, booktitle = {ICML}, year = {2026}, eprint = {2602.23638},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
 
     def __post_init__(self):

@@ -18,6 +18,10 @@ class FedSALoRA(Method):
     """
 
     title = "FedSA-LoRA"
+    cite = """@inproceedings{guo2025fedsa,
+      title = {Selective Aggregation for Low-Rank Adaptation in Federated Learning},
+      author = {Guo and others}, booktitle = {ICLR}, year = {2025}, eprint = {2410.01463},
+      archiveprefix = {arXiv}}"""
     personal = True
     shares_head = False
 

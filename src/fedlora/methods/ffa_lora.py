@@ -13,6 +13,9 @@ class FFALoRA(Method):
     """``B = Σ w_k B_k`` with ``A`` as drawn from the seed, so ``B A = Σ w_k B_k A`` exactly, at half the bytes."""
 
     title = "FFA-LoRA"
+    cite = """@inproceedings{sun2024ffa, title = {Improving {LoRA} in Privacy-preserving Federated Learning},
+      author = {Sun and others}, booktitle = {ICLR}, year = {2024}, eprint = {2403.12313},
+      archiveprefix = {arXiv}}"""
     exact = True
 
     def trains(self, start, turn, gradient):

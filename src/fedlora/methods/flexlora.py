@@ -20,6 +20,10 @@ class FlexLoRA(Method):
     """
 
     title = "FlexLoRA"
+    cite = """@inproceedings{bai2024flexlora,
+      title = {Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources},
+      author = {Bai and others}, booktitle = {NeurIPS}, year = {2024}, eprint = {2402.11505},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     any_rank = True
     sums = False

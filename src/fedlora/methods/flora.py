@@ -21,6 +21,10 @@ class FLoRA(Method):
     """
 
     title = "FLoRA"
+    cite = """@inproceedings{wang2024flora,
+      title = {{FLoRA}: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations},
+      author = {Wang and others}, booktitle = {NeurIPS}, year = {2024}, eprint = {2409.05976},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     exact = True
     any_rank = True

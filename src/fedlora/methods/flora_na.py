@@ -35,6 +35,9 @@ class FLoRANA(Method):
     anchor: bool = False
 
     title = "FLoRA-NA"
+    cite = """@misc{nguyen2025florana,
+      title = {{FLoRA-NA}: Nearly Accurate Aggregation for Federated Low-Rank Adaptation},
+      author = {Nguyen and others}, year = {2025}, eprint = {2509.26399}, archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     sums = False  # the server must see every client's factors
 

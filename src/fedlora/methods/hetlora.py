@@ -31,6 +31,10 @@ class HetLoRA(Method):
     tail_penalty: float = 0.0
 
     title = "HetLoRA"
+    cite = """@inproceedings{cho2024hetlora,
+      title = {Heterogeneous {LoRA} for Federated Fine-tuning of On-Device Foundation Models},
+      author = {Cho and others}, booktitle = {EMNLP}, year = {2024}, eprint = {2401.06432},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     any_rank = True
     sums = False

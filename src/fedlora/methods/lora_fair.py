@@ -27,6 +27,10 @@ class LoRAFAIR(Method):
     mu: float = 0.01
 
     title = "LoRA-FAIR"
+    cite = """@inproceedings{bian2025lorafair,
+      title = {{LoRA-FAIR}: Federated {LoRA} Fine-Tuning with Aggregation and Initialization Refinement},
+      author = {Bian and others}, booktitle = {ICCV}, year = {2025}, eprint = {2411.14961},
+      archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
     sums = False
 

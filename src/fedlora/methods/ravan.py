@@ -29,6 +29,9 @@ class Ravan(Method):
     train_scales: bool = True
 
     title = "Ravan"
+    cite = """@inproceedings{raje2025ravan, title = {{Ravan}: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning},
+      author = {Raje and others}, booktitle = {NeurIPS}, year = {2025}, eprint = {2506.05568},
+      archiveprefix = {arXiv}}"""
     adapters = (Heads,)
     exact = True
     any_rank = True

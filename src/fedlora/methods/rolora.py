@@ -17,6 +17,10 @@ class RoLoRA(Method):
     """
 
     title = "RoLoRA"
+    cite = """@inproceedings{chen2025rolora,
+      title = {Robust Federated Finetuning of {LLMs} via Alternating Optimization of {LoRA}},
+      author = {Chen and others}, booktitle = {NeurIPS}, year = {2025}, eprint = {2502.01755},
+      archiveprefix = {arXiv}}"""
     exact = True
 
     def trains(self, start, turn, gradient):

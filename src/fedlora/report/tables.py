@@ -5,11 +5,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from fedlora.limits import shown
+from fedlora.report.console import Plain, printed, stdout
 from fedlora.report.guarantee import lines as guarantee
 
+__all__ = ["DASH", "Plain", "printed", "stdout"]
 DASH = "–"
 
 
@@ -274,26 +274,3 @@ def method(one: Mapping[str, Any]) -> None:
     console.print(
         f"Bytes up {one['bytes']['up']:,.0f}, down {one['bytes']['down']:,.0f} ({one['bytes_of']})", markup=False
     )
-
-
-def printed(*things: Table | str) -> None:
-    """Tables and lines on stdout, one after the other."""
-    console = stdout()
-    for thing in things:
-        console.print(thing)
-
-
-class Plain(Console):
-    """A console that obeys nothing in the texts it shows: names may come from other parties."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """The text as it is, without rich's markup, and with escapes where a terminal would act on a character."""
-        lines = (shown(line, len(line)) for line in text.split("\n"))
-        return super().render_str("\n".join(lines), **{**options, "markup": False})
-
-
-def stdout() -> Console:
-    """Where tables go."""
-    console = Plain(markup=False)
-    # Where nobody looks, a line is as long as it needs to be: a folded table cannot be read by a program.
-    return console if console.is_terminal else Plain(width=200, markup=False)

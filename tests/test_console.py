@@ -1,0 +1,126 @@
+"""What is printed: no colour where it is not wanted, no figure cut off on a narrow terminal, lines left whole in a pipe."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from rich.table import Table
+
+from fedlora.report import console, tables
+from fedlora.report.console import Plain
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
+
+
+def on_pty(arguments, width=80, height=24, seconds=240, at=None, **environment):
+    """What a program writes on a terminal of so many columns, and how it ended.
+
+    ``at`` is a text and what is to be done once it has been written: a function, or bytes as keys that are pressed.
+    """
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdin=follower, stdout=follower, stderr=follower, preexec_fn=_its_terminal,
+        env={**env, "TERM": "xterm-256color", **environment}, start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    found, until = b"", time.monotonic() + seconds
+    while time.monotonic() < until and (piece := _piece(leader, process)) is not None:
+        found += piece
+        if at is not None and at[0].encode() in found:
+            os.write(leader, at[1]) if isinstance(at[1], bytes) else at[1]()
+            at = None
+    if process.poll() is None and time.monotonic() >= until:
+        process.kill()
+    code = process.wait(timeout=60)
+    os.close(leader)
+    return found.decode("utf-8", "replace"), code
+
+
+def _its_terminal():
+    """Ctrl-C typed there is a signal here, also where whoever runs the tests ignores that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def _piece(leader, process):
+    """What was written since; None at the end."""
+    ready, _, _ = select.select([leader], [], [], 0.2)
+    if not ready:
+        return b"" if process.poll() is None else None
+    try:
+        return os.read(leader, 65536) or None
+    except OSError:  # nobody has it open any more
+        return None
+
+
+ROWS = """
+from fedlora.report import tables
+row = lambda name: {"method": name, "metric": {"name": "accuracy", "higher": True}, "seeds": [0], "diverged": 0,
+    **{key: {"mean": 0.1234, "std": 0.0} for key in ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")}}
+tables.comparison([row("fedit"), row("fedsa-lora")])
+"""
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 200])
+def test_a_terminal_of_any_width_shows_every_figure(width):
+    text, code = on_pty(["-c", ROWS], width)
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
+    assert max(map(len, plain.split("\n"))) <= width
+    assert plain.count("0.123") >= 2 * 3 and "0.1234" in plain and "fedsa-lora" in plain and "…" not in plain
+    assert all(name in " ".join(plain.split()) for name in ("global", "worst client", "MB up", "aggregation error"))
+
+
+def test_no_color_means_none():
+    code = (
+        "from rich.table import Table; from fedlora.report.console import printed\n"
+        "t = Table(title='T'); t.add_column('a', style='red'); t.add_row('x'); printed(t)"
+    )
+    assert COLOUR.search(on_pty(["-c", code])[0]), "else this shows nothing"
+    found, _ = on_pty(["-c", code], NO_COLOR="1")
+    assert not COLOUR.search(found) and "x" in found
+
+
+def test_a_pipe_gets_whole_lines(capsys):
+    table = Table(title="Wide")
+    for number in range(8):
+        table.add_column(f"column {number}")
+    table.add_row(*("v" * 15 for _ in range(8)))
+    console.printed(table)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and next(line for line in out.splitlines() if "vvv" in line).count("v" * 15) == 8
+
+
+def test_a_table_without_headings_becomes_lines_of_a_name_and_a_figure():
+    sheet, file = Table(title="Of a run", show_header=False), io.StringIO()
+    sheet.add_column("what")
+    sheet.add_column("figure")
+    sheet.add_row("clients'-own-accuracy-mean", "0.1234")
+    Plain(file=file, width=24).print(sheet)
+    assert file.getvalue().split() == ["Of", "a", "run", "clients'-own-accuracy-me", "an:", "0.1234"]
+
+
+def test_hostile_cells_stay_text_in_a_list():
+    sheet, file = Table(title="[red]T[/red]\x1b[2J"), io.StringIO()
+    sheet.add_column("name")
+    sheet.add_column("v" * 40)
+    sheet.add_row("[blink]a\x1b]0;x\x07[/blink]", "1")
+    Plain(file=file, width=30, force_terminal=True, no_color=True).print(sheet)
+    out = file.getvalue()
+    assert "[blink]a" in out and "\x07" not in out and "\x1b[2J" not in out and "\\x1b" in out
+
+
+def test_tables_are_printed_by_one_console():
+    assert tables.stdout is console.stdout and tables.Plain is Plain

@@ -1,0 +1,201 @@
+"""Each tracker with its real local backend: what it kept is read back, after a run that was broken off and went on."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fedlora import resuming, runs, trackers
+from fedlora.config import build, read
+from fedlora.curves import figures
+from fedlora.settings import ConfigError
+from fedlora.state import save_json
+from tests.resume.world import small
+from tests.tracking import reading
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own packages
+
+EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "trackio": "trackio"}
+
+
+class Stops:
+    def on_round(self, record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two rounds, broken off, and a third: with all four trackers, of which one came only then."""
+    place = tmp_path_factory.mktemp("tracked")
+    some = ["track.tensorboard=true", f"track.mlflow={{uri='sqlite:///{place}/mlflow.db',experiment='hospitals'}}",
+            "track.wandb={mode='offline'}"]  # fmt: skip
+    folder = place / "one"
+    runs.run(small("fedit", "rounds=3", *some), folder, callbacks=[Stops()])
+    kept = json.loads((folder / "trackers.json").read_text())
+    result = resuming.resume(folder, overrides=["track.trackio={project='late'}"])
+    return place, folder, result, kept
+
+
+def expected(result):
+    found = {}
+    for record in result.records:
+        for name, value in figures(record).items():
+            found.setdefault(name, {})[record["round"]] = value
+    return found
+
+
+def close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values, rel=1e-6), name  # TensorBoard keeps float32
+    return True
+
+
+def test_tensorboard(done):
+    _, folder, result, _ = done
+    assert len(list((folder / "tensorboard").glob("events.*"))) == 2, "one file a process"
+    assert close(reading.tensorboard(folder / "tensorboard"), expected(result))
+
+
+def test_mlflow(done):
+    place, _, result, _ = done
+    found, settings, status = reading.mlflow(f"sqlite:///{place}/mlflow.db", "hospitals")
+    assert close(found, expected(result))
+    assert settings["method.name"] == "fedit" and settings["rounds"] == "3" and status == "FINISHED"
+
+
+def test_wandb(done):
+    _, folder, result, kept = done
+    found, ids = reading.wandb(folder)
+    assert close(found, expected(result))
+    assert ids == {kept["wandb"]["run"]}, "two files of one run"
+
+
+def test_trackio_has_the_rounds_before_it_came(done):
+    _, _, result, kept = done
+    assert "trackio" not in kept
+    found, run = reading.trackio("late")
+    assert close(found, expected(result)) and run == "one"
+
+
+def test_the_config_keeps_them_and_no_bit_goes_by_them(done, tmp_path):
+    _, folder, result, _ = done
+    track = read(folder / "config.toml").table["track"]
+    assert list(track) == ["tensorboard", "mlflow", "wandb", "trackio"] and track["trackio"] == {"project": "late"}
+    plain = runs.run(small("fedit", "rounds=3"))
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in plain.records] == [
+        {k: v for k, v in r.items() if k != "seconds"}
+        for r in json.loads(json.dumps(result.records), object_hook=whole)
+    ]
+    assert "track" not in small("fedit").table, "a config without trackers is as it was"
+
+
+def whole(table):
+    return {int(k) if k.isdigit() else k: v for k, v in table.items()}
+
+
+class Flaky(trackers.Session):
+    run = "flaky"
+
+    def __init__(self, fails):
+        self.fails, self.got, self.state = fails, [], None
+
+    def log(self, number, values):
+        if number in self.fails:
+            self.fails.remove(number)
+            raise ConnectionError("no\nroute")
+        self.got.append(number)
+
+    def close(self, state):
+        self.state = state
+
+
+def test_a_round_that_a_tracker_does_not_take_is_sent_again_and_said_once(tmp_path, monkeypatch):
+    session, said = Flaky([1, 1, 3]), []
+    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
+    runs.run(small("fedit", "rounds=3", "track.tensorboard=true"), tmp_path / "run", watch)
+    assert session.got == [1, 2, 3] and session.state == "finished", "the third was sent at the end"
+    assert said == [
+        "tensorboard does not take round 1, it is tried again: no route",
+        "tensorboard does not take round 3, it is tried again: no route",
+    ]
+
+
+def test_what_a_tracker_never_took_is_named(tmp_path, monkeypatch):
+    session, said = Flaky([2] * 9), []
+    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
+    runs.run(small("fedit", "rounds=2", "track.tensorboard=true"), tmp_path / "run", watch)
+    assert said[-1] == "tensorboard lacks the rounds 2; metrics.jsonl has them."
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text())["tensorboard"]["rounds"] == 1
+
+
+def test_a_tracker_that_cannot_begin_is_said_before_the_first_round(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = small("fedit", "rounds=1", f"track.tensorboard={{folder='{tmp_path}/file'}}")
+    with pytest.raises(ConfigError, match=r"tensorboard did not begin: .*; mend track\.tensorboard, or leave it out"):
+        runs.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_missing_package_is_one_sentence_with_the_command(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "fedlora.trackers.base.find_spec", lambda package: None if package == EXTRAS[name] else object()
+    )
+    config = small("fedit", f"track.{name}=true")
+    with pytest.raises(ConfigError) as told:
+        runs.run(config, tmp_path / "run")
+    assert str(told.value) == (
+        f"[track] names {name!r}, but {EXTRAS[name]} is not installed; run `pip install 'fedlora[track-{name}]'`, or "
+        f"leave track.{name} out."
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "track, words",
+    [
+        ({"tensorbord": True}, "did you mean 'tensorboard'"),
+        ({"mlflow": "yes"}, "track.mlflow is 'yes'; it should be true, false or a table"),
+        ({"mlflow": {"url": "x"}}, "did you mean 'track.mlflow.uri'|did you mean 'uri'"),
+        ({"mlflow": {"uri": "https://me:secret@host"}}, "holds a password"),
+        ({"wandb": {"mode": "dryrun"}}, "'online' or 'offline'"),
+    ],
+)
+def test_wrong_settings(track, words):
+    table = {k: v for k, v in small("fedit").table.items() if k != "track"}
+    with pytest.raises(ConfigError, match=words):
+        build({**table, "track": track})
+
+
+def test_reading_a_config_imports_no_tracker():
+    import subprocess
+
+    code = (
+        "import sys; from fedlora import trackers; t = trackers.read({name: True for name in trackers.names()});"
+        "print([m for m in ('tensorboard', 'mlflow', 'wandb', 'trackio') if m in sys.modules], sorted(t.trackers))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == "[] ['mlflow', 'tensorboard', 'trackio', 'wandb']\n"
+
+
+def test_other_settings_begin_another_run_with_all_rounds(tmp_path):
+    config = small("fedit", "rounds=1", "track.tensorboard=true")
+    runs.run(config, tmp_path / "run")
+    own = tmp_path / "boards"
+    runs.run(replace(config, rounds=2, track=trackers.read({"tensorboard": {"folder": str(own)}})), tmp_path / "run",
+             again=True)  # fmt: skip
+    assert sorted(reading.tensorboard(own / "run")["clients/mean"]) == [1, 2]
+
+
+def test_a_broken_file_of_trackers_is_said(tmp_path):
+    save_json(tmp_path / "trackers.json", {})
+    (tmp_path / "trackers.json").write_text("{")
+    from fedlora.tracking import _earlier
+
+    with pytest.raises(ConfigError, match=r"trackers\.json.* is no JSON"):
+        _earlier(tmp_path)
