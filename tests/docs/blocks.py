@@ -5,6 +5,8 @@ Comments that a reader of the source sees and a reader of the page does not:
 - ``<!-- not run: needs a GPU -->`` above a block: it is listed and not run (Python is still compiled).
 - ``<!-- fails: 2 -->`` above a block: its last command ends with this exit status.
 - ``<!-- processes -->`` above a block: it starts real Flower processes, and runs in the tests marked ``flower``.
+- ``<!-- written: for whom -->`` above a TOML block: it is a file of another kind, written under the name in its first line.
+- ``<!-- said by: FILE -->`` above a block: a message, which test_errors.py looks for in that file.
 - ``<!-- stand-in: mine.toml -->`` anywhere: the page's folder has a small configuration of the demo under this name.
 - ``<!-- first: COMMAND -->`` anywhere: run in the page's folder before the page's blocks.
 """
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<mark>`{3,}|~{3,})(?P<info>[^`\n]*)$")
-COMMENT = re.compile(r"^\s*<!-- (?P<key>not run|fails|processes)(?:: (?P<value>.+?))? -->\s*$")
+COMMENT = re.compile(r"^\s*<!-- (?P<key>not run|fails|processes|written|said by)(?:: (?P<value>.+?))? -->\s*$")
 SHELL = {"bash", "sh", "console"}
 RUN = {*SHELL, "python", "toml"}
 SHOWN = {"text", "json", "diff", "bibtex"}  # what is only read
