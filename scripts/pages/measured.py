@@ -94,7 +94,7 @@ class Results:
 
 
 def tables(text: str) -> Iterator[Row]:
-    """Every row of every table under its heading; a row named ``a, b`` stands for both."""
+    """Every row of every table under its heading; ``a, b`` is two rows, and its cell ``1, 2`` has one each."""
     heading, titles = "", []
     for line in text.splitlines():
         if line.startswith("#"):
@@ -105,8 +105,9 @@ def tables(text: str) -> Iterator[Row]:
             titles = _split(line)
         elif not set(line) <= set("|-: "):
             name, *cells = _split(line)
-            for one in name.split(", "):
-                yield Row(heading, one, dict(zip(titles[1:], cells)))
+            names = name.split(", ")
+            for number, one in enumerate(names):
+                yield Row(heading, one, dict(zip(titles[1:], [_own(cell, number, len(names)) for cell in cells])))
 
 
 def spread(found: Sequence[float], digits: int) -> str:
@@ -118,6 +119,12 @@ def spread(found: Sequence[float], digits: int) -> str:
 def anchor(heading: str) -> str:
     """The part of an address that a heading gets, on the site and in file browsers alike."""
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def _own(cell: str, number: int, names: int) -> str:
+    """A row's part of a cell, where it has one for each of the row's names."""
+    parts = cell.split(", ")
+    return parts[number] if len(parts) == names else cell
 
 
 def _split(line: str) -> list[str]:

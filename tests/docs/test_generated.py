@@ -54,7 +54,7 @@ def test_every_command_is_on_its_page(files):
 
 
 def test_figures_are_read_from_the_results(tmp_path):
-    rows = "## One table\n\n| | score | x |\n|---|---|---|\n| a, b | **0.5 ± 0.1** | 2 |\n"
+    rows = "## One table\n\n| | score | x |\n|---|---|---|\n| a, b | **0.5 ± 0.1** | 2, 3 |\n"
     found = measured.Results(list(measured.tables(rows)), {"s": [
         {"label": "a", "value": 0.25, "global": None, "clients": {"mean": 0.2, "worst": 0.0}, "bytes": {"up": 3e6}, "metric": "m"},
         {"label": "a", "value": 0.75, "global": None, "clients": {"mean": 0.4, "worst": 0.0}, "bytes": {"up": 3e6}, "metric": "m"},
@@ -62,6 +62,7 @@ def test_figures_are_read_from_the_results(tmp_path):
     page = "x <!-- = results; One; b; sco -->old<!-- . --> and <!-- = study; s; a; value --><!-- . -->"
     filled = found.filled(page, "p.md")
     assert ">0.5 ± 0.1<" in filled and ">0.500 ± 0.354<" in filled and found.filled(filled, "p.md") == filled
+    assert found.cell("One", "a", "x") == "2" and found.cell("One", "b", "x") == "3"
     assert "| a | – | 0.300 ± 0.141 | 0.000 | 3.00 | 2 |" in found.table("s")
     for wrong in ("results; One; c; score", "results; Two; a; score", "study; s; b; value", "nonsense; a"):
         with pytest.raises(ValueError, match=r"p\.md asks for"):
