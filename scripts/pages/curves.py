@@ -11,7 +11,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # method -> its runs, one a 
 BESIDE = ("fedit", "local")  # drawn faintly, to compare with
 PANELS = {"global": "the shared model, global test rows", "clients": "clients' own models, own test rows, mean"}
 WIDTH, HEIGHT, LEFT, TOP, GAP, BOTTOM = 720, 300, 48, 52, 40, 44
-LOW = 0.4  # where the axis begins; scores below are drawn at its foot
+LOW = 0.6  # where the axis begins; scores below are drawn at its foot
 STYLE = """
   .page { fill: #ffffff } .text { fill: #333b45 } .faint { fill: #69727d } .grid { stroke: #e3e6ea }
   .own { stroke: #3b5bdb; fill: none; stroke-width: 2.6 } .band { fill: #3b5bdb; opacity: .16 } .dot { fill: #3b5bdb }
@@ -85,7 +85,7 @@ def _legend(name: str) -> list[str]:
 
 def _frame(x: float, wide: float, title: str, rounds: int) -> list[str]:
     lines = [f'<text class="text" x="{x:.1f}" y="{TOP - 10}">{escape(title)}</text>']
-    for level in (0.4, 0.6, 0.8, 1.0):
+    for level in (0.6, 0.7, 0.8, 0.9, 1.0):
         y = _y(level)
         lines.append(f'<path class="grid" d="M{x:.1f} {y:.1f}h{wide:.1f}"/>')
         lines.append(f'<text class="faint" x="{x - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{level:.1f}</text>')
@@ -106,7 +106,7 @@ def _panel(x: float, wide: float, rounds: int, key: str, name: str, found: Curve
             )
     own = series(found[name], key)
     if not own:
-        say = f'<text class="faint" x="{x + wide / 2:.1f}" y="{_y(0.5):.1f}" text-anchor="middle">'
+        say = f'<text class="faint" x="{x + wide / 2:.1f}" y="{_y(0.7):.1f}" text-anchor="middle">'
         return [*lines, f"{say}{escape(name)} has no such model</text>"]
     if any(low < high for _, _, low, high in own):
         low = [(_x(x, wide, r, rounds), _y(v)) for r, _, v, _ in own]

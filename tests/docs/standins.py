@@ -3,12 +3,12 @@
 from pathlib import Path
 
 QUICK = """\
-rounds = 2
+rounds = 1
 model = { name = "demo-vit" }
-task = { name = "image-classification", data = "digits", train_rows = 150, test_rows = 60 }
+task = { name = "image-classification", data = "digits", train_rows = 90, test_rows = 40 }
 clients = { count = 3, split = { name = "dirichlet", alpha = 1.0 } }
 adapter = { name = "lora", rank = 2, alpha = 4 }
-training = { local_steps = 2, batch_size = 8, learning_rate = 5e-3 }
+training = { local_steps = 1, batch_size = 8, learning_rate = 5e-3 }
 """
 
 # README.md bears no comments. How a block begins -> why it is not run:
