@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check bench docs pages clean
 
 demo: $(VENV)/.base ## ten parties, eight methods, embedded data, about a minute
 	$(OFFLINE) $(BIN)/fedlora demo
@@ -20,6 +20,12 @@ lint: $(VENV)/.dev
 
 check: lint test ## what CI runs
 	@echo "make check: lint and tests passed"
+
+pages: $(VENV)/.dev ## generated pages and figures of docs/, from the code and the measured results
+	$(BIN)/python -m scripts.pages
+
+docs: pages ## the site, in build/site; open build/site/index.html
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

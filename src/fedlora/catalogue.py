@@ -15,6 +15,7 @@ from fedlora.types import Tree, Turn, Work
 
 REFERENCE = (768, 768, 8)  # outputs, inputs and rank of the weight that bytes are counted on
 ROUNDS = 2  # a method that alternates sends one thing and then the other
+ADVICE = {"use": "Use it when", "avoid": "Not when"}  # how the lines begin that say so in a method's file
 HOOKS = ("receive", "trains", "penalty", "send", "keep", "combine", "combine_all")
 
 
@@ -67,15 +68,29 @@ def traffic(kind: type[Method]) -> dict[str, float]:
     return {d: channel.ledger.bytes(d) / (2 * ROUNDS) for d in ("up", "down")}
 
 
+def told(doc: str) -> dict[str, str]:
+    """What a method's module says of it: the idea, its source, when to use it and when not; "" for what it leaves out.
+
+    The first line is ``TITLE: idea.``; a line that opens with ``Use it when`` or ``Not when`` begins the advice.
+    """
+    found = dict.fromkeys(("idea", "reference", *ADVICE), "")
+    first, _, rest = doc.partition("\n")
+    found["idea"], at = first.partition(": ")[2].rstrip("."), "reference"
+    for line in filter(None, map(str.strip, rest.splitlines())):
+        opened = next((key for key, words in ADVICE.items() if line.startswith(words)), None)
+        at, line = (opened, line.removeprefix(ADVICE[opened]).strip()) if opened else (at, line)
+        found[at] = f"{found[at]} {line}".strip()
+    return found
+
+
 def entry(name: str) -> dict[str, Any]:
     """One method as a JSON-able record."""
     kind = methods.load(name)
-    doc = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    said = told(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
         "name": name,
         "title": kind.title or kind.__name__,
-        "idea": doc.splitlines()[0].partition(": ")[2].rstrip(".").replace("``", ""),
-        "reference": " ".join(line.strip() for line in doc.splitlines()[2:] if line.strip()),
+        **{key: said[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
         "equation": inspect.getdoc(kind) or "",
         "claims": {
             "exact": bool(kind.exact)

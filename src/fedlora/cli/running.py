@@ -115,7 +115,9 @@ def _oracle(table, labels: list[str], out: Path, as_json: bool) -> None:
 
 def demo(
     out: Annotated[Optional[Path], typer.Option(help="A new folder [default: runs/demo-N].")] = None,  # noqa: UP045
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = max(1, min(2, os.cpu_count() or 1)),
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time [default: 2, or 1 on one core].", show_default=False)
+    ] = max(1, min(2, os.cpu_count() or 1)),
     as_json: Json = False,
 ) -> None:
     """Ten parties learn handwritten digits with eight methods: no network, about a minute."""

@@ -2,6 +2,10 @@
 
 Singhal et al. Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated
 LoRA Fine-Tuning. 2025. https://arxiv.org/abs/2502.15436
+
+Use it when uploads must be small and exact at a high rank: only a square core travels.
+Not when the result must stay a LoRA of small rank, or the frozen outer factors, drawn from the seed, cannot hold the
+task.
 """
 
 from dataclasses import dataclass, field

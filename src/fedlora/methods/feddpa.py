@@ -1,6 +1,9 @@
 """FedDPA: a shared and a personal adapter side by side.
 
 Yang et al. Dual-Personalizing Adapter for Federated Foundation Models. NeurIPS 2024. https://arxiv.org/abs/2403.19211
+
+Use it when every client needs what all have learnt and something of its own, side by side.
+Not when one model for all is wanted, or a client cannot afford a second pair in memory.
 """
 
 from dataclasses import dataclass, field

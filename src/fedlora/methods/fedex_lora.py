@@ -2,6 +2,10 @@
 
 Singhal et al. FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models.
 ACL 2025. https://arxiv.org/abs/2410.09432
+
+Use it when rounds must be exact and clients should go on from averaged factors, with FedIT's uploads.
+Not when downloads are dear (the residual has rank ``K r`` unless ``residual_rank`` cuts it), the base weights must
+stay as they are, or the server may not see single uploads.
 """
 
 from dataclasses import dataclass

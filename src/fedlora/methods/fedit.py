@@ -2,6 +2,10 @@
 
 Zhang et al. Towards Building the Federated GPT: Federated Instruction Tuning. ICASSP 2024.
 https://arxiv.org/abs/2305.05644
+
+Use it when a first line to compare with is wanted, or the server may do nothing but average: everything that knows
+FedAvg (secure aggregation, robust rules, server optimisers, other frameworks) works with it.
+Not when what is served must be the mean of what the clients trained, or clients have different ranks.
 """
 
 from dataclasses import dataclass

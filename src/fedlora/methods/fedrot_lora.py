@@ -2,6 +2,11 @@
 
 Zhang et al. FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA. ICML 2026.
 https://arxiv.org/abs/2602.23638
+
+Use it when the clients' factors are suspected of turning against each other: the rotation is done by the client, so
+the server still only averages, and secure aggregation works.
+Not when the aggregation error itself must fall: measure first with ``fedlora compare --oracle`` how much it would
+take.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,10 @@
 
 Guo et al. Selective Aggregation for Low-Rank Adaptation in Federated Learning. ICLR 2025.
 https://arxiv.org/abs/2410.01463
+
+Use it when clients disagree (about what labels mean, how to answer, what their rows look like) and each may have a
+model of its own; it also sends least of all that send something of a LoRA.
+Not when one model for all is wanted, new parties must be served at once, or clients cannot keep state between rounds.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,10 @@
 """FFA-LoRA: freeze ``A`` at a common start, train and average ``B``.
 
 Sun et al. Improving LoRA in Privacy-preserving Federated Learning. ICLR 2024. https://arxiv.org/abs/2403.12313
+
+Use it when exact rounds at half of FedIT's bytes are worth more than a trained ``A``: under noise for privacy, with
+high learning rates, or behind secure aggregation.
+Not when the rank is so small that the directions drawn for ``A`` cannot hold the task: nobody ever trains them.
 """
 
 from dataclasses import dataclass

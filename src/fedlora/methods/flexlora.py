@@ -2,6 +2,10 @@
 
 Bai et al. Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources.
 NeurIPS 2024. https://arxiv.org/abs/2402.11505
+
+Use it when clients have different ranks and each should get the best approximation of the mean that its rank allows.
+Not when the clients' optimisers keep their moments: balanced factors jump from round to round (``svd`` serves the
+same product in a frame that stays); or the server may not see single uploads.
 """
 
 from dataclasses import dataclass

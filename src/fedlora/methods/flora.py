@@ -2,6 +2,10 @@
 
 Wang et al. FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations. NeurIPS 2024.
 https://arxiv.org/abs/2409.05976
+
+Use it when clients have different ranks, rounds must be exact, and few clients take part in each.
+Not when cohorts are large (what goes down is the whole stack), the base weights must stay as they are, or training
+should go on from warm factors and optimiser moments: every round starts afresh.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,10 @@
 
 Nguyen et al. FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation. 2025.
 https://arxiv.org/abs/2509.26399
+
+Use it when FedIT's traffic and factors must stay as they are, and the server may spend a little on a mean that lies
+nearer to the exact one.
+Not when rounds must be exact, the server may not see single uploads (secure aggregation), or ranks differ.
 """
 
 from collections.abc import Sequence

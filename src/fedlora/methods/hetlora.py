@@ -2,6 +2,9 @@
 
 Cho et al. Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models. EMNLP 2024.
 https://arxiv.org/abs/2401.06432
+
+Use it when devices are very unequal and clients may prune their own ranks while they train.
+Not when rounds must be exact, or clients may be hostile: who sends a larger update counts for more.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,9 @@
 """Local training: every client for itself; the line that a federation has to beat.
 
 No paper: what each client reaches with its own data alone.
+
+Use it when always, beside every other method: a federation that does not beat it is not worth its messages.
+Not when parties have too few rows to learn the task alone.
 """
 
 from dataclasses import dataclass

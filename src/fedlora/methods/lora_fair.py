@@ -2,6 +2,10 @@
 
 Bian et al. LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement. ICCV 2025.
 https://arxiv.org/abs/2411.14961
+
+Use it when FedIT's traffic must stay, ``A`` may stay the clients' mean, and the server may solve a small system a
+weight.
+Not when rounds must be exact, the server may not see single uploads, or ranks differ.
 """
 
 from dataclasses import dataclass

@@ -2,6 +2,11 @@
 
 Raje et al. Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning. NeurIPS 2025.
 https://arxiv.org/abs/2506.05568
+
+Use it when clients differ in what they can afford (each trains as many heads as it can), or updates should be linear
+in what is trained, at the bytes of a LoRA.
+Not when the result must be a small plain LoRA (an export has the rank of all heads together), or clients train
+different heads and rounds must still be exact.
 """
 
 from dataclasses import dataclass, field

@@ -2,6 +2,9 @@
 
 Chen et al. Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA. NeurIPS 2025.
 https://arxiv.org/abs/2502.01755
+
+Use it when rounds must be exact and uploads small, but ``A`` has to be learnt too.
+Not when rounds are few or clients are often away: each factor moves in every second round only.
 """
 
 from dataclasses import dataclass

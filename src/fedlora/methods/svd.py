@@ -1,6 +1,10 @@
 """svd: serve the best factors of the exact mean, in the frame where the clients' optimisers left theirs.
 
 No paper: Eckart and Young's theorem (1936) gives the product, and a gauge chosen near FedIT's means the factors.
+
+Use it when one adapter of a given rank is to come out of several, in a federation or of finished PEFT folders: no
+other adapter of that rank is nearer to the exact mean.
+Not when the server may not see single uploads, or must spend nothing but additions.
 """
 
 from dataclasses import dataclass

@@ -263,7 +263,8 @@ def method(one: Mapping[str, Any]) -> None:
     console = stdout()
     claims = [key.replace("_", " ") for key, value in one["claims"].items() if value] or ["none"]
     console.print(f"{one['title']} ({one['name']}): {one['idea']}.\n\n{one['equation']}\n", markup=False)
-    console.print(f"Paper: {one['reference']}", markup=False)
+    advice = [f"{words} {one[key]}" for words, key in (("Use it when", "use"), ("Not when", "avoid")) if one[key]]
+    console.print(f"Paper: {one['reference']}", *advice, sep="\n", markup=False)
     console.print(f"Changes from FedIT: {', '.join(one['changes']) or 'nothing'}", markup=False)
     console.print(f"Claims: {', '.join(claims)}", markup=False)
     console.print(f"Adapters: {', '.join(one['adapters'])}", markup=False)

@@ -1,0 +1,33 @@
+"""What stands in for a reader's own things where a page's blocks are run, and the README's blocks that are not run."""
+
+from pathlib import Path
+
+QUICK = """\
+rounds = 1
+model = { name = "demo-vit" }
+task = { name = "image-classification", data = "digits", train_rows = 90, test_rows = 40 }
+clients = { count = 3, split = { name = "dirichlet", alpha = 1.0 } }
+adapter = { name = "lora", rank = 2, alpha = 4 }
+training = { local_steps = 1, batch_size = 8, learning_rate = 5e-3 }
+"""
+
+# README.md bears no comments. How a block begins -> why it is not run:
+README_NOT_RUN = {
+    "make demo": "they set up an environment of their own; CI's first steps are these commands",
+    "fedlora chat": "needs a language model and benchmark data; tests/test_chat.py and tests/test_sandbox.py run these",
+    "fedlora run mine.toml --engine": "starts Ray and processes; tests/flower runs each of these commands",
+}
+# How a block begins -> what has to be there before it.
+README_BEFORE = {
+    "fedlora aggregate": "fedlora export runs/mine-1 --all-clients --out parts\n"
+    "mv parts/0 client-a && mv parts/1 client-b && mv parts/2 client-c",
+    "fedlora export": "rm -r runs/mine-1 && sed -i s/fedsa-lora/fedit/ mine.toml && fedlora run mine.toml",
+}
+# The README's configuration is FedSA-LoRA's; without an adapter table it can be read under any method.
+README_CONFIG = QUICK.replace('adapter = { name = "lora", rank = 2, alpha = 4 }', 'method = { name = "fedsa-lora" }')
+
+
+def quick(folder: Path, name: str) -> None:
+    """A small configuration of the embedded demo under a page's name for it."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(QUICK)
