@@ -80,9 +80,13 @@ def test_faults_are_counted_and_named(tmp_path):
     more = {"quarantined": {"1": "its norm is odd"}, "absent": {"2": "late"}, "stragglers": [0]}
     found = runs([write_run(tmp_path / "r", more=more)])
     assert totals.counted(found) == {"quarantined": 3, "absent": 3, "straggler": 3}
-    assert [(r["round"], r["client"], r["kind"], r["reason"]) for r in totals.faults(found).rows][0] == (
-        1, "1", "quarantined", "its norm is odd",
-    )  # fmt: skip
+    first = totals.faults(found).rows[0]
+    assert (first["round"], first["client"], first["kind"], first["reason"]) == (
+        1,
+        "1",
+        "quarantined",
+        "its norm is odd",
+    )
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
