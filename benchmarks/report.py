@@ -42,7 +42,7 @@ def make(place: Path, many: int, rounds: int, clients: int) -> list[Path]:
         draw, folder = random.Random(number), place / f"run-{number}"
         folder.mkdir()
         table = {"rounds": rounds, "seed": number, "model": {"name": "vit"}, "clients": {"count": clients},
-                 "task": {"name": "image-classification"},
+                 "task": {"name": "image-classification", "data": "digits"},
                  "training": {"learning_rate": 1e-3 * (number + 1)}}  # fmt: skip
         (folder / "config.toml").write_text(dumps(table))
         with open(folder / "metrics.jsonl", "w") as file:

@@ -42,7 +42,7 @@
     const spec = about.spec;
     Object.assign(spec.config.legend, { columns: place.clientWidth < 420 ? 2 : 3 });
     await vegaEmbed(place, spec, { renderer: "svg", actions: false, ast: false });
-    place.dataset.drawn = "yes";
+    place.querySelector("svg").setAttribute("aria-hidden", "true"); // the text of the place speaks for all its marks
   };
 
   const sort = (button) => {
