@@ -54,6 +54,14 @@ def test_latex_and_markdown_escape_what_they_would_obey():
     assert line == r"| 50% of \#1\_{x}\|&lt;b&gt; | 1.00 |" and len(re.findall(r"(?<!\\)\|", line)) == 3
 
 
+def test_what_is_small_is_not_written_as_nothing():
+    column = Column("p", "p", 4)
+    texts = [
+        Table("t", "T", (column,), []).text({"p": value}, column) for value in (3e-5, 6e-5, 0.0, None, float("nan"))
+    ]
+    assert texts == ["<0.0001", "0.0001", "0.0000", "–", "–"]
+
+
 def test_a_width_that_is_none_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="--width is 2; .* from 20 to 600"):
         files(runs([write_run(tmp_path / "r")]), tmp_path / "out", 2)

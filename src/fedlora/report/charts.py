@@ -3,6 +3,7 @@
 A chart names its data and does not hold it: ``with_rows`` puts the rows in. Every row is drawn as one mark.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def band(
     every = list(dict.fromkeys([*every, *names]))
     places = [every.index(name) for name in names]
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False, nice=False, padding=6)
-    ticks = alt.Axis(format="d", tickMinStep=1, tickCount=8) if x == "round" else alt.Axis(tickCount=6)
+    ticks = alt.Axis(format="d", values=_whole(rows, x)) if x == "round" else alt.Axis(tickCount=6)
     horizontal = alt.X(f"{x}:Q", title=x_title, scale=scale, axis=ticks)
     vertical = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
     spread = any(row["high"] > row["low"] for row in rows)
@@ -129,8 +130,15 @@ def _scaled(
 ) -> Any:
     """A channel that gives the name at each place the look of that place."""
     scale = alt.Scale(domain=list(names), range=[looks[place % len(looks)] for place in places])
-    legend = alt.Legend() if len(names) > 1 else None
+    legend = alt.Legend(symbolOpacity=1) if len(names) > 1 else None  # a band's own is faint
     return channel(f"{field}:N", sort=list(names), title=title, scale=scale, legend=legend)
+
+
+def _whole(rows: Rows, x: str, most: int = 8) -> list[int]:
+    """Ticks at whole numbers, at most about so many."""
+    first, last = (math.floor(pick(row[x] for row in rows)) for pick in (min, max))
+    step = next(s for s in (k * 10**e for e in range(12) for k in (1, 2, 5)) if (last - first) / s < most)
+    return list(range(-(-first // step) * step, last + 1, step))
 
 
 def _tooltip(keys: Sequence[str]) -> list[alt.Tooltip]:

@@ -38,6 +38,8 @@ class Table:
             return DASH
         if column.digits is None or isinstance(value, str):
             return str(value)
+        if 0 < value < 0.5 * 10**-column.digits:
+            return f"<{10**-column.digits:.{column.digits}f}"  # small is not nothing
         deviation = row.get(column.spread) if column.spread else None
         beside = f" ± {deviation:.{column.digits}f}" if deviation else ""
         return f"{value:,.{column.digits}f}{beside}" if math.isfinite(value) else DASH
