@@ -2,14 +2,15 @@
 
 import argparse
 import statistics
-import warnings
 from collections.abc import Sequence
 from math import isnan, nan
 from typing import Any
 
-from scipy.stats import spearmanr, ttest_1samp
+from scipy.stats import spearmanr
 
 from benchmarks.studies import STUDIES, Book, Study, best_rate
+from fedlora.report.paired import Paired, p_value
+from fedlora.report.paired import paired as tested
 
 DIGITS = {"perplexity": 2}
 
@@ -28,28 +29,21 @@ def spread(found: Sequence[float], digits: int) -> str:
     return text if len(found) < 2 else f"{text} ± {statistics.stdev(found):.{digits}f}"
 
 
-def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> tuple[float, float, int] | None:
-    """Mean difference to the first label over the same seeds and settings, its p-value, and how many pairs."""
-    pairs = []
-    for setting in study.settings:
-        one, other = values(rows, setting, label), values(rows, setting, study.labels[0])
-        pairs += [(one[seed], other[seed]) for seed in one.keys() & other.keys()]
-    if len(pairs) < 2 or label == study.labels[0]:
+def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> Paired | None:
+    """Against the first label over the same seeds and settings."""
+    if label == study.labels[0]:
         return None
-    differences = [a - b for a, b in pairs]
-    return statistics.fmean(differences), p_value(differences), len(pairs)
+    one, other = (
+        {(s, seed): x for s in study.settings for seed, x in values(rows, s, name).items()}
+        for name in (label, study.labels[0])
+    )
+    return tested(one, other)
 
 
-def compared(difference: float, p: float, pairs: int, digits: int) -> str:
+def compared(test: Paired, digits: int) -> str:
     """A paired test in words; no test can be made of differences that are all the same."""
-    return f"{difference:+.{digits}f}, " + ("the same every time" if isnan(p) else f"p = {p:.2g}") + f" (n = {pairs})"
-
-
-def p_value(differences: Sequence[float]) -> float:
-    """Student's test of a mean of zero, two-sided."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of differences that are all alike: it is then 0 or NaN, and shown
-        return float(ttest_1samp(differences, 0).pvalue)
+    p = "the same every time" if isnan(test.p) else f"p = {test.p:.2g}"
+    return f"{test.difference:+.{digits}f}, {p} (n = {test.pairs})"
 
 
 def finished(name: str) -> list[dict[str, Any]]:
@@ -78,7 +72,7 @@ def table(name: str) -> str:
         errors = [row["errors"]["served"] for row in own if "served" in row["errors"]]
         cells = [label, f"{best_rate(study, book, label):g}"]
         cells += [spread(list(values(rows, setting, label).values()), digits) for setting in study.settings]
-        cells.append("–" if test is None else compared(*test, digits))
+        cells.append("–" if test is None else compared(test, digits))
         cells.append(f"{statistics.fmean(errors):.3f}" if errors else "–")
         cells += [f"{statistics.fmean(row['bytes'][d] for row in own) / 1e6:.2f}" for d in ("up", "down")]
         lines.append("| " + " | ".join(cells) + " |")

@@ -61,6 +61,7 @@ LAYERS = [  # imports point down only
         "config",
         "composition",
         "runs",
+        "holdings",
         "keeping",
         "stopping",
         "bibliography",

@@ -21,11 +21,12 @@ STACK = 128  # uploads of one weight handled in one batch: more would only hold 
 def errors(
     rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
 ) -> dict[str, dict[str, float]]:
-    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, and the method's own notes.
+    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``likeness A``, ``likeness B``, and the
+    method's own notes.
 
     ``before`` is what the cohort was sent and ``kept`` what each client kept of the round: with its upload, that is
-    its trained weight. ``served`` is missing for a personal method, which serves no weight of its own; ``fedit`` and
-    ``best`` for adapters that are not a pair ``B A``.
+    its trained weight. ``served`` is missing for a personal method, which serves no weight of its own; ``fedit``,
+    ``best`` and the likeness of factors for adapters that are not a pair ``B A`` of one rank.
     """
     found: dict[str, dict[str, float]] = {}
     for rule in dict.fromkeys(rules.values()):
@@ -72,6 +73,8 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
         candidates["fedit"] = rule.adapter.delta(mean(uploads))
     figures = _figures(total(deltas), candidates, clients[0]["A"].shape[-2] if pairs else None)
     figures["drift"] = _drift(plain, weights, figures.pop("norm"))
+    if pairs and len(clients) > 1:
+        figures |= {f"likeness {leaf}": likeness([client[leaf] for client in clients]) for leaf in "AB"}
     return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
 
 
@@ -119,6 +122,18 @@ def _drift(deltas: Sequence[Factors], weights: Sequence[float], norm: Tensor) ->
         U, V = f.U.double(), f.V.double()
         spread = spread + w * ((U.mT @ U) * (V @ V.mT)).sum((-2, -1))
     return relative((spread - norm.square()).clamp_min(0).sqrt(), norm)
+
+
+def likeness(leaves: Sequence[Tensor]) -> Tensor:
+    """Mean cosine over all pairs of clients' ``(p m r)`` leaves, ``(p)``; a leaf that is zero is like no other.
+
+    Of unit vectors the square of the sum is their number and every pair twice, so one pass over the clients suffices.
+    """
+    units = (torch.nn.functional.normalize(x.double().flatten(-2), dim=-1) for x in leaves)
+    whole, own = 0.0, 0.0
+    for unit in units:
+        whole, own = whole + unit, own + unit.square().sum(-1)
+    return ((whole.square().sum(-1) - own) / (len(leaves) * (len(leaves) - 1))).clamp(-1, 1)
 
 
 def relative(error: Tensor, norm: Tensor) -> Tensor:

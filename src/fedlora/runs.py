@@ -23,6 +23,8 @@ from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
 from fedlora.folds import FoldLog
+from fedlora.holdings import FILE as ROWS
+from fedlora.holdings import holdings
 from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
@@ -113,6 +115,8 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     for place in (folder, folder / BEST, *(clients_file(own, 0).parent for own in (folder, folder / BEST))):
         swept(place)
     write(folder / CONFIG, dumps(table).encode())
+    if (rows := holdings(f)) is not None:
+        save_json(folder / ROWS, rows)
     return keeper
 
 

@@ -290,3 +290,38 @@ def test_uploads_on_disk_give_the_same_bits(name):
 def test_measures_need_the_uploads_in_memory():
     with pytest.raises(ConfigError, match="set evaluation.measure = false"):
         config("engine.spill=true")
+
+
+def test_likeness_is_the_mean_cosine_over_all_pairs():
+    from fedlora.measures import likeness
+
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
+    x[3, 2] = 0  # like no other
+    found = likeness(list(x))
+    for part in range(3):
+        flat = x[:, part].flatten(1)
+        pairs = [torch.cosine_similarity(flat[i], flat[j], dim=0) for i in range(4) for j in range(i)]
+        assert float(found[part]) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-9)
+
+
+def test_a_run_says_likeness_phases_and_rows(tmp_path):
+    result = fedlora.run(config("method.name=ffa-lora"), tmp_path / "run")
+    first = result.records[0]
+    for figures in first["weights"].values():
+        assert figures["likeness A"] == pytest.approx(1) and -1 <= figures["likeness B"] < 0.99, "A is frozen"
+    assert {"train", "combine", "measure", "evaluate"} < first["seconds"].keys()
+    parts = sum(seconds for phase, seconds in first["seconds"].items() if phase != "total")
+    assert first["seconds"]["combine"] > 0 and parts <= first["seconds"]["total"]
+    rows = json.loads((tmp_path / "run" / "rows.json").read_text())
+    federation = config().federation()
+    for client, shard in enumerate(federation.shards):
+        labels = federation.data.train.labels[shard.train]
+        assert rows["clients"][str(client)]["labels"] == torch.bincount(labels, minlength=10).tolist()
+        assert rows["clients"][str(client)]["test"] == len(shard.test)
+    assert len(rows["labels"]) == 10
+
+
+def test_rows_that_privacy_covers_are_not_told(tmp_path):
+    private = ("method.weighting=uniform", "privacy={level='client', clip=1.0, noise_multiplier=1.0}")
+    fedlora.run(config(*private, "rounds=1"), tmp_path / "run")
+    assert not (tmp_path / "run" / "rows.json").exists()

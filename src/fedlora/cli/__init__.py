@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import authoring, chatting, checking, flower, folders, grading, preparing, running, studying, watching
+from fedlora.cli import (
+    authoring,
+    chatting,
+    checking,
+    flower,
+    folders,
+    grading,
+    preparing,
+    reporting,
+    running,
+    studying,
+    watching,
+)
 from fedlora.cli.speech import say
 from fedlora.limits import shown
 
@@ -26,7 +38,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 for command in (
     preparing.plan, preparing.sweep, running.run, running.resume, running.compare, watching.watch,
-    folders.show, folders.personal, folders.aggregate, folders.export,
+    folders.show, reporting.report, reporting.plots, folders.personal, folders.aggregate, folders.export,
     studying.similarity, chatting.chat, grading.solve, grading.grade,
     authoring.methods, authoring.cite, checking.doctor, running.demo,
 ):  # fmt: skip

@@ -3,6 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -164,16 +165,18 @@ class Loop(ABC):
             self._drop(f, at)
             replies = self._screened(f, at, self.turns(f, at))
             uploads, judged = defended(f.defence, f.method, f.rules, before, self.gathered(replies), number, f.seed)
-            served = self._combined(f, at, uploads)
+            with self._timed("combine"):
+                served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record: dict[str, Any] = {"round": number + 1, **_named(f, losses), **private.spent(f, number + 1)}
             if f.clients.stragglers:
                 record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
-            if self.measured(f) and uploads:
-                record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
-            if self.observe is not None and not f.privacy.hides_figures:
-                record["oracle"] = self.observe(f.rules, before, uploads)
+            with self._timed("measure"):
+                if self.measured(f) and uploads:
+                    record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
+                if self.observe is not None and not f.privacy.hides_figures:
+                    record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
             record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
@@ -185,6 +188,13 @@ class Loop(ABC):
             self.watch(Event("round", number, epsilon=record.get("privacy", {}).get("epsilon")))
             folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
             yield Round(number, at.shared, dict(self.kept()), folds, record, at.channel.ledger, at, bad)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """What happens here counts as a phase of the round's seconds."""
+        began = time.perf_counter()
+        yield
+        self.clock[phase] = time.perf_counter() - began
 
     def _drop(self, f: Federation, at: Standing) -> None:
         """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""

@@ -1,0 +1,112 @@
+"""What was run, in plain words, and the command that runs it again."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlora.limits import shown
+from fedlora.report.byround import metric_of
+from fedlora.report.frames import grouped, over
+from fedlora.report.guarantee import lines as guarantee
+from fedlora.report.reading import Run
+from fedlora.report.standing import final
+
+SOME = 12  # names in a sentence
+WORDS = 120  # characters of a name in a sentence
+STATES = {"under way": "is not finished (under way, or broken off)", "interrupted": "was interrupted",
+          "diverged": "diverged"}  # fmt: skip
+
+
+def opening(runs: Sequence[Run]) -> str:
+    """What was run and what it came to, in a few sentences."""
+    labels = list(grouped(runs, lambda run: run.label))
+    about = _setting(runs[0].table, _adapters(runs))
+    if any(_setting(run.table, "") != _setting(runs[0].table, "") for run in runs):
+        about = "The runs differ in model, data or clients; their configurations are below"
+    seeds = sorted({run.seed for run in runs})
+    drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({_listed([str(s) for s in seeds])})"
+    many = "one run" if len(runs) == 1 else f"{len(runs)} runs"
+    return f"{about}, combined by {_listed(labels)}: {many}, {drawn}. {_came_to(runs)} {_states(runs)}".strip()
+
+
+def _adapters(runs: Sequence[Run]) -> str:
+    """The adapters of all runs: methods bring their own kinds."""
+    tables = [run.table.get("adapter", {"name": "lora"}) for run in runs]
+    names = [_short(one.get("name", "lora")) + (f" (rank {one['rank']})" if one.get("rank") else "") for one in tables]
+    return _listed(list(dict.fromkeys(names))) + " "
+
+
+def _setting(table: Mapping[str, Any], adapters: str) -> str:
+    clients, training, task = table.get("clients", {}), table.get("training", {}), table.get("task", {})
+    count, asked, epochs = clients.get("count", 10), clients.get("per_round"), training.get("local_epochs")
+    cohort = f", {asked} of them a round," if asked and asked != count else ""
+    work = f"{epochs} epochs" if epochs else f"{training.get('local_steps', 10)} steps"
+    split = clients.get("split", {"name": "iid"})
+    said = [f"{key} {_short(split[key])}" for key in ("alpha", "column", "labels_per_client") if key in split]
+    rows = _short(task.get("name", "a task")) + (f" ({_short(task['data'])})" if task.get("data") else "")
+    how = f"rows split by {_short(split.get('name', 'iid'))}{f' ({said[0]})' if said else ''}"
+    who = f"{count} {'client' if count == 1 else 'clients'}{cohort}"
+    model = _short(table.get("model", {}).get("name", "a model"))
+    return f"{who} trained {adapters}adapters of {model} for {rows}, {how}, in {table.get('rounds')} rounds of {work}"
+
+
+def _came_to(runs: Sequence[Run]) -> str:
+    """The best method by each kind of model."""
+    said = []
+    for key, what in (("global", "shared model"), ("clients", "clients' own models, in the mean,")):
+        there = _means(runs, key)
+        if there:
+            best = (max if runs[0].higher else min)(there, key=there.__getitem__)
+            verb = "reached" if len(there) == 1 else f"did best with {_short(best)}:"
+            said.append(f"the {what} {verb} {metric_of(runs)} {there[best]:.4f}")
+    return ("At the last evaluated round " + "; ".join(said) + ".") if said else "No round has been evaluated yet."
+
+
+def _means(runs: Sequence[Run], key: str) -> dict[str, float]:
+    """Label -> the mean over its seeds, where there is one."""
+    groups = grouped([run for run in runs if run.failure is None], lambda run: run.label)
+    found = {label: over(final(run)[key] for run in own) for label, own in groups.items()}
+    return {label: one.mean for label, one in found.items() if one is not None}
+
+
+def _states(runs: Sequence[Run]) -> str:
+    states = grouped([run for run in runs if run.state != "finished"], lambda run: run.state)
+    said = "; ".join(f"{_listed([run.name for run in own])} {STATES[state]}" for state, own in states.items())
+    return f"Of these, {said}." if said else ""
+
+
+def commands(runs: Sequence[Run]) -> list[str]:
+    """What repeats each run: the same configuration and seed, the same bits."""
+    files = [shlex.quote(shown(run.folder / "config.toml", 4000)) for run in runs]
+    return [f"fedlora run {file} --out {shlex.quote(f'again/{run.name}')}" for file, run in zip(files, runs)]
+
+
+def hardware(run: Run) -> list[tuple[str, str]]:
+    """State, seed, versions, hardware and guarantee of one run, a name and a text each."""
+    summary = run.summary or {}
+    rows = [
+        ("state", run.state),
+        ("seed", str(run.seed)),
+        ("rounds", f"{len(run.digest.rounds)} of {run.digest.asked}"),
+    ]
+    rows += [(f"version of {shown(k, 60)}", shown(v, 60)) for k, v in summary.get("versions", {}).items()]
+    rows += [(shown(k, 60), shown(v, 60)) for k, v in summary.get("machine", {}).items()]
+    if not summary:
+        rows.append(("versions and hardware", "written when the run ends"))
+    if run.failure:
+        rows.append(("why it diverged", shown(run.failure)))
+    rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
+    rows += [(name, shown(value)) for name, value in guarantee(summary["privacy"])] if summary.get("privacy") else []
+    return rows + [("note", shown(note, 2000)) for note in summary.get("notes", ())]
+
+
+def _short(value: object) -> str:
+    return shown(value, WORDS)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names with commas, and how many more there are."""
+    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
+    if more or len(names) == 1:
+        return ", ".join(names[:SOME]) + more
+    return f"{', '.join(names[:-1])} and {names[-1]}"
