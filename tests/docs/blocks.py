@@ -20,7 +20,7 @@ FENCE = re.compile(r"^(?P<indent> *)(?P<mark>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 COMMENT = re.compile(r"^\s*<!-- (?P<key>not run|fails|processes|written|said by)(?:: (?P<value>.+?))? -->\s*$")
 SHELL = {"bash", "sh", "console"}
 RUN = {*SHELL, "python", "toml"}
-SHOWN = {"text", "json", "diff", "bibtex"}  # what is only read
+SHOWN = {"text", "json", "diff", "bibtex", "latex"}  # what is only read
 
 
 @dataclass(frozen=True)
