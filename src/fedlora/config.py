@@ -57,7 +57,7 @@ def build(table: Table) -> Config:
     method = _method(_section(table, "method", {"name": "fedit"}), table.get("adapter"))
     parts = {
         "model": construct(ModelTable, "model", _section(table, "model")),
-        "task": _named("task", _section(table, "task"), tasks.load),
+        "task": named("task", _section(table, "task"), tasks.load),
         "method": method,
         "clients": construct(Clients, "clients", _section(table, "clients")),
         "training": construct(Training, "training", _section(table, "training")),
@@ -127,7 +127,7 @@ def _method(table: Table, adapter_table: Any) -> Method:
 def _adapter(table: Any) -> Adapter:
     if not isinstance(table, dict):
         raise ConfigError(f'adapter is {table!r}; it is a table, e.g. adapter = {{ name = "lora", rank = 8 }}.')
-    return _named("adapter", {"name": "lora", **table}, _adapter_kind)
+    return named("adapter", {"name": "lora", **table}, _adapter_kind)
 
 
 def _adapter_kind(name: str) -> type[Adapter]:
@@ -136,7 +136,7 @@ def _adapter_kind(name: str) -> type[Adapter]:
     return KINDS[name]
 
 
-def _named(section: str, table: Table, load) -> Any:
+def named(section: str, table: Table, load) -> Any:
     """Builds the class that ``name`` picks from the rest of its table."""
     if not isinstance(table.get("name"), str):
         raise ConfigError(f"[{section}] has no name; set {section}.name to a string.")
@@ -145,7 +145,7 @@ def _named(section: str, table: Table, load) -> Any:
 
 def _optional(table: Table, section: str, load) -> Any:
     """The same of a table that may be left out."""
-    return _named(section, _section(table, section), load) if section in table else None
+    return named(section, _section(table, section), load) if section in table else None
 
 
 def _check_trust(parts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.attack import Attack
-from fedlora.forms import expected
+from fedlora.forms import Expectations
 from fedlora.rounds import Received, Rules
 from fedlora.types import Layer, Tree
 
@@ -41,12 +41,13 @@ def forged(
 ) -> dict[int, Received]:
     """Every attacker's start moved by ``by`` times the mean of the known uploads' changes, leaf by leaf."""
     known = [u for u in known if not _odd(u)]
-    starts = [expected(rules, shared, other.turn).start for other in known]
+    wanted = Expectations(rules, shared)
+    starts = [wanted.of(other.turn).start for other in known]
     found = {}
     for client, upload in uploads.items():
         if not attack.acts(upload.turn) or not known:
             continue
-        start = expected(rules, shared, upload.turn).start
+        start = wanted.of(upload.turn).start
         tree = {
             part: _layer(start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by)
             for part in rules

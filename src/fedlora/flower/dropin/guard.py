@@ -1,18 +1,18 @@
 """What the strategy asks of good replies beside each other: fedlora's hygiene, and a robust rule where one is named."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import Any
 
 from fedlora import defences
-from fedlora.config import construct
+from fedlora.config import construct, named
 from fedlora.defence import Defence, defended
 from fedlora.hygiene import Gate, Hygiene, barred
 from fedlora.method import Method
 from fedlora.rounds import Received, Rules
 from fedlora.seeds import derived
-from fedlora.types import Tree
+from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
 
@@ -23,15 +23,14 @@ def limits(table: Mapping[str, Any] | None) -> Hygiene:
     return found
 
 
-def rule(named: str | Mapping[str, Any] | None, method: Method) -> Defence | None:
+def rule(robust: str | Mapping[str, Any] | None, method: Method) -> Defence | None:
     """A robust rule by its name, or by a table with ``name`` and its settings. ``ValueError`` where it cannot work."""
-    if named is None:
+    if robust is None:
         return None
-    table = {"name": named} if isinstance(named, str) else dict(named)
-    name = table.pop("name", None)
-    if not isinstance(name, str):
+    table = {"name": robust} if isinstance(robust, str) else dict(robust)
+    if not isinstance(table.get("name"), str):
         raise ValueError(f"robust names no rule; give one of {', '.join(defences.names())}.")
-    found: Defence = construct(defences.load(name), "robust", table)
+    found: Defence = named("robust", table, defences.load)
     found.check(method, hidden=False)
     return found
 
@@ -78,7 +77,7 @@ class Guard:
             LOG.info("round %s: the robust rule kept the nodes %s", round + 1, said["kept"])
         return found
 
-    def _turn(self, upload: Received, node: int) -> Any:
+    def _turn(self, upload: Received, node: int) -> Turn:
         """The turn as the node's order had it: where a method starts afresh, the seed says from what."""
         turn = upload.turn
-        return type(turn)(turn.round, turn.client, turn.rank, derived(self.seed, "turn", turn.round, node))
+        return replace(turn, seed=derived(self.seed, "turn", turn.round, node))
