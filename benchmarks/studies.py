@@ -10,15 +10,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedlora.comparison import Cell, execute, for_label
 from fedlora.config import Table, build, overridden, read_table
+from fedlora.export import Run, export
+from fedlora.runs import run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 TUNING_SEED = 100  # another split, start and order than any seed that is reported
+STARTING_SEED = 1000  # of the run that a study's start is taken from
 SEEDS = (0, 1, 2)
+STARTS = ROOT / "build" / "starts"
 # Ids of the configurations -> folders of --models and --data, for machines without a network.
 LOCAL = {
     "sentence-transformers/all-MiniLM-L6-v2": "minilm-l6-h384", "vit-mini-cifar10": "vit-mini-cifar10",
@@ -39,6 +44,7 @@ class Study:
     rates: tuple[float, ...] = (6e-3, 2e-2, 6e-2)
     tuned_at: str = ""  # the setting in which rates are tried
     clients: bool = False  # judge by the clients' own models, for shared models too
+    start: tuple[str, ...] = ()  # overrides of a run whose adapter all runs begin at; none: each begins at nothing
 
 
 def _cohorts() -> dict[str, tuple[str, ...]]:
@@ -58,13 +64,19 @@ RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales"
 FEDSA = (
     "fedit", "local", "ffa-lora", "fedsa-lora", "fedit-rslora", "fedsa-rslora", "fedit-vera", "fedsa-vera",
 )  # fmt: skip
+ALONE = ("clients.count=1", "rounds=3", "evaluation.every=3", "training.local_steps=100", "training.learning_rate=2e-3")
 WRITING = ("fedit", "local", "fedex-lora", "flexlora", "flora-na", "svd", "fedsa-lora")
 STUDIES = {
     "aggregation-banking77": Study(
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),
     "aggregation-qnli": Study(
-        "fedrot-lora/qnli-small.toml", SHARED_METHODS, _cohorts(), (6e-4, 2e-3, 6e-3), "10 clients, Dirichlet 0.5"
+        "fedrot-lora/qnli-small.toml",
+        SHARED_METHODS,
+        _cohorts(),
+        (6e-4, 2e-3, 6e-3),
+        "10 clients, Dirichlet 0.5",
+        start=(*ALONE, f"seed={STARTING_SEED}"),
     ),
     "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
     "fedsa-concept-shift": Study(
@@ -139,14 +151,33 @@ def table(study: Study, key: Mapping[str, Any], overrides: Sequence[str], models
     found = for_label(found, key["label"])
     found["training"] = {**found["training"], "learning_rate": key["rate"]}
     found["seed"] = key["seed"]
+    if study.start:
+        found["model"] = {**found["model"], "start": str(start(study, models, data))}
+    return local(found, models, data, "validation" if key["phase"] == "trial" else "test")
+
+
+def start(study: Study, models: Path, data: Path) -> Path:
+    """The PEFT adapter that a study's runs begin at, trained where it is not there yet."""
+    folder = STARTS / Path(study.config).stem
+    if not folder.exists():
+        own = overridden(read_table(ROOT / "examples" / "papers" / study.config), study.start)
+        with TemporaryDirectory() as made:
+            found = run(build(local(own, models, data, "test")), Path(made) / "run").summary["final"]["global"]
+            export(Run.open(Path(made) / "run"), folder)
+        print("start of", study.config, json.dumps(found), flush=True)
+    return folder
+
+
+def local(found: Table, models: Path, data: Path, split: str) -> Table:
+    """A configuration on local copies, which are one configuration of their data and have all three splits."""
     for section, entry, folder in (("model", "name", models), ("task", "data", data)):
-        local = folder / LOCAL[found[section][entry]]
-        if not local.exists():
-            raise ValueError(f"there is no {str(local)!r}; --models and --data name folders of local copies.")
-        found[section][entry] = str(local)
-    if "data_config" in found["task"]:  # a local copy is one configuration
+        copy = folder / LOCAL[found[section][entry]]
+        if not copy.exists():
+            raise ValueError(f"there is no {str(copy)!r}; --models and --data name folders of local copies.")
+        found[section][entry] = str(copy)
+    if "data_config" in found["task"]:
         found["task"] = {k: v for k, v in found["task"].items() if k not in ("data_config", "train_rows", "test_split")}
-        found["task"]["test_split"] = "validation" if key["phase"] == "trial" else "test"
+        found["task"]["test_split"] = split
     return found
 
 

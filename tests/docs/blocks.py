@@ -8,6 +8,7 @@ Comments that a reader of the source sees and a reader of the page does not:
 - ``<!-- written: for whom -->`` above a TOML block: it is a file of another kind, written under the name in its first line.
 - ``<!-- said by: FILE -->`` above a block: a message, which test_errors.py looks for in that file.
 - ``<!-- stand-in: mine.toml -->`` anywhere: the page's folder has a small configuration of the demo under this name.
+- ``<!-- encoder: minilm -->`` anywhere: the page's folder has a small untrained text encoder under this name.
 - ``<!-- first: COMMAND -->`` anywhere: run in the page's folder before the page's blocks.
 """
 

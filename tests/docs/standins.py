@@ -1,6 +1,10 @@
 """What stands in for a reader's own things where a page's blocks are run, and the README's blocks that are not run."""
 
+import string
 from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 QUICK = """\
 rounds = 1
@@ -31,3 +35,15 @@ def quick(folder: Path, name: str) -> None:
     """A small configuration of the embedded demo under a page's name for it."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(QUICK)
+
+
+def encoder(folder: Path, name: str) -> None:
+    """A text encoder that has learnt nothing, and spells every word, under a page's name for a pretrained one."""
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / name).mkdir()
+    (folder / name / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / name / "vocab.txt")).save_pretrained(folder / name)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **small)).save_pretrained(folder / name)

@@ -57,6 +57,8 @@ def prepared(path: Path, folder: Path, shell) -> None:
     """The page's folder as its comments want it."""
     for name in blocks.asides(path, "stand-in"):
         standins.quick(folder, name)
+    for name in blocks.asides(path, "encoder"):
+        standins.encoder(folder, name)
     if path.name == "README.md":
         (folder / "mine.toml").write_text(standins.README_CONFIG)
     (folder / "examples").symlink_to(ROOT / "examples")

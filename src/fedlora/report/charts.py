@@ -38,11 +38,17 @@ def band(
     spread = any(row["high"] > row["low"] for row in rows)
     base = alt.Chart(DATA).encode(x=horizontal, color=_colour(by, names, None, places))
     area = base.mark_area(opacity=0.2, tooltip=False).encode(y=alt.Y("low:Q", title=y_title), y2="high:Q")
-    line = base.mark_line().encode(y=vertical, strokeDash=_scaled(alt.StrokeDash, by, names, DASHES, places))
+    lines = [  # a layer each and no scale of dashes, which would give the legend's points a dashed rim
+        alt.Chart(DATA)
+        .transform_filter(alt.FieldEqualPredicate(field=by, equal=name))
+        .mark_line(color=COLOURS[place % len(COLOURS)], strokeDash=DASHES[place % len(DASHES)])
+        .encode(x=horizontal, y=vertical)
+        for name, place in zip(names, places)
+    ]
     point = base.mark_point(filled=True, opacity=1).encode(
         y=vertical, shape=_scaled(alt.Shape, by, names, SHAPES, places), tooltip=_tooltip([by, x, y, "seeds"])
     )  # fmt: skip
-    return alt.layer(*([area] if spread else []), line, point)
+    return alt.layer(*([area] if spread else []), *lines, point)
 
 
 def strip(rows: Rows, y_title: str) -> alt.Chart:

@@ -13,7 +13,7 @@ from fedlora.report.frames import Column, Table, grouped, thinned
 from fedlora.report.reading import Run
 
 LINES = 10  # on one figure: more cannot be told apart
-POINTS = 1200  # marks on one figure
+POINTS = 480  # marks on one figure
 CELLS = 3000  # of a heat map
 MAPS = 6  # heat maps of layers
 
