@@ -31,7 +31,7 @@ def band(
     names = list(dict.fromkeys(row[by] for row in rows))
     every = list(dict.fromkeys([*every, *names]))
     places = [every.index(name) for name in names]
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False, nice=False, padding=6)
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=False, padding=6)
     ticks = alt.Axis(format="d", values=_whole(rows, x)) if x == "round" else alt.Axis(tickCount=6)
     horizontal = alt.X(f"{x}:Q", title=x_title, scale=scale, axis=ticks)
     vertical = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
