@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies import LOCAL, RESULTS, ROOT, SEEDS, Book
+from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
 from fedlora.comparison import Cell, execute
 from fedlora.config import Table, build, overridden, read_table
 
@@ -65,10 +65,7 @@ def table_of(key: dict[str, Any], models: Path, data: Path, more: Sequence[str] 
     """The configuration of one run, on local copies."""
     hostile = [] if key["attack"] == NONE else [f"attack={{{ATTACKS[key['attack']]}, share={key['share']}}}"]
     own = [*BASE, f"method.name={key['method']}", f"seed={key['seed']}", *hostile, *DEFENCES[key["defence"]], *more]
-    found = overridden(read_table(CONFIG), own)
-    for section, entry, folder in (("model", "name", models), ("task", "data", data)):
-        found[section][entry] = str(folder / LOCAL[found[section][entry]])
-    return found
+    return local(overridden(read_table(CONFIG), own), models, data, "test")
 
 
 def figures(cell: Cell) -> dict[str, Any]:

@@ -47,17 +47,20 @@ class Study:
     start: tuple[str, ...] = ()  # overrides of a run whose adapter all runs begin at; none: each begins at nothing
 
 
-def _cohorts() -> dict[str, tuple[str, ...]]:
+def _cohorts(inner: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """Sizes by skew; those in ``inner`` are split by client at 0.1, as by label some client would get no row."""
     sizes = {
         "3 clients": ("clients.count=3", "training.local_steps=10"),
         "10 clients": (),
         "50 clients": ("clients.count=50", "clients.per_round=10"),
     }
-    return {
-        f"{name}, Dirichlet {alpha}": (*size, f"clients.split.alpha={alpha}")
-        for alpha in (0.5, 0.1)
-        for name, size in sizes.items()
-    }
+    found = {}
+    for alpha in (0.5, 0.1):
+        for name, size in sizes.items():
+            own = alpha == 0.1 and name in inner
+            kind = f"clients.split={{name='inner-dirichlet', alpha={alpha}}}" if own else f"clients.split.alpha={alpha}"
+            found[f"{name}, {'inner ' if own else ''}Dirichlet {alpha}"] = (*size, kind)
+    return found
 
 
 RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales", "normal-basis")
@@ -73,7 +76,7 @@ STUDIES = {
     "aggregation-qnli": Study(
         "fedrot-lora/qnli-small.toml",
         SHARED_METHODS,
-        _cohorts(),
+        _cohorts(inner=("10 clients", "50 clients")),
         (6e-4, 2e-3, 6e-3),
         "10 clients, Dirichlet 0.5",
         start=(*ALONE, f"seed={STARTING_SEED}"),

@@ -247,7 +247,7 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
         shares.append(hits / count)
         rows += count
     assert done.record["attack"] == {"success": pytest.approx(sum(shares) / 2), "rows": rows, "clients": 2}
-    assert len(set(shares)) > 1 or rows > 0
+    assert rows > 0
     assert "attack" not in next(iter(InProcess().run(flipped("attack={name='nan', clients=[1]}").federation()))).record
 
 

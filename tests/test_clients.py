@@ -23,6 +23,7 @@ SPLITS = [
     {"name": "dirichlet", "alpha": 0.3},
     {"name": "pathological", "labels_per_client": 2},
     {"name": "size", "sizes": [1, 1, 2, 2, 4]},
+    {"name": "inner-dirichlet", "alpha": 0.3},
 ]
 
 
@@ -48,6 +49,21 @@ def test_what_the_splits_promise():
         assert len(d.train.labels[shard.train].unique()) == 2
     counts = [torch.bincount(d.train.labels[s.train], minlength=6) for s in Clients(5, split=SPLITS[1]).shards(d, 0)]
     assert max(float(c.max() / c.sum()) for c in counts) > 0.4, "alpha 0.3 is skewed"
+
+
+@pytest.mark.parametrize("labels", [(0, 1), (3, 7)])  # labels need not begin at 0
+def test_two_labels_over_many_clients_can_be_skewed_with_equal_shares(labels):
+    d = data(labels=2)
+    rows = Examples({}, torch.tensor(labels)[d.train.labels], d.train.lengths)
+    skew = {}
+    for alpha in (0.1, 100.0):
+        many = Clients(50, split={"name": "inner-dirichlet", "alpha": alpha})
+        counts = [rows.labels[part].unique(return_counts=True)[1] for part in many.splitter.rows(rows, 50, 0)]
+        assert {int(n.sum()) for n in counts} == {12}
+        skew[alpha] = sum(float(n.max()) / 12 for n in counts) / 50
+    assert skew[0.1] > skew[100.0] + 0.1, "small alpha, one label most of all"
+    with pytest.raises(ValueError, match="cannot be split by 'dirichlet'.* or split by 'inner-dirichlet'"):
+        Clients(50, split={"name": "dirichlet", "alpha": 0.1}).shards(d, 0)
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])

@@ -32,7 +32,8 @@ class Split(ABC):
 
         # Shuffled first: the partitioners that cut by size cut in the order of the rows.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        columns = {"row": order, "label": [int(y) for y in examples.kinds[order]]}
+        places = examples.kinds.unique(return_inverse=True)[1]  # 0, 1, ... as the partitioners want them
+        columns = {"row": order, "label": places[order].tolist()}
         if examples.groups is not None:
             columns["group"] = [examples.groups[i] for i in order]
         partitioner = self.partitioner(count, examples, seed % 2**32)
@@ -72,17 +73,41 @@ class Dirichlet(Split):
     alpha: float = 0.5
     min_rows: int = 2  # drawn anew until every client has so many
     name = "dirichlet"
-    hint = "raise clients.split.alpha, or lower clients.split.min_rows or clients.count"
+    hint = (
+        "raise clients.split.alpha, lower clients.split.min_rows or clients.count, or split by 'inner-dirichlet', "
+        "which gives all clients as many rows"
+    )
 
     def __post_init__(self):
-        if not self.alpha > 0:
-            raise ValueError(f"clients.split.alpha is {self.alpha}; a Dirichlet split needs a positive one.")
+        _positive(self.alpha)
 
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import DirichletPartitioner
 
         _labels(self, examples)
         return DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
+
+
+@dataclass(frozen=True)
+class InnerDirichlet(Split):
+    """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
+
+    Where a label has run out, clients take what is left of the others, in the proportions of their mixes.
+    """
+
+    alpha: float = 0.5
+    name = "inner-dirichlet"
+    hint = "raise clients.split.alpha"
+
+    def __post_init__(self):
+        _positive(self.alpha)
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import InnerDirichletPartitioner
+
+        _labels(self, examples)
+        sizes = apportioned([1.0] * count, len(examples))
+        return InnerDirichletPartitioner(sizes, "label", float(self.alpha), True, seed)
 
 
 @dataclass(frozen=True)
@@ -168,7 +193,14 @@ class Own(Split):
         raise AssertionError("every party has its own rows")
 
 
-KINDS: dict[str, type[Split]] = {kind.name: kind for kind in (Iid, Dirichlet, Pathological, Column, Size, Own)}
+KINDS: dict[str, type[Split]] = {
+    kind.name: kind for kind in (Iid, Dirichlet, InnerDirichlet, Pathological, Column, Size, Own)
+}
+
+
+def _positive(alpha: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"clients.split.alpha is {alpha}; a Dirichlet split needs a positive one.")
 
 
 def _labels(split: Split, examples: Examples) -> int:
