@@ -75,7 +75,7 @@ class Dirichlet(Split):
     name = "dirichlet"
     hint = (
         "raise clients.split.alpha, lower clients.split.min_rows or clients.count, or split by 'inner-dirichlet', "
-        "which gives all clients as many rows"
+        "which gives all clients the same number of rows"
     )
 
     def __post_init__(self):
