@@ -20,7 +20,7 @@ METHODS = ("fedit", "ffa-lora", "fedsa-lora", "ravan")
 LEVELS: dict[str, tuple[str, ...]] = {
     # Many small clients, a tenth of them a round: noise on a sum is divided by the cohort.
     "client": (
-        "clients.count=1000", "clients.sampling=poisson", "clients.rate=0.1", "clients.split={name = 'iid'}",
+        "clients.count=600", "clients.sampling=poisson", "clients.rate=0.1", "clients.split={name = 'iid'}",
         "privacy.clip=0.5", "rounds=20", "training.local_steps=2",
     ),
     # Few clients with many rows: each adds its own noise.
@@ -54,7 +54,7 @@ def table(key: dict[str, Any], models: Path, data: Path, short: bool = False) ->
     base = overridden({k: v for k, v in base.items() if k != "compare"}, LEVELS[key["level"]])
     base = merged(base, {"model": {"name": str(models / "minilm-l6-h384")}, "task": {"data": str(data / "banking77")}})
     if short:
-        base = overridden(base, ["rounds=1", "training.local_steps=1", "task.train_rows=400", "task.test_rows=100"])
+        base = overridden(base, ["rounds=1", "training.local_steps=1", "task.train_rows=1200", "task.test_rows=700"])
     return {**for_label(base, key["method"]), "seed": key["seed"]}
 
 
