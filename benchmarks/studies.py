@@ -47,20 +47,23 @@ class Study:
     start: tuple[str, ...] = ()  # overrides of a run whose adapter all runs begin at; none: each begins at nothing
 
 
-def _cohorts(inner: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """Sizes by skew; those in ``inner`` are split by client at 0.1, as by label some client would get no row."""
+SKEWS = {
+    "Dirichlet 0.5": "clients.split.alpha=0.5",
+    "Dirichlet 0.1": "clients.split.alpha=0.1",
+    "inner Dirichlet 0.1": "clients.split={name='inner-dirichlet', alpha=0.1}",
+}
+
+
+def _cohorts(many: str = "Dirichlet 0.1") -> dict[str, tuple[str, ...]]:
+    """Sizes by skew; ``many``: the strong one of 10 and 50 clients, of whom some may get no row of few labels."""
     sizes = {
         "3 clients": ("clients.count=3", "training.local_steps=10"),
         "10 clients": (),
         "50 clients": ("clients.count=50", "clients.per_round=10"),
     }
-    found = {}
-    for alpha in (0.5, 0.1):
-        for name, size in sizes.items():
-            own = alpha == 0.1 and name in inner
-            kind = f"clients.split={{name='inner-dirichlet', alpha={alpha}}}" if own else f"clients.split.alpha={alpha}"
-            found[f"{name}, {'inner ' if own else ''}Dirichlet {alpha}"] = (*size, kind)
-    return found
+    strong = [("3 clients", "Dirichlet 0.1"), ("10 clients", many), ("50 clients", many)]
+    pairs = [*((size, "Dirichlet 0.5") for size in sizes), *strong]
+    return {f"{size}, {skew}": (*sizes[size], SKEWS[skew]) for size, skew in pairs}
 
 
 RAVAN = ("fedit", "ffa-lora", "fedex-lora", "fed-sb", "ravan", "constant-scales", "normal-basis")
@@ -76,7 +79,7 @@ STUDIES = {
     "aggregation-qnli": Study(
         "fedrot-lora/qnli-small.toml",
         SHARED_METHODS,
-        _cohorts(inner=("10 clients", "50 clients")),
+        _cohorts(many="inner Dirichlet 0.1"),
         (6e-4, 2e-3, 6e-3),
         "10 clients, Dirichlet 0.5",
         start=(*ALONE, f"seed={STARTING_SEED}"),
