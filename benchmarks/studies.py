@@ -31,17 +31,19 @@ LOCAL = {
     "femnist_digits": "femnist_digits", "stories260k-llama": "stories260k-llama",
     "shakespeare_roles": "shakespeare_roles", "databricks/databricks-dolly-15k": "dolly15k",
 }  # fmt: skip
+SPENT = ("epsilon", "delta", "noise_multiplier", "clip", "sampling_rate")
 SHARED_METHODS = ("fedit", "ffa-lora", "rolora", "flexlora", "fedex-lora", "flora-na", "fedrot-lora", "svd")
 
 
 @dataclass(frozen=True)
 class Study:
-    """One comparison in one or several settings; a label's rate is the best of ``rates`` on validation rows."""
+    """One comparison in one or several settings; each label tunes one number, all in as many trials."""
 
     config: str
     labels: tuple[str, ...]
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # name -> overrides
-    rates: tuple[float, ...] = (6e-3, 2e-2, 6e-2)
+    rates: tuple[float, ...] = (6e-3, 2e-2, 6e-2)  # what is tried of ``tuned``
+    tuned: str = "training.learning_rate"
     tuned_at: str = ""  # the setting in which rates are tried
     clients: bool = False  # judge by the clients' own models, for shared models too
     start: tuple[str, ...] = ()  # overrides of a run whose adapter all runs begin at; none: each begins at nothing
@@ -72,7 +74,30 @@ FEDSA = (
 )  # fmt: skip
 ALONE = ("clients.count=1", "rounds=3", "evaluation.every=3", "training.local_steps=100", "training.learning_rate=2e-3")
 WRITING = ("fedit", "local", "fedex-lora", "flexlora", "flora-na", "svd", "fedsa-lora")
+PRIVATE = ("fedit", "ffa-lora", "fedsa-lora", "ravan")
+# Noise grows with the numbers that are sent, so few are; at the client level it falls with the size of a cohort.
+SMALL = ("clients.split={name='iid'}", "adapter.rank=2", "adapter.alpha=4")
+BY_CLIENT = (
+    "privacy.level=client", "clients.count=800", "clients.sampling=poisson", "clients.rate=0.1",
+    "rounds=20", "evaluation.every=20", "training.local_steps=1", *SMALL,
+)  # fmt: skip
+BY_EXAMPLE = (
+    "privacy.level=example", "clients.count=3", "training.batch_size=48",
+    "rounds=5", "evaluation.every=5", "training.local_steps=8", *SMALL,
+)  # fmt: skip
+
+
+def _epsilons(level: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Budgets by name; without noise a run only clips: the line to beat."""
+    budgets = {f"ε = {target}": f"privacy.target_epsilon={target}" for target in (20, 8, 3)}
+    return {name: (*level, own) for name, own in {"no noise": "privacy.noise_multiplier=0.0", **budgets}.items()}
+
+
 STUDIES = {
+    "privacy-client": Study(
+        "fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_CLIENT), (0.3, 1.0, 3.0), "privacy.clip", "ε = 8"
+    ),
+    "privacy-example": Study("fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_EXAMPLE), tuned_at="ε = 8"),
     "aggregation-banking77": Study(
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),
@@ -81,7 +106,7 @@ STUDIES = {
         SHARED_METHODS,
         _cohorts(many="inner Dirichlet 0.1"),
         (6e-4, 2e-3, 6e-3),
-        "10 clients, Dirichlet 0.5",
+        tuned_at="10 clients, Dirichlet 0.5",
         start=(*ALONE, f"seed={STARTING_SEED}"),
     ),
     "fedsa-label-skew": Study("fedsa-lora/label-skew-small.toml", FEDSA, rates=(2e-3, 6e-3, 2e-2, 6e-2), clients=True),
@@ -155,8 +180,7 @@ def table(study: Study, key: Mapping[str, Any], overrides: Sequence[str], models
     """The configuration of one run, on local copies where there are any."""
     found = overridden(read_table(ROOT / "examples" / "papers" / study.config), overrides)
     found = for_label(found, key["label"])
-    found["training"] = {**found["training"], "learning_rate": key["rate"]}
-    found["seed"] = key["seed"]
+    found = overridden(found, [f"{study.tuned}={key['rate']}", f"seed={key['seed']}"])
     if study.start:
         found["model"] = {**found["model"], "start": str(start(study, models, data))}
     return local(found, models, data, "validation" if key["phase"] == "trial" else "test")
@@ -204,6 +228,7 @@ def figures(cell: Cell, clients: bool) -> dict[str, Any]:
         "errors": s["errors"],
         "bytes": {d: sum(s["bytes"][d].values()) for d in ("up", "down")},
         "seconds": s["seconds"]["whole"],
+        **({"privacy": {k: s["privacy"][k] for k in SPENT}} if "privacy" in s else {}),
     }
 
 

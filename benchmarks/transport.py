@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
+from benchmarks.study_tables import spread
 from fedlora.comparison import Cell, execute
 from fedlora.config import build, overridden
 
@@ -51,27 +52,23 @@ def missing(book: Book, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
                     yield {**key, "rate": METHODS[method]}
 
 
-def rows(book: Book) -> list[dict[str, Any]]:
-    """A row a method and form: means over seeds, and bytes relative to float32."""
-    found = []
-    for method in METHODS:
-        for form in FORMS:
-            done = [r for r in book.rows if (r["label"], r["setting"]) == (method, form) and r["value"] is not None]
-            if done:
-                sums = {d: statistics.fmean(r["bytes"][d] for r in done) / 1e6 for d in ("up", "down")}
-                values = [r["value"] for r in done]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                found.append({"method": method, "form": form, "seeds": len(done), **sums,
-                              "value": statistics.fmean(values), "spread": spread})  # fmt: skip
-    return found
+def cell(done: Sequence[dict[str, Any]]) -> list[str]:
+    """Megabytes a run up and down, and the score with its deviation over seeds."""
+    if not done:
+        return ["–", "–"]
+    sent = " + ".join(f"{statistics.fmean(r['bytes'][d] for r in done) / 1e6:.2f}" for d in ("up", "down"))
+    return [sent, spread([r["value"] for r in done], 3)]
 
 
 def printed(book: Book) -> None:
-    """The table as Markdown."""
-    print("| method | form | seeds | MB up | MB down | score | sd |\n|---|---|---|---|---|---|---|")
-    for r in rows(book):
-        figures_ = " | ".join(f"{r[key]:.{n}f}" for key, n in (("up", 2), ("down", 2), ("value", 4), ("spread", 4)))
-        print(f"| {r['method']} | {r['form']} | {r['seeds']} | {figures_} |")
+    """The table as Markdown: a line a form, and each method's megabytes and score."""
+    print("| | " + " | ".join(f"{m}: MB up + down | score" for m in METHODS) + " |\n" + "|---" * 7 + "|")
+    for form in FORMS:
+        found = [
+            [r for r in book.rows if (r["label"], r["setting"]) == (m, form) and r["value"] is not None]
+            for m in METHODS
+        ]
+        print(f"| {form} | " + " | ".join(text for done in found for text in cell(done)) + " |")
 
 
 def main() -> None:

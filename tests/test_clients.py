@@ -76,6 +76,17 @@ def test_test_rows_follow_the_training_labels(split):
         assert float((shares[0] - shares[1]).abs().max()) <= 1 / len(shard.test) + 1e-6
 
 
+def test_which_of_its_labels_a_small_client_is_scored_on_goes_by_lot():
+    d, lowest = data(rows=1200), []
+    for shard in Clients(400).shards(d, 0):
+        counts = torch.bincount(d.train.labels[shard.train], minlength=6)
+        most = (counts == counts.max()).nonzero()[:, 0].tolist()
+        (scored,) = d.test.labels[shard.test].tolist()
+        assert scored in most
+        lowest += [scored == most[0]] if len(most) > 1 else []
+    assert len(lowest) > 50 and 0.25 < sum(lowest) / len(lowest) < 0.65, "about one in how many there are"
+
+
 def test_clients_by_a_column():
     owners = tuple("abc"[i % 3] if i < 540 else "d" for i in range(600))
     d = data(groups=owners, test_groups=tuple("abcd"[i % 4] for i in range(200)))

@@ -293,7 +293,8 @@ def _follow(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> l
         most = float((there[held] / (counts[held] / counts.sum())).min())
         size = max(1, int(min(len(within) * len(rows) / everyone, most)))
         draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
-        quotas = apportioned(counts.tolist(), size)
-        own = [pool[torch.randperm(len(pool), generator=draws)[:quota]] for pool, quota in zip(pools, quotas)]
-        found.append(torch.cat(own).sort().values)
+        drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
+        # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
+        quotas = apportioned(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
+        found.append(torch.cat([pool[:quota] for pool, quota in zip(drawn, quotas)]).sort().values)
     return found

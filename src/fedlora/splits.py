@@ -244,11 +244,14 @@ def _check(key: str, value: Any, kind: Any) -> None:
         raise ValueError(f"clients.split.{key} is {value!r}; it should be a {getattr(kind, '__name__', 'list')}.")
 
 
-def apportioned(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder)."""
+def apportioned(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
+    """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
+
+    Of equal remainders the one of the lowest rank goes first; without ``ranks``, the first.
+    """
     exact = [share * total / sum(shares) for share in shares]
     counts = [int(x) for x in exact]
-    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i if ranks is None else ranks[i]))
     for i in order[: total - sum(counts)]:
         counts[i] += 1
     return counts
