@@ -1,4 +1,4 @@
-"""What checkpoints cost: the share of a run's rounds that goes into saving them, in one run, for several methods."""
+"""What checkpoints cost: the share of a run's rounds that goes into saving them, in one run, for every method."""
 
 import statistics
 import time
@@ -7,18 +7,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from fedlora import run
+from fedlora import methods, run
 from fedlora.comparison import for_label
 from fedlora.config import build
 from fedlora.engines.checkpoint import Checkpoints
 
-METHODS, MODEL = ("fedit", "fedsa-lora", "fedex-lora", "ravan"), "minilm-l3-h384-v8k"
+MODEL = "minilm-l3-h384-v8k"
 CLIENTS, STEPS, ROUNDS = 10, 10, 4
 
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Seconds of each round with training and evaluation, and of its saving; and their ratio, which decides."""
-    return {method: _one(method, table(models, data)) for method in METHODS}
+    return {method: _one(method, table(models, data)) for method in methods.names()}
 
 
 def table(models: Path, data: Path) -> dict[str, Any]:

@@ -95,9 +95,11 @@ def _epsilons(level: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 STUDIES = {
     "privacy-client": Study(
-        "fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_CLIENT), (0.3, 1.0, 3.0), "privacy.clip", "ε = 8"
+        "fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_CLIENT), (0.3, 1, 3, 10), "privacy.clip", "ε = 8"
     ),
-    "privacy-example": Study("fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_EXAMPLE), tuned_at="ε = 8"),
+    "privacy-example": Study(
+        "fedrot-lora/banking77-small.toml", PRIVATE, _epsilons(BY_EXAMPLE), (6e-3, 2e-2, 6e-2, 2e-1), tuned_at="ε = 8"
+    ),
     "aggregation-banking77": Study(
         "fedrot-lora/banking77-small.toml", SHARED_METHODS, _cohorts(), tuned_at="10 clients, Dirichlet 0.5"
     ),

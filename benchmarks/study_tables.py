@@ -61,7 +61,7 @@ def table(name: str) -> str:
     metric = next((row["metric"] for row in rows if row.get("metric")), "accuracy")
     digits = DIGITS.get(metric, 3)
     first = study.labels[0]
-    head = ["", "learning rate", *(setting or metric for setting in study.settings)]
+    head = ["", study.tuned.split(".")[-1].replace("_", " "), *(setting or metric for setting in study.settings)]
     head += [f"against {first} (paired)", "aggregation error", "MB up", "MB down"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label in study.labels:
