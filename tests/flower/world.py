@@ -64,27 +64,27 @@ def plain(record):
     return {k: v for k, v in record.items() if k not in ("seconds", "bytes", "weights")}
 
 
-def agree(a, b):
-    """Equal, but for the last digits of floats.
+def agree(a, b, within=1e-7):
+    """Equal, but for the last digits of floats: 1e-5 of their size, or ``within``.
 
     What was trained is equal to the bit. A loss on test rows is not: its last digits depend on which rows were
     computed together, and a party computes its own alone. A count of right answers is far coarser than that.
     """
     if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
+        return math.isclose(a, b, rel_tol=1e-5, abs_tol=within)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(agree(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(agree(a[key], b[key], within) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(agree, a, b))
+        return len(a) == len(b) and all(agree(x, y, within) for x, y in zip(a, b))
     return a == b
 
 
-def records_agree(rounds, records):
+def records_agree(rounds, records, within=1e-7):
     """Training losses and all the rest to the bit, scores as ``agree`` has it."""
     theirs, ours = [plain(r.record) for r in rounds], [plain(r) for r in records]
     scores = ("clients", "global")
     exact = [[{k: v for k, v in r.items() if k not in scores} for r in side] for side in (theirs, ours)]
-    return exact[0] == exact[1] and agree(theirs, ours)
+    return exact[0] == exact[1] and agree(theirs, ours, within)
 
 
 def overrides(name):

@@ -180,12 +180,14 @@ def test_flowers_grid_has_the_bits_of_one_process(places, tmp_path, method, monk
     here, world = fedlora.run(config(places, method)), flower.World(tmp_path / "nodes")
     there = world.run()
     assert flower.same(there[-1].shared, here.shared)
-    theirs, ours = [[flower.plain(r) for r in side] for side in ([r.record for r in there], here.records)]
-    # Correlations are left out: predictions hardly differ yet, so the last digits of each decide about them.
-    scores = ("clients", "global")
-    exact = [[{k: x for k, x in r.items() if k not in scores} for r in side] for side in (theirs, ours)]
-    assert exact[0] == exact[1]
-    assert flower.agree(*([r["clients"]["figures"]["mse"] for r in side] for side in (theirs, ours)))
+    # Predictions of this cut model hardly differ from row to row, so Pearson's magnifies their last digits; nothing else.
+    assert flower.records_agree(there, here.records, within=2e-3)
+    steady = ("mse", "spearman")
+    theirs, ours = [
+        [[r["clients"]["figures"][name] for name in steady] + [r.get("global")] for r in map(flower.plain, side)]
+        for side in ([r.record for r in there], here.records)
+    ]
+    assert flower.agree(theirs, ours)
 
 
 @pytest.mark.parametrize("told", [{"spearman.sum": 31.0}, {"spearman.sum": -31.0}, {"xy.sum": float("nan")}])

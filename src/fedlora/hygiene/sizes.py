@@ -1,6 +1,6 @@
 """How far an upload's leaves have moved, in one pass over them; and the norm of its update, where that is asked for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,27 +35,23 @@ def moved(rules: Rules, found: Checked) -> Moved:
     if not sum(squares) <= BOUND:  # something may be no number, or too large
         for part, layer in found.tree.items():
             finite(part, layer)
-    return _by_part(rules, found.tree, squares)
+    return _by_part(rules, found.tree, iter(squares))
 
 
-def _by_part(rules: Rules, tree: Tree, squares: Sequence[float]) -> Moved:
+def _by_part(rules: Rules, tree: Tree, squares: Iterator[float]) -> Moved:
     """The squares of all leaves, in order, summed for each part and for each of its sides that came."""
     leaves: dict[str, float] = {}
     sides: dict[str, tuple[float, float]] = {}
-    known: dict[tuple[int, tuple[str, ...]], tuple[list[int], list[int]]] = {}  # most parts are alike
-    at = 0
+    known: dict[int, tuple[frozenset[str], frozenset[str]]] = {}  # an adapter makes its sets anew when asked
     for part, layer in tree.items():
-        adapter, names = rules[part].adapter, tuple(layer)
-        if not names:
-            continue
-        if (id(adapter), names) not in known:
-            own = [[i for i, leaf in enumerate(names) if leaf in side] for side in (adapter.inputs, adapter.outputs)]
-            known[id(adapter), names] = own[0], own[1]
-        into, out = known[id(adapter), names]
-        leaves[part] = sum(squares[at : at + len(names)])
+        adapter = rules[part].adapter
+        inputs, outputs = known.get(id(adapter)) or known.setdefault(id(adapter), (adapter.inputs, adapter.outputs))
+        own = [(leaf, next(squares)) for leaf in layer]
+        if own:
+            leaves[part] = sum([x for _, x in own])
+        into, out = [x for leaf, x in own if leaf in inputs], [x for leaf, x in own if leaf in outputs]
         if into and out:
-            sides[part] = sum([squares[at + i] for i in into]), sum([squares[at + i] for i in out])
-        at += len(names)
+            sides[part] = sum(into), sum(out)
     return Moved(leaves, sides)
 
 
