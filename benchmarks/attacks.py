@@ -2,19 +2,26 @@
 
 ``python -m benchmarks.attacks --models DIR --data DIR --minutes 60`` runs what is still missing and stops in time; what
 was finished is never run again. ``python -m benchmarks.attacks --table`` makes the tables of docs/robustness.md.
+
+A client's turn depends on what it was sent, not on who defends the server: where another run of the same seed has sent
+it the same bits in the same round, its turn is taken from there. The runs without an attack train every turn, so that
+their seconds say what a defence costs.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
-from fedlora.comparison import Cell, execute
-from fedlora.config import Table, build, overridden, read_table
+from fedlora.config import Config, Table, build, overridden, read_table
+from fedlora.engines.inprocess import InProcess
+from fedlora.runs import run
+from fedlora.state import digest
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"
 BASE = ("clients.count=20", "evaluation.measure=false")
@@ -64,22 +71,69 @@ def missing(
 def table_of(key: dict[str, Any], models: Path, data: Path, more: Sequence[str] = ()) -> Table:
     """The configuration of one run, on local copies."""
     hostile = [] if key["attack"] == NONE else [f"attack={{{ATTACKS[key['attack']]}, share={key['share']}}}"]
-    own = [*BASE, f"method.name={key['method']}", f"seed={key['seed']}", *hostile, *DEFENCES[key["defence"]], *more]
+    own = [
+        *BASE,
+        "engine.threads=1",
+        f"method.name={key['method']}",
+        f"seed={key['seed']}",
+        *hostile,
+        *DEFENCES[key["defence"]],
+        *more,
+    ]
     return local(overridden(read_table(CONFIG), own), models, data, "test")
 
 
-def figures(cell: Cell) -> dict[str, Any]:
+@dataclass
+class Turns:
+    """The turns of one seed's runs: an honest client's first ones of all its runs, the rest of one attack's."""
+
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    about: tuple[Any, ...] = ()
+
+    def of(self, *about: Any) -> "Turns":
+        """These turns for the next run, of a seed, a method, an attack; without those that cannot come again."""
+        if about != self.about:
+            same = self.about[:2] == about[:2]
+            self.known = {key: turn for key, turn in self.known.items() if same and key[:2] == (None, 0)}
+            self.about = about
+        return self
+
+    def drive(self, config, f, watch, observe, take) -> None:
+        """A run in one process that looks here before it trains."""
+        take(_Remembering(watch, observe, past=self), f)
+
+
+@dataclass
+class _Remembering(InProcess):
+    past: Turns = field(default_factory=Turns)
+
+    def _turn(self, f, number, client, shared, kept, moments):
+        if moments is not None:
+            return super()._turn(f, number, client, shared, kept, moments)
+        hostile = repr(f.attack) if f.attack.acts(f.turn(number, client)) else None
+        key = hostile, number, client, digest(shared), digest(kept)
+        if key not in self.past.known:
+            self.past.known[key] = super()._turn(f, number, client, shared, kept, moments)
+        return self.past.known[key]
+
+
+def figures(config: Config, turns: Turns) -> dict[str, Any]:
     """What is kept of a run: accuracy, the attack's success, and who was quarantined."""
-    if cell.summary is None:
-        return {"accuracy": None, "failure": cell.failure}
-    final = cell.summary["final"]
-    return {
-        "accuracy": final["global"]["accuracy"],
-        "success": final.get("attack", {}).get("success"),
-        "quarantined": {client: len(rounds) for client, rounds in cell.summary.get("quarantined", {}).items()},
-        "seconds": cell.summary["seconds"]["whole"],
-        "server_seconds": cell.summary["seconds"]["total"] - cell.summary["seconds"]["train"],
+    try:
+        summary: Mapping[str, Any] = run(config, drive=turns.drive if config.attack else None).summary
+    except FloatingPointError as error:
+        return {"accuracy": None, "failure": str(error)}
+    if summary["interrupted"]:
+        raise KeyboardInterrupt
+    found = {
+        "accuracy": summary["final"]["global"]["accuracy"],
+        "success": summary["final"].get("attack", {}).get("success"),
+        "quarantined": {client: len(rounds) for client, rounds in summary.get("quarantined", {}).items()},
     }
+    if config.attack:
+        return found
+    seconds = summary["seconds"]
+    return {**found, "seconds": seconds["whole"], "server_seconds": seconds["total"] - seconds["train"]}
 
 
 def tables(book: Book, method: str) -> str:
@@ -124,15 +178,14 @@ def main() -> None:
     if asked.table:
         print(tables(book, asked.method))
         return
-    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    seeds, turns = [int(seed) for seed in asked.seeds.split(",")], Turns()
     while time.monotonic() - began < asked.minutes * 60:
         names = asked.attacks.split(","), asked.defences.split(";")
         key = next(missing(book, *names, asked.method, seeds), None)
         if key is None:
             break
-        own = table_of(key, asked.models, asked.data, asked.more)
-        build(own)
-        row = {**key, **figures(execute(Cell(key["method"], key["seed"], own, None), threads=1))}
+        config = build(table_of(key, asked.models, asked.data, asked.more))
+        row = {**key, **figures(config, turns.of(key["seed"], key["method"], key["attack"], key["share"]))}
         book.add(row)
         print(json.dumps(row), flush=True)
 

@@ -4,7 +4,9 @@ import typing
 
 import pytest
 import torch
+from benchmarks.attacks import Turns
 
+import fedlora
 from fedlora import attacks, defences
 from fedlora.adapters import LoRA
 from fedlora.attack import leaving, succeeded, taught
@@ -20,7 +22,7 @@ from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.tasks.task import Examples
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.types import Turn
-from tests.engines.test_inprocess import config
+from tests.engines.test_inprocess import config, same
 from tests.laws.world import Nudge
 
 M, N, R, K = 12, 10, 2, 10
@@ -249,6 +251,26 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
     assert done.record["attack"] == {"success": pytest.approx(sum(shares) / 2), "rows": rows, "clients": 2}
     assert rows > 0
     assert "attack" not in next(iter(InProcess().run(flipped("attack={name='nan', clients=[1]}").federation()))).record
+
+
+def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
+    turns, trained = Turns(), []
+    whole = InProcess._turn
+    monkeypatch.setattr(InProcess, "_turn", lambda *args: (trained.append(args[2:4]), whole(*args))[1])
+    open_door, krum = "hygiene={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
+    base = ("rounds=2", "clients.count=4", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1")
+    counts = []
+    for attack in ("sign-flip", "label-flip"):
+        for defence in (open_door, "hygiene={}", krum):
+            made = config(*base, f"attack={{name='{attack}', clients=[1]}}", defence)
+            alone = fedlora.run(made)
+            trained.clear()
+            known = fedlora.run(made, drive=turns.of(0, "fedit", attack).drive)
+            counts.append(len(trained))
+            assert same(known.shared, alone.shared) and known.summary["final"] == alone.summary["final"]
+    assert counts[0] == 8, "nothing was known"
+    assert counts[2] == 4, "Krum's first round is the same to its clients, and its second is not"
+    assert counts[3] == 5, "what honest clients did at first is no matter of the attack"
 
 
 def test_a_personal_methods_harm_is_the_same_over_messages(tmp_path):
