@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,27 +137,49 @@ def figures(config: Config, turns: Turns) -> dict[str, Any]:
 
 
 def tables(book: Book, method: str) -> str:
-    """Accuracy, and below it the success of the attacks that have one, mean over seeds (and how many)."""
-    texts = []
-    for figure in ("accuracy", "success"):
-        lines = [f"| {figure} | " + " | ".join(DEFENCES) + " |", "|---" * (len(DEFENCES) + 1) + "|"]
-        for attack in ATTACKS:
-            for share in (0.0,) if attack == NONE else reversed(SHARES):
-                rows = [r for r in book.rows if (r["method"], r["attack"], r["share"]) == (method, attack, share)]
-                cells = [_cell([r.get(figure) for r in rows if r["defence"] == defence]) for defence in DEFENCES]
-                if any(cell != "–" for cell in cells):
-                    name = attack if attack == NONE else f"{attack}, {share:.0%}"
-                    lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        texts.append("\n".join(lines))
-    return "\n\n".join(texts)
+    """Accuracy, the success of the attacks that have one, and what a defence costs while nobody attacks."""
+    found = [table_of_figure(book, method, figure) for figure in ("accuracy", "success")]
+    return "\n\n".join([*found, costs(book, method)])
 
 
-def _cell(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
-        return "diverged" if values and any(value is None for value in values) and len(values) > 2 else "–"
-    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.3f}{spread}"
+def table_of_figure(book: Book, method: str, figure: str) -> str:
+    """Attacks by defences, mean over seeds."""
+    lines = [_line(figure, DEFENCES), "|---" * (len(DEFENCES) + 1) + "|"]
+    for attack in ATTACKS:
+        for share in (0.0,) if attack == NONE else reversed(SHARES):
+            cells = [_cell(_rows(book, method, attack, share, defence), figure) for defence in DEFENCES]
+            if any(cell != "–" for cell in cells):
+                lines.append(_line(attack if attack == NONE else f"{attack}, {share:.0%}", cells))
+    return "\n".join(lines)
+
+
+def costs(book: Book, method: str) -> str:
+    """What a defence costs while nobody attacks: accuracy, the server's seconds, and uploads that were quarantined."""
+    lines = [_line("nobody attacks", ("accuracy", "seconds at the server", "uploads quarantined")), "|---" * 4 + "|"]
+    for defence in DEFENCES:
+        rows = _rows(book, method, NONE, 0.0, defence)
+        if rows:
+            many = statistics.fmean(sum(row.get("quarantined", {}).values()) for row in rows)
+            lines.append(_line(defence, (_cell(rows, "accuracy"), _cell(rows, "server_seconds"), f"{many:.1f}")))
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Iterable[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _rows(book: Book, method: str, attack: str, share: float, defence: str) -> list[dict[str, Any]]:
+    key = {"method": method, "attack": attack, "share": share, "defence": defence}
+    return [row for row in book.rows if all(row[name] == value for name, value in key.items())]
+
+
+def _cell(rows: Sequence[Mapping[str, Any]], figure: str) -> str:
+    values = [row[figure] for row in rows if row.get(figure) is not None]
+    failed = sum("failure" in row for row in rows)
+    parts = [f"{statistics.fmean(values):.3f}"] if values else []
+    parts += [f"± {statistics.stdev(values):.3f}"] if len(values) > 1 else []
+    parts += [f"{failed} of {len(rows)} diverged"] if failed else []
+    return " ".join(parts) or "–"
 
 
 def main() -> None:

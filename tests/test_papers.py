@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from benchmarks import study_tables
+from benchmarks import attacks, study_tables
 from benchmarks.studies import STUDIES, TUNING_SEED, Book, best_rate, missing
 
 from fedlora.comparison import for_label
@@ -86,3 +86,16 @@ def test_tables_of_a_study_are_its_lines(tmp_path, monkeypatch):
     lines = study_tables.each(name).splitlines()
     assert lines[2].startswith("| 0 | 0.501 ± 0.001 |") and lines[3].startswith("| 1 | – |")
     assert study_tables.trials(name).count("| 0.100 |") >= len(study.labels)
+
+
+def test_the_attacks_table_counts_what_diverged_and_says_what_defences_cost(tmp_path):
+    book = Book(tmp_path / "book.jsonl")
+    for seed in range(3):
+        own = {"method": "fedit", "attack": "none", "share": 0.0, "defence": "krum", "seed": seed}
+        book.rows.append({**own, "accuracy": 0.5 + seed / 10, "quarantined": {"3": 2}, "server_seconds": 1.0 + seed})
+        told = {"accuracy": 0.25, "success": 0.5} if seed else {"accuracy": None, "failure": "loss is nan"}
+        book.rows.append({**own, "attack": "backdoor", "share": 0.3, "defence": "clip", **told})
+    accuracy, success, cost = attacks.tables(book, "fedit").split("\n\n")
+    assert "| none | – | – | 0.600 ± 0.100 | – |" in accuracy
+    assert "| 0.250 ± 0.000 1 of 3 diverged |" in accuracy and "none" not in success
+    assert cost.splitlines()[2:] == ["| krum | 0.600 ± 0.100 | 2.000 ± 1.000 | 2.0 |"]
