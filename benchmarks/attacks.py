@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
+from fedlora.attack import taught
 from fedlora.config import Config, Table, build, overridden, read_table
 from fedlora.engines.inprocess import InProcess
 from fedlora.runs import run
@@ -85,17 +86,15 @@ def table_of(key: dict[str, Any], models: Path, data: Path, more: Sequence[str] 
 
 @dataclass
 class Turns:
-    """The turns of one seed's runs: an honest client's first ones of all its runs, the rest of one attack's."""
+    """What clients trained in one seed's runs, before an attack made something else of it."""
 
     known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     about: tuple[Any, ...] = ()
 
     def of(self, *about: Any) -> "Turns":
-        """These turns for the next run, of a seed, a method, an attack; without those that cannot come again."""
+        """These turns for the next run: none, where it is of another seed or method."""
         if about != self.about:
-            same = self.about[:2] == about[:2]
-            self.known = {key: turn for key, turn in self.known.items() if same and key[:2] == (None, 0)}
-            self.about = about
+            self.known, self.about = {}, about
         return self
 
     def drive(self, config, f, watch, observe, take) -> None:
@@ -107,13 +106,11 @@ class Turns:
 class _Remembering(InProcess):
     past: Turns = field(default_factory=Turns)
 
-    def _turn(self, f, number, client, shared, kept, moments):
-        if moments is not None:
-            return super()._turn(f, number, client, shared, kept, moments)
-        hostile = repr(f.attack) if f.attack.acts(f.turn(number, client)) else None
-        key = hostile, number, client, digest(shared), digest(kept)
-        if key not in self.past.known:
-            self.past.known[key] = super()._turn(f, number, client, shared, kept, moments)
+    def _trained(self, f, number, client, shared, kept, moments):
+        lesson = None if taught(f.attack, f.task, f.turn(number, client)) is f.task else repr(f.attack)
+        key = lesson, number, client, digest(shared), digest(kept)
+        if moments is not None or key not in self.past.known:
+            self.past.known[key] = super()._trained(f, number, client, shared, kept, moments)
         return self.past.known[key]
 
 
@@ -207,7 +204,7 @@ def main() -> None:
         if key is None:
             break
         config = build(table_of(key, asked.models, asked.data, asked.more))
-        row = {**key, **figures(config, turns.of(key["seed"], key["method"], key["attack"], key["share"]))}
+        row = {**key, **figures(config, turns.of(key["seed"], key["method"]))}
         book.add(row)
         print(json.dumps(row), flush=True)
 

@@ -81,11 +81,14 @@ class InProcess(Loop):
         }
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
+        sent, stays, loss, moments = self._trained(f, number, client, shared, kept, moments)
+        return leaving(f.attack, f.rules, shared, kept, sent, f.turn(number, client)), stays, loss, moments
+
+    def _trained(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         began = time.perf_counter()
         trainer = private.trainer(f, number, client, moments, lambda: self.watch(Event("step", number, client)), None)
         sent, stays = client_turn(f.rules, shared, kept, trainer.turn, trainer)
         sent = private.leaving(f, number, client, shared, sent)
         self.clock["train"] += time.perf_counter() - began
         self.watch(Event("turn", number, client, trainer.loss))
-        sent = leaving(f.attack, f.rules, shared, kept, sent, trainer.turn)
         return sent, stays, trainer.loss, trainer.state
