@@ -74,7 +74,7 @@ def test_a_run_that_a_superlinks_restart_broke_goes_on_with_the_same_bits(flower
 
 
 def _after_a_round(folder):
-    for _ in range(4000):  # as long as a run may take
+    for _ in range(1200):
         log = folder / "metrics.jsonl"
         if log.exists() and log.read_text().count("\n") >= 1:
             return
