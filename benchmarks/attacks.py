@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
+from benchmarks.study_tables import spread
 from fedlora.attack import taught
 from fedlora.config import Config, Table, build, overridden, read_table
 from fedlora.engines.inprocess import InProcess
-from fedlora.runs import run
+from fedlora.runs import Drive, run
 from fedlora.state import digest
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"
-BASE = ("clients.count=20", "evaluation.measure=false")
+BASE = ("clients.count=20", "evaluation.measure=false", "engine.threads=1")
 OPEN = "hygiene={norm_limit=1e30, factor_limit=1e30}"  # what is no number is refused all the same
 SHARES = (0.3, 0.1)
 NONE = "none"
@@ -72,52 +73,36 @@ def missing(
 def table_of(key: dict[str, Any], models: Path, data: Path, more: Sequence[str] = ()) -> Table:
     """The configuration of one run, on local copies."""
     hostile = [] if key["attack"] == NONE else [f"attack={{{ATTACKS[key['attack']]}, share={key['share']}}}"]
-    own = [
-        *BASE,
-        "engine.threads=1",
-        f"method.name={key['method']}",
-        f"seed={key['seed']}",
-        *hostile,
-        *DEFENCES[key["defence"]],
-        *more,
-    ]
+    own = [*BASE, f"method.name={key['method']}", f"seed={key['seed']}", *hostile, *DEFENCES[key["defence"]], *more]
     return local(overridden(read_table(CONFIG), own), models, data, "test")
 
 
-@dataclass
-class Turns:
-    """What clients trained in one seed's runs, before an attack made something else of it."""
+Turns = dict[tuple[Any, ...], Any]  # what clients trained in one seed's runs, before an attack changed it
 
-    known: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    about: tuple[Any, ...] = ()
 
-    def of(self, *about: Any) -> "Turns":
-        """These turns for the next run: none, where it is of another seed or method."""
-        if about != self.about:
-            self.known, self.about = {}, about
-        return self
-
-    def drive(self, config, f, watch, observe, take) -> None:
-        """A run in one process that looks here before it trains."""
-        take(_Remembering(watch, observe, past=self), f)
+def remembering(known: Turns) -> Drive:
+    """Runs in one process that look into ``known`` before they train."""
+    return lambda config, f, watch, observe, take: take(_Remembering(watch, observe, known=known), f)
 
 
 @dataclass
 class _Remembering(InProcess):
-    past: Turns = field(default_factory=Turns)
+    known: Turns = field(default_factory=dict)
 
     def _trained(self, f, number, client, shared, kept, moments):
+        if moments is not None:  # they would be a part of the key
+            return super()._trained(f, number, client, shared, kept, moments)
         lesson = None if taught(f.attack, f.task, f.turn(number, client)) is f.task else repr(f.attack)
         key = lesson, number, client, digest(shared), digest(kept)
-        if moments is not None or key not in self.past.known:
-            self.past.known[key] = super()._trained(f, number, client, shared, kept, moments)
-        return self.past.known[key]
+        if key not in self.known:
+            self.known[key] = super()._trained(f, number, client, shared, kept, moments)
+        return self.known[key]
 
 
-def figures(config: Config, turns: Turns) -> dict[str, Any]:
+def figures(config: Config, known: Turns) -> dict[str, Any]:
     """What is kept of a run: accuracy, the attack's success, and who was quarantined."""
     try:
-        summary: Mapping[str, Any] = run(config, drive=turns.drive if config.attack else None).summary
+        summary: Mapping[str, Any] = run(config, drive=remembering(known) if config.attack else None).summary
     except FloatingPointError as error:
         return {"accuracy": None, "failure": str(error)}
     if summary["interrupted"]:
@@ -144,7 +129,10 @@ def table_of_figure(book: Book, method: str, figure: str) -> str:
     lines = [_line(figure, DEFENCES), "|---" * (len(DEFENCES) + 1) + "|"]
     for attack in ATTACKS:
         for share in (0.0,) if attack == NONE else reversed(SHARES):
-            cells = [_cell(_rows(book, method, attack, share, defence), figure) for defence in DEFENCES]
+            cells = [
+                _cell(book.all(method=method, attack=attack, share=share, defence=defence), figure)
+                for defence in DEFENCES
+            ]
             if any(cell != "–" for cell in cells):
                 lines.append(_line(attack if attack == NONE else f"{attack}, {share:.0%}", cells))
     return "\n".join(lines)
@@ -154,7 +142,7 @@ def costs(book: Book, method: str) -> str:
     """What a defence costs while nobody attacks: accuracy, the server's seconds, and uploads that were quarantined."""
     lines = [_line("nobody attacks", ("accuracy", "seconds at the server", "uploads quarantined")), "|---" * 4 + "|"]
     for defence in DEFENCES:
-        rows = _rows(book, method, NONE, 0.0, defence)
+        rows = book.all(method=method, attack=NONE, share=0.0, defence=defence)
         if rows:
             many = statistics.fmean(sum(row.get("quarantined", {}).values()) for row in rows)
             lines.append(_line(defence, (_cell(rows, "accuracy"), _cell(rows, "server_seconds"), f"{many:.1f}")))
@@ -165,16 +153,10 @@ def _line(name: str, cells: Iterable[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _rows(book: Book, method: str, attack: str, share: float, defence: str) -> list[dict[str, Any]]:
-    key = {"method": method, "attack": attack, "share": share, "defence": defence}
-    return [row for row in book.rows if all(row[name] == value for name, value in key.items())]
-
-
 def _cell(rows: Sequence[Mapping[str, Any]], figure: str) -> str:
     values = [row[figure] for row in rows if row.get(figure) is not None]
     failed = sum("failure" in row for row in rows)
-    parts = [f"{statistics.fmean(values):.3f}"] if values else []
-    parts += [f"± {statistics.stdev(values):.3f}"] if len(values) > 1 else []
+    parts = [spread(values, 3)] if values else []
     parts += [f"{failed} of {len(rows)} diverged"] if failed else []
     return " ".join(parts) or "–"
 
@@ -197,14 +179,16 @@ def main() -> None:
     if asked.table:
         print(tables(book, asked.method))
         return
-    seeds, turns = [int(seed) for seed in asked.seeds.split(",")], Turns()
+    seeds = [int(seed) for seed in asked.seeds.split(",")]
+    known: dict[int, Turns] = {}
     while time.monotonic() - began < asked.minutes * 60:
         names = asked.attacks.split(","), asked.defences.split(";")
         key = next(missing(book, *names, asked.method, seeds), None)
         if key is None:
             break
         config = build(table_of(key, asked.models, asked.data, asked.more))
-        row = {**key, **figures(config, turns.of(key["seed"], key["method"]))}
+        known = {config.seed: known.get(config.seed, {})}  # another seed's turns cannot come again
+        row = {**key, **figures(config, known[config.seed])}
         book.add(row)
         print(json.dumps(row), flush=True)
 

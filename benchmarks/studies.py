@@ -143,7 +143,10 @@ class Book:
         return cls(path, [json.loads(line) for line in lines])
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in keys.items())), None)
+        return next(iter(self.all(**keys)), None)
+
+    def all(self, **keys: Any) -> list[dict[str, Any]]:
+        return [row for row in self.rows if all(row.get(k) == v for k, v in keys.items())]
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -4,7 +4,7 @@ import typing
 
 import pytest
 import torch
-from benchmarks.attacks import Turns
+from benchmarks.attacks import remembering
 
 import fedlora
 from fedlora import attacks, defences
@@ -254,7 +254,7 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
 
 
 def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
-    turns, trained = Turns(), []
+    turns, trained = {}, []
     whole = InProcess._trained
     monkeypatch.setattr(InProcess, "_trained", lambda *args: (trained.append(args[2:4]), whole(*args))[1])
     open_door, krum = "hygiene={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
@@ -265,7 +265,7 @@ def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
             made = config(*base, f"attack={{name='{attack}', clients=[1]}}", defence)
             alone = fedlora.run(made)
             trained.clear()
-            known = fedlora.run(made, drive=turns.of(0, "fedit").drive)
+            known = fedlora.run(made, drive=remembering(turns))
             counts.append(len(trained))
             assert same(known.shared, alone.shared) and known.summary["final"] == alone.summary["final"]
     assert counts[0] == 8, "nothing was known"
