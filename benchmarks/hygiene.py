@@ -8,7 +8,7 @@ the gate, and of a robust rule's inner products. Aggregation as a user runs it i
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -66,15 +66,15 @@ def uploads(
     return rules, shared, sent, kept
 
 
-def seconds(work: Callable[[], Any], times: int = 3) -> float:
-    """Median of some runs, after one that warms up."""
-    work()
-    found = []
-    for _ in range(times):
-        began = time.process_time()
-        work()
-        found.append(time.process_time() - began)
-    return median(found)
+def seconds(works: Mapping[str, Callable[[], Any]], times: int) -> dict[str, float]:
+    """Medians of so many runs after one that warms up: one after the other in turns, since a machine's pace changes."""
+    found: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(times + 1):
+        for name, work in works.items():
+            began = time.process_time()
+            work()
+            found[name].append(time.process_time() - began)
+    return {name: median(each[1:]) for name, each in found.items()}
 
 
 def looked_at(rules: Rules, shared: Tree, sent: Sequence[Received]) -> None:
@@ -91,33 +91,34 @@ def read(content: bytes) -> Tree:
     return nested(load(content))
 
 
-def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int) -> list[dict[str, Any]]:
-    """Rows of figures, one a method and shape."""
-    found = []
+def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int, times: int) -> None:
+    """Prints rows of figures, one a method and shape."""
     for shape in shapes:
         for name in names:
             kind = methods.load(name)
+            round_of = uploads(kind(kind.adapters[0].like(LoRA(r, 16.0))), *SHAPES[shape], K)
             about = {"weights": shape, "rank": r, "clients": K, "method": name}
-            found.append({**about, **costs(*uploads(kind(kind.adapters[0].like(LoRA(r, 16.0))), *SHAPES[shape], K))})
-            print(json.dumps(found[-1]), flush=True)
-    return found
+            print(json.dumps({**about, **costs(*round_of, times)}), flush=True)
 
 
-def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, Tree]) -> dict[str, float]:
+def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, Tree], times: int) -> dict[str, float]:
     """Seconds of each, and the gate's share of combining alone, and of aggregation as a user runs it."""
     served, came = server_turn(rules, shared, sent), [save(flat(u.tree)) for u in sent]
-    combine = seconds(lambda: server_turn(rules, shared, sent))
-    measured = seconds(lambda: errors(rules, shared, sent, kept, served))
-    reading = seconds(lambda: [read(content) for content in came])
-    gate = seconds(lambda: looked_at(rules, shared, sent))
+    found = seconds(
+        {
+            "combine": lambda: server_turn(rules, shared, sent),
+            "measure": lambda: errors(rules, shared, sent, kept, served),
+            "read": lambda: [read(content) for content in came],
+            "hygiene": lambda: looked_at(rules, shared, sent),
+            "inner products": lambda: gram(rules, shared, sent),
+        },
+        times,
+    )
+    whole = found["combine"] + found["measure"] + found["read"]
     return {
-        "combine": combine,
-        "measure": measured,
-        "read": reading,
-        "hygiene": gate,
-        "share of combining": gate / combine,
-        "share of all": gate / (combine + measured + reading),
-        "inner products": seconds(lambda: gram(rules, shared, sent), 1),
+        **found,
+        "share of combining": found["hygiene"] / found["combine"],
+        "share of all": found["hygiene"] / whole,
     }
 
 
@@ -128,9 +129,10 @@ def main() -> None:
     options.add_argument("--shapes", default=",".join(SHAPES))
     options.add_argument("--rank", type=int, default=8)
     options.add_argument("--clients", type=int, default=20)
+    options.add_argument("--times", type=int, default=9, help="runs of each, of which the median counts")
     asked = options.parse_args()
     torch.set_num_threads(1)
-    measure(asked.methods.split(","), asked.shapes.split(","), asked.rank, asked.clients)
+    measure(asked.methods.split(","), asked.shapes.split(","), asked.rank, asked.clients, asked.times)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.adapters import Heads, LoRA
+from fedlora.adapters import Dense, Heads, LoRA
 from fedlora.config import build, overridden
+from fedlora.forms import Checked
 from fedlora.hygiene import Gate, Hygiene, barred
-from fedlora.hygiene.sizes import norm
+from fedlora.hygiene.sizes import Origin, moved, norm
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import HetLoRA
@@ -213,6 +214,25 @@ def test_norms_are_those_of_the_update_written_out():
         for leaf, square in zip("AB", gate.away[k].sides["w"]):
             assert square == pytest.approx(float((upload.tree["w"][leaf] - shared["w"][leaf]).square().sum()), rel=1e-4)
     assert "head" not in gate.away[0].sides
+
+
+def test_distances_are_those_of_leaves_of_all_shapes_and_types():
+    head = FedIT(Dense(frozenset({"weight", "scale"})))
+    rules, pair = {"w": METHOD, "v": METHOD, "head": head}, {"A": torch.randn(R, 7), "B": torch.randn(9, R)}
+    last = {"scale": torch.tensor(2.0), "weight": torch.randn(4, 5).bfloat16()}
+    tree = {"w": pair, "v": {"A": torch.randn(R, 9), "B": torch.randn(R, R)}, "head": last}
+    start = {part: {leaf: torch.ones_like(x) for leaf, x in layer.items()} for part, layer in tree.items()}
+    found = Checked(tree, start, frozenset())
+    away, origin = moved(found, Origin(rules, found)), Origin(rules, found)
+    square = {p: {leaf: float((x.double() - 1).square().sum()) for leaf, x in tree[p].items()} for p in tree}
+    assert away.leaves == pytest.approx({part: sum(layer.values()) for part, layer in square.items()}, rel=1e-5)
+    assert away.sides == {p: pytest.approx((square[p]["A"], square[p]["B"]), rel=1e-5) for p in ("w", "v")}
+    assert moved(found, origin) == away, "measuring leaves no trace"
+    for part, layer in tree.items():
+        for leaf, x in layer.items():
+            other = found._replace(tree={**tree, part: {**layer, leaf: x + 1}})
+            assert moved(other, origin).digest != away.digest
+    assert moved(found._replace(tree=start), origin).digest == ""
 
 
 def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):

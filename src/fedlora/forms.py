@@ -20,7 +20,8 @@ class RefusedError(ValueError):
     """A reply that is left out; the text says why."""
 
 
-class Expected(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Expected:
     """What the method sends of a start that nobody has trained."""
 
     start: Tree  # every leaf that the client holds before training
@@ -84,14 +85,15 @@ def expected(rules: Rules, shared: Tree, turn: Turn) -> Expected:
         stays = (trained - set(sent[part])) & rule.adapter.outputs
         if not isinstance(rule.adapter, Dense) and (not stays or set(sent[part]) & rule.adapter.outputs):
             products.add(part)
-    return Expected(start, sent, exact, frozenset(products), {part: _form(layer) for part, layer in sent.items()})
+    forms = {part: _form({leaf: layer[leaf] for leaf in sorted(layer)}) for part, layer in sent.items()}
+    return Expected(start, sent, exact, frozenset(products), forms)
 
 
 def checked(rules: Rules, turn: Turn, sent: Tree, wanted: Expected) -> Checked:
     """The upload with every part of the model. ``RefusedError`` where it has not the leaves that this client's turn
     sends, with their shapes, or other than plain numbers; whether these are finite, ``sizes`` tells."""
     if {part: _form(layer) for part, layer in sent.items()} == wanted.forms:  # nearly all: nothing is to be converted
-        plain = {part: {leaf: sent[part][leaf] for leaf in sorted(form)} for part, form in wanted.forms.items()}
+        plain = {part: {leaf: sent[part][leaf] for leaf in form} for part, form in wanted.forms.items()}
         return Checked(plain, wanted.start, wanted.products)
     strange = sorted(sent.keys() - rules.keys())
     if strange:

@@ -22,12 +22,12 @@ from fedlora.types import Factors, Layer, Tree
 def change(adapter: Adapter, start: Layer, end: Layer) -> Factors:
     """``D = ΔW(end) − ΔW(start)`` as ``[dU, U_s] [V_e; dV]``: differences of factors, so that nothing cancels.
 
-    Where a side is the very same tensor in both, ``D`` is one product of the other side's difference.
+    Where a side is the very same tensor in both, ``D`` is one product of it and the other side's difference.
     """
     c, U, V = adapter.term(start, 1.0)
     e = adapter.term(end, 1.0)
     if e.U is U:
-        return Factors(c * U, e.V - V)
+        return Factors(U, c * (e.V - V))
     if e.V is V:
         return Factors(c * (e.U - U), V)
     return Factors(torch.cat([c * (e.U - U), c * U], dim=-1), torch.cat([e.V, e.V - V], dim=-2))
@@ -60,13 +60,25 @@ def _forms(tree: Tree) -> Tree:
 
 
 def _products(updates: Sequence[Factors]) -> Tensor:
-    """``tr(U_kᵀ U_l V_l V_kᵀ)`` for all pairs, from one Gram matrix a side."""
+    """``tr(U_kᵀ U_l V_l V_kᵀ)`` for all pairs: from the ``r × r`` Gram matrix of a side that all have in common, where
+    there is one (fixed outer factors can be wide), or from one Gram matrix a side over all uploads."""
+    first = updates[0]
+    if all(f.U is first.U for f in updates):
+        return _weighed(first.U, torch.stack([f.V for f in updates]))
+    if all(f.V is first.V for f in updates):
+        return _weighed(first.V.mT, torch.stack([f.U.mT for f in updates]))
     U = torch.cat([f.U.double() for f in updates], dim=-1)
     V = torch.cat([f.V.double() for f in updates], dim=-2)
     both = ((U.mT @ U) * (V @ V.mT)).cpu()
     owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([f.V.shape[-2] for f in updates]))
     rows = torch.zeros(len(updates), both.shape[-1], dtype=both.dtype).index_add(0, owner, both)
     return torch.zeros(len(updates), len(updates), dtype=both.dtype).index_add(1, owner, rows)
+
+
+def _weighed(W: Float[Tensor, "m r"], X: Float[Tensor, "K r n"]) -> Float[Tensor, "K K"]:
+    """``⟨W X_k, W X_l⟩`` for all pairs."""
+    W, X = W.double(), X.double()
+    return ((W.mT @ W @ X).flatten(1) @ X.flatten(1).mT).cpu()
 
 
 def _leaves(starts: Sequence[Layer], layers: Sequence[Layer]) -> Tensor:

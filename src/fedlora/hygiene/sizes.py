@@ -1,6 +1,8 @@
 """How far an upload's leaves have moved, in one pass over them; and the norm of its update, where that is asked for."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from fedlora.types import Layer, Tree
 from fedlora.updates import change
 
 BOUND = (LARGEST / 2) ** 2  # of a leaf's squared distance; below it, no number is beyond all bounds
+SAMPLE = 64  # numbers of the leaves of each shape that an upload's digest is of: who trained differs in them
 
 
 class Moved(NamedTuple):
@@ -20,39 +23,60 @@ class Moved(NamedTuple):
 
     leaves: dict[str, float]  # of all leaves together
     sides: dict[str, tuple[float, float]]  # of the input and the output factors, for parts of which both came
+    digest: str  # of some of the upload's numbers; empty where nothing has moved
 
 
-def moved(rules: Rules, found: Checked) -> Moved:
+class Origin:
+    """Where uploads of one form have come from: what was served, leaves of one shape stacked together."""
+
+    def __init__(self, rules: Rules, found: Checked):
+        shaped = defaultdict[torch.Size, list[tuple[str, str]]](list)
+        for part, layer in found.tree.items():
+            for leaf, x in layer.items():
+                shaped[x.shape].append((part, leaf))
+        self.blocks = list(shaped.values())
+        self.start = [_stacked(found.start, block) for block in self.blocks]
+        self.parts, self.inputs, self.outputs = (defaultdict[str, list[int]](list) for _ in range(3))
+        for i, (part, leaf) in enumerate(place for block in self.blocks for place in block):
+            adapter = rules[part].adapter
+            self.parts[part].append(i)
+            if leaf in adapter.inputs:
+                self.inputs[part].append(i)
+            if leaf in adapter.outputs:
+                self.outputs[part].append(i)
+        self.pairs = sorted(self.inputs.keys() & self.outputs.keys())
+
+    def distances(self, tree: Tree) -> tuple[list[float], str]:
+        """The leaves' distances, block by block, and a digest of some of the upload's numbers."""
+        norms, digest = list[float](), hashlib.blake2b(digest_size=12)
+        for block, start in zip(self.blocks, self.start):
+            sent = _stacked(tree, block)
+            some = sent.flatten()[:: max(1, sent.numel() // SAMPLE)]
+            digest.update(some.cpu().numpy().tobytes())
+            away = sent.sub_(start.to(sent.device)).unsqueeze(-1).flatten(1)  # a leaf can be one number
+            norms += torch.linalg.vector_norm(away, dim=1).tolist()
+        return norms, digest.hexdigest()
+
+
+def _stacked(tree: Tree, block: Sequence[tuple[str, str]]) -> Tensor:
+    return torch.stack([tree[part][leaf] for part, leaf in block]).detach().float()
+
+
+def moved(found: Checked, origin: Origin) -> Moved:
     """One upload's distances. ``RefusedError`` where a number in it is not finite or beyond all bounds."""
-    sent = [x for layer in found.tree.values() for x in layer.values()]
-    if not sent:
-        return Moved({}, {})
-    start = [found.start[part][leaf] for part, layer in found.tree.items() for leaf in layer]
-    if start[0].device != sent[0].device:
-        start = [x.to(sent[0].device) for x in start]
-    norms = torch.stack(torch._foreach_norm(torch._foreach_sub(sent, start))).tolist()
-    squares = [x * x for x in norms]
-    if not sum(squares) <= BOUND:  # something may be no number, or too large
+    norms, digest = origin.distances(found.tree)
+    squares = [norm * norm for norm in norms]
+    whole = sum(squares)
+    if not whole <= BOUND:  # something may be no number, or too large
         for part, layer in found.tree.items():
             finite(part, layer)
-    return _by_part(rules, found.tree, iter(squares))
 
+    def over(leaves: Sequence[int]) -> float:
+        return sum([squares[i] for i in leaves])
 
-def _by_part(rules: Rules, tree: Tree, squares: Iterator[float]) -> Moved:
-    """The squares of all leaves, in order, summed for each part and for each of its sides that came."""
-    leaves: dict[str, float] = {}
-    sides: dict[str, tuple[float, float]] = {}
-    known: dict[int, tuple[frozenset[str], frozenset[str]]] = {}  # an adapter makes its sets anew when asked
-    for part, layer in tree.items():
-        adapter = rules[part].adapter
-        inputs, outputs = known.get(id(adapter)) or known.setdefault(id(adapter), (adapter.inputs, adapter.outputs))
-        own = [(leaf, next(squares)) for leaf in layer]
-        if own:
-            leaves[part] = sum([x for _, x in own])
-        into, out = [x for leaf, x in own if leaf in inputs], [x for leaf, x in own if leaf in outputs]
-        if into and out:
-            sides[part] = sum(into), sum(out)
-    return Moved(leaves, sides)
+    leaves = {part: over(own) for part, own in origin.parts.items()}
+    sides = {part: (over(origin.inputs[part]), over(origin.outputs[part])) for part in origin.pairs}
+    return Moved(leaves, sides, digest if whole else "")
 
 
 def served(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:
