@@ -217,6 +217,7 @@ def test_norms_are_those_of_the_update_written_out():
 
 
 def test_distances_are_those_of_leaves_of_all_shapes_and_types():
+    torch.manual_seed(3)
     head = FedIT(Dense(frozenset({"weight", "scale"})))
     rules, pair = {"w": METHOD, "v": METHOD, "head": head}, {"A": torch.randn(R, 7), "B": torch.randn(9, R)}
     last = {"scale": torch.tensor(2.0), "weight": torch.randn(4, 5).bfloat16()}

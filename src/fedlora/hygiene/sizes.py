@@ -15,7 +15,7 @@ from fedlora.types import Layer, Tree
 from fedlora.updates import change
 
 BOUND = (LARGEST / 2) ** 2  # of a leaf's squared distance; below it, no number is beyond all bounds
-SAMPLE = 64  # numbers of the leaves of each shape that an upload's digest is of: who trained differs in them
+SAMPLE = 256  # numbers of the leaves of each shape that an upload's digest is of: who trained differs in them
 
 
 class Moved(NamedTuple):
@@ -37,12 +37,13 @@ class Origin:
         self.blocks = list(shaped.values())
         self.start = [_stacked(found.start, block) for block in self.blocks]
         self.parts, self.inputs, self.outputs = (defaultdict[str, list[int]](list) for _ in range(3))
+        factors = {part: (rules[part].adapter.inputs, rules[part].adapter.outputs) for part in found.tree}
         for i, (part, leaf) in enumerate(place for block in self.blocks for place in block):
-            adapter = rules[part].adapter
+            inputs, outputs = factors[part]
             self.parts[part].append(i)
-            if leaf in adapter.inputs:
+            if leaf in inputs:
                 self.inputs[part].append(i)
-            if leaf in adapter.outputs:
+            if leaf in outputs:
                 self.outputs[part].append(i)
         self.pairs = sorted(self.inputs.keys() & self.outputs.keys())
 
