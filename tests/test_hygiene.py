@@ -236,6 +236,17 @@ def test_distances_are_those_of_leaves_of_all_shapes_and_types():
     assert moved(found._replace(tree=start), origin).digest == ""
 
 
+def test_uploads_that_differ_in_one_number_are_no_copies_of_each_other():
+    torch.manual_seed(4)
+    start = {"w": {"A": torch.randn(R, 700), "B": torch.zeros(9, R)}}
+    origin, seen = Origin({"w": METHOD}, Checked(start, start, frozenset())), set[str]()
+    for place, x in enumerate(torch.randn(R * 700)):  # each changes another number, as under top-k
+        A = start["w"]["A"].clone()
+        A.view(-1)[place] = x
+        seen.add(moved(Checked({"w": {**start["w"], "A": A}}, start, frozenset()), origin).digest)
+    assert len(seen) == R * 700
+
+
 def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
     rules, shared, uploads = world(METHOD, K=5)
     monkeypatch.setattr("fedlora.hygiene.gate.norm", None)  # calling it would fail
