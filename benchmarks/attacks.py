@@ -139,8 +139,8 @@ def table_of_figure(book: Book, method: str, figure: str) -> str:
 
 
 def costs(book: Book, method: str) -> str:
-    """What a defence costs while nobody attacks: accuracy, the server's seconds, and uploads that were quarantined."""
-    lines = [_line("nobody attacks", ("accuracy", "seconds at the server", "uploads quarantined")), "|---" * 4 + "|"]
+    """What a defence costs while nobody attacks: accuracy, seconds, and uploads that were quarantined."""
+    lines = [_line("nobody attacks", ("accuracy", "seconds but training", "uploads quarantined")), "|---" * 4 + "|"]
     for defence in DEFENCES:
         rows = book.all(method=method, attack=NONE, share=0.0, defence=defence)
         if rows:
@@ -156,7 +156,7 @@ def _line(name: str, cells: Iterable[str]) -> str:
 def _cell(rows: Sequence[Mapping[str, Any]], figure: str) -> str:
     values = [row[figure] for row in rows if row.get(figure) is not None]
     failed = sum("failure" in row for row in rows)
-    parts = [spread(values, 3)] if values else []
+    parts = [spread(values, 2)] if values else []
     parts += [f"{failed} of {len(rows)} diverged"] if failed else []
     return " ".join(parts) or "–"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import attacks, study_tables
-from benchmarks.studies import STUDIES, TUNING_SEED, Book, best_rate, missing
+from benchmarks.studies import ROOT, STUDIES, TUNING_SEED, Book, best_rate, missing
 
 from fedlora.comparison import for_label
 from fedlora.config import build, read_table
@@ -96,6 +96,12 @@ def test_the_attacks_table_counts_what_diverged_and_says_what_defences_cost(tmp_
         told = {"accuracy": 0.25, "success": 0.5} if seed else {"accuracy": None, "failure": "loss is nan"}
         book.rows.append({**own, "attack": "backdoor", "share": 0.3, "defence": "clip", **told})
     accuracy, success, cost = attacks.tables(book, "fedit").split("\n\n")
-    assert "| none | – | – | 0.600 ± 0.100 | – |" in accuracy
-    assert "| 0.250 ± 0.000 1 of 3 diverged |" in accuracy and "none" not in success
-    assert cost.splitlines()[2:] == ["| krum | 0.600 ± 0.100 | 2.000 ± 1.000 | 2.0 |"]
+    assert "| none | – | – | 0.60 ± 0.10 | – |" in accuracy
+    assert "| 0.25 ± 0.00 1 of 3 diverged |" in accuracy and "none" not in success
+    assert cost.splitlines()[2:] == ["| krum | 0.60 ± 0.10 | 2.00 ± 1.00 | 2.0 |"]
+
+
+def test_the_page_has_the_tables_of_the_runs():
+    page = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8")
+    for table in attacks.tables(Book.of("attacks"), "fedit").split("\n\n"):
+        assert table in page, "run `python -m benchmarks.attacks --table` and put its tables there"
