@@ -65,16 +65,16 @@ def test_a_run_that_a_superlinks_restart_broke_goes_on_with_the_same_bits(flower
     app, lines = init(place / "app-broken", one, folder), []
     restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
     restarter.start()
-    assert flower.run(app, watch=lines.append, timeout=200) == 1, flower.outcome
+    assert flower.run(app, watch=lines.append, timeout=400) == 1, flower.outcome
     restarter.join()
     assert 1 <= len(records_of(folder)) < 3
-    assert flower.run(app, watch=lines.append, timeout=200) == 0, (flower.outcome, lines[-20:])
+    assert flower.run(app, watch=lines.append, timeout=400) == 0, (flower.outcome, lines[-20:])
     assert same(load_tree(folder / "shared.safetensors"), fedlora.run(one).shared)
     assert [r["round"] for r in records_of(folder)] == [1, 2, 3]
 
 
 def _after_a_round(folder):
-    for _ in range(1200):
+    for _ in range(4000):  # as long as a run may take
         log = folder / "metrics.jsonl"
         if log.exists() and log.read_text().count("\n") >= 1:
             return
