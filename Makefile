@@ -7,7 +7,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .PHONY: demo test lint check bench docs pages clean
 
-demo: $(VENV)/.base ## ten parties, eight methods, embedded data, about a minute
+demo: $(VENV)/.base ## ten parties, eight methods, embedded data, one to three minutes
 	$(OFFLINE) $(BIN)/fedlora demo
 
 test: $(VENV)/.dev ## all tests, offline

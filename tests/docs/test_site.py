@@ -127,8 +127,10 @@ def test_the_search_finds_a_method_from_a_disk(browser, site):
     page = browser.new_page()
     _, asked = listened(page)
     page.goto((site / "index.html").as_uri(), wait_until="networkidle")  # what is typed before its scripts run is lost
-    page.locator("input.md-search__input").fill("rotational")
-    page.locator(".md-search-result__item").first.wait_for(timeout=30_000)
+    page.locator("input.md-search__input").press_sequentially(
+        "rotational"
+    )  # it listens to keys; filled in, it may miss it
+    page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
     assert "FedRot" in page.locator(".md-search-result__list").inner_text()
     page.close()
     assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), set(asked)

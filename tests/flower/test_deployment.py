@@ -15,7 +15,7 @@ from fedlora.flower.app import init
 from fedlora.flower.processes import Loopback
 from fedlora.state import load_tree
 from tests.flower.test_engine import trained
-from tests.flower.world import ADAPTERS, agree, config, same
+from tests.flower.world import agree, config, same
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
 
@@ -36,7 +36,7 @@ def deployed(flower, place, name, *overrides):
     """Runs a federation through the processes; its folder, and the lines that the run said."""
     one = config(f"method.name={name}", "engine.threads=1", *overrides)
     folder, lines = place / name, []
-    status = flower.run(init(place / f"app-{name}", one, folder), watch=lines.append, timeout=400)
+    status = flower.run(init(place / f"app-{name}", one, folder), watch=lines.append, timeout=900)
     assert status == 0, (flower.outcome, lines[-20:])
     return one, folder, lines
 
@@ -50,31 +50,28 @@ def kept(place, folder, client):
     return Store(place / "nodes" / str(client) / run).load(client)
 
 
-def test_fedex_ends_with_the_bits_of_one_process_folds_included(flower, place):
-    one, folder, _ = deployed(flower, place, "fedex-lora", "rounds=3", "evaluation.every=3")
+def test_a_run_that_a_superlinks_restart_broke_goes_on_and_ends_with_the_bits_of_one_process(flower, place):
+    """FedEx, for its folds; what was done before the restart and after it is one run."""
+    one = config("method.name=fedex-lora", "engine.threads=1", "rounds=3", "evaluation.every=3")
+    folder, lines = place / "broken", []
+    app = init(place / "app-broken", one, folder)
+    restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
+    restarter.start()
+    assert flower.run(app, watch=lines.append, timeout=900) == 1, flower.outcome
+    restarter.join()
+    assert 1 <= len(records_of(folder)) < 3
+    assert flower.run(app, watch=lines.append, timeout=900) == 0, (flower.outcome, lines[-20:])
     here = fedlora.run(one, place / "here")
     assert same(load_tree(folder / "shared.safetensors"), here.shared)
     assert same(load_tree(folder / "folds.safetensors"), load_tree(place / "here" / "folds.safetensors"))
     there, ours = records_of(folder), records_of(place / "here")
+    assert [r["round"] for r in there] == [1, 2, 3]
     assert [r["loss"] for r in there] == [r["loss"] for r in ours]
     assert agree(there[-1]["clients"], ours[-1]["clients"]) and agree(there[-1]["global"], ours[-1]["global"])
 
 
-def test_a_run_that_a_superlinks_restart_broke_goes_on_with_the_same_bits(flower, place):
-    one, folder = config("method.name=ravan", "engine.threads=1", "rounds=3", *ADAPTERS["ravan"]), place / "broken"
-    app, lines = init(place / "app-broken", one, folder), []
-    restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
-    restarter.start()
-    assert flower.run(app, watch=lines.append, timeout=400) == 1, flower.outcome
-    restarter.join()
-    assert 1 <= len(records_of(folder)) < 3
-    assert flower.run(app, watch=lines.append, timeout=400) == 0, (flower.outcome, lines[-20:])
-    assert same(load_tree(folder / "shared.safetensors"), fedlora.run(one).shared)
-    assert [r["round"] for r in records_of(folder)] == [1, 2, 3]
-
-
 def _after_a_round(folder):
-    for _ in range(4000):  # as long as a run may take
+    for _ in range(9000):  # as long as a run may take
         log = folder / "metrics.jsonl"
         if log.exists() and log.read_text().count("\n") >= 1:
             return
@@ -83,12 +80,15 @@ def _after_a_round(folder):
 
 
 def test_a_node_that_is_killed_in_a_round_is_named_and_the_run_ends_without_it(flower, place):
-    """FedSA: each party's B stays on its own disk; party 2 dies while it trains in round 2."""
+    """FedSA: each party's B stays on its own disk; party 2 dies while it trains in round 2.
+
+    The round waits until Flower has missed two of its heartbeats, a minute at most: no time of a slow machine is in it.
+    """
     folder = place / "fedsa-lora"
 
     killer = threading.Thread(target=lambda: (_after_a_round(folder), flower.kill("party-2")))
     killer.start()
-    settings = ("rounds=3", "training.local_steps=40", "evaluation.every=3", "flower.round_timeout=25.0")
+    settings = ("rounds=3", "training.local_steps=40", "evaluation.every=3")
     _, folder, lines = deployed(flower, place, "fedsa-lora", *settings)
     killer.join()
     records = records_of(folder)

@@ -289,6 +289,34 @@ def test_a_node_that_joins_late_is_taken_in(tmp_path):
     assert [r.record["cohort"] for r in world.run()] == [[0, 1], [0, 1, 2], [0, 1, 2]]
 
 
+def test_the_first_round_waits_for_a_party_that_is_still_loading(tmp_path):
+    """Longer than for one that is not connected: it is there, and a large model takes its time."""
+    hellos = []
+
+    def post(message):
+        if message.metadata.message_type == "query" and message.metadata.src_node_id == 12:
+            hellos.append(message)
+            return None
+        return message
+
+    world = World(tmp_path, "rounds=2", network=replace(QUICK, join_timeout=0.02), post=post)
+    looks, pull = [], world.grid.pull_messages
+
+    def slow(ids):
+        looks.append(len(world.server._directory.here()))
+        late = [m for m in hellos if len(looks) > 100 and m.metadata.reply_to_message_id in ids]
+        hellos[:] = [m for m in hellos if m not in late]
+        return [*pull(ids), *late]
+
+    world.grid.pull_messages = slow
+    rounds = world.run()
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2]] * 2
+    told = [e.text for e in world.events if e.kind == "node" and "still loading" in e.text]
+    assert told == [
+        "node 12 is connected and still loading its model and data; the first round waits for it, 600 seconds at most"
+    ]
+
+
 def test_a_disk_that_was_lost_is_filled_again_within_the_round(tmp_path):
     world = World(tmp_path, "method.name=fedex-lora", "rounds=3")
 

@@ -154,7 +154,7 @@ def test_strangers_are_refused(flower, tmp_path):
     shutil.copytree(other / "parties" / "c", flower.keys / "parties" / "c")
     with pytest.raises(ChildProcessError, match=r"c ended with status 1; .*CERTIFICATE_VERIFY_FAILED"):
         flower.add("c", {"add": 100.0})
-    assert time.monotonic() - began < 30, "at once, not at the deadline"
+    assert time.monotonic() - began < flower.deadline / 2, "at once, not at the deadline"
     assert (flower.nodes()["mallory"], flower.nodes()["c"]) == ("unknown", "registered")
 
 
@@ -165,13 +165,13 @@ def test_a_node_killed_in_mid_round_does_not_stop_the_run(flower, app):
     def watch(line):
         lines.append(line)
         if "Sampled 2 nodes" in line and "killed" not in lines:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 300
             while log.read_text().count("TRAINING") == before and time.monotonic() < until:
                 time.sleep(0.05)
             flower.kill("b")
             lines.append("killed")
 
-    assert flower.run(app, {"nap": 5.0, "timeout": 40.0, "nodes": 1}, watch) == 0
+    assert flower.run(app, {"nap": 5.0, "timeout": 400.0, "nodes": 1}, watch) == 0
     assert log.read_text().count("TRAINING") == before + 1
     result = [line for line in lines if line.startswith("RESULT")]
     assert any("RESULT [2.0, 2.0, 2.0]" in line for line in result), f"not two rounds of the one that is left: {result}"
@@ -208,7 +208,7 @@ def test_a_signal_leaves_no_process(app, tmp_path):
             folder = Path(child.stdout.readline().strip())
             while "Sampled 2 nodes" not in child.stdout.readline():
                 assert child.poll() is None, child.stderr.read()
-            until = time.monotonic() + 20
+            until = time.monotonic() + 120
             while not any("flwr-clientapp" in line for line in left(folder)) and time.monotonic() < until:
                 time.sleep(0.1)
             names = set(
@@ -216,7 +216,7 @@ def test_a_signal_leaves_no_process(app, tmp_path):
             )
             assert len(names) == 5, names
             child.send_signal(number)
-            child.communicate(timeout=30)
+            child.communicate(timeout=120)
         assert child.returncode == status
         assert left(folder) == [] and not folder.exists()
 

@@ -120,7 +120,7 @@ def demo(
     ] = max(1, min(2, os.cpu_count() or 1)),
     as_json: Json = False,
 ) -> None:
-    """Ten parties learn handwritten digits with eight methods: no network, about a minute."""
+    """Ten parties learn handwritten digits with eight methods: no network, one to three minutes."""
     from fedlora.demo import play
     from fedlora.report import tables
 

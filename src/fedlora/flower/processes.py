@@ -45,7 +45,7 @@ class Loopback:
         *,
         insecure: bool = False,
         certificates: str | Path | None = None,
-        deadline: float = 60.0,
+        deadline: float = 180.0,
         poll: float = 0.2,
     ):
         self.configs = {name: _checked(f"the node {name!r}", config) for name, config in nodes.items()}

@@ -29,7 +29,7 @@ from fedlora.engines.flower.party import client_app as app_of
 from fedlora.flower.own import state_folder
 from fedlora.settings import ConfigError
 
-SECONDS = 120.0  # that a host may take until it listens; model and data are loaded after that
+SECONDS = 300.0  # that a host may take until it listens; imports take a minute on a busy machine
 
 
 def client_app(config: str | Path) -> ClientApp:

@@ -12,6 +12,7 @@ from fedlora.limits import shown
 
 HELLO = "query"
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
+LOADING = "is connected and still loading its model and data"
 
 
 @dataclass
@@ -60,12 +61,21 @@ class Directory:
         return {client for client, node in self.nodes.items() if node in self.connected}
 
     def wait(self, wanted: int, seconds: float) -> None:
-        """Until so many clients are here, at most so many seconds."""
+        """Until so many clients are here, at most so many seconds; with any at all, also until nobody is loading."""
         end = monotonic() + seconds
         self.refresh()
-        while len(self.here()) < wanted and monotonic() < end:
+        while len(self.here()) < wanted and (monotonic() < end or (seconds > 0 and self._loading())):
             self.pause()
             self.refresh()
+
+    def _loading(self) -> bool:
+        """Whether a connected node was asked and has not answered yet: a large model takes minutes on a slow disk."""
+        found = sorted(self.connected & set(self.asked.values()))
+        for node in found:
+            if self.told.get(node) != LOADING:
+                self.tell(None, f"node {node} {LOADING}; the first round waits for it, {PATIENCE:g} seconds at most")
+            self.told[node] = LOADING
+        return bool(found)
 
     def _introduced(self, node: int, reply: Message) -> None:
         if reply.has_error():
