@@ -1,6 +1,7 @@
 """The house rules that a reader would have to check by eye."""
 
 import ast
+import os
 import re
 import sys
 from pathlib import Path
@@ -228,3 +229,11 @@ def test_every_method_names_its_source():
         kind = methods.load(name)
         assert kind.title, name
         assert kind.__doc__, name
+
+
+@pytest.mark.xdist_group("whole")
+def test_groups_of_tests_stay_whole(request):
+    """pytest 9.2 with xdist 3.8 splits them over the workers and says nothing; two of Flower's federations then starve."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("one process runs all tests: nothing to keep together")
+    assert request.node.nodeid.endswith("@whole")
