@@ -61,10 +61,11 @@ class Directory:
         return {client for client, node in self.nodes.items() if node in self.connected}
 
     def wait(self, wanted: int, seconds: float) -> None:
-        """Until so many clients are here, at most so many seconds; with any at all, also until nobody is loading."""
+        """Until so many clients are here, at most so many seconds, and ``PATIENCE`` more for those that still load."""
         end = monotonic() + seconds
+        last = end + PATIENCE if seconds > 0 else end
         self.refresh()
-        while len(self.here()) < wanted and (monotonic() < end or (seconds > 0 and self._loading())):
+        while len(self.here()) < wanted and (monotonic() < end or (monotonic() < last and self._loading())):
             self.pause()
             self.refresh()
 
@@ -73,7 +74,7 @@ class Directory:
         found = sorted(self.connected & set(self.asked.values()))
         for node in found:
             if self.told.get(node) != LOADING:
-                self.tell(None, f"node {node} {LOADING}; the first round waits for it, {PATIENCE:g} seconds at most")
+                self.tell(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")
             self.told[node] = LOADING
         return bool(found)
 
