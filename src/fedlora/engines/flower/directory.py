@@ -70,10 +70,11 @@ class Directory:
             self.refresh()
 
     def _loading(self) -> bool:
-        """Whether a connected node was asked and has not answered yet: a large model takes minutes on a slow disk."""
-        found = sorted(self.connected & set(self.asked.values()))
+        """Whether a connected node was asked and has never answered: a large model takes minutes on a slow disk."""
+        asked = self.connected & set(self.asked.values())
+        found = sorted(node for node in asked if self.told.get(node, LOADING) == LOADING)
         for node in found:
-            if self.told.get(node) != LOADING:
+            if node not in self.told:
                 self.tell(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")
             self.told[node] = LOADING
         return bool(found)

@@ -12,9 +12,7 @@ class Network:
 
     min_clients: int = 2  # a round with fewer good uploads waits for more; at most clients.count
     round_timeout: float = 3600.0  # seconds that a round waits for its slowest client
-    join_timeout: float = (
-        60.0  # seconds that the first round waits for all to connect; who is loading then, is waited for
-    )
+    join_timeout: float = 60.0  # seconds that the first round waits for all to connect, longer while one still loads
     poll: float = 0.3  # seconds between two looks for replies
     retry: float = 10.0  # seconds until a party that failed is asked once more
     secure_aggregation: bool = False  # the server learns the sum of the uploads, and no upload
