@@ -127,9 +127,8 @@ def test_the_search_finds_a_method_from_a_disk(browser, site):
     page = browser.new_page()
     _, asked = listened(page)
     page.goto((site / "index.html").as_uri(), wait_until="networkidle")  # what is typed before its scripts run is lost
-    page.locator("input.md-search__input").press_sequentially(
-        "rotational"
-    )  # it listens to keys; filled in, it may miss it
+    # The field listens to keys: what is filled in at once it may miss.
+    page.locator("input.md-search__input").press_sequentially("rotational")
     page.locator(".md-search-result__item").first.wait_for(timeout=120_000)
     assert "FedRot" in page.locator(".md-search-result__list").inner_text()
     page.close()

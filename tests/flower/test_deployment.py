@@ -19,6 +19,8 @@ from tests.flower.world import agree, config, same
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
 
+SECONDS = 900  # that a run may take
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -32,13 +34,10 @@ def flower(place):
         yield running
 
 
-def deployed(flower, place, name, *overrides):
-    """Runs a federation through the processes; its folder, and the lines that the run said."""
-    one = config(f"method.name={name}", "engine.threads=1", *overrides)
-    folder, lines = place / name, []
-    status = flower.run(init(place / f"app-{name}", one, folder), watch=lines.append, timeout=900)
-    assert status == 0, (flower.outcome, lines[-20:])
-    return one, folder, lines
+def written(place, name, *overrides):
+    """A federation of three rounds, its app, and the folder that its run will have."""
+    one = config(f"method.name={name}", "engine.threads=1", "rounds=3", "evaluation.every=3", *overrides)
+    return one, init(place / f"app-{name}", one, place / name), place / name
 
 
 def records_of(folder):
@@ -52,15 +51,13 @@ def kept(place, folder, client):
 
 def test_a_run_that_a_superlinks_restart_broke_goes_on_and_ends_with_the_bits_of_one_process(flower, place):
     """FedEx, for its folds; what was done before the restart and after it is one run."""
-    one = config("method.name=fedex-lora", "engine.threads=1", "rounds=3", "evaluation.every=3")
-    folder, lines = place / "broken", []
-    app = init(place / "app-broken", one, folder)
+    (one, app, folder), lines = written(place, "fedex-lora"), []
     restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
     restarter.start()
-    assert flower.run(app, watch=lines.append, timeout=900) == 1, flower.outcome
+    assert flower.run(app, watch=lines.append, timeout=SECONDS) == 1, flower.outcome
     restarter.join()
     assert 1 <= len(records_of(folder)) < 3
-    assert flower.run(app, watch=lines.append, timeout=900) == 0, (flower.outcome, lines[-20:])
+    assert flower.run(app, watch=lines.append, timeout=SECONDS) == 0, (flower.outcome, lines[-20:])
     here = fedlora.run(one, place / "here")
     assert same(load_tree(folder / "shared.safetensors"), here.shared)
     assert same(load_tree(folder / "folds.safetensors"), load_tree(place / "here" / "folds.safetensors"))
@@ -71,8 +68,8 @@ def test_a_run_that_a_superlinks_restart_broke_goes_on_and_ends_with_the_bits_of
 
 
 def _after_a_round(folder):
-    for _ in range(9000):  # as long as a run may take
-        log = folder / "metrics.jsonl"
+    log, until = folder / "metrics.jsonl", time.monotonic() + SECONDS
+    while time.monotonic() < until:
         if log.exists() and log.read_text().count("\n") >= 1:
             return
         time.sleep(0.1)
@@ -84,12 +81,10 @@ def test_a_node_that_is_killed_in_a_round_is_named_and_the_run_ends_without_it(f
 
     The round waits until Flower has missed two of its heartbeats, a minute at most: no time of a slow machine is in it.
     """
-    folder = place / "fedsa-lora"
-
+    (_, app, folder), lines = written(place, "fedsa-lora", "training.local_steps=40"), []
     killer = threading.Thread(target=lambda: (_after_a_round(folder), flower.kill("party-2")))
     killer.start()
-    settings = ("rounds=3", "training.local_steps=40", "evaluation.every=3")
-    _, folder, lines = deployed(flower, place, "fedsa-lora", *settings)
+    assert flower.run(app, watch=lines.append, timeout=SECONDS) == 0, (flower.outcome, lines[-20:])
     killer.join()
     records = records_of(folder)
     assert records[0]["cohort"] == [0, 1, 2] and records[-1]["cohort"] == [0, 1]

@@ -63,14 +63,13 @@ class Directory:
     def wait(self, wanted: int, seconds: float) -> None:
         """Until so many clients are here, at most so many seconds, and ``PATIENCE`` more for those that still load."""
         end = monotonic() + seconds
-        last = end + PATIENCE if seconds > 0 else end
         self.refresh()
-        while len(self.here()) < wanted and (monotonic() < end or (monotonic() < last and self._loading())):
+        while len(self.here()) < wanted and (monotonic() < end or (monotonic() < end + PATIENCE and self._loading())):
             self.pause()
             self.refresh()
 
     def _loading(self) -> bool:
-        """Whether a connected node was asked and has never answered: a large model takes minutes on a slow disk."""
+        """Whether a connected node was asked and has never answered, a large model on a slow disk; it is told once."""
         asked = self.connected & set(self.asked.values())
         found = sorted(node for node in asked if self.told.get(node, LOADING) == LOADING)
         for node in found:

@@ -111,8 +111,10 @@ class Federated(Loop, Strategy):
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
-        patience = self.network.join_timeout if at.number == self._first else 0.0
-        self._directory.wait(self.federation.clients.members, patience)
+        if at.number == self._first:
+            self._directory.wait(self.federation.clients.members, self.network.join_timeout)
+        else:
+            self._directory.refresh()
         return began
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
