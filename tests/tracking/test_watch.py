@@ -211,6 +211,37 @@ def test_ctrl_c_leaves_and_harms_nothing(tmp_path):
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
 
 
+INTERRUPTED = """
+import rich.live
+drawn = rich.live.Live.refresh
+def interrupted(self):
+    drawn(self)
+    raise KeyboardInterrupt
+rich.live.Live.refresh = interrupted
+"""
+WATCHED = INTERRUPTED + "from fedlora.cli import main; main()"
+BAR = (
+    INTERRUPTED
+    + """
+from fedlora.report.progress import Progress
+try:
+    Progress(2).__enter__()
+except KeyboardInterrupt:
+    print("left")
+"""
+)
+
+
+def test_ctrl_c_in_the_first_drawing_gives_the_cursor_back_too(tmp_path):
+    folder_of(tmp_path / "run")
+    text, code = on_pty(["-c", WATCHED, "watch", str(tmp_path / "run")], 100)
+    assert code == 0 and "0 of 4 rounds" in text and "The run goes on" in text and "\x1b[?1049l" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    text, code = on_pty(["-c", BAR], 100)
+    assert code == 0 and "left" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
 def test_in_a_pipe_it_prints_lines(tmp_path):
     process = a_run(tmp_path / "run", 0.2)
     found = subprocess.run([sys.executable, "-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"],

@@ -26,7 +26,11 @@ class _Live:
         self.task = self.bar.add_task("starting", total=total)
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        try:
+            self.bar.start()
+        except BaseException:  # a Ctrl-C in the first drawing: the terminal gets its cursor back all the same
+            self.bar.stop()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

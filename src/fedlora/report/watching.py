@@ -179,11 +179,15 @@ def live(following: Following, console: Console, every: float) -> Standing:
         return picture(at, name, console.width, console.height, time.time(), wide)
 
     at = following.look()
-    with Live(drawn(at), console=console, auto_refresh=False, screen=True) as screen:
+    screen = Live(drawn(at), console=console, auto_refresh=False, screen=True)
+    try:  # not `with`: a Ctrl-C in the first drawing, inside __enter__, would leave the terminal without its cursor
+        screen.start(refresh=True)
         while not at.over:
             time.sleep(every)
             at = following.look()
             screen.update(drawn(at), refresh=True)
+    finally:
+        screen.stop()
     console.print(drawn(at))
     return at
 
