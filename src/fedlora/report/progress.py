@@ -26,9 +26,9 @@ class _Live:
         self.task = self.bar.add_task("starting", total=total)
 
     def __enter__(self) -> Self:
-        try:
+        try:  # after a Ctrl-C in the first drawing, too, the terminal gets its cursor back
             self.bar.start()
-        except BaseException:  # a Ctrl-C in the first drawing: the terminal gets its cursor back all the same
+        except BaseException:
             self.bar.stop()
             raise
         return self
