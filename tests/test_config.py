@@ -1,5 +1,6 @@
 """Configuration: what it builds, how it is overridden, and one sentence for every mistake."""
 
+import sys
 import tomllib
 
 import pytest
@@ -41,6 +42,34 @@ def test_another_name_starts_its_table_anew():
     table = {"split": {"name": "dirichlet", "alpha": 0.3}}
     assert merged(table, {"split": {"name": "iid"}}) == {"split": {"name": "iid"}}
     assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
+
+
+def test_a_method_of_an_installed_package_is_one_of_the_names(tmp_path, monkeypatch):
+    (tmp_path / "averaging.py").write_text(
+        "from fedlora.methods.fedit import FedIT\n\nclass Averaging(FedIT):\n    title = 'Averaging'\n"
+    )
+    (tmp_path / "averaging-1.0.dist-info").mkdir()
+    (tmp_path / "averaging-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: averaging\nVersion: 1.0\n"
+    )
+    (tmp_path / "averaging-1.0.dist-info" / "entry_points.txt").write_text(
+        "[fedlora.methods]\nmean = averaging:Averaging\n"
+    )
+    with pytest.raises(ValueError, match="no method 'mean'"):
+        build(with_(method__name="mean"))
+    monkeypatch.syspath_prepend(tmp_path)  # its entry points are read although those of before are remembered
+    assert "mean" in fedlora.methods.names()
+    assert build(with_(method__name="mean")).method.title == "Averaging"
+
+
+def test_installed_packages_are_read_once(monkeypatch):
+    """Reading them took two thirds of a small comparison, as each configuration asked for every method."""
+    read = []
+    monkeypatch.setattr(fedlora.methods, "entry_points", lambda **which: read.append(which) or [])
+    monkeypatch.setattr(sys, "path", [*sys.path, "a path of this test"])  # nothing is remembered of it
+    for _ in range(3):
+        build(with_())
+    assert read == [{"group": "fedlora.methods"}]
 
 
 MISTAKES = {
