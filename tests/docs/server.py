@@ -19,8 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "transformers", "datasets", "fedlora.cli", "fedlora.comparison", "fedlora.aggregation", "fedlora.export",
-    "fedlora.catalogue", "fedlora.planning", "fedlora.report.tables", "fedlora.report.plots", "fedlora.report.progress",
+    "torch", "transformers", "datasets", "peft", "scipy.stats", "sklearn.datasets", "sklearn.model_selection",
+    "flwr_datasets.partitioner", "transformers.models.auto.image_processing_auto", "transformers.models.vit.modeling_vit",
+    "transformers.models.bert.modeling_bert", "fedlora.cli", "fedlora.comparison", "fedlora.aggregation", "fedlora.export",
+    "fedlora.catalogue", "fedlora.planning", "fedlora.tasks.image_classification", "fedlora.report.tables",
+    "fedlora.report.plots", "fedlora.report.progress",
 )  # fmt: skip
 SHIM = """#!{python} -SE
 import array, json, os, socket, sys
