@@ -44,22 +44,32 @@ def test_another_name_starts_its_table_anew():
     assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
 
 
+def installed(folder, package):
+    """A package on the path that brings a method ``mean``, its title the package's name."""
+    (folder / f"{package}.py").write_text(
+        f"from fedlora.methods.fedit import FedIT\n\nclass Averaging(FedIT):\n    title = '{package.capitalize()}'\n"
+    )
+    notes = folder / f"{package}-1.0.dist-info"
+    notes.mkdir()
+    (notes / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (notes / "entry_points.txt").write_text(f"[fedlora.methods]\nmean = {package}:Averaging\n")
+    return folder
+
+
 def test_a_method_of_an_installed_package_is_one_of_the_names(tmp_path, monkeypatch):
-    (tmp_path / "averaging.py").write_text(
-        "from fedlora.methods.fedit import FedIT\n\nclass Averaging(FedIT):\n    title = 'Averaging'\n"
-    )
-    (tmp_path / "averaging-1.0.dist-info").mkdir()
-    (tmp_path / "averaging-1.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: averaging\nVersion: 1.0\n"
-    )
-    (tmp_path / "averaging-1.0.dist-info" / "entry_points.txt").write_text(
-        "[fedlora.methods]\nmean = averaging:Averaging\n"
-    )
     with pytest.raises(ValueError, match="no method 'mean'"):
         build(with_(method__name="mean"))
-    monkeypatch.syspath_prepend(tmp_path)  # its entry points are read although those of before are remembered
+    # its entry points are read although those of before are remembered
+    monkeypatch.syspath_prepend(installed(tmp_path, "averaging"))
     assert "mean" in fedlora.methods.names()
     assert build(with_(method__name="mean")).method.title == "Averaging"
+
+
+def test_of_two_packages_with_a_method_of_one_name_the_first_on_the_path_stands(tmp_path, monkeypatch):
+    for package in ("averaging_later", "averaging_first"):
+        (tmp_path / package).mkdir()
+        monkeypatch.syspath_prepend(installed(tmp_path / package, package))
+    assert build(with_(method__name="mean")).method.title == "Averaging_first"
 
 
 def test_installed_packages_are_read_once(monkeypatch):

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoints, entry_points
 
 from fedlora import finding
 from fedlora.method import Method
@@ -14,22 +14,23 @@ GROUP = "fedlora.methods"  # entry points of packages that bring methods of thei
 
 def names() -> list[str]:
     """The names of all methods: the files here, and the entry points of installed packages."""
-    return sorted({*finding.names(__path__), *_brought(tuple(sys.path))})
+    return sorted({*finding.names(__path__), *(point.name for point in _brought(tuple(sys.path)))})
 
 
 def load(name: str) -> type[Method]:
     """The method's class by its name, or by ``package.module:Class``. ``ValueError`` names the nearest one."""
     if ":" in name:
         return _from_path(name)
-    if (point := _brought(tuple(sys.path)).get(name)) is not None:
-        return point.load()
+    for point in _brought(tuple(sys.path)):
+        if point.name == name:
+            return point.load()
     return finding.load(__name__, name, names(), Method, "method")
 
 
 @cache
-def _brought(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+def _brought(path: tuple[str, ...]) -> EntryPoints:
     """What installed packages bring; remembered, for it takes a look into every package on the ``path``."""
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return entry_points(group=GROUP)
 
 
 def _from_path(path: str) -> type[Method]:
