@@ -1,4 +1,4 @@
-"""What all tests have in common: one thread, no network, and the real data where it is."""
+"""What all tests have in common: one thread, no network, reference runs, commands, and the real data where it is."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
+
+from tests.fixtures import commands as command_server
+from tests.fixtures.federation import REFERENCE, config, settings
 
 torch.set_num_threads(1)  # two busy threads on one core wait for each other
 
@@ -19,3 +22,29 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("the real data and models do not lie beside the project (FEDLORA_SHARED names another place)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def commands(testrun_uid):
+    """Runs ``fedlora`` and ``python`` as forked processes that have everything imported."""
+    with command_server.lease(testrun_uid[:12]) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """``reference(method)``: the finished run of ``settings(method)`` with ``REFERENCE``, made once a worker.
+
+    Its result holds trees, records, ledger and folder; tests of other engines, plans, exports and resumed runs compare
+    with it and leave it as it is.
+    """
+    import fedlora
+
+    folder, runs = tmp_path_factory.mktemp("reference"), {}
+
+    def run(name: str):
+        if name not in runs:
+            runs[name] = fedlora.run(config(*settings(name), *REFERENCE), folder / name)
+        return runs[name]
+
+    return run

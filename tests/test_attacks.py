@@ -22,7 +22,7 @@ from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.tasks.task import Examples
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.types import Turn
-from tests.engines.test_inprocess import config, same
+from tests.fixtures.federation import config, same
 from tests.laws.world import Nudge
 
 M, N, R, K = 12, 10, 2, 10

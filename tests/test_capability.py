@@ -10,7 +10,7 @@ from fedlora.clients import DROPPED, Clients
 from fedlora.config import ConfigError
 from fedlora.engines.inprocess import InProcess
 from fedlora.training import Training
-from tests.engines.test_inprocess import config, same
+from tests.fixtures.federation import HEAD, LORA, config, same
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_dropped_client_is_sent_everything_again():
     """What it was sent in vain counts, and so does what it is sent next time."""
     once = fedlora.run(config("clients.dropout=0.34", "rounds=3", "method.name=rolora"))
     f = config("clients.dropout=0.34", "method.name=rolora").federation()
-    half, head = 8 * 2 * 96 * 4, (10 * 96 + 10) * 4
+    half, head = LORA // 2, HEAD
     seen = dict.fromkeys(range(3), 0)  # the round before which it was last seen to hold all
     for number, record in enumerate(once.records):
         halves = sum(min(2, number - seen[k]) for k in range(3))
@@ -236,7 +236,7 @@ def test_nothing_moves_where_clients_are_equal():
 def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tmp_path):
     from fedlora.comparison import compare, for_label, rows
     from fedlora.report.read import folder
-    from tests.engines.test_inprocess import TABLE
+    from tests.fixtures.federation import TABLE
 
     able = {"capability": "uniform", "capability_scales": ["steps"], "count": 4}
     table = {**TABLE, "rounds": 1, "clients": able, "training": {"local_steps": 8}}

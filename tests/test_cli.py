@@ -29,14 +29,11 @@ local_steps = 1
 
 
 @pytest.fixture
-def cli(tmp_path):
+def cli(commands, tmp_path):
     (tmp_path / "my.toml").write_text(TOML)
 
     def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "fedlora", *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, **environment}, timeout=240, check=False,
-        )  # fmt: skip
+        return commands.call(["fedlora", *arguments], tmp_path, {**os.environ, **environment})
 
     return call
 

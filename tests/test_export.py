@@ -9,7 +9,7 @@ from peft import PeftModel
 import fedlora
 from fedlora import methods
 from fedlora.export import Run, export
-from tests.engines.test_inprocess import ADAPTERS, config
+from tests.fixtures.federation import ADAPTERS, WIDTH, config
 
 
 def finished(tmp_path, name, *settings):
@@ -106,9 +106,9 @@ def test_a_run_goes_on_from_an_export(tmp_path):
 
 
 def test_folds_come_to_no_more_than_the_weights_sides(tmp_path):
-    run = finished(tmp_path, "flora", "rounds=20", "evaluation.every=20", "training.local_steps=1")
+    run = finished(tmp_path, "flora", "rounds=4", "evaluation.every=4", "training.local_steps=1")
     found = export(run, tmp_path / "out")
-    assert found["ranks"] == [96] and found["difference"] < 1e-4, "20 rounds of three clients at rank 2 are 120"
+    assert found["ranks"] == [WIDTH] and found["difference"] < 1e-4, "4 rounds of three clients at rank 2 are 24"
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])

@@ -19,7 +19,7 @@ from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
 from fedlora.state import load_tree
 from fedlora.types import Turn
-from tests.engines.test_inprocess import TABLE, config, same
+from tests.fixtures.federation import TABLE, config, same
 from tests.test_defences import R, dense, turned, world
 
 METHOD = FedIT(LoRA(R, 6.0))

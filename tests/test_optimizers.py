@@ -12,7 +12,7 @@ from fedlora.methods.rolora import RoLoRA
 from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, public, server_turn
 from fedlora.types import Turn
-from tests.engines.test_inprocess import ADAPTERS, config
+from tests.fixtures.federation import ADAPTERS, config
 
 
 def rounds(optimizer, method, count=4):

@@ -14,7 +14,7 @@ from fedlora.methods.svd import BestRank
 from fedlora.oracle import asked
 from fedlora.rounds import Received
 from fedlora.types import Turn
-from tests.engines.test_inprocess import TABLE, config, same
+from tests.fixtures.federation import TABLE, config, same
 from tests.methods.cohort import Cohort
 
 

@@ -16,7 +16,7 @@ from fedlora.metrics import figures
 from fedlora.personal import Sides, personal
 from fedlora.rounds import received
 from fedlora.training import LocalTrainer
-from tests.engines.test_inprocess import ADAPTERS, config, same
+from tests.fixtures.federation import ADAPTERS, config, same
 
 NEW = ["clients.count=4", "clients.new=1"]
 

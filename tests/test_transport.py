@@ -16,7 +16,7 @@ from fedlora.planning import byte_plan, outline
 from fedlora.rounds import public
 from fedlora.transport import Transport
 from fedlora.types import Turn
-from tests.engines.test_inprocess import ADAPTERS, HEAD, LORA, config, same
+from tests.fixtures.federation import ADAPTERS, HEAD, LORA, WEIGHTS, config, same
 
 COARSE = ["transport.up=['top-k', 'int4']", "transport.down=['top-k', 'int8']", "transport.top_k=0.2"]
 TURN = Turn(0, 0, 2, seed=7)
@@ -204,9 +204,9 @@ def test_bytes_of_a_run():
     plain = fedlora.run(config("rounds=3")).summary["bytes"]
     assert plain["up"] == {"adapter": 9 * LORA, "head": 9 * HEAD}
     found = fedlora.run(config("rounds=3", "transport.up=int8", "transport.down=bfloat16")).summary["bytes"]
-    scales = 8 * 4 * 4  # weights, ranks of A and B, bytes
+    scales = WEIGHTS * 4 * 4  # weights, ranks of A and B, bytes
     assert found["up"]["adapter"] == 9 * (LORA // 4 + scales)
-    assert found["up"]["head"] == 9 * (970 + 10 * 4 + 4)
+    assert found["up"]["head"] == 9 * (HEAD // 4 + 10 * 4 + 4)
     assert found["down"] == {kind: size // 2 for kind, size in plain["down"].items()}
 
 

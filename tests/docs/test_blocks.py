@@ -12,7 +12,6 @@ import pytest
 
 from fedlora.config import build, merged
 from tests.docs import blocks, standins
-from tests.docs.server import shims
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,9 +32,8 @@ def left_out(block: blocks.Block) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    with shims(tmp_path_factory.mktemp("docs")) as folder:
-        yield folder
+def programs(commands, tmp_path_factory):
+    return commands.write_programs(tmp_path_factory.mktemp("docs") / "bin")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import fedlora
 from fedlora.config import build, merged, overridden
 from fedlora.export import Run, export
-from tests.engines.test_inprocess import same
+from tests.fixtures.federation import same
 
 
 @pytest.fixture

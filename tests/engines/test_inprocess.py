@@ -7,35 +7,10 @@ import torch
 
 import fedlora
 from fedlora import methods
-from fedlora.config import ConfigError, build, overridden
+from fedlora.config import ConfigError, build
 from fedlora.engines.inprocess import InProcess
 from fedlora.state import load_tree
-
-TABLE = {
-    "rounds": 2,
-    "model": {"name": "demo-vit"},
-    "task": {"name": "image-classification", "data": "digits", "train_rows": 300, "test_rows": 150},
-    "clients": {"count": 3, "split": {"name": "dirichlet", "alpha": 0.5}},
-    "adapter": {"name": "lora", "rank": 2, "alpha": 4},
-    "training": {"local_steps": 3, "learning_rate": 5e-3},
-}
-LORA = 8 * (96 * 2 + 2 * 96) * 4  # bytes: 8 weights of 96 x 96 at rank 2, float32
-HEAD = (10 * 96 + 10) * 4
-
-
-def config(*overrides: str):
-    return build(overridden(TABLE, list(overrides)))
-
-
-ADAPTERS = {
-    "ravan": ["adapter={name = 'heads', heads = 2, head_rank = 4}"],
-    "fed-sb": ["adapter={name = 'lora-sb', core_rank = 5}"],
-    "feddpa": ["adapter={name = 'dual-lora', rank = 2}"],
-}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(x, b[p][leaf]) for p in a for leaf, x in a[p].items())
+from tests.fixtures.federation import ADAPTERS, DEMO, HEAD, LORA, TABLE, WEIGHTS, WIDTH, config, same
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -89,8 +64,10 @@ def test_private_heads_reach_what_a_shared_one_cannot():
     """Every client calls the digits by names of its own; a B or a head that leaks from client to client shows."""
     shift = ("clients.permute_labels=true", "clients.split={name = 'iid'}", "rounds=8", "training.local_steps=15")
     full = ("task.train_rows=900", "training.learning_rate=1e-2")
-    personal = fedlora.run(config("method.name=fedsa-lora", *shift, *full)).summary["final"]["clients"]["mean"]
-    shared = fedlora.run(config("method.name=fedit", *shift, *full)).summary["final"]["clients"]["mean"]
+    personal = fedlora.run(config("method.name=fedsa-lora", *shift, *full, table=DEMO)).summary["final"]["clients"][
+        "mean"
+    ]
+    shared = fedlora.run(config("method.name=fedit", *shift, *full, table=DEMO)).summary["final"]["clients"]["mean"]
     assert personal > 0.8 > 0.6 > shared
 
 
@@ -200,8 +177,9 @@ def test_vera_runs_end_to_end(name):
     part = next(p for p in result.shared if "q_proj" in p)
     assert set(result.shared[part]) == {"A", "B", "d", "b"}
     sent = result.summary["bytes"]["up"].get("adapter", 0)
-    sizes = {"fedsa-lora": 16, "fedit": 16 + 96, "ffa-lora": 96, "rolora": (16 + 96) / 2, "local": 0}
-    assert sent == 4 * 8 * 3 * 2 * sizes[name], "the frozen pair never travels"
+    both = 16 + WIDTH
+    sizes = {"fedsa-lora": 16, "fedit": both, "ffa-lora": WIDTH, "rolora": both / 2, "local": 0}
+    assert sent == 4 * WEIGHTS * 3 * 2 * sizes[name], "the frozen pair never travels"
 
 
 def test_unequal_heads():
@@ -209,7 +187,7 @@ def test_unequal_heads():
     result = fedlora.run(config(*ravan))
     up = {}
     assert result.summary["final"]["clients"]["mean"] > 0
-    one = 8 * 4 * 4 * 4  # bytes of one head of every weight
+    one = WEIGHTS * 4 * 4 * 4  # bytes of one head of every weight
     assert result.summary["bytes"]["up"]["adapter"] == 2 * (1 + 2 + 4) * one, up
 
 
@@ -261,7 +239,8 @@ def test_local_clients_of_unequal_rank_are_measured(adapter):
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "svd"])
 def test_clients_of_unequal_rank(name):
     """Each sends its own rank and is sent its own rank; scales are each client's own."""
-    result = fedlora.run(config(f"method.name={name}", "adapter.rank=4", "clients.ranks=[1, 2, 4]", "rounds=2"))
+    unequal = (f"method.name={name}", "adapter.rank=4", "clients.ranks=[1, 2, 4]", "rounds=2")
+    result = fedlora.run(config(*unequal, table=DEMO))
     one = 8 * (96 + 96) * 4
     up, down = ([r["bytes"][d] for r in result.records] for d in ("up", "down"))
     assert [x["adapter"] for x in up] == [7 * one] * 2

@@ -13,7 +13,7 @@ from fedlora import cli
 from fedlora.config import ConfigError, build, dumps, read
 from fedlora.flower.local import nodes
 from fedlora.flower.own import own_table, state_folder
-from tests.engines.test_inprocess import TABLE
+from tests.fixtures.federation import TABLE
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import fedlora
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower.simulation import _play
-from tests.engines.test_inprocess import config
+from tests.fixtures.federation import config
 from tests.flower.test_engine import trained
 from tests.flower.test_simulation import several
 from tests.flower.world import QUICK, records_agree, same

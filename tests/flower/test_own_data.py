@@ -16,7 +16,7 @@ from fedlora.engines.flower.party import client_app, handled
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
-from tests.engines.test_inprocess import TABLE
+from tests.fixtures.federation import TABLE
 from tests.flower.test_engine import trained
 from tests.flower.world import QUICK, same
 

@@ -10,7 +10,7 @@ from fedlora.engines.flower.party import client_app, handled
 from fedlora.engines.flower.records import unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
-from tests.engines.test_inprocess import ADAPTERS, config, same
+from tests.fixtures.federation import ADAPTERS, config, same
 
 QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001, retry=0.3)
 

@@ -8,7 +8,7 @@ import pytest
 from fedlora.config import build, merged, overridden
 from fedlora.engines import private
 from fedlora.engines.federation import Federation
-from tests.engines.test_inprocess import TABLE
+from tests.fixtures.federation import TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
 from fedlora.privacy import accounting

@@ -6,7 +6,7 @@ import torch
 from fedlora.config import build, merged, overridden
 from fedlora.engines import private
 from fedlora.privacy import each
-from tests.engines.test_inprocess import TABLE
+from tests.fixtures.federation import TABLE, WEIGHTS
 
 LEVEL = {
     "privacy": {"level": "example", "noise_multiplier": 1.0},
@@ -38,7 +38,7 @@ def agree(table, *overrides, rows=4):
 
 
 def test_a_vit():
-    assert len(agree(TABLE)) == 8 * 2 + 2
+    assert len(agree(TABLE)) == WEIGHTS * 2 + 2
 
 
 @pytest.mark.shared

@@ -9,7 +9,7 @@ from fedlora.catalogue import covered
 from fedlora.comparison import for_label, oracle
 from fedlora.config import build, merged, overridden
 from fedlora.planning import problems
-from tests.engines.test_inprocess import ADAPTERS, TABLE
+from tests.fixtures.federation import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
 CLIENT = ["privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform"]

@@ -17,7 +17,7 @@ from fedlora.export import Run, export
 from fedlora.planning import plan
 from fedlora.privacy.uploads import leaves, served_to
 from fedlora.report.guarantee import lines
-from tests.engines.test_inprocess import ADAPTERS, TABLE, same
+from tests.fixtures.federation import ADAPTERS, TABLE, same
 
 pytest.importorskip("opacus", reason="needs the dp extra")
 CLIENT = ("privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform")

@@ -9,7 +9,7 @@ import fedlora
 from fedlora import methods
 from fedlora.config import ConfigError
 from fedlora.state import load_tree
-from tests.engines.test_inprocess import same
+from tests.fixtures.federation import same
 from tests.resume.world import alike, small
 
 ROUNDS = 4

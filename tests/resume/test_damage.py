@@ -11,7 +11,7 @@ import pytest
 import fedlora
 from fedlora.engines import sealed
 from fedlora.state import load_tree
-from tests.engines.test_inprocess import same
+from tests.fixtures.federation import same
 from tests.resume.test_bits import stopped
 from tests.resume.world import alike, small
 
@@ -231,7 +231,7 @@ def test_a_real_limit_on_the_size_of_files(tmp_path, runs):
     """The kernel refuses to write beyond the limit, in the middle of a file."""
     settings = small(NAME, "rounds=4", "training.keep_optimizer=true")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
         with pytest.raises(OSError, match="the disk is full"):
             fedlora.run(settings, tmp_path / "run")

@@ -13,7 +13,7 @@ from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.resuming import continued
 from fedlora.runs import run
-from tests.engines.test_inprocess import same
+from tests.fixtures.federation import same
 from tests.flower.world import QUICK, agree
 from tests.resume.test_bits import breaking, stopped
 from tests.resume.world import alike, ledger, lines, small, trees

@@ -3,7 +3,7 @@
 import json
 
 from fedlora.state import load_tree
-from tests.engines.test_inprocess import ADAPTERS, config, same
+from tests.fixtures.federation import ADAPTERS, config, same
 
 SMALL = (
     "task.train_rows=60", "task.test_rows=30", "training.local_steps=1", "training.batch_size=8",

@@ -29,8 +29,8 @@ from fedlora.export import Run, export
 from fedlora.tasks import pictures
 from fedlora.tasks.form import Form
 from fedlora.tasks.image_classification import ImageClassification, cropped, flipped
-from tests.engines.test_inprocess import config as digits
-from tests.engines.test_inprocess import same
+from tests.fixtures.federation import config as digits
+from tests.fixtures.federation import same
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 KINDS = {
