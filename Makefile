@@ -5,20 +5,30 @@ BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test lint check bench docs pages clean
+.PHONY: demo test test-all test-times lint check bench docs pages clean
 
 demo: $(VENV)/.base ## ten parties, eight methods, embedded data, one to three minutes
 	$(OFFLINE) $(BIN)/fedlora demo
 
-test: $(VENV)/.dev ## all tests, offline
-	$(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(THREADS) $(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test: $(VENV)/.dev ## the first tier: every guarantee in one process, and one real run of each real part; offline
+	$(PYTEST)
+
+test-all: $(VENV)/.dev ## both tiers, offline
+	$(PYTEST) -m ""
+
+test-times: $(VENV)/.dev ## both tiers, then the twenty slowest tests and the sum by folder
+	rm -f build/test-times.jsonl && mkdir -p build
+	$(PYTEST) -m "" --times build/test-times.jsonl
+	$(BIN)/python -m scripts.test_times build/test-times.jsonl
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/mypy
 
-check: lint test ## what CI runs
+check: lint test-all ## what CI runs
 	@echo "make check: lint and tests passed"
 
 pages: $(VENV)/.dev ## generated pages and figures of docs/, from the code and the measured results

@@ -11,6 +11,8 @@ import torch
 
 from tests.fixtures import commands as command_server
 from tests.fixtures.federation import REFERENCE, config, settings
+from tests.fixtures.schedule import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
+from tests.fixtures.times import pytest_addoption, pytest_configure  # noqa: F401
 
 torch.set_num_threads(1)  # two busy threads on one core wait for each other
 
