@@ -1,7 +1,8 @@
-"""Twenty broken lines, one at a time: ``python -m scripts.mutants [--tree DIR]`` runs the first tier's tests on each.
+"""Twenty broken lines, one at a time: ``python -m scripts.mutants [--tree DIR]`` runs tests of the first tier on each.
 
-A mutant is caught when a test of its area fails, and survives when none does. Each runs on a copy of the tree with one line
-changed; ``--tree`` names another checkout, to compare two versions of the tests. The exit status is 1 where one survives.
+A mutant is caught when a test of its area fails, and survives when none does. Each runs on a copy of the tree with one
+line changed; ``--tree`` names another checkout, to compare two versions of the tests. The exit status is 1 where one
+survives.
 """
 
 import argparse
@@ -29,33 +30,95 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("rounds.py", "return [n / sum(examples) for n in examples]", "return [1 / len(examples)] * len(examples)", ALGEBRA),
-    Mutant("rounds.py", "return [w * upload.factor / whole for w, upload in zip(own, uploads)]",
-           "return [w * upload.factor for w, upload in zip(own, uploads)]", (*ALGEBRA, "tests/test_defences.py", "tests/test_hygiene.py")),
-    Mutant("rounds.py", "fold = tuple(Factors(f.U[i], f.V[i]) for f in outcome.fold)",
-           "fold = tuple(Factors(f.U[0], f.V[i]) for f in outcome.fold)", ALGEBRA),
-    Mutant("rounds.py", "uploads = sorted(uploads, key=lambda upload: upload.turn.client)", "uploads = list(uploads)",
-           (*ALGEBRA, "tests/flower/test_engine.py", "tests/flower/test_memory.py", "tests/engines")),
-    Mutant("linalg.py", "return Factors(Q, R @ f.V)", "return Factors(Q, R.mT @ f.V)", (*ALGEBRA, "tests/test_folds.py", "tests/test_export.py")),
+    Mutant(
+        "rounds.py",
+        "return [n / sum(examples) for n in examples]",
+        "return [1 / len(examples)] * len(examples)",
+        ALGEBRA,
+    ),
+    Mutant(
+        "rounds.py",
+        "return [w * upload.factor / whole for w, upload in zip(own, uploads)]",
+        "return [w * upload.factor for w, upload in zip(own, uploads)]",
+        (*ALGEBRA, "tests/test_defences.py", "tests/test_hygiene.py"),
+    ),
+    Mutant(
+        "rounds.py",
+        "fold = tuple(Factors(f.U[i], f.V[i]) for f in outcome.fold)",
+        "fold = tuple(Factors(f.U[0], f.V[i]) for f in outcome.fold)",
+        ALGEBRA,
+    ),
+    Mutant(
+        "rounds.py",
+        "uploads = sorted(uploads, key=lambda upload: upload.turn.client)",
+        "uploads = list(uploads)",
+        (*ALGEBRA, "tests/flower/test_engine.py", "tests/flower/test_memory.py", "tests/engines"),
+    ),
+    Mutant(
+        "linalg.py",
+        "return Factors(Q, R @ f.V)",
+        "return Factors(Q, R.mT @ f.V)",
+        (*ALGEBRA, "tests/test_folds.py", "tests/test_export.py"),
+    ),
     Mutant("linalg.py", "root = S[..., :rank].sqrt()", "root = S[..., :rank]", ALGEBRA),
-    Mutant("linalg.py", "sign = torch.linalg.det(P @ Qt).sign()", "sign = torch.linalg.det(P @ Qt).sign().abs()", ALGEBRA),
+    Mutant(
+        "linalg.py", "sign = torch.linalg.det(P @ Qt).sign()", "sign = torch.linalg.det(P @ Qt).sign().abs()", ALGEBRA
+    ),
     Mutant("linalg.py", "parts = _added(parts, side=0)", "parts = _added(parts, side=1)", ALGEBRA),
-    Mutant("methods/fedrot_lora.py", 'return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}',
-           'return {"A": R @ work.end["A"], "B": work.end["B"] @ R.mT}', ALGEBRA),
-    Mutant("methods/lora_fair.py", 'Term(u.weight, u.layer["B"] - B, u.layer["A"] - A)', 'Term(u.weight, u.layer["B"], u.layer["A"] - A)', ALGEBRA),
-    Mutant("methods/flora_na.py", "layers, w = [*layers, shared], [*w, 0.0]", "layers, w = [*layers, shared], [*w, 1.0]", ALGEBRA),
-    Mutant("methods/ravan.py", 'work.end[f"s{i}"] * work.end[f"H{i}"]', 'work.start[f"s{i}"] * work.end[f"H{i}"]', ALGEBRA),
-    Mutant("secure/fixed.py", "scaled = flat[chunk].double().numpy() * weight", "scaled = flat[chunk].double().numpy()", SECURE),
+    Mutant(
+        "methods/fedrot_lora.py",
+        'return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}',
+        'return {"A": R @ work.end["A"], "B": work.end["B"] @ R.mT}',
+        ALGEBRA,
+    ),
+    Mutant(
+        "methods/lora_fair.py",
+        'Term(u.weight, u.layer["B"] - B, u.layer["A"] - A)',
+        'Term(u.weight, u.layer["B"], u.layer["A"] - A)',
+        ALGEBRA,
+    ),
+    Mutant(
+        "methods/flora_na.py",
+        "layers, w = [*layers, shared], [*w, 0.0]",
+        "layers, w = [*layers, shared], [*w, 1.0]",
+        ALGEBRA,
+    ),
+    Mutant(
+        "methods/ravan.py", 'work.end[f"s{i}"] * work.end[f"H{i}"]', 'work.start[f"s{i}"] * work.end[f"H{i}"]', ALGEBRA
+    ),
+    Mutant(
+        "secure/fixed.py",
+        "scaled = flat[chunk].double().numpy() * weight",
+        "scaled = flat[chunk].double().numpy()",
+        SECURE,
+    ),
     Mutant("secure/masks.py", "return key, 1 if number < peer else -1", "return key, 1", SECURE),
-    Mutant("secure/sharing.py", "rest = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]",
-           "rest = [0 for _ in range(threshold - 1)]", SECURE),
+    Mutant(
+        "secure/sharing.py",
+        "rest = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]",
+        "rest = [0 for _ in range(threshold - 1)]",
+        SECURE,
+    ),
     Mutant("secure/server.py", "if len(there) < self.session.threshold:", "if len(there) < 1:", SECURE),
-    Mutant("privacy/uploads.py", "by = factor(math.sqrt(sum(float(x.square().sum()) for x in found.values())), clip)",
-           "by = 1.0", PRIVACY),
-    Mutant("privacy/uploads.py", "(changes[part, leaf] + std * noise) / by", "(changes[part, leaf] + noise) / by", PRIVACY),
-    Mutant("privacy/dpsgd.py", "self.noise * self.clip * noise) / (q * rows)", "self.noise * noise) / (q * rows)", PRIVACY),
-    Mutant("privacy/accounting.py", "if noise == 0:\n        return math.inf", "if noise == 0:\n        return 0.0", PRIVACY),
-]  # fmt: skip
+    Mutant(
+        "privacy/uploads.py",
+        "by = factor(math.sqrt(sum(float(x.square().sum()) for x in found.values())), clip)",
+        "by = 1.0",
+        PRIVACY,
+    ),
+    Mutant(
+        "privacy/uploads.py", "(changes[part, leaf] + std * noise) / by", "(changes[part, leaf] + noise) / by", PRIVACY
+    ),
+    Mutant(
+        "privacy/dpsgd.py", "self.noise * self.clip * noise) / (q * rows)", "self.noise * noise) / (q * rows)", PRIVACY
+    ),
+    Mutant(
+        "privacy/accounting.py",
+        "if noise == 0:\n        return math.inf",
+        "if noise == 0:\n        return 0.0",
+        PRIVACY,
+    ),
+]
 
 
 def apply(mutant: Mutant, source: Path) -> None:

@@ -1,7 +1,7 @@
 """What tests cost: ``python -m scripts.test_times FILE`` prints the slowest tests and the sum by folder.
 
-FILE is what ``pytest --times FILE`` wrote; ``make test-times`` does both. ``--write`` also records the mean seconds of each test
-function in tests/durations.json, by which the tests are distributed over the workers.
+FILE is what ``pytest --times FILE`` wrote; ``make test-times`` does both. ``--write`` also records the mean seconds of
+each test function in tests/durations.json, by which the tests are distributed over the workers.
 """
 
 import argparse
