@@ -167,10 +167,8 @@ def main() -> None:
         began = time.monotonic()
         caught = survives(mutant, arguments.tree)
         alive += caught is None
-        print(
-            f"{mutant.file}: {mutant.instead!r} {'SURVIVES' if caught is None else f'is caught by {caught}'} ({time.monotonic() - began:.0f} s)",
-            flush=True,
-        )
+        end = "SURVIVES" if caught is None else f"is caught by {caught}"
+        print(f"{mutant.file}: {mutant.instead!r} {end} ({time.monotonic() - began:.0f} s)", flush=True)
     sys.exit(1 if alive else 0)
 
 
