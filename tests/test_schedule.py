@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from scripts.test_times import folder, read, sums
+
 from tests.fixtures.schedule import FilesAndGroups, function, order, unit
 
 
