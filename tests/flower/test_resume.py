@@ -16,7 +16,17 @@ from fedlora.flower.server import serve
 from fedlora.state import load_tree
 from tests.fixtures.federation import REFERENCE
 from tests.flower.world import (
-    SERVED, TRAIN_ONLY, DiedError, World, agree, config, dying, overrides, plain, same, trained,
+    SERVED,
+    TRAIN_ONLY,
+    DiedError,
+    World,
+    agree,
+    config,
+    dying,
+    overrides,
+    plain,
+    same,
+    trained,
 )  # fmt: skip
 
 SHORT = (*SERVED, TRAIN_ONLY, "training.local_steps=1")
