@@ -309,7 +309,7 @@ def test_the_first_round_waits_for_a_party_that_is_still_loading(answers, tmp_pa
             return None
         return message
 
-    world = World(tmp_path, "rounds=1", network=replace(QUICK, join_timeout=0.02), post=post)
+    world = World(tmp_path, *SHORT, "rounds=1", network=replace(QUICK, join_timeout=0.02), post=post)
     pull = world.grid.pull_messages
 
     def slow(ids):
@@ -462,7 +462,7 @@ def test_a_number_that_is_free_again_is_taken_and_a_lost_hello_is_repeated(tmp_p
             return None
         return message
 
-    world = World(tmp_path, *SHORT, "rounds=4", network=replace(QUICK, retry=0.01, join_timeout=0.3), post=post)
+    world = World(tmp_path, *SHORT, "rounds=4", network=replace(QUICK, retry=0.001, join_timeout=0.3), post=post)
 
     def watch(event):
         if event.kind == "round" and event.round == 0:
