@@ -22,7 +22,7 @@ def config(shared):
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
-        return build(overridden(merged(table, {"task": {"train_rows": 300, "test_rows": 60}}), list(overrides)))
+        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 150}}), list(overrides)))
 
     return made
 
@@ -37,7 +37,7 @@ def by_role(config, tmp_path_factory):
 
     def run(name):
         if name not in runs:
-            own = ("rounds=3", "training.local_steps=8", "evaluation.every=1", "task.train_rows=1500")
+            own = ("rounds=3", "training.local_steps=8", "evaluation.every=1")
             runs[name] = fedlora.run(config(f"method.name={name}", *own), folder / name)
         return runs[name]
 
