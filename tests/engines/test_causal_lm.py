@@ -11,7 +11,7 @@ from fedlora.export import Run, export
 from tests.fixtures.federation import same
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(shared):
     def made(*overrides):
         table = {
@@ -22,7 +22,7 @@ def config(shared):
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
-        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 300}}), list(overrides)))
+        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 150}}), list(overrides)))
 
     return made
 
@@ -30,10 +30,24 @@ def config(shared):
 pytestmark = pytest.mark.shared
 
 
+@pytest.fixture(scope="module")
+def by_role(config, tmp_path_factory):
+    """``by_role(method)``: a run in which each client is a role, made once."""
+    folder, runs = tmp_path_factory.mktemp("by role"), {}
+
+    def run(name):
+        if name not in runs:
+            own = ("rounds=3", "training.local_steps=8", "evaluation.every=1")
+            runs[name] = fedlora.run(config(f"method.name={name}", *own), folder / name)
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.xdist_group("by role")
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora", "flora"])
-def test_by_role(config, tmp_path, name):
-    settings = (f"method.name={name}", "rounds=3", "training.local_steps=8", "evaluation.every=1")
-    run = fedlora.run(config(*settings), tmp_path / "run")
+def test_by_role(by_role, tmp_path, name):
+    run = by_role(name)
     perplexities = [record["clients"]["mean"] for record in run.records]
     assert perplexities[-1] < 0.95 * perplexities[0], "it learns"
     assert run.summary["metric"] == {"name": "perplexity", "higher": False}
@@ -44,16 +58,16 @@ def test_by_role(config, tmp_path, name):
     assert len(told) == 2 and "training rows were cut to 48 tokens on the right" in told[0]
     if name == "flora":
         assert run.summary["folds"] == 3
-    found = export(Run.open(tmp_path / "run"), tmp_path / "out", 1 if name == "fedsa-lora" else None)
+    found = export(Run.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
     assert found["difference"] < 1e-4
 
 
-def test_the_export_is_what_peft_loads_by_itself(config, tmp_path):
+@pytest.mark.xdist_group("by role")
+def test_the_export_is_what_peft_loads_by_itself(by_role, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    fedlora.run(config(), tmp_path / "run")
-    run = Run.open(tmp_path / "run")
+    run = Run.open(by_role("fedit").folder)
     export(run, tmp_path / "out")
     export(run, tmp_path / "merged", merged=True)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
@@ -108,15 +122,12 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     assert "fedlora: 3 of 6 training rows were cut to 48 tokens" in capsys.readouterr().err
 
 
-def test_what_was_cut_is_said_on_stderr(config, tmp_path):
-    import subprocess
-    import sys
-
+def test_what_was_cut_is_said_on_stderr(config, commands, tmp_path):
     from fedlora.config import dumps
 
     (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
-    command = [sys.executable, "-m", "fedlora", "run", "my.toml", "--json"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+    found = commands.call(["fedlora", "run", "my.toml", "--json"], tmp_path)
+    assert found.returncode == 0, found.stderr
     notes = json.loads(found.stdout)["notes"]
     assert found.stderr.splitlines() == notes and len(notes) == 2
 

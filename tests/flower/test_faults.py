@@ -1,5 +1,6 @@
 """Parties that err, are late, lie, go and come back: the round goes on with the others, and says who was left out."""
 
+import re
 import stat
 from dataclasses import replace
 
@@ -17,9 +18,11 @@ from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from fedlora.rounds import Received, server_turn
 from fedlora.types import Factors
-from tests.flower.world import QUICK, World, agree, config, made, overrides, same
+from tests.fixtures.federation import REFERENCE, WIDTH
+from tests.flower.world import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same
 
 IMPATIENT = replace(QUICK, round_timeout=0.05)
+SHORT = (TRAIN_ONLY, "training.local_steps=1")
 
 
 def from_node(message, client):
@@ -160,12 +163,12 @@ FAULTS = {
     "rows as a float": (metrics(examples=3.0), "claims 3.0 training rows"),
     "metrics of another kind": (lambda m: _replaced(m, "metrics", ConfigRecord({"round": "x"})), "answered for round"),
     "NaN": (lambda m: with_tree(m, nan), "no finite numbers"),
-    "other shapes": (lambda m: with_tree(m, other_shape), r"with shape \(1, 96\), not \(2, 96\)"),
+    "other shapes": (lambda m: with_tree(m, other_shape), rf"with shape \(1, {WIDTH}\), not \(2, {WIDTH}\)"),
     "an unknown part": (lambda m: with_tree(m, unknown_part), "which the model does not have"),
     "an unknown leaf": (lambda m: with_tree(m, frozen_leaf), "it sent the leaf 'frozen'"),
     "whole numbers": (lambda m: with_tree(m, whole_numbers), "no finite numbers"),
     "a part missing": (lambda m: with_tree(m, part_missing), "it did not send the leaf"),
-    "another round": (metrics(round=0), "answered for round 0, not 1"),
+    "another round": (metrics(round=0), "answered for round 0, not {round}"),
     "no rows": (metrics(examples=0), "claims 0 training rows"),
     "fewer than no rows": (metrics(examples=-5), "claims -5 training rows"),
     "loss NaN": (metrics(loss=float("nan")), "its loss is nan"),
@@ -178,35 +181,40 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(fault, tmp_path):
-    change, why = FAULTS[fault]
-    world = World(tmp_path, "rounds=3", network=IMPATIENT, post=changed(change))
-    seen = {}
+def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(tmp_path):
+    """A sound round, then a fault in each: of clients 1 and 2 in turn, so that each is back in the round after it."""
+    faults = dict(enumerate(FAULTS, start=1))  # round -> fault
+    faulty = {number: 1 + number % 2 for number in faults}  # round -> client
 
-    def observe(rules, shared, uploads):
-        seen[len(seen)] = (shared, list(uploads))
-        return {}
+    def post(message):
+        client = message.metadata.src_node_id - 10
+        number = int(message.metadata.group_id) - 1 if message.metadata.message_type == "train" else 0
+        if message.has_content() and faulty.get(number) == client:
+            return FAULTS[faults[number]][0](message)
+        return message
 
-    world.server.observe = observe
+    settings = [*SHORT, f"rounds={len(FAULTS) + 2}", "hygiene.strikes=0"]
+    world = World(tmp_path, *settings, network=IMPATIENT, post=post)
+    seen = []
+    world.server.observe = lambda rules, shared, uploads: seen.append((shared, list(uploads))) or {}
     rounds = world.run()
-    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 1, 2]]
-    left = [{**r.record.get("absent", {}), **r.record.get("quarantined", {})} for r in rounds]
-    assert [set(some) for some in left] == [set(), {1}, set()]
-    import re
-
-    assert re.search(why, left[1][1]), left[1]
-    before, uploads = seen[1]
-    alone = server_turn(world.federation.rules, before, [Received(u.turn, u.examples, u.tree) for u in uploads])
-    assert same(rounds[1].shared, alone.shared)
+    for done, (before, uploads) in zip(rounds, seen, strict=True):
+        fault, client = faults.get(done.number), faulty.get(done.number)
+        left = {**done.record.get("absent", {}), **done.record.get("quarantined", {})}
+        assert done.record["cohort"] == [k for k in range(3) if k != client], fault
+        assert set(left) == ({client} if fault else set()), fault
+        if fault:
+            assert re.search(FAULTS[fault][1].replace("{round}", str(done.number)), left[client]), (fault, left)
+        alone = server_turn(world.federation.rules, before, [Received(u.turn, u.examples, u.tree) for u in uploads])
+        assert same(done.shared, alone.shared), fault
     told = [e for e in world.events if e.kind in ("absent", "quarantined")]
-    assert [(e.round, e.client) for e in told] == [(1, 1)]
+    assert [(e.round, e.client) for e in told] == list(faulty.items())
 
 
 @pytest.mark.parametrize("name", ["fedsa-lora", "fedit"])
 def test_a_turn_that_did_not_count_leaves_no_trace_at_the_party(name, tmp_path):
     """Its upload of round 2 is lost: what it keeps is what it kept, and round 3 starts there."""
-    world = World(tmp_path, *overrides(name), "rounds=2", network=IMPATIENT, post=changed(lambda m: None))
+    world = World(tmp_path, *overrides(name), *SHORT, "rounds=2", network=IMPATIENT, post=changed(lambda m: None))
     before = None
     for done in world.server.run(world.federation):
         if done.number == 0:
@@ -215,8 +223,8 @@ def test_a_turn_that_did_not_count_leaves_no_trace_at_the_party(name, tmp_path):
     assert any(before.values()) == (name == "fedsa-lora")
 
 
-def test_below_the_minimum_the_round_waits_says_so_and_goes_on_when_a_client_is_back(tmp_path):
-    world = World(tmp_path, "rounds=3", network=replace(QUICK, min_clients=3, join_timeout=0.05))
+def test_below_the_minimum_the_round_waits_says_so_and_goes_on_when_a_client_is_back(tmp_path, reference):
+    world = World(tmp_path, *REFERENCE, network=replace(QUICK, min_clients=3, join_timeout=0.05))
     looks = []
 
     def watch(event):
@@ -230,14 +238,14 @@ def test_below_the_minimum_the_round_waits_says_so_and_goes_on_when_a_client_is_
     world.server.watch = watch
     rounds = world.run()
     assert looks == ["2 of at least 3 clients have answered; waiting for more"]
-    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2]] * 3
-    assert same(rounds[-1].shared, fedlora.run(config("rounds=3")).shared), "its state was on its disk"
+    assert [r.record["cohort"] for r in rounds] == [[0, 1, 2]] * 4
+    assert same(rounds[-1].shared, reference("fedit").shared), "its state was on its disk"
 
 
 @pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora", "feddpa", "hetlora"])
-def test_private_state_and_folds_survive_a_restart_of_every_node(name, tmp_path):
-    settings = [*overrides(name), "rounds=3", *(["method.decay=0.9"] if name == "hetlora" else [])]
-    world = World(tmp_path, *settings)
+def test_private_state_and_folds_survive_a_restart_of_every_node(name, tmp_path, reference):
+    pruning = ["method.decay=0.9"] if name == "hetlora" else []  # then it keeps a rank
+    world = World(tmp_path, *overrides(name), *pruning, *REFERENCE)
 
     def watch(event):
         if event.kind == "round":
@@ -248,14 +256,14 @@ def test_private_state_and_folds_survive_a_restart_of_every_node(name, tmp_path)
 
     world.server.watch = watch
     rounds = world.run()
-    here = fedlora.run(config(*settings))
+    here = fedlora.run(world.config) if pruning else reference(name)
     assert same(rounds[-1].shared, here.shared)
     assert agree(rounds[-1].record["clients"], here.records[-1]["clients"])
 
 
 @pytest.mark.parametrize("name", ["fedex-lora", "flora"])
 def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
-    world = World(tmp_path, f"method.name={name}", "rounds=5", network=replace(QUICK, join_timeout=0.02))
+    world = World(tmp_path, f"method.name={name}", *SHORT, "rounds=5", network=replace(QUICK, join_timeout=0.02))
 
     def watch(event):
         if event.kind == "round" and event.round == 0:
@@ -278,7 +286,7 @@ def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
 
 
 def test_a_node_that_joins_late_is_taken_in(tmp_path):
-    world = World(tmp_path, "rounds=3", network=replace(QUICK, join_timeout=0.02))
+    world = World(tmp_path, *SHORT, "rounds=3", network=replace(QUICK, join_timeout=0.02))
     world.grid.leave(12)
 
     def watch(event):
@@ -301,7 +309,7 @@ def test_the_first_round_waits_for_a_party_that_is_still_loading(answers, tmp_pa
             return None
         return message
 
-    world = World(tmp_path, "rounds=1", network=replace(QUICK, join_timeout=0.02), post=post)
+    world = World(tmp_path, *SHORT, "rounds=1", network=replace(QUICK, join_timeout=0.02), post=post)
     pull = world.grid.pull_messages
 
     def slow(ids):
@@ -316,8 +324,8 @@ def test_the_first_round_waits_for_a_party_that_is_still_loading(answers, tmp_pa
     assert told.startswith("node 12 is connected and still loading its model and data; the first round waits")
 
 
-def test_a_disk_that_was_lost_is_filled_again_within_the_round(tmp_path):
-    world = World(tmp_path, "method.name=fedex-lora", "rounds=3")
+def test_a_disk_that_was_lost_is_filled_again_within_the_round(tmp_path, reference):
+    world = World(tmp_path, "method.name=fedex-lora", *REFERENCE)
 
     def watch(event):
         if event.kind == "round" and event.round == 1:
@@ -326,12 +334,11 @@ def test_a_disk_that_was_lost_is_filled_again_within_the_round(tmp_path):
     world.server.watch = watch
     rounds = world.run()
     assert "absent" not in rounds[2].record
-    here = fedlora.run(config("method.name=fedex-lora", "rounds=3"))
-    assert same(rounds[-1].shared, here.shared), "it holds nothing of its own, so nothing is lost"
+    assert same(rounds[-1].shared, reference("fedex-lora").shared), "it holds nothing of its own, so nothing is lost"
 
 
 def test_a_stand_in_is_asked_where_a_sampled_client_is_away(tmp_path):
-    world = World(tmp_path, "rounds=4", "clients.per_round=2", network=replace(QUICK, join_timeout=0.02))
+    world = World(tmp_path, *SHORT, "rounds=4", "clients.per_round=2", network=replace(QUICK, join_timeout=0.02))
     world.grid.leave(11)
     for done in world.run():
         assert done.record["cohort"] == [0, 2]
@@ -339,20 +346,20 @@ def test_a_stand_in_is_asked_where_a_sampled_client_is_away(tmp_path):
         assert done.record.get("absent", {}) == ({1: "its node is not connected"} if named else {})
 
 
-@pytest.mark.parametrize(
-    "node,why",
-    [
-        ({"client": 1}, "client 1, which node 11 is already"),
-        ({"client": 7}, "client 7, and clients are numbered 0 to 2"),
-        ({"client": -1}, "client -1, and clients are numbered 0 to 2"),
-    ],
-)
-def test_a_node_with_a_wrong_number_is_left_out(node, why, tmp_path):
-    world = World(tmp_path, "rounds=1")
-    world.grid.join(40, node)
+def test_a_node_with_a_wrong_number_is_left_out(tmp_path):
+    world = World(tmp_path, *SHORT, "rounds=1")
+    wrong = {
+        40: (1, "client 1, which node 11 is already"),
+        41: (7, "client 7, and clients are numbered 0 to 2"),
+        42: (-1, "client -1, and clients are numbered 0 to 2"),
+    }
+    for node, (client, _) in wrong.items():
+        world.grid.join(node, {"client": client})
     [done] = world.run()
     assert done.record["cohort"] == [0, 1, 2]
-    assert any(why in e.text for e in world.events if e.kind == "node"), [e.text for e in world.events]
+    told = [e.text for e in world.events if e.kind == "node"]
+    for node, (_, why) in wrong.items():
+        assert any(f"node {node} is left out" in text and why in text for text in told), told
 
 
 def test_a_node_with_another_pretrained_model_is_left_out(tmp_path):
@@ -413,12 +420,21 @@ def without_b(tree):
     del tree[adapted(tree)]["B"]
 
 
-@pytest.mark.parametrize("change", [lower_rank_of_one_side, without_b, part_missing, huge], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", ["hetlora", "flexlora", "flora", "svd"])
-def test_methods_with_unequal_ranks_are_spared_what_does_not_fit_together(name, change, tmp_path):
-    settings = [f"method.name={name}", "adapter={name = 'lora', rank = 4, alpha = 8}", "clients.ranks=[2, 4, 2]"]
-    world = World(tmp_path, *settings, "rounds=2", post=changed(lambda m: with_tree(m, change)))
-    assert [r.record["cohort"] for r in world.run()] == [[0, 1, 2], [0, 2]]
+def test_methods_with_unequal_ranks_are_spared_what_does_not_fit_together(name, tmp_path):
+    changes = {2: lower_rank_of_one_side, 3: without_b, 4: part_missing, 5: huge}  # round, from 1 -> what happens in it
+
+    def post(message):
+        client = message.metadata.src_node_id - 10
+        number = int(message.metadata.group_id) if message.metadata.message_type == "train" else 0
+        if message.has_content() and number in changes and client == 1 + number % 2:
+            return with_tree(message, changes[number])
+        return message
+
+    settings = [f"method.name={name}", "adapter={name = 'lora', rank = 4, alpha = 8}", "clients.ranks=[2, 4, 4]"]
+    world = World(tmp_path, *settings, *SHORT, "rounds=6", post=post)
+    cohorts = [r.record["cohort"] for r in world.run()]
+    assert cohorts == [[0, 1, 2], [0, 2], [0, 1], [0, 2], [0, 1], [0, 1, 2]], [e.text for e in world.events]
 
 
 def test_a_late_client_that_stays_connected_is_asked_again(tmp_path):
@@ -431,7 +447,7 @@ def test_a_late_client_that_stays_connected_is_asked_again(tmp_path):
         return message
 
     network = replace(IMPATIENT, min_clients=3, retry=0.05)
-    world = World(tmp_path, "rounds=2", network=network, post=post)
+    world = World(tmp_path, *SHORT, "rounds=2", network=network, post=post)
     assert [r.record["cohort"] for r in world.run()] == [[0, 1, 2]] * 2
     assert lost
 
@@ -446,7 +462,7 @@ def test_a_number_that_is_free_again_is_taken_and_a_lost_hello_is_repeated(tmp_p
             return None
         return message
 
-    world = World(tmp_path, "rounds=4", network=replace(QUICK, retry=0.01, join_timeout=0.3), post=post)
+    world = World(tmp_path, *SHORT, "rounds=4", network=replace(QUICK, retry=0.001, join_timeout=0.3), post=post)
 
     def watch(event):
         if event.kind == "round" and event.round == 0:
@@ -471,14 +487,14 @@ def test_an_order_of_an_earlier_round_is_refused(tmp_path):
                 message.content["order"][key] = value
         return message
 
-    world = World(tmp_path, "method.name=fedsa-lora", "rounds=4", "evaluation.every=4", post=post)
+    world = World(tmp_path, "method.name=fedsa-lora", *SHORT, "rounds=4", post=post)
     rounds = world.run()
     assert strange == [3] and rounds[3].record["cohort"] == [0, 2]
     assert "ValueError" in rounds[3].record["absent"][1]
 
 
 def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
-    world = World(tmp_path, "method.name=fedex-lora", "rounds=1")
+    world = World(tmp_path, "method.name=fedex-lora", *SHORT, "rounds=1")
     world.run()
     model, store = world.base.federation.model, Store(tmp_path / "run")
     held = store.load(0)
@@ -486,7 +502,10 @@ def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
     before = {p: x.module.base.weight.clone() for p, x in model.parts.items() if hasattr(x.module, "base")}
     good, bad = list(before)[:2]
     name = store.add(
-        {good: (Factors(torch.ones(96, 1), torch.ones(1, 96)),), bad: (Factors(torch.ones(5, 1), torch.ones(1, 7)),)}
+        {
+            good: (Factors(torch.ones(WIDTH, 1), torch.ones(1, WIDTH)),),
+            bad: (Factors(torch.ones(5, 1), torch.ones(1, 7)),),
+        }
     )
     with pytest.raises(RuntimeError):
         world.base.bring_to((*held.folds, name), store)
@@ -514,7 +533,7 @@ def test_a_node_that_goes_while_it_is_asked_is_not_waited_for(tmp_path):
             world.grid.leave(11)
         return message
 
-    world = World(tmp_path, "rounds=3", network=replace(QUICK, round_timeout=60.0), post=post)
+    world = World(tmp_path, *SHORT, "rounds=3", network=replace(QUICK, round_timeout=60.0), post=post)
     rounds = world.run()
     assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2]]
     assert rounds[1].record["absent"] == {1: "its node was gone while it was asked"}

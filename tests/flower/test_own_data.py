@@ -17,11 +17,10 @@ from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
 from tests.fixtures.federation import TABLE
-from tests.flower.test_engine import trained
-from tests.flower.world import QUICK, same
+from tests.flower.world import QUICK, SERVED, World, same, trained
 
 NAMES = [str(i) for i in range(10)]
-SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 3, "task": {"label_names": NAMES}})
+SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})
 
 
 def own_files(folder, shard, train, test, columns):
@@ -68,7 +67,7 @@ def test_own_files_give_the_bits_of_one_data_set_that_is_split(tmp_path, monkeyp
     rounds = list(server.run(f))
     assert same(rounds[-1].shared, here.shared)
     for client, kept in here.kept.items():
-        theirs = Store(tmp_path / f"state-{client}" / "run").load(client).settled(2).kept
+        theirs = Store(tmp_path / f"state-{client}" / "run").load(client).settled(1).kept
         assert same(trained(theirs), trained(kept))
     assert rounds[-1].record["clients"]["each"] == here.records[-1]["clients"]["each"]
     assert "global" not in rounds[-1].record
@@ -103,11 +102,10 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     from fedlora.export import Run, export
     from fedlora.flower.result import result
     from fedlora.flower.server import serve
-    from tests.flower.world import World
 
-    quick = ("flower.poll=0.001", "flower.join_timeout=2.0", "rounds=2")
     for name in ("fedsa-lora", "fedex-lora"):
-        world = World(tmp_path / name / "state", f"method.name={name}", *quick)
+        own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' folds with rounding
+        world = World(tmp_path / name / "state", *own)
         serve(world.config, world.grid, tmp_path / name / "server")
         here = fedlora.run(world.config, tmp_path / name / "here")
         result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")

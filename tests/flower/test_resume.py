@@ -14,71 +14,86 @@ from fedlora.engines.checkpoint import config_digest, unfolded
 from fedlora.engines.flower.store import Store
 from fedlora.flower.server import serve
 from fedlora.state import load_tree
-from tests.flower.test_engine import trained
-from tests.flower.world import World, agree, config, overrides, plain, same
+from tests.fixtures.federation import REFERENCE
+from tests.flower.world import (
+    SERVED,
+    TRAIN_ONLY,
+    DiedError,
+    World,
+    agree,
+    config,
+    dying,
+    overrides,
+    plain,
+    same,
+    trained,
+)  # fmt: skip
+
+SHORT = (*SERVED, TRAIN_ONLY, "training.local_steps=1")
 
 
-class DiedError(Exception):
-    """What a server process is gone with."""
+POINTS = [("turn", 0), ("round", 0), ("turn", 1), ("evaluation", 1), ("round", 1)]
 
 
-def dying(kind, round):
-    def watch(event):
-        if event.kind == kind and event.round == round:
-            raise DiedError
+def _as_if_never_broken(folder, world, result, here):
+    """Bits, records, and what each party keeps on its own disk are those of the whole run."""
+    assert same(result.shared, here.shared)
+    token, last = json.loads((folder / "run.json").read_text())["run"], here.summary["rounds"] - 1
+    for client, kept in here.kept.items():
+        assert same(trained(world.kept_in(token, client, last)), trained(kept)), f"client {client}"
+    assert agree([plain(r) for r in map(_numbered, result.records)], [plain(r) for r in here.records])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == list(range(1, last + 2))
+    assert result.summary["rounds"] == last + 1
 
-    return watch
 
-
-@pytest.mark.parametrize("when", [("turn", 1), ("evaluation", 1), ("round", 1), ("turn", 0), ("round", 0)], ids=str)
-@pytest.mark.parametrize("name", ["fedit", "fedsa-lora", "fedex-lora", "ravan"])
-def test_the_same_bits_after_a_break_at_any_point(name, when, tmp_path):
-    settings = [*overrides(name), "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0"]
-    here = fedlora.run(config(*settings))
-    world = World(tmp_path / "nodes", *settings)
+@pytest.mark.parametrize("when", POINTS, ids=str)
+@pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora"])
+def test_the_same_bits_after_a_break_at_any_point(name, when, tmp_path, reference):
+    world = World(tmp_path / "nodes", *overrides(name), *REFERENCE, *SERVED)
     with pytest.raises(DiedError):
         serve(world.config, world.grid, tmp_path / "run", dying(*when))
     again = serve(world.config, world.grid, tmp_path / "run")
-    assert same(again.shared, here.shared)
-    token = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
-    world.server.token, world.server.at = token, type("", (), {"counted": dict.fromkeys(range(3), 2)})
-    for client, kept in here.kept.items():
-        assert same(trained(world.kept(client)), trained(kept))
-    assert agree([plain(r) for r in map(_numbered, again.records)], [plain(r) for r in here.records])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in lines] == [1, 2, 3]
-    assert again.summary["rounds"] == 3
+    _as_if_never_broken(tmp_path / "run", world, again, reference(name))
+
+
+@pytest.mark.parametrize("name", ["fedit", "ravan"])
+def test_the_same_bits_after_a_break_at_every_point(name, tmp_path, reference):
+    world = World(tmp_path / "nodes", *overrides(name), *REFERENCE, *SERVED)
+    for when in POINTS:
+        with pytest.raises(DiedError):
+            serve(world.config, world.grid, tmp_path / "run", dying(*when))
+    again = serve(world.config, world.grid, tmp_path / "run")
+    _as_if_never_broken(tmp_path / "run", world, again, reference(name))
 
 
 def _numbered(record):
     return {**record, "loss": {int(k): v for k, v in record["loss"].items()}}
 
 
-def test_a_finished_run_another_configuration_and_a_foreign_folder_are_refused(tmp_path):
-    quick = ["flower.poll=0.001", "flower.join_timeout=2.0", "rounds=1"]
-    world = World(tmp_path / "nodes", *quick)
+def test_a_finished_run_another_configuration_and_a_foreign_folder_are_refused(tmp_path, reference):
+    """Every refusal leaves the folder as it was."""
+    world = World(tmp_path / "nodes", *SHORT, "rounds=1")
     serve(world.config, world.grid, tmp_path / "run")
-    before = load_tree(tmp_path / "run" / "shared.safetensors")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(ConfigError, match="holds this run, finished; raise rounds, or choose another folder"):
         serve(world.config, world.grid, tmp_path / "run")
     with pytest.raises(
         ValueError, match="holds a run of another configuration; go on with .*, or choose another folder"
     ):
-        serve(config(*quick, "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
-    fedlora.run(config("rounds=1"), tmp_path / "other")
+        serve(config(*SHORT, "rounds=1", "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
+    foreign = reference("fedit")
     with pytest.raises(ConfigError, match="holds a run already"):
-        serve(world.config, world.grid, tmp_path / "other")
-    assert same(load_tree(tmp_path / "run" / "shared.safetensors"), before)
-    longer = World(tmp_path / "nodes", *quick[:2], "rounds=2")
+        serve(world.config, world.grid, foreign.folder)
+    assert not (foreign.folder / "run.json").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    longer = World(tmp_path / "nodes", *SHORT, "rounds=2")
     assert len(serve(longer.config, longer.grid, tmp_path / "run").records) == 2
-
-
-QUICKLY = ("flower.poll=0.001", "flower.join_timeout=0.05", "flower.round_timeout=0.5")
 
 
 def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_first(tmp_path):
     """Round 2 is folded and sent, then the server dies; it runs again without client 1, which returns in round 3."""
-    world = World(tmp_path / "nodes", "method.name=fedex-lora", "rounds=4", *QUICKLY)
+    world = World(tmp_path / "nodes", "method.name=fedex-lora", "rounds=4", *SERVED, "flower.join_timeout=0.05")
     with pytest.raises(DiedError):
         serve(world.config, world.grid, tmp_path / "run", dying("evaluation", 1))
     world.grid.leave(11)
@@ -100,29 +115,28 @@ def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_fi
         assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
 
 
-def test_a_line_that_was_cut_off_a_broken_checkpoint_and_a_refusal_that_writes_nothing(tmp_path):
-    settings = ("method.name=fedit", "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
-    world = World(tmp_path / "nodes", *settings)
+def test_a_line_that_was_cut_off_a_broken_checkpoint_and_a_refusal_that_writes_nothing(tmp_path, reference):
+    own = (*overrides("fedit"), *REFERENCE, *SERVED)
+    world = World(tmp_path / "nodes", *own)
     with pytest.raises(DiedError):
         serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(log.read_text() + '{"round": 3, "coh')
     before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(ValueError, match="holds a run of another configuration"):
-        serve(config(*settings, "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
+        serve(config(*own, "training.learning_rate=1e-3"), world.grid, tmp_path / "run")
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     again = serve(world.config, world.grid, tmp_path / "run")
-    assert [r["round"] for r in again.records] == [1, 2, 3]
-    assert same(again.shared, fedlora.run(config(*settings)).shared)
+    assert [r["round"] for r in again.records] == [1, 2, 3, 4]
+    assert same(again.shared, reference("fedit").shared)
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
         checkpoint.write_bytes(checkpoint.read_bytes()[:50])
-    with pytest.raises(ValueError, match="holds no checkpoint to go on from: 000003-.* was cut off or altered"):
+    with pytest.raises(ValueError, match="holds no checkpoint to go on from: 000004-.* was cut off or altered"):
         serve(world.config, world.grid, tmp_path / "run")
 
 
-def test_ctrl_c_before_the_first_round_after_a_break_loses_nothing(tmp_path):
-    settings = ("rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
-    world = World(tmp_path / "nodes", *settings)
+def test_ctrl_c_before_the_first_round_after_a_break_loses_nothing(tmp_path, reference):
+    world = World(tmp_path / "nodes", *overrides("fedit"), *REFERENCE, *SERVED)
 
     def interrupt(event):
         if event.kind == "turn" and event.round == 2:
@@ -134,16 +148,16 @@ def test_ctrl_c_before_the_first_round_after_a_break_loses_nothing(tmp_path):
     serve(world.config, world.grid, tmp_path / "run", interrupt)
     assert (tmp_path / "run" / "shared.safetensors").read_bytes() == kept
     last = serve(world.config, world.grid, tmp_path / "run")
-    assert same(last.shared, fedlora.run(config(*settings)).shared)
+    assert same(last.shared, reference("fedit").shared)
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 def test_a_servers_own_moments_go_on(optimizer, tmp_path):
-    settings = (f"server.optimizer={optimizer}", "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0")
-    world = World(tmp_path / "nodes", *settings)
+    own = (*SHORT, f"server.optimizer={optimizer}", "rounds=3")
+    world = World(tmp_path / "nodes", *own)
     with pytest.raises(DiedError):
         serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
-    assert same(serve(world.config, world.grid, tmp_path / "run").shared, fedlora.run(config(*settings)).shared)
+    assert same(serve(world.config, world.grid, tmp_path / "run").shared, fedlora.run(config(*own)).shared)
 
 
 def test_a_schedule_over_all_rounds_is_not_made_longer(tmp_path):
@@ -152,20 +166,9 @@ def test_a_schedule_over_all_rounds_is_not_made_longer(tmp_path):
     assert linear[0] != linear[1]
 
 
-def test_a_refused_configuration_leaves_the_folder_as_it_was(tmp_path):
-    quick = ["flower.poll=0.001", "flower.join_timeout=2.0", "rounds=1"]
-    world = World(tmp_path / "nodes", *quick)
-    serve(world.config, world.grid, tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    for other in ("training.learning_rate=1e-3", "rounds=1"):
-        with pytest.raises(ValueError, match="choose another folder"):
-            serve(config(*quick, other), world.grid, tmp_path / "run")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
-
-
 def test_two_runs_never_write_into_one_folder(tmp_path):
     pytest.importorskip("fcntl", reason="this system has no such locks")
-    world = World(tmp_path / "nodes", "flower.poll=0.001", "flower.join_timeout=2.0", "rounds=2")
+    world = World(tmp_path / "nodes", *SHORT, "rounds=2")
     refused = []
 
     def second(event):
@@ -179,15 +182,10 @@ def test_two_runs_never_write_into_one_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora"])
-def test_a_server_that_goes_on_sends_only_what_parties_lack(name, tmp_path):
-    settings = [*overrides(name), "rounds=3", "flower.poll=0.001", "flower.join_timeout=2.0"]
-    whole, world = World(tmp_path / "a", *settings), World(tmp_path / "b", *settings)
-    serve(whole.config, whole.grid, tmp_path / "whole")
+def test_a_server_that_goes_on_sends_only_what_parties_lack(name, tmp_path, grid):
+    world = World(tmp_path / "nodes", *overrides(name), *REFERENCE, *SERVED)
     with pytest.raises(DiedError):
         serve(world.config, world.grid, tmp_path / "run", dying("turn", 2))
     serve(world.config, world.grid, tmp_path / "run")
-    one, other = (
-        [json.loads(line)["bytes"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "run")
-    )
-    assert one == other and sum(one[2]["down"].values()) > 0
+    lines = [json.loads(line)["bytes"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [r.record["bytes"] for r in grid(name).rounds] and sum(lines[2]["down"].values()) > 0

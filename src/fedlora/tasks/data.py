@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def _reason(error: BaseException) -> str:
     return text[0].rstrip(".") if text else "it holds no rows"
 
 
-def _digits() -> dict[str, Any]:
+@cache
+def _digits() -> Mapping[str, Any]:
     import datasets
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
