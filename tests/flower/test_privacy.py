@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora import methods
 from fedlora.engines.flower import records
 from fedlora.state import digest
-from tests.flower.world import World, config, overrides, same
+from tests.fixtures.federation import WEIGHTS
+from tests.flower.world import World, config, same
 
 METRICS = {
     "query": {"client", "examples", "folded"},
@@ -22,17 +22,8 @@ SENT = {  # method -> leaves of an adapted weight that may go up; None: those be
 PRIVATE_HEAD = {"fedsa-lora", "feddpa", "local"}
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_every_message_against_the_allow_list(name, tmp_path):
-    messages = []
-
-    def post(message):
-        messages.append(message)
-        return message
-
-    world = World(tmp_path, *overrides(name), "rounds=3", post=post)
-    world.run()
-    up = [m for m in messages if m.metadata.src_node_id >= 10]
+def test_every_message_against_the_allow_list(name, grid):
+    world, up = grid(name).world, grid(name).up()
     assert {m.metadata.message_type for m in up} == set(METRICS)
     for message in up:
         kind, content = message.metadata.message_type, message.content
@@ -54,19 +45,12 @@ def _only_what_is_sent(name, world, message):
         assert set(layer) <= rule.adapter.trainable
 
 
-def test_a_private_leaf_is_in_no_message_even_as_bytes(tmp_path):
-    bodies = []
-
-    def post(message):
-        if message.metadata.src_node_id >= 10 and "leaves" in message.content:
-            bodies.append(message.content["leaves"]["leaves"].data)
-        return message
-
-    world = World(tmp_path, "method.name=fedsa-lora", "rounds=3", post=post)
-    world.run()
-    kept = world.kept(0)
-    private = [x for layer in kept.values() for leaf, x in layer.items() if x.numel() > 8]
-    assert len(private) >= 9, "B of eight weights, and the classifier"
+def test_a_private_leaf_is_in_no_message_even_as_bytes(grid):
+    run = grid("fedsa-lora")
+    bodies = [m.content["leaves"]["leaves"].data for m in run.up() if "leaves" in m.content]
+    assert len(bodies) == 3 * len(run.rounds)
+    private = [x for layer in run.world.kept(0).values() for leaf, x in layer.items() if x.numel() > 8]
+    assert len(private) == WEIGHTS + 2, "B of every adapted weight, and the classifier"
     for x in private:
         assert all(x.numpy().tobytes() not in body for body in bodies)
 

@@ -1,6 +1,8 @@
 """A federation on the grid without processes, and the same one in this process."""
 
 import math
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from fedlora.engines.flower.masked import served_by
@@ -11,8 +13,31 @@ from fedlora.engines.flower.records import unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from tests.fixtures.federation import ADAPTERS, config, same
+from tests.fixtures.federation import settings as overrides
 
-QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001, retry=0.3)
+QUICK = Network(min_clients=2, join_timeout=5.0, poll=0.001, retry=0.05)  # joining ends when all are there
+HIDDEN = replace(QUICK, secure_aggregation=True)
+SERVED = ("flower.poll=0.001", "flower.join_timeout=2.0", "flower.retry=0.05")  # the same for ``serve``
+TRAIN_ONLY = "evaluation={every=99, measure=false}"  # where no assertion is about scores, but for the last round's
+
+
+class DiedError(Exception):
+    """What a server process is gone with."""
+
+
+def dying(kind, round):
+    """A watcher with which the server dies at the first event of this kind in this round."""
+
+    def watch(event):
+        if event.kind == kind and event.round == round:
+            raise DiedError
+
+    return watch
+
+
+def trained(kept):
+    """What a client keeps, without the parts of which it keeps nothing."""
+    return {part: layer for part, layer in kept.items() if layer}
 
 
 class World:
@@ -20,15 +45,23 @@ class World:
 
     def __init__(self, folder: Path, *overrides: str, network=QUICK, post=lambda m: m, token="run", made=None):
         self.config = made or config(*overrides)
-        self.federation = self.config.federation()
         self.network = network
         self.base = Base(self.config.federation())
         self.folder = folder
+        self.token = token
         self.events = []
-        count = self.federation.clients.count
-        self.grid = MemoryGrid(self.app(), {10 + k: {"client": k} for k in range(count)}, post)
-        self.server = served_by(network)(
-            self.events.append, federation=self.federation, network=network, token=token, grid=self.grid
+        self.grid = MemoryGrid(self.app(), {10 + k: {"client": k} for k in range(self.config.clients.count)}, post)
+
+    @cached_property
+    def federation(self):
+        """The server's own; ``serve`` makes another one."""
+        return self.config.federation()
+
+    @cached_property
+    def server(self):
+        """A server of these parties, for tests without a folder of a run."""
+        return served_by(self.network)(
+            self.events.append, federation=self.federation, network=self.network, token=self.token, grid=self.grid
         )
 
     def app(self):
@@ -41,8 +74,12 @@ class World:
         return list(self.server.run(self.federation, at))
 
     def kept(self, client):
-        last = self.server.at.counted.get(client, -1)
-        return Store(self.folder / self.server.token).load(client).settled(last).kept
+        """What a client keeps after the last round of ``run``, from its own disk."""
+        return self.kept_in(self.server.token, client, self.server.at.counted.get(client, -1))
+
+    def kept_in(self, token, client, last):
+        """What a client keeps of the run with this name whose round ``last`` was the last that counted for it."""
+        return Store(self.folder / token).load(client).settled(last).kept
 
 
 def counting(crossed):
@@ -87,10 +124,7 @@ def records_agree(rounds, records, within=1e-7):
     return exact[0] == exact[1] and agree(theirs, ours, within)
 
 
-def overrides(name):
-    return [f"method.name={name}", *ADAPTERS.get(name, [])]
-
-
 __all__ = [
-    "ADAPTERS", "QUICK", "World", "agree", "config", "counting", "made", "overrides", "plain", "records_agree", "same",
+    "ADAPTERS", "HIDDEN", "QUICK", "SERVED", "TRAIN_ONLY", "DiedError", "World", "agree", "config", "counting", "dying",
+    "made", "overrides", "plain", "records_agree", "same", "trained",
 ]  # fmt: skip
