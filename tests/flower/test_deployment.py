@@ -27,8 +27,7 @@ from tests.flower.deployment import (
     write_programs,
     write_tiny,
 )  # fmt: skip
-from tests.flower.test_engine import trained
-from tests.flower.world import agree, config, same
+from tests.flower.world import agree, config, same, trained
 
 pytestmark = [
     pytest.mark.flower,
