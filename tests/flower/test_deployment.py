@@ -1,9 +1,12 @@
-"""A SuperLink and SuperNodes as processes, with TLS and node keys: the same bits, and a node that is killed."""
+"""A SuperLink and three SuperNodes as processes, with TLS and node keys: the same bits, and what goes wrong.
+
+One deployment for all tests of this module; one is in the first tier.
+"""
 
 import json
-import stat
+import shutil
 import threading
-import time
+from pathlib import Path
 
 import pytest
 
@@ -11,15 +14,29 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.engines.flower.store import Store
-from fedlora.flower.app import init
-from fedlora.flower.processes import Loopback
+from fedlora.flower import control, processes
+from fedlora.flower.certs import certificates
 from fedlora.state import load_tree
-from tests.flower.test_engine import trained
-from tests.flower.world import agree, config, same
+from tests.flower.deployment import (
+    SECONDS,
+    left,
+    open_to_others,
+    release,
+    wait_until,
+    write_app,
+    write_programs,
+    write_tiny,
+)  # fmt: skip
+from tests.flower.world import agree, config, same, trained
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
+pytestmark = [
+    pytest.mark.flower,
+    pytest.mark.xdist_group("flower"),
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc"),
+]
 
-SECONDS = 900  # that a run may take
+AWKWARD = 'it\'s "quoted" = yes, \\ #é\n[x]'
+EDGES = ("engine.threads=1", "flower.poll=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -28,70 +45,202 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flower(place):
-    nodes = {f"party-{k}": {"client": k, "state": str(place / "nodes" / str(k)), "engine.threads": 1} for k in range(3)}
-    with Loopback(nodes, place / "logs") as running:
-        yield running
+def nodes(place):
+    """What each node is told: text that must be quoted, a whole number, a fraction, and yes."""
+    common = {"engine.threads": 1, "host": True, "num-partitions": 3.5}
+    return {f"party-{k}": {"client": k, "state": str(place / AWKWARD / str(k)), **common} for k in range(3)}
 
 
-def written(place, name, *overrides):
-    """A federation of three rounds, its app, and the folder that its run will have."""
-    one = config(f"method.name={name}", "engine.threads=1", "rounds=3", "evaluation.every=3", *overrides)
-    return one, init(place / f"app-{name}", one, place / name), place / name
+@pytest.fixture(scope="module")
+def flower(place, nodes):
+    programs = write_programs(place / "programs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "scripts", lambda: programs)
+        with processes.Loopback(nodes, place / "logs", deadline=SECONDS) as running:
+            yield running
+            folder = running.folder
+    assert left(folder) == [] and not folder.exists()
+
+
+def log(flower, name):
+    return (flower.logs / f"{name}.log").read_text()
 
 
 def records_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def kept(place, folder, client):
+def kept(nodes, folder, client):
     run = json.loads((folder / "run.json").read_text())["run"]
-    return Store(place / "nodes" / str(client) / run).load(client)
+    return Store(Path(nodes[f"party-{client}"]["state"]) / run).load(client)
 
 
-def test_a_run_that_a_superlinks_restart_broke_goes_on_and_ends_with_the_bits_of_one_process(flower, place):
-    """FedEx, for its folds; what was done before the restart and after it is one run."""
-    (one, app, folder), lines = written(place, "fedex-lora"), []
-    restarter = threading.Thread(target=lambda: (_after_a_round(folder), flower.restart_superlink()))
+@pytest.fixture(scope="module")
+def folded(place):
+    """FedEx, for its folds: a configuration, and the folder of its run in this process."""
+    one = config("method.name=fedex-lora", "rounds=2", "evaluation.every=2", *EDGES)
+    fedlora.run(one, place / "here")
+    return one, place / "here"
+
+
+def has_the_bits(there, here):
+    assert same(load_tree(there / "shared.safetensors"), load_tree(here / "shared.safetensors"))
+    assert same(load_tree(there / "folds.safetensors"), load_tree(here / "folds.safetensors"))
+    theirs, ours = records_of(there), records_of(here)
+    assert [r["round"] for r in theirs] == [1, 2]
+    assert [r["loss"] for r in theirs] == [r["loss"] for r in ours]
+    assert agree(theirs[-1]["clients"], ours[-1]["clients"]) and agree(theirs[-1]["global"], ours[-1]["global"])
+
+
+def test_a_run_over_tls_with_registered_keys_ends_with_the_bits_of_one_process(flower, place, nodes, folded):
+    (one, here), lines = folded, []
+    app, out = write_app(place / "app", one, place / "unused"), place / AWKWARD / "run"
+    assert flower.run(app, {"out": str(out)}, lines.append, timeout=SECONDS) == 0, (flower.outcome, lines[-20:])
+    assert flower.outcome == "finished:completed"
+    assert not (place / "unused").exists(), "the run's configuration reaches the server app as it was"
+    has_the_bits(out, here)
+    assert any(line.startswith("round 2 of 2: ") for line in lines), "the run's log is streamed"
+    for name, told in nodes.items():
+        assert f"NODE {sorted(told.items())} {fedlora.__file__}\n" in log(flower, name), (
+            "a node's configuration arrives as it was, and the app imports the fedlora that started it"
+        )
+    assert flower.nodes().items() >= dict.fromkeys(nodes, "online").items()
+    files = [path for path in (place / AWKWARD).rglob("*.safetensors") if path.parent.name == "clients"]
+    assert {path.stem for path in files} >= {"0", "1", "2"}, "each party's state lies where its node says"
+
+
+@pytest.mark.slow
+def test_a_run_that_a_superlinks_restart_broke_goes_on_and_ends_with_the_bits_of_one_process(flower, place, folded):
+    """What was done before the restart and after it is one run. The turns of its second round wait for the restart."""
+    (one, here), out, lines = folded, place / "broken", []
+    app = write_app(place / "app-broken", one, out, held=((0, 1), (1, 1), (2, 1)))
+
+    def restart():
+        wait_until(lambda: len(records_of(out)) == 1, "no round came to its end")
+        flower.restart_superlink()
+        release(out)
+
+    restarter = threading.Thread(target=restart)
     restarter.start()
     assert flower.run(app, watch=lines.append, timeout=SECONDS) == 1, flower.outcome
     restarter.join()
-    assert 1 <= len(records_of(folder)) < 3
+    assert len(records_of(out)) == 1
     assert flower.run(app, watch=lines.append, timeout=SECONDS) == 0, (flower.outcome, lines[-20:])
-    here = fedlora.run(one, place / "here")
-    assert same(load_tree(folder / "shared.safetensors"), here.shared)
-    assert same(load_tree(folder / "folds.safetensors"), load_tree(place / "here" / "folds.safetensors"))
-    there, ours = records_of(folder), records_of(place / "here")
-    assert [r["round"] for r in there] == [1, 2, 3]
-    assert [r["loss"] for r in there] == [r["loss"] for r in ours]
-    assert agree(there[-1]["clients"], ours[-1]["clients"]) and agree(there[-1]["global"], ours[-1]["global"])
+    has_the_bits(out, here)
 
 
-def _after_a_round(folder):
-    log, until = folder / "metrics.jsonl", time.monotonic() + SECONDS
-    while time.monotonic() < until:
-        if log.exists() and log.read_text().count("\n") >= 1:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no round came to its end")
+@pytest.mark.slow
+def test_a_node_that_is_killed_in_its_turn_is_named_and_comes_back(flower, place, nodes):
+    """FedSA: each party's B stays on its own disk. Party 2 dies in its turn of round 2 and is back before the end.
 
-
-def test_a_node_that_is_killed_in_a_round_is_named_and_the_run_ends_without_it(flower, place):
-    """FedSA: each party's B stays on its own disk; party 2 dies while it trains in round 2.
-
-    The round waits until Flower has missed two of its heartbeats, a minute at most: no time of a slow machine is in it.
+    Round 2 waits until Flower has missed two of its heartbeats: no time of a slow machine is in it. Party 0's turn of
+    round 3 waits until party 2 is back.
     """
-    (_, app, folder), lines = written(place, "fedsa-lora", "training.local_steps=40"), []
-    killer = threading.Thread(target=lambda: (_after_a_round(folder), flower.kill("party-2")))
+    one = config("method.name=fedsa-lora", "rounds=3", "evaluation.every=3", *EDGES)
+    out, lines, failed = place / "killed", [], []
+    app = write_app(place / "app-killed", one, out, held=((2, 1), (0, 2)))
+    number, home = flower.ids["party-2"], flower.folder / "home-party-2"
+
+    def kill():
+        try:
+            wait_until(lambda: "HELD" in log(flower, "party-2")[before:], "party 2 did not begin its turn")
+            running = str(left(home))
+            assert all(part in running for part in ("supernode", "superexec", "clientapp", "flower.host")), running
+            flower.kill("party-2")
+            assert left(home) == []
+            wait_until(lambda: len(records_of(out)) == 2, "round 2 did not end without party 2")
+            assert flower.nodes()["party-2"] == "offline"
+            flower.start("party-2")
+        except BaseException as error:
+            failed.append(error)
+            raise
+        finally:
+            release(out)
+
+    before = len(log(flower, "party-2"))
+    killer = threading.Thread(target=kill)
     killer.start()
     assert flower.run(app, watch=lines.append, timeout=SECONDS) == 0, (flower.outcome, lines[-20:])
     killer.join()
-    records = records_of(folder)
-    assert records[0]["cohort"] == [0, 1, 2] and records[-1]["cohort"] == [0, 1]
+    assert not failed
+    records = records_of(out)
+    assert [record["cohort"] for record in records] == [[0, 1, 2], [0, 1], [0, 1]]
     assert "2" in records[1]["absent"]
     assert any("client 2: " in line and line.startswith("round 2") for line in lines)
+    assert flower.ids["party-2"] == number, "the node of a registered key keeps its number"
+    assert len(records[2]["clients"]["each"]) == 3, "who is back is scored with what it has on its disk"
     for client in (0, 1):
-        own = kept(place, folder, client).settled(2).kept
+        own = kept(nodes, out, client).settled(2).kept
         assert any(layer.keys() == {"B"} for layer in own.values()) and "classifier" in trained(own)
-        files = [p for p in (place / "nodes" / str(client)).rglob("*") if p.is_file()]
-        assert files and all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in files)
+        state = Path(nodes[f"party-{client}"]["state"])
+        assert list(state.rglob("*.safetensors")) and open_to_others(state) == []
+    with pytest.raises(ValueError, match="the node 'party-2' runs already; kill it first"):
+        flower.start("party-2")
+    flower.stop("party-2")
+    assert flower.nodes()["party-2"] == "offline", "who is stopped in order signs off"
+    flower.start("party-2")
+    assert flower.nodes()["party-2"] == "online" and flower.ids["party-2"] == number
+
+
+@pytest.fixture(scope="module")
+def tiny(place):
+    return write_tiny(place / "tiny")
+
+
+@pytest.mark.slow
+def test_a_run_that_raises_has_failed(flower, tiny):
+    lines = []
+    assert flower.run(tiny, {"fail": True, "text": AWKWARD}, lines.append) == 1
+    assert flower.outcome == "finished:failed: ServerApp failed with exception: broken on purpose"
+    assert any("RuntimeError: broken on purpose" in line for line in lines)
+    assert f"TEXT {AWKWARD!r}" in lines
+
+
+@pytest.mark.slow
+def test_a_run_without_end_is_stopped_when_its_time_is_over(flower, tiny, monkeypatch):
+    """The time is over when the server app is at work, however long that took."""
+    over = []
+
+    class Timer:
+        def __init__(self, seconds, then):
+            assert seconds == 0.5
+            over.append(then)
+
+        def start(self):
+            pass
+
+        cancel = start
+
+    monkeypatch.setattr(control.threading, "Timer", Timer)
+
+    def watch(line):
+        if line.startswith("TEXT"):
+            over[0]()
+
+    assert flower.run(tiny, watch=watch, timeout=0.5) == 1
+    assert flower.outcome.startswith("finished:stopped")
+
+
+@pytest.mark.slow
+def test_an_app_that_cannot_start_is_a_sentence(flower, tiny, tmp_path):
+    with pytest.raises(
+        ChildProcessError, match=r"Flower did not start the run \(exit status 1\): Failed to load .*pyproject.toml"
+    ):
+        flower.run(tmp_path, watch=lambda line: None)
+    with pytest.raises(ValueError, match="the run has x of type list; Flower takes text, numbers"):
+        flower.run(tiny, {"x": [1]})
+
+
+@pytest.mark.slow
+def test_strangers_are_refused(flower, tmp_path):
+    with pytest.raises(ChildProcessError, match=r"mallory ended with status 1; .*Failed to activate SuperNode"):
+        flower.add("mallory", {"client": 3}, register=False)
+    other = certificates(tmp_path / "other", ["c"])
+    shutil.copytree(other / "parties" / "c", flower.keys / "parties" / "c")
+    with pytest.raises(ChildProcessError, match=r"c ended with status 1; .*CERTIFICATE_VERIFY_FAILED"):
+        flower.add("c", {"client": 4})
+    found = flower.nodes()
+    assert (found["mallory"], found["c"]) == ("unknown", "registered")
+    for name in ("mallory", "c"):
+        del flower.configs[name], flower.ports[name]
