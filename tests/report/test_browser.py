@@ -19,7 +19,6 @@ PATIENCE = 120_000  # milliseconds
 WIDTHS, THEMES = (390, 768, 1280), ("light", "dark")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.xdist_group("browser"),
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine (apt-get install chromium)"),
 ]
@@ -122,6 +121,7 @@ def test_tables_sort_by_click_and_by_key(tab):
     assert tab.locator("#t-runs th[aria-sort=descending]").count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_it_fits_and_can_be_read(tab, width, theme, tmp_path):
@@ -142,6 +142,7 @@ def test_it_fits_and_can_be_read(tab, width, theme, tmp_path):
     assert len(tab.screenshot(path=place / f"report-{width}-{theme}.png", full_page=True)) > 10_000
 
 
+@pytest.mark.slow
 def test_it_prints_black_on_white(tab):
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
