@@ -111,10 +111,15 @@ for name in sys.argv[1:]:
 """
 
 
-def test_each_tracker_keeps_a_round_and_says_nothing_on_stdout():
+@pytest.mark.parametrize(
+    "packages",
+    [("tensorboard",), pytest.param(("mlflow", "wandb", "trackio"), marks=pytest.mark.slow)],
+    ids=lambda packages: "-".join(packages),
+)
+def test_each_tracker_keeps_a_round_and_says_nothing_on_stdout(packages):
     """A word on stdout, also at exit, would spoil the answer of a command with --json."""
-    names = [f"track-{one}" for one in ("tensorboard", "mlflow", "wandb", "trackio") if find_spec(one) is not None]
+    names = [f"track-{one}" for one in packages if find_spec(one) is not None]
     if not names:
-        pytest.skip("no tracker is installed")
+        pytest.skip("not installed")
     done = subprocess.run([sys.executable, "-c", TRACKERS, *names], capture_output=True, text=True, check=False)
     assert done.stdout == '{"said": "a round is kept"}\n' * len(names), done.stderr

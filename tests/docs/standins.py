@@ -56,8 +56,8 @@ def _lowered(table: dict[str, Any], largest: dict[str, Any]) -> dict[str, Any]:
 
 
 def example(root: Path, folder: Path, name: str) -> None:
-    """One of the project's examples in small."""
-    (folder / name).write_text(dumps(small(read_table(root / name))))
+    """One of the project's examples in small; on its own network, as wide as its adapter needs."""
+    (folder / name).write_text(dumps(small(read_table(root / name), own_network=True)))
 
 
 def quick(folder: Path, name: str) -> None:
