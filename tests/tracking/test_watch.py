@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -253,11 +254,14 @@ def test_in_a_pipe_it_prints_lines(tmp_path):
     process, lines = a_run(tmp_path / "run"), []
     command = [sys.executable, "-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching_it:
+        late = threading.Timer(240, watching_it.kill)
+        late.start()
         go(process)
         for line in watching_it.stdout:
             lines.append(line.rstrip("\n"))
             if line.startswith("round ") and not line.startswith("round 3"):
                 go(process)
+    late.cancel()
     process.communicate()
     rounds = [line for line in lines if line.startswith("round ")]
     assert [line.partition(":")[0] for line in rounds] == [f"round {n} of 3" for n in (1, 2, 3)]
