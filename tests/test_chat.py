@@ -1,9 +1,6 @@
 """Talking with finished runs, by the library and on the command line."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from fedlora.cli import app
 from fedlora.config import build, merged
 from fedlora.export import Run, export
 from fedlora.generation import Writing
+from tests.fixtures.federation import TINY_VIT
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 SHORT = Writing(12)
@@ -62,7 +60,7 @@ def runs(shared, tmp_path_factory):
         "asked": merged(table(shared, sets["asked"]), {"method": {"name": "flora"}}),
         "plain": merged(table(shared, sets["plain"], text="text"), {"method": {"name": "fedsa-lora"}}),
         "talked": table(shared, sets["talked"], chat_template=CHAT),
-        "digits": {"rounds": 1, "model": {"name": "demo-vit"}, "clients": {"count": 2}, "training": {"local_steps": 1},
+        "digits": {"rounds": 1, "model": {"name": str(TINY_VIT)}, "clients": {"count": 2}, "training": {"local_steps": 1},
                    "task": {"name": "image-classification", "data": "digits", "train_rows": 60, "test_rows": 40}},
     }  # fmt: skip
     for name, own in tables.items():
@@ -135,14 +133,7 @@ def test_mistakes(runs, tmp_path):
         Chat.open(plain, 0).say("x", Writing(600))
 
 
-def cli(*arguments, stdin=""):
-    return subprocess.run(
-        [sys.executable, "-m", "fedlora", *map(str, arguments)], input=stdin, capture_output=True, text=True,
-        env=dict(os.environ), timeout=240, check=False,
-    )  # fmt: skip
-
-
-def test_the_command(runs):
+def test_the_command(runs, commands, tmp_path):
     options = ("--client", 1, "--max-new-tokens", 12)
     chat = Chat.open(Run.open(runs / "plain"), 1)
     expected = [chat.say(text, SHORT) for text in ("The dog", "A cat")]
@@ -151,7 +142,7 @@ def test_the_command(runs):
     assert (once.exit_code, once.stdout) == (0, expected[0] + "\n"), once.output
     lines = CliRunner().invoke(app, arguments, input="The dog\nA cat\n")
     assert (lines.exit_code, lines.stdout) == (0, "".join(text + "\n" for text in expected)), lines.output
-    refused = cli("chat", runs / "digits", "--prompt", "x")
+    refused = commands.call(["fedlora", "chat", str(runs / "digits"), "--prompt", "x"], tmp_path)
     assert (
         refused.returncode == 2 and refused.stderr.count("\n") == 1 and "only a causal language model" in refused.stderr
     )

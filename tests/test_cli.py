@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-TOML = """
+from fedlora.demo import METHODS
+from tests.fixtures.federation import TINY_VIT
+
+TOML = f"""
 rounds = 1
 [model]
-name = "demo-vit"
+name = "{TINY_VIT}"
 [task]
 name = "image-classification"
 data = "digits"
@@ -63,9 +68,7 @@ def test_run_show_and_json(cli, tmp_path):
 
 
 def test_compare_draws_and_tabulates(cli, tmp_path):
-    found = cli(
-        "compare", "my.toml", "--methods", "fedit,ravan,centralised", "--seeds", "0,1", "--out", "c", "--jobs", "2"
-    )
+    found = cli("compare", "my.toml", "--methods", "fedit,ravan,centralised", "--seeds", "0,1", "--out", "c")
     assert found.returncode == 0, found.stderr
     assert all(name in found.stdout for name in ("fedit", "ravan", "centralised", "±"))
     for name in ("accuracy-by-round", "accuracy-by-megabyte"):
@@ -74,6 +77,43 @@ def test_compare_draws_and_tabulates(cli, tmp_path):
     rows = json.loads(cli("show", "c", "--json").stdout)["rows"]
     assert [row["method"] for row in rows] == ["fedit", "ravan", "centralised"]
     assert rows[0]["mb_up"]["mean"] > 0
+
+
+# Jobs begin as processes that import everything anew. These begin as forks, so that everything is there.
+FORKED = """
+import multiprocessing, sys
+from fedlora import comparison
+comparison.get_context = lambda kind: multiprocessing.get_context({"spawn": "fork"}[kind])
+from fedlora.cli import main
+main()
+"""
+
+
+def test_two_jobs_come_to_what_one_does(cli, commands, tmp_path):
+    arguments = ["compare", "my.toml", "--methods", "fedit,local,ravan", "--json", "--out"]
+    one = cli(*arguments, "one")
+    two = commands.call(["python", "-c", FORKED, *arguments, "two", "--jobs", "2"], tmp_path)
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    rows = [json.loads(found.stdout)["rows"] for found in (one, two)]
+    assert [row["method"] for row in rows[0]] == ["fedit", "local", "ravan"]
+    assert [{**row, "seconds": None} for row in rows[0]] == [{**row, "seconds": None} for row in rows[1]]
+    for name in ("fedit", "ravan"):
+        folders = [tmp_path / kind / f"{name}-seed0" / "shared.safetensors" for kind in ("one", "two")]
+        assert folders[0].read_bytes() == folders[1].read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    """What ``make demo`` runs, as it is: eight methods, two jobs in processes of their own, one to three minutes."""
+    command = [sys.executable, "-m", "fedlora", "demo", "--jobs", "2", "--out", "demo"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == list(METHODS) and all(name in found.stdout for name in METHODS)
+    assert all(row["diverged"] == 0 and row["clients"]["mean"] > 0.5 for row in rows), "chance is a tenth"
+    for name in ("accuracy-by-round", "accuracy-by-megabyte"):
+        assert (tmp_path / "demo" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "demo" / "demo.toml").exists()
 
 
 @pytest.mark.parametrize(
@@ -112,45 +152,50 @@ def test_methods(cli):
     assert "FLoRA-NA" in cli("methods", "flora-na").stdout
 
 
-def test_ctrl_c_keeps_finished_rounds(cli, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedlora", "run", "my.toml", "-o", "rounds=5000", "--out", "r"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # Where the tests themselves run in the background, Ctrl-C is ignored, and children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "what was finished is in r" in stderr
-    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+@pytest.fixture
+def interrupted(cli):
+    """Runs a command and presses Ctrl-C once in it when the run in ``folder`` has finished so many rounds."""
+
+    def call(folder: Path, rounds: int, *arguments: str) -> subprocess.CompletedProcess:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(cli, *arguments)
+            until = time.monotonic() + 120
+            while _rounds(folder) < rounds:
+                assert not waiting.done() and time.monotonic() < until, waiting.done() and waiting.result()
+                time.sleep(0.02)
+            os.kill(json.loads((folder / "progress.json").read_text())["pid"], signal.SIGINT)
+            return waiting.result()
+
+    return call
+
+
+def _rounds(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if (folder / "progress.json").exists() and path.exists() else 0
+
+
+def test_ctrl_c_keeps_finished_rounds(interrupted, tmp_path):
+    folder = tmp_path / "r"
+    stopped = interrupted(folder, 2, "run", "my.toml", "-o", "rounds=5000", "--out", "r")
+    assert stopped.returncode == 130
+    assert "Traceback" not in stopped.stderr
+    assert "what was finished is in r" in stopped.stderr
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"]
-    assert summary["rounds"] == metrics.read_text().count("\n") >= 2
-    assert (tmp_path / "r" / "shared.safetensors").exists()
+    assert summary["rounds"] == _rounds(folder) >= 2
+    assert (folder / "shared.safetensors").exists()
 
 
-def test_ctrl_c_in_a_comparison_says_what_is_left(cli, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedlora", "compare", "my.toml", "--methods", "fedit,svd", "-o", "rounds=3000",
-         "-o", "compare.fedit.rounds=1", "--out", "c"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+def test_ctrl_c_in_a_comparison_says_what_is_left(cli, interrupted, tmp_path):
+    stopped = interrupted(
+        tmp_path / "c" / "svd-seed0", 1, "compare", "my.toml", "--methods", "fedit,svd", "-o", "rounds=3000",
+        "-o", "compare.fedit.rounds=1", "--out", "c",
     )  # fmt: skip
-    second = tmp_path / "c" / "svd-seed0" / "progress.json"  # metrics.jsonl is there before Ctrl-C is listened for
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (second.exists() and second.stat().st_size):  # a round is done
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stdout == ""
-    assert stderr.endswith(
+    assert stopped.returncode == 130 and stopped.stdout == ""
+    assert stopped.stderr.endswith(
         "The runs that were finished are in c, each in a folder of its own; no comparison was made.\nStopped.\n"
     )
-    assert "stopping after this step; Ctrl-C again leaves at once" in stderr
+    assert "stopping after this step; Ctrl-C again leaves at once" in stopped.stderr
     found = cli("show", "c")
     assert found.returncode == 2 and "holds the folders of runs and no comparison of them" in found.stderr
     assert cli("show", "c/fedit-seed0").returncode == 0

@@ -1,86 +1,39 @@
 """What is printed: no colour where it is not wanted, no figure cut off on a narrow terminal, lines left whole in a pipe."""
 
-import fcntl
 import io
-import os
-import pty
 import re
-import select
-import signal
-import struct
-import subprocess
-import sys
-import termios
-import time
 
-import pytest
 from rich.table import Table
 
 from fedlora.report import console, tables
 from fedlora.report.console import Plain
+from tests.fixtures.terminal import on_pty
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
 
 
-def on_pty(arguments, width=80, height=24, seconds=240, at=None, **environment):
-    """What a program writes on a terminal of so many columns, and how it ended.
-
-    ``at`` is a text and what is to be done once it has been written: a function, or bytes as keys that are pressed.
-    """
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
-    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdin=follower, stdout=follower, stderr=follower, preexec_fn=_its_terminal,
-        env={**env, "TERM": "xterm-256color", **environment}, start_new_session=True,
-    )  # fmt: skip
-    os.close(follower)
-    found, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until and (piece := _piece(leader, process)) is not None:
-        found += piece
-        if at is not None and at[0].encode() in found:
-            os.write(leader, at[1]) if isinstance(at[1], bytes) else at[1]()
-            at = None
-    if process.poll() is None and time.monotonic() >= until:
-        process.kill()
-    code = process.wait(timeout=60)
-    os.close(leader)
-    return found.decode("utf-8", "replace"), code
-
-
-def _its_terminal():
-    """Ctrl-C typed there is a signal here, also where whoever runs the tests ignores that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def _piece(leader, process):
-    """What was written since; None at the end."""
-    ready, _, _ = select.select([leader], [], [], 0.2)
-    if not ready:
-        return b"" if process.poll() is None else None
-    try:
-        return os.read(leader, 65536) or None
-    except OSError:  # nobody has it open any more
-        return None
-
-
 ROWS = """
+import fcntl, struct, sys, termios
 from fedlora.report import tables
 row = lambda name: {"method": name, "metric": {"name": "accuracy", "higher": True}, "seeds": [0], "diverged": 0,
     **{key: {"mean": 0.1234, "std": 0.0} for key in ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")}}
-tables.comparison([row("fedit"), row("fedsa-lora")])
+for width in map(int, sys.argv[1:]):
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    tables.comparison([row("fedit"), row("fedsa-lora")])
+    print("====", flush=True)
 """
 
 
-@pytest.mark.parametrize("width", [30, 40, 80, 200])
-def test_a_terminal_of_any_width_shows_every_figure(width):
-    text, code = on_pty(["-c", ROWS], width)
+def test_a_terminal_of_any_width_shows_every_figure():
+    widths = (30, 40, 80, 200)
+    text, code = on_pty(["-c", ROWS, *map(str, widths)])
     assert code == 0
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
-    assert max(map(len, plain.split("\n"))) <= width
-    assert plain.count("0.123") >= 2 * 3 and "0.1234" in plain and "fedsa-lora" in plain and "…" not in plain
-    assert all(name in " ".join(plain.split()) for name in ("global", "worst client", "MB up", "aggregation error"))
+    *shown, rest = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "").split("====\n")
+    assert len(shown) == len(widths) and not rest
+    for width, plain in zip(widths, shown):
+        assert max(map(len, plain.split("\n"))) <= width
+        assert plain.count("0.123") >= 2 * 3 and "0.1234" in plain and "fedsa-lora" in plain and "…" not in plain, width
+        assert all(name in " ".join(plain.split()) for name in ("global", "worst client", "MB up", "aggregation error"))
 
 
 def test_no_color_means_none():

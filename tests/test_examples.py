@@ -11,7 +11,7 @@ import fedlora
 from fedlora.config import read
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
-TOY = ("rounds=2", "training.batch_size=4", "task.train_rows=200", "task.test_rows=80", "engine.threads=1")
+TOY = ("rounds=2", "training.batch_size=4", "task.train_rows=90", "task.test_rows=30", "engine.threads=1")
 
 
 def test_there_is_one_for_every_method():
@@ -30,7 +30,8 @@ def test_it_opens_with_its_command(path):
 def test_on_real_text(path, shared):
     places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={shared}/data/banking77"]
     rows = [] if "concept" in path.stem else ["clients.split={name='iid'}"]
-    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    toy = [*TOY, "training.local_steps=1", "clients.count=3", "evaluation.every=2"]
+    result = fedlora.run(read(path, [*toy, *places, *rows]))
     assert result.summary["rounds"] == 2
     assert 0 <= result.summary["final"]["clients"]["mean"] <= 1
 
@@ -48,7 +49,7 @@ def test_language_models(path, shared):
         "task.truncation_side=left",
         "task.max_length=96",
     ]
-    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=2", "clients.count=3"]))
+    result = fedlora.run(read(path, [*TOY, *places, *rows, "training.local_steps=1", "clients.count=3"]))
     assert result.summary["rounds"] == 2
     assert 1 < result.summary["final"]["clients"]["mean"] < 512, "better than guessing among 512 tokens"
 
@@ -61,7 +62,8 @@ def test_digits():
 
 def test_unequal_clients():
     path = next(p for p in EXAMPLES if p.stem.startswith("unequal"))
-    result = fedlora.run(read(path, [*TOY, "training.local_steps=2", "rounds=3"]))
+    rows = ["task.train_rows=200", "task.test_rows=80"]  # twelve clients have some of each
+    result = fedlora.run(read(path, [*TOY, *rows, "training.local_steps=2", "rounds=3"]))
     final, records = result.summary["final"]["clients"], result.records
     assert [group["capability"] for group in final["capability"]] == [0.25, 0.5, 0.75, 1.0]
     assert final["each"][10:] == [None, None], "the new ones"

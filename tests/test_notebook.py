@@ -8,7 +8,7 @@ import pytest
 from fedlora.comparison import Cell
 from fedlora.curves import figures
 from fedlora.report.notebook import Compared, Rounds, table
-from tests.tracking.test_callbacks import RECORD
+from tests.tracking.world import RECORD
 
 
 class Of(Rounds):

@@ -53,15 +53,12 @@ def test_methods_complete():
     assert completing.override("rounds=") == []
 
 
-def completed(line, word):
-    """What bash would offer."""
-    env = {**os.environ, "_FEDLORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)}
-    code = "import sys; sys.argv = ['fedlora']; from fedlora.cli import app; app(prog_name='fedlora')"
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    return found.stdout.split()
+def test_the_shell_is_offered_commands_and_methods(commands, tmp_path):
+    def completed(line, word):
+        """What bash would offer."""
+        env = {**os.environ, "_FEDLORA_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)}
+        return commands.call(["fedlora"], tmp_path, env).stdout.split()
 
-
-def test_the_shell_is_offered_commands_and_methods():
     assert {"watch", "doctor", "cite"} <= set(completed("fedlora ", 1))
     assert completed("fedlora cite fedr", 2) == ["fedrot-lora"]
     assert completed("fedlora methods rav", 2) == ["ravan"]
@@ -69,22 +66,11 @@ def test_the_shell_is_offered_commands_and_methods():
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_shown_and_installed(shell, tmp_path):
+def test_completion_is_shown_and_installed(shell, commands, tmp_path):
     env = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-
-    def call(option):
-        command = [
-            sys.executable,
-            "-c",
-            "import sys; from fedlora.cli import app; app(prog_name='fedlora')",
-            option,
-            shell,
-        ]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-    shown = call("--show-completion")
+    shown = commands.call(["fedlora", "--show-completion", shell], tmp_path, env)
     assert shown.returncode == 0 and "_FEDLORA_COMPLETE" in shown.stdout
-    installed = call("--install-completion")
+    installed = commands.call(["fedlora", "--install-completion", shell], tmp_path, env)
     assert installed.returncode == 0, installed.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file() and "_FEDLORA_COMPLETE" in path.read_text()]
     assert written, "a file that the shell reads"

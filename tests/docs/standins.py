@@ -2,17 +2,21 @@
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-QUICK = """\
+from fedlora.config import dumps, read_table
+from tests.fixtures.federation import TINY_VIT
+
+QUICK = f"""\
 rounds = 1
-model = { name = "demo-vit" }
-task = { name = "image-classification", data = "digits", train_rows = 90, test_rows = 40 }
-clients = { count = 3, split = { name = "dirichlet", alpha = 1.0 } }
-adapter = { name = "lora", rank = 2, alpha = 4 }
-training = { local_steps = 1, batch_size = 8, learning_rate = 5e-3 }
+model = {{ name = "{TINY_VIT}" }}
+task = {{ name = "image-classification", data = "digits", train_rows = 90, test_rows = 40 }}
+clients = {{ count = 3, split = {{ name = "dirichlet", alpha = 1.0 }} }}
+adapter = {{ name = "lora", rank = 2, alpha = 4 }}
+training = {{ local_steps = 1, batch_size = 8, learning_rate = 5e-3 }}
 """
 
 # README.md bears no comments. How a block begins -> why it is not run:
@@ -29,6 +33,31 @@ README_BEFORE = {
 }
 # As the README's own, in small.
 README_CONFIG = QUICK + 'method = { name = "fedsa-lora" }\n'
+# No more rounds, steps and rows than these for a page's own configuration. The page keeps its numbers.
+LARGEST: dict[str, Any] = {"rounds": 2, "training": {"local_steps": 2}, "task": {"train_rows": 120, "test_rows": 60}}
+
+
+def small(table: dict[str, Any], own_network: bool = False) -> dict[str, Any]:
+    """The table with each of these numbers lowered where it is larger, and a tiny network for the demo's."""
+    found = _lowered(table, LARGEST)
+    if found["task"].get("data") == "digits":
+        found["task"] = {**LARGEST["task"], **found["task"]}
+    if found["model"]["name"] == "demo-vit" and not own_network:
+        found["model"] = {**found["model"], "name": str(TINY_VIT)}
+    return found
+
+
+def _lowered(table: dict[str, Any], largest: dict[str, Any]) -> dict[str, Any]:
+    found = dict(table)
+    for key in table.keys() & largest.keys():
+        old, most = table[key], largest[key]
+        found[key] = _lowered(old, most) if isinstance(most, dict) else min(old, most)
+    return found
+
+
+def example(root: Path, folder: Path, name: str) -> None:
+    """One of the project's examples in small; on its own network, as wide as its adapter needs."""
+    (folder / name).write_text(dumps(small(read_table(root / name), own_network=True)))
 
 
 def quick(folder: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import build, merged
+from fedlora.config import build, dumps, merged
 from tests.docs import blocks, standins
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TESTED = [path for path in PAGES if "```" in path.read_text(encoding="utf-8")]
+# Their commands are those of the README, the quickstart and the tutorials with other options.
+SECOND_TIER = {"docs/personal.md", "docs/plan.md", "docs/report.md", "docs/sweep.md"}
 SECONDS = float(os.environ.get("FEDLORA_DOCS_SECONDS", 600))  # for one block, on a machine that may be busy
 
 
@@ -59,7 +62,9 @@ def prepared(path: Path, folder: Path, shell) -> None:
         standins.encoder(folder, name)
     if path.name == "README.md":
         (folder / "mine.toml").write_text(standins.README_CONFIG)
-    (folder / "examples").symlink_to(ROOT / "examples")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in blocks.asides(path, "in small"):
+        standins.example(ROOT, folder, name)
     for command in blocks.asides(path, "first"):
         done(f"{path.name}, before its blocks", command, shell)
 
@@ -89,23 +94,29 @@ def script(block: blocks.Block, shell, folder: Path) -> None:
     assert found.returncode == 0, f"{block.place}:\n{found.stdout}"
 
 
-def configuration(block: blocks.Block, base: dict, folder: Path) -> dict:
-    """A TOML block is built, laid over the page's last whole one where it is a part; its first line may name its file."""
+def configuration(block: blocks.Block, base: dict, folder: Path, own_network: bool) -> dict:
+    """A TOML block is built, laid over the page's last whole one where it is a part.
+
+    Its first line may name its file; the page's commands then find it there in small.
+    """
     table = tomllib.loads(block.text)
     whole = {"model", "task"} <= table.keys()
     table = table if whole else merged(base, table)
     build(table)
     name = block.text.splitlines()[0].removeprefix("# ").partition(":")[0].strip()
     if block.text.startswith("# ") and name.endswith(".toml") and " " not in name and not (folder / name).exists():
-        (folder / name).write_text(block.text + "\n")
+        (folder / name).write_text(dumps(standins.small(table, own_network)))
     return table if whole else base
 
 
 def run(path: Path, shell, folder: Path, processes: bool) -> None:
     """The page from its first block to its last."""
     prepared(path, folder, shell)
-    base = tomllib.loads(standins.QUICK)
-    for block in blocks.blocks(path, ROOT):
+    base, found = tomllib.loads(standins.QUICK), blocks.blocks(path, ROOT)
+    own_network = any(
+        block.language == "python" and "fedlora.demo" in block.text for block in found
+    )  # the page reads it
+    for block in found:
         kind = language(block)
         if "written" in block.said:
             tomllib.loads(block.text)
@@ -121,7 +132,7 @@ def run(path: Path, shell, folder: Path, processes: bool) -> None:
         elif kind == "python":
             script(block, shell, folder)
         elif kind == "toml":
-            base = configuration(block, base, folder)
+            base = configuration(block, base, folder, own_network)
 
 
 def has_processes(path: Path) -> bool:
@@ -132,8 +143,14 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.xdist_group("docs")
-@pytest.mark.parametrize("path", [p for p in TESTED if not has_processes(p)], ids=named)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=named(path), marks=[pytest.mark.slow] if named(path) in SECOND_TIER else [])
+        for path in TESTED
+        if not has_processes(path)
+    ],
+)
 def test_the_blocks_of_a_page_run(path, shell, tmp_path):
     run(path, shell, tmp_path, processes=False)
 
@@ -155,12 +172,27 @@ def test_every_block_says_what_it_is():
         assert kind in blocks.RUN | blocks.SHOWN, f"{block.place}: a block of {kind or 'no language'}"
         reason = left_out(block)
         assert reason is None or len(reason.split()) >= 2, f"{block.place}: say why it is not run"
-        if kind == "python" and reason is not None:
-            compile("def part():\n" + textwrap.indent(block.text, "    "), block.place, "exec")
+        if kind == "python":
+            part = "def part():\n" + textwrap.indent(block.text, "    ")
+            compile(block.text if reason is None else part, block.place, "exec")
     runnable = [block for block in found if language(block) in blocks.RUN]
     skipped = [f"{block.place}: {reason}" for block in runnable if (reason := left_out(block))]
     print("\n".join([f"{len(runnable)} blocks, of which {len(skipped)} are not run:", *skipped]))
     assert len(skipped) < len(runnable) / 2
+
+
+@pytest.mark.parametrize("path", [p for p in TESTED if has_processes(p) or named(p) in SECOND_TIER], ids=named)
+def test_the_blocks_of_a_page_of_the_second_tier_are_well_formed(path, tmp_path):
+    """Its configurations are built and bash can read its commands; every page's Python is compiled above."""
+    base = tomllib.loads(standins.QUICK)
+    for block in blocks.blocks(path, ROOT):
+        if "written" in block.said:
+            tomllib.loads(block.text)
+        elif language(block) == "toml" and left_out(block) is None:
+            base = configuration(block, base, tmp_path, own_network=False)
+        elif language(block) in blocks.SHELL:
+            for command, _ in blocks.steps(block):
+                subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
 def test_output_is_compared_line_by_line():

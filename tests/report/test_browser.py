@@ -145,6 +145,7 @@ def test_it_fits_and_can_be_read(tab, width, theme, tmp_path):
     assert len(tab.screenshot(path=place / f"report-{width}-{theme}.png", full_page=True)) > 10_000
 
 
+@pytest.mark.slow
 def test_it_prints_black_on_white(tab):
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -143,6 +143,7 @@ def test_a_method_keeps_its_colour(tmp_path):
             assert seen.setdefault(label, colour) == colour
 
 
+@pytest.mark.slow
 def test_a_large_report_stays_small(tmp_path):
     """10 runs, 100 rounds, 40 clients; the whole size is benchmarks/report.py's."""
     for number in range(10):

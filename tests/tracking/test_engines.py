@@ -11,7 +11,7 @@ from fedlora.flower.server import serve
 from fedlora.following import Following
 from tests.flower.world import World, config
 from tests.tracking import reading
-from tests.tracking.test_callbacks import Notes
+from tests.tracking.world import Notes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ("rounds=2", "flower.poll=0.001", "flower.join_timeout=2.0", "track.tensorboard=true")

@@ -14,7 +14,10 @@ from fedlora.state import save_json
 from tests.resume.world import small
 from tests.tracking import reading
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own packages
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the trackers' own packages
+    pytest.mark.xdist_group("trackers"),  # which take seconds to import, and are all in one run
+]
 
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "trackio": "trackio"}
 

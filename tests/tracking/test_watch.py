@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from fedlora import pulse
 from fedlora.engines.loop import Event
 from fedlora.following import Following, Standing, lives, me, replace
 from fedlora.report import watching
-from tests.test_console import on_pty
+from tests.fixtures.terminal import on_pty
 
 NOW = 1000.0
 PROGRESS = {
@@ -180,33 +181,40 @@ progress, record = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 progress |= {**me(), "began": time.time(), "rounds": 3, "said": []}
 for number in (1, 2, 3):
     replace(place / "progress.json", {**progress, "round": number, "at": time.time()})
-    time.sleep(float(sys.argv[4]))
+    sys.stdin.readline()
     with open(place / "metrics.jsonl", "a") as file: file.write(json.dumps({**record, "round": number}) + "\\n")
 replace(place / "progress.json", {**progress, "state": "finished", "round": 4, "at": time.time()})
 """
 
 
-def a_run(path, seconds):
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), json.dumps(PROGRESS), json.dumps(record(1)), str(seconds)]
-    )
+def a_run(path):
+    """A run of three rounds; each ends when it is told to (``go``)."""
+    command = [sys.executable, "-c", WRITER, str(path), json.dumps(PROGRESS), json.dumps(record(1))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+
+
+def go(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def test_on_a_terminal_it_waits_draws_and_ends_with_the_run(tmp_path):
     begun = []
     text, code = on_pty(
         ["-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"], 70, 20,
-        at=("waiting for the run to begin", lambda: begun.append(a_run(tmp_path / "run", 3.0))),
+        at=[("waiting for the run to begin", lambda: begun.append(a_run(tmp_path / "run"))),
+            *((f"{n} of 3 rounds", lambda: go(begun[0])) for n in range(3))],
     )  # fmt: skip
-    assert begun[0].wait() == 0 and code == 0
-    assert len(set(re.findall(r"(\d) of 3 rounds", text))) >= 2, "it was drawn again as rounds went by"
+    begun[0].communicate()
+    assert begun[0].returncode == 0 and code == 0
+    assert set(re.findall(r"(\d) of 3 rounds", text)) == set("0123"), "it was drawn again as rounds went by"
     before, _, after = text.partition("\x1b[?1049l")  # the other screen is left
     assert "\x1b[?1049h" in before and "finished after 3 of 3 rounds" in after, "left standing at the end"
 
 
 def test_ctrl_c_leaves_and_harms_nothing(tmp_path):
     folder_of(tmp_path / "run")
-    text, code = on_pty(["-m", "fedlora", "watch", str(tmp_path / "run")], 100, at=("0 of 4 rounds", b"\x03"))
+    text, code = on_pty(["-m", "fedlora", "watch", str(tmp_path / "run")], 100, at=[("0 of 4 rounds", b"\x03")])
     assert code == 0 and "The run goes on" in text and "Traceback" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
 
@@ -243,14 +251,22 @@ def test_ctrl_c_in_the_first_drawing_gives_the_cursor_back_too(tmp_path):
 
 
 def test_in_a_pipe_it_prints_lines(tmp_path):
-    process = a_run(tmp_path / "run", 0.2)
-    found = subprocess.run([sys.executable, "-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"],
-                           capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
-    process.wait()
-    lines = [line for line in found.stdout.splitlines() if line.startswith("round ")]
-    assert [line.partition(":")[0] for line in lines] == [f"round {n} of 3" for n in (1, 2, 3)]
-    assert "own accuracy 0.2000" in lines[0] and "\x1b" not in found.stdout
-    assert (found.returncode, found.stdout.splitlines()[-1]) == (0, "finished after 3 of 3 rounds")
+    process, lines = a_run(tmp_path / "run"), []
+    command = [sys.executable, "-m", "fedlora", "watch", str(tmp_path / "run"), "--every", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching_it:
+        late = threading.Timer(240, watching_it.kill)
+        late.start()
+        go(process)
+        for line in watching_it.stdout:
+            lines.append(line.rstrip("\n"))
+            if line.startswith("round ") and not line.startswith("round 3"):
+                go(process)
+    late.cancel()
+    process.communicate()
+    rounds = [line for line in lines if line.startswith("round ")]
+    assert [line.partition(":")[0] for line in rounds] == [f"round {n} of 3" for n in (1, 2, 3)]
+    assert "own accuracy 0.2000" in rounds[0] and "\x1b" not in "".join(lines)
+    assert (watching_it.returncode, lines[-1]) == (0, "finished after 3 of 3 rounds")
 
 
 def test_a_run_that_failed_is_exit_status_1(tmp_path):
