@@ -7,10 +7,11 @@ import fedlora
 from fedlora.comparison import compare, for_label, rows
 from fedlora.config import build
 from fedlora.engines.loop import sound
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 1,
-    "model": {"name": "demo-vit"},
+    "model": {"name": str(TINY_VIT)},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 60, "test_rows": 20},
     "clients": {"count": 3},
     "adapter": {"name": "lora", "rank": 4},

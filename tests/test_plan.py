@@ -18,10 +18,11 @@ from fedlora.config import ConfigError, build, dumps
 from fedlora.planning import byte_plan, outline, planned, problems
 from fedlora.report import plans
 from fedlora.runs import run
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 3,
-    "model": {"name": "demo-vit"},
+    "model": {"name": str(TINY_VIT)},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 90, "test_rows": 30},
     "clients": {"count": 5, "per_round": 2},
     "adapter": {"name": "lora", "rank": 4},
@@ -78,7 +79,7 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
         {"method": {"name": "fedex-lora", "residual_rank": 3}, "rounds": 6},
         {"method": {"name": "svd", "fold_rest": True}, "clients": {"count": 6, "per_round": 1}, "rounds": 9},
         {"adapter": {"name": "vera", "rank": 8}},
-        {"model": {"name": "demo-vit", "targets": ["q_proj", "fc1"], "head": []}, "method": {"name": "flora"}},
+        {"model": {**TABLE["model"], "targets": ["q_proj", "fc1"], "head": []}, "method": {"name": "flora"}},
         {"server": {"optimizer": "adam"}},
         {"training": {"local_epochs": 1, "batch_size": 8, "precision": "bf16"}},
     ],

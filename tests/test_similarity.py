@@ -12,10 +12,11 @@ from fedlora.config import ConfigError, build
 from fedlora.export import Run
 from fedlora.runs import run
 from fedlora.similarity import means, similarity
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 1,
-    "model": {"name": "demo-vit"},
+    "model": {"name": str(TINY_VIT)},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 120, "test_rows": 60},
     "clients": {"count": 3},
     "method": {"name": "local"},
@@ -54,7 +55,6 @@ def test_the_command(folder):
     assert "A change" in CliRunner().invoke(app, ["similarity", str(folder)]).stdout
 
 
-def test_a_shared_model_has_no_likeness(tmp_path):
-    run(build({**TABLE, "method": {"name": "fedit"}}), tmp_path / "run")
+def test_a_shared_model_has_no_likeness(reference):
     with pytest.raises(ConfigError, match="all hold the shared model"):
-        similarity(tmp_path / "run")
+        similarity(reference("fedit").folder)
