@@ -1,28 +1,45 @@
 """Whole runs of a causal language model: by role, with every way of combining; on Flower's grid; exported."""
 
+import gzip
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 import fedlora
-from fedlora.config import build, merged, overridden
+from fedlora.config import build, overridden
 from fedlora.export import Run, export
 from tests.fixtures.federation import same
 
 
+@pytest.fixture(scope="module")
+def roles(shared, tmp_path_factory):
+    """The lines of the three roles that speak most: some to train on, and a few to test."""
+    folder, there = tmp_path_factory.mktemp("roles"), shared / "data" / "shakespeare_roles"
+    rows = {}
+    for split in ("train", "test"):
+        with gzip.open(there / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows[split] = [json.loads(line) for line in file]
+    most = [role for role, _ in Counter(row["role"] for row in rows["train"]).most_common(3)]
+    for split, count in (("train", 45), ("test", 8)):
+        some = [row for role in most for row in [row for row in rows[split] if row["role"] == role][:count]]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def config(shared):
+def config(shared, roles):
     def made(*overrides):
         table = {
             "rounds": 2,
             "model": {"name": str(shared / "models" / "stories260k-llama")},
-            "task": {"name": "causal-lm", "data": str(shared / "data" / "shakespeare_roles"), "text": "text", "max_length": 48},
+            "task": {"name": "causal-lm", "data": str(roles), "text": "text", "max_length": 48},
             "clients": {"count": 3, "split": {"name": "column", "column": "role"}},
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
-        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 300}}), list(overrides)))
+        return build(overridden(table, list(overrides)))
 
     return made
 
@@ -52,7 +69,8 @@ def test_the_export_is_what_peft_loads_by_itself(config, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    fedlora.run(config(), tmp_path / "run")
+    once = ("rounds=1", "training.local_steps=8", "evaluation.measure=false")
+    fedlora.run(config(*once), tmp_path / "run")
     run = Run.open(tmp_path / "run")
     export(run, tmp_path / "out")
     export(run, tmp_path / "merged", merged=True)
@@ -108,15 +126,12 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     assert "fedlora: 3 of 6 training rows were cut to 48 tokens" in capsys.readouterr().err
 
 
-def test_what_was_cut_is_said_on_stderr(config, tmp_path):
-    import subprocess
-    import sys
-
+def test_what_was_cut_is_said_on_stderr(config, tmp_path, commands):
     from fedlora.config import dumps
 
     (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
-    command = [sys.executable, "-m", "fedlora", "run", "my.toml", "--json"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=True)
+    found = commands.call(["fedlora", "run", "my.toml", "--json"], tmp_path)
+    assert found.returncode == 0, found.stderr
     notes = json.loads(found.stdout)["notes"]
     assert found.stderr.splitlines() == notes and len(notes) == 2
 
