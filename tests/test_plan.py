@@ -31,8 +31,14 @@ TABLE = {
 ANY_RANK = [name for name in methods.names() if methods.load(name).any_rank]
 
 
+def wide(table, label):
+    """The table for this method: Ravan's heads need more room side by side than the tiny ViT's weights have."""
+    return {**table, "model": {"name": "demo-vit"}} if label == "ravan" else table
+
+
 def agree(table, label=None):
     """The plan's bytes and the run's; returns both plan and run."""
+    table = wide(table, label)
     config = build(for_label(table, label) if label else table)
     found, result = byte_plan(outline(config)), run(config)
     assert found["exact"]
@@ -65,8 +71,8 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     }  # fmt: skip
     table = {**TABLE, "clients": clients, "training": {"local_steps": 4, "batch_size": 4}}
     agree(table, name)
-    f = build(for_label(table, name)).federation()
-    rows = planned(table, [name])[0]["rows"]
+    f = build(for_label(wide(table, name), name)).federation()
+    rows = planned(wide(table, name), [name])[0]["rows"]
     assert (rows["clients"], len(rows["train"])) == (5, 5)
     assert rows["steps"] == [f.spends(0, k).steps(len(f.shards[k].train)) for k in range(5)]
     assert len(set(rows["steps"])) > 1
@@ -76,7 +82,7 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     "other",
     [
         {"method": {"name": "fedex-lora", "residual_rank": 3}, "rounds": 6},
-        {"method": {"name": "svd", "fold_rest": True}, "clients": {"count": 6, "per_round": 1}, "rounds": 9},
+        {"method": {"name": "svd", "fold_rest": True}, "clients": {"count": 5, "per_round": 1}, "rounds": 7},
         {"adapter": {"name": "vera", "rank": 8}},
         {"model": {**TABLE["model"], "targets": ["q_proj", "fc1"], "head": []}, "method": {"name": "flora"}},
         {"server": {"optimizer": "adam"}},

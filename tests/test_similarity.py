@@ -12,11 +12,10 @@ from fedlora.config import ConfigError, build
 from fedlora.export import Run
 from fedlora.runs import run
 from fedlora.similarity import means, similarity
-from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 1,
-    "model": {"name": str(TINY_VIT)},
+    "model": {"name": "demo-vit"},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 120, "test_rows": 60},
     "clients": {"count": 3},
     "method": {"name": "local"},
