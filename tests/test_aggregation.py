@@ -1,7 +1,10 @@
 """Finished PEFT adapters, combined without a base model: PEFT itself says whether the result is right."""
 
+import functools
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,16 @@ TARGETS = {"bert": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
 
 def trained(folder, family, seed, head=True, pattern=None, **settings):
     """A PEFT adapter with something in it, written by PEFT; ``pattern`` is another rank and alpha for some weights."""
-    settings = {"r": 4, "lora_alpha": 8, **settings}
+    folder.mkdir(parents=True)
+    for name, content in files_of(family, seed, head, pattern, *settings.items()).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@functools.cache
+def files_of(family, seed, head, pattern, *settings):
+    """The files of such an adapter, which many tests begin with."""
+    settings = {"r": 4, "lora_alpha": 8, **dict(settings)}
     if pattern:
         of = "query" if family == "bert" else "c_fc"
         settings |= {"rank_pattern": {of: pattern[0]}, "alpha_pattern": {of: pattern[1]}}
@@ -37,8 +49,9 @@ def trained(folder, family, seed, head=True, pattern=None, **settings):
         for name, x in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 x.add_(0.2 * torch.randn(x.shape, generator=g))
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(place, save_embedding_layers=False)
+        return {path.name: path.read_bytes() for path in Path(place).iterdir()}
 
 
 def loaded(folder, family):

@@ -260,18 +260,18 @@ def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
     open_door, krum = "hygiene={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
     base = ("rounds=2", "clients.count=4", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1")
     counts = []
-    for attack in ("sign-flip", "label-flip", "scaling"):
-        for defence in (open_door, "hygiene={}", krum):
-            made = config(*base, f"attack={{name='{attack}', clients=[1]}}", defence)
-            alone = fedlora.run(made)
-            trained.clear()
-            known = fedlora.run(made, drive=remembering(turns))
-            counts.append(len(trained))
-            assert same(known.shared, alone.shared) and known.summary["final"] == alone.summary["final"]
+    several = [("sign-flip", open_door), ("sign-flip", "hygiene={}"), ("sign-flip", krum)]
+    for attack, defence in [*several, ("label-flip", open_door), ("scaling", open_door), ("scaling", krum)]:
+        made = config(*base, f"attack={{name='{attack}', clients=[1]}}", defence)
+        alone = fedlora.run(made)
+        trained.clear()
+        known = fedlora.run(made, drive=remembering(turns))
+        counts.append(len(trained))
+        assert same(known.shared, alone.shared) and known.summary["final"] == alone.summary["final"]
     assert counts[0] == 8, "nothing was known"
     assert counts[2] == 4, "Krum's first round is the same to its clients, and its second is not"
     assert counts[3] == 5, "what honest clients did at first is no matter of the attack"
-    assert counts[6] == 4, "nor is what a hostile one trained, before it scales that"
+    assert counts[4] == 4, "nor is what a hostile one trained, before it scales that"
 
 
 def test_a_personal_methods_harm_is_the_same_over_messages(tmp_path):

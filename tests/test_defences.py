@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora import defences
-from fedlora.adapters import Dense, Heads, LoRA, LoRASB, VeRA
+from fedlora.adapters import Heads, LoRA, LoRASB, VeRA
 from fedlora.config import build
 from fedlora.defence import Seen, defended
 from fedlora.methods.fedex_lora import FedExLoRA
@@ -18,46 +18,8 @@ from fedlora.methods.svd import BestRank
 from fedlora.rounds import Received, client_turn, server_turn
 from fedlora.types import Turn
 from fedlora.updates import gram
+from tests.fixtures.uploads import M, N, R, dense, turned, world
 from tests.laws.world import Nudge
-
-M, N, R = 9, 7, 3
-SHARED = {"w": LoRA(R, 6.0).init(M, N, 0), "v": LoRA(R, 6.0).init(N, M, 1)}
-SHARED["w"]["B"], SHARED["v"]["B"] = torch.randn(M, R, generator=torch.Generator().manual_seed(2)), torch.ones(N, R)
-
-
-def world(method, K=5, head=False, ranks=None):
-    """Rules, what is served, and ``K`` uploads of moved leaves."""
-    adapter = method.adapter
-    shared = SHARED if isinstance(adapter, LoRA) else {"w": adapter.init(M, N, 0), "v": adapter.init(N, M, 1)}
-    rules = dict.fromkeys(shared, method)
-    if head:
-        shared, rules = (
-            {**shared, "head": {"weight": torch.ones(4, 5)}},
-            {**rules, "head": FedIT(Dense(frozenset({"weight"})))},
-        )
-    uploads = []
-    for k in range(K):
-        turn = Turn(2, k, (ranks or [adapter.budget] * K)[k], 10 + k)
-        sent, _ = client_turn(rules, shared, {}, turn, Nudge(20 + k))
-        uploads.append(Received(turn, 1 + k, sent))
-    return rules, shared, uploads
-
-
-def dense(rules, shared, upload):
-    """The update written out, by the formula ``end - start`` and nothing else."""
-    flat = []
-    for part, rule in rules.items():
-        if isinstance(rule.adapter, Dense):
-            flat += [(x - shared[part][leaf]).reshape(-1) for leaf, x in upload.tree[part].items()]
-            continue
-        start = rule.receive(shared[part], {}, upload.turn)
-        ends = [
-            rule.adapter.delta({k: x.double() for k, x in layer.items()})
-            for layer in (start, {**start, **upload.tree[part]})
-        ]
-        flat.append((ends[1].dense() - ends[0].dense()).reshape(-1))
-    return torch.cat([x.double() for x in flat])
-
 
 CASES = {
     "fedit": (FedIT(LoRA(R, 6.0)), {"head": True}),
@@ -85,11 +47,6 @@ def test_where_a_factor_stays_with_its_client_the_other_counts_as_it_is():
         [torch.cat([(u.tree[p]["A"] - shared[p]["A"]).double().reshape(-1) for p in rules]) for u in uploads]
     )
     torch.testing.assert_close(gram(rules, shared, uploads), X @ X.T)
-
-
-def turned(upload, T):
-    tree = {p: {"A": torch.linalg.inv(T) @ x["A"], "B": x["B"] @ T} for p, x in upload.tree.items()}
-    return upload._replace(tree=tree)
 
 
 @pytest.mark.parametrize("name", defences.names())

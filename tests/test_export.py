@@ -1,6 +1,7 @@
 """A run's result as PEFT and transformers load it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,17 +10,24 @@ from peft import PeftModel
 import fedlora
 from fedlora import methods
 from fedlora.export import Run, export
-from tests.fixtures.federation import ADAPTERS, WIDTH, config
+from tests.fixtures.federation import WIDTH, config, settings
 
 
-def finished(tmp_path, name, *settings):
-    fedlora.run(config(f"method.name={name}", *ADAPTERS.get(name, []), *settings), tmp_path / "run")
+def finished(tmp_path, name, *more):
+    """A run of settings that the reference run does not have."""
+    fedlora.run(config(*settings(name), *more, "evaluation={every = 9, measure = false}"), tmp_path / "run")
     return Run.open(tmp_path / "run")
 
 
+@pytest.fixture
+def opened(reference):
+    """The reference run of a method, opened."""
+    return lambda name: Run.open(reference(name).folder)
+
+
 @pytest.mark.parametrize("name", methods.names())
-def test_every_methods_result_is_a_plain_lora(tmp_path, name):
-    run = finished(tmp_path, name)
+def test_every_methods_result_is_a_plain_lora(tmp_path, name, opened):
+    run = opened(name)
     personal = run.config.method.personal
     found = export(run, tmp_path / "out", client=1 if personal else None)
     assert found["difference"] < 1e-4 and found["error"] == 0
@@ -32,17 +40,17 @@ def test_every_methods_result_is_a_plain_lora(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["fedit", "flora", "ravan"])
-def test_merged_models_are_whole(tmp_path, name):
+def test_merged_models_are_whole(tmp_path, name, opened):
     from transformers import AutoModelForImageClassification
 
-    run = finished(tmp_path, name)
+    run = opened(name)
     assert export(run, tmp_path / "out", merged=True)["difference"] < 1e-4
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label[3] == "3"
 
 
-def test_cutting_the_rank_says_what_it_costs(tmp_path):
-    run = finished(tmp_path, "fedex-lora")
+def test_cutting_the_rank_says_what_it_costs(tmp_path, opened):
+    run = opened("fedex-lora")
     whole = export(run, tmp_path / "whole")
     less, least = (export(run, tmp_path / str(r), rank=r) for r in (4, 1))
     assert whole["error"] == 0 < less["error"] < least["error"] < 1
@@ -58,16 +66,16 @@ def test_clients_of_unequal_rank(tmp_path):
         assert settings["r"] == client + 1 and settings["lora_alpha"] == run.config.method.adapter.alpha
 
 
-def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch):
-    run = finished(tmp_path, "fedit")
+def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch, opened):
+    run = opened("fedit")
     monkeypatch.setattr("fedlora.export._reloaded", lambda run, folder, merged: run.network())
     with pytest.raises(RuntimeError, match="the export's logits differ"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes(tmp_path):
-    run = finished(tmp_path, "fedsa-lora")
+def test_mistakes(tmp_path, reference, opened):
+    run = opened("fedsa-lora")
     for client, sentence in (
         (None, "a model for each client and none for all"),
         (7, "no client 7; the run has.* 0 to 2"),
@@ -75,16 +83,16 @@ def test_mistakes(tmp_path):
         with pytest.raises(ValueError, match=sentence):
             export(run, tmp_path / "out", client)
     with pytest.raises(ValueError, match="not empty"):
-        export(run, tmp_path / "run", 0)
+        export(run, reference("fedsa-lora").folder, 0)
     with pytest.raises(ValueError, match="holds the folders of runs"):
-        Run.open(tmp_path)
+        Run.open(reference("fedsa-lora").folder.parent)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no finished run"):
         Run.open(tmp_path / "empty")
 
 
-def test_a_run_goes_on_from_an_export(tmp_path):
-    run = finished(tmp_path, "fedit")
+def test_a_run_goes_on_from_an_export(tmp_path, opened):
+    run = opened("fedit")
     export(run, tmp_path / "out")
     for name in ("fedit", "svd", "fed-sb"):
         extra = ["adapter={name = 'lora-sb', core_rank = 7}"] if name == "fed-sb" else ["adapter.rank=3"]
@@ -105,9 +113,8 @@ def test_a_run_goes_on_from_an_export(tmp_path):
         config("model.targets=['k_proj']", f"model.start={tmp_path / 'out'}").federation()
 
 
-def test_folds_come_to_no_more_than_the_weights_sides(tmp_path):
-    run = finished(tmp_path, "flora", "rounds=4", "evaluation.every=4", "training.local_steps=1")
-    found = export(run, tmp_path / "out")
+def test_folds_come_to_no_more_than_the_weights_sides(tmp_path, opened):
+    found = export(opened("flora"), tmp_path / "out")
     assert found["ranks"] == [WIDTH] and found["difference"] < 1e-4, "4 rounds of three clients at rank 2 are 24"
 
 
@@ -119,8 +126,8 @@ def test_veras_vectors_are_multiplied_in(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["folds.safetensors", "shared.safetensors"])
-def test_a_run_that_lost_a_file(tmp_path, name):
-    finished(tmp_path, "flora")
+def test_a_run_that_lost_a_file(tmp_path, name, reference):
+    shutil.copytree(reference("flora").folder, tmp_path / "run")
     file = tmp_path / "run" / name
     content = file.read_bytes()
     for damage in (lambda: file.write_bytes(content[:-50]), file.unlink):
@@ -129,8 +136,8 @@ def test_a_run_that_lost_a_file(tmp_path, name):
             Run.open(tmp_path / "run")
 
 
-def test_a_summary_that_was_edited(tmp_path):
-    finished(tmp_path, "fedit")
+def test_a_summary_that_was_edited(tmp_path, reference):
+    shutil.copytree(reference("fedit").folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'labels'"):
         Run.open(tmp_path / "run")

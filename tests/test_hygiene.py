@@ -20,7 +20,7 @@ from fedlora.rounds import server_turn
 from fedlora.state import load_tree
 from fedlora.types import Turn
 from tests.fixtures.federation import TABLE, config, same
-from tests.test_defences import R, dense, turned, world
+from tests.fixtures.uploads import R, dense, turned, world
 
 METHOD = FedIT(LoRA(R, 6.0))
 SMALL = {key: value for key, value in TABLE.items() if key != "training"}

@@ -12,7 +12,7 @@ from fedlora.methods.rolora import RoLoRA
 from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, public, server_turn
 from fedlora.types import Turn
-from tests.fixtures.federation import ADAPTERS, config
+from tests.fixtures.federation import REFERENCE, config, same, settings
 
 
 def rounds(optimizer, method, count=4):
@@ -75,18 +75,17 @@ AVERAGING = [n for n in methods.names() if methods.load(n).combine is Method.com
 
 
 @pytest.mark.parametrize("name", AVERAGING)
-def test_on_top_of_any_method_that_averages(name):
+def test_on_top_of_any_method_that_averages(name, reference):
     assert {"fedit", "ffa-lora", "fedsa-lora", "ravan", "fed-sb"} <= set(AVERAGING)
-    own = [f"method.name={name}", *ADAPTERS.get(name, []), "rounds=3"]
-    plain = fedlora.run(config(*own))
-    found = fedlora.run(config(*own, "server.optimizer=momentum", "server.beta1=0.5"))
+    plain = reference(name)
+    found = fedlora.run(config(*settings(name), *REFERENCE, "server.optimizer=momentum", "server.beta1=0.5"))
     assert any(leaf.startswith("_m.") for layer in found.shared.values() for leaf in layer)
     assert found.summary["bytes"] == plain.summary["bytes"], "the server's moments never cross the wire"
-    assert found.summary["final"] != plain.summary["final"]
+    assert not same(found.shared, plain.shared)
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("wrong", "sentence"),
     [
         (["method.name=flexlora", "server.optimizer=adam"], "works on averaged leaves, but FlexLoRA makes its own"),
         (["server.beta1=1.0"], "server.beta1 is 1.0; it lies from 0 to below 1"),
@@ -94,6 +93,6 @@ def test_on_top_of_any_method_that_averages(name):
         (["server.optimizer=sgd"], "server.optimizer is 'sgd'; it should be 'none', 'momentum', 'adam' or 'yogi'"),
     ],
 )
-def test_mistakes(settings, sentence):
+def test_mistakes(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        config(*settings)
+        config(*wrong)

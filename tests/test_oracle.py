@@ -14,7 +14,7 @@ from fedlora.methods.svd import BestRank
 from fedlora.oracle import asked
 from fedlora.rounds import Received
 from fedlora.types import Turn
-from tests.fixtures.federation import TABLE, config, same
+from tests.fixtures.federation import REFERENCE, TABLE, config, same
 from tests.methods.cohort import Cohort
 
 
@@ -50,11 +50,10 @@ def test_errors_tail_and_angles(seed):
     assert found["angles"]["A"] == pytest.approx(float(torch.rad2deg(torch.cat(angles).mean())))
 
 
-def test_the_run_is_the_run():
+def test_the_run_is_the_run(reference):
     seen = []
-    plain = fedlora.run(config())
-    watched = fedlora.run(config(), observe=lambda *round: seen.append(round) or {})
-    assert len(seen) == 2 and same(plain.shared, watched.shared)
+    watched = fedlora.run(config(*REFERENCE), observe=lambda *round: seen.append(round) or {})
+    assert len(seen) == 4 and same(reference("fedit").shared, watched.shared)
 
 
 def test_from_a_table(tmp_path):

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.resources import files
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -18,10 +17,11 @@ from fedlora.config import ConfigError, build, dumps
 from fedlora.planning import byte_plan, outline, planned, problems
 from fedlora.report import plans
 from fedlora.runs import run
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 3,
-    "model": {"name": "demo-vit"},
+    "model": {"name": str(TINY_VIT)},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 90, "test_rows": 30},
     "clients": {"count": 5, "per_round": 2},
     "adapter": {"name": "lora", "rank": 4},
@@ -31,8 +31,14 @@ TABLE = {
 ANY_RANK = [name for name in methods.names() if methods.load(name).any_rank]
 
 
+def wide(table, label):
+    """The table for this method: Ravan's heads need more room side by side than the tiny ViT's weights have."""
+    return {**table, "model": {"name": "demo-vit"}} if label == "ravan" else table
+
+
 def agree(table, label=None):
     """The plan's bytes and the run's; returns both plan and run."""
+    table = wide(table, label)
     config = build(for_label(table, label) if label else table)
     found, result = byte_plan(outline(config)), run(config)
     assert found["exact"]
@@ -65,8 +71,8 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     }  # fmt: skip
     table = {**TABLE, "clients": clients, "training": {"local_steps": 4, "batch_size": 4}}
     agree(table, name)
-    f = build(for_label(table, name)).federation()
-    rows = planned(table, [name])[0]["rows"]
+    f = build(for_label(wide(table, name), name)).federation()
+    rows = planned(wide(table, name), [name])[0]["rows"]
     assert (rows["clients"], len(rows["train"])) == (5, 5)
     assert rows["steps"] == [f.spends(0, k).steps(len(f.shards[k].train)) for k in range(5)]
     assert len(set(rows["steps"])) > 1
@@ -76,9 +82,9 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     "other",
     [
         {"method": {"name": "fedex-lora", "residual_rank": 3}, "rounds": 6},
-        {"method": {"name": "svd", "fold_rest": True}, "clients": {"count": 6, "per_round": 1}, "rounds": 9},
+        {"method": {"name": "svd", "fold_rest": True}, "clients": {"count": 5, "per_round": 1}, "rounds": 7},
         {"adapter": {"name": "vera", "rank": 8}},
-        {"model": {"name": "demo-vit", "targets": ["q_proj", "fc1"], "head": []}, "method": {"name": "flora"}},
+        {"model": {**TABLE["model"], "targets": ["q_proj", "fc1"], "head": []}, "method": {"name": "flora"}},
         {"server": {"optimizer": "adam"}},
         {"training": {"local_epochs": 1, "batch_size": 8, "precision": "bf16"}},
     ],
@@ -138,8 +144,8 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize(
     "model,batch,scored,precision",
     [
-        ("minilm-l3-h384-v8k", 48, 64, "bf16"),
-        ("minilm-l3-h384-v8k", 8, 256, "float32"),
+        pytest.param("minilm-l3-h384-v8k", 48, 64, "bf16", marks=pytest.mark.slow),
+        pytest.param("minilm-l3-h384-v8k", 8, 256, "float32", marks=pytest.mark.slow),
         ("stories260k-llama", 64, 16, "float32"),
     ],
     ids=["training", "evaluation", "llama"],
@@ -167,7 +173,7 @@ def test_memory_is_within_a_fifth(shared, model, batch, scored, precision):
 # ------------------------------------------------------------------------------ what a user meets
 def test_no_weights_are_needed(tmp_path):
     whole = planned(TABLE)[0]
-    shutil.copytree(str(files("fedlora") / "demo" / "vit"), tmp_path / "vit")
+    shutil.copytree(TINY_VIT, tmp_path / "vit")
     (tmp_path / "vit" / "model.safetensors").unlink()
     assert planned({**TABLE, "model": {"name": str(tmp_path / "vit")}})[0] == whole
 
@@ -268,6 +274,6 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     (tmp_path / "my.toml").write_text(text)
     runner = CliRunner()
     found = runner.invoke(app, ["plan", str(tmp_path / "my.toml"), "--json"])
-    assert found.exit_code == 0 and json.loads(found.stdout)[0]["numbers"]["trainable"] == 7114
+    assert found.exit_code == 0 and json.loads(found.stdout)[0]["numbers"]["trainable"] == 682
     bad = runner.invoke(app, ["plan", str(tmp_path / "my.toml"), "-o", "rounds=0", "-o", "clients.count=0"])
     assert bad.exit_code == 2 and "rounds is 0" in bad.stderr and "clients.count is 0" in bad.stderr

@@ -54,7 +54,6 @@ def test_the_command(folder):
     assert "A change" in CliRunner().invoke(app, ["similarity", str(folder)]).stdout
 
 
-def test_a_shared_model_has_no_likeness(tmp_path):
-    run(build({**TABLE, "method": {"name": "fedit"}}), tmp_path / "run")
+def test_a_shared_model_has_no_likeness(reference):
     with pytest.raises(ConfigError, match="all hold the shared model"):
-        similarity(tmp_path / "run")
+        similarity(reference("fedit").folder)

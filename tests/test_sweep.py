@@ -13,10 +13,11 @@ from fedlora.config import ConfigError, build, read_table
 from fedlora.grids import Grid
 from fedlora.sweep import Sweep
 from fedlora.tasks import data as source
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 1,
-    "model": {"name": "demo-vit"},
+    "model": {"name": str(TINY_VIT)},
     "task": {"name": "image-classification", "data": "digits", "train_rows": 100, "test_rows": 40},
     "clients": {"count": 2},
     "adapter": {"name": "lora", "rank": 2},
@@ -197,7 +198,7 @@ def test_real_trials_leave_a_comparison_to_run(tmp_path):
 # ------------------------------------------------------------------------------------- which rows
 def rows_of(task):
     config = build({**TABLE, "task": task})
-    return config.task.load("demo-vit", 0)
+    return config.task.load(config.model.name, 0)
 
 
 def test_held_out_rows_are_training_rows_and_no_others():

@@ -16,7 +16,7 @@ from fedlora.planning import byte_plan, outline
 from fedlora.rounds import public
 from fedlora.transport import Transport
 from fedlora.types import Turn
-from tests.fixtures.federation import ADAPTERS, HEAD, LORA, WEIGHTS, config, same
+from tests.fixtures.federation import HEAD, LORA, REFERENCE, WEIGHTS, config, same, settings
 
 COARSE = ["transport.up=['top-k', 'int4']", "transport.down=['top-k', 'int8']", "transport.top_k=0.2"]
 TURN = Turn(0, 0, 2, seed=7)
@@ -199,14 +199,15 @@ def test_a_channel_set_up_anew_never_sends_a_difference_to_what_nobody_holds():
 
 
 # -------------------------------------------------------------------------------------------------- whole runs
-def test_bytes_of_a_run():
+def test_bytes_of_a_run(reference):
     """int8 is a quarter and four bytes a scale; bfloat16 is half; top-k with bits an eighth of a byte a number."""
-    plain = fedlora.run(config("rounds=3")).summary["bytes"]
-    assert plain["up"] == {"adapter": 9 * LORA, "head": 9 * HEAD}
-    found = fedlora.run(config("rounds=3", "transport.up=int8", "transport.down=bfloat16")).summary["bytes"]
+    plain = reference("fedit").summary["bytes"]
+    assert plain["up"] == {"adapter": 12 * LORA, "head": 12 * HEAD}
+    few = ("training.local_steps=1", "evaluation={every = 4, measure = false}")
+    found = fedlora.run(config(*REFERENCE, *few, "transport.up=int8", "transport.down=bfloat16")).summary["bytes"]
     scales = WEIGHTS * 4 * 4  # weights, ranks of A and B, bytes
-    assert found["up"]["adapter"] == 9 * (LORA // 4 + scales)
-    assert found["up"]["head"] == 9 * (HEAD // 4 + 10 * 4 + 4)
+    assert found["up"]["adapter"] == 12 * (LORA // 4 + scales)
+    assert found["up"]["head"] == 12 * (HEAD // 4 + 10 * 4 + 4)
     assert found["down"] == {kind: size // 2 for kind, size in plain["down"].items()}
 
 
@@ -215,21 +216,19 @@ def test_the_plan_is_exact(name):
     rough = [*COARSE, "transport.error_feedback=true"]
     if not getattr(methods.load(name), "keeps_frame", True):
         rough = [COARSE[0], COARSE[2], "transport.down=int8"]
-    made = config(f"method.name={name}", *ADAPTERS.get(name, []), *rough, "transport.folds=bfloat16", "rounds=4",
+    made = config(*settings(name), *rough, "transport.folds=bfloat16", "rounds=4",
                   "clients.per_round=2", "evaluation.every=4", "evaluation.measure=false", "training.local_steps=1")  # fmt: skip
     plan = byte_plan(outline(made))
     assert plan["exact"] and plan["run"] == fedlora.run(made).summary["bytes"]
 
 
 def test_folds_are_rounded_before_anybody_folds_them():
-    made = config("method.name=fedex-lora", "transport.folds=bfloat16", "rounds=3", "clients.per_round=2")
-    f = made.federation()
-    last = list(InProcess().run(f))[-1]
-    entry = last.folds.entries[-1]
+    own = ("method.name=fedex-lora", "rounds=3", "clients.per_round=2", "evaluation.every=3")
+    rounds = list(InProcess().run(config(*own, "transport.folds=bfloat16").federation()))
+    entry = rounds[-1].folds.entries[-1]
     assert all(torch.equal(x, x.bfloat16().float()) for several in entry.values() for g in several for x in g)
-    plain = fedlora.run(config("method.name=fedex-lora", "rounds=3", "clients.per_round=2")).records
-    rounded = fedlora.run(made).records
-    assert rounded[1]["bytes"]["down"]["fold"] < plain[1]["bytes"]["down"]["fold"]
+    plain = fedlora.run(config(*own)).records
+    assert rounds[1].record["bytes"]["down"]["fold"] < plain[1]["bytes"]["down"]["fold"]
 
 
 def test_other_draws_in_every_round_and_for_every_client():

@@ -1,28 +1,45 @@
 """Whole runs of a causal language model: by role, with every way of combining; on Flower's grid; exported."""
 
+import gzip
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 import fedlora
-from fedlora.config import build, merged, overridden
+from fedlora.config import build, overridden
 from fedlora.export import Run, export
 from tests.fixtures.federation import same
 
 
 @pytest.fixture(scope="module")
-def config(shared):
+def roles(shared, tmp_path_factory):
+    """The lines of the three roles that speak most: some to train on, and a few to test."""
+    folder, there = tmp_path_factory.mktemp("roles"), shared / "data" / "shakespeare_roles"
+    rows = {}
+    for split in ("train", "test"):
+        with gzip.open(there / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows[split] = [json.loads(line) for line in file]
+    most = [role for role, _ in Counter(row["role"] for row in rows["train"]).most_common(3)]
+    for split, count in (("train", 45), ("test", 8)):
+        some = [row for role in most for row in [row for row in rows[split] if row["role"] == role][:count]]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(shared, roles):
     def made(*overrides):
         table = {
             "rounds": 2,
             "model": {"name": str(shared / "models" / "stories260k-llama")},
-            "task": {"name": "causal-lm", "data": str(shared / "data" / "shakespeare_roles"), "text": "text", "max_length": 48},
+            "task": {"name": "causal-lm", "data": str(roles), "text": "text", "max_length": 48},
             "clients": {"count": 3, "split": {"name": "column", "column": "role"}},
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
-        return build(overridden(merged(table, {"task": {"train_rows": 1500, "test_rows": 150}}), list(overrides)))
+        return build(overridden(table, list(overrides)))
 
     return made
 

@@ -28,7 +28,7 @@ from fedlora.rounds import Received
 from fedlora.tasks.task import Examples, lengths_of_one
 from fedlora.training import Training
 from fedlora.types import Turn
-from tests.privacy.test_examples import Toy
+from tests.privacy.world import Toy
 
 CANARIES, STEPS, DELTA, SURE = 120, 4, 1e-7, 0.95
 

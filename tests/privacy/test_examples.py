@@ -14,9 +14,10 @@ from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.local import Local
 from fedlora.model import Model
 from fedlora.privacy import Stream, dpsgd, each, key_of
-from fedlora.tasks.task import Classification, Examples, lengths_of_one, logits
+from fedlora.tasks.task import Examples, lengths_of_one
 from fedlora.training import Training
 from fedlora.types import Turn
+from tests.privacy.world import Toy
 
 ADAPTERS = [LoRA(rank=2), VeRA(rank=3), Heads(heads=2, head_rank=2), LoRASB(core_rank=2)]
 
@@ -35,18 +36,6 @@ class Tiny(nn.Module):
         x = torch.tanh(self.first(torch.tanh(self.first(x))))
         x = self.norm(self.second(self.dropout(x).mean(1)))
         return type("Out", (), {"logits": self.classifier(x)})
-
-
-class Toy(Classification):
-    metric = "accuracy"
-
-    def __init__(self):
-        pass
-
-    def collate(self, examples, rows):
-        return {"x": examples.features["x"][rows], "labels": examples.labels[rows]}
-
-    outputs = staticmethod(logits)
 
 
 def attached(adapter: Adapter, dropout=0.0, norm=None):

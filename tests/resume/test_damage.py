@@ -12,8 +12,7 @@ import fedlora
 from fedlora.engines import sealed
 from fedlora.state import load_tree
 from tests.fixtures.federation import same
-from tests.resume.test_bits import stopped
-from tests.resume.world import alike, small
+from tests.resume.world import alike, small, stopped
 
 NAME = "fedex-lora"
 

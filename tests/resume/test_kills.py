@@ -1,6 +1,7 @@
 """SIGKILL at fifty moments, in training, in evaluation and while checkpoints are written: the bits stay the same.
 
-The process that runs the tests is warm; a child that is forked from it for each attempt needs no imports.
+The process that runs the tests is warm; a child that is forked from it for each attempt needs no imports. The first
+tier has some of the moments, the second has all.
 """
 
 import os
@@ -17,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork"),
     pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
 ]
+SOME = {"fedit": 3, "fedsa-lora": 3, "fedex-lora": 4, "ravan": 3}
 KILLS = {"fedit": 13, "fedsa-lora": 13, "fedex-lora": 12, "ravan": 12}
 SETTINGS = ("rounds=5", "training.keep_optimizer=true", "evaluation.measure=false", "clients.per_round=2")
 CALLS = ("fsync", "replace", "unlink", "open")
@@ -26,17 +28,28 @@ def test_fifty():
     assert sum(KILLS.values()) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KILLS)
 def test_the_bits_of_a_run_that_was_never_killed(name, tmp_path):
+    killed(name, KILLS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_bits_of_a_run_that_was_killed_a_few_times(name, tmp_path):
+    killed(name, SOME[name], tmp_path)
+
+
+def killed(name, times, tmp_path):
+    """Kills runs so many times, and compares each that comes to its end."""
     draws, settings = random.Random(name), small(name, *SETTINGS)
     began = time.monotonic()
     fedlora.run(settings, tmp_path / "whole")
     took = time.monotonic() - began
     kills = attempts = finished = 0
-    while kills < KILLS[name]:
+    while kills < times:
         folder = tmp_path / f"run-{finished}"
         attempts += 1
-        assert attempts < 8 * KILLS[name], "the children end before they are killed"
+        assert attempts < 8 * times, "the children end before they are killed"
         # In turn: at any time at all, and at one of the calls that write, of which a round has about a dozen.
         pid = child(settings, folder, call=draws.randrange(1, 24) if attempts % 2 else None)
         if not attempts % 2:

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 import fedlora
-from tests.resume.world import alike, small
+from tests.resume.world import alike, like_reference, small
 
-SETTINGS = ("rounds=4", "training.local_steps=3", "checkpoint.every=3")
+SELDOM = "checkpoint.every=3"
 
 
 @pytest.fixture(autouse=True)
@@ -35,38 +35,35 @@ def pressing(kind, round, times=1):
 
 
 @pytest.mark.parametrize(("kind", "left"), [("step", 2), ("turn", 2), ("evaluation", 3), ("round", 3)])
-def test_once(kind, left, tmp_path):
+def test_once(kind, left, tmp_path, reference):
     """During a turn the round is dropped; later in a round it is finished first. Either way it is saved."""
-    settings, (watch, seen) = small("fedex-lora", *SETTINGS), pressing(kind, 2)
+    settings, (watch, seen) = like_reference("fedex-lora", SELDOM), pressing(kind, 2)
     result = fedlora.run(settings, tmp_path / "run", watch)
     assert result.summary["interrupted"] and result.summary["rounds"] == left
     after = seen[[e.kind for e in seen].index("pressed") + 1 :]
     assert not [e for e in after if e.kind in ("step", "turn")], "nothing else is begun"
     assert [int(p.name[:6]) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == [left], "out of turn"
-    fedlora.run(settings, tmp_path / "whole")
     fedlora.resume(tmp_path / "run")
-    assert alike(tmp_path / "run", tmp_path / "whole")
+    assert alike(tmp_path / "run", reference("fedex-lora").folder)
 
 
 @pytest.mark.parametrize("kind", ["step", "evaluation"])
-def test_twice_leaves_at_once_and_writes_nothing_more(kind, tmp_path):
-    settings, (watch, seen) = small("fedex-lora", "rounds=3"), pressing(kind, 1, times=2)
+def test_twice_leaves_at_once_and_writes_nothing_more(kind, tmp_path, reference):
+    settings, (watch, seen) = like_reference("fedex-lora"), pressing(kind, 1, times=2)
     with pytest.raises(SystemExit) as left:
         fedlora.run(settings, tmp_path / "run", watch)
     assert left.value.code == 130
     assert seen[-1].kind == "pressed"
     assert not (tmp_path / "run" / "summary.json").exists()
-    fedlora.run(settings, tmp_path / "whole")
     fedlora.resume(tmp_path / "run")
-    assert alike(tmp_path / "run", tmp_path / "whole")
+    assert alike(tmp_path / "run", reference("fedex-lora").folder)
 
 
-def test_after_the_last_step_the_run_is_whole_and_what_follows_is_stopped(tmp_path):
+def test_after_the_last_step_the_run_is_whole_and_what_follows_is_stopped(tmp_path, reference):
     watch, _ = pressing("round", 3)
     with pytest.raises(KeyboardInterrupt):
-        fedlora.run(small("fedit", *SETTINGS), tmp_path / "run", watch)
-    fedlora.run(small("fedit", *SETTINGS), tmp_path / "whole")
-    assert alike(tmp_path / "run", tmp_path / "whole")
+        fedlora.run(like_reference("fedit", SELDOM), tmp_path / "run", watch)
+    assert alike(tmp_path / "run", reference("fedit").folder)
 
 
 def test_a_program_with_a_handler_of_its_own_keeps_it(tmp_path):

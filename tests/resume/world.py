@@ -2,8 +2,9 @@
 
 import json
 
+import fedlora
 from fedlora.state import load_tree
-from tests.fixtures.federation import ADAPTERS, config, same
+from tests.fixtures.federation import REFERENCE, config, same, settings
 
 SMALL = (
     "task.train_rows=60", "task.test_rows=30", "training.local_steps=1", "training.batch_size=8",
@@ -13,7 +14,23 @@ SMALL = (
 
 def small(name, *more):
     """A configuration of a method, three clients, a fraction of a second a round."""
-    return config(f"method.name={name}", *ADAPTERS.get(name, []), *SMALL, *more)
+    return config(*settings(name), *SMALL, *more)
+
+
+def like_reference(name, *more):
+    """The configuration of ``reference(name)``, and settings that leave its bits alone."""
+    return config(*settings(name), *REFERENCE, *more)
+
+
+def breaking(event, after, kind="step"):
+    """Ctrl-C in the round after so many; as a run's ``watch``."""
+    if event.kind == kind and event.round == after:
+        raise KeyboardInterrupt
+
+
+def stopped(made, folder, after):
+    """A run that was asked for more rounds than it came to."""
+    return fedlora.run(made, folder, lambda event: breaking(event, after, "turn"))
 
 
 def lines(folder):
