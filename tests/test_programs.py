@@ -183,12 +183,9 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_run(folder, o
     assert not ran
 
 
-def test_the_command(folder):
+def test_the_command(folder, commands):
     def call(*more):
-        return subprocess.run(
-            [sys.executable, "-m", "fedlora", "grade", "p.jsonl", "--data", "data", *more],
-            cwd=folder, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=120,
-        )  # fmt: skip
+        return commands.call(["fedlora", "grade", "p.jsonl", "--data", "data", *more], folder)
 
     wrong = call("--k", "x")
     assert (

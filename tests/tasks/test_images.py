@@ -380,7 +380,7 @@ def test_every_family_trains_its_adapters_and_all_of_its_head(kind, models, tmp_
     federation = config.federation()
     before = federation.model.initial(0)
     single, double = (gradients(federation, kind) for kind in (torch.float32, torch.float64))
-    for part, layer in double.items():
+    for part in double:
         found, exact = (max(tree[part].values(), key=lambda x: float(x.norm())) for tree in (single, double))
         assert float((found - exact).norm()) < 1e-3 * float(exact.norm()), f"{part} has a gradient, not only rounding"
     result = fedlora.run(config, tmp_path / "run")
