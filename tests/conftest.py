@@ -14,7 +14,10 @@ from tests.fixtures.federation import REFERENCE, config, settings
 from tests.fixtures.schedule import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
 from tests.fixtures.times import pytest_addoption, pytest_configure  # noqa: F401
 
-torch.set_num_threads(1)  # two busy threads on one core wait for each other
+# Two busy threads on one core wait for each other. FEDLORA_TEST_THREADS=2 runs the same tests with sums that are split
+# over two threads; what tests assert holds for them, too.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("FEDLORA_TEST_THREADS", "1")  # child processes inherit it
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -62,8 +62,8 @@ def test_lines_lie_along_the_longest_axis(shape):
 def test_rounding_at_random_is_right_in_the_mean(name, step):
     """The mean of many draws lies within five standard errors of x; rounding to the nearest would not."""
     x, many = torch.tensor([[1.0, 0.31, -0.777, 0.003, -1.0, 0.5]]), 20_000
-    c, made = chain([name]), draws(5)
-    mean = torch.stack([c.decode(c.encode(x, made), (1, 6)) for _ in range(many)]).double().mean(0)
+    c, line = chain([name]), x.repeat(1, many)  # one line has one scale, and each number a draw of its own
+    mean = c.decode(c.encode(line, draws(5)), line.shape).reshape(many, 6).double().mean(0)
     assert bool(((mean - x).abs() <= 5 * step / 2 / many**0.5 + 1e-6).all()), mean - x
 
 

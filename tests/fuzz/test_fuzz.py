@@ -1,10 +1,12 @@
 """Readers of what comes from elsewhere: whatever bytes come, they take them or say in a sentence why not.
 
-``FEDLORA_FUZZ_CASES`` (300) is the number of cases for each reader and ``FEDLORA_FUZZ_SEED`` (0) where they begin; with
-``-s`` the counts are printed. ``python -m tests.fuzz`` plays longer.
+``FEDLORA_FUZZ_CASES`` (300) is the number of cases for each reader, ten times as many in the second tier, and
+``FEDLORA_FUZZ_SEED`` (0) where they begin; the counts are printed. ``python -m tests.fuzz`` plays longer.
 """
 
+import json
 import os
+from functools import cache
 
 import pytest
 import torch
@@ -22,11 +24,13 @@ CASES = int(os.environ.get("FEDLORA_FUZZ_CASES", "300"))
 SEED = int(os.environ.get("FEDLORA_FUZZ_SEED", "0"))
 SLOWER = {"configuration": 15}  # a case of it takes as long as so many others
 READERS = list(targets())
+BUDGETS = [pytest.param(CASES, id="some"), pytest.param(10 * CASES, id="many", marks=pytest.mark.slow)]
 
 
+@pytest.mark.parametrize("cases", BUDGETS)
 @pytest.mark.parametrize("name", READERS)
-def test_a_reader_takes_or_refuses(name, tmp_path, capsys):
-    found = play(name, targets(tmp_path)[name](), max(5, CASES // SLOWER.get(name, 1)), SEED)
+def test_a_reader_takes_or_refuses(name, cases, tmp_path, capsys):
+    found = play(name, targets(tmp_path)[name](), max(5, cases // SLOWER.get(name, 1)), SEED)
     assert found.refused > 0 and found.taken + found.refused == found.cases
     with capsys.disabled():
         print(f"\n  {found}", end="")
@@ -73,8 +77,6 @@ ENTRIES = st.fixed_dictionaries(
 @given(st.dictionaries(st.text(max_size=8), ENTRIES | st.none() | st.integers(), max_size=4), st.binary(max_size=64))
 @settings(max_examples=max(50, CASES), deadline=None)
 def test_headers_that_are_json(header, data):
-    import json
-
     text = json.dumps(header).encode()
     content = len(text).to_bytes(8, "little") + text + data
     try:
@@ -94,6 +96,14 @@ LEAVES = st.tuples(
 FIELDS = st.sampled_from(["", "@codes", "@scale", "@values", "@bits", "@index", "@shape", "@", "@@"])
 
 
+@cache
+def uploads(**setting) -> Target:
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from tests.fuzz.targets import upload
+
+    return upload(Transport(**setting))
+
+
 @pytest.mark.parametrize("setting", [{}, {"up": "int8"}, {"up": "int4", "top_k": 0.3}, {"top_k": 0.02}], ids=str)
 @given(
     st.dictionaries(
@@ -102,13 +112,10 @@ FIELDS = st.sampled_from(["", "@codes", "@scale", "@values", "@bits", "@index", 
 )
 @settings(max_examples=max(20, CASES // 4), deadline=None)
 def test_uploads_of_wrong_leaves(setting, leaves):
-    pytest.importorskip("flwr", reason="needs the flower extra")
-    from tests.fuzz.targets import upload
-
     made = {
         f"{part}/{leaf}{field}": torch.ones(shape).to(kind) for (part, leaf, field), (kind, shape) in leaves.items()
     }
-    one(upload(Transport(**setting)), save(made))
+    one(uploads(**setting), save(made))
 
 
 VALUES = st.one_of(

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedlora.secure import (
     PHASES,
@@ -45,8 +47,12 @@ def check(values, weights, dropouts, found):
     assert found.mean.dtype == torch.float32
 
 
-@pytest.mark.parametrize("K", [3, 4, 7, 12, 25, 50])
-@pytest.mark.parametrize("phase", [None, *PHASES, "all"])
+# Every phase with a few clients, and every number of clients with dropouts in all phases.
+THIRDS = [(K, "all") for K in (3, 4, 12, 25)] + [(7, phase) for phase in (None, *PHASES, "all")]
+MANY = [pytest.param(50, phase, marks=pytest.mark.slow) for phase in (None, *PHASES, "all")]
+
+
+@pytest.mark.parametrize(("K", "phase"), THIRDS + MANY)
 def test_a_third_drops_out(K, phase):
     values, weights = drawn(K, 0)
     gone = list(weights)[: K // 3]
@@ -56,7 +62,8 @@ def test_a_third_drops_out(K, phase):
     check(values, weights, dropouts, aggregate(values, weights, dropouts, threshold=K - K // 3))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31))
 def test_whoever_drops_out_whenever(seed):
     rng = np.random.default_rng(seed)
     K = int(rng.integers(3, 10))

@@ -250,11 +250,15 @@ def test_a_shape_that_is_none(shape):
 
 
 def saved(folder, splits, per=3):
+    """Dark and light pictures, all with content: of one colour they would be the same everywhere, and where all tokens
+    are equal, attention has no gradient."""
+    draws = numpy.random.default_rng(0)
     for split in splits:
-        for label, value in (("dark", 30), ("light", 220)):
+        for label, least in (("dark", 0), ("light", 200)):
             (folder / split / label).mkdir(parents=True)
             for i in range(per):
-                Image.new("RGB", (11, 17), (value, value, value + i)).save(folder / split / label / f"{i}.png")
+                pixels = draws.integers(least, least + 40, (17, 11, 3), dtype=numpy.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
     return str(folder)
 
 
@@ -359,11 +363,26 @@ def federation_of(model, folder, **more):
 HEADS = {"distilled": {"cls_classifier", "distillation_classifier"}}
 
 
+def gradients(federation, kind):
+    """Of four training rows at the start, in numbers of this kind."""
+    model, task = federation.model, federation.task
+    model.load(model.initial(0))
+    model.network.to(kind)
+    rows = task.collate(federation.data.train, torch.arange(4))
+    rows["pixel_values"] = rows["pixel_values"].to(kind)
+    return model.gradient(lambda network: task.loss(network, rows))
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "distilled"])
 def test_every_family_trains_its_adapters_and_all_of_its_head(kind, models, tmp_path):
     model = models(kind)
     config = federation_of(model, saved(tmp_path / "d", ("train", "test"), per=8))
-    before = config.federation().model.initial(0)
+    federation = config.federation()
+    before = federation.model.initial(0)
+    single, double = (gradients(federation, kind) for kind in (torch.float32, torch.float64))
+    for part in double:
+        found, exact = (max(tree[part].values(), key=lambda x: float(x.norm())) for tree in (single, double))
+        assert float((found - exact).norm()) < 1e-3 * float(exact.norm()), f"{part} has a gradient, not only rounding"
     result = fedlora.run(config, tmp_path / "run")
     heads = HEADS.get(kind, {"classifier"})
     assert {part for part in result.shared if "classifier" in part} == heads
