@@ -193,7 +193,7 @@ def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(tmp_p
             return FAULTS[faults[number]][0](message)
         return message
 
-    settings = [*SHORT, f"rounds={len(FAULTS) + 2}", "hygiene.strikes=0"]
+    settings = ["evaluation.measure=false", "training.local_steps=1", f"rounds={len(FAULTS) + 2}", "hygiene.strikes=0"]
     world = World(tmp_path, *settings, network=IMPATIENT, post=post)
     seen = []
     world.server.observe = lambda rules, shared, uploads: seen.append((shared, list(uploads))) or {}
@@ -203,6 +203,7 @@ def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(tmp_p
         left = {**done.record.get("absent", {}), **done.record.get("quarantined", {})}
         assert done.record["cohort"] == [k for k in range(3) if k != client], fault
         assert set(left) == ({client} if fault else set()), fault
+        assert "unscored" not in done.record, f"{fault}: whoever was left out is scored all the same"
         if fault:
             assert re.search(FAULTS[fault][1].replace("{round}", str(done.number)), left[client]), (fault, left)
         alone = server_turn(world.federation.rules, before, [Received(u.turn, u.examples, u.tree) for u in uploads])
