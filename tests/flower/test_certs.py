@@ -155,19 +155,15 @@ def test_mistakes_are_one_sentence(change, sentence, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def fedlora(*arguments, cwd):
-    command = [sys.executable, "-m", "fedlora", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
-
-
-def test_the_command_says_what_goes_to_whom(tmp_path):
-    found = fedlora("flower", "certs", "keys", "--parties", "a,b", "--hosts", "fl.example.org,10.0.0.4", cwd=tmp_path)
+def test_the_command_says_what_goes_to_whom(commands, tmp_path):
+    command = ["fedlora", "flower", "certs", "keys", "--parties"]
+    found = commands.call([*command, "a,b", "--hosts", "fl.example.org,10.0.0.4"], tmp_path)
     assert found.returncode == 0, found.stderr
     assert all(f"keys/parties/{name}/" in found.stdout for name in "ab")
     assert "flwr supernode register keys/server/keys/b.key.pub fl" in found.stdout
     assert "--superlink fl.example.org:8443" in found.stdout
     assert all(f"--node-config 'client={number} " in found.stdout for number in (0, 1))
-    again = fedlora("flower", "certs", "keys", "--parties", "a", cwd=tmp_path)
+    again = commands.call([*command, "a"], tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("fedlora: 'keys' exists already")
 

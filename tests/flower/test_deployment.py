@@ -105,7 +105,6 @@ def test_a_run_over_tls_with_registered_keys_ends_with_the_bits_of_one_process(f
         assert f"NODE {sorted(told.items())} {fedlora.__file__}\n" in log(flower, name), (
             "a node's configuration arrives as it was, and the app imports the fedlora that started it"
         )
-    assert flower.nodes().items() >= dict.fromkeys(nodes, "online").items()
     files = [path for path in (place / AWKWARD).rglob("*.safetensors") if path.parent.name == "clients"]
     assert {path.stem for path in files} >= {"0", "1", "2"}, "each party's state lies where its node says"
 
@@ -180,7 +179,8 @@ def test_a_node_that_is_killed_in_its_turn_is_named_and_comes_back(flower, place
     flower.stop("party-2")
     assert flower.nodes()["party-2"] == "offline", "who is stopped in order signs off"
     flower.start("party-2")
-    assert flower.nodes()["party-2"] == "online" and flower.ids["party-2"] == number
+    assert flower.nodes().items() >= dict.fromkeys(nodes, "online").items()
+    assert flower.ids["party-2"] == number
 
 
 @pytest.fixture(scope="module")

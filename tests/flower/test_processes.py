@@ -44,16 +44,21 @@ def test_a_signal_leaves_no_process(tmp_path):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         started.append((child, number, status, logs / "a.log"))
-    for child, number, status, log in started:
-        with child:
+    try:
+        for child, number, status, log in started:
             folder = Path(child.stdout.readline().strip())
             wait_until(lambda: child.poll() is not None or "HELD" in log.read_text(), "no turn began")  # noqa: B023
             found = str(left(folder))
             assert all(kind in found for kind in KINDS), found
             child.send_signal(number)
             child.communicate(timeout=SECONDS)
-        assert child.returncode == status
-        assert left(folder) == [] and not folder.exists()
+            assert child.returncode == status
+            assert left(folder) == [] and not folder.exists()
+    finally:
+        for child, *_ in started:
+            if child.poll() is None:  # an assertion failed: the deployment is not to outlive the test
+                child.terminate()
+                child.communicate()
 
 
 @pytest.mark.flower
