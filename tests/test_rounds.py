@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.flora_na import FLoRANA
-from fedlora.rounds import Received, alike, server_turn, shares
+from fedlora.rounds import Received, alike, client_turn, server_turn, shares
 from fedlora.types import Turn
+from tests.laws.world import ADAPTERS, Nudge, World
 from tests.methods.cohort import Cohort
 
 
@@ -59,3 +61,21 @@ def test_the_order_of_leaves_has_no_influence_on_how_parts_are_grouped():
     x = torch.zeros(2, 3)
     layers = {"a": {"A": x, "B": x}, "b": {"B": x, "A": x}}
     assert alike(["a", "b"], lambda part: [layers[part]]) == [["a", "b"]]
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_replies_in_any_order_give_the_same_bits(name):
+    """Over a network they arrive in any order, and sums of floating-point numbers depend on it."""
+    kind = methods.load(name)
+    world = World(kind(adapter=ADAPTERS[kind.adapters[0]][0]))
+    uploads = []
+    for client in range(3):
+        turn = world.turn(client)
+        sent, _ = client_turn(world.rules, world.shared, {}, turn, Nudge(client))
+        uploads.append(Received(turn, world.examples[client], sent))
+    one, other = (server_turn(world.rules, world.shared, some) for some in (uploads, uploads[::-1]))
+    for part, layer in one.shared.items():
+        assert all(torch.equal(x, other.shared[part][leaf]) for leaf, x in layer.items()), part
+    assert one.folds.keys() == other.folds.keys()
+    for part, folds in one.folds.items():
+        assert all(torch.equal(a, b) for f, g in zip(folds, other.folds[part], strict=True) for a, b in zip(f, g)), part
