@@ -73,8 +73,8 @@ MUTANTS = [
     ),
     Mutant(
         "methods/lora_fair.py",
-        'Term(u.weight, u.layer["B"] - B, u.layer["A"] - A)',
-        'Term(u.weight, u.layer["B"], u.layer["A"] - A)',
+        'return Outcome({**shared, "A": A, "B": B + correction.to(B.dtype)})',
+        'return Outcome({**shared, "A": A, "B": B - correction.to(B.dtype)})',
         ALGEBRA,
     ),
     Mutant(
