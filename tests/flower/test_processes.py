@@ -13,6 +13,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from fedlora.flower import processes
 from fedlora.flower.certs import certificates
 from fedlora.flower.processes import Loopback
+from fedlora.flower.surroundings import tail
 from tests.flower.deployment import SECONDS, left, wait_until, write_programs, write_tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc")
@@ -98,3 +99,17 @@ def test_a_killed_node_starts_again_when_the_superlink_has_missed_it(tmp_path, m
     monkeypatch.setattr(flower, "_wait", happened.append)
     flower.start("a")
     assert happened == [1, 1, "a", {"a": None}]
+
+
+def test_a_log_is_told_by_its_reasons_and_not_by_the_frames_of_a_traceback():
+    """A process that is stopped while it ends writes frames after the line that says why it ends."""
+    frames = [
+        "Traceback (most recent call last):",
+        '  File "exit.py", line 119, in flwr_exit',
+        "    wait()",
+        "    ^^^^^^",
+    ]
+    log = ["INFO : starting", "ERROR : [SSL: CERTIFICATE_VERIFY_FAILED]", *(8 * frames), "KeyboardInterrupt", ""]
+    assert tail(log) == "ERROR : [SSL: CERTIFICATE_VERIFY_FAILED]"
+    assert tail(["╭─ Error ─╮", "│ No such option. │", "╰────╯"]) == "No such option."
+    assert tail(["INFO : starting"]) == "INFO : starting" and tail([]) == "(nothing)"

@@ -13,6 +13,7 @@ import fedlora
 HOST = "127.0.0.1"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 LAST = 12  # lines of a log that an error shows
+FRAME = re.compile(r"\s+\S.*|Traceback \(most recent call last\):|KeyboardInterrupt|During handling of .*|The above .*")
 
 
 def scripts() -> Path:
@@ -65,7 +66,8 @@ def plain(text: str) -> str:
 
 
 def tail(lines: list[str]) -> str:
-    """The last lines that tell something: without a server's chatter, where more is there."""
-    told = [line.strip("│ \t") for line in lines if not re.fullmatch(r"\s*|\s*[╭╰].*", line)]
+    """The last lines that tell something: without chatter and the frames of tracebacks, where more is there."""
+    told = [line for line in lines if not re.fullmatch(r"\s*|\s*[╭╰].*", line)]
     grave = [line for line in told if not line.startswith("INFO")]
-    return " | ".join((grave or told)[-LAST:]) or "(nothing)"
+    reasons = [line for line in grave if not FRAME.fullmatch(line)]
+    return " | ".join(line.strip("│ \t") for line in (reasons or grave or told)[-LAST:]) or "(nothing)"
