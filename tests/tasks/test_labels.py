@@ -7,13 +7,15 @@ import datasets
 import pytest
 from PIL import Image
 
+import fedlora
+from fedlora.config import dumps
 from fedlora.tasks.data import groups
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.tasks.labels import Classes, is_number, label_map
 from fedlora.tasks.pairs import texts as asked_and_answered
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.tasks.wording import filled, strata
-from tests.fixtures.federation import TINY_VIT
+from tests.fixtures.federation import TABLE, TINY_VIT, config
 
 WORDS, NUMBERS, CODES = ("urgent", "soon", "routine"), ("1", "2", "3"), ("01", "2", "30")
 
@@ -281,3 +283,49 @@ def test_a_classlabel_in_a_template_or_a_column_of_clients_is_its_name():
     assert filled("a {label}", split, "task.prompt") == ["a cat", "a dog"]
     assert [kinds.tolist() for kinds in strata(split, in_order(["cat"], ["cat", "dog"]), "label")] == [[0, 1], [0]]
     assert groups(split, "label", "training") == ("cat", "dog")
+
+
+def small(data, **task):
+    """A run of one step on these pictures."""
+    table = {**TABLE, "rounds": 1, "clients": {"count": 2}, "training": {"local_steps": 1, "batch_size": 2}}
+    return {**table, "task": {"name": "image-classification", "data": data, **task}}
+
+
+def test_the_python_api_has_a_head_for_the_values_that_there_are(tmp_path):
+    said = []
+    result = fedlora.run(
+        config(table=small(saved(tmp_path / "d", rows([4019, 25000] * 6)))), tmp_path / "run", said.append
+    )
+    assert result.shared["classifier"]["weight"].shape[0] == 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["labels"] == ["4019", "25000"]
+    assert summary["label_maps"] == [{"clients": "all", "by": "name", "classes": {"4019": "4019", "25000": "25000"}}]
+    notes = [event.text for event in said if event.kind == "note"]
+    assert notes == summary["notes"] and notes[0].startswith("the labels of column 'label' are numbers: 4019, 25000;")
+
+
+def test_the_command_matches_by_name_or_refuses_and_leaves_nothing(tmp_path, commands):
+    numbers = saved(tmp_path / "n", rows([1, 2, 3, 4] * 4))
+    (tmp_path / "my.toml").write_text(dumps(config(table=small(numbers, label_names=["1", "2", "3", "4", "5"])).table))
+    found = commands.call(["fedlora", "run", "my.toml", "--out", "run", "--json"], tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["label_maps"][0]["classes"] == {str(i): str(i) for i in range(1, 6)}
+    held = json.loads((tmp_path / "run" / "rows.json").read_text())
+    assert [sum(counts) for counts in zip(*(own["labels"] for own in held["clients"].values()))] == [4, 4, 4, 4, 0]
+    found = commands.call(
+        ["fedlora", "run", "my.toml", "--out", "no", "-o", "task.label_names=['a', 'b', 'c', 'd']"], tmp_path
+    )
+    assert found.returncode == 2 and "holds 4 in the training rows, which is no label" in found.stderr
+    assert "Traceback" not in found.stderr and not (tmp_path / "no").exists()
+
+
+def test_rows_that_belong_to_nobody_are_said_in_a_run(tmp_path):
+    split = rows(["a", "b"] * 9).add_column("who", ["x", "y", "z"] * 6)
+    table = {
+        **small(saved(tmp_path / "d", split)),
+        "clients": {"count": 2, "split": {"name": "column", "column": "who"}},
+    }
+    notes = fedlora.run(config(table=table)).summary["notes"]
+    assert (
+        "their 6 of 18 training rows and 6 of 18 test rows belong to nobody: 'z' (6); clients.count is 2." in notes[0]
+    )
