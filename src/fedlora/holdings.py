@@ -27,3 +27,18 @@ def holdings(f: Federation) -> dict[str, Any] | None:
         rows = {"train": len(shard.train), "test": len(shard.test)}
         clients[str(client)] = rows if own is None else {**rows, "labels": own}
     return {"labels": names if labelled else [], "clients": clients}
+
+
+def labels(f: Federation, readings: Mapping[int, str]) -> dict[str, Any]:
+    """For a run's summary: ``labels``, the names of the head's outputs, and ``label_maps``, which value is which class.
+
+    ``readings`` say how parties read the labels of their own data. A map has ``clients`` ("all" or their numbers), ``by``
+    ("name" or "position") and ``classes`` (value -> name). It follows from the names alone, so it tells no rows. There
+    are none where rows have no labels.
+    """
+    here = f.data.reading if f.data is not None else ""
+    found: list[dict[str, Any]] = [{"clients": "all", "by": here, "classes": f.label_map(here)}] if here else []
+    for how in sorted(set(readings.values())):
+        clients = sorted(client for client, reading in readings.items() if reading == how)
+        found.append({"clients": clients, "by": how, "classes": f.label_map(how)})
+    return {"labels": list(f.label_names), **({"label_maps": found} if found else {})}

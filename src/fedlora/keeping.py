@@ -31,6 +31,7 @@ class Keeper:
     records: list[Mapping[str, Any]] = field(default_factory=list)
     last: Round | None = None  # the last finished one, of this process or of the one before
     saved: Saved | None = None  # where the run goes on from
+    readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads the labels of its own data
     interrupted: bool = False
     told: Callbacks = field(default_factory=Callbacks)
     _began: float = field(default_factory=time.perf_counter)
@@ -53,6 +54,7 @@ class Keeper:
         if self.saved is not None:
             notes = self.saved.about["notes"]
             self.checkpoints.notes = {**notes, "resumed": [*notes.get("resumed", []), number]}
+            self.readings = {int(client): how for client, how in notes.get("readings", {}).items()}
 
     @property
     def seconds(self) -> float:
@@ -73,8 +75,10 @@ class Keeper:
                 shelf.keep(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
                 self._line(self.last.record)
                 last = self.last.number + 1 >= f.rounds
+                self.readings = {**self.readings, **engine.readings()}
                 if self.checkpoints is not None:
                     self.checkpoints.notes["seconds"] = self.seconds
+                    self.checkpoints.notes["readings"] = {str(k): v for k, v in self.readings.items()}
                     self.checkpoints.after(self.last, engine, last)
                 self.told.round(self.last.record)
                 if not last:

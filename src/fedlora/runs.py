@@ -24,7 +24,7 @@ from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
 from fedlora.folds import FoldLog
 from fedlora.holdings import FILE as ROWS
-from fedlora.holdings import holdings
+from fedlora.holdings import holdings, labels
 from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
@@ -139,7 +139,7 @@ def _kept(
     summary = {
         **summarise(config, keeper.records, keeper.interrupted, keeper.seconds),
         **private.report(f, len(keeper.records)),
-        "labels": list(f.label_names),
+        **labels(f, keeper.readings),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
         **({"notes": list(f.notes)} if f.notes else {}),

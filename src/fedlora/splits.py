@@ -3,6 +3,7 @@
 import typing
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fedlora.nearest import unknown
 from fedlora.tasks.task import Examples
+
+LISTED = 5  # values that a sentence names
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Split(ABC):
         if left:
             raise ValueError(f"splitting by {self} over {count} clients leaves {left} rows to nobody; {self.hint}.")
         return found
+
+    def left_out(self, train: Examples, test: Examples, count: int) -> str:
+        """A sentence on the rows that no client gets although they are there; empty where there are none."""
+        return ""
 
     def __str__(self) -> str:
         return ", ".join([repr(self.name), *(f"{key} = {value}" for key, value in asdict(self).items())])
@@ -145,17 +152,34 @@ class Column(Split):
         raise AssertionError("a natural split is read off its column")
 
     def rows(self, examples, count, seed):
-        groups = examples.groups or ()
-        sizes: dict[str, int] = {}
-        for group in groups:
-            sizes[group] = sizes.get(group, 0) + 1
-        owners = sorted(sizes, key=lambda g: (-sizes[g], g))[:count]
+        owners = self._owners(examples)[:count]
         if len(owners) < count:
             raise ValueError(
                 f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; "
                 "lower clients.count."
             )
+        groups = examples.groups or ()
         return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
+
+    def _owners(self, examples: Examples) -> list[str]:
+        """The column's values, those of the most rows first."""
+        sizes = Counter(examples.groups or ())
+        return sorted(sizes, key=lambda g: (-sizes[g], g))
+
+    def left_out(self, train, test, count):
+        owners = self._owners(train)
+        known, sizes, tests = set(owners[:count]), Counter(train.groups or ()), Counter(test.groups or ())
+        others = [*owners[count:], *sorted(tests.keys() - set(owners))]
+        if not others:
+            return ""
+        rows, more = (sum(n for owner, n in part.items() if owner not in known) for part in (sizes, tests))
+        of_tests = f" and {more} of {len(test)} test rows" if tests else ""
+        some = ", ".join(f"{owner!r} ({sizes[owner]})" for owner in others[:LISTED])
+        return (
+            f"{len(others)} of the {len(known) + len(others)} values of column {self.column!r} are no client, and "
+            f"their {rows} of {len(train)} training rows{of_tests} belong to nobody: "
+            f"{some}{', ...' if len(others) > LISTED else ''}; clients.count is {count}."
+        )
 
 
 @dataclass(frozen=True)

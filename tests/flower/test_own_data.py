@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import datasets
+from PIL import Image
 
 import fedlora
 from fedlora.config import build, merged
@@ -16,8 +17,10 @@ from fedlora.engines.flower.party import client_app, handled
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
+from fedlora.flower.own import own_table
+from fedlora.flower.server import serve
 from tests.fixtures.federation import TABLE
-from tests.flower.world import QUICK, SERVED, World, same, trained
+from tests.flower.world import QUICK, SERVED, DiedError, World, dying, same, trained
 
 NAMES = [str(i) for i in range(10)]
 SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})
@@ -101,7 +104,6 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     pytest.importorskip("peft")
     from fedlora.export import Run, export
     from fedlora.flower.result import result
-    from fedlora.flower.server import serve
 
     for name in ("fedsa-lora", "fedex-lora"):
         own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' folds with rounding
@@ -120,3 +122,112 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     with pytest.raises(fedlora.ConfigError, match="has no state of client 2 in the run 'nope'"):
         result(world.config, tmp_path / name / "state", 2, tmp_path / "nothing", "nope")
     assert not (tmp_path / "nothing").exists()
+
+
+LABELS = ["benign", "cancer", "healthy"]
+
+
+def scans(folder, kind, order=LABELS):
+    """One party's ten scans of each label, which is called or numbered as ``kind`` says."""
+    names = [name for name in LABELS for _ in range(10)]
+    folder.mkdir()
+    if kind == "folders":
+        for split in ("train", "test"):
+            for i, name in enumerate(names):
+                (folder / split / name).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), i).save(folder / split / name / f"{i}.png")
+        return folder
+    rows = datasets.Dataset.from_dict({"image": [bytes([i] * 64) for i in range(30)], "label": names})
+    if kind == "ClassLabel":
+        feature = datasets.ClassLabel(names=list(order))
+        rows = rows.map(lambda row: {"label": feature.str2int(row["label"])}).cast_column("label", feature)
+    if kind == "integers":
+        rows = rows.remove_columns("label").add_column("label", [order.index(name) for name in names])
+    for split in ("train", "test"):
+        rows.to_parquet(folder / f"{split}.parquet")
+    (folder / "meta.json").write_text(json.dumps({"image_shape": [8, 8, 1]}))
+    return folder
+
+
+def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1):
+    """The configuration of parties with such files, and their grid."""
+    places = [scans(tmp_path / f"party-{k}", *kind) for k, kind in enumerate(kinds)]
+    table = {**TABLE, "rounds": rounds, "clients": {"count": len(kinds), "split": {"name": "own"}}}
+    table["task"] = {"name": "image-classification", "data": "own", "label_names": label_names}
+    table["training"] = {"local_steps": 1, "batch_size": 4}
+    table["flower"] = {"poll": 0.001, "join_timeout": 0.5, "retry": 0.05, "min_clients": 1}
+    nodes = {
+        10 + k: {"client": k, "state": str(tmp_path / f"s-{k}"), "task.data": str(p)} for k, p in enumerate(places)
+    }
+    bases = lru_cache(parties.base.__wrapped__)
+    monkeypatch.setattr(parties, "base", bases)
+
+    def turns(kind, content, context):
+        return handled(kind, content, lambda run: parties.party(table, context.node_config, run))
+
+    def taught(client):
+        """The label of each training row, by its name."""
+        base = bases(json.dumps(own_table(table, nodes[10 + client])), client)
+        data = base.federation.data
+        return [data.label_names[i] for i in data.train.labels.tolist()]
+
+    return build(table), MemoryGrid(client_app(turns), nodes), taught
+
+
+def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_path, monkeypatch):
+    kinds = [("strings",), ("ClassLabel", LABELS[::-1]), ("folders",), ("integers",)]
+    config, grid, taught = federation_of(tmp_path, monkeypatch, kinds)
+    events = []
+    result = serve(config, grid, tmp_path / "run", events.append)
+    assert all(taught(client) == [name for name in LABELS for _ in range(10)] for client in range(4))
+    by_name = "joined; its labels are matched by name"
+    by_position = "joined; its labels are numbers and read as positions, 0 = benign, 1 = cancer, 2 = healthy"
+    assert {e.client: e.text for e in events if e.kind == "node"} == {
+        0: by_name,
+        1: by_name,
+        2: by_name,
+        3: by_position,
+    }
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["labels"] == LABELS and summary["label_maps"] == result.summary["label_maps"]
+    assert summary["label_maps"] == [
+        {"clients": [0, 1, 2], "by": "name", "classes": {name: name for name in LABELS}},
+        {"clients": [3], "by": "position", "classes": {"0": "benign", "1": "cancer", "2": "healthy"}},
+    ]
+
+
+def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path, monkeypatch, capfd):
+    numbers = ["0", "1", "2"]
+    config, grid, taught = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], numbers)
+    events = []
+    serve(config, grid, tmp_path / "run", events.append)
+    assert taught(1) == [name for name in numbers for _ in range(10)]
+    assert {e.client for e in events if e.kind == "turn"} == {1}, "only the party whose labels are known has trained"
+    assert "holds 'benign', 'cancer', 'healthy' in the training rows, which are no labels; the labels are 0, 1, 2;" in (
+        capfd.readouterr().err
+    )
+
+
+def test_a_party_that_does_not_say_how_it_reads_labels_is_left_out(tmp_path, monkeypatch):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("strings",)])
+    post, events = grid.post, []
+
+    def forged(message):
+        if message.metadata.message_type == "query" and message.metadata.src_node_id == 11 and message.has_content():
+            message.content["metrics"]["labels"] = 7
+        return post(message)
+
+    grid.post = forged
+    serve(config, grid, tmp_path / "run", events.append)
+    assert "node 11 is left out: client 1 does not say how it reads its labels; its version of fedlora differs" in {
+        e.text for e in events if e.kind == "node"
+    }
+
+
+def test_how_a_party_reads_labels_is_known_after_the_server_was_killed(tmp_path, monkeypatch):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], rounds=2)
+    with pytest.raises(DiedError):
+        serve(config, grid, tmp_path / "run", dying("turn", 1))
+    grid.leave(11)
+    found = serve(config, grid, tmp_path / "run").summary
+    assert [(own["clients"], own["by"]) for own in found["label_maps"]] == [([0], "name"), ([1], "position")]

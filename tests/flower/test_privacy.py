@@ -11,7 +11,7 @@ from tests.fixtures.federation import WEIGHTS
 from tests.flower.world import World, config, same
 
 METRICS = {
-    "query": {"client", "examples", "folded"},
+    "query": {"client", "examples", "folded", "labels"},  # labels: 1 by name, 2 by position, whatever rows there are
     "train": {"round", "examples", "loss"},
     "evaluate": {"round", "accuracy.sum", "accuracy.count", "loss.sum", "loss.count"},
 }
@@ -29,6 +29,7 @@ def test_every_message_against_the_allow_list(name, grid):
         kind, content = message.metadata.message_type, message.content
         assert set(content) == RECORDS[kind]
         assert set(content["metrics"]) == METRICS[kind]
+        assert content["metrics"].get("labels", 1) == 1, "digits are matched by name"
         digests = content["holds"]["holds"].split()  # of what it holds; at first of what it makes, and of its base
         assert set(content["holds"]) == {"holds"} and {len(digest) for digest in digests} == {32}
         if kind == "train":

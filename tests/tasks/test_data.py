@@ -108,17 +108,23 @@ BAD = {
     "not text": ([{"text": 3, "label": 0}, {"text": 4, "label": 1}] * 9, {}, r"holds [34], which is not text"),
     "negative": (
         [{"text": "a", "label": -1}, {"text": "b", "label": 1}] * 9,
-        {},
-        r"the label -1; labels are counted from 0",
+        {"label_names": ["no", "yes"]},
+        r"holds -1 in the training rows, which is no label; no label name is a number",
     ),
     "one label": ([{"text": "a", "label": 0}] * 9, {}, r"only 1 label"),
     "outside": (ROWS, {"label_names": ["only one", "two"], "label": "wrong"}, r"no column 'wrong'"),
     "beyond": (
         [*ROWS, {"text": "a", "label": 7}],
         {"label_names": ["no", "yes"]},
-        r"label 7 .* outside the range.*0, 1",
+        r"holds 7 in the training rows, which is no label; .* positions, 0 = no, 1 = yes; correct the rows",
     ),
-    "no rows": (ROWS, {"labels": [5]}, r"no rows with the labels \[5\]"),
+    "kept but not there": (ROWS, {"labels": [0, 5]}, r"task.labels has 5, which is no label; the labels are 0, 1"),
+    "one kept": (ROWS, {"labels": [0]}, r"task.labels keeps only 1 label"),
+    "no rows": (
+        ROWS,
+        {"label_names": ["0", "1", "2", "3"], "labels": [2, 3]},
+        "the training split has no rows with the labels of task.labels",
+    ),
     "list labels": ([{"text": "a", "label": [0]}, {"text": "b", "label": [1]}] * 9, {}, r"holds \[[01]\] in the"),
     "a single row": (ROWS[:1], {}, r"holds 1 row; it is cut into training and test rows"),
     "too long": (

@@ -19,6 +19,7 @@ from fedlora.optimizers import ServerOptimizer
 from fedlora.privacy import Privacy, Stream, key_of
 from fedlora.rounds import Received, Rules, received
 from fedlora.seeds import derived
+from fedlora.tasks.labels import label_map
 from fedlora.tasks.task import Data, Task
 from fedlora.training import Training
 from fedlora.transport import Transport
@@ -101,8 +102,15 @@ class Federation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of how this machine's rows were read."""
-        return () if self.data is None else self.data.notes
+        """What a user should be told of how this machine's rows were read and shared out."""
+        if self.data is None:
+            return ()
+        lost = self.clients.splitter.left_out(self.data.train, self.data.test, self.clients.count)
+        return (*self.data.notes, *([lost] if lost else []))
+
+    def label_map(self, reading: str) -> dict[str, str]:
+        """Which value of a label column is which class by a reading (one of ``labels.READINGS``)."""
+        return label_map(self.task.all_labels() or self.label_names, self.label_names, reading)
 
     @property
     def heads(self) -> frozenset[str]:

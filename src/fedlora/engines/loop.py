@@ -114,6 +114,10 @@ class Loop(ABC):
         """What clients hold for themselves, where it is on this machine."""
         return {}
 
+    def readings(self) -> Mapping[int, str]:
+        """How each party reads the labels of its own data, as far as it has said; see ``labels.READINGS``."""
+        return {}
+
     def undone(self, client: int) -> None:  # noqa: B027 - a party that is elsewhere sees to it itself
         """A client's turn of this round did not count: what it keeps is what it kept before."""
 

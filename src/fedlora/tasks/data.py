@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ TEST = "test"  # what the test split is called where nothing else is said
 OF, ANY = " * ", ""  # in the name of a test split: a share of the training rows; no test rows at all
 
 
-def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed: int) -> tuple[Any, ...]:
+class Splits(tuple[Any, ...]):
+    """The training split and the test splits, as ``datasets.Dataset``s."""
+
+    cut = False  # whether they were cut from the same rows, so that it is chance which of them has a row
+
+
+def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed: int) -> Splits:
     """The training and the test splits as ``datasets.Dataset``s; data that is one split is cut in two by the seed.
 
     A test split that ``held_out`` named is a seeded share of the training rows: no other split is read.
@@ -47,7 +53,7 @@ def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed
     for key, split in pairs:
         if split not in found:
             raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of {', '.join(sorted(found))}.")
-    return (found[train], *(None if test == ANY else found[test] for test in tests))
+    return Splits((found[train], *(None if test == ANY else found[test] for test in tests)))
 
 
 def joined(tests: Sequence[Any]) -> tuple[Any, Tensor | None]:
@@ -60,9 +66,11 @@ def joined(tests: Sequence[Any]) -> tuple[Any, Tensor | None]:
     return datasets.concatenate_datasets(list(tests)), torch.arange(len(tests)).repeat_interleave(sizes)
 
 
-def _cut(rows: Any, share: float, seed: int) -> tuple[Any, Any]:
-    cut = rows.train_test_split(share, seed=seed % 2**32)
-    return cut["train"], cut["test"]
+def _cut(rows: Any, share: float, seed: int) -> Splits:
+    halves = rows.train_test_split(share, seed=seed % 2**32)
+    found = Splits((halves["train"], halves["test"]))
+    found.cut = True
+    return found
 
 
 def _share(text: str, rows: int) -> float:
@@ -218,36 +226,15 @@ def column(split: Any, name: str, key: str) -> list[Any]:
     return values
 
 
-def labels(train: Any, test: Any, name: str, given: Sequence[str] | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Both splits' labels as numbers from 0, and their names. Numbers stay; anything else is sorted."""
-    known, seen = column(train, name, "task.label"), column(test, name, "task.label")
-    for split, values in (("training", known), ("test", seen)):
-        odd = next((v for v in values if not isinstance(v, (int, str, float))), None)
-        if odd is not None:
-            raise ValueError(
-                f"column {name!r} (task.label) holds {odd!r} in the {split} rows; a label is one number or string."
-            )
-    feature = train.features[name]
-    declared = tuple(given or getattr(feature, "names", None) or ())
-    if known and all(isinstance(v, int) and not isinstance(v, bool) for v in known):
-        if min(known) < 0:
-            raise ValueError(f"column {name!r} (task.label) has the label {min(known)}; labels are counted from 0.")
-        count = len(declared) or max(known) + 1
-        order = dict(zip(range(count), range(count)))
-        declared = declared or tuple(map(str, range(count)))
-    else:
-        values = list(declared) or sorted(set(known), key=str)
-        order, declared = {value: i for i, value in enumerate(values)}, tuple(map(str, values))
-    for split, values in (("training", known), ("test", seen)):
-        strange = next((v for v in values if v not in order), None)
-        if strange is not None:
-            raise ValueError(
-                f"label {strange!r} in the {split} rows is outside the range: column {name!r} has {len(order)} labels, "
-                f"{_short(list(order))}; correct the rows, or set task.label_names."
-            )
-    if len(order) < 2:
-        raise ValueError(f"column {name!r} holds only {len(order)} label; a classification needs at least 2.")
-    return torch.tensor([order[v] for v in known]), torch.tensor([order[v] for v in seen]), declared
+def named(split: Any, name: str, key: str) -> list[Any]:
+    """A column's values, a ``ClassLabel``'s by its own names."""
+    values, names = column(split, name, key), getattr(split.features[name], "names", None)
+    if names is None:
+        return values
+    odd = next((value for value in values if not 0 <= value < len(names)), None)
+    if odd is not None:
+        raise ValueError(f"column {name!r} ({key}) holds {odd}, but it has {len(names)} label names; fill or drop it.")
+    return [names[value] for value in values]
 
 
 def numbers(split: Any, name: str, what: str) -> Tensor:
@@ -262,38 +249,23 @@ def numbers(split: Any, name: str, what: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _short(values: list[Any]) -> str:
-    return ", ".join(map(str, values)) if len(values) <= 6 else f"{values[0]} to {values[-1]}"
-
-
-def subset(split: Any, rows: int | None, keep: Sequence[Any] | None, label: str, seed: int, what: str) -> Any:
-    """The split cut to some labels and to a seeded draw of so many rows."""
+def subset(split: Any, rows: int | None, keep: Collection[Any] | None, label: str, seed: int, what: str) -> Any:
+    """The split cut to the rows whose label is one of ``keep``, and to a seeded draw of so many rows."""
     if keep is not None:
         values = column(split, label, "task.label")
-        split = split.select([i for i, value in enumerate(values) if value in set(keep)])
+        split = split.select([i for i, value in enumerate(values) if value in keep])
     if rows is not None and rows < len(split):
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derived(seed, "rows", what)))
         split = split.select(sorted(order[:rows].tolist()))
     if len(split) == 0:
         raise ValueError(
-            f"the {what} split has no rows" + (f" with the labels {list(keep)}" if keep else "") + "; it needs some."
+            f"the {what} split has no rows{'' if keep is None else ' with the labels of task.labels'}; it needs some."
         )
     return split
-
-
-def renumbered(found: tuple[Tensor, Tensor, tuple[str, ...]], keep: Sequence[Any] | None):
-    """After a cut to some labels: numbers from 0 without gaps."""
-    train, test, names = found
-    if keep is None:
-        return found
-    left = sorted(set(train.tolist()) | set(test.tolist()))
-    new = {old: i for i, old in enumerate(left)}
-    again = (torch.tensor([new[v] for v in x.tolist()]) for x in (train, test))
-    return (*again, tuple(names[old] for old in left))
 
 
 def groups(split: Any, name: str | None, what: str) -> tuple[str, ...] | None:
     """Each row's value of the natural client column; the test split may do without one."""
     if name is None or (what == "test" and name not in split.column_names):
         return None
-    return tuple(map(str, column(split, name, "clients.split.column")))
+    return tuple(map(str, named(split, name, "clients.split.column")))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fedlora.metrics import Scores
 from fedlora.nearest import unknown
 from fedlora.tasks import data as source
+from fedlora.tasks.labels import Classes, Targets
 from fedlora.tasks.task import Batch, Examples
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.tasks.text_regression import TextRegression
-from fedlora.tasks.texts import Targets, Texts
+from fedlora.tasks.texts import Texts
 
 
 class Subset(NamedTuple):
@@ -78,7 +79,11 @@ class Glue(Texts):
         """The splits that are tested on."""
         return SUBSETS[self.subset].tests if self.test_split == "validation" else (self.test_split,)
 
-    def targets(self, train: Any, test: Any) -> Targets:
+    def classes(self, splits: Sequence[Any]) -> Classes | None:
+        """The benchmark's classes; None for a score."""
+        return self.own.classes(splits)
+
+    def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
         """Labels or scores; ``ValueError`` where they are hidden."""
         for key, split in ((self.train_split, train), (self.test_split, test)):
             if HIDDEN in source.column(split, self.label, "task.label"):
@@ -86,7 +91,7 @@ class Glue(Texts):
                     f"the split {key!r} of GLUE's {self.subset} has the label {HIDDEN}, which stands for hidden: GLUE "
                     "keeps the labels of its test rows to itself; leave task.test_split out to test on validation rows."
                 )
-        return self.own.targets(train, test)
+        return self.own.targets(train, test, classes)
 
     def _columns(self, split: Any) -> Sequence[str]:
         if self.text is None:
@@ -102,6 +107,10 @@ class Glue(Texts):
     def agreed(self) -> tuple[str, ...] | None:
         """The labels: known without any rows."""
         return self.own.agreed()
+
+    def all_labels(self) -> tuple[str, ...]:
+        """The labels of the benchmark; empty for a score."""
+        return self.own.all_labels()
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy, or the mean squared error of a score."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fedlora.tasks import data as source
 from fedlora.tasks.form import Form, image_size, normal, processor_of
+from fedlora.tasks.labels import Classes
 from fedlora.tasks.networks import network
 from fedlora.tasks.pictures import stretches
 from fedlora.tasks.task import Batch, Classification, Data, Examples, lengths_of_one
@@ -54,12 +55,12 @@ class ImageClassification(Classification):
                 "train/LABEL/*.jpg and test/LABEL/*.jpg."
             )
         label = self.label or _usual(splits[0], LABELS, "task.label")
+        classes = Classes.of(splits, label, self.label_names, self.labels)
         train, test = (
-            source.subset(split, rows, self.labels, label, seed, what)
+            source.subset(split, rows, classes.values(split, label), label, seed, what)
             for split, rows, what in zip(splits, (self.train_rows, self.test_rows), ("training", "test"))
         )
-        found = source.labels(train, test, label, self.label_names)
-        train_labels, test_labels, names = source.renumbered(found, self.labels)
+        found = classes.targets(train, test, label)
         form, shape = Form.of(model), self.image_shape or source.image_shape(self.data)
         both = (
             Examples(
@@ -68,9 +69,9 @@ class ImageClassification(Classification):
                 lengths_of_one(len(labels)),
                 source.groups(split, client_column, what),
             )
-            for split, labels, what in ((train, train_labels, "training"), (test, test_labels, "test"))
+            for split, labels, what in ((train, found.train, "training"), (test, found.test, "test"))
         )
-        return Data(*both, names)
+        return Data(*both, found.names, found.notes, found.reading)
 
     def network(self, model: str, labels: int, seed: int) -> nn.Module:
         """The pretrained network with a new classifier."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.tasks import data as source
+from fedlora.tasks.labels import Classes
 from fedlora.tasks.wording import columns, filled, template
 
 # Templates over the columns that public sets use, tried in this order where nothing is named.
@@ -14,20 +15,24 @@ USUAL = (
 
 
 def texts(
-    split: Any, asked: str | None, answer: str | None, names: Sequence[str] | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """Each row's source, and its right answers, the first of which is learnt.
+    split: Any, asked: str | None, answer: str | None, names: Sequence[str] | None = None, what: str = "training"
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Each row's source, its right answers, the first of which is learnt, and notes on how they were read.
 
-    ``asked`` and ``answer`` are columns or templates; None: the first usual ones that the data has. ``names`` are the
-    texts of a column of numbers; None: what the data itself calls them. ``ValueError`` names a column that is not
-    there or holds something else.
+    ``asked`` and ``answer`` are columns or templates; None: the first usual ones that the data has. ``names`` are all
+    texts that a target may be; None: what the data itself says. ``ValueError`` names a column that is not there or
+    holds something else.
     """
     asked, answer = _columns(split, asked, answer)
     sources = filled(asked, split, "task.source")
     if "{" in answer:
-        return sources, [[text] for text in filled(answer, split, "task.target")]
-    names = names or getattr(split.features.get(answer), "names", None)
-    return sources, [_golds(value, names, answer) for value in source.column(split, answer, "task.target")]
+        return sources, [[text] for text in filled(answer, split, "task.target")], []
+    if names:
+        classes = Classes(tuple(names), True, key="task.target")
+        numbers = classes.of_rows(split, answer, what).tolist()
+        return sources, [[names[i]] for i in numbers], classes.notes(split, answer, what)
+    own = getattr(split.features.get(answer), "names", None)
+    return sources, [_golds(value, own, answer) for value in source.column(split, answer, "task.target")], []
 
 
 def _columns(split: Any, asked: str | None, answer: str | None) -> tuple[str, str]:

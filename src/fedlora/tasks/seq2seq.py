@@ -12,6 +12,7 @@ from torch.nn import functional
 from fedlora.metrics import Scores
 from fedlora.squad import answer_f1, exact_match
 from fedlora.tasks import data as source
+from fedlora.tasks.labels import check_names
 from fedlora.tasks.networks import quietly, tokenizer, whole
 from fedlora.tasks.pairs import texts
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
@@ -29,7 +30,7 @@ class Seq2Seq(Supervised):
     source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
     target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
     label: str | None = None  # a column that splits by label go by, such as the class
-    label_names: list[str] | None = None  # the texts of a target column of numbers
+    label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
     train_split: str = "train"
     test_split: str = "test"
     max_source_length: int = 512  # tokens; longer sources are cut
@@ -53,6 +54,11 @@ class Seq2Seq(Supervised):
             raise ValueError(f"task.{given} is set without task.{lacks}; set both, or neither for the usual columns.")
         for key, template in (("task.source", self.source), ("task.target", self.target)):
             checked(template or "", key)
+        check_names(self.label_names)
+        if self.label_names and "{" in (self.target or ""):
+            raise ValueError(
+                "task.label_names names what a target column holds, and task.target is a template; keep one."
+            )
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises both splits once."""
@@ -62,15 +68,14 @@ class Seq2Seq(Supervised):
         found, notes = [], []
         for split, kinds, what in zip(both, strata(*both, self.label), ("training", "test")):
             groups = source.groups(split, client_column, what)
-            examples, cut = self._encoded(split, model, kinds, groups, what)
+            examples, more = self._encoded(split, model, kinds, groups, what)
             found.append(examples)
-            if cut:
-                notes.append(f"{cut} of {len(examples)} {what} sources were cut to {self.max_source_length} tokens.")
+            notes += more
         return Data(*found, (), tuple(notes))
 
-    def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, int]:
-        """The rows, encoded, and how many sources were cut."""
-        sources, golds = texts(split, self.source, self.target, self.label_names)
+    def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, list[str]]:
+        """The rows, encoded, and what has to be said of them."""
+        sources, golds, notes = texts(split, self.source, self.target, self.label_names, what)
         own, most = tokenizer(model), _most(model)
         asked = own(sources, return_attention_mask=False, verbose=False)["input_ids"]
         cut = sum(len(ids) > self.max_source_length for ids in asked)
@@ -82,7 +87,9 @@ class Seq2Seq(Supervised):
         features = {"pad": torch.tensor(own.pad_token_id), **_flat("source", asked), **_flat("target", learnt)}
         lengths = torch.tensor([len(ids) for ids in asked])
         rows = tuple({"source": text, "golds": tuple(right)} for text, right in zip(sources, golds))
-        return Examples(features, torch.zeros(len(asked), dtype=torch.int64), lengths, groups, kinds, rows), cut
+        if cut:
+            notes.append(f"{cut} of {len(asked)} {what} sources were cut to {self.max_source_length} tokens.")
+        return Examples(features, torch.zeros(len(asked), dtype=torch.int64), lengths, groups, kinds, rows), notes
 
     def _check(self, asked: list, learnt: list, most: int, what: str) -> None:
         empty = sum(not ids for ids in asked)

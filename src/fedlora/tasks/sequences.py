@@ -93,8 +93,13 @@ def cut(
             f"the response was cut away on the {side}; raise task.max_length, or set task.truncation_side to {other!r}."
         )
     several = sum(len(row.ids) > limit for row in rows)
-    text = f"{several} of {len(rows)} {what} rows were cut to {limit} tokens on the {side}"
+    text = cut_note(several, len(rows), limit, side, what)
     return found, f"{text}: the prompt in {prompts}, the response in {responses}." if several else ""
+
+
+def cut_note(several: int, rows: int, limit: int, side: str, what: str) -> str:
+    """The words of a note on rows that were cut, without an end."""
+    return f"{several} of {rows} {what} rows were cut to {limit} tokens on the {side}"
 
 
 def flat(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.metrics import Scores
+from fedlora.tasks.labels import Classes, check_names
 
 Batch = dict[str, Tensor]  # keyword arguments of the network, "labels" among them
 
@@ -43,6 +44,7 @@ class Data:
     test: Examples
     label_names: tuple[str, ...]  # empty where a row has no label
     notes: tuple[str, ...] = ()  # what a user should be told of how the rows were read
+    reading: str = ""  # how labels were matched with ``label_names``, one of labels.READINGS
 
 
 class Task(Protocol):
@@ -64,6 +66,7 @@ class Task(Protocol):
     def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor: ...
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores: ...
     def agreed(self) -> tuple[str, ...] | None: ...
+    def all_labels(self) -> tuple[str, ...]: ...
     def probe(self, network: nn.Module) -> Batch: ...
     def preprocessor(self, model: str) -> Any: ...
 
@@ -90,6 +93,10 @@ class Supervised(ABC):
     def fits(self, labels: int) -> None:  # noqa: B027 - most tasks fit any number
         """``ValueError`` where the metric is not one of so many labels: said before anything is trained."""
 
+    def all_labels(self) -> tuple[str, ...]:
+        """The labels that the configuration names, those included of which no rows are kept; empty: it names none."""
+        return ()
+
     @abstractmethod
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """What is scored of a batch, one entry a row."""
@@ -113,10 +120,22 @@ class Classification(Supervised):
 
     metrics = ("accuracy", "f1", "matthews", "macro_f1")
     label_names: list[str] | None
+    labels: list[int | str] | None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names(self.label_names)
+        if self.label_names and len(self.label_names) < 2:
+            raise ValueError("task.label_names has only 1 label; a classification needs at least 2.")
+        self.agreed()  # labels that are kept and have no name are said at once
 
     def agreed(self) -> tuple[str, ...] | None:
         """The labels, where they are known without any rows."""
-        return tuple(self.label_names) if self.label_names else None
+        return Classes(self.all_labels(), True).keeping(self.labels).outputs if self.label_names else None
+
+    def all_labels(self) -> tuple[str, ...]:
+        """All of ``label_names``."""
+        return tuple(self.label_names or ())
 
     def fits(self, labels: int) -> None:
         """``ValueError`` where the metric is of two labels and there are more."""

@@ -1,11 +1,12 @@
 """Text classification: one sentence or a pair, one label."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.tasks import data as source
+from fedlora.tasks.labels import Classes, Targets
 from fedlora.tasks.task import Classification
-from fedlora.tasks.texts import Targets, Texts
+from fedlora.tasks.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,11 @@ class TextClassification(Classification, Texts):
     labels: list[int | str] | None = None  # keep only these labels, numbered anew
     metric: str = "accuracy"  # or "macro_f1", or with two labels "f1" or "matthews"
 
-    @property
-    def kept(self):
-        """The labels that rows are kept of."""
-        return self.labels
+    def classes(self, splits: Sequence[Any]) -> Classes:
+        """The classes that the rows of these splits have."""
+        return Classes.of(splits, self.label, self.label_names, self.labels)
 
-    def targets(self, train: Any, test: Any) -> Targets:
+    def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
         """Labels as numbers from 0."""
-        return source.renumbered(source.labels(train, test, self.label, self.label_names), self.labels)
+        assert classes is not None, "labels have classes"
+        return classes.targets(train, test, self.label)

@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.tasks import data as source
+from fedlora.tasks.labels import Classes, Targets
 from fedlora.tasks.regression import Regression, quantile_bins
-from fedlora.tasks.texts import Targets, Texts
+from fedlora.tasks.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class TextRegression(Regression, Texts):
         if self.bins < 1:
             raise ValueError(f"task.bins is {self.bins}; it must be at least 1.")
 
-    def targets(self, train: Any, test: Any) -> Targets:
+    def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
         """Numbers, float32; their one name is the head's one output."""
-        return source.numbers(train, self.label, "training"), source.numbers(test, self.label, "test"), ("score",)
+        both = (source.numbers(split, self.label, what) for split, what in ((train, "training"), (test, "test")))
+        return Targets(*both, ("score",))
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor:
         """Which quantile of the training rows' numbers a number lies in."""

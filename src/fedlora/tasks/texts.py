@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.tasks import data as source
+from fedlora.tasks.labels import Classes, Targets
 from fedlora.tasks.networks import network, tokenizer
+from fedlora.tasks.sequences import cut_note
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
 
 # The columns that public sets use, tried in this order where task.text is not set.
@@ -18,7 +20,6 @@ USUAL = (
     ("question", "sentence"), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text",), ("sentence",), ("content",),
 )  # fmt: skip
-Targets = tuple[Tensor, Tensor, tuple[str, ...]]  # of the training and the test rows, and what they are called
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,16 @@ class Texts(Supervised):
             raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
 
     @property
-    def kept(self) -> Sequence[Any] | None:
-        """The labels that rows are kept of; None: all."""
-        return None
-
-    @property
     def test_splits(self) -> tuple[str, ...]:
         """The splits that are tested on: one, or several that are scored each by itself."""
         return (self.test_split,)
 
+    def classes(self, splits: Sequence[Any]) -> Classes | None:
+        """The classes that the rows of these splits have; None where a target is a number."""
+        return None
+
     @abstractmethod
-    def targets(self, train: Any, test: Any) -> Targets:
+    def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
         """What is learnt, as numbers; ``ValueError`` names what is wrong with the column."""
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
@@ -66,24 +66,20 @@ class Texts(Supervised):
         found = source.splits(self.data, self.data_config, self.train_split, self.test_splits, seed)
         counts = (self.train_rows, *[self.test_rows] * (len(found) - 1))
         whats = ("training", *["test"] * (len(found) - 1))
+        classes = self.classes(found)
         train, *tests = (
-            source.subset(split, rows, self.kept, self.label, seed, what)
+            source.subset(split, rows, classes and classes.values(split, self.label), self.label, seed, what)
             for split, rows, what in zip(found, counts, whats)
         )
         test, sets = source.joined(tests)
-        columns = self._columns(train)
-        known, seen, names = self.targets(train, test)
-        own = tokenizer(model)
-        both = (
-            Examples(
-                *self._encoded(split, columns, labels, own),
-                source.groups(split, client_column, what),
-                self.strata(known, labels),
-                sets=sets if split is test else None,
-            )
-            for split, labels, what in ((train, known, "training"), (test, seen, "test"))
-        )
-        return Data(*both, names)
+        columns, targets, own = self._columns(train), self.targets(train, test, classes), tokenizer(model)
+        both, notes = [], list(targets.notes)
+        for split, labels, what in ((train, targets.train, "training"), (test, targets.test, "test")):
+            features, lengths, note = self._encoded(split, columns, own, what)
+            groups, strata = source.groups(split, client_column, what), self.strata(targets.train, labels)
+            both.append(Examples(features, labels, lengths, groups, strata, sets=sets if split is test else None))
+            notes += [note] if note else []
+        return Data(*both, targets.names, tuple(notes), targets.reading)
 
     def _columns(self, split: Any) -> Sequence[str]:
         if self.text is None:
@@ -99,8 +95,9 @@ class Texts(Supervised):
         return columns
 
     def _encoded(
-        self, split: Any, columns: Sequence[str], labels: Tensor, tokenizer: Any
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        self, split: Any, columns: Sequence[str], tokenizer: Any, what: str
+    ) -> tuple[dict[str, Tensor], Tensor, str]:
+        """Features, each row's length, and a sentence that says what was cut, or nothing."""
         texts = [source.column(split, name, "task.text") for name in columns]
         for name, values in zip(columns, texts):
             odd = next((value for value in values if not isinstance(value, str)), None)
@@ -126,7 +123,17 @@ class Texts(Supervised):
         }
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         pad = torch.tensor(tokenizer.pad_token_id)
-        return {**features, "offsets": offsets, "pad": pad}, labels, lengths
+        cut = self._cut(texts, lengths, tokenizer)
+        note = cut_note(cut, len(lengths), self.max_length, tokenizer.truncation_side, what) + "." if cut else ""
+        return {**features, "offsets": offsets, "pad": pad}, lengths, note
+
+    def _cut(self, texts: Sequence[Sequence[str]], lengths: Tensor, tokenizer: Any) -> int:
+        """How many rows were longer than ``max_length``, among those that fill it."""
+        full = (lengths >= self.max_length).nonzero()[:, 0].tolist()
+        if not full:
+            return 0
+        whole = tokenizer(*([part[i] for i in full] for part in texts), return_attention_mask=False, verbose=False)
+        return sum(len(ids) > self.max_length for ids in whole["input_ids"])
 
     def network(self, model: str, labels: int, seed: int) -> nn.Module:
         """The pretrained network with a new head of so many outputs."""

@@ -94,7 +94,7 @@ def columns(template: str) -> list[str]:
 def filled(template: str, split: Any, key: str) -> list[str]:
     """The template with each row's values in it."""
     names = columns(template)
-    values = [[_text(v, name, key) for v in source.column(split, name, key)] for name in names]
+    values = [[_text(v, name, key) for v in source.named(split, name, key)] for name in names]
     rows = zip(*values) if names else [()] * len(split)
     return [fill(template, dict(zip(names, row))) for row in rows]
 
@@ -125,7 +125,7 @@ def strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | 
     """Both splits' values of a column as numbers from 0, for splits by label; None where no column is named."""
     if label is None:
         return None, None
-    both = [list(map(str, source.column(split, label, "task.label"))) for split in (train, test)]
+    both = [list(map(str, source.named(split, label, "task.label"))) for split in (train, test)]
     order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
     return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER
 from fedlora.limits import shown
+from fedlora.tasks.labels import READINGS
 
 HELLO = "query"
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
@@ -24,11 +25,13 @@ class Directory:
     run: str
     made: str  # what every party must make from the seed
     tell: Callable[[int | None, str], None]  # client, what happened
+    describe: Callable[[str], str] = lambda reading: ""  # what to say of how a party reads its labels
     retry: float = 10.0  # seconds until a node that could not say who it is, or was refused, is asked again
     pause: Callable[[], None] = lambda: sleep(0.1)  # between two looks
     nodes: dict[int, int] = field(default_factory=dict)
     folded: dict[int, tuple[int, str]] = field(default_factory=dict)  # client -> its folds, and its base's name
     rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
+    readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, where it has any
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
     since: dict[str, float] = field(default_factory=dict)  # message id -> when it was asked
     told: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
@@ -90,7 +93,9 @@ class Directory:
             return self._left_out(node, str(why))
         self.nodes[client], self.rows[client] = node, said["examples"]
         self.folded[client] = said["folded"], base
-        self.tell(client, "joined")
+        if reading := READINGS[said["labels"]]:
+            self.readings[client] = reading
+        self.tell(client, f"joined{self.describe(reading)}")
 
     def _left_out(self, node: int, why: str) -> None:
         """Told once, and asked again after a while: its number may be free then, or its machine in order."""
@@ -104,6 +109,9 @@ class Directory:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
         if type(rows) is not int or rows < 1 or type(folded) is not int:
             return f"client {client} says that it has {rows!r} training rows and {folded!r} folds"
+        reading = said.get("labels")
+        if type(reading) is not int or not 0 <= reading < len(READINGS):
+            return f"client {client} does not say how it reads its labels; its version of fedlora differs"
         other = self.nodes.get(client)
         if other is not None and other != node and other in self.connected:
             return f"it calls itself client {client}, which node {other} is already"

@@ -19,6 +19,7 @@ from fedlora.folds import Folds
 from fedlora.method import pick
 from fedlora.rounds import Rules, client_turn, public
 from fedlora.state import digest
+from fedlora.tasks.labels import READINGS
 from fedlora.types import Tree
 
 
@@ -85,11 +86,15 @@ class Node:
         return self.base.federation
 
     def hello(self) -> Answer:
-        """Who this is: its number and rows, how many folds it holds, and what it makes from the seed."""
+        """Who this is: its number and rows, how it reads labels, its number of folds, and what it makes from the seed.
+
+        The reading is that of a column, by name or by position, and says nothing of any row.
+        """
         f = self.federation
         rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
         held = self.store.load(self.client)
-        metrics = {"client": self.client, "examples": rows, "folded": held.folded}
+        reading = READINGS.index("" if f.data is None else f.data.reading)
+        metrics = {"client": self.client, "examples": rows, "folded": held.folded, "labels": reading}
         return Answer(metrics, f"{self.base.made} {held.base}")
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds], sharing: int = 0) -> Answer:

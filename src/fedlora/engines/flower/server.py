@@ -28,6 +28,7 @@ from fedlora.hygiene import barred
 from fedlora.limits import upload_limits
 from fedlora.rounds import Received, Served
 from fedlora.state import digest
+from fedlora.tasks.labels import NAME, positions
 from fedlora.tasks.task import Scores
 
 
@@ -61,8 +62,21 @@ class Federated(Loop, Strategy):
     def _connect(self, f: Federation) -> None:
         assert self.grid is not None, "start(grid) first"
         self.directory = Directory(
-            self.grid, f.clients.members, self.token, made(f), self._told, self.network.retry, self._pause
-        )
+            self.grid, f.clients.members, self.token, made(f), self._told, self._described, self.network.retry,
+            self._pause,
+        )  # fmt: skip
+
+    def readings(self) -> Mapping[int, str]:
+        return {} if self.directory is None or not self.federation.clients.own_data else self.directory.readings
+
+    def _described(self, reading: str) -> str:
+        """How a party with data of its own reads its labels, after the word that it joined."""
+        f = self.federation
+        if not reading or not f.clients.own_data:
+            return ""
+        if reading == NAME:
+            return "; its labels are matched by name"
+        return f"; its labels are numbers and read as positions, {positions(f.task.all_labels())}"
 
     def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
         served = super()._combined(f, at, uploads)
