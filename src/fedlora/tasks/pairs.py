@@ -11,23 +11,29 @@ USUAL = (
     ("question: {question} context: {context}", "answers"),  # SQuAD, MRQA
     ("{source}", "target"), ("{input}", "target"), ("{text}", "label_text"), ("{text}", "label"),
 )  # fmt: skip
+DROP = "fill or drop these rows, or set task.drop_unlearnable = true"
 
 
 def texts(
-    split: Any, asked: str | None, answer: str | None, names: Sequence[str] | None = None
+    split: Any, asked: str | None, answer: str | None, names: Sequence[str] | None = None, blank: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """Each row's source, and its right answers, the first of which is learnt.
 
     ``asked`` and ``answer`` are columns or templates; None: the first usual ones that the data has. ``names`` are the
-    texts of a column of numbers; None: what the data itself calls them. ``ValueError`` names a column that is not
-    there or holds something else.
+    texts of a column of numbers; None: what the data itself calls them. ``blank`` lets a row be without a
+    target, and so without answers. ``ValueError`` names a column that is not there or holds something else.
     """
     asked, answer = _columns(split, asked, answer)
     sources = filled(asked, split, "task.source")
     if "{" in answer:
-        return sources, [[text] for text in filled(answer, split, "task.target")]
+        targets = filled(answer, split, "task.target", optional=blank)
+        empty = sum(not text.strip() for text in targets)
+        if empty and not blank:
+            raise ValueError(f"task.target is empty in {empty} of {len(targets)} rows; {DROP}.")
+        return sources, [[text] if text.strip() else [] for text in targets]
     names = names or getattr(split.features.get(answer), "names", None)
-    return sources, [_golds(value, names, answer) for value in source.column(split, answer, "task.target")]
+    values = source.cells(split, answer, "task.target") if blank else source.column(split, answer, "task.target")
+    return sources, [_golds(value, names, answer, blank) for value in values]
 
 
 def _columns(split: Any, asked: str | None, answer: str | None) -> tuple[str, str]:
@@ -41,8 +47,10 @@ def _columns(split: Any, asked: str | None, answer: str | None) -> tuple[str, st
     )
 
 
-def _golds(value: Any, names: Sequence[str] | None, column: str) -> list[str]:
+def _golds(value: Any, names: Sequence[str] | None, column: str, blank: bool) -> list[str]:
     """A row's right answers; a list without any is one that has nothing to say (SQuAD 2)."""
+    if blank and (source.is_missing(value) or (isinstance(value, str) and not value.strip())):
+        return []
     found = value["text"] if isinstance(value, dict) and "text" in value else value
     if isinstance(found, list) and all(isinstance(text, str) for text in found):
         return found or [""]
@@ -53,5 +61,5 @@ def _golds(value: Any, names: Sequence[str] | None, column: str) -> list[str]:
             raise ValueError(f"column {column!r} (task.target) holds {found}, but there are {len(names)} label names.")
         return [names[found]]
     if not str(found).strip():
-        raise ValueError(f"column {column!r} (task.target) holds an empty text; fill or drop these rows.")
+        raise ValueError(f"column {column!r} (task.target) holds an empty text; {DROP}.")
     return [str(found)]
