@@ -39,6 +39,9 @@ class Files(Mapping[str, Any], Generic[F]):
     def __getitem__(self, split: str) -> Any:
         return self.read(self.files[split])
 
+    def __contains__(self, split: object) -> bool:  # without reading it
+        return split in self.files
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 

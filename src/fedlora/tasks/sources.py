@@ -100,8 +100,22 @@ def _named(split: Any, declared: Mapping[str, Any] | None) -> Any:
 
     for name, feature in (declared or {}).items():
         if isinstance(feature, datasets.ClassLabel) and name in split.column_names:
-            split = split.cast_column(name, feature)
+            order, numbers = split.column_names, [_class(value, feature.names, name) for value in split[name]]
+            split = split.remove_columns(name).add_column(name, numbers, feature=feature).select_columns(order)
     return split
+
+
+def _class(value: Any, names: Sequence[str], column: str) -> int | None:
+    """The number of a label that is written as its name, or as its number where no name is one."""
+    if value is None or str(value) in names:
+        return None if value is None else names.index(str(value))
+    number = None if any(name.strip().lstrip("-").isdigit() for name in names) else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(names):
+        raise ValueError(
+            f"column {column!r} holds {value!r}, and the README of its repository names the labels {', '.join(names)}; "
+            "correct one of the two."
+        )
+    return number
 
 
 def _read(files: list[Path], form: TextFormat) -> Any:

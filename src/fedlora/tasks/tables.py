@@ -59,6 +59,8 @@ def read(files: Sequence[Path], kind: str, tabs: bool, form: TextFormat) -> Any:
         try:
             text = _decode(_content(file), form)
             found = parse_csv(text, form.delimiter or ("\t" if tabs else None)) if kind == "csv" else parse_json(text)
+            if any("\0" in name for name in found):
+                raise ValueError("the name of one of its columns has a null character in it; give it another")
             if kind == "csv" and columns and list(found) != list(columns):
                 raise ValueError(f"its columns are {', '.join(found)}, and {files[0].name} has {', '.join(columns)}")
         except ValueError as error:
