@@ -89,7 +89,8 @@ def _wording(config: Config, task: CausalLM) -> Wording | None:
     named = (task.prompt, task.messages, task.text)
     if any(name is not None for name in named):
         return task.wording([])
-    train, _ = source.splits(task.data, task.data_config, task.train_split, [task.test_split], config.seed)
+    where = (task.data, task.data_config, task.train_split, [task.test_split])
+    train, _ = source.splits(*where, config.seed, source.text_format(task))
     return task.wording(train.column_names)
 
 

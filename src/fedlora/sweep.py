@@ -218,7 +218,7 @@ def validation_split(table: Table, share: float | None) -> str:
         )
     if share is not None and not 0 < share < 1:
         raise ConfigError(f"--holdout is {share}; it is a share of the training rows, between 0 and 1.")
-    names = source.split_names(task.data, task.data_config) if share is None else []
+    names = source.split_names(task.data, task.data_config, source.text_format(task)) if share is None else []
     free = [name for name in VALIDATION if name in names and name not in (task.train_split, task.test_split)]
     return free[0] if free else source.held_out(task.train_split, share or HELD_OUT)
 

@@ -307,3 +307,25 @@ def test_long_sources_are_cut_before_their_end_token_and_that_is_said(tmp_path, 
 )  # fmt: skip
 def test_squads_measures(text, golds, match, f1):
     assert exact_match(text, golds) is match and answer_f1(text, golds) == pytest.approx(f1)
+
+
+def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path, model):
+    rows = [{"input": "fire", "target": "warm red"}, {"input": "ice", "target": "cold blue"}] * 2
+    odd = [{"input": "grass"}, {"input": "grass", "target": " "}, {"input": " ", "target": "green"},
+           {"input": "grass", "target": "green " * 9}]  # fmt: skip
+    for name, some in (("train", [rows[0], *odd, *rows[1:]]), ("test", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    found = Seq2Seq(str(tmp_path), max_target_length=8, drop_unlearnable=True).load(model, 0)
+    assert [row["golds"] for row in found.train.texts] == [("warm red",), ("cold blue",)] * 2
+    assert found.notes == ("4 of 8 training rows were left out: nothing is left to learn in them.",)
+    for row, sentence in zip(odd, ("missing", "empty text", "empty source", "a target of more than")):
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*rows, row]))
+        with pytest.raises(ValueError, match=sentence):
+            Seq2Seq(str(tmp_path), max_target_length=8).load(model, 0)
+
+
+def test_a_template_without_any_value_is_no_target(tmp_path, model):
+    rows = [{"a": "fire", "b": "warm"}, {"a": "ice", "b": ""}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows * 5))
+    with pytest.raises(ValueError, match=r"task.target is empty in \d of \d rows; fill or drop these rows, or set"):
+        Seq2Seq(str(tmp_path / "train.jsonl"), source="a", target="{b}").load(model, 0)

@@ -14,8 +14,8 @@ from fedlora.settings import ConfigError, Table
 CLIENT = ("client", "partition-id")  # keys of a node's configuration that say which client it is
 HERE = ("state", "host", "num-partitions")  # other keys of ours, or Flower's, that are no settings
 OWN = (  # settings of the configuration that belong to a party's own machine
-    "task.data", "task.data_config", "task.text", "task.prompt", "task.response", "task.messages",
-    "task.label", "task.image", "task.train_split", "task.test_split",
+    "task.data", "task.data_config", "task.encoding", "task.delimiter", "task.text", "task.prompt",
+    "task.response", "task.messages", "task.label", "task.image", "task.train_split", "task.test_split",
     "model.name", "engine.device", "engine.threads", "engine.allocator",
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from fedlora.nearest import unknown
 
 _NOT_TASKS = {
     "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot", "pairs",
+    "sources", "folders", "tables", "parsing",
 }  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from fedlora.metrics import Scores
 from fedlora.tasks import data as source
 from fedlora.tasks.fewshot import BETWEEN, Asked, asked, golds, prompts_of, shots
 from fedlora.tasks.networks import quietly, tokenizer, whole
-from fedlora.tasks.sequences import IGNORED, Side, cut, encoded, flat, packed, padded
+from fedlora.tasks.sequences import IGNORED, Side, Tokens, cut, encoded, flat, packed, padded
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations, strata
+from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations, left_out, selected, strata
 
 LEAK = 0.1  # of what a row before changes when nothing keeps it apart; rounding is a fifth of it in bfloat16
 
@@ -26,6 +26,8 @@ class CausalLM(Supervised):
 
     data: str  # a hub id, a folder, a file
     data_config: str | None = None  # of a hub id that has several
+    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: str | None = None  # of CSV files; None: as the header shows
     prompt: str | None = None  # a column, or a template such as "{instruction}\n\n{context}"
     response: str | None = None  # the same for what is learnt; None: the usual names
     messages: str | None = None  # or a column of chat messages, each with role and content
@@ -36,6 +38,7 @@ class CausalLM(Supervised):
     test_split: str = "test"
     max_length: int = 512  # tokens of a row; longer rows are cut
     truncation_side: Side = "right"  # where they are cut
+    drop_unlearnable: bool = False  # leave out rows in which nothing is left to learn; False: they are an error
     packing: bool = False  # train on several rows in one sequence of up to max_length tokens
     train_rows: int | None = None  # a seeded draw of so many rows
     test_rows: int | None = None
@@ -53,6 +56,7 @@ class CausalLM(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
+        source.text_format(self)
         if self.max_length < 2:
             raise ValueError(f"task.max_length is {self.max_length}; a token is told from one before: at least 2.")
         if self.shots < 0:
@@ -82,16 +86,20 @@ class CausalLM(Supervised):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises both splits once."""
-        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
+        splits = source.splits(
+            self.data, self.data_config, self.train_split, [self.test_split], seed, source.text_format(self)
+        )
         wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
-        train, test = (source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted))
+        both = [source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted)]
         tokenizer, context = self.preprocessor(model), context_length(model)
-        rows, found, kinds = [], [], strata(train, test, self.label)
-        for split, kind, what in zip((train, test), kinds, ("training", "test")):
-            rows.append(self._worded(split, tokenizer))
-            found.append(self._encoded(split, rows[-1], kind, tokenizer, context, what, client_column))
-        notes = tuple(note for _, note in found if note)
-        (first, _), (last, _) = found
+        read = [self._learnable(x, tokenizer, what) for x, (_, what) in zip(self._completed(*both), wanted)]
+        (train, test), rows, encoded_rows, said = zip(*read)
+        notes = tuple(note for some in said for note in some)
+        kinds = strata(train, test, self.label)
+        first, last = (
+            self._examples(split, some, kind, tokenizer, context, what, client_column)
+            for split, some, kind, (_, what) in zip((train, test), encoded_rows, kinds, wanted)
+        )
         if self.graded_by_answer:
             ask = self._asked(test, rows, kinds, tokenizer, context, seed)
             features = {**last.features, **ask.features()}
@@ -106,19 +114,46 @@ class CausalLM(Supervised):
             return None
         return chosen(there, self.prompt, self.response, self.text)
 
+    def _completed(self, train: Any, test: Any) -> tuple[Any, Any]:
+        """Both splits with all columns of the prompt: a key that no row of one of them has is empty there."""
+        there = list(dict.fromkeys([*train.column_names, *test.column_names]))
+        wording = self.wording(there)
+        named = columns(wording.prompt) if wording is not None else []
+        for name in (name for name in named if name in there):
+            train, test = (
+                split if name in split.column_names else split.add_column(name, [None] * len(split))
+                for split in (train, test)
+            )
+        return train, test
+
     def _worded(self, split: Any, tokenizer: Any) -> list[list[Stretch]]:
         wording = self.wording(split.column_names)
         if wording is None:
-            return conversations(split, self.messages or MESSAGES, tokenizer)
-        return wording.rows(split)
+            return conversations(split, self.messages or MESSAGES, tokenizer, self.drop_unlearnable)
+        return wording.rows(split, self.drop_unlearnable)
 
-    def _encoded(
-        self, split: Any, rows: list[list[Stretch]], kinds: Tensor | None, tokenizer: Any, context: int, what: str,
-        client_column: str | None,
-    ) -> tuple[Examples, str]:  # fmt: skip
+    def _learnable(
+        self, split: Any, tokenizer: Any, what: str
+    ) -> tuple[Any, list[list[Stretch]], list[Tokens], list[str]]:
+        """The rows with something to learn: as they lie, in words and in tokens; and notes on the others."""
+        rows, count = self._worded(split, tokenizer), len(split)
+        if self.drop_unlearnable:
+            kept = [any(learnt and text.strip() for text, learnt in row) for row in rows]
+            split, rows = selected(kept, split, rows)
         special = self.wording(split.column_names) is not None  # a chat template writes its own start token
-        made = encoded(rows, tokenizer, special)
-        found, note = cut(made, self.max_length, self.truncation_side, tokenizer.bos_token_id, what)
+        made = encoded(rows, tokenizer, special) if rows else []
+        how = (self.max_length, self.truncation_side, tokenizer.bos_token_id, what)
+        if self.drop_unlearnable:
+            kept = [any(row.learnt) for row in cut(made, *how, blank=True)[0]]
+            split, rows, made = selected(kept, split, rows, made)
+        dropped = left_out(count, len(made), what, "; raise task.max_length, or give the rows responses")
+        found, note = cut(made, *how)
+        return split, rows, found, [text for text in (dropped, note) if text]
+
+    def _examples(
+        self, split: Any, found: list[Tokens], kinds: Tensor | None, tokenizer: Any, context: int, what: str,
+        client_column: str | None,
+    ) -> Examples:  # fmt: skip
         features, lengths = flat(found, tokenizer.pad_token_id)
         longer = int((lengths > context).sum())
         if longer:
@@ -128,7 +163,7 @@ class CausalLM(Supervised):
             )
         labels = torch.zeros(len(found), dtype=torch.int64)  # a row has none
         groups = source.groups(split, client_column, what)
-        return Examples(features, labels, lengths, groups, kinds), note
+        return Examples(features, labels, lengths, groups, kinds)
 
     def _asked(self, test: Any, rows: Any, kinds: Any, tokenizer: Any, context: int, seed: int) -> Asked:
         room = context - self.max_new_tokens

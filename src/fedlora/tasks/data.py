@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,14 @@ from torch import Tensor
 
 from fedlora.nearest import nearest
 from fedlora.seeds import derived
+from fedlora.tasks.sources import DIGITS, ONLY, load
+from fedlora.tasks.tables import TextFormat
 
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".parquet": "parquet",
-}
 HELD_OUT = 0.2  # of a single file's rows, when it has no test split of its own
-DIGITS = "digits"
-ONLY = "all"  # the split of data that comes without any
+AS_IT_SHOWS = TextFormat()
 TEST = "test"  # what the test split is called where nothing else is said
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+LARGEST = 3.4e38  # of float32
 OF, ANY = " * ", ""  # in the name of a test split: a share of the training rows; no test rows at all
 
 
@@ -34,16 +29,23 @@ class Splits(tuple[Any, ...]):
     cut = False  # whether they were cut from the same rows, so that it is chance which of them has a row
 
 
-def splits(data: str, config: str | None, train: str, tests: Sequence[str], seed: int) -> Splits:
+def text_format(task: Any) -> TextFormat:
+    """How a task says that its text files are written. ``ValueError`` where it names no encoding or delimiter."""
+    return TextFormat(getattr(task, "encoding", None), getattr(task, "delimiter", None))
+
+
+def splits(
+    data: str, config: str | None, train: str, tests: Sequence[str], seed: int, form: TextFormat = AS_IT_SHOWS
+) -> Splits:
     """The training and the test splits as ``datasets.Dataset``s; data that is one split is cut in two by the seed.
 
     A test split that ``held_out`` named is a seeded share of the training rows: no other split is read.
     """
     name, marked, share = tests[0].rpartition(OF)
     if marked and name == train:
-        rows, _ = splits(data, config, train, [ANY], seed)
+        rows, _ = splits(data, config, train, [ANY], seed, form)
         return _cut(rows, _share(share, len(rows)), derived(seed, "validation rows"))
-    found = _load(data, config)
+    found = load(data, config, form)
     if train not in tests and (set(found) == {ONLY} or (set(found) == {train} and tuple(tests) == (TEST,))):
         (rows,) = found.values()
         if len(rows) < 2:
@@ -91,110 +93,9 @@ def held_out(train: str, share: float) -> str:
     return f"{train}{OF}{share}"
 
 
-def split_names(data: str, config: str | None) -> list[str]:
+def split_names(data: str, config: str | None, form: TextFormat = AS_IT_SHOWS) -> list[str]:
     """The splits that there are; none of a folder's files is read for it."""
-    return sorted(_load(data, config))
-
-
-class _Files(Mapping[str, Any]):
-    """A folder's splits, each read when it is asked for: who wants two of them is not kept from it by a third."""
-
-    def __init__(self, files: Mapping[str, Path]):
-        self.files = files
-
-    def __getitem__(self, split: str) -> Any:
-        return _read(self.files[split])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def _load(data: str, config: str | None) -> Mapping[str, Any]:
-    import datasets
-    from huggingface_hub.utils import logging as hub
-
-    datasets.disable_progress_bars()
-    hub.set_verbosity_error()  # its retries would be said six times before our one sentence
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # and a broken file's errors before ours
-    path = Path(data).expanduser()
-    if data == DIGITS:
-        return _digits()
-    try:
-        if path.is_file():
-            return {ONLY: _read(path)}
-        if path.is_dir():
-            return _folder(path, config)
-        if data.startswith((".", "/", "~")) or any(data.endswith(ending) for ending in READERS):
-            raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
-        return dict(datasets.load_dataset(data, config))
-    except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(
-            f"the data {data!r} could not be read: {_reason(error)}; name a file, a folder or a hub id."
-        ) from error
-
-
-def _folder(path: Path, config: str | None) -> Mapping[str, Any]:
-    import datasets
-
-    if (path / "dataset_dict.json").exists():
-        return dict(datasets.load_from_disk(str(path)))
-    if (path / "dataset_info.json").exists():
-        return {ONLY: datasets.load_from_disk(str(path))}
-    files = {f.name.split(".", 1)[0]: f for f in sorted(path.iterdir()) if _ending(f) and f.name != "meta.json"}
-    if files:
-        return _Files(files)
-    if any(path.glob("*/*.parquet")):  # a copy of a hub's data repository
-        return dict(datasets.load_dataset(str(path), config))
-    if any(p.is_dir() for p in path.iterdir()):
-        return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
-    raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
-
-
-def _ending(file: Path) -> str | None:
-    return next((e for e in sorted(READERS, key=len, reverse=True) if file.name.endswith(e)), None)
-
-
-def _read(file: Path) -> Any:
-    import datasets
-
-    ending = _ending(file)
-    if ending is None:
-        raise ValueError(f"{str(file)!r} is of no kind that can be read; the kinds are {', '.join(READERS)}.")
-    if file.stat().st_size == 0:
-        raise ValueError(f"the file {str(file)!r} is empty; it needs rows.")
-    # A cache of its own for each run: two processes may read one file, and nothing is left in the home folder.
-    try:
-        return datasets.load_dataset(READERS[ending], data_files=str(file), split="train", keep_in_memory=True)
-    except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{str(file)!r} could not be read as {READERS[ending]}: {_reason(error)}.") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what began it: the outer errors only say that something went wrong."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else "it holds no rows"
-
-
-@cache
-def _digits() -> Mapping[str, Any]:
-    import datasets
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype("uint8")
-    halves = train_test_split(range(len(pixels)), test_size=0.25, random_state=0, stratify=found.target)
-    return {
-        split: datasets.Dataset.from_dict(
-            {"image": [pixels[i].tobytes() for i in rows], "label": [int(found.target[i]) for i in rows]}
-        )
-        for split, rows in zip(("train", "test"), halves)
-    }
+    return sorted(load(data, config, form))
 
 
 def image_shape(data: str) -> tuple[int, ...] | None:
@@ -211,42 +112,65 @@ def present(split: Any, name: str, key: str) -> None:
     if name not in split.column_names:
         near = nearest(name, split.column_names)
         hint = f"did you mean {near!r}? Its" if near else "its"
+        one = len(split.column_names) == 1
+        more = "; if a CSV file's columns are separated by another character, set task.delimiter" if one else ""
         raise ValueError(
-            f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}."
+            f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}{more}."
         )
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a row has no value: None, or a number that is none."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def cells(split: Any, name: str, key: str) -> list[Any]:
+    """A column's values, some of which may be missing. ``ValueError`` names the nearest column."""
+    present(split, name, key)
+    return list(split[name])
 
 
 def column(split: Any, name: str, key: str) -> list[Any]:
     """A column's values. ``ValueError`` names the nearest column and the values that are missing."""
-    present(split, name, key)
-    values = list(split[name])
-    gaps = sum(value is None for value in values)
+    values = cells(split, name, key)
+    gaps = sum(is_missing(value) for value in values)
     if gaps:
         raise ValueError(f"column {name!r} ({key}) has {gaps} missing values in {len(values)} rows; fill or drop them.")
     return values
 
 
-def named(split: Any, name: str, key: str) -> list[Any]:
-    """A column's values, a ``ClassLabel``'s by its own names."""
-    values, names = column(split, name, key), getattr(split.features[name], "names", None)
+def named(split: Any, name: str, key: str, gaps: bool = False) -> list[Any]:
+    """A column's values, a ``ClassLabel``'s by its own names. ``gaps`` lets values be missing."""
+    values = cells(split, name, key) if gaps else column(split, name, key)
+    names = getattr(split.features[name], "names", None)
     if names is None:
         return values
-    odd = next((value for value in values if not 0 <= value < len(names)), None)
+    odd = next((value for value in values if not is_missing(value) and not 0 <= value < len(names)), None)
     if odd is not None:
         raise ValueError(f"column {name!r} ({key}) holds {odd}, but it has {len(names)} label names; fill or drop it.")
-    return [names[value] for value in values]
+    return [value if is_missing(value) else names[value] for value in values]
 
 
 def numbers(split: Any, name: str, what: str) -> Tensor:
-    """A column of numbers, float32."""
+    """A column of numbers, float32. Text that is a number counts as one: CSV knows nothing else."""
     values = column(split, name, "task.label")
-    odd = next((v for v in values if isinstance(v, bool) or not isinstance(v, int | float)), None)
-    odd = next((v for v in values if not math.isfinite(v)), None) if odd is None else odd
-    if odd is not None:
+    found = torch.tensor([_number(value) for value in values], dtype=torch.float32)
+    odd = (~found.isfinite()).nonzero()
+    if len(odd):
         raise ValueError(
-            f"column {name!r} (task.label) holds {odd!r} in the {what} rows; a regression needs a number in each."
+            f"column {name!r} (task.label) holds {values[int(odd[0])]!r} in the {what} rows; "
+            "a regression needs a number in each."
         )
-    return torch.tensor(values, dtype=torch.float32)
+    return found
+
+
+def _number(value: Any) -> float:
+    """A value as a number; NaN where it is none."""
+    if isinstance(value, str):
+        return float(value) if NUMBER.fullmatch(value.strip()) else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        return math.nan
+    return float(value)
 
 
 def subset(split: Any, rows: int | None, keep: Collection[Any] | None, label: str, seed: int, what: str) -> Any:

@@ -45,7 +45,7 @@ SUBSETS = {
     "rte": Subset(PAIR, "accuracy", ENTAILMENT),
     "wnli": Subset(PAIR, "accuracy", ("not_entailment", "entailment")),
 }
-HIDDEN = -1  # what GLUE's test rows have for a label
+HIDDEN = {"-1", "-1.0"}  # what GLUE's test rows have for a label
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Glue(Texts):
     def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
         """Labels or scores; ``ValueError`` where they are hidden."""
         for key, split in ((self.train_split, train), (self.test_split, test)):
-            if HIDDEN in source.column(split, self.label, "task.label"):
+            if HIDDEN & {str(value) for value in source.column(split, self.label, "task.label")}:
                 raise ValueError(
-                    f"the split {key!r} of GLUE's {self.subset} has the label {HIDDEN}, which stands for hidden: GLUE "
+                    f"the split {key!r} of GLUE's {self.subset} has the label -1, which stands for hidden: GLUE "
                     "keeps the labels of its test rows to itself; leave task.test_split out to test on validation rows."
                 )
         return self.own.targets(train, test, classes)

@@ -26,6 +26,8 @@ class ImageClassification(Classification):
 
     data: str  # a hub id, a folder (files or an image folder), a file, or "digits" (embedded)
     data_config: str | None = None
+    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: str | None = None  # of CSV files; None: as the header shows
     image: str | None = None  # column; None: the usual names
     label: str | None = None
     train_split: str = "train"
@@ -41,13 +43,16 @@ class ImageClassification(Classification):
 
     def __post_init__(self):
         super().__post_init__()
+        source.text_format(self)
         shape = self.image_shape
         if shape is not None and (len(shape) != 3 or min(shape) < 1 or shape[2] > 4):
             raise ValueError(f"task.image_shape is {shape}; it is height, width and 1 to 4 channels.")
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and resizes both splits once; pixels stay uint8 until a batch is made."""
-        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
+        splits = source.splits(
+            self.data, self.data_config, self.train_split, [self.test_split], seed, source.text_format(self)
+        )
         image = self.image or _usual(splits[0], IMAGES, "task.image")
         if self.label is None and _unlabelled(splits[0]):
             raise ValueError(

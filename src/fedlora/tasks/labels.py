@@ -240,7 +240,7 @@ def _distinct(splits: Sequence[Any], column: str) -> tuple[str, ...]:
     Of rows that were cut into training and test rows by chance, those of all.
     """
     those = splits if isinstance(splits, source.Splits) and splits.cut else splits[:1]
-    values = [value for split in those for value in split[column] if not _is_missing(value)]
+    values = [value for split in those for value in split[column] if not source.is_missing(value)]
     _check(values, column, "task.label", "training")
     names = {spelled(value) for value in values}
     return tuple(sorted(names, key=lambda n: (Decimal(n), n)) if all(map(is_number, names)) else sorted(names))
@@ -249,7 +249,7 @@ def _distinct(splits: Sequence[Any], column: str) -> tuple[str, ...]:
 def _check(values: Sequence[Any], column: str, key: str, what: str) -> None:
     """``ValueError`` where a value is missing, or is neither a number nor a text."""
     wrong = [value for value in values if not _is_label(value)]
-    missing = sum(map(_is_missing, wrong))
+    missing = sum(map(source.is_missing, wrong))
     if missing:
         raise ValueError(
             f"column {column!r} ({key}) has {missing} missing values in the {what} rows; fill or drop them."
@@ -258,10 +258,6 @@ def _check(values: Sequence[Any], column: str, key: str, what: str) -> None:
         raise ValueError(
             f"column {column!r} ({key}) holds {wrong[0]!r} in the {what} rows; a label is one number or string."
         )
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _is_label(value: Any) -> bool:

@@ -14,9 +14,9 @@ from fedlora.squad import answer_f1, exact_match
 from fedlora.tasks import data as source
 from fedlora.tasks.labels import check_names
 from fedlora.tasks.networks import quietly, tokenizer, whole
-from fedlora.tasks.pairs import texts
+from fedlora.tasks.pairs import DROP, texts
 from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import checked, strata
+from fedlora.tasks.wording import checked, left_out, selected, strata
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -27,6 +27,8 @@ class Seq2Seq(Supervised):
 
     data: str  # a hub id, a folder, a file
     data_config: str | None = None  # of a hub id that has several
+    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: str | None = None  # of CSV files; None: as the header shows
     source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
     target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
     label: str | None = None  # a column that splits by label go by, such as the class
@@ -36,6 +38,7 @@ class Seq2Seq(Supervised):
     max_source_length: int = 512  # tokens; longer sources are cut
     max_target_length: int = 64  # tokens; longer targets are an error
     max_new_tokens: int = 32  # of a generated answer
+    drop_unlearnable: bool = False  # leave out rows without source or target, or with one too long; False: an error
     train_rows: int | None = None  # a seeded draw of so many rows
     test_rows: int | None = None
     metric: str = "exact_match"  # or "answer_f1", or "nll" without generating anything
@@ -46,6 +49,7 @@ class Seq2Seq(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
+        source.text_format(self)
         for key in ("max_source_length", "max_target_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise ValueError(f"task.{key} is {getattr(self, key)}; it must be at least 1 token.")
@@ -62,20 +66,37 @@ class Seq2Seq(Supervised):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises both splits once."""
-        splits = source.splits(self.data, self.data_config, self.train_split, [self.test_split], seed)
+        splits = source.splits(
+            self.data, self.data_config, self.train_split, [self.test_split], seed, source.text_format(self)
+        )
         wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
         both = [source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted)]
         found, notes = [], []
+        if self.drop_unlearnable:
+            both, notes = map(list, zip(*(self._learnable(x, model, what) for x, (_, what) in zip(both, wanted))))
         for split, kinds, what in zip(both, strata(*both, self.label), ("training", "test")):
             groups = source.groups(split, client_column, what)
             examples, more = self._encoded(split, model, kinds, groups, what)
             found.append(examples)
             notes += more
-        return Data(*found, (), tuple(notes))
+        return Data(*found, (), tuple(note for note in notes if note))
+
+    def _learnable(self, split: Any, model: str, what: str) -> tuple[Any, str]:
+        """The rows with a source, and a target within the limit; and a note on the others."""
+        sources, golds, _ = texts(split, self.source, self.target, self.label_names, what, blank=True)
+        own = tokenizer(model)
+        ids = own(text_target=[right[0] if right else "" for right in golds])["input_ids"]
+        fits = [len(_ended(one, own.eos_token_id)) <= self.max_target_length for one in ids]
+        kept = [bool(text.strip() and right and fit) for text, right, fit in zip(sources, golds, fits)]
+        (some,) = selected(kept, split)
+        return some, left_out(len(kept), sum(kept), what, "; raise task.max_target_length, or give the rows texts")
 
     def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, list[str]]:
         """The rows, encoded, and what has to be said of them."""
         sources, golds, notes = texts(split, self.source, self.target, self.label_names, what)
+        empty = sum(not text.strip() for text in sources)
+        if empty:
+            raise ValueError(f"{empty} {what} rows have an empty source (task.source); {DROP}.")
         own, most = tokenizer(model), _most(model)
         asked = own(sources, return_attention_mask=False, verbose=False)["input_ids"]
         cut = sum(len(ids) > self.max_source_length for ids in asked)
@@ -92,14 +113,12 @@ class Seq2Seq(Supervised):
         return Examples(features, torch.zeros(len(asked), dtype=torch.int64), lengths, groups, kinds, rows), notes
 
     def _check(self, asked: list, learnt: list, most: int, what: str) -> None:
-        empty = sum(not ids for ids in asked)
-        if empty:
-            raise ValueError(f"{empty} {what} rows have an empty source (task.source); drop these rows.")
         longer = sum(len(ids) > self.max_target_length for ids in learnt)
         if longer:
             raise ValueError(
                 f"{longer} {what} rows have a target of more than task.max_target_length = {self.max_target_length} "
-                f"tokens, the longest {max(map(len, learnt))}; raise it, or drop these rows."
+                f"tokens, the longest {max(map(len, learnt))}; raise it, drop these rows, or set "
+                "task.drop_unlearnable = true."
             )
         if max(map(len, asked)) > most or max(map(len, learnt)) > most:
             raise ValueError(

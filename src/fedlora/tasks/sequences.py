@@ -66,12 +66,12 @@ def _finish(row: Tokens, one: Sequence[Stretch], tokenizer: Any) -> None:
 
 
 def cut(
-    rows: Sequence[Tokens], limit: int, side: Side, start: int | None, what: str = "training"
+    rows: Sequence[Tokens], limit: int, side: Side, start: int | None, what: str = "training", blank: bool = False
 ) -> tuple[list[Tokens], str]:
     """Rows of at most ``limit`` tokens, and a sentence that says what was cut, or nothing.
 
     ``side`` is where tokens are taken away; on the left the start token stays. ``ValueError`` says how many rows have
-    nothing left to learn.
+    nothing left to learn, unless ``blank`` lets them.
     """
     found, prompts, responses = [], 0, 0
     for row in rows:
@@ -86,11 +86,12 @@ def cut(
             row.learnt[0] = False
         found.append(row)
     lost = sum(not any(row.learnt) for row in found)
-    if lost:
+    if lost and not blank:
         other = "left" if side == "right" else "right"
         raise ValueError(
             f"nothing is left to learn in {lost} of {len(rows)} {what} rows within task.max_length = {limit} tokens: "
-            f"the response was cut away on the {side}; raise task.max_length, or set task.truncation_side to {other!r}."
+            f"the response was cut away on the {side}; raise task.max_length, set "
+            f"task.truncation_side to {other!r}, or leave these rows out with task.drop_unlearnable = true."
         )
     several = sum(len(row.ids) > limit for row in rows)
     text = cut_note(several, len(rows), limit, side, what)

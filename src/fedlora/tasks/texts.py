@@ -28,6 +28,8 @@ class Texts(Supervised):
 
     data: str  # a hub id, a folder, a file
     data_config: str | None = None  # of a hub id that has several
+    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: str | None = None  # of CSV files; None: as the header shows
     text: str | list[str] | None = None  # one column or two; None: the usual names
     label: str = "label"
     train_split: str = "train"
@@ -41,6 +43,7 @@ class Texts(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
+        source.text_format(self)
         if self.max_length < 1:
             raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
 
@@ -63,7 +66,8 @@ class Texts(Supervised):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Reads, checks and tokenises all splits once."""
-        found = source.splits(self.data, self.data_config, self.train_split, self.test_splits, seed)
+        where = (self.data, self.data_config, self.train_split, self.test_splits)
+        found = source.splits(*where, seed, source.text_format(self))
         counts = (self.train_rows, *[self.test_rows] * (len(found) - 1))
         whats = ("training", *["test"] * (len(found) - 1))
         classes = self.classes(found)

@@ -17,6 +17,7 @@ USUAL = (
     ("### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n", "{response}"),  # Dolly
     ("### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n", "{output}"),  # Alpaca
     ("### Instruction:\n{instruction}\n\n### Response:\n", "{response}"),
+    ("### Instruction:\n{instruction}\n\n### Response:\n", "{output}"),
     ("Question: {question}\nAnswer:", " {answer}"),
     ("{prompt}", "{completion}"),
     ("{prompt}", "{response}"),
@@ -39,12 +40,19 @@ class Wording:
         if not columns(self.response):
             raise ValueError(f"{self.keys[1]} is {self.response!r}, which names no column; write {{column}}.")
 
-    def rows(self, split: Any) -> list[list[Stretch]]:
-        """Each row's prompt and response. ``ValueError`` names a column that is not there or holds no text."""
-        prompts, responses = (filled(t, split, key) for t, key in zip((self.prompt, self.response), self.keys))
+    def rows(self, split: Any, blank: bool = False) -> list[list[Stretch]]:
+        """Each row's prompt and response; ``blank`` lets responses be empty.
+
+        ``ValueError`` names a column that is not there or holds no text.
+        """
+        prompts = filled(self.prompt, split, self.keys[0])
+        responses = filled(self.response, split, self.keys[1], optional=True)
         empty = sum(not text.strip() for text in responses)
-        if empty:
-            raise ValueError(f"{self.keys[1]} is empty in {empty} of {len(responses)} rows; drop these rows.")
+        if empty and not blank:
+            raise ValueError(
+                f"{self.keys[1]} is empty in {empty} of {len(responses)} rows; drop these rows, or set "
+                "task.drop_unlearnable = true."
+            )
         return [[(prompt, False), (response, True)] for prompt, response in zip(prompts, responses)]
 
     def asked(self, text: str) -> str:
@@ -91,12 +99,19 @@ def columns(template: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
 
 
-def filled(template: str, split: Any, key: str) -> list[str]:
-    """The template with each row's values in it."""
+def filled(template: str, split: Any, key: str, optional: bool = False) -> list[str]:
+    """The template with each row's values in it; a value that is missing is an empty text.
+
+    ``ValueError`` where a row has none of the template's columns, unless that is ``optional``.
+    """
     names = columns(template)
-    values = [[_text(v, name, key) for v in source.named(split, name, key)] for name in names]
-    rows = zip(*values) if names else [()] * len(split)
-    return [fill(template, dict(zip(names, row))) for row in rows]
+    rows = list(zip(*(source.named(split, name, key, gaps=True) for name in names))) if names else [()] * len(split)
+    lacking = sum(all(map(source.is_missing, row)) for row in rows) if names else 0
+    if lacking and not optional:
+        several = f"columns {', '.join(map(repr, names))} ({key}) are all missing in {lacking} of {len(rows)} rows"
+        one = f"column {names[0]!r} ({key}) has {lacking} missing values in {len(rows)} rows"
+        raise ValueError(f"{one if len(names) == 1 else several}; fill or drop them.")
+    return [fill(template, {name: _text(value, name, key) for name, value in zip(names, row)}) for row in rows]
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
@@ -114,6 +129,8 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def _text(value: Any, name: str, key: str) -> str:
+    if source.is_missing(value):
+        return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, str | int | float):
@@ -130,15 +147,30 @@ def strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | 
     return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
 
-def conversations(split: Any, name: str, tokenizer: Any) -> list[list[Stretch]]:
+def selected(kept: Sequence[bool], split: Any, *lists: list[Any]) -> tuple[Any, ...]:
+    """The rows of a split that are kept, and those of lists as long."""
+    some = split.select([i for i, keep in enumerate(kept) if keep])
+    return some, *([x for x, keep in zip(rows, kept) if keep] for rows in lists)
+
+
+def left_out(count: int, kept: int, what: str, advice: str) -> str:
+    """A sentence on rows that were dropped, or nothing. ``ValueError`` with ``advice`` where none is kept."""
+    if not kept:
+        raise ValueError(f"nothing is left to learn in any of the {count} {what} rows{advice}.")
+    return f"{count - kept} of {count} {what} rows were left out: nothing is left to learn in them." * (kept < count)
+
+
+def conversations(split: Any, name: str, tokenizer: Any, blank: bool = False) -> list[list[Stretch]]:
     """Each row's messages in the tokenizer's chat template; what assistants say is learnt.
+
+    ``blank`` lets a row have nothing to learn: it has no text then.
 
     ``ValueError`` where the tokenizer has no template, a row has no such messages, or the template says earlier turns
     otherwise when later ones follow.
     """
     needs_template(tokenizer)
     return [
-        _stretches(messages, tokenizer, f"row {number} of column {name!r} (task.messages)")
+        _stretches(messages, tokenizer, f"row {number} of column {name!r} (task.messages)", blank)
         for number, messages in enumerate(source.column(split, name, "task.messages"))
     ]
 
@@ -152,15 +184,18 @@ def needs_template(tokenizer: Any) -> None:
         )
 
 
-def _stretches(messages: Any, tokenizer: Any, where: str) -> list[Stretch]:
+def _stretches(messages: Any, tokenizer: Any, where: str, blank: bool) -> list[Stretch]:
     form = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not form:
         raise ValueError(f"{where} is no list of messages; each needs a role and a content, both text.")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]  # what is answered
-    if not turns:
-        raise ValueError(f"{where} has no message by 'assistant' that answers another, so nothing to learn; drop it.")
+    if not turns and not blank:
+        raise ValueError(
+            f"{where} has no message by 'assistant' that answers another, so nothing to learn; drop it, or set "
+            "task.drop_unlearnable = true."
+        )
     done, found = "", list[Stretch]()
     for i in turns:
         before, after = rendered(messages[:i], tokenizer, where, True), rendered(messages[: i + 1], tokenizer, where)
