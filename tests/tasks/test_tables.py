@@ -309,7 +309,7 @@ def test_hidden_labels_of_glue_in_text(tmp_path):
 
     split = load(put(tmp_path, "sentence1,sentence2,label\na,b,-1.0\nc,d,-1.0\n"))
     with pytest.raises(ValueError, match="has the label -1, which stands for hidden"):
-        Glue(subset="stsb").targets(split, split)
+        Glue(subset="stsb").targets(split, split, None)
 
 
 def test_exact_columns_behave_as_others(tmp_path):
