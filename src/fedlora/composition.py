@@ -89,7 +89,7 @@ class Config:
         model = self.attached(network, typing.cast(Any, training.precision), device)
         rules = model.rules(self.method, self.head_rule)
         if self.model.start is not None:
-            begin(model, rules, self.method, self.model.start, self.seed)
+            begin(model, rules, self.method, self.model.start, self.seed, names)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         found = Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,

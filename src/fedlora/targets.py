@@ -54,9 +54,7 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     """
     paths = [path for path, _ in network.named_modules() if path]
     if patterns is None:
-        body = getattr(network, "base_model_prefix", "")
-        on_top = [name for name, _ in network.named_children() if name != body]
-        patterns = [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
+        patterns = fresh(network)
     else:
         for pattern in patterns:
             if not any(matches(path, pattern) for path in paths):
@@ -70,6 +68,13 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     }
     _untied(network, found, "model.head")
     return found
+
+
+def fresh(network: nn.Module) -> list[str]:
+    """Paths of what a task put on top of the pretrained network, and of what else its checkpoint lacks."""
+    body = getattr(network, "base_model_prefix", "")
+    on_top = [name for name, _ in network.named_children() if name != body]
+    return [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
 
 
 def _untied(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
