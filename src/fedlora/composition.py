@@ -42,7 +42,8 @@ class ModelTable:
     """The ``[model]`` table."""
 
     name: str  # a hub id or a local folder
-    targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
+    # Modules to adapt: names, "all-linear" or a regular expression of paths; None: the query and value projections.
+    targets: str | list[str] | None = None
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
     quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
