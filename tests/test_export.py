@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fedlora
 from fedlora import methods
+from fedlora.aggregation import aggregate, method_for
 from fedlora.export import Run, export
-from tests.fixtures.federation import WIDTH, config, settings
+from tests.fixtures.federation import TABLE, WIDTH, config, settings
 
 
 def finished(tmp_path, name, *more):
@@ -141,3 +144,120 @@ def test_a_summary_that_was_edited(tmp_path, reference):
     (tmp_path / "run" / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'labels'"):
         Run.open(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------ adapters that say their labels
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "barks", "meows", "runs"]
+SIZES = {
+    "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
+    "roberta": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """``trained(family, labels, *overrides)``: a run of a tiny encoder on three sentences, opened."""
+
+    def run(family, labels, *overrides, name="run"):
+        base = tmp_path / family
+        if not base.exists():
+            torch.manual_seed(0)
+            shape = {**SIZES[family], "vocab_size": len(WORDS), "max_position_embeddings": 40, "pad_token_id": 0}
+            AutoModel.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(base)
+            (base / "vocab.txt").write_text("\n".join(WORDS))
+            BertTokenizerFast(str(base / "vocab.txt")).save_pretrained(base)
+        data = tmp_path / f"data-{name}"
+        data.mkdir()
+        rows = [f"it {verb},{label}" for verb, label in zip(["barks", "meows", "runs"], labels)] * 8
+        for part in ("train", "test"):
+            (data / f"{part}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+        table = {**TABLE, "rounds": 1, "model": {"name": str(base)}}
+        table["task"] = {"name": "text-classification", "data": str(data), "label_names": list(labels)}
+        table["clients"] = {"count": 2, "split": {"name": "iid"}}
+        fedlora.run(config(*overrides, "evaluation={every = 9, measure = false}", table=table), tmp_path / name)
+        return Run.open(tmp_path / name)
+
+    return run
+
+
+def named(folder):
+    """The names of an export's labels, as the model card reads them."""
+    found = json.loads((folder / "labels.json").read_text())
+    return {"id2label": {int(k): name for k, name in found["id2label"].items()}, "label2id": found["label2id"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("bert", []),
+        ("distilbert", []),  # `pre_classifier` ends with a name that PEFT saves
+        ("roberta", []),  # the classifier is two layers inside a module that PEFT saves whole
+        ("roberta", ["model.head=['classifier.out_proj']"]),
+        ("bert", ["model.head=[]"]),  # nobody trains the classifier, and no other is like it
+    ],
+)
+def test_pefts_own_class_loads_a_classifier_with_its_labels(tmp_path, trained, family, overrides):
+    run = trained(family, ["dog", "cat", "emu"], *overrides)
+    export(run, tmp_path / "out")
+    torch.manual_seed(7)  # what a checkpoint lacks is drawn anew by who loads it
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **named(tmp_path / "out")).eval()
+    assert model.config.id2label == {0: "dog", 1: "cat", 2: "emu"}
+    x = run.config.task.probe(run.network())
+    torch.testing.assert_close(
+        model(**x).logits, PeftModel.from_pretrained(run.network(), tmp_path / "out").eval()(**x).logits
+    )
+    served = run.config.attached(run.network())
+    served.load(run.tree(None))
+    torch.testing.assert_close(model(**x).logits, served.network(**x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_images_say_their_class_and_their_labels(tmp_path, opened):
+    run = opened("fedit")
+    export(run, tmp_path / "out")
+    fits = {"ignore_mismatched_sizes": True}  # this checkpoint has a head of another size
+    model = AutoPeftModel.from_pretrained(tmp_path / "out", **named(tmp_path / "out"), **fits).eval()
+    assert type(model.get_base_model()).__name__ == "ViTForImageClassification" and model.config.id2label[3] == "3"
+    x = run.config.task.probe(run.network())
+    served = run.config.attached(run.network())
+    served.load(run.tree(None))
+    torch.testing.assert_close(model(**x).logits, served.network(**x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_exports_of_other_labels_are_neither_combined_nor_gone_on_from(tmp_path, trained):
+    orders = {"a": ["dog", "cat", "emu"], "b": ["cat", "dog", "emu"], "c": ["dog", "cat", "emu"]}
+    for name, labels in orders.items():
+        export(trained("bert", labels, name=name), tmp_path / f"out-{name}")
+    with pytest.raises(ValueError, match="different labels: label 0 is 'dog' in .*out-a.* and 'cat' in .*out-b"):
+        aggregate([tmp_path / "out-a", tmp_path / "out-b"], method_for("svd"), tmp_path / "both")
+    aggregate([tmp_path / "out-a", tmp_path / "out-c"], method_for("svd"), tmp_path / "both")
+    assert named(tmp_path / "both") == named(tmp_path / "out-a")
+    table = Run.open(tmp_path / "b").config.table
+    with pytest.raises(
+        ValueError, match="model.start was trained for the labels dog, cat, emu, and the run has cat, dog"
+    ):
+        config(f"model.start={tmp_path / 'out-a'}", table=table).federation()
+    config(f"model.start={tmp_path / 'out-b'}", table=table).federation()
+
+
+def test_the_cards_code_runs(tmp_path, trained):
+    run = trained("bert", ["dog", "cat", "emu"])
+    export(run, tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code.replace("this folder", str(tmp_path / "out")), found)
+    assert found["model"].config.id2label == {0: "dog", 1: "cat", 2: "emu"}
+
+
+def test_exports_of_one_base_at_two_paths_are_known_by_the_digest_that_they_carry(tmp_path, trained):
+    export(trained("bert", ["dog", "cat", "emu"]), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":  # on another machine, where neither base lies
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": f"/mnt/{name}/bert"}))
+    aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
+    aggregate([tmp_path / "out", tmp_path / "b"], method_for("svd"), tmp_path / "again")
+    with pytest.raises(ValueError, match="the weights of '/mnt/a/bert' in .* are not those of"):
+        file = tmp_path / "b" / "adapter_model.safetensors"
+        save_file(load_file(file), file, {"format": "pt", "base_digest": "0" * 32})
+        aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "odd")

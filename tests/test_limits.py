@@ -206,7 +206,7 @@ def test_an_array_of_numpys_is_looked_at_first():
 
 def test_a_pattern_that_python_warns_of_is_read_in_silence(tmp_path):
     """Found by fuzzing: with warnings as errors the reader fell over a pattern that another party had written."""
-    from fedlora.peft_folder import _compiled
+    from fedlora.peft_settings import _compiled
 
     re.purge()
     _compiled(tmp_path, "rank_pattern", "[[a]layer")

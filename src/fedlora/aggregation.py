@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,15 @@ from fedlora.config import construct, overridden
 from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean, terms, weighted
 from fedlora.methods.fedit import FedIT
-from fedlora.peft_folder import AdapterFolder, save_folder
+from fedlora.nearest import nearest
+from fedlora.peft_checks import check_together
+from fedlora.peft_folder import AdapterFolder, save_folder, save_labels
+from fedlora.peft_keys import unwrapped
 from fedlora.products import HELD, distances
 from fedlora.report.errors import Report
 from fedlora.runtime import Engine
 from fedlora.state import absent
 from fedlora.types import Layer, Outcome, Turn, Upload, Work
-
-EQUAL = ("base_model_name_or_path", "revision")  # settings that must not differ between adapters
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ def _why_not(kind: type[Method]) -> str | None:
 
 def method_for(name: str, settings: Sequence[str] = ()) -> Method:
     """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
-    kind = methods.load(name)
-    why = _why_not(kind)
-    if why:
-        raise ValueError(
-            f"the method {name!r} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
-        )
-    made: Method = construct(kind, "method", overridden({}, settings), skip=("adapter",))
+    near = name if ":" in name or name in methods.names() else nearest(name, methods.names())
+    if near is not None:
+        why = _why_not(methods.load(near))
+        if why:
+            said = (
+                f"the method {name!r}" if near == name else f"there is no method {name!r}, and the nearest, {near!r},"
+            )
+            raise ValueError(
+                f"{said} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
+            )
+    made: Method = construct(methods.load(name), "method", overridden({}, settings), skip=("adapter",))
     return made
 
 
@@ -70,18 +76,20 @@ def aggregate(
     residual: str | Path | None = None,
     exact: bool = False,
     engine: Engine = Engine(),  # noqa: B008 - frozen
+    one_base: bool = False,
 ) -> Report:
     """Combines PEFT adapters into one and writes it to ``out``; returns the errors against the exact mean.
 
     ``weights`` are shares of any sum (None: equal). ``rank`` is the output's (None: the largest there is). What a
     method folds goes into a second adapter at ``residual``, or with ``exact`` into the same one. ``engine`` says which
-    device and how many threads. Memory is one weight's factors of all adapters (none of them, beyond ``HELD`` numbers:
+    device and how many threads. ``one_base`` says that the adapters' base models are one, whatever they are called.
+    Memory is one weight's factors of all adapters (none of them, beyond ``HELD`` numbers:
     then they are read anew at every pass), and the output. ``ValueError`` where the adapters do not belong together.
     """
     device = engine.prepare()
     adapters = [replace(AdapterFolder.open(folder), device=device) for folder in folders]
     shares = _shares(weights, len(adapters))
-    _check(adapters)
+    check_together(adapters, one_base)
     target, second = absent(out), None if residual is None else absent(residual)
     if second is not None and second.resolve() == target.resolve():
         raise ValueError(f"--out and --residual are both {str(out)!r}; name two folders.")
@@ -95,12 +103,34 @@ def aggregate(
         report.weights[part] = found.figures
         report.ranks[part] = layers[part]["A"].shape[-2]
         _fits(method, found, rank, exact, residual is not None)
-    like, whole = adapters[0].config, _whole(adapters, shares)
-    save_folder(target, like, layers, alphas, whole, dtype)
+    like, whole = _settings(adapters), _whole(adapters, shares)
+    digest = next((a.base.digest for a in adapters if a.base.digest), None)
+    save_folder(target, like, layers, alphas, whole, dtype, digest)
+    labels = _labels(adapters)
+    if labels is not None:
+        save_labels(target, labels)
     if second is not None and rests:
-        # Without a task: for some, PEFT would look for the head in this folder, too.
-        save_folder(second, {**like, "modules_to_save": None, "task_type": None}, rests, alphas, dtype=dtype)
+        # Without a task: for some, PEFT would look for the head in this folder, too. So it would for tokens.
+        alone = {"modules_to_save": None, "task_type": None, "trainable_token_indices": None}
+        save_folder(second, {**like, **alone}, rests, alphas, None, dtype, digest)
     return report
+
+
+def _settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
+    """The first adapter's settings, as they are for the networks that PEFT loads the output into."""
+    first = adapters[0]
+    task = next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None)
+    found = {**first.config, **({"task_type": task} if task else {})}
+    if first.keys.renamed:  # the names of wrappers match nothing in a network that has none
+        found |= {"target_modules": sorted(first.shapes)}
+        found |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        found |= {"modules_to_save": [unwrapped(x) for x in first.config.get("modules_to_save") or ()] or None}
+    return found
+
+
+def _labels(adapters: Sequence[AdapterFolder]) -> tuple[str, ...] | None:
+    """What the outputs are called, where some adapter says it."""
+    return next((a.labels for a in adapters if a.labels is not None), None)
 
 
 def _fits(method: Method, found: Combined, rank: int | None, exact: bool, residual: bool) -> None:
@@ -133,34 +163,6 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
             f"the weights are {found}; they cannot be negative, and their sum must be above zero and finite."
         )
     return [w / sum(found) for w in found]
-
-
-def _check(adapters: Sequence[AdapterFolder]) -> None:
-    """All adapters belong to one base model and adapt the same weights, of the same sizes."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        for key in EQUAL:
-            if first.config.get(key) != other.config.get(key):
-                raise ValueError(
-                    f"the adapters have different base models: {key} is {first.config.get(key)!r} in "
-                    f"{str(first.path)!r} and {other.config.get(key)!r} in {str(other.path)!r}; combine adapters of "
-                    "one model."
-                )
-        odd = sorted(set(first.shapes) ^ set(other.shapes)) or sorted(set(first.whole) ^ set(other.whole))
-        if odd:
-            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-            raise ValueError(
-                f"{str(first.path)!r} and {str(other.path)!r} do not adapt the same weights; only one of them has "
-                f"{', '.join(odd[:3])}{more}."
-            )
-        pairs = [(p, s[:2], other.shapes[p][:2]) for p, s in first.shapes.items()]
-        for part, *both in [*pairs, *((key, s, other.whole[key]) for key, s in first.whole.items())]:
-            here, there = (" x ".join(map(str, sizes)) for sizes in both)
-            if here != there:
-                raise ValueError(
-                    f"{part!r} is {here} in {str(first.path)!r} but {there} in {str(other.path)!r}; combine adapters "
-                    "of one model and task."
-                )
 
 
 def _combined(
@@ -276,6 +278,20 @@ def _judged(
 
 
 def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[str, Tensor]:
-    """Modules that were trained in full: their mean, in the first adapter's precision."""
-    whole = {key: weighted(shares, (a.finite(key, a.tensor(key)) for a in adapters), key) for key in adapters[0].whole}
-    return {key: x.to(adapters[0].dtype) for key, x in whole.items()}
+    """Modules that were trained in full: their mean, in the precision that they all have."""
+    return {key: _averaged(adapters, shares, key) for key in adapters[0].whole}
+
+
+def _averaged(adapters: Sequence[AdapterFolder], shares: Sequence[float], key: str) -> Tensor:
+    stored = adapters[0].stored(adapters[0].where(key))
+    if not stored.is_floating_point():  # counts and the like have no mean
+        for other in adapters[1:]:
+            if not torch.equal(stored, other.stored(other.where(key))):
+                raise ValueError(
+                    f"{key!r} holds {stored.dtype} and differs between {str(adapters[0].path)!r} and "
+                    f"{str(other.path)!r}; only floats can be averaged, so train without this module."
+                )
+        return stored
+    mean = weighted(shares, (a.finite(key, a.parameter(key)) for a in adapters), key)
+    kinds = {a.dtypes[a.where(key)] for a in adapters}
+    return mean.to(kinds.pop() if len(kinds) == 1 else torch.float32)

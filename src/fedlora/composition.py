@@ -42,7 +42,8 @@ class ModelTable:
     """The ``[model]`` table."""
 
     name: str  # a hub id or a local folder
-    targets: list[str] | None = None  # modules to adapt; None: the family's query and value projections
+    # Modules to adapt: names, "all-linear" or a regular expression of paths; None: the query and value projections.
+    targets: str | list[str] | None = None
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
     quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
@@ -89,7 +90,7 @@ class Config:
         model = self.attached(network, typing.cast(Any, training.precision), device)
         rules = model.rules(self.method, self.head_rule)
         if self.model.start is not None:
-            begin(model, rules, self.method, self.model.start, self.seed)
+            begin(model, rules, self.method, self.model.start, self.seed, names)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         found = Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,

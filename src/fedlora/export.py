@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
+from fedlora.base_model import weights_digest
 from fedlora.config import Config, ConfigError, read
 from fedlora.keeping import records
 from fedlora.linalg import compacted, total, truncated
 from fedlora.model import Model
-from fedlora.peft_folder import PREFIX, save_folder
+from fedlora.peft_folder import save_folder, save_labels
+from fedlora.peft_keys import PREFIX
 from fedlora.products import Term, distances
 from fedlora.report.card import card
 from fedlora.report.notebook import Rounds
@@ -24,6 +26,8 @@ from fedlora.report.read import folder as read_folder
 from fedlora.rounds import public, received
 from fedlora.runs import clients_file
 from fedlora.state import absent, load_tree, write
+from fedlora.targets import fresh
+from fedlora.tasks.networks import located
 from fedlora.types import Factors, Layer, Tree, Turn
 
 NEEDED = (
@@ -38,6 +42,7 @@ NEEDED = (
     "seed",
     "versions",
 )  # of a summary
+HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
 CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
 
 
@@ -186,12 +191,17 @@ def _write_adapter(
 ) -> None:
     layers, lora = made
     bases = [model.parts[part].module.base for part in layers]
+    network, task = run.network(), run.config.task
+    roots = saved_in_full(network, heads, task.peft)
+    kind = type(network)
     config = {
         "peft_type": "LORA",
-        "task_type": run.config.task.peft,
+        "task_type": task.peft,
+        # PEFT's word for networks that it has no task for.
+        "auto_mapping": None if task.peft else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": run.config.model.name,
         "target_modules": sorted(layers),
-        "modules_to_save": sorted(heads) or None,
+        "modules_to_save": roots or None,
         "fan_in_fan_out": any(isinstance(base, Conv1D) for base in bases),
         "use_rslora": lora is not None and lora.use_rslora,
         "bias": "none",
@@ -199,8 +209,25 @@ def _write_adapter(
     }
     # Where the scale is inside the factors, alpha = rank makes PEFT's scale one.
     alphas = {part: lora.alpha if lora else float(layer["A"].shape[-2]) for part, layer in layers.items()}
-    whole = {f"{PREFIX}{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
-    save_folder(folder, config, layers, alphas, whole)
+    whole = {f"{path}.{leaf}": x for path in roots for leaf, x in network.get_submodule(path).state_dict().items()}
+    whole |= {f"{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
+    whole = {f"{PREFIX}{name}": x for name, x in whole.items()}
+    digest = weights_digest(located(run.config.model.name))
+    save_folder(folder, config, layers, alphas, whole, base_digest=digest)
+    if run.summary["labels"] and not task.brings_head:
+        save_labels(folder, run.summary["labels"])
+
+
+def saved_in_full(network: nn.Module, heads: Iterable[str], task: str | None) -> list[str]:
+    """PEFT's ``modules_to_save``: what was trained in full, and what the checkpoint lacks, trained or not.
+
+    For classifiers PEFT itself saves more than was asked for, and it cannot save a module inside a saved one.
+    """
+    paths = [path for path, _ in network.named_modules()]
+    found = {*heads, *(path for path in fresh(network) if network.get_submodule(path).state_dict())}
+    if task == "SEQ_CLS":
+        found |= {path for path in paths if path.endswith(HEADS)}
+    return sorted(path for path in found if not any(path.startswith(f"{other}.") for other in found))
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Model:
         cls,
         network: nn.Module,
         adapter: Adapter,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str] | str | None = None,
         head: Sequence[str] | None = None,
         precision: Precision = "float32",
         device: str | torch.device = "cpu",
@@ -97,7 +97,8 @@ class Model:
         None: where the weights are multiplied in bfloat16.
         Raises ``ValueError`` where a pattern matches nothing, or a weight is named as both.
         """
-        chosen, whole = adapted(network, targets), trained_in_full(network, head)
+        whole = trained_in_full(network, head)
+        chosen = adapted(network, targets, whole)
         both = sorted(set(chosen) & set(whole))
         if both:
             raise ValueError(f"{both[0]!r} is named in model.targets and in model.head; name it in one of them.")

@@ -2,7 +2,8 @@
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,25 +26,59 @@ USUAL = (
 )
 
 
+ALL = "all-linear"  # PEFT's word
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether a module's path is named: in full, by its last names (``attention.query``), or with ``*``."""
     return path == pattern or path.endswith("." + pattern) or fnmatch.fnmatchcase(path, pattern)
 
 
-def adapted(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+def adapted(
+    network: nn.Module, patterns: Sequence[str] | str | None, whole: Collection[str] = ()
+) -> dict[str, nn.Module]:
     """Path -> ``Linear`` or ``Conv1D`` of every adapted weight, in the network's order.
 
-    ``None`` takes the family's query and value projections. ``ValueError`` names a pattern that matches nothing.
+    ``None`` takes the family's query and value projections; a list has patterns of names. One text is read as PEFT
+    reads it: ``all-linear`` for every linear layer but the outputs', or a regular expression of whole paths; both leave
+    out the modules of ``whole``, which are trained in full. ``ValueError`` names a pattern that matches nothing.
     """
     weights = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    if patterns is None:
-        patterns = _usual(weights)
-    for pattern in patterns:
-        if not any(matches(path, pattern) for path in weights):
-            raise ValueError(_unmatched("model.targets", pattern, list(weights)))
-    found = {path: module for path, module in weights.items() if any(matches(path, p) for p in patterns)}
+    if isinstance(patterns, str):
+        found = _by_text(network, patterns, {path: x for path, x in weights.items() if path not in whole})
+    else:
+        names = _usual(weights) if patterns is None else patterns
+        for pattern in names:
+            if not any(matches(path, pattern) for path in weights):
+                raise ValueError(_unmatched(network, "model.targets", pattern, list(weights)))
+        found = {path: module for path, module in weights.items() if any(matches(path, p) for p in names)}
     _untied(network, found, "model.targets")
     return found
+
+
+def _by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    if text.lower() == ALL:
+        outside = _outputs(network)
+        return {path: x for path, x in weights.items() if not any(f"{path}.".startswith(f"{o}.") for o in outside)}
+    try:
+        found = {path: module for path, module in weights.items() if re.fullmatch(text, path)}
+    except re.error as error:
+        raise ValueError(
+            f"model.targets is {text!r}, which is no regular expression ({error}); give {ALL!r}, a regular expression "
+            "of whole paths, or a list of names."
+        ) from error
+    if not found:
+        said = _unmatched(network, "model.targets", text, list(weights))
+        raise ValueError(f"{said[:-1]}; one text is a regular expression of whole paths, and names go into a list.")
+    return found
+
+
+def _outputs(network: nn.Module) -> list[str]:
+    """What ``all-linear`` leaves out: the output layer of a language model, and what a task put on top."""
+    given = getattr(network, "get_output_embeddings", lambda: None)()
+    own = [path for path, module in network.named_modules() if given is not None and module is given]
+    body = getattr(network, "base_model_prefix", "")
+    return own + (fresh(network) if body and hasattr(network, body) else [])
 
 
 def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -54,13 +89,11 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     """
     paths = [path for path, _ in network.named_modules() if path]
     if patterns is None:
-        body = getattr(network, "base_model_prefix", "")
-        on_top = [name for name, _ in network.named_children() if name != body]
-        patterns = [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
+        patterns = fresh(network)
     else:
         for pattern in patterns:
             if not any(matches(path, pattern) for path in paths):
-                raise ValueError(_unmatched("model.head", pattern, paths))
+                raise ValueError(_unmatched(network, "model.head", pattern, paths))
     roots = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
     found = {
         path: module
@@ -70,6 +103,13 @@ def trained_in_full(network: nn.Module, patterns: Sequence[str] | None) -> dict[
     }
     _untied(network, found, "model.head")
     return found
+
+
+def fresh(network: nn.Module) -> list[str]:
+    """Paths of what a task put on top of the pretrained network, and of what else its checkpoint lacks."""
+    body = getattr(network, "base_model_prefix", "")
+    on_top = [name for name, _ in network.named_children() if name != body]
+    return [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
 
 
 def _untied(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
@@ -93,12 +133,44 @@ def _usual(weights: dict[str, nn.Module]) -> Sequence[str]:
     )
 
 
-def _unmatched(key: str, pattern: str, paths: list[str]) -> str:
-    last = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()})
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], last, n=3, cutoff=0.3) or last[:8]
-    return f"{key} has {pattern!r}, which matches no module of this network; near names are {', '.join(near)}."
+def _unmatched(network: nn.Module, key: str, pattern: str, paths: Sequence[str]) -> str:
+    """Why a pattern names nothing, and what does: names, one whole path, and a pattern of its like."""
+    names = _names(paths)
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    near = near or difflib.get_close_matches(pattern.rsplit(".", 1)[-1], names, n=3, cutoff=0.3) or list(names)[:8]
+    if not near:
+        return f"{key} has {pattern!r}, but this network has no linear layer at all."
+    path = names[near[0]]
+    alike = ".".join("*" if name.isdigit() else name for name in path.split("."))
+    more = f", of which {alike!r} matches all alike" if alike != path else ""
+    why = (_other_kind(network, pattern) if key == "model.targets" else None) or "matches no module of this network"
+    return f"{key} has {pattern!r}, which {why}; near names are {', '.join(near)} (one is {path!r}{more})."
+
+
+def _other_kind(network: nn.Module, pattern: str) -> str | None:
+    """What a pattern names where that is there, but no linear layer."""
+    for path, x in network.named_parameters():
+        if x.dim() > 2 and matches(path, pattern):
+            sizes = " x ".join(map(str, x.shape))
+            return (
+                f"names {path!r} ({sizes}), a parameter and no linear layer, such as the stacked experts of a mixture "
+                "(PEFT's target_parameters), whose factors are laid out otherwise and cannot be combined here"
+            )
+    for path, module in network.named_modules():
+        if path and matches(path, pattern) and not isinstance(module, nn.Linear | Conv1D):
+            return f"names {path!r}, of the kind {type(module).__name__}, where only linear layers can be adapted"
+    return None
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """The modules' own names, sorted, with a path each; where a name is a number, with the name before it."""
+    found: dict[str, str] = {}
+    for path in paths:
+        words = path.split(".")
+        named = next((i for i in range(len(words) - 1, -1, -1) if not words[i].isdigit()), 0)
+        found.setdefault(".".join(words[named:]), path)
+    return dict(sorted(found.items()))
 
 
 def _sample(paths: list[str]) -> str:
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return ", ".join(names[:10]) or "it has no linear layer at all"
+    return ", ".join(list(_names(paths))[:10]) or "it has no linear layer at all"

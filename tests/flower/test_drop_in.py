@@ -9,12 +9,16 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 pytest.importorskip("peft", reason="needs the peft extra")
 
 import torch
+from flwr.app import ArrayRecord
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
-from fedlora.flower.dropin.names import FOLD, MARK
+from fedlora.flower.dropin.names import FOLD, MARK, Adapter, fold_arrays
 from fedlora.flower.dropin.order import applicable
+from fedlora.peft_keys import unwrapped
+from fedlora.types import Factors
 
 from .dropped_in import Federation, gap, initial, mean, strategy, three, weights
 from .flowertune_app import task
@@ -277,3 +281,42 @@ def test_only_methods_for_lora_are_offered():
     assert {"fedit", "flora", "fedex-lora", "svd"} <= set(applicable())
     assert not {"fed-sb", "ravan", "feddpa"} & set(applicable())
     assert weights(task.get_model())
+
+
+class Compiled(torch.nn.Module):
+    """What ``torch.compile`` makes of a network's names, without the compiler."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._orig_mod = network
+
+
+def test_a_model_that_was_compiled_first_is_the_same_model():
+    """``torch.compile`` before PEFT puts ``_orig_mod.`` into every key, of which other parties know nothing."""
+    config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    settings = {"r": 2, "target_modules": ["c_attn"], "modules_to_save": ["ln_f"], "fan_in_fan_out": True}
+
+    def model(compiled, seed):
+        torch.manual_seed(0)
+        base = GPT2LMHeadModel(config)
+        made = get_peft_model(Compiled(base) if compiled else base, LoraConfig(**settings))
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, x in made.named_parameters():
+                if "lora_" in name or "modules_to_save" in name:
+                    x.add_(torch.randn(x.shape, generator=g))
+        return made
+
+    plain, compiled = model(False, 1), model(True, 2)
+    key = "transformer.h.0.attn.c_attn"
+    arrays = ArrayRecord(get_peft_model_state_dict(plain))
+    folds = {key: Factors(torch.ones(24, 1), torch.ones(1, 8))}
+    load(compiled, ArrayRecord({**arrays, **fold_arrays(folds)}))
+    load(plain, ArrayRecord({**arrays, **fold_arrays(folds)}))
+    mine, theirs = (
+        {unwrapped(key): x for key, x in made.state_dict().items() if "original_module" not in key}
+        for made in (compiled, plain)
+    )
+    assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in mine.items())
+    own = Adapter.of(get_peft_model_state_dict(compiled))
+    assert own.adapted == {key} and own.tree.keys() == Adapter.of(get_peft_model_state_dict(plain)).tree.keys()

@@ -16,7 +16,8 @@ from fedlora.engines.sealed import packed, seal
 from fedlora.hygiene import Gate, Hygiene
 from fedlora.limits import read_header, upload_limits
 from fedlora.methods.fedit import FedIT
-from fedlora.peft_folder import CONFIG, WEIGHTS, AdapterFolder
+from fedlora.peft_folder import WEIGHTS, AdapterFolder
+from fedlora.peft_settings import CONFIG
 from fedlora.rounds import Received
 from fedlora.state import flat, load_tree
 from fedlora.transport import Transport

@@ -47,6 +47,9 @@ def aggregate(
     rank: Annotated[Optional[int], typer.Option(min=1, help="Of the result [default: the largest].")] = None,  # noqa: UP045
     residual: Annotated[Optional[Path], typer.Option(help="A second adapter: what the method folds.")] = None,  # noqa: UP045
     exact: Annotated[bool, typer.Option(help="One adapter with everything, of the sum of the ranks.")] = False,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapters' base models are one, under different names.")
+    ] = False,
     option: Annotated[Optional[list[str]], typer.Option("-o", help="A setting of the method: key=value.")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="Of the processor [default: all].")] = None,  # noqa: UP045
@@ -61,7 +64,7 @@ def aggregate(
     shares = None if weights is None else numbers(weights, float, "--weights", "3,1,1")
     rule = aggregation.method_for(name, option or [])
     engine = Engine(device=device, threads=threads)
-    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact, engine)
+    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
     found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
     answer(as_json, found, lambda: tables.aggregation(found))
 

@@ -7,12 +7,20 @@ from fedlora.config import Config, dumps
 from fedlora.report.guarantee import lines as guarantee
 
 ADAPTER = """```python
-from peft import PeftModel
+{first}from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained({base!r}{labels})
+{second}base = {auto}.from_pretrained({base!r}{labels})
 model = PeftModel.from_pretrained(base, "this folder")
 ```"""
+LABELLED = {  # JSON has no numbers for names
+    "first": "import json\n\n",
+    "second": """with open("this folder/labels.json") as file:
+    id2label = {int(number): name for number, name in json.load(file)["id2label"].items()}
+label2id = {name: number for number, name in id2label.items()}
+""",
+    "labels": ", id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True",
+}
 MERGED = """```python
 from transformers import {auto}
 
@@ -23,8 +31,8 @@ model = {auto}.from_pretrained("this folder")
 def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
     """Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
     whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
-    labels = f", num_labels={len(summary['labels'])}" if summary["labels"] else ""
-    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, labels=labels)
+    named = {"first": "", "second": "", "labels": ""} if not summary["labels"] or config.task.brings_head else LABELLED
+    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **named)
     front = ["---", f"base_model: {config.model.name}", "library_name: " + ("transformers" if merged else "peft")]
     front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))

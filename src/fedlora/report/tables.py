@@ -103,7 +103,8 @@ def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> N
 
 def aggregation(found: Mapping[str, Any]) -> None:
     """What combining finished adapters came to."""
-    table = Table(title=f"{found['adapters']} adapters combined", show_header=False)
+    count = found["adapters"]
+    table = Table(title=f"{count} adapter{'' if count == 1 else 's'} combined", show_header=False)
     table.add_column("what")
     table.add_column("figure", justify="right")
     table.add_row("weights", str(len(found["weights"])))

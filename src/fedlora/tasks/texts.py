@@ -40,6 +40,7 @@ class Texts(Supervised):
     test_rows: int | None = None
     metric: str = ""
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    peft: ClassVar[str | None] = "SEQ_CLS"
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,10 +10,9 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fedlora.flower.dropin.npy import check_npy
+from fedlora.peft_keys import FACTOR, PREFIX, unwrapped
 from fedlora.types import Factors, Layer, Tree
 
-PREFIX = "base_model.model."
-FACTOR = re.compile(r"^(?P<part>.+)\.lora_(?P<leaf>[AB])(\.(?P<adapter>[^.]+))?\.weight$")
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
 MARK = "fedlora.turn"  # [round, folds held]: that `send` made a reply, and when
 UNREADABLE = (ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError)
@@ -24,7 +23,7 @@ def place(key: str) -> tuple[str, str, bool]:
 
     ``ValueError`` where what the key holds is no part of ``s B A`` and no module trained in full.
     """
-    name = key.removeprefix(PREFIX)
+    name = unwrapped(key).removeprefix(PREFIX)
     found = FACTOR.match(name)
     if found:
         return found["part"], found["leaf"], True
