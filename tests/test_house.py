@@ -63,6 +63,7 @@ LAYERS = [  # imports point down only
     {
         "config",
         "composition",
+        "compatibility",
         "runs",
         "folder",
         "holdings",

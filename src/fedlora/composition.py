@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedlora import compatibility
 from fedlora.adapters import Dense
 from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
@@ -51,7 +52,11 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run, checked. ``table`` is the resolved TOML, every default written out: enough to repeat the run."""
+    """A whole run, checked, also where it was put together or changed (``dataclasses.replace``) in Python.
+
+    ``table`` is the resolved TOML, every default written out: enough to repeat the run. Raises ``ValueError`` where
+    settings exclude each other or are of a wrong kind.
+    """
 
     model: ModelTable
     task: Task
@@ -71,7 +76,11 @@ class Config:
     track: Track = field(default_factory=Track)
     rounds: int = 20
     seed: int = 0
-    table: Table = field(default_factory=dict)
+    table: Table = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", compatibility.resolved(self))
+        compatibility.check(self)
 
     def federation(self, party: int | None = None, combines: bool = False) -> Federation:
         """Loads the model and the data, and builds what an engine runs.
