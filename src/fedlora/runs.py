@@ -21,6 +21,7 @@ from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import Checkpoints, config_digest
 from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
+from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
 from fedlora.folder import CONFIG, SUMMARY, claim, release
@@ -105,7 +106,7 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     if folder is None:
         return Keeper(None, stop=stop, hygiene=config.hygiene)
     table = merged(config.table, {"training": {"precision": f.training.precision}})
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric, inputs=inputs(f))
     keeper = Keeper(folder, checkpoints, stop, config.hygiene)
     keeper.checkpoints.retention = config.checkpoint
     if again:
