@@ -31,7 +31,7 @@ from fedlora.privacy import Privacy
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table
 from fedlora.start import begin
-from fedlora.tasks.networks import quantised
+from fedlora.tasks.networks import check_tokens, quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.trackers import Track
 from fedlora.training import Training
@@ -92,6 +92,9 @@ class Config:
         data, shards = self.rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
         network = self.network(len(names), device)
+        if data is not None:
+            width = self.task.max_length if getattr(self.task, "pad_to_max_length", False) else 0
+            check_tokens(network, self.model.name, {"training": data.train, "test": data.test}, width)
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)
