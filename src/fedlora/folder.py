@@ -1,13 +1,27 @@
 """A run's folder: the names of its files, and how a run takes it."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from fedlora.engines.checkpoint import PLACES
 from fedlora.keeping import METRICS
-from fedlora.settings import ConfigError
+from fedlora.settings import ConfigError, Table
 from fedlora.state import write
 from fedlora.stopping import FULL
 
 SUMMARY, CONFIG = "summary.json", "config.toml"
+EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
+
+
+def anchored(table: Mapping[str, Any]) -> Table:
+    """The table with local files and folders by their absolute paths, so that it means the same from any folder."""
+    found: Table = dict(table)
+    for section, key in (place.split(".") for place in PLACES):
+        value = found.get(section, {}).get(key)
+        if isinstance(value, str) and value not in EMBEDDED and (path := Path(value).expanduser()).exists():
+            found[section] = {**found[section], key: str(path.absolute())}
+    return found
 
 
 def claim(folder: Path, again: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedlora.callbacks import Start
-from fedlora.config import Config, ConfigError, dumps, merged
+from fedlora.config import Config, ConfigError, Table, dumps, merged
 from fedlora.crash import tracebacks_in
 from fedlora.engines import private
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
@@ -24,7 +24,7 @@ from fedlora.engines.inprocess import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
-from fedlora.folder import CONFIG, SUMMARY, claim, release
+from fedlora.folder import CONFIG, SUMMARY, anchored, claim, release
 from fedlora.folds import FoldLog
 from fedlora.holdings import FILE as ROWS
 from fedlora.holdings import holdings
@@ -105,9 +105,9 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
     if folder is None:
         return Keeper(None, stop=stop, hygiene=config.hygiene)
-    table = merged(config.table, {"training": {"precision": f.training.precision}})
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric, inputs=inputs(f))
-    keeper = Keeper(folder, checkpoints, stop, config.hygiene)
+    table = _settled(config, f)
+    keeper = Keeper(folder, _checkpoints(config, f, folder), stop, config.hygiene)
+    assert keeper.checkpoints is not None, "as there is a folder"
     keeper.checkpoints.retention = config.checkpoint
     if again:
         keeper.find()
@@ -121,6 +121,24 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     if (rows := holdings(f)) is not None:
         save_json(folder / ROWS, rows)
     return keeper
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """``ValueError`` where a folder's run is of another configuration, or was made of other data or another model."""
+    f = config.federation()
+    checkpoints = _checkpoints(config, f, folder)
+    if (saved := checkpoints.newest()) is not None:
+        checkpoints.check_inputs(saved)
+
+
+def _checkpoints(config: Config, f: Federation, folder: Path) -> Checkpoints:
+    digest = config_digest(_settled(config, f))
+    return Checkpoints(folder / CHECKPOINTS, digest, config.task.metric, inputs=inputs(f))
+
+
+def _settled(config: Config, f: Federation) -> Table:
+    """The table that repeats a run from any folder, on any machine."""
+    return anchored(merged(config.table, {"training": {"precision": f.training.precision}}))
 
 
 def _kept(

@@ -30,7 +30,7 @@ def world(tmp_path):
 
 
 def write(folder, train, test):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
 

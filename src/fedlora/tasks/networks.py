@@ -182,8 +182,8 @@ def check_ids(largest: int, words: int, model: str, where: str) -> None:
     if largest >= words:
         raise ValueError(
             f"the {where} hold the token number {largest}, but the model {model!r} has embeddings for {words} tokens; "
-            "its tokenizer is longer than its embedding: take the tokenizer that it was trained with, or save the model "
-            "anew after resize_token_embeddings(len(tokenizer))."
+            "its tokenizer is longer than its embedding: take the tokenizer that it was trained with, or save the "
+            "model anew after resize_token_embeddings(len(tokenizer))."
         )
 
 
