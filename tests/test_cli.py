@@ -193,7 +193,8 @@ def test_ctrl_c_in_a_comparison_says_what_is_left(cli, interrupted, tmp_path):
     )  # fmt: skip
     assert stopped.returncode == 130 and stopped.stdout == ""
     assert stopped.stderr.endswith(
-        "The runs that were finished are in c, each in a folder of its own; no comparison was made.\nStopped.\n"
+        "The runs that were finished are in c, each in a folder of its own; the same command with --out c goes on.\n"
+        "Stopped.\n"
     )
     assert "stopping after this step; Ctrl-C again leaves at once" in stopped.stderr
     found = cli("show", "c")

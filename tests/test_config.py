@@ -1,12 +1,22 @@
 """Configuration: what it builds, how it is overridden, and one sentence for every mistake."""
 
+import json
 import sys
 import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import fedlora
-from fedlora.config import ConfigError, build, dumps, merged, overridden
+from fedlora.adapters import Dense, Heads, LoRA
+from fedlora.clients import Clients
+from fedlora.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
+from fedlora.methods.fedit import FedIT
+from fedlora.runtime import Engine
+from fedlora.tasks.image_classification import ImageClassification
+from fedlora.training import Training
+from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
     "rounds": 2,
@@ -150,3 +160,62 @@ def test_a_missing_file_and_broken_toml(tmp_path):
     (tmp_path / "broken.toml").write_text("rounds = = 3")
     with pytest.raises(ConfigError, match=r"not valid TOML"):
         fedlora.read(tmp_path / "broken.toml")
+
+
+def parts(**others):
+    """The arguments of a ``Config`` that is put together in Python."""
+    task = ImageClassification(data="digits", train_rows=90, test_rows=60)
+    own = {"model": ModelTable(str(TINY_VIT)), "task": task, "method": FedIT(LoRA(2)), "clients": Clients(count=3)}
+    return {**own, "training": Training(local_steps=1, batch_size=8), "rounds": 1, **others}
+
+
+def test_a_config_of_python_is_the_one_of_its_table(tmp_path):
+    config = Config(**parts())
+    assert build(config.table).table == config.table and config.table["method"]["name"] == "fedit"
+    result = fedlora.run(config, tmp_path / "run")
+    assert result.summary["method"] == "fedit"
+    assert fedlora.read(tmp_path / "run" / "config.toml").table["task"] == config.table["task"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in fedlora.methods.names() if name != "local"])
+def test_every_method_has_its_name_back(name):
+    config = build(with_(method__name=f'"{name}"'))
+    assert config.table["method"]["name"] == name == Config(**parts(method=config.method)).table["method"]["name"]
+
+
+def test_a_changed_config_has_a_changed_table():
+    config = build(TABLE)
+    changed = replace(config, rounds=7, training=replace(config.training, learning_rate=0.5))
+    assert (changed.table["rounds"], changed.table["training"]["learning_rate"]) == (7, 0.5)
+    assert build(changed.table).table == changed.table
+
+
+class Own(FedIT):
+    title = "Own"
+
+
+def test_a_method_of_ones_own_is_named_by_its_module():
+    assert Config(**parts(method=Own(LoRA(2)))).table["method"]["name"] == f"{__name__}:Own"
+
+
+@pytest.mark.parametrize(
+    ("others", "sentence"),
+    [
+        ({"rounds": 0}, "rounds is 0; a run needs at least 1"),
+        ({"rounds": "5"}, "rounds is '5'; it should be a valid integer"),
+        ({"seed": None}, "seed is None; it should be a valid integer"),
+        ({"model": "demo-vit"}, "model is 'demo-vit'; it should be an object of its settings"),
+        ({"method": FedIT}, "method is <class .*FedIT.*; it should be an object"),
+        ({"method": FedIT(Heads(2, 4))}, "'fedit' is not defined for adapter.name = 'heads'; set it to 'lora'"),
+        ({"method": FedIT(Dense())}, "method.adapter is a Dense; take one of LoRA"),
+        ({"method": type("Local", (FedIT,), {})(LoRA(2))}, "no name leads to that class"),
+        ({"training": Training(local_steps=2.5)}, "training.local_steps is 2.5; it should be a valid integer"),
+        ({"task": ImageClassification(data=Path("digits"))}, "task.data is PosixPath.'digits'.; it should be a valid str"),
+        ({"clients": Clients(count=3, ranks=[1, 2, 2])}, "clients.ranks gives the clients ranks"),
+        ({"engine": Engine(spill=True)}, "engine.spill keeps uploads on disk"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_python_are_said_before_anything_is_trained(others, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Config(**parts(**others))

@@ -41,6 +41,7 @@ LAYERS = [  # imports point down only
         "transport",
         "encoding",
         "limits",
+        "crash",
         "folds",
         "measures",
         "answers",
@@ -66,7 +67,9 @@ LAYERS = [  # imports point down only
     {
         "config",
         "composition",
+        "compatibility",
         "runs",
+        "folder",
         "holdings",
         "keeping",
         "stopping",

@@ -1,5 +1,6 @@
 """The same federation under several methods and seeds: same data, splits, initial weights and budgets."""
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -18,7 +19,7 @@ from fedlora.method import Method
 from fedlora.nearest import nearest
 from fedlora.oracle import asked
 from fedlora.report.notebook import Compared
-from fedlora.runs import run
+from fedlora.runs import CONFIG, SUMMARY, check_same, finished, run
 from fedlora.state import save_json
 
 CENTRALISED = "centralised"
@@ -127,7 +128,12 @@ def compare(
     watch: Callable[[Cell, Event], None] = lambda cell, event: None,
     done: Done = lambda cell: None,
 ) -> Compared:
-    """Runs every cell, and writes ``comparison.json`` into ``out``. A method that diverges fills its row with that."""
+    """Runs every cell, and writes ``comparison.json`` into ``out``. A method that diverges fills its row with that.
+
+    Where ``out`` holds the beginning of this comparison, it goes on with it: runs that are finished stay, and a run
+    that was broken off goes on from its checkpoint. ``ValueError`` where a run there is of another configuration, or
+    the data have changed since.
+    """
     if out is not None and (Path(out).expanduser() / "comparison.json").exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
     folder = None if out is None else Path(out).expanduser()
@@ -190,13 +196,22 @@ def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, thr
     """One run, in this process."""
     table = merged(cell.table, {"engine": {"threads": threads}} if threads else {})
     config: Config = build(table)
+    folder = None if cell.folder is None else Path(cell.folder)
+    begun = folder is not None and (folder / CONFIG).exists()
+    if folder is not None and begun and finished(folder, config.rounds):
+        check_same(config, folder)
+        return Cell(cell.label, cell.seed, config.table, cell.folder, _summary(folder))
     try:
-        result = run(config, cell.folder, watch)
+        result = run(config, cell.folder, watch, again=begun)
     except FloatingPointError as error:
         return Cell(cell.label, cell.seed, config.table, cell.folder, failure=str(error))
     if result.summary["interrupted"]:
         raise KeyboardInterrupt
     return Cell(cell.label, cell.seed, config.table, cell.folder, result.summary)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
 
 
 def _parallel(cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:

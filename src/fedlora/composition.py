@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedlora import compatibility
 from fedlora.adapters import Dense
 from fedlora.attack import Attack
 from fedlora.clients import Clients, Shard
@@ -30,7 +31,7 @@ from fedlora.privacy import Privacy
 from fedlora.runtime import Engine, checkpoint_activations
 from fedlora.settings import ConfigError, Table
 from fedlora.start import begin
-from fedlora.tasks.networks import quantised
+from fedlora.tasks.networks import check_tokens, quantised
 from fedlora.tasks.task import Data, Task
 from fedlora.trackers import Track
 from fedlora.training import Training
@@ -52,7 +53,11 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run, checked. ``table`` is the resolved TOML, every default written out: enough to repeat the run."""
+    """A whole run, checked, also where it was put together or changed (``dataclasses.replace``) in Python.
+
+    ``table`` is the resolved TOML, every default written out: enough to repeat the run. Raises ``ValueError`` where
+    settings exclude each other or are of a wrong kind.
+    """
 
     model: ModelTable
     task: Task
@@ -72,7 +77,11 @@ class Config:
     track: Track = field(default_factory=Track)
     rounds: int = 20
     seed: int = 0
-    table: Table = field(default_factory=dict)
+    table: Table = field(init=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", compatibility.resolved(self))
+        compatibility.check(self)
 
     def federation(self, party: int | None = None, combines: bool = False) -> Federation:
         """Loads the model and the data, and builds what an engine runs.
@@ -84,6 +93,9 @@ class Config:
         data, shards = self.rows(party, combines)
         names = tuple(self._label_names()) if data is None else data.label_names
         network = self.network(len(names), device)
+        if data is not None:
+            width = self.task.max_length if getattr(self.task, "pad_to_max_length", False) else 0
+            check_tokens(network, self.model.name, {"training": data.train, "test": data.test}, width)
         training = self.engine.resolved(self.training, network)
         if training.gradient_checkpointing:
             checkpoint_activations(network)

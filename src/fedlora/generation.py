@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedlora.tasks.networks import check_ids
+
 
 @dataclass(frozen=True)
 class Writing:
@@ -39,6 +41,9 @@ def generate(
     greedy ones do not.
     """
     ids, mask = padded(prompts, tokenizer.pad_token_id)
+    words = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    if words is not None:
+        check_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
     device = next(network.parameters()).device
     training, own = network.training, network.generation_config
     network.eval()

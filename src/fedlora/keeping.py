@@ -40,10 +40,12 @@ class Keeper:
     def find(self) -> None:
         """Looks for the newest sound checkpoint, and for the records of the rounds that it counts.
 
-        ``ValueError`` where there are checkpoints, but none to go on from.
+        ``ValueError`` where there are checkpoints, but none to go on from, or the data or the base have changed.
         """
         assert self.folder is not None and self.checkpoints is not None, "a run without a folder leaves nothing"
         self.saved = self.checkpoints.newest()
+        if self.saved is not None:
+            self.checkpoints.check_inputs(self.saved)
         number = self.saved.number if self.saved else 0
         self.records = [record for record in records(self.folder) if record["round"] <= number]
         if len(self.records) < number:

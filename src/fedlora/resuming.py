@@ -20,7 +20,8 @@ def resume(
 ) -> Result:
     """Goes on with the run in a folder, to ``rounds`` or to as many as it was asked for.
 
-    ``overrides`` are for what leaves the bits alone: ``engine.name``, ``engine.threads``, ``checkpoint.keep``. Raises
+    ``overrides`` are for what leaves the bits alone: ``engine.name``, ``engine.threads``, ``checkpoint.keep``, and
+    ``task.data`` where the same data lies elsewhere by now. Raises
     ``ConfigError`` where the folder holds no run, a finished one, or one that cannot go on here, and ``ValueError``
     where no checkpoint is sound.
     """
@@ -30,6 +31,11 @@ def resume(
 def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a folder's run goes on with; ``ConfigError`` where it cannot."""
     folder = Path(path).expanduser()
+    if not (folder / CONFIG).exists() and (runs := _runs_in(folder)):
+        raise ConfigError(
+            f"{str(folder)!r} is no run but holds {len(runs)}, such as {str(runs[0])!r}; the command that began them "
+            f"(fedlora compare, demo or sweep) goes on with --out {folder}."
+        )
     if not (folder / CONFIG).exists():
         raise ConfigError(f"{str(folder)!r} holds no run: it has no {CONFIG}; name a folder `fedlora run` made.")
     if (folder / TOKEN).exists():
@@ -41,6 +47,12 @@ def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[s
     config = read(folder / CONFIG, [*overrides, *([f"rounds={rounds}"] if rounds is not None else [])])
     _check_rounds(folder, read(folder / CONFIG), config, records(folder))
     return config
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs of a comparison, or of a sweep."""
+    places = ("*-seed*", "trials/*-seed*")
+    return sorted(path.parent for place in places for path in folder.glob(f"{place}/{CONFIG}"))
 
 
 def _check_rounds(folder: Path, before: Config, config: Config, done: list[Mapping[str, Any]]) -> None:

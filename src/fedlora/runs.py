@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from fedlora.callbacks import Start
-from fedlora.config import Config, ConfigError, dumps, merged
+from fedlora.config import Config, ConfigError, Table, dumps, merged
+from fedlora.crash import tracebacks_in
 from fedlora.engines import private
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import Checkpoints, config_digest
 from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
+from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
+from fedlora.folder import CONFIG, SUMMARY, anchored, claim, release
 from fedlora.folds import FoldLog
 from fedlora.holdings import FILE as ROWS
 from fedlora.holdings import holdings, labels
@@ -31,13 +34,12 @@ from fedlora.metrics import KNOWN
 from fedlora.report.notebook import Rounds
 from fedlora.rounds import public
 from fedlora.state import save_json, save_tree, swept, write
-from fedlora.stopping import FULL, Stop, alone, saying_full
+from fedlora.stopping import Stop, alone, saying_full
 from fedlora.telling import callbacks as telling
 from fedlora.telling import ended
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
-SUMMARY, CONFIG = "summary.json", "config.toml"
 BEST = "best"  # a run's folder in the run's folder
 TOKEN = "run.json"  # a deployed run's own name: parties keep their state under it
 SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
@@ -76,20 +78,21 @@ def run(
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
     this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
-    ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay.
+    ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay. The
+    traceback of an error that nobody expected is in the folder's ``error.log``, too.
     """
     folder = None if out is None else Path(out).expanduser()
     told = telling(config, callbacks, folder)
     stop = Stop(patient=drive is None and config.engine.name == "inprocess")
-    with alone(folder), saying_full(folder):
+    with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
         if folder is not None:
-            _fresh(folder, again)
+            claim(folder, again)
         try:
             federation = config.federation(combines=drive is not None)
             keeper = _keeper(config, federation, folder, stop, again)
             keeper.told = told
         except BaseException:
-            _left_as_found(folder)
+            release(folder)
             raise
         with stop.listening() if drive is None else nullcontext():
             result = _kept(config, federation, keeper, stop.watched(told.watched(watch)), observe, drive)
@@ -102,9 +105,9 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
     if folder is None:
         return Keeper(None, stop=stop, hygiene=config.hygiene)
-    table = merged(config.table, {"training": {"precision": f.training.precision}})
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric)
-    keeper = Keeper(folder, checkpoints, stop, config.hygiene)
+    table = _settled(config, f)
+    keeper = Keeper(folder, _checkpoints(config, f, folder), stop, config.hygiene)
+    assert keeper.checkpoints is not None, "as there is a folder"
     keeper.checkpoints.retention = config.checkpoint
     if again:
         keeper.find()
@@ -118,6 +121,24 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     if (rows := holdings(f)) is not None:
         save_json(folder / ROWS, rows)
     return keeper
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """``ValueError`` where a folder's run is of another configuration, or was made of other data or another model."""
+    f = config.federation()
+    checkpoints = _checkpoints(config, f, folder)
+    if (saved := checkpoints.newest()) is not None:
+        checkpoints.check_inputs(saved)
+
+
+def _checkpoints(config: Config, f: Federation, folder: Path) -> Checkpoints:
+    digest = config_digest(_settled(config, f))
+    return Checkpoints(folder / CHECKPOINTS, digest, config.task.metric, inputs=inputs(f))
+
+
+def _settled(config: Config, f: Federation) -> Table:
+    """The table that repeats a run from any folder, on any machine."""
+    return anchored(merged(config.table, {"training": {"precision": f.training.precision}}))
 
 
 def _kept(
@@ -274,27 +295,3 @@ def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | No
 
 
 DRIVES: Mapping[str, Drive] = {"inprocess": in_process, "flower-simulation": simulated}
-
-
-def _fresh(folder: Path, again: bool) -> None:
-    """Makes it a folder to write into, or says in one sentence why not."""
-    if not again and ((folder / CONFIG).exists() or (folder / SUMMARY).exists()):
-        raise ConfigError(
-            f"{str(folder)!r} holds a run already; `fedlora resume {folder}` goes on with it, or choose another "
-            "folder with --out."
-        )
-    try:
-        if not (folder / METRICS).exists():
-            write(folder / METRICS, b"")
-    except OSError as error:
-        if error.errno in FULL:
-            raise
-        raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder.") from error
-
-
-def _left_as_found(folder: Path | None) -> None:
-    """Takes back what ``_fresh`` made, where the run could not begin."""
-    if folder is not None and not (folder / CONFIG).exists():
-        (folder / METRICS).unlink(missing_ok=True)
-        if not any(folder.iterdir()):
-            folder.rmdir()

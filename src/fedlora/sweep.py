@@ -14,6 +14,7 @@ from fedlora.comparison import Cell, executed, for_label
 from fedlora.config import ConfigError, Table, build, dumps, merged, overridden
 from fedlora.engines.loop import Event
 from fedlora.grids import Grid, Values
+from fedlora.runs import check_same
 from fedlora.settings import at, difference, placed, without
 from fedlora.state import save_json, write
 from fedlora.tasks import data as source
@@ -107,6 +108,7 @@ class Sweep:
         folder = Path(out).expanduser()
         known = self._known(folder)
         cells = {cell.folder: cell for cell in self.cells(folder)}
+        self._check_same(folder, known)
         waiting = [cell for path, cell in cells.items() if Path(str(path)).name not in known]
         for cell in waiting:  # what an interrupted trial left
             shutil.rmtree(str(cell.folder), ignore_errors=True)
@@ -131,6 +133,14 @@ class Sweep:
                 f"{str(folder)!r} holds another sweep; choose another folder with --out, or ask for the same."
             )
         return dict(found["runs"])
+
+    def _check_same(self, folder: Path, known: Mapping[str, Any]) -> None:
+        """``ValueError`` where the data have changed since the trials that are finished: they could not be compared."""
+        for seed in self.seeds:
+            names = {_name(trial, seed): trial for trial in self.trials}
+            done = next((name for name in names if name in known and (folder / "trials" / name).exists()), None)
+            if done is not None:
+                check_same(build(self.asked(names[done], seed)), folder / "trials" / done)
 
     def _save(self, folder: Path, known: Mapping[str, Any]) -> None:
         save_json(folder / REPORT, {**self.report(known), "digest": self.digest, "runs": known})

@@ -161,7 +161,7 @@ def adapter_settings(place: Path) -> Target:
 
 def checkpoint(place: Path) -> Target:
     kept = Checkpoints(place / "checkpoints", "config", "accuracy")
-    said = {"form": FORM, "config": "config", "private": {"0": None}, "folds": [], "number": 3}
+    said = {"form": FORM, "config": "config", "private": {"0": None}, "folds": [], "inputs": {}, "number": 3}
     sound = [packed(trees()[0], said)]
 
     def look(data: bytes) -> None:

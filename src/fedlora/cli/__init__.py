@@ -1,12 +1,12 @@
 """The command line: each command parses, calls one function and prints. ``--help`` imports nothing heavy."""
 
-import errno
 import os
 import sys
 from typing import Annotated
 
 import typer
 
+from fedlora import crash
 from fedlora.cli import (
     authoring,
     chatting,
@@ -20,13 +20,11 @@ from fedlora.cli import (
     studying,
     watching,
 )
+from fedlora.cli.plain import Command, Group
 from fedlora.cli.speech import say
-from fedlora.limits import shown
-
-DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
 )  # fmt: skip
 
@@ -42,13 +40,16 @@ for command in (
     studying.similarity, chatting.chat, grading.solve, grading.grade,
     authoring.methods, authoring.cite, checking.doctor, running.demo,
 ):  # fmt: skip
-    app.command()(command)
-app.command("new-method")(authoring.new_method)
+    app.command(cls=Command)(command)
+app.command("new-method", cls=Command)(authoring.new_method)
 app.add_typer(flower.app, name="flower")
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one sentence on stderr and exit status 2, without a traceback."""
+    """The entry point: an error is one sentence on stderr and exit status 2, without a traceback.
+
+    The traceback of an error that is no user's mistake is written to a file, which the sentence names.
+    """
     if sys.argv[1:] == ["--version"]:
         from importlib.metadata import version
 
@@ -63,10 +64,8 @@ def main() -> None:
     except KeyboardInterrupt:
         say("Stopped.")
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("FEDLORA_TRACEBACK"):
+    except Exception:
+        if os.environ.get("FEDLORA_TRACEBACK") or (error := sys.exc_info()[1]) is None:
             raise
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        text = DISK_FULL if full else str(error)
-        say(f"fedlora: {shown(' '.join(text.split()), len(text))}")
+        say(f"fedlora: {crash.sentence(error)}")
         sys.exit(2)

@@ -6,9 +6,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from fedlora.cli.plain import Command, Group
 from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, say
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Federations over Flower, each party at home.")
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Federations over Flower, each party at home."
+)
 
 HANDOUT = """
 What goes where:
@@ -41,7 +44,7 @@ def flower() -> None:
     """Federations over Flower, each party at home."""
 
 
-@app.command()
+@app.command(cls=Command)
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the app.")],
     config: Annotated[Path, typer.Option(help="The federation, a TOML file.")],
@@ -58,7 +61,7 @@ def init(
     say("Each node says who it is: flower-supernode ... --node-config 'client=0 task.data=\"rows.csv\"'")
 
 
-@app.command()
+@app.command(cls=Command)
 def local(
     config: ConfigPath,
     nodes: Annotated[Optional[int], typer.Option(min=1, help="How many parties [default: clients.count].")] = None,  # noqa: UP045
@@ -89,7 +92,7 @@ def local(
     answer(as_json, summary, lambda: tables.summary(summary, str(out)))
 
 
-@app.command()
+@app.command(cls=Command)
 def result(
     config: ConfigPath,
     state: Annotated[Path, typer.Option(help="What the node's configuration calls state.")],
@@ -119,7 +122,7 @@ def _extra() -> None:
         ) from error
 
 
-@app.command()
+@app.command(cls=Command)
 def certs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the keys and certificates.")],
     parties: Annotated[str, typer.Option(help="The parties' names, with commas.")],

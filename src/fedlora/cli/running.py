@@ -95,7 +95,10 @@ def compare(
         try:
             cells = execute(table, labels, drawn, out, jobs, progress.watch, progress.done)
         except KeyboardInterrupt:
-            say(f"The runs that were finished are in {out}, each in a folder of its own; no comparison was made.")
+            say(
+                f"The runs that were finished are in {out}, each in a folder of its own; the same command with "
+                f"--out {out} goes on."
+            )
             raise
     plots.draw(cells, out)
     answer(as_json, {"rows": rows(cells), "folder": str(out)}, lambda: tables.comparison(rows(cells)))

@@ -15,6 +15,7 @@ from typing import Any
 
 from fedlora.channel import Channel
 from fedlora.engines.federation import Federation
+from fedlora.engines.inputs import changes
 from fedlora.engines.loop import Loop, Private, Round, Standing
 from fedlora.engines.retention import Retention
 from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
@@ -24,7 +25,8 @@ from fedlora.limits import plain_name
 from fedlora.state import digest, swept
 from fedlora.types import Factors, Tree
 
-FOLDER, FOLDS, FORM = "checkpoints", "folds", 1
+FOLDER, FOLDS, FORM = "checkpoints", "folds", 2
+PLACES = ("task.data", "model.name", "model.start")  # settings that say where a file or a folder is
 FOREIGN = "holds a run of another configuration"
 STATES = f"[0-9]*-{'[0-9a-f]' * 32}{ENDING}"
 
@@ -51,6 +53,7 @@ class Checkpoints:
     config: str  # a digest of the configuration: another one cannot go on from here
     metric: str  # of the task
     retention: Retention = field(default_factory=Retention)
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the rows and the base, as ``inputs`` makes them
     notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, where it went on
     refused: list[str] = field(default_factory=list, init=False)
     best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
@@ -89,7 +92,7 @@ class Checkpoints:
         files = None if snapshot.privates is None else self._files
         own = {
             "form": FORM, "config": self.config, "made": self._made, "folds": self._folds, "private": files,
-            "notes": self.notes, "best": self.best,
+            "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
         name = seal(self.folder, stem, packed(tree, {**said, **own}))
         if self.best is not None and self.best["round"] == snapshot.number:
@@ -147,6 +150,15 @@ class Checkpoints:
                 "anew."
             )
         return None
+
+    def check_inputs(self, saved: Saved) -> None:
+        """``ValueError`` where the data or the base are not those that the checkpoint was made with; says how."""
+        found = changes(saved.about["inputs"], self.inputs)
+        if found:
+            raise ValueError(
+                f"{str(self.folder.parent)!r} was begun with other data or another model: {'; '.join(found)}; put back "
+                "what it was begun with, or choose another folder and run it anew."
+            )
 
     def load(self, saved: Saved, f: Federation, engine: Loop) -> Standing:
         """The standing that was saved, its folds in the model's base, and the engine's clients with what they keep."""
@@ -209,6 +221,8 @@ class Checkpoints:
         try:
             if said["form"] != FORM:
                 raise RefusedError(f"{path.name} was written by another version of fedlora")
+            if not isinstance(said["inputs"], dict):
+                raise RefusedError(f"{path.name} does not say what it was begun with")
             if said["config"] != self.config:
                 raise RefusedError(f"{path.name} {FOREIGN}")
             for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
@@ -249,9 +263,14 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 
 
 def config_digest(table: Mapping[str, Any]) -> str:
-    """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is."""
+    """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is.
+
+    Where data and model are is left out, too: what they hold is compared by itself.
+    """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
+    for section, name in (place.split(".") for place in PLACES):
+        left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

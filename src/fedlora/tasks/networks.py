@@ -13,6 +13,7 @@ from torch import nn
 from fedlora.seeds import derived
 
 DEMO = "demo-vit"  # the small ViT that ships with the library
+IDS = ("input_ids", "prompts", "source", "target")  # features that hold token numbers
 
 
 def located(model: str) -> str:
@@ -149,3 +150,47 @@ def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
     poolers = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
     found.drawn_anew = sorted(poolers)  # read by targets.trained_in_full
     return found
+
+
+def check_tokens(network: nn.Module, model: str, splits: Mapping[str, Any], width: int = 0) -> None:
+    """``ValueError`` where rows hold what the network has no embedding for: tokens, segments or places.
+
+    ``splits`` are ``Examples`` by what they are called, and ``width`` the length that batches are padded to.
+    """
+    if not any(key in own.features for own in splits.values() for key in IDS):
+        return
+    words = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    for what, examples in splits.items():
+        for key in (key for key in (*IDS, "pad") if key in examples.features and words is not None):
+            check_ids(int(examples.features[key].max()), int(words), model, f"{what} rows")
+        kinds = _entries(network, "token_type_embeddings")
+        if kinds is not None and (seen := int(examples.features.get("token_type_ids", torch.zeros(1)).max())) >= kinds:
+            raise ValueError(
+                f"the tokenizer of {model!r} marks the second text of a pair by {seen}, but the model knows {kinds} "
+                "kinds of text; take the tokenizer that the model was trained with."
+            )
+        places, longest = _entries(network, "position_embeddings"), max(width, int(examples.lengths.max()))
+        if places is not None and "input_ids" in examples.features and longest > places:
+            raise ValueError(
+                f"{what} rows come to {longest} tokens, but the model {model!r} reads at most {places}; set "
+                f"task.max_length to {places}."
+            )
+
+
+def check_ids(largest: int, words: int, model: str, where: str) -> None:
+    """``ValueError`` where a token has no row in the model's embedding."""
+    if largest >= words:
+        raise ValueError(
+            f"the {where} hold the token number {largest}, but the model {model!r} has embeddings for {words} tokens; "
+            "its tokenizer is longer than its embedding: take the tokenizer that it was trained with, or save the "
+            "model anew after resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def _entries(network: nn.Module, name: str) -> int | None:
+    """How many different inputs an embedding takes; None where the network has none of that name."""
+    for path, module in network.named_modules():
+        if path.rpartition(".")[2] == name and isinstance(module, nn.Embedding):
+            taken = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's places begin after it
+            return module.num_embeddings - (taken if name == "position_embeddings" else 0)
+    return None
