@@ -32,9 +32,9 @@ def holdings(f: Federation) -> dict[str, Any] | None:
 def labels(f: Federation, readings: Mapping[int, str]) -> dict[str, Any]:
     """For a run's summary: ``labels``, the names of the head's outputs, and ``label_maps``, which value is which class.
 
-    ``readings`` say how parties read the labels of their own data. A map has ``clients`` ("all" or their numbers), ``by``
-    ("name" or "position") and ``classes`` (value -> name). It follows from the names alone, so it tells no rows. There
-    are none where rows have no labels.
+    ``readings`` say how parties read the labels of their own data. A map has ``clients`` ("all" or their numbers),
+    ``by`` ("name" or "position") and ``classes`` (value -> name). It follows from the names alone, so it tells no rows.
+    There are none where rows have no labels.
     """
     here = f.data.reading if f.data is not None else ""
     found: list[dict[str, Any]] = [{"clients": "all", "by": here, "classes": f.label_map(here)}] if here else []
