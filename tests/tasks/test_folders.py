@@ -152,6 +152,9 @@ def test_what_a_copy_of_the_hub_says_of_its_files(tmp_path):
     )
     train, _ = source.splits(str(tmp_path), None, "train", ["test"], 0)
     assert [train.features["label"].names[i] for i in train["label"]] == ["1", "2"], "by name, not by position"
+    (tmp_path / "en" / "a.csv").write_text("text|label\nx|0\ny|1\n")
+    with pytest.raises(ValueError, match="column 'label' holds 0, and the README .* names the labels 1, 2"):
+        source.splits(str(tmp_path), None, "train", ["test"], 0)
     (tmp_path / "README.md").write_text(f"---\n{files}  skiprows: 1\n---\n")
     with pytest.raises(ValueError, match="README of .* sets 'skiprows' for its csv files, which is not understood"):
         source.splits(str(tmp_path), None, "train", ["test"], 0)

@@ -79,7 +79,7 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise ValueError(_quotes(line, str(error))) from error
-        ends |= {"\r"} if lines.last.endswith("\r") else {"\n"} if lines.last.endswith("\n") else set()
+        ends |= {lines.last[len(lines.last.rstrip("\r\n")) :]} - {""}
         if len(ends) > 1:
             raise ValueError(
                 f"line {line} ends with another character than the lines before; put double quotes around a cell with "
