@@ -101,8 +101,9 @@ class Federation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of how this machine's rows were read."""
-        return () if self.data is None else self.data.notes
+        """What a user should be told of the method's settings, and of how this machine's rows were read."""
+        caution = () if self.method.caution is None else (self.method.caution,)
+        return caution if self.data is None else (*caution, *self.data.notes)
 
     @property
     def heads(self) -> frozenset[str]:
