@@ -237,9 +237,16 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for name, read in COLUMNS.items():
             values = [value for value in map(read, good) if value is not None]
             row[name] = _over_seeds(values)
+        row["by_seed"] = {name: _by_seed(own, COLUMNS[name]) for name in ("global", "clients")}
         groups = _groups(good)
         found.append({**row, "capability": groups} if groups else row)
     return found
+
+
+def _by_seed(cells: Sequence[Cell], read: Callable[[Mapping[str, Any]], float | None]) -> dict[str, float]:
+    """A figure of each seed, for paired tests; the keys are texts, as JSON has them."""
+    found = {str(cell.seed): read(cell.summary) for cell in cells if cell.summary is not None}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float] | None:

@@ -56,6 +56,11 @@ class Method:
         return False
 
     @property
+    def caution(self) -> str | None:
+        """What a user of these settings should know before a run, in a sentence."""
+        return None
+
+    @property
     def averages(self) -> bool:
         """Whether the server does nothing to the shared leaves but average them."""
         return type(self).combine is Method.combine and type(self).combine_all is Method.combine_all

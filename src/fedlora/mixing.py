@@ -1,26 +1,27 @@
-"""The best mixes of given factors: ``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``.
+"""The best mixes of given factors: ``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``, in Gram space.
 
-Alternating least squares, in two ways to the same answer. In Gram space (``als``) all pairwise products are taken once,
-in float64, and then no long vector is touched any more: best for few clients. ``passes`` goes over the factors in every
-half-sweep, which costs ``O(K)`` instead of ``O(K²)``: best for many. It stays in the factors' precision, and works on
-their differences from the mean, so that nothing that matters is a small difference of large sums.
+Alternating least squares, until a sweep changes nothing any more. All pairwise products are taken once, in float64, and
+then no long vector is touched any more; ``passes`` has the way for many clients.
+
+The problem has many local optima where clients hold their factors in turned frames (``B_k R_k`` and ``R_kᵀ A_k`` for
+rotations ``R_k``): means cancel there, and sweeps from FedIT's weights end far from the best mix. Where neither side's
+factors agree, the sweeps also begin at single clients, and at the mean of the factors after each is rotated towards it;
+the mix with the least error is taken. Where one side agrees, FedIT's weights alone lead to the best mix.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg import einsum
-from fedlora.products import Lazy
+from fedlora.linalg import einsum, polar
 
 CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
-STILL = 1e-5  # relative: a sweep that moves the mixes by less is the last one; the error is flat to its square there
-ITERATIONS = 60  # of conjugate gradients in a half-sweep, at most
-SOLVED = 1e-2  # relative residual at which they stop: the next sweep starts from a gradient taken anew
+STILL = 1e-6  # relative: a sweep that lowers the squared error by less of it is the last one
+ROUNDING = 1e-20  # of the squared norm of the served product: a smaller decrease is rounding error
+AGREE = 0.8  # ‖X̄‖² over the mean of ‖X_k‖²: above it on either side, the clients share a frame
+SINGLES, FINALISTS, TRIAL = 32, 4, 5  # clients to begin at, those that go on, and the sweeps that decide which
 
 
 class Atoms(NamedTuple):
@@ -38,7 +39,12 @@ class Grams(NamedTuple):
     A: Float[Tensor, "*stack K K r r"]
 
 
-Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # p, q -> the next p, q
+class Fit(NamedTuple):
+    """Mixes of ``L`` weights from ``S`` starts, and their squared errors, less the target's squared norm."""
+
+    p: Float[Tensor, "L S K"]
+    q: Float[Tensor, "L S K"]
+    error: Float[Tensor, "L S"]
 
 
 def gram(atoms: Atoms) -> Grams:
@@ -59,48 +65,123 @@ def _pairs(X: Tensor, w: Tensor) -> Tensor:
 
 
 def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``M (L K K)`` and ``b (L K)`` of the least squares for the mix of ``G``'s side, the other side's mix ``fixed``.
+    """``M (L S K K)`` and ``b (L S K)`` of the least squares for the mix of ``G``'s side, the other's being ``fixed``.
 
     For ``p``: ``M_kl = tr(G_B[k,l] H)`` with ``H = Σ q_k q_l G_A[k,l]``, ``b_k = Σ_j w_j tr(G_B[k,j] C_j)`` with
     ``C_j = Σ_l q_l G_A[j,l]``. For ``q`` the roles are exchanged, and the traces pair transposed blocks.
     """
-    C = torch.einsum("...l,...klij->...kij", fixed, other)
-    H = torch.einsum("...k,...kij->...ij", fixed, C)
-    M = torch.einsum("...klij,...ji->...kl", G, H)
-    b = einsum("j,...kjab,...jba->...k", w, G, C)
+    C = torch.einsum("xsl,xklij->xskij", fixed, other)
+    H = torch.einsum("xsk,xskij->xsij", fixed, C)
+    M = torch.einsum("xklij,xsji->xskl", G, H)
+    b = torch.einsum("xkjab,xsjba->xsk", G, w[:, None, None] * C)
     return M, b
 
 
 def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
-    """From ``p = q = w``; each half-sweep can only lower the error. Stops early where nothing moves any more."""
+    """The best ``p`` and ``q`` (``L K``) that several starts lead to, each by at most ``sweeps`` sweeps.
 
-    def sweep(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        p = _step(p, *normal(grams.B, grams.A, q, w), whole_model)
-        return p, _step(q, *normal(grams.A, grams.B, p, w), whole_model)
+    ``whole_model``: one ``(p, q)`` for all ``L`` weights. Without sweeps, FedIT's ``p = q = w``.
+    """
+    L, K = len(grams.B), len(w)
+    found = fitted(grams, w, w.expand(L, 1, K), whole_model, sweeps)
+    turned = ~(agreement(*_norms(grams, w)) >= AGREE)
+    turned = turned.any().expand(L) if whole_model else turned
+    if sweeps and K > 1 and bool(turned.any()):
+        some = Grams(grams.B[turned], grams.A[turned])
+        first = Fit(*(x[turned] for x in found))
+        best = _best(_joined(first, _other_starts(some, w, whole_model, sweeps)), some, w, whole_model)
+        for whole, part in zip(found, best):
+            whole[turned] = part
+    return found.p[:, 0], found.q[:, 0]
 
-    start = w.expand(len(grams.B), -1)
-    return swept(sweep, start, sweeps)
+
+def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
+    """From the mean of the turned factors, and from the clients that are the best after a few sweeps."""
+    singles = _singles(grams, w, whole_model, min(SINGLES, len(w)))
+    tried = fitted(grams, w, singles, whole_model, min(TRIAL, sweeps))
+    error = tried.error.sum(0, keepdim=True).expand_as(tried.error) if whole_model else tried.error
+    chosen = error.argsort(dim=-1, stable=True)[:, :FINALISTS, None].expand(-1, -1, len(w))
+    starts = torch.cat([tried.q.gather(1, chosen), _rotated(grams, w, whole_model)], dim=1)
+    return fitted(grams, w, starts, whole_model, sweeps)
 
 
-def swept(sweep: Solve, start: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Sweeps from ``p = q = start`` until the mixes stand still."""
-    p = q = start
+def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
+    """One client each, those with the largest share ``w_k ‖B_k A_k‖`` of the target: ``L many K``.
+
+    Clients are not told apart by their weights alone: these are often equal, and the order of clients must not matter.
+    """
+    B, A = (torch.diagonal(side, dim1=1, dim2=2).movedim(-1, 1) for side in grams)
+    share = w * torch.einsum("xkij,xkji->xk", B, A).clamp_min(0).sqrt()
+    share = share.sum(0, keepdim=True).expand_as(share) if whole_model else share
+    return torch.eye(len(w), dtype=w.dtype, device=w.device)[share.argsort(dim=-1, descending=True)[:, :many]]
+
+
+def _rotated(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
+    """The mix nearest to the mean ``Σ w_k T_kᵀ A_k`` of factors that are each rotated towards it: ``L 1 K``."""
+    L, K, _, r, _ = grams.A.shape
+    T = torch.eye(r, dtype=w.dtype, device=w.device).expand(L, K, r, r)
+    sizes = [torch.einsum("k,xkkii->x", w, side).clamp_min(1e-300)[:, None, None, None, None] for side in grams]
+    both = grams.B / sizes[0] + grams.A / sizes[1]
+    for _ in range(3):
+        T, _ = polar(einsum("l,xklij,xljm->xkim", w, both, T))
+    M = torch.einsum("xklii->xkl", grams.A)[:, None]
+    b = einsum("l,xklij,xlij->xk", w, grams.A, T)[:, None]
+    return _step(torch.zeros_like(b), M, b, whole_model)[0].expand(L, 1, K)
+
+
+def _norms(grams: Grams, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``‖X̄‖²`` and the mean of ``‖X_k‖²``, of both sides: ``2 L``."""
+    pairs = torch.stack([torch.einsum("xklii->xkl", side) for side in grams])
+    return einsum("k,l,sxkl->sx", w, w, pairs), torch.einsum("k,sxkk->sx", w, pairs)
+
+
+def agreement(mean: Tensor, each: Tensor) -> Tensor:
+    """How far clients share a frame: one where a side's factors are alike, near ``1/K`` where they are all turned."""
+    return (mean / each.clamp_min(torch.finfo(each.dtype).tiny)).amax(0)
+
+
+def _joined(one: Fit, other: Fit) -> Fit:
+    p, q, error = (torch.cat(pair, dim=1) for pair in zip(one, other))
+    return Fit(p, q, error)
+
+
+def _best(fit: Fit, grams: Grams, w: Tensor, whole_model: bool) -> Fit:
+    """The start with the least error; of equally good ones the first."""
+    error = fit.error.sum(0, keepdim=True).expand_as(fit.error) if whole_model else fit.error
+    size = error.abs().amax(-1, keepdim=True)
+    first = (error <= error.amin(-1, keepdim=True) + 1e-9 * size).double().argmax(-1)[:, None]
+    p, q = (x.gather(1, first[..., None].expand(-1, -1, len(w))) for x in fit[:2])
+    return Fit(p, q, fit.error.gather(1, first))
+
+
+def fitted(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweeps: int) -> Fit:
+    """From ``p = q =`` each start; a half-sweep can only lower the error. Ends where none changes any more."""
+    p = q = starts
+    target = einsum("k,l,xklij,xklij->x", w, w, grams.B, grams.A)  # ‖W*‖² a weight
     for _ in range(sweeps):
-        before = torch.stack([p, q])
-        p, q = balanced(*sweep(p, q))
-        after = torch.stack([p, q])
-        if bool((after - before).abs().max() <= STILL * after.abs().max()):
+        p, down, _ = _step(p, *normal(grams.B, grams.A, q, w), whole_model)
+        q, more, gain = _step(q, *normal(grams.A, grams.B, p, w), whole_model)
+        p, q = balanced(p, q)
+        size = target[:, None].sum(0, keepdim=True) if whole_model else target[:, None]
+        if bool((down + more <= STILL * (size - gain).clamp_min(0) + ROUNDING * size.abs()).all()):
             break
-    return p, q
+    return Fit(p, q, _error(grams, w, p, q))
 
 
-def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> Tensor:
-    """The least-squares solution nearest to ``p``: where ``M`` is singular, ``p`` stays."""
+def _error(grams: Grams, w: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    M, b = normal(grams.B, grams.A, q, w)
+    return ((M @ p[..., None])[..., 0] * p - 2 * p * b).sum(-1)
+
+
+def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The least-squares solution nearest to ``p`` (where ``M`` is singular, ``p`` stays); by how much the squared error
+    falls; and how far it then lies below the target's squared norm."""
     if whole_model:
         M, b = M.sum(0, keepdim=True), b.sum(0, keepdim=True)
-    rest = b - (M @ p[: len(M), :, None])[..., 0]
-    found: Tensor = p + (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
-    return found
+    rest = b - (M @ p[: len(M), ..., None])[..., 0]
+    moved = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
+    found = p + moved
+    return found, (moved * rest).sum(-1), (found[: len(M)] * b).sum(-1)
 
 
 def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,152 +191,24 @@ def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return p * c, q / c
 
 
-class _Side(ABC):
-    """One side's factors ``X_k``, rows along the long direction: their mean ``X̄`` and what lies beside it."""
+def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
+    """The authors' way: 200 AdamW steps at 1e-2 from ones, on the error relative to the target's norm, without decay.
 
-    mean: Tensor  # *stack m r
-
-    @abstractmethod
-    def beside(self, p: Tensor) -> Tensor:
-        """``Σ p_k (X_k − X̄)``."""
-
-    @abstractmethod
-    def inner(self, Y: Tensor) -> Tensor:
-        """``⟨X_k − X̄, Y⟩`` for every k."""
-
-    @abstractmethod
-    def against(self, Y: Tensor) -> Tensor:
-        """``(X_k − X̄)ᵀ Y`` for every k: ``*stack K r r``."""
-
-    @abstractmethod
-    def crossed(self, C: Tensor) -> Tensor:
-        """``Σ (X_k − X̄) C_k``."""
-
-
-class _Held(_Side):
-    """All factors in memory, in the two orders that make every pass one GEMM."""
-
-    def __init__(self, X: Tensor, w: Tensor):  # *stack K m r
-        *self.stack, self.K, self.m, self.r = X.shape
-        self.mean = torch.einsum("k,...kmr->...mr", w.to(X.dtype), X)
-        self.rest = (X - self.mean[..., None, :, :]).contiguous()
-        self.flat = self.rest.reshape(*self.stack, self.K, self.m * self.r)
-        self.wide = self.rest.transpose(-3, -2).reshape(*self.stack, self.m, self.K * self.r)
-
-    def beside(self, p: Tensor) -> Tensor:
-        found: Tensor = p.to(self.flat.dtype)[..., None, :] @ self.flat
-        return found.reshape(*self.stack, self.m, self.r)
-
-    def inner(self, Y: Tensor) -> Tensor:
-        found: Tensor = self.flat @ Y.reshape(*self.stack, self.m * self.r, 1)
-        return found[..., 0].double()
-
-    def against(self, Y: Tensor) -> Tensor:
-        found: Tensor = self.wide.mT @ Y
-        return found.reshape(*self.stack, self.K, self.r, Y.shape[-1])
-
-    def crossed(self, C: Tensor) -> Tensor:
-        found: Tensor = self.wide @ C.reshape(*self.stack, self.K * self.r, C.shape[-1])
-        return found
-
-
-class _Streamed(_Side):
-    """Factors that are read anew at every pass; nothing is held but their mean."""
-
-    def __init__(self, factors: Sequence[Tensor], w: Tensor):
-        self.factors = factors
-        self.mean = torch.zeros_like(factors[0])
-        self.mean = self._summed(w.expand(*self.mean.shape[:-2], -1))
-
-    def _summed(self, p: Tensor) -> Tensor:
-        found = torch.zeros_like(self.mean)
-        for k in range(len(self.factors)):
-            found = torch.addcmul(found, self.factors[k] - self.mean, p[..., k].to(found.dtype)[..., None, None])
-        return found
-
-    def _each(self, of: Callable[[Tensor], Tensor], dim: int) -> Tensor:
-        return torch.stack([of(self.factors[k] - self.mean) for k in range(len(self.factors))], dim=dim)
-
-    def beside(self, p: Tensor) -> Tensor:
-        return self._summed(p)
-
-    def inner(self, Y: Tensor) -> Tensor:
-        return self._each(lambda x: (x * Y).sum((-2, -1)).double(), -1)
-
-    def against(self, Y: Tensor) -> Tensor:
-        return self._each(lambda x: x.mT @ Y, -3)
-
-    def crossed(self, C: Tensor) -> Tensor:
-        found = torch.zeros_like(self.mean)
-        for k in range(len(self.factors)):
-            found = found + (self.factors[k] - self.mean) @ C[..., k, :, :]
-        return found
-
-
-def passes(atoms: Atoms, sweeps: int) -> tuple[Tensor, Tensor]:
-    """The same sweeps by passes over the factors, with conjugate gradients for the ``K × K`` systems."""
-    return _alternated(_Held(atoms.B, atoms.w), _Held(atoms.A.mT, atoms.w), atoms.w, sweeps)
-
-
-def streamed(A: Sequence[Tensor], B: Sequence[Tensor], w: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """``passes`` over factors ``A_k (r n)`` and ``B_k (m r)`` that are read when they are asked for."""
-    return _alternated(_Streamed(B, w), _Streamed(Lazy(len(A), lambda k: A[k].mT), w), w, sweeps)
-
-
-def _alternated(B: _Side, A: _Side, w: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    def sweep(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        p = p + _move(B, A, p, q, w)
-        return p, q + _move(A, B, q, p, w)
-
-    return swept(sweep, w.expand(*B.mean.shape[:-2], -1), sweeps)
-
-
-def _move(X: _Side, Y: _Side, p: Tensor, q: Tensor, w: Tensor) -> Tensor:
-    """What the least-squares ``p`` differs by, for ``min_p ‖Σ w_k X_k Y_kᵀ − (Σ p_k X_k) Y_qᵀ‖``.
-
-    The gradient is ``⟨X_k, T⟩`` with ``T = Σ w_j X'_j (Y'_jᵀ Y_q) + X̄ (Ȳᵀ Y_q − σ H) − X'_p H``, primes for what lies
-    beside the mean, ``σ = Σ p_k`` and ``H = Y_qᵀ Y_q``: every term is as small as what it stands for.
+    The target is the sum ``K W*``: from ones, a product of two sums of K clients lies ``K²`` times above the mean, too
+    far for 200 steps. The mixes of the mean are those of the sum, each divided by ``√K``.
     """
-    Yq = _mixed(Y, q)
-    H = Yq.mT @ Yq
-    C = w.to(H.dtype)[:, None, None] * Y.against(Yq)
-    sigma = p.sum(-1).to(H.dtype)[..., None, None]
-    T = X.crossed(C) + X.mean @ (Y.mean.mT @ Yq - sigma * H) - X.beside(p) @ H
-    return _conjugate_gradients(lambda d: _inner(X, _mixed(X, d) @ H), _inner(X, T))
-
-
-def _mixed(X: _Side, p: Tensor) -> Tensor:
-    """``Σ p_k X_k``."""
-    return p.sum(-1).to(X.mean.dtype)[..., None, None] * X.mean + X.beside(p)
-
-
-def _inner(X: _Side, Y: Tensor) -> Tensor:
-    """``⟨X_k, Y⟩`` for every k, float64."""
-    return X.inner(Y) + (X.mean * Y).sum((-2, -1), dtype=torch.float64)[..., None]
-
-
-def _conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-    """``M x = b`` for a positive semidefinite ``M`` and a ``b`` in its range, from zero; many systems at once."""
-    x, rest, way = torch.zeros_like(b), b, b
-    size = first = b.square().sum(-1, keepdim=True)
-    for _ in range(min(ITERATIONS, 2 * b.shape[-1])):
-        if bool((size <= SOLVED**2 * first).all()):
-            break
-        image = times(way)
-        curve = (way * image).sum(-1, keepdim=True)
-        step = torch.where(curve > 0, size / curve.clamp_min(1e-300), torch.zeros_like(curve))
-        x, rest = x + step * way, rest - step * image
-        before, size = size, rest.square().sum(-1, keepdim=True)
-        way = rest + size / before.clamp_min(1e-300) * way
-    return x
-
-
-def best_mixes(atoms: Atoms, sweeps: int) -> tuple[Tensor, Tensor]:
-    """``p`` and ``q`` (``*stack K``), by whichever way is cheaper for this many clients."""
-    *stack, K, r, _ = atoms.A.shape
-    if 4 * K * r <= sweeps * (6 * r + 64):  # multiply-adds of either, over (m + n) K r
-        grams = gram(atoms)
-        flat = Grams(*(side.reshape(-1, K, K, r, r) for side in grams))
-        p, q = als(flat, atoms.w, False, sweeps)
-        return p.reshape(*stack, K), q.reshape(*stack, K)
-    return passes(atoms, sweeps)
+    L, K = (1 if whole_model else len(grams.B)), len(w)
+    p, q = (torch.ones(L, K, dtype=w.dtype, device=w.device, requires_grad=True) for _ in "pq")
+    each = w * K
+    target = einsum("k,j,...kjab,...kjab->...", each, each, grams.B, grams.A)  # ‖K W*‖² a weight
+    scale = torch.where(target > 0, target, torch.ones_like(target))
+    optimizer = torch.optim.AdamW([p, q], lr=1e-2, weight_decay=0.0)
+    with torch.enable_grad():
+        for _ in range(200):
+            optimizer.zero_grad()
+            M, b = (x[:, 0] for x in normal(grams.B, grams.A, q.expand(len(grams.B), -1)[:, None], each))
+            error = einsum("...k,...kl,...l->...", p, M, p) - 2 * (p * b).sum(-1)
+            (error.sum() / scale.sum() if whole_model else (error / scale).sum()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    p, q = (x.detach().expand(len(grams.B), -1) / K**0.5 for x in (p, q))
+    return p, q

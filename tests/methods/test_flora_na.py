@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedlora import mixing
 from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flora_na import FLoRANA
@@ -36,8 +37,11 @@ def dense_als(c: Cohort, sweeps: int):
 @pytest.mark.parametrize("seed", range(20))
 def test_gram_space_equals_the_dense_sweeps(seed):
     c = Cohort.drawn(seed, K=3)
-    layer = c.served(FLoRANA(lora(c), sweeps=4))
-    torch.testing.assert_close(layer["B"] @ layer["A"], dense_als(c, 4), rtol=1e-7, atol=1e-7)
+    w = torch.tensor(c.w, dtype=torch.float64)
+    grams = mixing.gram(mixing.Atoms(torch.stack(c.A)[None], torch.stack(c.B)[None], w))
+    p, q, _ = mixing.fitted(grams, w, w[None, None], False, 4)
+    found = sum(x * B for x, B in zip(p[0, 0], c.B)) @ sum(x * A for x, A in zip(q[0, 0], c.A))
+    torch.testing.assert_close(found, dense_als(c, 4), rtol=1e-7, atol=1e-7)
 
 
 def test_more_sweeps_are_never_worse():
@@ -100,12 +104,22 @@ def test_one_mix_for_the_whole_model():
     torch.testing.assert_close(sum(x * B for x, B in zip(p[:, 0], ones["b"].B)), made["b"]["B"])
 
 
-def test_adam_lowers_the_error_it_starts_with_but_not_below_least_squares():
-    c = Cohort.drawn(10, K=3, spread=0.3)
-    ones = sum(c.B) @ sum(c.A)
-    found = c.error(FLoRANA(lora(c), solver="adam"))
-    assert found < 0.5 * float((ones - c.exact).norm())
-    assert found >= c.error(FLoRANA(lora(c), sweeps=200)) - 1e-6
+@pytest.mark.parametrize("scope", ["weight", "model"])
+@pytest.mark.parametrize(("K", "least", "most"), [(1, 0, 1e-3), (2, 0.036, 0.06), (3, 0.05, 0.1), (10, 0.2, 0.5)])
+def test_adam_aims_at_the_sum_and_what_its_page_says_it_misses(K, least, most, scope):
+    """Towards a mean it ended at 6.2 times the update's norm with ten clients."""
+    c = Cohort.drawn(10, K=K, spread=0.3)
+    method = FLoRANA(lora(c), solver="adam", scope=scope)
+    assert least <= c.error(method) / float(c.exact.norm()) <= most
+    assert c.error(FLoRANA(lora(c))) <= c.error(method) + 1e-6 * float(c.exact.norm())
+
+
+def test_the_authors_way_is_not_taken_without_a_word():
+    from tests.fixtures.federation import config
+
+    (note,) = [x for x in config("method={name = 'flora-na', solver = 'adam'}").federation().notes if "solver" in x]
+    assert "200 steps" in note and "'als'" in note
+    assert not any("solver" in x for x in config("method.name=flora-na").federation().notes)
 
 
 def test_concentration_is_noted():

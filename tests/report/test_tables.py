@@ -158,6 +158,41 @@ def test_the_paired_test_is_scipys_and_holms_correction():
     assert holm([0.01, 0.04, 0.03, float("nan")])[:3] == pytest.approx([0.03, 0.06, 0.06])
 
 
+def test_a_winner_is_named_only_where_the_paired_test_says_so():
+    from fedlora.report import tables as console
+
+    def rows(values, higher):
+        return [
+            {"method": name, "metric": {"name": "perplexity", "higher": higher}, "seeds": [0, 1, 2],
+             "by_seed": {"global": {str(k): x for k, x in enumerate(own)}},
+             "global": {"mean": mean(own), "std": 1.0}, "clients": None, "mb_up": None, "mb_down": None}
+            for name, own in values.items()
+        ]  # fmt: skip
+
+    clear = {"svd": [0.90, 0.80, 0.85], "fedit": [0.80, 0.70, 0.751], "local": [0.70, 0.601, 0.65]}
+    text = console.reading(rows(clear, True))
+    assert "shared model: best with svd" in text and "level" not in text
+    noisy = {"svd": [47.2, 49.1, 48.1], "fedit": [48.9, 47.3, 48.3], "local": [70.0, 71.0, 70.4]}
+    text = console.reading(rows(noisy, False))  # 48.133 beside 48.167, and a spread of one
+    assert "best with" not in text and "no winner" in text and "level with fedit" in text and "local" not in text
+    (one,) = [console.reading(rows({"svd": [0.9], "fedit": [0.1]}, True))]
+    assert "best with" not in one and "no test" in one
+    same = console.reading(rows({"svd": [0.5, 0.6], "fedit": [0.5, 0.6]}, True))
+    assert "level with fedit" in same
+
+
+def test_a_sweeps_choice_says_what_it_is_level_with():
+    from fedlora.report import tuning
+
+    def row(*each):
+        trials = [{"trial": k, "each": own, "value": mean(own)} for k, own in enumerate(each)]
+        return {"method": "fedit", "chosen": 0, "values": {}, "value": trials[0]["value"], "edge": [], "trials": trials}
+
+    found = {"seeds": [0, 1, 2], "metric": {"higher": True}}
+    assert "level with trial 1" in tuning._sentence(row([0.9, 0.7, 0.8], [0.7, 0.9, 0.79]), "accuracy", found)
+    assert "best of 2" in tuning._sentence(row([0.9, 0.8, 0.7], [0.8, 0.7, 0.601]), "accuracy", found)
+
+
 def test_thinning_keeps_every_lines_end():
     rows = [{"label": name, "round": i, "value": float(i)} for name in "ab" for i in range(1, 101)]
     few = thinned(rows, ("label",), 20)

@@ -102,11 +102,12 @@ class Federation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of how this machine's rows were read and shared out."""
+        """What a user should be told of the method's settings, and of how this machine's rows were read and shared out."""
+        caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
-            return ()
+            return caution
         lost = self.clients.splitter.left_out(self.data.train, self.data.test, self.clients.count)
-        return (*self.data.notes, *([lost] if lost else []))
+        return (*caution, *self.data.notes, *([lost] if lost else []))
 
     def label_map(self, reading: str) -> dict[str, str]:
         """Which value of a label column is which class by a reading (one of ``labels.READINGS``)."""

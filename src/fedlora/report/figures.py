@@ -199,7 +199,11 @@ def _lines(
     best = sorted(ends, key=ends.__getitem__, reverse=higher)[:LINES]
     some = [row for row in rows if row[by] in best]
     few = thinned(some, (by,), POINTS)
-    left = f" The {LINES} best of {len(ends)} are drawn." if len(best) < len(ends) else ""
+    left = (
+        f" Of {len(ends)} lines, the {LINES} ahead at their last point are drawn; that alone does not make them better."
+        if len(best) < len(ends)
+        else ""
+    )
     left += " Neighbouring rounds are drawn as their mean." if len(few) < len(some) else ""
     return _one(name, replace(table, title=title), few, caption + left, why, draw)
 

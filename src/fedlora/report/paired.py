@@ -45,3 +45,45 @@ def holm(ps: Sequence[float]) -> list[float]:
     for place, (p, i) in enumerate(real):
         least = found[i] = max(least, min(1.0, p * (len(real) - place)))
     return found
+
+
+LEVEL = 0.05  # p (Holm) from which on a difference may be chance
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Who is ahead by the mean, and whom the test does not tell from it; ``pairs`` are the fewest of any test."""
+
+    first: Hashable
+    mean: float
+    level: tuple[Hashable, ...]  # nobody: ``first`` is the best
+    pairs: int
+
+    @property
+    def said(self) -> str:
+        """What the seeds say of ``first``, for a sentence."""
+        if not self.level:
+            return f"paired test over {self.pairs} seeds, p (Holm) < {LEVEL:g}"
+        names = [str(name) for name in self.level]
+        many = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else _listed(names)
+        why = f"paired test over {self.pairs} seeds" if self.pairs > 1 else "one seed: no test"
+        return f"level with {many}; {why}"
+
+
+def ranking(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> Ranking | None:
+    """Of a name's figures by seed: who is ahead, and who is level with it. None of fewer than two names."""
+    means = {name: statistics.fmean(own.values()) for name, own in values.items() if own}
+    if len(means) < 2:
+        return None
+    first = (max if higher else min)(means, key=means.__getitem__)
+    others = [name for name in means if name != first]
+    found = {name: paired(values[first], values[name]) for name in others}
+    ps = holm([one.p for one in found.values() if one is not None])
+    told = dict(zip((name for name, one in found.items() if one is not None), ps))
+    level = tuple(name for name in others if not told.get(name, 1.0) < LEVEL)  # NaN is no difference
+    pairs = min((one.pairs if one is not None else 1) for one in found.values())
+    return Ranking(first, means[first], level, pairs)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from fedlora.report.console import Plain, printed, stdout
 from fedlora.report.guarantee import lines as guarantee
+from fedlora.report.paired import ranking
 
 __all__ = ["DASH", "Plain", "printed", "stdout"]
 DASH = "–"
@@ -59,20 +60,28 @@ def _by_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def reading(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the table comes to, in a sentence or two."""
-    said = []
-    for key, what in (("global", "The best shared model comes from"), ("clients", "clients' own models are best with")):
-        there = [row for row in rows if row[key]]
-        if there:
-            best = max if there[0]["metric"]["higher"] else min
-            top = best(there, key=lambda row: row[key]["mean"])
-            said.append(f"{what} {top['method']} ({top[key]['mean']:.3f})")
-    sent = [row for row in rows if row["mb_up"] and row["mb_up"]["mean"] > 0]
-    if sent:
-        least = min(sent, key=lambda row: row["mb_up"]["mean"] + row["mb_down"]["mean"])
-        size = least["mb_up"]["mean"] + least["mb_down"]["mean"]
-        said.append(f"{least['method']} sends least ({size:.2f} MB)")
+    said = [text for key, what in MODELS.items() if (text := _ahead(rows, key, what))]
+    sent = {row["method"]: row["mb_up"]["mean"] + row["mb_down"]["mean"] for row in rows if row["mb_up"]}
+    if sent := {name: size for name, size in sent.items() if size > 0}:
+        least = min(sent.values())
+        names = [name for name, size in sent.items() if size == least]
+        said.append(f"{' and '.join(names)} {'sends' if len(names) == 1 else 'send'} least ({least:.2f} MB)")
     seeds = "one seed: differences of a point or two may be chance" if _seeds(rows) == 1 else f"{_seeds(rows)} seeds"
     return "; ".join(said) + f" ({seeds})."
+
+
+MODELS = {"global": "shared model", "clients": "clients' own models"}
+
+
+def _ahead(rows: Sequence[Mapping[str, Any]], key: str, what: str) -> str | None:
+    """Which method is the best, where the paired test says so; else who is level with the one ahead."""
+    there = [row for row in rows if row[key]]
+    found = ranking({row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in there},
+                    bool(there) and there[0]["metric"]["higher"])  # fmt: skip
+    if found is None:
+        return None if not there else f"{what}: {there[0][key]['mean']:.3f} ({there[0]['method']})"
+    verb = "best with" if not found.level else "no winner, ahead by the mean is"
+    return f"{what}: {verb} {found.first} ({found.mean:.3f}; {found.said})"
 
 
 def _seeds(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fedlora.report.paired import ranking
 from fedlora.report.tables import DASH, stdout
 
 
@@ -24,7 +25,7 @@ def sweep(found: Mapping[str, Any], folder: str) -> None:
     console = stdout()
     console.print(table)
     for row in found["methods"]:
-        console.print(_sentence(row, metric), markup=False)
+        console.print(_sentence(row, metric, found), markup=False)
     chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
     if chosen:
         console.print(f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2", soft_wrap=True)
@@ -36,14 +37,24 @@ def _remark(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
     return "chosen" if trial["trial"] == row["chosen"] else ""
 
 
-def _sentence(row: Mapping[str, Any], metric: str) -> str:
+def _sentence(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
     trials = len(row["trials"])
     if row["chosen"] is None:
         return f"{row['method']}: none of {trials} trials came to a figure; try smaller learning rates."
-    said = f"{row['method']}: {_values(row['values'])} ({metric} {row['value']:.4f}, best of {trials})"
+    said = f"{row['method']}: {_values(row['values'])} ({metric} {row['value']:.4f}, {_standing(row, found)})"
     if row["edge"]:
         return f"{said}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
     return f"{said}."
+
+
+def _standing(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """How sure the choice is: the chosen trial beside the others, by the paired test over seeds."""
+    values = {t["trial"]: dict(zip(found["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
+    one = ranking({f"trial {k}": own for k, own in values.items()}, found["metric"]["higher"])
+    trials = f"chosen of {len(row['trials'])} by the mean"
+    return (
+        trials if one is None else f"{trials}; {one.said}" if one.level else f"best of {len(row['trials'])}; {one.said}"
+    )
 
 
 def _values(values: Mapping[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from fedlora.limits import shown
 from fedlora.report.byround import metric_of
-from fedlora.report.frames import grouped, over
+from fedlora.report.frames import grouped
 from fedlora.report.guarantee import lines as guarantee
+from fedlora.report.paired import ranking
 from fedlora.report.reading import Run
 from fedlora.report.standing import final
 
@@ -51,22 +53,24 @@ def _setting(table: Mapping[str, Any], adapters: str) -> str:
 
 
 def _came_to(runs: Sequence[Run]) -> str:
-    """The best method by each kind of model."""
+    """The best method by each kind of model, where the paired test over seeds says that it is."""
     said = []
     for key, what in (("global", "shared model"), ("clients", "clients' own models, in the mean,")):
-        there = _means(runs, key)
-        if there:
-            best = (max if runs[0].higher else min)(there, key=there.__getitem__)
-            verb = "reached" if len(there) == 1 else f"did best with {_short(best)}:"
-            said.append(f"the {what} {verb} {metric_of(runs)} {there[best]:.4f}")
+        there = {label: own for label, own in _values(runs, key).items() if own}
+        found = ranking({_short(label): own for label, own in there.items()}, runs[0].higher)
+        if found is not None:
+            verb = "did best with" if not found.level else "had no winner; ahead by the mean was"
+            said.append(f"the {what} {verb} {found.first}: {metric_of(runs)} {found.mean:.4f} ({found.said})")
+        elif there:
+            said.append(f"the {what} reached {metric_of(runs)} {fmean(next(iter(there.values())).values()):.4f}")
     return ("At the last evaluated round " + "; ".join(said) + ".") if said else "No round has been evaluated yet."
 
 
-def _means(runs: Sequence[Run], key: str) -> dict[str, float]:
-    """Label -> the mean over its seeds, where there is one."""
+def _values(runs: Sequence[Run], key: str) -> dict[str, dict[int, float]]:
+    """Label -> the figure of each seed."""
     groups = grouped([run for run in runs if run.failure is None], lambda run: run.label)
-    found = {label: over(final(run)[key] for run in own) for label, own in groups.items()}
-    return {label: one.mean for label, one in found.items() if one is not None}
+    found = {label: {run.seed: final(run)[key] for run in own} for label, own in groups.items()}
+    return {label: {k: x for k, x in own.items() if x is not None} for label, own in found.items()}
 
 
 def _states(runs: Sequence[Run]) -> str:
