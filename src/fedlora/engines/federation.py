@@ -102,7 +102,7 @@ class Federation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should be told of the method's settings, and of how this machine's rows were read and shared out."""
+        """What to tell a user: of the method's settings, and of how this machine's rows were read and shared out."""
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
