@@ -131,7 +131,8 @@ def _base(f: Federation) -> str:
     """Of up to 1,024 values of each pretrained weight: another checkpoint changes nearly all of them."""
     found = hashlib.blake2b(digest_size=16)
     for name, x in sorted(f.model.network.state_dict().items()):
-        if not any(name.startswith(f"{head}.") for head in f.heads):  # drawn from the seed, or among the first leaves
+        own = any(name.startswith(f"{head}.") for head in f.heads)
+        if isinstance(x, Tensor) and not own:  # drawn from the seed, or among the first leaves
             values = x.detach().reshape(-1)
             found.update(f"{name} {tuple(x.shape)}".encode())
             found.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))
