@@ -39,6 +39,8 @@ def test_every_methods_result_is_a_plain_lora(tmp_path, name, opened):
     with torch.no_grad():
         assert not torch.allclose(model(**x).logits, run.network()(**x).logits, atol=1e-3), "something was learnt"
     text = (tmp_path / "out" / "README.md").read_text()
+    front, settings = text.split("---")[1], text.split("## Settings")[1]
+    assert "base_model: tiny-vit\n" in front and 'name = "tiny-vit"' in settings, "no folders of this machine"
     assert run.summary["title"] in text and "PeftModel.from_pretrained" in text
 
 

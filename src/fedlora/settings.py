@@ -134,3 +134,12 @@ def known(path: str, table: Table, allowed: list[str]) -> None:
 def dumps(table: Table) -> str:
     """TOML text."""
     return tomli_w.dumps(table)
+
+
+def without_folders(value: Any) -> Any:
+    """A table, or a value of one, with the last part of every absolute path: what others may read."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else value

@@ -19,7 +19,7 @@ from fedlora.report.charts import with_rows
 from fedlora.report.figures import Figure, figures
 from fedlora.report.frames import DASH, Table, grouped
 from fedlora.report.reading import Run
-from fedlora.settings import dumps
+from fedlora.settings import dumps, without_folders
 
 ROWS = 500  # of a table in the page
 CONFIGS = 12  # configurations that are written out; the others lie in their folders
@@ -199,7 +199,7 @@ def _again(runs: Sequence[Run]) -> list[str]:
 def _configuration(run: Run, unfolded: bool) -> str:
     rows = [(escape(key), escape(value)) for key, value in words.hardware(run)]
     title = escape(f"{run.label}, seed {run.seed} ({run.name})", quote=True)
-    text = "\n".join(shown(line, 2000) for line in dumps(dict(run.table)).splitlines())
+    text = "\n".join(shown(line, 2000) for line in dumps(without_folders(run.table)).splitlines())
     return "".join([
         f"<details{' open' if unfolded else ''}><summary>Configuration, versions and hardware: {title}</summary>",
         f'<div class="scroll"><table><caption>{title}</caption><tbody>',
