@@ -163,7 +163,8 @@ def test_an_export_has_one_output(places, tmp_path, merged):
     if merged:
         network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     else:
-        assert "num_labels=1" in text
+        assert "id2label=id2label" in text
+        assert json.loads((tmp_path / "out" / "labels.json").read_text())["id2label"] == {"0": "score"}
         base = AutoModelForSequenceClassification.from_pretrained(places[0], num_labels=1)
         network = PeftModel.from_pretrained(base, tmp_path / "out")
     batch = run.config.task.probe(run.network())
