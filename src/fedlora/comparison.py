@@ -18,6 +18,7 @@ from fedlora.limits import plain_name
 from fedlora.method import Method
 from fedlora.nearest import nearest
 from fedlora.oracle import asked
+from fedlora.report import attendance
 from fedlora.report.notebook import Compared
 from fedlora.runs import CONFIG, SUMMARY, check_same, finished, run
 from fedlora.state import save_json
@@ -238,6 +239,10 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             values = [value for value in map(read, good) if value is not None]
             row[name] = _over_seeds(values)
         row["by_seed"] = {name: _by_seed(own, COLUMNS[name]) for name in ("global", "clients")}
+        missing = [
+            f"seed {c.seed}, {who} {when}" for c in own if c.summary for who, when in attendance.lines(c.summary)
+        ]
+        row |= {"missing": missing} if missing else {}
         groups = _groups(good)
         found.append({**row, "capability": groups} if groups else row)
     return found

@@ -250,8 +250,7 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
             "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    if bad := shelf.quarantined(records):
-        found["quarantined"] = bad
+    found |= shelf.left_out(records)
     if evaluated:
         final = evaluated[-1]
         found["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}

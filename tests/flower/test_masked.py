@@ -232,3 +232,10 @@ def test_a_second_sum_of_a_round_over_other_clients_is_refused_by_the_parties(tm
     assert close(first, server.mean.tree, 1e-6)
     with pytest.raises(ValueError, match="0 of 4 clients sent their 'unmask' message"):
         server._summed(f, server.at, [0, 1, 2, 4])
+
+
+def test_fewer_clients_than_the_threshold_needs_are_said_to_be_void_at_the_start(tmp_path):
+    world = World(tmp_path, "method.name=fedit", network=HIDDEN)
+    world.run()
+    (note,) = [event for event in world.events if event.kind == "note"]
+    assert note.round == 0 and "flower.min_clients is 2" in note.text and "needs 3 clients" in note.text

@@ -30,12 +30,13 @@ def keep(folder: Path | None, number: int, bad: Mapping[int, Bad], limits: Hygie
         save_tree(place / f"{number}-{client}.safetensors", tree, {"reason": reason})
 
 
-def quarantined(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Client -> round -> why its upload was left out; of a whole run, for its summary."""
-    found: dict[str, dict[str, str]] = {}
+def left_out(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
+    """``quarantined``, ``absent`` or ``unscored`` -> client -> round -> why; of a whole run, for its summary."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for record in records:
-        for client, reason in record.get("quarantined", {}).items():
-            found.setdefault(str(client), {})[str(record["round"])] = reason
+        for kind in ("quarantined", "absent", "unscored"):
+            for client, reason in record.get(kind, {}).items():
+                found.setdefault(kind, {}).setdefault(str(client), {})[str(record["round"])] = reason
     return found
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.config import Config, dumps
+from fedlora.report import attendance
 from fedlora.report.guarantee import lines as guarantee
 from fedlora.settings import without_folders
 
@@ -57,6 +58,7 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
         ),
         ("ranks", ", ".join(map(str, about["ranks"]))),
     ]
+    rows += attendance.lines(summary)
     rows += guarantee(summary["privacy"]) if "privacy" in summary else []
     if about["error"]:
         rows.append(("lost by cutting the rank", f"{about['error']:.2e} of the updates (Frobenius)"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.curves import figures
 from fedlora.limits import shown
+from fedlora.report import attendance
 from fedlora.report.guarantee import lines as guarantee
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ class Rounds:
         rows = [[row["round"], *(row.get(name) for name in there)] for row in found[-LATELY:]]
         title = f"{summary['title'] or summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
         about = [f"{name}: {value}" for name, value in guarantee(summary["privacy"])] if "privacy" in summary else []
-        about += [
-            f"client {k} was quarantined in round {', '.join(r)}" for k, r in summary.get("quarantined", {}).items()
-        ]
+        about += [] if attendance.whole(summary) else [f"clients' own figures are over {attendance.over(summary)}"]
+        about += [f"{who} {when}" for who, when in attendance.lines(summary)]
         about += ["stopped before its end"] if summary.get("interrupted") else []
         return table(title, heads, rows, about)
 

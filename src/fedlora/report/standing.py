@@ -39,13 +39,23 @@ def one_by_one(runs: Sequence[Run]) -> Table:
     for run in runs:
         epsilon = next((row["epsilon"] for row in reversed(run.digest.rounds) if row["epsilon"] is not None), None)
         said = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
-        done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": run.digest.counted.get("quarantined", 0)}
+        count = run.digest.counted
+        done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": count.get("quarantined", 0)}
+        done |= {"away": count.get("absent", 0), "over": _over(run)}
         rows.append({**said, **done, **final(run)})
     columns = (RUN, Column("run", "folder"), Column("seed", "seed", 0), Column("state", "state"),
                Column("rounds", "rounds", 0), *_columns(runs, False),
                *([Column("epsilon", "ε", 3)] if any(row["epsilon"] is not None for row in rows) else []),
-               *([Column("bad", "quarantined", 0)] if any(row["bad"] for row in rows) else []))  # fmt: skip
+               *([Column("bad", "quarantined", 0)] if any(row["bad"] for row in rows) else []),
+               *([Column("away", "turns missed", 0)] if any(row["away"] for row in rows) else []),
+               *([Column("over", "own figures over")] if {row["over"] for row in rows} - {"all"} else []))  # fmt: skip
     return Table("runs", "Runs", columns, rows, "Figures of the last evaluated round, never of the best one.")
+
+
+def _over(run: Run) -> str:
+    """Whom the mean over clients of the last evaluated round is over."""
+    scored = sum(value is not None for value in run.digest.each)
+    return "all" if scored == len(run.digest.each) else f"{scored} of {len(run.digest.each)} clients"
 
 
 def methods(runs: Sequence[Run]) -> Table:
@@ -64,6 +74,8 @@ def methods(runs: Sequence[Run]) -> Table:
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
     )
+    few = [f"{run.name}: {who}" for run in runs if (who := _over(run)) != "all"]
+    note += f" Clients' own figures are not over all clients in {'; '.join(few)}." if few else ""
     return Table("methods", "Methods", columns, rows, note)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.report import attendance
 from fedlora.report.console import Plain, printed, stdout
 from fedlora.report.guarantee import lines as guarantee
 from fedlora.report.paired import ranking
@@ -40,6 +41,9 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
         "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds."
     )
+    for row in rows:
+        for who in row.get("missing", ()):
+            console.print(f"{row['method']}: {who}", soft_wrap=True)
     if rows:
         console.print(reading(rows))
 
@@ -187,13 +191,14 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
             table.add_row(f"global {other.replace('_', ' ')}", f"{value:.4f}")
     if "clients" in final:
         clients = final["clients"]
-        table.add_row(f"clients' own {name}, mean over clients", f"{clients['mean']:.4f}")
+        who = attendance.over(found)
+        table.add_row(f"clients' own {name}, mean over {who}", f"{clients['mean']:.4f}")
         table.add_row(f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}")
         for other, value in clients.get("figures", {}).items():
             if other not in (metric, "loss"):
-                table.add_row(f"clients' own {other.replace('_', ' ')}, mean over clients", f"{value:.4f}")
+                table.add_row(f"clients' own {other.replace('_', ' ')}, mean over {who}", f"{value:.4f}")
         table.add_row(f"worst client (number {clients['worst_client']})", f"{clients['worst']:.4f}")
-        table.add_row("spread over clients", f"{clients['spread']:.4f}")
+        table.add_row(f"spread over {who}", f"{clients['spread']:.4f}")
         for group in clients.get("capability", ()):
             who = f"capability {group['capability']:g}, {group['clients']} clients: mean, worst"
             table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
@@ -201,8 +206,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
     if "attack" in final:
         table.add_row("attack's success", f"{final['attack']['success']:.4f}")
-    for client, rounds in found.get("quarantined", {}).items():
-        table.add_row(f"client {client}, quarantined in round", ", ".join(rounds))
+    for line in attendance.lines(found):
+        table.add_row(*line)
     for name, value in guarantee(found["privacy"]) if "privacy" in found else ():
         table.add_row(name, value)
     for direction in ("up", "down"):

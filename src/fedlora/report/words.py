@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora.limits import shown
+from fedlora.report import attendance
 from fedlora.report.byround import metric_of
 from fedlora.report.frames import grouped
 from fedlora.report.guarantee import lines as guarantee
@@ -99,6 +100,9 @@ def hardware(run: Run) -> list[tuple[str, str]]:
         rows.append(("versions and hardware", "written when the run ends"))
     if run.failure:
         rows.append(("why it diverged", shown(run.failure)))
+    if summary and not attendance.whole(summary):
+        rows.append(("clients' own figures are over", attendance.over(summary)))
+        rows += attendance.lines(summary)
     rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
     rows += [(name, shown(value)) for name, value in guarantee(summary["privacy"])] if summary.get("privacy") else []
     return rows + [("note", shown(note, 2000)) for note in summary.get("notes", ())]

@@ -45,9 +45,14 @@ class Masked(Federated):
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         began = self._enter(at)
         order, wanted = self._wanted(f, at)
+        least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
+        if at.number == self._first and self.network.min_clients < least:
+            self.watch(Event("note", at.number, text=(
+                f"flower.min_clients is {self.network.min_clients}; flower.secure_aggregation needs {least} clients "
+                "to a round's end (flower.secure_threshold); a round that fewer of them end begins anew"
+            )))  # fmt: skip
         while True:
             cohort = [client for client in order if client in self._directory.here()][:wanted]
-            least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
             why = f"{len(cohort)} of at least {least} clients are connected"
             if len(cohort) >= least:
                 try:
