@@ -35,7 +35,11 @@ def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], m
     whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
     named = {"first": "", "second": "", "labels": ""} if not summary["labels"] or config.task.brings_head else LABELLED
     use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **named)
-    front = ["---", f"base_model: {without_folders(config.model.name)}", "library_name: " + ("transformers" if merged else "peft")]
+    front = [
+        "---",
+        f"base_model: {without_folders(config.model.name)}",
+        "library_name: " + ("transformers" if merged else "peft"),
+    ]
     front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
     title = f"# {summary['title'] or summary['method']}: {whose}"
