@@ -34,7 +34,7 @@ class FLoRANA(Method):
     factors as one more atom. ``solver="adam"`` takes the authors' 200 steps from ones towards the sum
     ``K Σ w_k B_k A_k``, as the abstract has it, and serves ``p / √K`` and ``q / √K``. It is for fidelity studies only:
     200 steps do not reach the sum of many clients, and its error is then larger than FedIT's (0.3 of the update with
-    10 clients and 1.8 with 30, where FedIT's is 0.02).
+    10 clients and 1.8 with 30, FedIT's being 0.04 and 0.02).
     """
 
     scope: Literal["weight", "model"] = "weight"
