@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import methods
+from fedlora import methods, tasks
+from fedlora.tasks.task import Supervised
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedlora"
@@ -256,3 +257,10 @@ def test_groups_of_tests_stay_whole(request):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         pytest.skip("one process runs all tests: nothing to keep together")
     assert request.node.nodeid.endswith("@whole")
+
+
+def test_every_file_that_counts_as_a_task_is_one():
+    """A file of machinery that the list in ``tasks`` forgets would be offered to users as a task."""
+    for name in tasks.names():
+        kind = tasks.load(name)
+        assert issubclass(kind, Supervised) and isinstance(kind.quantizes, bool), name

@@ -316,6 +316,9 @@ class Oracle(torch.nn.Module):
         self.config, self.generation_config = network.config, network.generation_config
         self.seen = []
 
+    def get_input_embeddings(self):
+        return self.network.get_input_embeddings()
+
     def forward(self, **inputs):
         return self.network(**inputs)
 

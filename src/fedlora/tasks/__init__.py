@@ -9,7 +9,7 @@ from fedlora.nearest import unknown
 
 _NOT_TASKS = {
     "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot", "pairs",
-    "sources", "folders", "tables", "parsing",
+    "sources", "folders", "tables", "parsing", "labels",
 }  # fmt: skip
 
 
