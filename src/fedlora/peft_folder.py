@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fedlora.adapters import LoRA
@@ -18,7 +17,7 @@ from fedlora.base_model import Base
 from fedlora.limits import Header, RefusedHeaderError, read_header, shown
 from fedlora.peft_keys import PREFIX, Keys, read_keys
 from fedlora.peft_settings import CONFIG, pattern_for, plain_settings, read_settings
-from fedlora.state import write
+from fedlora.state import serialize, write
 from fedlora.types import Layer
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -220,7 +219,7 @@ def save_folder(
     }
     tensors |= {key: x.cpu().contiguous().clone() for key, x in (whole or {}).items()}
     notes = {"format": "pt", **({} if base_digest is None else {DIGEST: base_digest})}
-    write(path / WEIGHTS, save(tensors, notes))
+    write(path / WEIGHTS, serialize(tensors, notes))
     write(path / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -17,11 +17,23 @@ from fedlora.limits import RefusedHeaderError, read_header
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
+NOTES = "__metadata__"  # in the header of a safetensors file
 
 
 def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
     """Writes every leaf as ``part/leaf``, float32 as it is."""
-    write(path, save(flat(tree), {"format": "pt", **(about or {})}))
+    write(path, serialize(flat(tree), {"format": "pt", **(about or {})}))
+
+
+def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes follow from its content: safetensors itself orders notes by chance."""
+    data = save(tensors, dict(notes))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header = {NOTES: dict(sorted(header.pop(NOTES).items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def flat(tree: Tree) -> dict[str, Tensor]:

@@ -1,16 +1,19 @@
 """Checkpoints that are cut off, altered, foreign or gone; what is kept; and disks that are full."""
 
 import errno
+import itertools
 import json
 import os
 import resource
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load
 
 import fedlora
 from fedlora.engines import sealed
-from fedlora.state import load_tree
+from fedlora.state import load_tree, serialize
 from tests.fixtures.federation import same
 from tests.resume.world import alike, small, stopped
 
@@ -239,3 +242,17 @@ def test_a_real_limit_on_the_size_of_files(tmp_path, runs):
     assert not states(tmp_path / "run") and not list((tmp_path / "run").rglob(".*"))
     fedlora.resume(tmp_path / "run")
     assert alike(tmp_path / "run", runs / "whole")
+
+
+def test_the_bytes_of_a_file_follow_from_its_content():
+    """Safetensors orders the notes in a header by chance, another way in each call."""
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.float16)}
+    notes = {name: str(i) for i, name in enumerate(("format", "zeta", "alpha", "é"))}
+    found = {serialize(tensors, dict(some)) for some in itertools.permutations(notes.items())}
+    (data,) = found
+    assert all(torch.equal(x, tensors[name]) for name, x in load(data).items())
+    assert safetensors_notes(data) == notes and int.from_bytes(data[:8], "little") % 8 == 0
+
+
+def safetensors_notes(data):
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

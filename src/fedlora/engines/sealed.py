@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fedlora.limits import Header, read_header
-from fedlora.state import SEPARATOR, flat, nested, write
+from fedlora.state import SEPARATOR, flat, nested, serialize, write
 from fedlora.types import Tree
 
 ENDING = ".safetensors"
@@ -30,7 +30,7 @@ def packed(tree: Tree, about: Mapping[str, Any]) -> bytes:
     """A tree and what is to be said of it, as the bytes of a safetensors file."""
     leaves = {f"{part}{SEPARATOR}{leaf}": x for part, layer in tree.items() for leaf, x in layer.items()}
     orders = {key: order for key, x in leaves.items() if (order := _order(x)) is not None}
-    return save(flat(tree), {"format": "pt", "about": json.dumps({**about, "orders": orders})})
+    return serialize(flat(tree), {"format": "pt", "about": json.dumps({**about, "orders": orders})})
 
 
 def unpacked(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
