@@ -162,7 +162,7 @@ def test_one_mix_for_weights_of_turned_frames():
     joint = mixing._error(both, one.w, p[:, None], q[:, None]).sum()
     for k in range(6):
         start = torch.eye(6, dtype=torch.float64)[k].expand(2, 1, 6)
-        assert joint <= mixing.fitted(both, one.w, start, True, 300).error.sum() + 1e-3 * joint.abs()
+        assert joint <= mixing.sweep_from(both, one.w, start, True, 300).error.sum() + 1e-3 * joint.abs()
 
 
 def test_the_order_of_turned_clients_with_equal_weights_does_not_matter():

@@ -14,10 +14,10 @@ from fedlora.config import construct, overridden
 from fedlora.linalg import total, truncated
 from fedlora.method import Method, mean, terms, weighted
 from fedlora.methods.fedit import FedIT
-from fedlora.nearest import nearest
+from fedlora.nearest import name_or_nearest
 from fedlora.peft_checks import check_together
 from fedlora.peft_folder import AdapterFolder, save_folder, save_labels
-from fedlora.peft_keys import unwrapped
+from fedlora.peft_keys import strip_wrappers
 from fedlora.products import HELD, distances
 from fedlora.report.errors import Report
 from fedlora.runtime import Engine
@@ -53,16 +53,13 @@ def _why_not(kind: type[Method]) -> str | None:
 
 def method_for(name: str, settings: Sequence[str] = ()) -> Method:
     """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
-    near = name if ":" in name or name in methods.names() else nearest(name, methods.names())
-    if near is not None:
-        why = _why_not(methods.load(near))
-        if why:
-            said = (
-                f"the method {name!r}" if near == name else f"there is no method {name!r}, and the nearest, {near!r},"
-            )
-            raise ValueError(
-                f"{said} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
-            )
+    own = [name] if ":" in name else []
+    near, subject = name_or_nearest("method", name, [*own, *methods.names()])
+    why = None if near is None else _why_not(methods.load(near))
+    if why:
+        raise ValueError(
+            f"{subject} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
+        )
     made: Method = construct(methods.load(name), "method", overridden({}, settings), skip=("adapter",))
     return made
 
@@ -124,7 +121,7 @@ def _settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     if first.keys.renamed:  # the names of wrappers match nothing in a network that has none
         found |= {"target_modules": sorted(first.shapes)}
         found |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-        found |= {"modules_to_save": [unwrapped(x) for x in first.config.get("modules_to_save") or ()] or None}
+        found |= {"modules_to_save": [strip_wrappers(x) for x in first.config.get("modules_to_save") or ()] or None}
     return found
 
 

@@ -1,5 +1,6 @@
 """What a configuration's sections must be to each other, however it was made: from TOML or in Python."""
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,8 @@ def check(config: "Config") -> None:
             "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
         )
     config.engine.chosen()  # a device that is not there is said before anything is loaded
-    _check_ranks(config)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
+    _check_ranks(config, budgets)
     refusals.check(config.privacy, config.method, config.clients, budgets, config.task)
 
 
@@ -66,9 +67,8 @@ def _check_quantised(config: "Config") -> None:
         )
 
 
-def _check_ranks(config: "Config") -> None:
+def _check_ranks(config: "Config", budgets: Sequence[int]) -> None:
     name = config.table["method"]["name"]
-    budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     if not config.method.any_rank and len(set(budgets)) > 1:
         able = [other for other in methods.names() if methods.load(other).any_rank]
         key, instead = "ranks", "set one number"
@@ -107,7 +107,7 @@ def adapter_name(kind: type) -> str:
     )
 
 
-def resolved(config: "Config") -> Table:
+def resolve(config: "Config") -> Table:
     """Every setting of a run with its default written out; ``None`` has no TOML form and is left out.
 
     ``ConfigError`` for a section or a value that no TOML could have made.

@@ -80,7 +80,7 @@ class Config:
     table: Table = field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "table", compatibility.resolved(self))
+        object.__setattr__(self, "table", compatibility.resolve(self))
         compatibility.check(self)
 
     def federation(self, party: int | None = None, combines: bool = False) -> Federation:

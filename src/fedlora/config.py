@@ -11,7 +11,7 @@ from typing import Any
 from fedlora import attacks, defences, methods, tasks, trackers
 from fedlora.adapters import KINDS, Adapter
 from fedlora.clients import Clients
-from fedlora.compatibility import check_adapter
+from fedlora.compatibility import SECTIONS, check_adapter
 from fedlora.composition import Config, ModelTable, fingerprint
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.retention import Retention
@@ -31,11 +31,6 @@ __all__ = [
     "overridden", "read", "read_table",
 ]  # fmt: skip
 
-SECTIONS = (
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
-    "hygiene", "robust", "attack", "transport", "checkpoint", "track", "compare",
-)  # fmt: skip
-
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A config from a TOML file; ``overrides`` are ``key=value`` with dotted keys and TOML values."""
@@ -45,7 +40,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build(table: Table) -> Config:
     """Checks a table and builds its objects. ``ConfigError`` says what is wrong with it."""
     top = {"rounds": int, "seed": int}
-    known("", table, [*top, *SECTIONS])
+    known("", table, [*top, *SECTIONS, "track", "compare"])
     for section in ("model", "task"):
         if section not in table:
             raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")

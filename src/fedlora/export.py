@@ -192,7 +192,7 @@ def _write_adapter(
     layers, lora = made
     bases = [model.parts[part].module.base for part in layers]
     network, task = run.network(), run.config.task
-    roots = saved_in_full(network, heads, task.peft)
+    roots = find_modules_to_save(network, heads, task.peft)
     kind = type(network)
     config = {
         "peft_type": "LORA",
@@ -218,7 +218,7 @@ def _write_adapter(
         save_labels(folder, run.summary["labels"])
 
 
-def saved_in_full(network: nn.Module, heads: Iterable[str], task: str | None) -> list[str]:
+def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | None) -> list[str]:
     """PEFT's ``modules_to_save``: what was trained in full, and what the checkpoint lacks, trained or not.
 
     For classifiers PEFT itself saves more than was asked for, and it cannot save a module inside a saved one.

@@ -14,7 +14,7 @@ SUMMARY, CONFIG = "summary.json", "config.toml"
 EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
 
 
-def anchored(table: Mapping[str, Any]) -> Table:
+def with_absolute_paths(table: Mapping[str, Any]) -> Table:
     """The table with local files and folders by their absolute paths, so that it means the same from any folder."""
     found: Table = dict(table)
     for section, key in (place.split(".") for place in PLACES):

@@ -83,7 +83,7 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
     ``whole_model``: one ``(p, q)`` for all ``L`` weights. Without sweeps, FedIT's ``p = q = w``.
     """
     L, K = len(grams.B), len(w)
-    found = fitted(grams, w, w.expand(L, 1, K), whole_model, sweeps)
+    found = sweep_from(grams, w, w.expand(L, 1, K), whole_model, sweeps)
     turned = ~(agreement(*_norms(grams, w)) >= AGREE)
     turned = turned.any().expand(L) if whole_model else turned
     if sweeps and K > 1 and bool(turned.any()):
@@ -98,11 +98,11 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
 def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
     """From the mean of the turned factors, and from the clients that are the best after a few sweeps."""
     singles = _singles(grams, w, whole_model, min(SINGLES, len(w)))
-    tried = fitted(grams, w, singles, whole_model, min(TRIAL, sweeps))
+    tried = sweep_from(grams, w, singles, whole_model, min(TRIAL, sweeps))
     error = tried.error.sum(0, keepdim=True).expand_as(tried.error) if whole_model else tried.error
     chosen = error.argsort(dim=-1, stable=True)[:, :FINALISTS, None].expand(-1, -1, len(w))
     starts = torch.cat([tried.q.gather(1, chosen), _rotated(grams, w, whole_model)], dim=1)
-    return fitted(grams, w, starts, whole_model, sweeps)
+    return sweep_from(grams, w, starts, whole_model, sweeps)
 
 
 def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
@@ -154,7 +154,7 @@ def _best(fit: Fit, grams: Grams, w: Tensor, whole_model: bool) -> Fit:
     return Fit(p, q, fit.error.gather(1, first))
 
 
-def fitted(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweeps: int) -> Fit:
+def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweeps: int) -> Fit:
     """From ``p = q =`` each start; a half-sweep can only lower the error. Ends where none changes any more."""
     p = q = starts
     target = einsum("k,l,xklij,xklij->x", w, w, grams.B, grams.A)  # ‖W*‖² a weight

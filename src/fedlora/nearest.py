@@ -13,6 +13,15 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return (begun or alike or [None])[0]
 
 
+def name_or_nearest(what: str, name: str, known: Iterable[str]) -> tuple[str | None, str]:
+    """The known name, or else the nearest (None where none is near), and the subject of a sentence about it."""
+    options = list(known)
+    if name in options:
+        return name, f"the {what} {name!r}"
+    near = nearest(name, options)
+    return near, f"there is no {what} {name!r}, and the nearest, {near!r},"
+
+
 def unknown(what: str, name: str, known: Iterable[str], plural: str) -> str:
     """One sentence: that there is no such thing, which was meant, and what there is."""
     options = list(known)

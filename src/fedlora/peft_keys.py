@@ -24,7 +24,7 @@ class Keys:
         return any(part != path for part, path in self.paths.items())
 
 
-def unwrapped(key: str) -> str:
+def strip_wrappers(key: str) -> str:
     """A key, or a module's path, without the names that wrappers of a network put into it."""
     for wrapper in WRAPPERS:
         key = key.replace(wrapper, "")
@@ -36,7 +36,7 @@ def read_keys(keys: Iterable[str]) -> Keys:
     factors: dict[str, dict[str, str]] = {}
     paths, whole, adapters = dict[str, str](), dict[str, str](), dict[str, str]()
     for key in keys:
-        path = unwrapped(key).removeprefix(PREFIX)
+        path = strip_wrappers(key).removeprefix(PREFIX)
         found = FACTOR.match(path)
         _check(key, path, found)
         if found:

@@ -24,7 +24,7 @@ from fedlora.engines.inprocess import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.sealed import RefusedError
-from fedlora.folder import CONFIG, SUMMARY, anchored, claim, release
+from fedlora.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
 from fedlora.folds import FoldLog
 from fedlora.holdings import FILE as ROWS
 from fedlora.holdings import holdings, labels
@@ -105,10 +105,8 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
     if folder is None:
         return Keeper(None, stop=stop, hygiene=config.hygiene)
-    table = _settled(config, f)
-    keeper = Keeper(folder, _checkpoints(config, f, folder), stop, config.hygiene)
-    assert keeper.checkpoints is not None, "as there is a folder"
-    keeper.checkpoints.retention = config.checkpoint
+    table = _table_to_repeat(config, f)
+    keeper = Keeper(folder, _checkpoints(config, f, folder, table), stop, config.hygiene)
     if again:
         keeper.find()
         if keeper.saved is None and (folder / SUMMARY).exists() and records(folder):
@@ -126,19 +124,18 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
 def check_same(config: Config, folder: Path) -> None:
     """``ValueError`` where a folder's run is of another configuration, or was made of other data or another model."""
     f = config.federation()
-    checkpoints = _checkpoints(config, f, folder)
+    checkpoints = _checkpoints(config, f, folder, _table_to_repeat(config, f))
     if (saved := checkpoints.newest()) is not None:
         checkpoints.check_inputs(saved)
 
 
-def _checkpoints(config: Config, f: Federation, folder: Path) -> Checkpoints:
-    digest = config_digest(_settled(config, f))
-    return Checkpoints(folder / CHECKPOINTS, digest, config.task.metric, inputs=inputs(f))
+def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> Checkpoints:
+    return Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, inputs(f))
 
 
-def _settled(config: Config, f: Federation) -> Table:
+def _table_to_repeat(config: Config, f: Federation) -> Table:
     """The table that repeats a run from any folder, on any machine."""
-    return anchored(merged(config.table, {"training": {"precision": f.training.precision}}))
+    return with_absolute_paths(merged(config.table, {"training": {"precision": f.training.precision}}))
 
 
 def _kept(

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fedlora.flower import load
 from fedlora.flower.dropin.names import FOLD, MARK, Adapter, fold_arrays
 from fedlora.flower.dropin.order import applicable
-from fedlora.peft_keys import unwrapped
+from fedlora.peft_keys import strip_wrappers
 from fedlora.types import Factors
 
 from .dropped_in import Federation, gap, initial, mean, strategy, three, weights
@@ -314,7 +314,7 @@ def test_a_model_that_was_compiled_first_is_the_same_model():
     load(compiled, ArrayRecord({**arrays, **fold_arrays(folds)}))
     load(plain, ArrayRecord({**arrays, **fold_arrays(folds)}))
     mine, theirs = (
-        {unwrapped(key): x for key, x in made.state_dict().items() if "original_module" not in key}
+        {strip_wrappers(key): x for key, x in made.state_dict().items() if "original_module" not in key}
         for made in (compiled, plain)
     )
     assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in mine.items())

@@ -39,7 +39,7 @@ def test_gram_space_equals_the_dense_sweeps(seed):
     c = Cohort.drawn(seed, K=3)
     w = torch.tensor(c.w, dtype=torch.float64)
     grams = mixing.gram(mixing.Atoms(torch.stack(c.A)[None], torch.stack(c.B)[None], w))
-    p, q, _ = mixing.fitted(grams, w, w[None, None], False, 4)
+    p, q, _ = mixing.sweep_from(grams, w, w[None, None], False, 4)
     found = sum(x * B for x, B in zip(p[0, 0], c.B)) @ sum(x * A for x, A in zip(q[0, 0], c.A))
     torch.testing.assert_close(found, dense_als(c, 4), rtol=1e-7, atol=1e-7)
 

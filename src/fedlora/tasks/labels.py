@@ -105,12 +105,12 @@ class Classes:
         if not self._by_number:
             fits = self.ordered and float(value).is_integer() and 0 <= value < len(self.names)
             return int(value) if fits else None
-        several = self._by_number.get(Decimal(spelled(value)), [])
+        several = self._by_number.get(Decimal(value_name(value)), [])
         if len(several) > 1:
             one, other, *_ = (self.names[i] for i in several)
             raise ValueError(
-                f"the label {spelled(value)} is {one!r} as well as {other!r} in task.label_names; write labels as text "
-                "in the data, or rename one of them."
+                f"the label {value_name(value)} is {one!r} as well as {other!r} in task.label_names; write labels as "
+                "text in the data, or rename one of them."
             )
         return several[0] if several else None
 
@@ -208,7 +208,7 @@ def is_number(name: str) -> bool:
     return NUMBER.fullmatch(name) is not None
 
 
-def spelled(value: Any) -> str:
+def value_name(value: Any) -> str:
     """A value as the name of a class: 3 and 3.0 are "3"."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -242,7 +242,7 @@ def _distinct(splits: Sequence[Any], column: str) -> tuple[str, ...]:
     those = splits if isinstance(splits, source.Splits) and splits.cut else splits[:1]
     values = [value for split in those for value in split[column] if not source.is_missing(value)]
     _check(values, column, "task.label", "training")
-    names = {spelled(value) for value in values}
+    names = {value_name(value) for value in values}
     return tuple(sorted(names, key=lambda n: (Decimal(n), n)) if all(map(is_number, names)) else sorted(names))
 
 

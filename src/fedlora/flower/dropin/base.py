@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fedlora.peft_keys import PREFIX, unwrapped
+from fedlora.peft_keys import PREFIX, strip_wrappers
 from fedlora.types import Factors
 
 OWN = "_fedlora_fold"  # on a base layer: the sum of the folds that it has
@@ -15,7 +15,7 @@ OWN = "_fedlora_fold"  # on a base layer: the sum of the folds that it has
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by the part's name."""
     return {
-        unwrapped(path).removeprefix(PREFIX): module
+        strip_wrappers(path).removeprefix(PREFIX): module
         for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fedlora.flower.dropin.npy import check_npy
-from fedlora.peft_keys import FACTOR, PREFIX, unwrapped
+from fedlora.peft_keys import FACTOR, PREFIX, strip_wrappers
 from fedlora.types import Factors, Layer, Tree
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
@@ -23,7 +23,7 @@ def place(key: str) -> tuple[str, str, bool]:
 
     ``ValueError`` where what the key holds is no part of ``s B A`` and no module trained in full.
     """
-    name = unwrapped(key).removeprefix(PREFIX)
+    name = strip_wrappers(key).removeprefix(PREFIX)
     found = FACTOR.match(name)
     if found:
         return found["part"], found["leaf"], True

@@ -16,7 +16,7 @@ from fedlora.flower.dropin.names import Adapter
 from fedlora.method import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
-from fedlora.nearest import nearest
+from fedlora.nearest import name_or_nearest
 from fedlora.peft_settings import pattern_for
 from fedlora.rounds import Rules, public
 from fedlora.types import Layer, Turn, Upload, Work
@@ -103,12 +103,11 @@ def _made(name: str, options: str) -> Method:
             f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
             "see `fedlora methods`."
         )
-    near = name if name in methods.names() else nearest(name, methods.names())
+    near, subject = name_or_nearest("method", name, methods.names())
     if near is not None and near not in applicable():
         kinds = " or ".join(other.__name__ for other in methods.load(near).adapters)
-        said = f"the method {name!r}" if near == name else f"there is no method {name!r}, and the nearest, {near!r},"
         raise ValueError(
-            f"{said} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
+            f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
             f"(`fedlora run`), or take one of {', '.join(applicable())}."
         )
     kind = methods.load(name)
