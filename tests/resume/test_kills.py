@@ -7,11 +7,14 @@ tier has some of the moments, the second has all.
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 
 import pytest
 
 import fedlora
+from fedlora.runs import finished as over
 from tests.resume.world import alike, small
 
 pytestmark = [
@@ -61,6 +64,7 @@ def killed(name, times, tmp_path):
             kills += 1
         else:
             assert os.WEXITSTATUS(status) == 0
+        if over(folder, settings.rounds):  # also where it was killed after the last file was written
             assert alike(folder, tmp_path / "whole")
             finished += 1
     folder = tmp_path / f"run-{finished}"
@@ -84,6 +88,9 @@ def child(settings, folder, call=None):
         else:
             fedlora.run(settings, folder)
         status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(status)
 
