@@ -2,6 +2,7 @@
 
 import re
 import stat
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 import fedlora
 from fedlora.config import fingerprint
 from fedlora.engines.flower import directory, records
+from fedlora.engines.flower.quorum import TooFewError
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
 from fedlora.rounds import Received, server_turn
@@ -378,7 +380,7 @@ def test_a_node_with_another_pretrained_model_is_left_out(tmp_path):
     world.server.directory = None
     at = world.server.begin(world.federation)
     world.server.at = at
-    world.server._directory.wait(3, 0.02)
+    world.server._directory.wait(0.02)
     assert not world.server._directory.here()
     assert "does not make the same start" in world.events[-1].text
 
@@ -518,7 +520,7 @@ def test_a_party_with_another_configuration_is_left_out(tmp_path):
     world = World(tmp_path, "rounds=1", network=replace(QUICK, join_timeout=0.02))
     world.base = type(world.base)(config("rounds=1", "training.learning_rate=0.5").federation())
     world.server.at = world.server.begin(world.federation)
-    world.server._directory.wait(3, 0.02)
+    world.server._directory.wait(0.02)
     assert not world.server._directory.here()
     assert "its configuration, its pretrained model" in world.events[-1].text
     for own in ("engine.threads=2", "task.data=/elsewhere", "task.label=y", "model.name=/models/vit"):
@@ -538,3 +540,60 @@ def test_a_node_that_goes_while_it_is_asked_is_not_waited_for(tmp_path):
     rounds = world.run()
     assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2]]
     assert rounds[1].record["absent"] == {1: "its node was gone while it was asked"}
+
+
+def failing(*clients, kind="train"):
+    """A postman for whom these clients' turns fail, until they are taken out of the set that is returned with it."""
+    bad = set(clients)
+
+    def post(message):
+        if message.metadata.src_node_id - 10 in bad and message.metadata.message_type == kind:
+            return Message(
+                Error(1001, "its turn failed (OutOfMemoryError); its own log says why"), reply_to=_asked(message)
+            )
+        return message
+
+    return post, bad
+
+
+def test_turns_that_fail_again_and_again_end_the_run_with_the_reason_of_each(tmp_path):
+    post, _ = failing(0, 2)
+    world = World(tmp_path, *SHORT, "rounds=2", network=replace(QUICK, repair_timeout=0.3), post=post)
+    with pytest.raises(TooFewError) as error:
+        world.run()
+    why = "(its turn failed (OutOfMemoryError); its own log says why)"
+    assert f"1 of 3 clients can take part, and it needs 2; left out: client 0 {why}, client 2 {why}." in str(
+        error.value
+    )
+    texts = [e.text for e in world.events if e.kind == "waiting"]
+    assert "the run ends if this lasts for 0.3 seconds (flower.repair_timeout)" in "".join(texts)
+
+
+def test_a_turn_that_works_again_in_time_is_waited_for(tmp_path):
+    post, bad = failing(0, 2)
+    world = World(tmp_path, *SHORT, "rounds=2", network=replace(QUICK, repair_timeout=60.0), post=post)
+
+    def watch(event):
+        if event.kind == "waiting" and "repair_timeout" in event.text:
+            bad.clear()
+
+    world.server.watch = watch
+    assert [r.record["cohort"] for r in world.run()] == [[0, 1, 2]] * 2
+
+
+def test_parties_that_are_away_can_still_come_and_are_waited_for_longer(tmp_path):
+    """Only who is there and fails, or is left out, must be mended in time."""
+    network = replace(QUICK, repair_timeout=0.05, join_timeout=0.02)
+    world = World(tmp_path, *SHORT, "rounds=1", network=network)
+    world.grid.leave(11)
+    world.grid.leave(12)
+    pause, looks = world.server._pause, []
+
+    def counted():
+        looks.append(time.monotonic())
+        if looks[-1] - looks[0] > 0.5 and 11 not in world.grid.get_node_ids():
+            world.grid.join(11, {"client": 1})
+        pause()
+
+    world.server._pause = counted
+    assert world.run()[0].record["cohort"] == [0, 1]

@@ -9,7 +9,9 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 from fedlora import methods
 from fedlora.engines.flower.layout import means, size, vector
+from fedlora.engines.flower.quorum import TooFewError
 from fedlora.rounds import shares
+from fedlora.secure import PHASES
 from tests.fixtures.federation import REFERENCE
 from tests.flower.world import HIDDEN, QUICK, TRAIN_ONLY, World, config, overrides
 
@@ -116,7 +118,8 @@ def test_below_the_threshold_the_round_begins_again(tmp_path):
     [done] = world.run()
     assert done.record["cohort"] == [0, 1, 2, 3]
     texts = [e.text for e in world.events if e.kind == "waiting"]
-    assert len(texts) == 1 and "2 of 4 clients sent their 'masked' message" in texts[0]
+    assert len(texts) == 2 and "2 of 4 clients sent their 'masked' message" in texts[0]
+    assert "2 of 4 clients can take part, and it needs 3" in texts[1]
     plain = World(tmp_path / "b", "rounds=1", "clients.count=4", *SHORT).run()[0]
     assert close(plain.shared, done.shared, 1e-5)
 
@@ -239,3 +242,40 @@ def test_fewer_clients_than_the_threshold_needs_are_said_to_be_void_at_the_start
     world.run()
     (note,) = [event for event in world.events if event.kind == "note"]
     assert note.round == 0 and "flower.min_clients is 2" in note.text and "needs 3 clients" in note.text
+
+
+def silent(phase, *clients):
+    """A postman who loses what these clients say in a phase, always."""
+
+    def post(message):
+        said = message.has_content() and "said" in message.content and message.content["said"]["phase"] == phase
+        return None if said and message.metadata.src_node_id - 10 in clients else message
+
+    return post
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_round_that_cannot_be_summed_ends_instead_of_beginning_anew_for_ever(phase, tmp_path):
+    network = replace(HIDDEN, round_timeout=0.05, repair_timeout=0.3)
+    world = World(tmp_path, "rounds=1", *SHORT, network=network, post=silent(phase, 2))
+    with pytest.raises(
+        TooFewError,
+        match="2 of 3 clients can take part, and it needs 3; left out: client 2 .no answer within 0.05 seco",
+    ):
+        world.run()
+    texts = [e.text for e in world.events if e.kind == "waiting"]
+    assert len(texts) == len(set(texts)), "each thing is said once"
+
+
+@pytest.mark.parametrize("phase", PHASES[:3])
+def test_the_next_session_of_a_round_is_without_the_clients_that_failed(phase, tmp_path):
+    """Two of five are silent, and four are needed to the end: the other three can have a session of their own."""
+    network = replace(HIDDEN, round_timeout=0.05, repair_timeout=30.0)
+    settings = ("rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT)
+    [done] = World(tmp_path / "a", *settings, network=network, post=silent(phase, 1, 4)).run()
+    assert done.record["cohort"] == [0, 2, 3]
+    world = World(tmp_path / "b", *settings)
+    world.grid.leave(11)
+    world.grid.leave(14)
+    world.server.network = replace(QUICK, join_timeout=0.02)
+    assert close(world.run()[0].shared, done.shared, 1e-5)

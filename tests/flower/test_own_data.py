@@ -1,6 +1,7 @@
 """Every party with data of its own, in files of its own with columns of its own: the bits of one split data set."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -13,11 +14,11 @@ from PIL import Image
 import fedlora
 from fedlora.config import build, merged
 from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.party import client_app, handled
+from fedlora.engines.flower.party import client_app, handled, introduced
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
-from fedlora.flower.own import own_table
+from fedlora.flower.own import number, own_table
 from fedlora.flower.server import serve
 from tests.fixtures.federation import TABLE
 from tests.flower.world import QUICK, SERVED, DiedError, World, dying, same, trained
@@ -94,7 +95,7 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
     server._directory.refresh()
     server._directory.refresh()
     assert [e.text for e in told] == [
-        "node 10 is left out: it could not say who it is: its turn failed (ValueError); its own log says more"
+        "node 10 is left out: it could not load its model and data (ValueError); its own log says why"
     ]
     assert "the data has no column 'lable' (task.label); did you mean 'label'?" in capfd.readouterr().err
 
@@ -149,13 +150,13 @@ def scans(folder, kind, order=LABELS):
     return folder
 
 
-def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1):
+def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1, **flower):
     """The configuration of parties with such files, and their grid."""
     places = [scans(tmp_path / f"party-{k}", *kind) for k, kind in enumerate(kinds)]
     table = {**TABLE, "rounds": rounds, "clients": {"count": len(kinds), "split": {"name": "own"}}}
     table["task"] = {"name": "image-classification", "data": "own", "label_names": label_names}
     table["training"] = {"local_steps": 1, "batch_size": 4}
-    table["flower"] = {"poll": 0.001, "join_timeout": 0.5, "retry": 0.05, "min_clients": 1}
+    table["flower"] = {"poll": 0.001, "join_timeout": 0.5, "retry": 0.05, "min_clients": 1} | flower
     nodes = {
         10 + k: {"client": k, "state": str(tmp_path / f"s-{k}"), "task.data": str(p)} for k, p in enumerate(places)
     }
@@ -163,7 +164,9 @@ def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1):
     monkeypatch.setattr(parties, "base", bases)
 
     def turns(kind, content, context):
-        return handled(kind, content, lambda run: parties.party(table, context.node_config, run))
+        node = context.node_config
+        found = handled(kind, content, lambda run: parties.party(table, node, run))
+        return introduced(kind, found, lambda: number(node))
 
     def taught(client):
         """The label of each training row, by its name."""
@@ -231,3 +234,59 @@ def test_how_a_party_reads_labels_is_known_after_the_server_was_killed(tmp_path,
     grid.leave(11)
     found = serve(config, grid, tmp_path / "run").summary
     assert [(own["clients"], own["by"]) for own in found["label_maps"]] == [([0], "name"), ([1], "position")]
+
+
+def breaking(grid, *nodes):
+    """Lets these nodes name a column that their files do not have. Returns the app that is mended."""
+    sound = grid.app
+
+    def answer(message, context):
+        wrong = {"task.label": "lable"} if context.node_id in nodes else {}
+        return sound(message, replace(context, node_config={**context.node_config, **wrong}))
+
+    grid.app = answer
+    return sound
+
+
+def test_a_federation_that_too_few_parties_can_join_ends_and_names_each_and_its_log(tmp_path, monkeypatch, capfd):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 3, min_clients=2, repair_timeout=0.3)
+    sound, events = breaking(grid, 11, 12), []
+    with pytest.raises(ValueError) as error:
+        serve(config, grid, tmp_path / "run", events.append)
+    why = "it could not load its model and data (ValueError); its own log says why"
+    assert str(error.value) == (
+        "round 1 cannot be finished: 1 of 3 clients can take part, and it needs 2; left out: "
+        f"node 11 (client 1: {why}), node 12 (client 2: {why}). The rounds before it are kept; mend this, and start "
+        "the run again in the same folder."
+    )
+    assert {e.text for e in events if e.kind == "node"} == {
+        "joined; its labels are matched by name", f"node 11 is left out: client 1: {why}",
+        f"node 12 is left out: client 2: {why}",
+    }  # fmt: skip
+    assert "no column 'lable' (task.label)" in capfd.readouterr().err
+    grid.app = sound
+    result = serve(config, grid, tmp_path / "run", events.append)
+    assert result.records[0]["cohort"] == [0, 1, 2]
+
+
+def test_a_party_that_is_mended_in_time_is_taken_in(tmp_path, monkeypatch):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 3, min_clients=3, repair_timeout=60.0)
+    sound, events = breaking(grid, 11), []
+
+    def watch(event):
+        events.append(event)
+        if event.kind == "waiting":
+            grid.app = sound
+
+    assert serve(config, grid, tmp_path / "run", watch).records[0]["cohort"] == [0, 1, 2]
+    assert next(e.text for e in events if e.kind == "waiting").endswith(
+        "the run ends if this lasts for 60 seconds (flower.repair_timeout)"
+    )
+
+
+def test_a_server_of_another_configuration_than_all_parties_ends(tmp_path, monkeypatch):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 3, repair_timeout=0.1, retry=0.05)
+    with pytest.raises(
+        ValueError, match="0 of 3 clients can take part, and it needs 1; left out: node 10 .client 0 does not"
+    ):
+        serve(build(merged(config.table, {"seed": 7})), grid, tmp_path / "run")

@@ -21,6 +21,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from fedlora.config import read_table
 from fedlora.engines.flower.party import handled
 from fedlora.flower.parties import party
+from fedlora.flower.relay import LOG
 from fedlora.following import alive
 
 IDLE = 1800.0  # seconds without a message after which a host gives its memory back; the next message starts another
@@ -52,7 +53,7 @@ def serve(told: dict) -> None:
 def _answer(connection: Connection, table: dict, node: dict) -> None:
     kind = connection.recv_bytes().decode()
     content = recorddict_from_proto(Proto.FromString(connection.recv_bytes()))
-    found = handled(kind, content, lambda run: party(table, node, run))
+    found = handled(kind, content, lambda run: party(table, node, run), f"{LOG} in its state folder")
     good = isinstance(found, RecordDict)
     connection.send_bytes(b"answer" if good else b"error")
     connection.send_bytes(recorddict_to_proto(found).SerializeToString() if good else str(found).encode())

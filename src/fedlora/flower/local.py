@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +13,12 @@ from fedlora.config import Config, ConfigError
 from fedlora.flower.app import init
 from fedlora.flower.own import number, own_table
 from fedlora.flower.processes import Loopback
+from fedlora.flower.relay import log
+from fedlora.limits import shown
 from fedlora.runs import SUMMARY
 
+ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")  # the last line of a traceback begins so
+LONGEST = 500  # characters of an error that are quoted
 LOGS, NODES = "logs", "nodes"  # in the run's folder
 
 
@@ -28,15 +33,19 @@ def run(
     """
     out = out.expanduser().absolute()
     configs = nodes(config, out, parties)
+    before = {path: path.stat().st_size for path in map(log, configs) if path.exists()}
     with TemporaryDirectory(prefix="fedlora-") as place:
         app = init(Path(place) / "federation", config, out)
         with Loopback({f"client-{number(c)}": c for c in configs}, out / LOGS, insecure=insecure) as flower:
             watch(f"{len(configs)} parties are connected{'' if insecure else ', by TLS and with a key each'}.")
             failed = flower.run(app, watch=lambda line: watch(line) if _said(line) else None)
+        reasons = [reason for node in configs if (reason := _reason(node, before))]
         if failed:
-            raise ChildProcessError(
-                f"the run did not come to its end ({flower.outcome}); the logs are in {out / LOGS}."
-            )
+            why = "".join(f" {reason}" for reason in reasons)
+            what = flower.outcome.rstrip(".")
+            raise ChildProcessError(f"the run did not come to its end: {what}.{why} All other logs: {out / LOGS}.")
+        for reason in reasons:
+            watch(reason)
     return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
 
 
@@ -56,6 +65,16 @@ def nodes(config: Config, out: Path, parties: Path | None) -> list[dict[str, Any
     if sorted(map(number, found)) != list(range(count)):
         raise ConfigError(f"the parties are clients {sorted(map(number, found))}; each of 0 to {count - 1} is needed.")
     return found
+
+
+def _reason(node: Mapping[str, Any], before: Mapping[Path, int]) -> str:
+    """The last error in a party's log since the run began; empty where there is none."""
+    path = log(node)
+    if not path.exists():
+        return ""
+    new = path.read_bytes()[before.get(path, 0) :].decode(errors="replace").splitlines()
+    errors = [line for line in new if ERROR.match(line)]
+    return f"Client {number(node)}'s log, {path}, ends with {shown(errors[-1], LONGEST)!r}." if errors else ""
 
 
 def _tables(path: Path) -> list[dict[str, Any]]:

@@ -26,9 +26,11 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedlora.engines.flower.party import client_app as app_of
-from fedlora.flower.own import state_folder
+from fedlora.engines.flower.party import introduced
+from fedlora.flower.own import number, state_folder
 from fedlora.settings import ConfigError
 
+LOG = "host.log"  # in a party's state folder
 SECONDS = 300.0  # that a host may take until it listens; imports take a minute on a busy machine
 
 
@@ -40,13 +42,16 @@ def client_app(config: str | Path) -> ClientApp:
     path = Path(config)
 
     def turns(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
+        return introduced(kind, answer(kind, content, context), lambda: number(context.node_config))
+
+    def answer(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
         if context.node_config.get("host", True) is False:
             return _here(path, kind, content, context)
         try:
             found = asked(reached(path, context.node_config), kind, content)
         except (OSError, EOFError, AuthenticationError, ConfigError) as error:
             print(f"fedlora: the party's host cannot be reached: {error}", file=sys.stderr)
-            return "its host process is gone; its own log says more"
+            return "its host process cannot be reached; its SuperNode says why"
         if isinstance(found, str):  # the SuperNode's log is where the party looks first
             print(f"fedlora: {kind}: {found}: {log(context.node_config)}", file=sys.stderr)
         return found
@@ -56,7 +61,7 @@ def client_app(config: str | Path) -> ClientApp:
 
 def log(node_config: Mapping[str, Any]) -> Path:
     """Where a party's host writes what went wrong, in full."""
-    return state_folder(node_config).absolute() / "host.log"
+    return state_folder(node_config).absolute() / LOG
 
 
 def _here(path: Path, kind: str, content: RecordDict, context: Context) -> RecordDict | str:

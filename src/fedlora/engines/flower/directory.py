@@ -1,5 +1,6 @@
 """Which node is which client: asked of every node that appears, before it is sent anything else."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic, sleep
@@ -7,11 +8,11 @@ from time import monotonic, sleep
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.engines.flower.party import HELLO
 from fedlora.engines.flower.records import HOLDS, METRICS, ORDER
 from fedlora.limits import shown
 from fedlora.tasks.labels import READINGS
 
-HELLO = "query"
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
 LOADING = "is connected and still loading its model and data"
 
@@ -63,11 +64,23 @@ class Directory:
         """The clients whose nodes are connected."""
         return {client for client, node in self.nodes.items() if node in self.connected}
 
-    def wait(self, wanted: int, seconds: float) -> None:
-        """Until so many clients are here, at most so many seconds, and ``PATIENCE`` more for those that still load."""
-        end = monotonic() + seconds
+    def unable(self) -> dict[int, str]:
+        """The connected nodes that are left out, and why."""
+        left = self.connected - set(self.nodes.values())
+        return {node: why for node in sorted(left) if (why := self.told.get(node, LOADING)) != LOADING}
+
+    def wait(self, seconds: float) -> None:
+        """Until all clients are here: at most so many seconds, and ``PATIENCE`` more for those that still load.
+
+        Where every client that is missing is left out, it lasts until they have been asked once more.
+        """
+        end, last = monotonic() + seconds, math.inf
         self.refresh()
-        while len(self.here()) < wanted and (monotonic() < end or (monotonic() < end + PATIENCE and self._loading())):
+        while len(self.here()) < self.count and (now := monotonic()) <= last:
+            if now >= end and not (now < end + PATIENCE and self._loading()):
+                return
+            hopeless = len(self.here()) + len(self.unable()) >= self.count
+            last = min(last, now + 2 * self.retry) if hopeless else math.inf
             self.pause()
             self.refresh()
 
@@ -83,7 +96,7 @@ class Directory:
 
     def _introduced(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            return self._left_out(node, f"it could not say who it is: {shown(reply.error.reason)}")
+            return self._left_out(node, shown(reply.error.reason))
         said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
         if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
             return self._left_out(node, "it did not say who it is")
@@ -91,6 +104,7 @@ class Directory:
         client, why = said.get("client"), self._objection(node, said, made)
         if why is not None or type(client) is not int:
             return self._left_out(node, str(why))
+        self.told.pop(node, None)
         self.nodes[client], self.rows[client] = node, said["examples"]
         self.folded[client] = said["folded"], base
         if reading := READINGS[said["labels"]]:

@@ -32,6 +32,7 @@ class Masked(Federated):
     """
 
     mean: Received | None = field(default=None, init=False)
+    _said: str = field(default="", init=False)
 
     def measured(self, f: Federation) -> bool:
         return False  # there is nothing to measure a mean against
@@ -43,7 +44,7 @@ class Masked(Federated):
         return [self.mean] if self.mean is not None else []
 
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
-        began = self._enter(at)
+        began, self._said = self._enter(at), ""
         order, wanted = self._wanted(f, at)
         least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
         if at.number == self._first and self.network.min_clients < least:
@@ -51,25 +52,45 @@ class Masked(Federated):
                 f"flower.min_clients is {self.network.min_clients}; flower.secure_aggregation needs {least} clients "
                 "to a round's end (flower.secure_threshold); a round that fewer of them end begins anew"
             )))  # fmt: skip
-        while True:
-            cohort = [client for client in order if client in self._directory.here()][:wanted]
-            why = f"{len(cohort)} of at least {least} clients are connected"
-            if len(cohort) >= least:
-                try:
-                    self._summed(f, at, sorted(cohort))
-                    break
-                except ProtocolError as error:
-                    why = str(error)
-            self.watch(Event("waiting", at.number, text=f"{why}; the round begins anew"))
-            self._rest(len(cohort))
+        while not self._ended(f, at, self._cohort(least, order, wanted), least):
+            self._rest()
+            self._quorum.check(least, set(order))
         return self._left(f, at, began)
 
-    def _rest(self, there: int) -> None:
+    def _cohort(self, least: int, order: list[int], wanted: int) -> list[int]:
+        """The clients of the next session: without those that failed in this round, unless too few are left."""
+        here = [client for client in order if client in self._directory.here()]
+        ready = [client for client in here if client not in self._quorum.failed]
+        return sorted((ready if len(ready) >= least else here)[:wanted])
+
+    def _ended(self, f: Federation, at: Standing, cohort: list[int], least: int) -> bool:
+        """Whether a session of this cohort came to its end; else what was lacking is said."""
+        if len(cohort) < least:
+            self._say(f"{len(cohort)} of at least {least} clients are connected; waiting for more")
+            return False
+        try:
+            self._summed(f, at, cohort)
+        except ProtocolError as error:
+            blamed = self.absent.keys() & set(cohort)
+            self._quorum.failed = (self._quorum.failed - set(cohort)) | blamed
+            self._say(f"{error}; the round begins anew")
+            if not blamed:
+                self._quorum.lacking(str(error).rstrip("."))
+            return False
+        return True
+
+    def _rest(self) -> None:
         """Until other clients are here than before, or it is time to try again."""
-        again = time.monotonic() + self.network.retry
-        while len(self._directory.here()) == there and time.monotonic() < again:
+        again, there = time.monotonic() + self.network.retry, self._directory.here()
+        while self._directory.here() == there and time.monotonic() < again:
             self._pause()
             self._directory.refresh()
+
+    def _say(self, text: str) -> None:
+        """What the round waits for, once."""
+        if text != self._said:
+            self.watch(Event("waiting", self._round, text=text))
+        self._said = text
 
     def _summed(self, f: Federation, at: Standing, cohort: list[int]) -> None:
         """One session: everybody's vector, unmasked only as a sum. ``ProtocolError`` where too few stay to its end."""

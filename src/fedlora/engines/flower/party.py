@@ -8,6 +8,7 @@ from collections.abc import Callable
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+HELLO = "query"  # the kind of message that asks a node who it is
 STALE = "it must be sent everything"
 FAILED = 1001  # error codes of ours lie above Flower's
 TOKEN = re.compile(r"[0-9A-Za-z-]{1,64}")  # a run's name becomes a folder's
@@ -28,20 +29,23 @@ def client_app(turns: Turns) -> ClientApp:
     return app
 
 
-def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
+def handled(kind: str, content: RecordDict, node: Callable, log: str = "its own log") -> RecordDict | str:
     """What a party answers; ``node(run)`` is the party with its state for that run.
 
-    What goes wrong is told in full here, and by its kind only to the server: the text of an error may hold what a row
-    holds, so it does not leave this machine.
+    What goes wrong is told in full here, in ``log``, and by its kind only to the server: the text of an error may hold
+    what a row holds, so it does not leave this machine.
     """
     from fedlora.engines.flower.node import DroppedError, StaleError
     from fedlora.engines.flower.records import ORDER
 
+    what = "it could not load its model and data"
     try:
         run = str(content[ORDER]["run"])
         if not TOKEN.fullmatch(run):
             raise ValueError(f"a run is named {run!r}; the server's version of fedlora differs from this one.")
-        return _answered(kind, content, node(run))
+        party = node(run)
+        what = "it could not say who it is" if kind == HELLO else "its turn failed"
+        return _answered(kind, content, party)
     except StaleError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return STALE
@@ -49,7 +53,17 @@ def handled(kind: str, content: RecordDict, node: Callable) -> RecordDict | str:
         return str(error)
     except Exception as error:
         traceback.print_exc()
-        return f"its turn failed ({type(error).__name__}); its own log says more"
+        return f"{what} ({type(error).__name__}); {log} says why"
+
+
+def introduced(kind: str, found: RecordDict | str, number: Callable[[], int]) -> RecordDict | str:
+    """A party's answer. Why it cannot say who it is follows its number, which the server has no other way to know."""
+    if kind != HELLO or not isinstance(found, str):
+        return found
+    try:
+        return f"client {number()}: {found}"
+    except ValueError as error:  # its node has no number
+        return str(error)
 
 
 def _answered(kind: str, content: RecordDict, node) -> RecordDict:
@@ -67,7 +81,7 @@ def _answered(kind: str, content: RecordDict, node) -> RecordDict:
 def _answer(kind: str, content: RecordDict, node):
     from fedlora.engines.flower.records import order_of
 
-    if kind == "query":
+    if kind == HELLO:
         return node.hello()
     order, leaves, folds = order_of(content)
     if order.client != node.client:

@@ -19,6 +19,7 @@ from fedlora.engines.flower.exchange import answered
 from fedlora.engines.flower.home import Bases, Home
 from fedlora.engines.flower.node import made, visible
 from fedlora.engines.flower.party import STALE
+from fedlora.engines.flower.quorum import Quorum
 from fedlora.engines.flower.records import HOLDS, LEAVES, METRICS, Asked, Order, asked, reported, unpack
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.loop import Event, Loop, Private, Reply, Round, Standing
@@ -109,10 +110,11 @@ class Federated(Loop, Strategy):
         order, wanted = self._wanted(f, at)
         least, tried = min(self.network.min_clients, wanted), set[int]()
         while True:
+            self._quorum.check(least, set(order), self.replies.keys())
             self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:
                 return self._left(f, at, began)
-            self._wait(at.number, least, tried, set(order))
+            self._wait(least, tried, set(order))
 
     def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
@@ -125,8 +127,9 @@ class Federated(Loop, Strategy):
     def _enter(self, at: Standing) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
+        self._quorum = Quorum(self._directory, at.number, self.network.repair_timeout, self.watch, self.absent)
         if at.number == self._first:
-            self._directory.wait(self.federation.clients.members, self.network.join_timeout)
+            self._directory.wait(self.network.join_timeout)
         else:
             self._directory.refresh()
         return began
@@ -194,6 +197,7 @@ class Federated(Loop, Strategy):
     def _ask(self, clients: list[int], tried: set[int]) -> None:
         """One attempt, and a second for those that turn out to hold something else than the server thought."""
         tried |= set(clients)
+        self._quorum.failed |= set(clients)  # until they have answered
         for _ in range(2):
             messages = list(self.configure_train(self._round + 1, None, None, self.grid, clients))
             self.aggregate_train(self._round + 1, self._exchange(messages))
@@ -201,16 +205,18 @@ class Federated(Loop, Strategy):
             if not clients:
                 return
 
-    def _wait(self, number: int, least: int, tried: set[int], able: set[int]) -> None:
+    def _wait(self, least: int, tried: set[int], able: set[int]) -> None:
         """Until one is here that has not been asked, one is back, or it is time to ask the others once more."""
         gone = tried - self._directory.here()
         text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
-        self.watch(Event("waiting", number, text=text))
+        self.watch(Event("waiting", self._round, text=text))
         again = time.monotonic() + self.network.retry
         while not (self._directory.here() & able) - tried:
+            self._quorum.check(least, able, self.replies.keys())
             self._pause()
             self._directory.refresh()
             back = gone & self._directory.here() - self.replies.keys()
+            self._quorum.failed -= back
             gone |= tried - self._directory.here()
             tried -= back if time.monotonic() < again else tried - self.replies.keys()
 

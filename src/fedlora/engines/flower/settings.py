@@ -15,6 +15,7 @@ class Network:
     join_timeout: float = 60.0  # seconds that the first round waits for all to connect, longer while one still loads
     poll: float = 0.3  # seconds between two looks for replies
     retry: float = 10.0  # seconds until a party that failed is asked once more
+    repair_timeout: float = 60.0  # seconds that a run goes on while too few parties can take part, then it ends
     secure_aggregation: bool = False  # the server learns the sum of the uploads, and no upload
     secure_threshold: int | None = None  # clients of a round that must stay to its end; None: two thirds, and one
     secure_range: float = 16.0  # the largest absolute value that a client can send so
@@ -22,7 +23,7 @@ class Network:
     def __post_init__(self):
         if self.min_clients < 1:
             raise ValueError(f"flower.min_clients is {self.min_clients}; a round needs at least 1 client.")
-        for key in ("round_timeout", "join_timeout", "poll", "retry"):
+        for key in ("round_timeout", "join_timeout", "poll", "retry", "repair_timeout"):
             value = getattr(self, key)
             if not value > 0:
                 raise ValueError(f"flower.{key} is {value}; it must be a positive number of seconds.")
