@@ -64,8 +64,10 @@ def run(folder, table, parties):
 
 
 def test_parties_with_numbers_texts_and_a_classlabel_train_on_the_same_labels(table, parties, tmp_path):
+    table["flower"] |= {"min_clients": 2, "secure_aggregation": True, "secure_threshold": 4}
     done = run(tmp_path, table, parties)
     assert done.returncode == 0, done.stderr
+    assert "note: flower.min_clients is 2; flower.secure_aggregation needs 4 clients" in done.stderr
     for client, party in enumerate(parties):
         task = {f"task.{key}": value for key, value in party["task"].items()}
         data = build(own_table(table, {"client": client, **task})).federation(client).data

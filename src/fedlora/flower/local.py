@@ -95,5 +95,5 @@ def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _said(line: str) -> bool:
-    """What is the run's own word, or an error; Flower's other lines are in the logs."""
-    return line.startswith("round ") or "ERROR" in line or "rror:" in line
+    """What the run itself prints, or an error; Flower's other lines are in the logs."""
+    return line.startswith(("round ", "note: ")) or "ERROR" in line or "rror:" in line

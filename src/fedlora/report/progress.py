@@ -76,7 +76,7 @@ class Lines:
     def watch(self, event: Event) -> None:
         """Told of every step."""
         if event.text:
-            print(told(event), flush=True)
+            print(("note: " if event.kind == "note" else "") + told(event), flush=True)
         elif event.loss is not None and event.client is not None:
             self.losses[event.client] = event.loss
         elif event.kind == "round":
