@@ -1,0 +1,151 @@
+"""The bits that every method's run comes to: ``python -m scripts.run_hashes [--write FILE | --against FILE]``.
+
+Each method is run on pictures, on text and with a causal language model, all tiny and without training before. A change
+that is to leave results as they are leaves every hash as it is: write the file before it, compare after it.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tests.fixtures.federation import TABLE, config, settings
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import fedlora
+from fedlora import methods
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "0", "1"]
+TIMES = {"seconds", "began", "ended"}  # of a record: what the clock says
+
+
+def write_models(folder: Path) -> None:
+    """A BERT and a Llama of one layer, with a tokenizer of words, as folders ``bert`` and ``llama``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "eos_token": "[SEP]",
+    }
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    small = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 16, "max_position_embeddings": 64, "pad_token_id": 0}
+    for name, network in (
+        ("bert", BertForSequenceClassification(BertConfig(**small))),
+        ("llama", LlamaForCausalLM(LlamaConfig(**small, eos_token_id=3))),
+    ):
+        network.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def write_rows(folder: Path) -> None:
+    """Sixty rows, whose label is whether the first letter stands before the second."""
+    letters = WORDS[5:31]
+    pairs = [(letters[7 * i % 26], letters[11 * i % 26]) for i in range(1, 61)]
+    rows = [
+        {"text": f"{a} {b}", "label": str(int(a < b)), "prompt": f"{a} {b}", "response": str(int(a < b))}
+        for a, b in pairs
+    ]
+    for split, some in (("train", rows[:40]), ("test", rows[40:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+
+
+def tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """The configurations, without a method."""
+    rest = {key: value for key, value in TABLE.items() if key not in ("model", "task")}
+    split = {"clients": {"count": 3, "split": {"name": "iid"}}}
+    words = {"data": str(folder)}
+    return {
+        "images": TABLE,
+        "text": rest | split | {
+            "model": {"name": str(folder / "bert"), "targets": ["query", "value"]},
+            "task": {"name": "text-classification", **words, "label_names": ["0", "1"]},
+        },
+        "causal-lm": rest | split | {
+            "model": {"name": str(folder / "llama"), "targets": ["q_proj", "v_proj"]},
+            "task": {"name": "causal-lm", **words, "prompt": "{prompt}", "response": "{response}"},
+        },
+    }  # fmt: skip
+
+
+def numbers(value: Any, key: str = "") -> Iterator[str]:
+    """All numbers of a record but the clock's, whatever they are called."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from numbers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from numbers(part, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and key not in TIMES and math.isfinite(value):
+        yield repr(float(value))
+
+
+def digest(folder: Path) -> str:
+    """Of all tensors that a run leaves and of all numbers of its records; names may change, bits may not."""
+    found = hashlib.sha256()
+    for path in [folder / "shared.safetensors", *sorted(folder.glob("clients/*.safetensors"))]:
+        if path.exists():
+            for _, tensor in sorted(load_file(path).items()):
+                found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        found.update(" ".join(sorted(numbers(json.loads(line)))).encode())
+    return found.hexdigest()[:24]
+
+
+def hashes() -> dict[str, str]:
+    """``task/method`` -> the hash of its run."""
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_models(folder)
+        write_rows(folder)
+        for task, table in tables(folder).items():
+            for name in methods.names():
+                run = folder / f"{task}-{name}"
+                fedlora.run(config(*settings(name), table=table), run)
+                found[f"{task}/{name}"] = digest(run)
+                print(f"{task}/{name} {found[f'{task}/{name}']}", flush=True)
+    return found
+
+
+def main() -> int:
+    """1 where a hash differs from those of ``--against``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--against", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = hashes()
+    if options.write:
+        options.write.write_text(json.dumps(found, indent=1) + "\n")
+    if options.against is None:
+        return 0
+    before = json.loads(options.against.read_text())
+    for name in sorted(found.keys() | before.keys()):
+        if found.get(name) != before.get(name):
+            print(f"{name}: {before.get(name)} before, {found.get(name)} now")
+    return int(found != before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
