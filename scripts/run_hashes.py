@@ -87,15 +87,15 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def numbers(value: Any, key: str = "") -> Iterator[str]:
+def numbers(value: Any) -> Iterator[str]:
     """All numbers of a record but the clock's, whatever they are called."""
     if isinstance(value, dict):
-        for name, part in value.items():
-            yield from numbers(part, name)
+        for part in (part for name, part in value.items() if name not in TIMES):
+            yield from numbers(part)
     elif isinstance(value, list):
         for part in value:
-            yield from numbers(part, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and key not in TIMES and math.isfinite(value):
+            yield from numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         yield repr(float(value))
 
 
