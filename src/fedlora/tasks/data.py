@@ -54,7 +54,9 @@ def splits(
     pairs = [("train_split", train), *(("test_split", train if test == ANY else test) for test in tests)]
     for key, split in pairs:
         if split not in found:
-            raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of these: {', '.join(sorted(found))}.")
+            raise ValueError(
+                f"{data!r} has no split {split!r}; set task.{key} to one of these: {', '.join(sorted(found))}."
+            )
     return Splits((found[train], *(None if test == ANY else found[test] for test in tests)))
 
 
