@@ -12,6 +12,7 @@ import time
 import traceback
 
 import pytest
+import torch
 
 import fedlora
 from fedlora.runs import finished as over
@@ -29,6 +30,15 @@ CALLS = ("fsync", "replace", "unlink", "open")
 
 def test_fifty():
     assert sum(KILLS.values()) == 50
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked child crashes where it uses threads that its parent has started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
