@@ -239,10 +239,7 @@ def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             values = [value for value in map(read, good) if value is not None]
             row[name] = _over_seeds(values)
         row["by_seed"] = {name: _by_seed(own, COLUMNS[name]) for name in ("global", "clients")}
-        missing = [
-            f"seed {c.seed}, {who} {when}" for c in own if c.summary for who, when in attendance.lines(c.summary)
-        ]
-        row |= {"missing": missing} if missing else {}
+        row |= attendance.over_seeds([(cell.seed, cell.summary) for cell in own if cell.summary is not None])
         groups = _groups(good)
         found.append({**row, "capability": groups} if groups else row)
     return found

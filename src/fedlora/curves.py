@@ -30,6 +30,8 @@ def _named(record: Record) -> Iterator[tuple[str, float | None]]:
         yield f"global/{name}", value
     for name in CLIENTS:
         yield f"clients/{name}", record.get("clients", {}).get(name)
+    if each := record.get("clients", {}).get("each"):
+        yield "clients/scored", sum(value is not None for value in each)
     yield "attack/success", record.get("attack", {}).get("success")
     for name, values in _over_weights(record).items():
         yield f"aggregation/{name}", statistics.fmean(values)

@@ -28,9 +28,9 @@ from fedlora.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
 from fedlora.folds import FoldLog
 from fedlora.holdings import FILE as ROWS
 from fedlora.holdings import holdings, labels
-from fedlora.hygiene import shelf
 from fedlora.keeping import METRICS, Keeper, records
 from fedlora.metrics import KNOWN
+from fedlora.report import attendance
 from fedlora.report.notebook import Rounds
 from fedlora.rounds import public
 from fedlora.state import save_json, save_tree, swept, write
@@ -247,12 +247,14 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
             "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    found |= shelf.left_out(records)
+    found |= attendance.left_out(records)
     if evaluated:
         final = evaluated[-1]
         found["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}
         tail = evaluated[-LAST:]
+        found["scored"] = {"clients": attendance.scored(final), "of": config.clients.members}
         found["last_rounds"] = {"rounds": len(tail), "clients": statistics.fmean(r["clients"]["mean"] for r in tail)}
+        found["last_rounds"]["fewest"] = min(map(attendance.scored, tail))
         if "global" in final:
             found["last_rounds"]["global"] = statistics.fmean(r["global"][config.task.metric] for r in tail)
     return found

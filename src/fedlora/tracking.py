@@ -1,14 +1,16 @@
 """Feeds trackers: every round once, whatever becomes of a run or of a tracker."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedlora.callbacks import Callback, End, Record, Start
 from fedlora.curves import figures, flat
 from fedlora.following import replace
+from fedlora.report.attendance import Attendance
 from fedlora.settings import ConfigError
 from fedlora.trackers import Session, Told, Tracker
 
@@ -33,9 +35,12 @@ class Tracking(Callback):
     trackers: Mapping[str, Tracker]
     _lines: dict[str, _Line] = field(default_factory=dict, init=False)
     _start: Start | None = field(default=None, init=False)
+    _attendance: Attendance = field(default_factory=lambda: Attendance(0), init=False)
 
     def on_start(self, start: Start) -> None:
-        self._start = start
+        self._start, self._attendance = start, Attendance(start.config.clients.members)
+        for record in start.records:
+            self._attendance.take(record)
         earlier = _earlier(start.folder)
         for name, tracker in self.trackers.items():
             self._lines[name] = self._opened(name, tracker, earlier.get(name, {}))
@@ -43,19 +48,28 @@ class Tracking(Callback):
         self._send(start.records)
 
     def on_round(self, record: Record) -> None:
+        self._attendance.take(record)
         self._send([record])
 
     def on_end(self, end: End) -> None:
         for name, line in self._lines.items():
             self._push(name, line)
-            try:
-                line.session.close(end.state)
-            except line.session.errors as error:
-                self._say(f"{name} could not close the run: {error}")
+            self._try(name, line, "take the text about missing clients", partial(self._describe, line))
+            self._try(name, line, "close the run", partial(line.session.close, end.state))
             if line.pending:
                 missing = ", ".join(str(record["round"]) for record in line.pending)
                 self._say(f"{name} lacks the rounds {missing}; metrics.jsonl has them.")
         self._save()
+
+    def _describe(self, line: _Line) -> None:
+        if text := self._attendance.text:
+            line.session.describe(line.rounds, text)
+
+    def _try(self, name: str, line: _Line, what: str, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except line.session.errors as error:
+            self._say(f"{name} could not {what}: {error}")
 
     def _opened(self, name: str, tracker: Tracker, before: Mapping[str, Any]) -> _Line:
         """The run that the tracker knows, if it was opened with the same settings; else a new one, from round 1 on."""

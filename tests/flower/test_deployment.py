@@ -5,7 +5,9 @@ One deployment for all tests of this module; one is in the first tier.
 
 import json
 import shutil
+import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
+from fedlora import cli
 from fedlora.engines.flower.store import Store
-from fedlora.flower import control, processes
+from fedlora.flower import control, local, processes
 from fedlora.flower.certs import certificates
+from fedlora.settings import dumps
 from fedlora.state import load_tree
 from tests.flower.deployment import (
     SECONDS,
@@ -181,6 +185,66 @@ def test_a_node_that_is_killed_in_its_turn_is_named_and_comes_back(flower, place
     flower.start("party-2")
     assert flower.nodes().items() >= dict.fromkeys(nodes, "online").items()
     assert flower.ids["party-2"] == number
+
+
+@pytest.mark.slow
+def test_a_party_that_is_killed_for_good_is_in_the_summary_the_closing_table_and_the_report(
+    flower, place, monkeypatch, capsys
+):
+    """`fedlora flower local` on this module's deployment: party 2 dies in round 3 of 5 and never comes back."""
+    one = config("rounds=5", "flower.min_clients=2", *EDGES)
+    out, toml, failed = place / "two-of-three", place / "two-of-three.toml", []
+    toml.write_text(dumps(one.table))
+    monkeypatch.setattr(local, "init", lambda folder, config, out: write_app(folder, config, out, held=((2, 2),)))
+    monkeypatch.setattr(local, "Loopback", lambda *_, **__: contextmanager(lambda: (yield flower))())
+
+    def kill():
+        try:
+            wait_until(lambda: "HELD" in log(flower, "party-2")[before:], "party 2 did not begin its turn of round 3")
+            flower.kill("party-2")
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    before = len(log(flower, "party-2"))
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        closing = printed("flower", "local", toml, "--out", out, capsys=capsys, monkeypatch=monkeypatch)
+    finally:
+        killer.join()
+        flower.start("party-2")
+    assert not failed
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(kind, list(found), list(found["2"])) for kind in ("absent", "unscored") if (found := summary[kind])] == [
+        ("absent", ["2"], ["3", "4", "5"]),
+        ("unscored", ["2"], ["3", "4", "5"]),
+    ]
+    assert summary["absent"]["2"]["5"] == summary["unscored"]["2"]["5"] == "its node is not connected"
+    assert "quarantined" not in summary and summary["rounds"] == 5 and not summary["interrupted"]
+    assert summary["scored"] == {"clients": 2, "of": 3}
+    each = summary["final"]["clients"]["each"]
+    assert each[2] is None and summary["final"]["clients"]["mean"] == pytest.approx(sum(each[:2]) / 2)
+    again = printed("show", out, capsys=capsys, monkeypatch=monkeypatch)
+    for text in (closing, again):
+        assert "mean over 2 of 3 clients" in text and "mean over clients" not in text
+        assert "client 2, away in round │ 3, 4, 5: " in text and "client 2, not scored in round │ 3, 4, 5: " in text
+        assert "its node is not connected" in text
+    printed("report", out, "--out", place / "report.html", capsys=capsys, monkeypatch=monkeypatch)
+    page = (place / "report.html").read_text()
+    assert "2 of 3 clients" in page and "client 2, away in round" in page and "its node is not connected" in page
+    assert "mean over 2 of 3 clients in rounds 3–5" in page
+
+
+def printed(*words, capsys, monkeypatch):
+    """What a command of this process prints on stdout, with single spaces."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["fedlora", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    found = capsys.readouterr()
+    assert not ended.value.code, found.err
+    return " ".join(found.out.split())
 
 
 @pytest.fixture(scope="module")

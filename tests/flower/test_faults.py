@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 import fedlora
 from fedlora.config import fingerprint
 from fedlora.engines.flower import directory, records
+from fedlora.engines.flower.directory import GONE
 from fedlora.engines.flower.quorum import TooFewError
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Store
@@ -347,6 +348,20 @@ def test_a_stand_in_is_asked_where_a_sampled_client_is_away(tmp_path):
         assert done.record["cohort"] == [0, 2]
         named = 1 in world.federation.clients.cohort(done.number, 0)
         assert done.record.get("absent", {}) == ({1: "its node is not connected"} if named else {})
+
+
+def test_who_is_not_connected_is_named_among_the_unscored_and_said_once_a_round(tmp_path):
+    """Also where it is drawn to no turn; a mean over fewer clients is never without a reason."""
+    world = World(tmp_path, "training.local_steps=1", "evaluation.measure=false", "rounds=3", "clients.per_round=2")
+    world.server.watch = lambda event: (
+        world.events.append(event),
+        world.grid.leave(11) if (event.kind, event.round) == ("round", 0) else None,
+    )
+    first, *others = world.run()
+    assert "unscored" not in first.record and None not in first.record["clients"]["each"]
+    for done in others:
+        assert done.record["unscored"] == {1: GONE} and done.record["clients"]["each"][1] is None
+    assert [(e.round, e.text) for e in world.events if e.kind == "absent"] == [(1, GONE), (2, GONE)]
 
 
 def test_a_node_with_a_wrong_number_is_left_out(tmp_path):

@@ -24,6 +24,22 @@ def tensorboard(folder):
     return once((tag, event.step, event.value) for tag in read.Tags()["scalars"] for event in read.Scalars(tag))
 
 
+def tensorboard_text(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    return read.Tensors("attendance/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def mlflow_tag(uri, experiment):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return run.data.tags["attendance"]
+
+
 def mlflow(uri, experiment):
     """The figures and the settings of the experiment's only run, and how it ended."""
     from mlflow import MlflowClient
@@ -54,6 +70,17 @@ def wandb(folder):
     return once(pairs), ids
 
 
+def wandb_summary(folder):
+    """The text in the newest file's summary."""
+    import json
+
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))[-1:]
+    items = [item for data in _chunks(path.read_bytes()) for item in Record.FromString(data).summary.update]
+    return [json.loads(item.value_json) for item in items if "attendance" in (item.key, *item.nested_key)][-1]
+
+
 def _chunks(content, block=32768, head=7):
     """The records of LevelDB's log: blocks of 32 KiB, each piece with checksum, length and kind before it."""
     at, whole = head, b""
@@ -78,5 +105,13 @@ def trackio(project):
 
     (run,) = SQLiteStorage.get_runs(project)
     rows = SQLiteStorage.get_logs(project, run)
-    skip = ("step", "timestamp")
+    skip = ("step", "timestamp", "attendance")
     return once((k, row["step"], v) for row in rows for k, v in row.items() if k not in skip), run
+
+
+def trackio_text(project):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = SQLiteStorage.get_runs(project)
+    (found,) = [row["attendance"] for row in SQLiteStorage.get_logs(project, run) if "attendance" in row]
+    return found if isinstance(found, str) else found["_value"]

@@ -94,9 +94,9 @@ def test_what_is_no_callback_is_said_before_anything_runs(one, words, tmp_path):
 
 FIGURES = {
     "train/loss": 1.5, "train/clients": 2, "global/accuracy": 0.5, "global/loss": 1.2, "clients/mean": 0.6,
-    "clients/examples_mean": 0.61, "clients/worst": 0.4, "clients/spread": 0.1, "attack/success": 0.25,
-    "aggregation/served": 0.2, "aggregation/drift": 1.5, "bytes_up/adapter": 100, "bytes_up/head": 10,
-    "bytes_up/total": 110, "bytes_down/total": 0, "seconds/train": 1.5, "seconds/evaluate": 0.5, "seconds/total": 2.25,
+    "clients/examples_mean": 0.61, "clients/worst": 0.4, "clients/spread": 0.1, "clients/scored": 2,
+    "attack/success": 0.25, "aggregation/served": 0.2, "aggregation/drift": 1.5, "bytes_up/adapter": 100,
+    "bytes_up/head": 10, "bytes_up/total": 110, "bytes_down/total": 0, "seconds/train": 1.5, "seconds/evaluate": 0.5, "seconds/total": 2.25,
     "privacy/epsilon": 2.5, "faults/absent": 1, "faults/quarantined": 1,
 }  # fmt: skip
 

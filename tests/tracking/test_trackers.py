@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora import resuming, runs, trackers
+from fedlora import resuming, runs, trackers, tracking
+from fedlora.callbacks import End, Start
+from fedlora.clients import DROPPED
 from fedlora.config import build, read
 from fedlora.curves import figures
 from fedlora.settings import ConfigError
@@ -22,6 +24,9 @@ pytestmark = [
 EXTRAS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb", "trackio": "trackio"}
 
 
+DROPS = "clients.dropout=0.4"  # so that there is somebody to miss, before the break and after it
+
+
 class Stops:
     def on_round(self, record):
         if record["round"] == 2:
@@ -35,7 +40,7 @@ def done(tmp_path_factory):
     some = ["track.tensorboard=true", f"track.mlflow={{uri='sqlite:///{place}/mlflow.db',experiment='hospitals'}}",
             "track.wandb={mode='offline'}"]  # fmt: skip
     folder = place / "one"
-    runs.run(small("fedit", "rounds=3", *some), folder, callbacks=[Stops()])
+    runs.run(small("fedit", "rounds=3", DROPS, *some), folder, callbacks=[Stops()])
     kept = json.loads((folder / "trackers.json").read_text())
     result = resuming.resume(folder, overrides=["track.trackio={project='late'}"])
     return place, folder, result, kept
@@ -87,7 +92,7 @@ def test_the_config_keeps_them_and_no_bit_goes_by_them(done, tmp_path):
     _, folder, result, _ = done
     track = read(folder / "config.toml").table["track"]
     assert list(track) == ["tensorboard", "mlflow", "wandb", "trackio"] and track["trackio"] == {"project": "late"}
-    plain = runs.run(small("fedit", "rounds=3"))
+    plain = runs.run(small("fedit", "rounds=3", DROPS))
     assert [{k: v for k, v in r.items() if k != "seconds"} for r in plain.records] == [
         {k: v for k, v in r.items() if k != "seconds"}
         for r in json.loads(json.dumps(result.records), object_hook=whole)
@@ -99,17 +104,56 @@ def whole(table):
     return {int(k) if k.isdigit() else k: v for k, v in table.items()}
 
 
+def test_each_tracker_has_the_names_of_who_was_missing(done):
+    place, folder, result, _ = done
+    absent = result.summary["absent"]
+    rounds = {number for one in absent.values() for number in one}
+    assert rounds & {"1", "2"} and "3" in rounds, "before the break and after it"
+    said = [f"client {client}, away in round {', '.join(own)}: {DROPPED}" for client, own in absent.items()]
+    texts = {
+        "tensorboard": reading.tensorboard_text(folder / "tensorboard"),
+        "mlflow": reading.mlflow_tag(f"sqlite:///{place}/mlflow.db", "hospitals"),
+        "wandb": reading.wandb_summary(folder),
+        "trackio": reading.trackio_text("late"),
+    }
+    for name, text in texts.items():
+        assert [line.strip() for line in text.splitlines()] == said, name
+
+
+def test_who_missed_nobody_sends_no_text_and_means_over_fewer_are_in_it(tmp_path, monkeypatch):
+    session = Flaky([])
+    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    start = Start(small("fedit", "track.tensorboard=true"), None, [], print)
+    clients = {"each": [0.5, 0.5, 0.5]}
+    for records, text in (
+        ([{"round": 1, "clients": clients}], None),
+        ([{"round": 1, "clients": clients}, {"round": 2, "quarantined": {"0": "nan"}},
+          {"round": 3, "unscored": {"2": "late"}, "clients": {"each": [0.5, 0.5, None]}}],
+         "mean over 2 of 3 clients in round 3\nclient 2, not scored in round 3: late\n"
+         "client 0, quarantined in round 2: nan"),
+    ):  # fmt: skip
+        one = tracking.Tracking(start.config.track.trackers)
+        one.on_start(start)
+        for record in records:
+            one.on_round(record)
+        one.on_end(End("finished", {}))
+        assert session.said == text
+
+
 class Flaky(trackers.Session):
     run = "flaky"
 
     def __init__(self, fails):
-        self.fails, self.got, self.state = fails, [], None
+        self.fails, self.got, self.state, self.said = fails, [], None, None
 
     def log(self, number, values):
         if number in self.fails:
             self.fails.remove(number)
             raise ConnectionError("no\nroute")
         self.got.append(number)
+
+    def describe(self, number, text):
+        self.said = text
 
     def close(self, state):
         self.state = state

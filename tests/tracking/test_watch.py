@@ -11,10 +11,12 @@ import time
 import pytest
 
 from fedlora import pulse
+from fedlora.callbacks import Start
 from fedlora.engines.loop import Event
 from fedlora.following import Following, Standing, lives, me, replace
 from fedlora.report import watching
 from tests.fixtures.terminal import on_pty
+from tests.resume.world import small
 
 NOW = 1000.0
 PROGRESS = {
@@ -170,6 +172,61 @@ def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
     assert written[-1]["answered"] == 1000 and written[-1]["said"] == ["round 1: client 7: quarantined: nan"]
     one.on_round({"round": 1})
     assert len(written) == 2 and written[-1]["answered"] == 0 and written[-1]["round"] == 2
+
+
+def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
+    """Client 2 dies in round 3, client 0 is quarantined there; in round 4 client 0 is back."""
+    one = pulse.Pulse(tmp_path, every=0.0)
+    one._now = {**PROGRESS, "rounds": 5}
+    records = [record(n, clients={"mean": 0.5, "each": [0.5, 0.5, 0.5]}) for n in (1, 2)]
+
+    def shown():
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        return " ".join(text_of(Following(tmp_path).look(), 150).split())
+
+    one.on_event(Event("step", 2, 0))
+    assert "left out" not in shown().partition("seconds")[0] and "mean over" not in shown()
+    one.on_event(Event("turn", 2, 0, 0.5))
+    one.on_event(Event("quarantined", 2, 0, text="quarantined: nan"))
+    one.on_event(Event("absent", 2, 2, text="its node was gone"))
+    now = "left out now: client 0 since round 3, quarantined: nan; client 2 since round 3, away: its node was gone"
+    assert now in shown(), "before the round is over"
+    gone = {"absent": {"2": "its node was gone"}, "unscored": {"2": "not here"}}
+    records.append(record(3, clients={"mean": 0.5, "each": [0.5, 0.5, None]}, quarantined={"0": "nan"}, **gone))
+    one.on_round(records[-1])
+    assert all(text in shown() for text in ("client 2 since round 3, away: its node was gone", "client 0 since"))
+    assert "clients' own models: mean over 2 of 3 clients in round 3" in shown() and "not scored" in shown()
+    one.on_event(Event("turn", 3, 0, 0.5))
+    assert "left out now: client 2 since round 3, away: its node was gone clients' own" in shown(), "client 0 is back"
+    records.append(record(4, clients={"mean": 0.5, "each": [0.5, 0.5, None]}, **gone))
+    one.on_round(records[-1])
+    assert "client 2 since round 3" in shown() and "in rounds 3–4" in shown()
+    one.on_event(Event("turn", 4, 2, 0.5))
+    assert "left out now" not in shown()
+    line = watching.row_line(records[2], 5, "accuracy")
+    assert line.endswith("; client 2 away and not scored, client 0 quarantined")
+    one.on_event(Event("absent", 4, 2, text="\x1b[2J"))
+    assert "\x1b" not in shown()
+
+
+def test_many_that_are_left_out_are_counted(tmp_path):
+    one = pulse.Pulse(tmp_path, every=0.0)
+    one._now = PROGRESS
+    for client in range(500):
+        one.on_event(Event("absent", 0, client))
+    text = " ".join(text_of(Following(tmp_path).look(), 150).split())
+    assert "client 7 since round 1, away: dropped out (clients.dropout); and 492 more clients" in text
+    assert len((tmp_path / "progress.json").read_text()) < 2000
+
+
+def test_a_run_that_goes_on_knows_who_was_left_out_before(tmp_path):
+    made = small("fedit")
+    before = [record(1, absent={"1": "late"}), record(2, absent={"1": "late"})]
+    pulse.Pulse(tmp_path).on_start(Start(made, tmp_path, before, print))
+    assert Following(tmp_path).look().progress["missing"] == {
+        "count": 1,
+        "first": ["client 1 since round 1, away: late"],
+    }
 
 
 WRITER = """

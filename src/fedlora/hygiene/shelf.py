@@ -1,8 +1,7 @@
 """Bad uploads on disk, for whoever wants to know what was in them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fedlora.hygiene.gate import Bad
 from fedlora.hygiene.limits import Hygiene
@@ -28,16 +27,6 @@ def keep(folder: Path | None, number: int, bad: Mapping[int, Bad], limits: Hygie
             return
         count += 1
         save_tree(place / f"{number}-{client}.safetensors", tree, {"reason": reason})
-
-
-def left_out(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
-    """``quarantined``, ``absent`` or ``unscored`` -> client -> round -> why; of a whole run, for its summary."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for record in records:
-        for kind in ("quarantined", "absent", "unscored"):
-            for client, reason in record.get(kind, {}).items():
-                found.setdefault(kind, {}).setdefault(str(client), {})[str(record["round"])] = reason
-    return found
 
 
 def _bytes(tree: Tree) -> int:

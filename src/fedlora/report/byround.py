@@ -33,7 +33,12 @@ def by_round(runs: Sequence[Run], read: Read, value: str) -> Iterator[dict[str, 
             if found is not None:
                 ends = {"low": found.mean - found.std, "high": found.mean + found.std, "seeds": found.n}
                 until = {key: sum(row[key] for row in rows) / len(rows) for key in ("mb", "seconds")}
-                yield {"label": label, "round": round, value: found.mean, **ends, **until}
+                yield {"label": label, "round": round, value: found.mean, **ends, **until, **_scored(rows)}
+
+
+def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many clients were scored in a round, the fewest over its seeds."""
+    return {} if any(row["scored"] is None for row in rows) else {"scored": min(row["scored"] for row in rows)}
 
 
 def curves(runs: Sequence[Run]) -> Table:
@@ -46,9 +51,16 @@ def curves(runs: Sequence[Run]) -> Table:
     columns = (RUN, Column("model", "model"), ROUND, Column("mb", "MB sent and received", 3),
                Column("seconds", "seconds", 1), Column("value", metric_of(runs), 4),
                Column("low", "less a standard deviation", 4), Column("high", "more a standard deviation", 4),
-               SEEDS)  # fmt: skip
+               SEEDS, *([Column("scored", "clients scored", 0)] if fewer(runs) else []))  # fmt: skip
     note = "global: the shared model on the global test rows; clients: each on its own test rows, mean over clients."
-    return Table("curves", f"{metric_of(runs).capitalize()} by round", columns, rows, note)
+    return Table("curves", f"{metric_of(runs).capitalize()} by round", columns, rows, note + fewer(runs))
+
+
+def fewer(runs: Sequence[Run], most: int = 6) -> str:
+    """Of the runs whose means over clients are not over all clients, in which rounds; empty where there are none."""
+    said = [f"{run.name}: {text}" for run in runs if (text := run.digest.means)]
+    more = [f"{len(said) - most} more runs"] if len(said) > most else []
+    return f" Not over all clients: {'; '.join([*said[:most], *more])}." if said else ""
 
 
 def errors(runs: Sequence[Run]) -> Table:

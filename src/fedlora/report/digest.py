@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora.limits import shown
+from fedlora.report.attendance import means, scored
 
 BINS = 40  # columns of a heat map over rounds
 FAULTS = 2000  # of a run that are kept in words; all are counted
@@ -42,6 +43,7 @@ class Digest:
     seconds: float = 0.0
     bytes: dict[tuple[str, str], float] = field(default_factory=dict)  # direction, part -> megabytes
     phases: dict[str, float] = field(default_factory=dict)
+    new: int = 0  # of the clients, the last ones, that never take part and are never scored
 
     def take(self, record: Mapping[str, Any]) -> None:
         """One more round."""
@@ -65,7 +67,18 @@ class Digest:
             self.each = [number(value) for value in clients.get("each", [])]
             self.worst = clients.get("worst_client")
         found = {key: number(clients.get(key)) for key in ("mean", "worst")}
+        found["scored"] = scored(record) if clients else None
         return {"global": number(record.get("global", {}).get(self.metric)), "clients": found["mean"], **found}
+
+    @property
+    def of(self) -> int:
+        """How many clients there are to score; 0 before a round was evaluated."""
+        return max(0, len(self.each) - self.new)
+
+    @property
+    def means(self) -> str:
+        """In which rounds the mean over clients is over fewer than all, in words; empty where in none."""
+        return means([(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of)
 
     def _sent(self, record: Mapping[str, Any]) -> dict[str, float]:
         for direction, parts in record.get("bytes", {}).items():

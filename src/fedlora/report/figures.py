@@ -11,6 +11,7 @@ import altair as alt
 from fedlora.report import byround, charts, totals
 from fedlora.report.frames import Column, Table, grouped, thinned
 from fedlora.report.reading import Run
+from fedlora.report.standing import whom
 
 LINES = 10  # on one figure: more cannot be told apart
 POINTS = 480  # marks on one figure
@@ -30,6 +31,7 @@ class Figure:
     table: Table  # with the rows that are drawn
     chart: alt.TopLevelMixin | None = None  # None: ``caption`` says why there is nothing to draw
     mark: str = "symbol"  # what each row of the data is drawn as: "symbol" or "rect"
+    remark: str = ""  # what the picture must say itself where it stands without its caption
 
     @property
     def alt(self) -> str:
@@ -55,13 +57,15 @@ def curves(runs: Sequence[Run]) -> Iterator[Figure]:
             some = [row for row in rows if not log or row[x] > 0]
             gone = "; what sent nothing has no place on this scale" if len(some) < len(rows) else ""
             spread = " Band: a standard deviation over seeds." if any(row["seeds"] > 1 for row in some) else ""
-            caption = f"{what[0].upper()}{what[1:]}{gone}.{spread}"
+            few = byround.fewer(runs) if model == "clients" else ""
+            caption = f"{what[0].upper()}{what[1:]}{gone}.{spread}{few}"
             draw = partial(charts.band, x=x, x_title=x_title, y="value", y_title=metric, log=log, every=every)
             why = f"No round of these runs has been evaluated for the {what} yet." if model == "clients" else (
                 "None of these methods has a shared model of its own to score, or no round was evaluated yet."
             )  # fmt: skip
             title = f"{metric.capitalize()} by {name}, {what.partition(',')[0]}"
-            yield _lines(f"{model}-by-{name}", title, caption, table, some, draw, why, runs[0].higher)
+            figure = _lines(f"{model}-by-{name}", title, caption, table, some, draw, why, runs[0].higher)
+            yield replace(figure, remark=few.strip())
 
 
 def clients(runs: Sequence[Run]) -> Iterator[Figure]:
@@ -72,9 +76,12 @@ def clients(runs: Sequence[Run]) -> Iterator[Figure]:
     lowest = "; ".join(f"{k}: {', '.join(f'client {c} ({v:.3f})' for c, v in own)}" for k, own in shown)
     rows = _quantiles([row for row in table.rows if row["label"] in dict(shown)])
     left = " Of each, evenly spaced clients in order of their figure." if len(rows) < len(table.rows) else ""
-    caption = f"{table.note}{left} The worst clients: {lowest}."
+    few = [f"{who} in {run.name}" for run in runs if (who := whom(run)) != "all"]
+    fewer = f"Scored were only {'; '.join(few[:LINES])}." if few else ""
+    caption = f"{table.note}{left} The worst clients: {lowest}.{' ' * bool(fewer)}{fewer}"
     why = "No client's own score is in these runs: no round has been evaluated, or scores stay with the clients."
-    yield _one("clients", table, rows, caption, why, partial(charts.strip, y_title=byround.metric_of(runs)))
+    figure = _one("clients", table, rows, caption, why, partial(charts.strip, y_title=byround.metric_of(runs)))
+    yield replace(figure, remark=fewer)
 
 
 def errors(runs: Sequence[Run]) -> Iterator[Figure]:

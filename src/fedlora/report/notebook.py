@@ -66,7 +66,8 @@ class Compared(list):
     """The cells of a comparison."""
 
     def frame(self) -> "DataFrame":
-        """A row a run: label, seed, and the figures of the final round; NaN where a run diverged."""
+        """A row a run: label, seed, the figures of the final round, and how many clients were ``scored`` for those of
+        clients; NaN where a run diverged."""
         import pandas
 
         from fedlora.comparison import COLUMNS as FIGURES
@@ -74,16 +75,20 @@ class Compared(list):
         rows = [
             {"method": cell.label, "seed": cell.seed, "folder": cell.folder}
             | {name: None if cell.summary is None else read(cell.summary) for name, read in FIGURES.items()}
+            | {"scored": (cell.summary or {}).get("scored", {}).get("clients")}
             for cell in self
         ]
-        return pandas.DataFrame(rows, columns=["method", "seed", *FIGURES, "folder"])
+        return pandas.DataFrame(rows, columns=["method", "seed", *FIGURES, "scored", "folder"])
 
     def _repr_html_(self) -> str:
         from fedlora.comparison import rows
 
         names = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
-        found = [[row["method"], *(_spread(row[name]) for name in names)] for row in rows(self)]
-        return table("Final round, mean ± standard deviation over seeds", ["method", *names], found)
+        compared = rows(self)
+        found = [[row["method"], *(_spread(row[name]) for name in names)] for row in compared]
+        about = [f"{row['method']}: clients' own over {', '.join(row['over'])}" for row in compared if "over" in row]
+        about += [f"{row['method']}: {who}" for row in compared for who in row.get("missing", ())]
+        return table("Final round, mean ± standard deviation over seeds", ["method", *names], found, about)
 
 
 def _columns(rows: Iterable[Mapping[str, Any]], first: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def _figure(figure: Figure, out: Path, width: float) -> list[Path]:
     points = width * theme.MM
     fits = {"width": points, "autosize": {"type": "fit-x", "contains": "padding"}, "padding": 2}
     tall = {} if "height" in figure.chart.to_dict(validate=False) else {"height": round(points * 0.62)}
-    spec = with_rows(figure.chart, figure.table.rows, **fits, **tall, config=theme.paper())
+    remark = {"title": _remark(figure.remark, points)} if figure.remark else {}
+    spec = with_rows(figure.chart, figure.table.rows, **fits, **tall, **remark, config=theme.paper())
     svg = vl_convert.vegalite_to_svg(spec)
     # One unit is a point (1/72 inch): the PDF's own, while an SVG's and a PNG's would be pixels.
     written = {
@@ -66,6 +68,11 @@ def _figure(figure: Figure, out: Path, width: float) -> list[Path]:
     for kind, content in written.items():
         write(out / f"{figure.name}.{kind}", content)
     return [out / f"{figure.name}.{kind}" for kind in written]
+
+
+def _remark(text: str, points: float) -> dict[str, object]:
+    """What a figure says above its axes, in lines that fit its width: a file is shown without its caption."""
+    return {"text": textwrap.wrap(text, max(20, int(points / 4))), "anchor": "start", "fontSize": 7, "fontWeight": 400}
 
 
 def in_points(svg: str) -> str:

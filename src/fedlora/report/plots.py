@@ -8,10 +8,12 @@ from typing import Any
 import altair as alt
 
 from fedlora.comparison import Cell
+from fedlora.report.attendance import Attendance
 from fedlora.report.read import records
 
 PANELS = {"clients' own models, own test rows": "clients", "shared model, global test rows": "global"}
 FORMATS = ("png", "svg")
+NAMED = 8  # runs that are named above a figure
 MEGABYTES = "megabytes sent and received, all clients (log scale)"
 
 
@@ -21,14 +23,29 @@ def draw(cells: Sequence[Cell], out: Path) -> list[Path]:
     points = [point for cell in cells if cell.summary is not None for point in _points(cell, metric)]
     if not points:
         return []
+    few = _fewer(cells)
     charts = {
-        f"{metric}-by-round": _chart(points, alt.X("round:Q", title="round"), metric),
-        f"{metric}-by-megabyte": _chart(points, alt.X("mb:Q", title=MEGABYTES, scale=alt.Scale(type="log")), metric),
+        f"{metric}-by-round": _chart(points, alt.X("round:Q", title="round"), metric, few),
+        f"{metric}-by-megabyte": _chart(
+            points, alt.X("mb:Q", title=MEGABYTES, scale=alt.Scale(type="log")), metric, few
+        ),
     }  # fmt: skip
     for name, chart in charts.items():
         for kind in FORMATS:
             chart.save(str(out / f"{name}.{kind}"), **({"scale_factor": 2.0} if kind == "png" else {}))
     return [out / f"{name}.png" for name in charts]
+
+
+def _fewer(cells: Sequence[Cell]) -> list[str]:
+    """A line a run whose means over clients are not over all clients, at most ``NAMED`` of them."""
+    said = []
+    for cell in cells:
+        if cell.summary is not None:
+            kept = Attendance(cell.summary["clients"])
+            for record in records(Path(str(cell.folder))):
+                kept.take(record)
+            said += [f"{cell.label}, seed {cell.seed}: {kept.means}"] if kept.means else []
+    return said[:NAMED] + ([f"and {len(said) - NAMED} more runs"] if len(said) > NAMED else [])
 
 
 def _points(cell: Cell, metric: str) -> list[dict[str, Any]]:
@@ -51,8 +68,8 @@ def _points(cell: Cell, metric: str) -> list[dict[str, Any]]:
     return found
 
 
-def _chart(points: list[dict[str, Any]], x: alt.X, metric: str) -> alt.FacetChart:
-    """One panel a kind of model; a line a method, the mean over seeds."""
+def _chart(points: list[dict[str, Any]], x: alt.X, metric: str, few: Sequence[str] = ()) -> alt.FacetChart:
+    """One panel a kind of model; a line a method, the mean over seeds. ``few`` stands above it."""
     mean: dict[tuple, list[dict[str, Any]]] = {}
     for point in points:
         mean.setdefault((point["method"], point["panel"], point["round"]), []).append(point)
@@ -63,7 +80,7 @@ def _chart(points: list[dict[str, Any]], x: alt.X, metric: str) -> alt.FacetChar
     ]
     methods = list(dict.fromkeys(point["method"] for point in points))
     line = alt.Chart(alt.Data(values=data)).mark_line(point=alt.OverlayMarkDef(size=14), strokeWidth=1.6)
-    return (
+    chart = (
         line.encode(
             x=x,
             y=alt.Y("value:Q", title=metric.replace("_", " "), scale=alt.Scale(zero=False)),
@@ -74,3 +91,5 @@ def _chart(points: list[dict[str, Any]], x: alt.X, metric: str) -> alt.FacetChar
         .facet(column=alt.Column("panel:N", title=None, sort=list(PANELS)))
         .resolve_scale(x="shared", y="shared")
     )
+    above = alt.TitleParams(text=list(few), anchor="start", fontSize=10, fontWeight=400)
+    return chart.properties(title=above) if few else chart

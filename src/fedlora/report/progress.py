@@ -71,12 +71,14 @@ class Lines:
     """A line for each round and for whatever happens in it, for a log."""
 
     def __init__(self, rounds: int):
-        self.rounds, self.losses = rounds, dict[int, float]()
+        self.rounds, self.losses = rounds, dict[int | None, float]()
 
     def watch(self, event: Event) -> None:
         """Told of every step."""
         if event.text:
             print(("note: " if event.kind == "note" else "") + told(event), flush=True)
+            if event.kind == "quarantined":  # after its turn, which counts for nothing
+                self.losses.pop(event.client, None)
         elif event.loss is not None and event.client is not None:
             self.losses[event.client] = event.loss
         elif event.kind == "round":

@@ -134,7 +134,7 @@ def opened(folder: Path, label: str | None = None, failure: str | None = None) -
         json_of(folder / name) if (folder / name).exists() else None for name in (SUMMARY, ROWS, PERSONAL)
     )
     metric, higher = _metric(table, summary)
-    digest = Digest(int(table.get("rounds", 1)), metric)
+    digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
     for record in records(folder / METRICS):
         digest.take(record)
     name = label or str(table.get("method", {}).get("name", "fedit"))

@@ -41,7 +41,7 @@ def one_by_one(runs: Sequence[Run]) -> Table:
         said = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
         count = run.digest.counted
         done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": count.get("quarantined", 0)}
-        done |= {"away": count.get("absent", 0), "over": _over(run)}
+        done |= {"away": count.get("absent", 0), "over": whom(run)}
         rows.append({**said, **done, **final(run)})
     columns = (RUN, Column("run", "folder"), Column("seed", "seed", 0), Column("state", "state"),
                Column("rounds", "rounds", 0), *_columns(runs, False),
@@ -52,10 +52,10 @@ def one_by_one(runs: Sequence[Run]) -> Table:
     return Table("runs", "Runs", columns, rows, "Figures of the last evaluated round, never of the best one.")
 
 
-def _over(run: Run) -> str:
-    """Whom the mean over clients of the last evaluated round is over."""
+def whom(run: Run) -> str:
+    """Whom the mean over clients of the last evaluated round is over: ``all``, or ``2 of 3 clients``."""
     scored = sum(value is not None for value in run.digest.each)
-    return "all" if scored == len(run.digest.each) else f"{scored} of {len(run.digest.each)} clients"
+    return "all" if scored == run.digest.of else f"{scored} of {run.digest.of} clients"
 
 
 def methods(runs: Sequence[Run]) -> Table:
@@ -74,7 +74,7 @@ def methods(runs: Sequence[Run]) -> Table:
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
     )
-    few = [f"{run.name}: {who}" for run in runs if (who := _over(run)) != "all"]
+    few = [f"{run.name}: {who}" for run in runs if (who := whom(run)) != "all"]
     note += f" Clients' own figures are not over all clients in {'; '.join(few)}." if few else ""
     return Table("methods", "Methods", columns, rows, note)
 

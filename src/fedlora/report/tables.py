@@ -13,6 +13,7 @@ from fedlora.report.paired import ranking
 
 __all__ = ["DASH", "Plain", "printed", "stdout"]
 DASH = "–"
+FEWER = " *"  # after a figure that is not over all clients
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -24,7 +25,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
     for name in ("global", "clients' own", "worst client", "MB up", "MB down", "aggregation error", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
-        cells = [_pm(row["global"], 3), _pm(row["clients"], 3), _pm(row["worst"], 3)]
+        mark = FEWER if row.get("over") else ""
+        cells = [_pm(row["global"], 3), _pm(row["clients"], 3) + mark, _pm(row["worst"], 3) + mark]
         cells += [
             _pm(row["mb_up"], 2, False),
             _pm(row["mb_down"], 2, False),
@@ -42,6 +44,8 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> None:
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds."
     )
     for row in rows:
+        if row.get("over"):
+            console.print(f"{row['method']}{FEWER}: clients' own over {', '.join(row['over'])}", soft_wrap=True)
         for who in row.get("missing", ()):
             console.print(f"{row['method']}: {who}", soft_wrap=True)
     if rows:
@@ -203,7 +207,8 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
             who = f"capability {group['capability']:g}, {group['clients']} clients: mean, worst"
             table.add_row(who, f"{group['mean']:.4f}, {group['worst']:.4f}")
         last = found["last_rounds"]
-        table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds", f"{last['clients']:.4f}")
+        few = attendance.fewest(found)
+        table.add_row(f"clients' own {name}, last {last['rounds']} evaluated rounds{few}", f"{last['clients']:.4f}")
     if "attack" in final:
         table.add_row("attack's success", f"{final['attack']['success']:.4f}")
     for line in attendance.lines(found):

@@ -15,6 +15,7 @@ from rich.text import Text
 from fedlora.curves import figures
 from fedlora.following import LOADING, RUNNING, WAITING, Following, Standing
 from fedlora.limits import shown
+from fedlora.report.attendance import by_name, means, scored
 
 LATELY = 5  # rounds that the time left is taken from
 BARS = "▁▂▃▄▅▆▇█"
@@ -48,6 +49,7 @@ def columns(metric: str) -> list[tuple[str, Cell]]:
         ("clients", _figure("train/clients", "{:.0f}")),
         ("left out", _left_out),
         ("quarantined", _figure("faults/quarantined", "{:.0f}")),
+        ("not scored", _figure("faults/unscored", "{:.0f}")),
         ("ε", _figure("privacy/epsilon", "{:.2f}")),
         ("seconds", _figure("seconds/total", "{:.1f}")),
     ]
@@ -108,7 +110,19 @@ def _head(at: Standing, name: str, now: float) -> Iterator[str]:
         yield "the model and the data are being loaded"
     if at.progress:
         yield now_doing(at)
+        yield from attending(at)
         yield _times(at, now)
+
+
+def attending(at: Standing) -> Iterator[str]:
+    """Who is left out now, and whom the means over clients of the rounds are over; nothing where all are there."""
+    found, of = at.progress.get("missing") or {}, at.progress.get("clients", 0)
+    if count := found.get("count"):
+        named = [shown(text) for text in found["first"]]
+        more = f"; and {count - len(named)} more clients" if count > len(named) else ""
+        yield f"left out {'at its end' if at.over else 'now'}: {'; '.join(named)}{more}"
+    if text := means([(r["round"], scored(r)) for r in at.records if "clients" in r], of):
+        yield f"clients' own models: {text}"
 
 
 def now_doing(at: Standing) -> str:
@@ -168,7 +182,8 @@ def row_line(record: Mapping[str, Any], rounds: int, metric: str) -> str:
     """A finished round as a line of a log."""
     found = {"round": record["round"], **figures(record)}
     told = [f"{shown(title)} {text}" for title, cell in columns(metric)[1:] if (text := cell(found)) != "–"]
-    return f"round {record['round']} of {rounds}: " + ", ".join(told)
+    missing = by_name(record)
+    return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
 
 
 def live(following: Following, console: Console, every: float) -> Standing:
@@ -209,6 +224,8 @@ def lines(following: Following, say: Callable[[str], None], every: float) -> Sta
             say(row_line(record, rounds, metric))
         told = len(at.records)
         if at.over:
+            for text in attending(at):
+                say(text)
             say(now_doing(at) if at.progress else at.state)
             return at
         time.sleep(every)

@@ -12,7 +12,7 @@ from fedlora.report.frames import grouped
 from fedlora.report.guarantee import lines as guarantee
 from fedlora.report.paired import ranking
 from fedlora.report.reading import Run
-from fedlora.report.standing import final
+from fedlora.report.standing import final, whom
 
 SOME = 12  # names in a sentence
 WORDS = 120  # characters of a name in a sentence
@@ -29,7 +29,8 @@ def opening(runs: Sequence[Run]) -> str:
     seeds = sorted({run.seed for run in runs})
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({_listed([str(s) for s in seeds])})"
     many = "one run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{about}, combined by {_listed(labels)}: {many}, {drawn}. {_came_to(runs)} {_states(runs)}".strip()
+    said = " ".join(text for text in (_came_to(runs), _fewer(runs), _states(runs)) if text)
+    return f"{about}, combined by {_listed(labels)}: {many}, {drawn}. {said}"
 
 
 def _adapters(runs: Sequence[Run]) -> str:
@@ -65,6 +66,12 @@ def _came_to(runs: Sequence[Run]) -> str:
         elif there:
             said.append(f"the {what} reached {metric_of(runs)} {fmean(next(iter(there.values())).values()):.4f}")
     return ("At the last evaluated round " + "; ".join(said) + ".") if said else "No round has been evaluated yet."
+
+
+def _fewer(runs: Sequence[Run]) -> str:
+    """Which runs' figures of clients are not over all of them."""
+    few = [f"{who} in {run.name}" for run in runs if (who := whom(run)) != "all"]
+    return f"The clients' own figures are over {_listed(few)}." if few else ""
 
 
 def _values(runs: Sequence[Run], key: str) -> dict[str, dict[int, float]]:

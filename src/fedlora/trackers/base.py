@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from fedlora.settings import ConfigError
 
+ATTENDANCE = "attendance"  # the name of the text about missing clients, at every tracker
+
 
 @dataclass(frozen=True)
 class Told:
@@ -29,6 +31,13 @@ class Session(ABC):
     @abstractmethod
     def log(self, number: int, values: Mapping[str, float]) -> None:
         """The figures of round ``number``, from 1."""
+
+    @abstractmethod
+    def describe(self, number: int, text: str) -> None:
+        """Which clients were missing or quarantined and whom the means are over, after round ``number``.
+
+        Called before ``close``, and only where there is something to say; a later text replaces the one before.
+        """
 
     @abstractmethod
     def close(self, state: str) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from fedlora.settings import ConfigError
-from fedlora.trackers.base import Session, Told, Tracker
+from fedlora.trackers.base import ATTENDANCE, Session, Told, Tracker
 
 STATES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 LONG = 500  # characters of a setting: what every store takes
+TAG = 5000  # the same of a tag
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Logged(Session):
 
         now = int(time.time() * 1000)
         self.client.log_batch(self.run, metrics=[Metric(name, value, now, number) for name, value in values.items()])
+
+    def describe(self, number: int, text: str) -> None:
+        self.client.set_tag(
+            self.run, ATTENDANCE, text if len(text) <= TAG else f"{text[: TAG - 40]} … summary.json has the rest"
+        )
 
     def close(self, state: str) -> None:
         self.client.set_terminated(self.run, status=STATES[state])

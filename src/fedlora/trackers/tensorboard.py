@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.settings import ConfigError
-from fedlora.trackers.base import Session, Told, Tracker
+from fedlora.trackers.base import ATTENDANCE, Session, Told, Tracker
 
 FOLDER = "tensorboard"
 
@@ -41,6 +41,9 @@ class Events(Session):
         for name, value in values.items():
             self.writer.add_scalar(name, value, number)
         self.writer.flush()
+
+    def describe(self, number: int, text: str) -> None:
+        self.writer.add_text(ATTENDANCE, "\n".join(f"    {line}" for line in text.splitlines()), number)
 
     def close(self, state: str) -> None:
         self.writer.close()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from fedlora.trackers.base import Session, Told, Tracker
+from fedlora.trackers.base import ATTENDANCE, Session, Told, Tracker
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Kept(Session):
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
         self.session.log(dict(values), step=number)
+
+    def describe(self, number: int, text: str) -> None:
+        import trackio
+
+        self.session.log({ATTENDANCE: trackio.Markdown("\n".join(f"    {x}" for x in text.splitlines()))}, step=number)
 
     def close(self, state: str) -> None:
         import trackio

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.trackers.base import Session, Told, Tracker
+from fedlora.trackers.base import ATTENDANCE, Session, Told, Tracker
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Sent(Session):
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
         self.session.log(dict(values), step=number, commit=True)
+
+    def describe(self, number: int, text: str) -> None:
+        self.session.summary[ATTENDANCE] = text
 
     def close(self, state: str) -> None:
         self.session.finish(exit_code=0 if state == "finished" else 1)

@@ -14,6 +14,7 @@ from fedlora.limits import shown
 from fedlora.tasks.labels import READINGS
 
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
+GONE = "its node is not connected"
 LOADING = "is connected and still loading its model and data"
 
 

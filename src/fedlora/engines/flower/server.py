@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.engines.federation import Federation
 from fedlora.engines.flower import checks
-from fedlora.engines.flower.directory import Directory
+from fedlora.engines.flower.directory import GONE, Directory
 from fedlora.engines.flower.exchange import answered
 from fedlora.engines.flower.home import Bases, Home
 from fedlora.engines.flower.node import made, visible
@@ -136,17 +136,18 @@ class Federated(Loop, Strategy):
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
-        for client in f.cohort(at.number):
-            if client not in self.replies and client not in self.gate.bad:
-                self._lost(client, self.absent.get(client, "its node is not connected"))
+        for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.gate.bad.keys()):
+            self._lost(client, self.absent.get(client, GONE))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
 
     def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
         self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
         self._directory.refresh()
-        messages = list(self.configure_evaluate(number + 1, None, None, self.grid))
-        self.aggregate_evaluate(number + 1, self._exchange(messages))
+        orders = self.configure_evaluate(number + 1, None, None, self.grid)
+        self.aggregate_evaluate(number + 1, self._exchange(list(orders)))
+        for client in sorted(set(range(f.clients.members)) - self.results.keys() - self.unscored.keys()):
+            self._lost(client, GONE)
         return dict(sorted(self.results.items()))
 
     # --------------------------------------------------------------------- as a Flower strategy
@@ -182,7 +183,6 @@ class Federated(Loop, Strategy):
         """Takes in the scores that are sound."""
         for reply in replies:
             self._taken(reply, self._score)
-        return None
 
     def summary(self) -> None:
         """What a run is, is in its folder."""
@@ -292,7 +292,7 @@ class Federated(Loop, Strategy):
         self.results[client] = checks.scores(reply.content[METRICS], order.round, self.federation.task.metric)
 
     def _lost(self, client: int, why: str) -> None:
-        if self._blamed.get(client) != why:
+        if why not in (self._blamed.get(client), self.absent.get(client)):  # said once a round
             self.watch(Event("absent", self._round, client, text=why))
         self._blamed[client] = why
 
