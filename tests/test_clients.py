@@ -109,15 +109,13 @@ def test_rows_of_a_columns_other_values_are_said():
         return Clients(count, split={"name": "column", "column": "who"}).splitter.left_out(d.train, d.test, count)
 
     assert left(2) == (
-        "3 of the 5 values of column 'who' are no client, and their 240 of 600 training rows and 120 of 200 test rows "
-        "belong to nobody: 'c' (180), 'd' (60), 'e' (0); clients.count is 2."
+        "3 of the 5 values of column 'who' have no client, and their 240 of 600 training rows and 120 of 200 test rows "
+        "are unused: 'c' (180), 'd' (60), 'e' (0); clients.count is 2."
     )
-    assert "their 0 of 600 training rows and 40 of 200 test rows belong to nobody: 'e' (0);" in left(4)
+    assert "their 0 of 600 training rows and 40 of 200 test rows are unused: 'e' (0);" in left(4)
     assert left(4, data(groups=owners)) == "" and left(4, data(groups=owners, test_groups=owners[::3])) == ""
     many = data(groups=tuple(str(i % 50) for i in range(600)))
-    assert "their 564 of 600 training rows belong to nobody: '11' (12), " in left(3, many) and ", ...; " in left(
-        3, many
-    )
+    assert "their 564 of 600 training rows are unused: '11' (12), " in left(3, many) and ", ...; " in left(3, many)
     assert Clients(2).splitter.left_out(d.train, d.test, 2) == ""
 
 

@@ -209,7 +209,7 @@ def test_a_method_of_ones_own_is_named_by_its_module():
         ({"method": FedIT}, "method is <class .*FedIT.*; it should be an object"),
         ({"method": FedIT(Heads(2, 4))}, "'fedit' is not defined for adapter.name = 'heads'; set it to 'lora'"),
         ({"method": FedIT(Dense())}, "method.adapter is a Dense; take one of LoRA"),
-        ({"method": type("Local", (FedIT,), {})(LoRA(2))}, "no name leads to that class"),
+        ({"method": type("Local", (FedIT,), {})(LoRA(2))}, "cannot be imported by name"),
         ({"training": Training(local_steps=2.5)}, "training.local_steps is 2.5; it should be a valid integer"),
         ({"task": ImageClassification(data=Path("digits"))}, "task.data is PosixPath.'digits'.; it should be a valid str"),
         ({"clients": Clients(count=3, ranks=[1, 2, 2])}, "clients.ranks gives the clients ranks"),

@@ -85,7 +85,7 @@ def test_near_names_in_a_sequential_are_names_that_match(pattern):
     with pytest.raises(ValueError, match="model.targets has") as caught:
         adapted(Odd(), [pattern])
     near = re.search(
-        r"near names are (.*?) \(one is '(.*?)'(?:, of which '(.*?)' matches all alike)?\)", str(caught.value)
+        r"near names are (.*?) \(one is '(.*?)'(?:, and the pattern '(.*?)' matches all of them)?\)", str(caught.value)
     )
     assert near, str(caught.value)
     names, path, alike = near.groups()
@@ -105,7 +105,7 @@ UNKNOWN = {
     "activation": (["layers.1.mlp.1"], "names 'layers.1.mlp.1', of the kind ReLU, where only linear"),
     "a name as one text": ("fc2", "one text is a regular expression of whole paths, and names go into a list"),
     "a path's end as one text": ("mlp.0", "'mlp.0', which matches no module .*names go into a list"),
-    "no expression": ("*.mlp", r"'\*.mlp', which is no regular expression .*'all-linear'"),
+    "no expression": ("*.mlp", r"'\*.mlp', not a valid regular expression .*'all-linear'"),
     "all-linear in a list": (["all-linear"], "has 'all-linear', which matches no module"),
 }
 

@@ -163,7 +163,7 @@ def _name(section: str, kind: type) -> str | None:
         if (name in (likely, path) or section == "method") and _leads_to(package, name, kind):
             return name
     raise ConfigError(
-        f"{section} is a {path}, and no name leads to that class, so the run could not be repeated; "
+        f"{section} is a {path}, which cannot be imported by name, so the run could not be repeated; "
         + ("define it at the top of a module." if section == "method" else f"take one of {', '.join(names)}.")
     )
 

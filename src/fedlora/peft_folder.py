@@ -84,7 +84,7 @@ class AdapterFolder:
             if told != rank:
                 raise ValueError(
                     f"{str(self.path)!r} holds factors of rank {rank} for {part!r}, and its {CONFIG} says {told}; "
-                    "copy both files anew."
+                    "copy both files again."
                 )
 
     def layer(self, part: str) -> Layer:
@@ -135,7 +135,7 @@ class AdapterFolder:
             with safe_open(self.path / WEIGHTS, framework="pt") as file:
                 found: Tensor = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file anew.") from error
+            raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file again.") from error
         return found
 
 
@@ -151,7 +151,7 @@ def _header(folder: Path) -> Header:
     try:
         return read_header(file)
     except (RefusedHeaderError, OSError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read, it may be cut off: {error}; copy the file anew.") from error
+        raise ValueError(f"{str(file)!r} cannot be read, it may be cut off: {error}; copy the file again.") from error
 
 
 def _shapes(folder: Path, keys: Keys, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:

@@ -40,16 +40,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # all other values of these are refused
 }
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the base
 OFF = {  # settings that are understood only where they are not set, and why
-    "use_dora": "DoRA's magnitudes make the weight no sum of products",
+    "use_dora": "with DoRA's magnitudes the update is not a product of factors",
     "lora_bias": "a bias inside the adapter is no part of B A",
     "use_qalora": "QA-LoRA pools the inputs",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
     "target_parameters": "factors of a parameter that is no module's weight, such as the stacked experts of a mixture, "
-    "are laid out otherwise",
+    "have another layout",
     "layer_replication": "layers that exist only in the adapter have no weight of the base",
     "use_bdlora": "block-diagonal factors are stored as their blocks",
     "kasa_config": "KaSA changes the base and puts singular values between B and A",
-    "monteclora_config": "its factors are drawn anew at every step",
+    "monteclora_config": "its factors are sampled again at every step",
     "velora_config": "it keeps projections beside B and A",
     "arrow_config": "a router chooses between adapters",
     "megatron_config": "factors of parallel layers are split over processes",
@@ -80,7 +80,7 @@ def compare_settings(first: Path, config: Mapping[str, Any], second: Path, other
         if said and here != there and not (here in UNSET and there in UNSET):
             raise ValueError(
                 f"{why}: {key} is {here!r} in {str(first)!r} and {there!r} in {str(second)!r}; combine adapters that "
-                "have it alike."
+                "have the same value."
             )
 
 
@@ -149,11 +149,11 @@ def _parsed(folder: Path) -> dict[str, Any]:
     except NotADirectoryError as error:
         raise ValueError(f"{str(folder)!r} is a file; name the folder that holds {CONFIG}.") from error
     except OSError as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror}; see to its permissions.") from error
+        raise ValueError(f"{str(file)!r} cannot be read: {error.strerror}; check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r} is no valid JSON: {error}; copy the file anew.") from error
+        raise ValueError(f"{str(file)!r} is no valid JSON: {error}; copy the file again.") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{str(file)!r} holds no table of settings; copy the file anew.")
+        raise ValueError(f"{str(file)!r} holds no table of settings; copy the file again.")
     return found
 
 
@@ -179,7 +179,7 @@ def _scale(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         fits = _above_zero(own) if key == "lora_alpha" else isinstance(own, type(value))
         if not fits or (isinstance(value, dict) and not all(_above_zero(x) for x in own.values())):
             raise ValueError(
-                f"{str(folder / CONFIG)!r} sets {key} to {own!r}, which gives no update a rank and a scale above 0; "
+                f"{str(folder / CONFIG)!r} sets {key} to {own!r}, but the rank and the scale must be greater than 0; "
                 "copy it anew, or train the adapter otherwise."
             )
         for pattern in own if isinstance(value, dict) else ():

@@ -33,8 +33,8 @@ def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[s
     folder = Path(path).expanduser()
     if not (folder / CONFIG).exists() and (runs := _runs_in(folder)):
         raise ConfigError(
-            f"{str(folder)!r} is no run but holds {len(runs)}, such as {str(runs[0])!r}; the command that began them "
-            f"(fedlora compare, demo or sweep) goes on with --out {folder}."
+            f"{str(folder)!r} is not a run; it contains {len(runs)} runs, such as {str(runs[0])!r}. To continue them, "
+            f"repeat the command that started them (fedlora compare, demo or sweep) with --out {folder}."
         )
     if not (folder / CONFIG).exists():
         raise ConfigError(f"{str(folder)!r} holds no run: it has no {CONFIG}; name a folder `fedlora run` made.")

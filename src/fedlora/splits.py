@@ -176,8 +176,8 @@ class Column(Split):
         of_tests = f" and {more} of {len(test)} test rows" if tests else ""
         some = ", ".join(f"{owner!r} ({sizes[owner]})" for owner in others[:LISTED])
         return (
-            f"{len(others)} of the {len(known) + len(others)} values of column {self.column!r} are no client, and "
-            f"their {rows} of {len(train)} training rows{of_tests} belong to nobody: "
+            f"{len(others)} of the {len(known) + len(others)} values of column {self.column!r} have no client, and "
+            f"their {rows} of {len(train)} training rows{of_tests} are unused: "
             f"{some}{', ...' if len(others) > LISTED else ''}; clients.count is {count}."
         )
 

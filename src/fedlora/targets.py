@@ -64,7 +64,7 @@ def _by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module]) ->
         found = {path: module for path, module in weights.items() if re.fullmatch(text, path)}
     except re.error as error:
         raise ValueError(
-            f"model.targets is {text!r}, which is no regular expression ({error}); give {ALL!r}, a regular expression "
+            f"model.targets is {text!r}, not a valid regular expression ({error}); give {ALL!r}, a regular expression "
             "of whole paths, or a list of names."
         ) from error
     if not found:
@@ -142,7 +142,7 @@ def _unmatched(network: nn.Module, key: str, pattern: str, paths: Sequence[str])
         return f"{key} has {pattern!r}, but this network has no linear layer at all."
     path = names[near[0]]
     alike = ".".join("*" if name.isdigit() else name for name in path.split("."))
-    more = f", of which {alike!r} matches all alike" if alike != path else ""
+    more = f", and the pattern {alike!r} matches all of them" if alike != path else ""
     why = (_other_kind(network, pattern) if key == "model.targets" else None) or "matches no module of this network"
     return f"{key} has {pattern!r}, which {why}; near names are {', '.join(near)} (one is {path!r}{more})."
 
@@ -154,7 +154,7 @@ def _other_kind(network: nn.Module, pattern: str) -> str | None:
             sizes = " x ".join(map(str, x.shape))
             return (
                 f"names {path!r} ({sizes}), a parameter and no linear layer, such as the stacked experts of a mixture "
-                "(PEFT's target_parameters), whose factors are laid out otherwise and cannot be combined here"
+                "(PEFT's target_parameters), whose factors have another layout and cannot be combined here"
             )
     for path, module in network.named_modules():
         if path and matches(path, pattern) and not isinstance(module, nn.Linear | Conv1D):

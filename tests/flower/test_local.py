@@ -87,7 +87,7 @@ def test_two_of_three_parties_with_a_broken_file_and_with_other_labels_end_the_r
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
     assert "1 of 3 clients can take part, and it needs 2" in last
-    for client, reason in enumerate(["line 3", "which are no labels; the labels are 1, 2, 3"], 1):
+    for client, reason in enumerate(["line 3", "which match no label; the labels are 1, 2, 3"], 1):
         assert f"(client {client}: it could not load its model and data (ValueError); host.log in its state" in last
         assert re.search(
             f"Client {client}'s log, .*/run/nodes/{client}/host.log, ends with .ValueError: .*{reason}", last

@@ -206,8 +206,9 @@ def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path,
     serve(config, grid, tmp_path / "run", events.append)
     assert taught(1) == [name for name in numbers for _ in range(10)]
     assert {e.client for e in events if e.kind == "turn"} == {1}, "only the party whose labels are known has trained"
-    assert "holds 'benign', 'cancer', 'healthy' in the training rows, which are no labels; the labels are 0, 1, 2;" in (
-        capfd.readouterr().err
+    assert (
+        "holds 'benign', 'cancer', 'healthy' in the training rows, which match no label; the labels are 0, 1, 2;"
+        in (capfd.readouterr().err)
     )
 
 

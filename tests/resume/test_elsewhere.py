@@ -70,7 +70,7 @@ def test_a_comparison_goes_on(place):
     with pytest.raises(KeyboardInterrupt):
         compare(table(), ["fedit", "local", "ffa-lora"], out="c", watch=second)
     with pytest.raises(
-        ValueError, match=r"'c' is no run but holds 2, such as 'c/fedit-seed0'; .* goes on with --out c"
+        ValueError, match=r"'c' is not a run; it contains 2 runs, such as 'c/fedit-seed0'. .* with --out c"
     ):
         fedlora.resume("c")
     before = (place / "begun" / "c" / "fedit-seed0" / "metrics.jsonl").stat().st_mtime_ns
@@ -102,7 +102,7 @@ def test_a_sweep_does_not_go_on_with_other_data(place):
     found = json.loads((place / "begun" / "s" / "sweep.json").read_text())
     found["runs"].popitem()
     (place / "begun" / "s" / "sweep.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="'s' is no run but holds 2"):
+    with pytest.raises(ValueError, match="'s' is not a run; it contains 2 runs"):
         fedlora.resume("s")
     write(place / "begun" / "data", [*ROWS[1:], ROWS[0]], ROWS[:30])
     with pytest.raises(ValueError, match="was begun with other data"):

@@ -83,13 +83,13 @@ def test_every_party_has_the_same_classes_or_is_refused(kind, labels):
 @pytest.mark.parametrize(
     "split, given, said",
     [
-        (rows([1, 2, 3, 4]), ("1", "2", "3"), "holds 4 in the training rows, which is no label; the labels are 1, 2, 3;"),
-        (rows([0, 1, 2]), NUMBERS, "holds 0 in the training rows, which is no label; the labels are 1, 2, 3;"),
+        (rows([1, 2, 3, 4]), ("1", "2", "3"), "holds 4 in the training rows, which matches no label; the labels are 1, 2, 3;"),
+        (rows([0, 1, 2]), NUMBERS, "holds 0 in the training rows, which matches no label; the labels are 1, 2, 3;"),
         (rows([1, 2, 3]), WORDS, "holds 3 in .*; no label name is a number, so that numbers are positions, 0 = urgent, 1 = soon, 2 = routine"),
         (rows([0, 1]), ("1", "other", "none"), "holds 0 in"),
         (rows([0.5, 1.0]), WORDS, "holds 0.5 in"),
         (rows(["Urgent", "soon"]), WORDS, "holds 'Urgent' in .*; did you mean 'urgent'"),
-        (rows(["0", "1", "2"]), WORDS, "holds 0, 1, 2 in the training rows, which are no labels; the labels are 'urgent', 'soon', 'routine'"),
+        (rows(["0", "1", "2"]), WORDS, "holds 0, 1, 2 in the training rows, which match no label; the labels are 'urgent', 'soon', 'routine'"),
         (in_order(["dog", "eel"], ["dog", "eel"]), ("cat", "dog"), "holds 'eel' in"),
         (in_order(["low", "high"], ["low", "high"]), ("hoch", "tief"), "holds 'low', 'high' in"),
         (in_order(["1", "2"], ["1", "2"]), WORDS, "holds 1, 2 in"),
@@ -151,7 +151,8 @@ def test_the_classes_are_those_of_all_rows_and_not_of_the_rows_that_are_drawn(tm
         assert found.label_names == ("4", "19", "250")
     strange = saved(tmp_path / "b", rows(["cat", "dog"] * 3), rows(["cat", "dgo"]))
     with pytest.raises(
-        ValueError, match="holds 'dgo' in the test rows, which is no label; did you mean 'dog'.*set task.label_names"
+        ValueError,
+        match="holds 'dgo' in the test rows, which matches no label; did you mean 'dog'.*set task.label_names",
     ):
         ImageClassification(strange).load(str(TINY_VIT), 0)
     rare = tmp_path / "rare"
@@ -172,7 +173,7 @@ def test_training_and_test_rows_of_unequal_kinds_agree(tmp_path):
         assert [found.label_names[i] for i in found.test.labels.tolist()] == want[kind]
     numbers = ImageClassification(saved(tmp_path / "n", rows(["cat", "dog"]), rows([0, 1])))
     with pytest.raises(
-        ValueError, match="holds 0, 1 in the test rows, which are no labels; the training rows have 'cat', 'dog'"
+        ValueError, match="holds 0, 1 in the test rows, which match no label; the training rows have 'cat', 'dog'"
     ):
         numbers.load(str(TINY_VIT), 0)
 
@@ -184,7 +185,8 @@ def test_image_folders_are_matched_by_their_names(tmp_path):
         assert found.label_names == tuple(given) and found.reading == "name"
         assert [given[i] for i in found.train.labels.tolist()] == ["cancer"] * 2 + ["healthy"] * 2
     with pytest.raises(
-        ValueError, match="holds 'cancer', 'healthy' in the training rows, which are no labels; the labels are 'a', 'b'"
+        ValueError,
+        match="holds 'cancer', 'healthy' in the training rows, which match no label; the labels are 'a', 'b'",
     ):
         ImageClassification(data, label_names=["a", "b"]).load(str(TINY_VIT), 0)
 
@@ -274,7 +276,7 @@ def test_targets_of_sequence_to_sequence():
     _, golds, notes = asked_and_answered(numbers, None, None, ["dog", "cat"])
     assert golds == [["cat"], ["dog"]] and "read as positions, 0 = dog, 1 = cat" in notes[0]
     assert asked_and_answered(numbers, None, None, ["1", "0"])[1:] == ([["1"], ["0"]], [])
-    with pytest.raises(ValueError, match=r"\(task.target\) holds 'dog' in the training rows, which is no label"):
+    with pytest.raises(ValueError, match=r"\(task.target\) holds 'dog' in the training rows, which matches no label"):
         asked_and_answered(split, None, None, ["cat", "eel"])
 
 
@@ -315,7 +317,7 @@ def test_the_command_matches_by_name_or_refuses_and_leaves_nothing(tmp_path, com
     found = commands.call(
         ["fedlora", "run", "my.toml", "--out", "no", "-o", "task.label_names=['a', 'b', 'c', 'd']"], tmp_path
     )
-    assert found.returncode == 2 and "holds 4 in the training rows, which is no label" in found.stderr
+    assert found.returncode == 2 and "holds 4 in the training rows, which matches no label" in found.stderr
     assert "Traceback" not in found.stderr and not (tmp_path / "no").exists()
 
 
@@ -326,6 +328,4 @@ def test_rows_that_belong_to_nobody_are_said_in_a_run(tmp_path):
         "clients": {"count": 2, "split": {"name": "column", "column": "who"}},
     }
     notes = fedlora.run(config(table=table)).summary["notes"]
-    assert (
-        "their 6 of 18 training rows and 6 of 18 test rows belong to nobody: 'z' (6); clients.count is 2." in notes[0]
-    )
+    assert "their 6 of 18 training rows and 6 of 18 test rows are unused: 'z' (6); clients.count is 2." in notes[0]

@@ -124,8 +124,8 @@ SHIFTED = {
     "quotes escaped by backslashes": ('text,label\n"say \\"x\\"",1\n', r"line 2 has text after the closing quotes"),
     "a column twice": ("text,label,text\na,1,b\n", r"has the column 'text' twice"),
     "no rows": ("text,label\n", r"no rows below its header"),
-    "a line break at a cell's end that Python does not quote": ("text\na\r\nb\n", r"line 2 ends with another character"),
-    "line ends of two kinds": ("text\na\rb\nc\n", r"line 2 ends with another character"),
+    "a line break at a cell's end that Python does not quote": ("text\na\r\nb\n", r"line 2 has a different line ending"),
+    "line ends of two kinds": ("text\na\rb\nc\n", r"line 2 has a different line ending"),
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def run(
         if failed:
             why = "".join(f" {reason}" for reason in reasons)
             what = flower.outcome.rstrip(".")
-            raise ChildProcessError(f"the run did not come to its end: {what}.{why} All other logs: {out / LOGS}.")
+            raise ChildProcessError(f"the run did not finish: {what}.{why} All other logs: {out / LOGS}.")
         for reason in reasons:
             watch(reason)
     return json.loads((out / SUMMARY).read_text(encoding="utf-8"))

@@ -158,7 +158,7 @@ class Classes:
             whose = f"the labels are {listed(self.names)}"
         else:
             whose = f"no label name is a number, so that numbers are positions, {positions(self.names)}"
-        which = "which is no label" if len(said) == 1 else "which are no labels"
+        which = "which matches no label" if len(said) == 1 else "which match no label"
         return (
             f"column {column!r} ({self.key}) holds {listed(said)} in the {what} rows, {which}{hint}; {whose}; correct "
             "the rows, or set task.label_names to all labels in their order."

@@ -82,7 +82,7 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         ends |= {lines.last[len(lines.last.rstrip("\r\n")) :]} - {""}
         if len(ends) > 1:
             raise ValueError(
-                f"line {line} ends with another character than the lines before; put double quotes around a cell with "
+                f"line {line} has a different line ending than the lines before; put double quotes around a cell with "
                 "a line break in it, and end all rows alike"
             )
         if delimiter == "\t" and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):

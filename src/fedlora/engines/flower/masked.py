@@ -50,7 +50,7 @@ class Masked(Federated):
         if at.number == self._first and self.network.min_clients < least:
             self.watch(Event("note", at.number, text=(
                 f"flower.min_clients is {self.network.min_clients}; flower.secure_aggregation needs {least} clients "
-                "to a round's end (flower.secure_threshold); a round that fewer of them end begins anew"
+                "to finish a round (flower.secure_threshold); with fewer, the round starts again"
             )))  # fmt: skip
         while not self._ended(f, at, self._cohort(least, order, wanted), least):
             self._rest()
@@ -73,7 +73,7 @@ class Masked(Federated):
         except ProtocolError as error:
             blamed = self.absent.keys() & set(cohort)
             self._quorum.failed = (self._quorum.failed - set(cohort)) | blamed
-            self._say(f"{error}; the round begins anew")
+            self._say(f"{error}; the round starts again")
             if not blamed:
                 self._quorum.lacking(str(error).rstrip("."))
             return False
