@@ -14,6 +14,7 @@ from fedlora.clients import Clients
 from fedlora.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
 from fedlora.methods.fedit import FedIT
 from fedlora.runtime import Engine
+from fedlora.settings import difference
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.training import Training
 from tests.fixtures.federation import TINY_VIT
@@ -52,6 +53,21 @@ def test_another_name_starts_its_table_anew():
     table = {"split": {"name": "dirichlet", "alpha": 0.3}}
     assert merged(table, {"split": {"name": "iid"}}) == {"split": {"name": "iid"}}
     assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
+
+
+def test_another_model_or_engine_keeps_the_rest_of_its_table():
+    """Their names are values like any other: no key depends on them."""
+    own = {"name": "a", "targets": ["q"], "head": [], "start": "s", "overlay": True}
+    engine = {"name": "inprocess", "threads": 1, "device": "cpu", "spill": True}
+    table = {"model": own, "engine": engine, "method": {"name": "fedit", "weighting": "uniform"}}
+    found = overridden(table, ["model.name=b", "engine.name=flower-simulation", "method.name=fedsa-lora"])
+    assert found == {
+        "model": {**own, "name": "b"},
+        "engine": {**engine, "name": "flower-simulation"},
+        "method": {"name": "fedsa-lora"},
+    }
+    laid = {"model": {"name": "b"}, "engine": {"name": "flower-simulation"}, "method": {"name": "fedsa-lora"}}
+    assert difference(found, table) == laid and merged(table, laid) == found
 
 
 def installed(folder, package):
