@@ -200,6 +200,28 @@ def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_
     ]
 
 
+def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, monkeypatch):
+    from fedlora.flower.result import result
+
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)])
+    config = replace(config, checkpoint=replace(config.checkpoint, best="clients"))
+    maps = serve(config, grid, tmp_path / "run").summary["label_maps"]
+    for client in (0, 1):
+        found = result(config, tmp_path / f"s-{client}", client, tmp_path / f"mine-{client}")
+        assert found == json.loads((tmp_path / f"mine-{client}" / "summary.json").read_text())
+        assert found["labels"] == LABELS and found["label_maps"] == [maps[client]]
+    assert json.loads((tmp_path / "run" / "best" / "summary.json").read_text())["label_maps"] == maps
+    assert [own["by"] for own in maps] == ["name", "position"]
+
+
+def test_what_a_party_writes_where_one_data_set_is_split_has_the_runs_map(tmp_path):
+    from fedlora.flower.result import result
+
+    world = World(tmp_path / "state", "rounds=1", *SERVED)
+    maps = serve(world.config, world.grid, tmp_path / "run").summary["label_maps"]
+    assert result(world.config, tmp_path / "state", 1, tmp_path / "mine")["label_maps"] == maps
+
+
 def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path, monkeypatch, capfd):
     numbers = ["0", "1", "2"]
     config, grid, taught = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], numbers)
