@@ -111,6 +111,15 @@ def test_installed_packages_are_read_once(monkeypatch):
 MISTAKES = {
     "unknown method": (with_(method__name="fedrot"), r"no method 'fedrot'; did you mean 'fedrot-lora'"),
     "unknown key": (with_(training__learning_rat=1), r"no setting 'training.learning_rat'; did you mean 'learning_rate'"),
+    "experts of a mixture": (
+        with_(model__target_parameters="['experts.gate_up_proj']"),
+        r"model.target_parameters is a setting of PEFT that cannot be used here: factors of a parameter that is no "
+        r"module's weight, such as the stacked experts of a mixture, .*; leave it out, and name linear layers in model.tar",
+    ),
+    "DoRA": (with_(adapter__use_dora="true"), r"adapter.use_dora is a setting of PEFT .*: DoRA's magnitudes make"),
+    "layers of the adapter's own": (
+        with_(model__layer_replication="[[0, 2]]"), r"model.layer_replication .*: layers that exist only in the adapter"
+    ),
     "unknown table": (with_(trainin__x=1), r"no setting 'trainin'; did you mean 'training'"),
     "wrong type": (with_(training__batch_size='"many"'), r"training.batch_size is 'many'; it should be a valid integer"),
     "a bool is no number": (with_(adapter__rank="true"), r"adapter.rank is True; it should be a valid integer"),

@@ -278,11 +278,11 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is.
 
-    Where data and model are is left out, too: what they hold is compared by itself.
+    Where data and model are and what they are called is left out, too: what they hold is compared by itself.
     """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
-    for section, name in (place.split(".") for place in PLACES):
+    for section, name in (place.split(".") for place in (*PLACES, "model.same_base")):
         left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 
