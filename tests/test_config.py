@@ -14,6 +14,7 @@ from fedlora.clients import Clients
 from fedlora.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
 from fedlora.methods.fedit import FedIT
 from fedlora.runtime import Engine
+from fedlora.settings import difference
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.training import Training
 from tests.fixtures.federation import TINY_VIT
@@ -52,6 +53,21 @@ def test_another_name_starts_its_table_anew():
     table = {"split": {"name": "dirichlet", "alpha": 0.3}}
     assert merged(table, {"split": {"name": "iid"}}) == {"split": {"name": "iid"}}
     assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
+
+
+def test_another_model_or_engine_keeps_the_rest_of_its_table():
+    """Their names are values like any other: no key depends on them."""
+    own = {"name": "a", "targets": ["q"], "head": [], "start": "s", "overlay": True}
+    engine = {"name": "inprocess", "threads": 1, "device": "cpu", "spill": True}
+    table = {"model": own, "engine": engine, "method": {"name": "fedit", "weighting": "uniform"}}
+    found = overridden(table, ["model.name=b", "engine.name=flower-simulation", "method.name=fedsa-lora"])
+    assert found == {
+        "model": {**own, "name": "b"},
+        "engine": {**engine, "name": "flower-simulation"},
+        "method": {"name": "fedsa-lora"},
+    }
+    laid = {"model": {"name": "b"}, "engine": {"name": "flower-simulation"}, "method": {"name": "fedsa-lora"}}
+    assert difference(found, table) == laid and merged(table, laid) == found
 
 
 def installed(folder, package):
@@ -95,6 +111,15 @@ def test_installed_packages_are_read_once(monkeypatch):
 MISTAKES = {
     "unknown method": (with_(method__name="fedrot"), r"no method 'fedrot'; did you mean 'fedrot-lora'"),
     "unknown key": (with_(training__learning_rat=1), r"no setting 'training.learning_rat'; did you mean 'learning_rate'"),
+    "experts of a mixture": (
+        with_(model__target_parameters="['experts.gate_up_proj']"),
+        r"model.target_parameters is a setting of PEFT that cannot be used here: factors of a parameter that is no "
+        r"module's weight, such as the stacked experts of a mixture, .*; leave it out, and name linear layers in model.tar",
+    ),
+    "DoRA": (with_(adapter__use_dora="true"), r"adapter.use_dora is a setting of PEFT .*: DoRA's magnitudes make"),
+    "layers of the adapter's own": (
+        with_(model__layer_replication="[[0, 2]]"), r"model.layer_replication .*: layers that exist only in the adapter"
+    ),
     "unknown table": (with_(trainin__x=1), r"no setting 'trainin'; did you mean 'training'"),
     "wrong type": (with_(training__batch_size='"many"'), r"training.batch_size is 'many'; it should be a valid integer"),
     "a bool is no number": (with_(adapter__rank="true"), r"adapter.rank is True; it should be a valid integer"),

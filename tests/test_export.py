@@ -13,7 +13,7 @@ import fedlora
 from fedlora import methods
 from fedlora.aggregation import aggregate, method_for
 from fedlora.export import Run, export
-from tests.fixtures.federation import TABLE, WIDTH, config, settings
+from tests.fixtures.federation import TABLE, TINY_VIT, WIDTH, config, settings
 
 
 def finished(tmp_path, name, *more):
@@ -116,6 +116,78 @@ def test_a_run_goes_on_from_an_export(tmp_path, opened):
         config("adapter={name = 'vera', rank = 4}", f"model.start={tmp_path / 'out'}").federation()
     with pytest.raises(ValueError, match="it is not adapted here"):
         config("model.targets=['k_proj']", f"model.start={tmp_path / 'out'}").federation()
+
+
+OTHERS = {  # what an adapter says of its base, and what is said of it; None: it goes on
+    "the model's own name": (str(TINY_VIT), None),
+    "a copy at another path": ("{place}/copy", None),
+    "a name that is not here": ("google/vit", "was trained for the base model 'google/vit', and model.name is"),
+    "another model": (
+        "{place}/other",
+        "was trained for other weights of '.*/other' than those of model.name, '",
+    ),
+    "nothing": (None, "does not say which base model it was trained for"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_start_of_another_base_is_refused(what, tmp_path, opened):
+    """Without a digest beside its tensors, as PEFT writes an adapter."""
+    said, sentence = OTHERS[what]
+    export(opened("fedit"), tmp_path / "out")
+    for name, factor in (("copy", 1.0), ("other", 1.5)):
+        shutil.copytree(TINY_VIT, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        save_file({k: factor * x for k, x in weights.items()}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    (tmp_path / "copy" / "model.safetensors").write_bytes((TINY_VIT / "model.safetensors").read_bytes())
+    forget_digest(tmp_path / "out", said and said.format(place=tmp_path))
+    start = f"model.start={tmp_path / 'out'}"
+    if sentence is None:
+        config(start).federation()
+    else:
+        with pytest.raises(ValueError, match=f"{sentence}.*set model.same_base = true") as found:
+            config(start).federation()
+        assert str(tmp_path / "out") in str(found.value)
+    config(start, "model.same_base=true").federation()
+
+
+def forget_digest(folder, base):
+    """An adapter as PEFT would have written it, of a base that is called so."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+
+
+def test_a_start_of_changed_weights_under_the_same_name_is_refused(tmp_path, opened):
+    """The digest that an export carries is of more weight than a name."""
+    shutil.copytree(TINY_VIT, tmp_path / "vit")
+    own = f"model.name={tmp_path / 'vit'}"
+    fedlora.run(config(own, "rounds=1"), tmp_path / "run")
+    export(Run.open(tmp_path / "run"), tmp_path / "out")
+    config(own, f"model.start={tmp_path / 'out'}").federation()
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    save_file({k: 1.5 * x for k, x in weights.items()}, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="was trained for other weights of .* than those of model.name"):
+        config(own, f"model.start={tmp_path / 'out'}").federation()
+
+
+def test_a_start_whose_base_has_two_names_goes_on_under_the_other(tmp_path, opened):
+    """Whether two names are one model is no setting of a run's bits."""
+    export(opened("fedit"), tmp_path / "out")
+    forget_digest(tmp_path / "out", str(TINY_VIT))
+    start = (f"model.start={tmp_path / 'out'}", "rounds=2", "training.local_steps=1")
+
+    def broken_off(event):
+        if event.kind == "turn" and event.round == 1:
+            raise KeyboardInterrupt
+
+    fedlora.run(config(*start), tmp_path / "run", broken_off)
+    forget_digest(tmp_path / "out", "google/vit")
+    with pytest.raises(ValueError, match=r"set model.same_base = true"):
+        fedlora.resume(tmp_path / "run")
+    again = fedlora.resume(tmp_path / "run", overrides=["model.same_base=true"])
+    assert again.summary["rounds"] == 2
 
 
 def test_folds_come_to_no_more_than_the_weights_sides(tmp_path, opened):

@@ -16,7 +16,8 @@ from fedlora.metrics import figures
 from fedlora.personal import Sides, personal
 from fedlora.rounds import received
 from fedlora.training import LocalTrainer
-from tests.fixtures.federation import ADAPTERS, config, same
+from tests.fixtures.federation import ADAPTERS, TINY_VIT, config, same
+from tests.resume.test_inputs import ROWS, reset, write
 
 NEW = ["clients.count=4", "clients.new=1"]
 
@@ -163,3 +164,43 @@ def test_mistakes(runs, tmp_path):
     (copy / "config.toml").write_text(text.replace('data = "digits"', 'data = "./gone.csv"'))
     with pytest.raises(ValueError, match="there is no data at './gone.csv'"):
         personal(Run.open(copy))
+
+
+def begun(tmp_path):
+    """A run on files of its own, and its folder with the best round."""
+    shutil.copytree(TINY_VIT, tmp_path / "model")
+    write(tmp_path / "data", ROWS, ROWS[:30])
+    made = config(
+        f"task={{name='image-classification', data='{tmp_path / 'data'}', image_shape=[8, 8, 1]}}",
+        f"model.name='{tmp_path / 'model'}'", "training.local_steps=1", "clients.split={name='iid'}", "rounds=2",
+        "checkpoint.best='clients'",
+    )  # fmt: skip
+    fedlora.run(made, tmp_path / "run")
+    return tmp_path
+
+
+CHANGES = {  # what is done to the data or the model, and what is said
+    "rows": (lambda place: write(place / "data", ROWS[1:], ROWS[:30]), "there are 59 training rows, and were 60"),
+    "test rows": (lambda place: write(place / "data", ROWS, ROWS[1:31]), "test rows have another content"),
+    "the model": (lambda place: reset(place / "model", {"hidden_act": "relu"}), 'hidden_act is "relu", and was'),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_whose_data_or_model_changed_is_refused(what, tmp_path):
+    place, (change, sentence) = begun(tmp_path), CHANGES[what]
+    change(place)
+    for folder in (place / "run", place / "run" / "best"):
+        with pytest.raises(ValueError, match="was begun with other data or another model") as found:
+            personal(Run.open(folder), 1)
+        assert sentence in str(found.value) and not (folder / "personal.json").exists()
+
+
+def test_the_same_rows_in_new_files_are_scored_and_a_run_without_checkpoints_is_refused(tmp_path):
+    place = begun(tmp_path)
+    write(place / "data", ROWS, ROWS[:30])
+    for folder in (place / "run", place / "run" / "best"):
+        assert personal(Run.open(folder), 1)["columns"]["held"]
+    shutil.rmtree(place / "run" / "checkpoints")
+    with pytest.raises(ValueError, match="has no checkpoints that say which data and which model it was begun with"):
+        personal(Run.open(place / "run"), 1)

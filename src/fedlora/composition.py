@@ -47,6 +47,7 @@ class ModelTable:
     targets: str | list[str] | None = None
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
+    same_base: bool | None = None  # true: the base of ``start`` is this model, whatever it is called there
     quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
@@ -102,7 +103,8 @@ class Config:
         model = self.attached(network, typing.cast(Any, training.precision), device)
         rules = model.rules(self.method, self.head_rule)
         if self.model.start is not None:
-            begin(model, rules, self.method, self.model.start, self.seed, names)
+            base = None if self.model.same_base else self.model.name
+            begin(model, rules, self.method, self.model.start, self.seed, names, base)
         budgets = self.clients.budgets(self.method.adapter.budget, self.seed)
         found = Federation(
             rules, self.method, model, self.task, data, self.clients, shards, budgets,

@@ -20,6 +20,7 @@ from fedlora.hygiene import Hygiene
 from fedlora.method import Method
 from fedlora.nearest import unknown
 from fedlora.optimizers import ServerOptimizer
+from fedlora.peft_settings import OFF
 from fedlora.privacy import Privacy
 from fedlora.runtime import Engine
 from fedlora.settings import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
@@ -44,6 +45,7 @@ def build(table: Table) -> Config:
     for section in ("model", "task"):
         if section not in table:
             raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")
+    _check_peft(table)
     numbers = {key: typed(key, table[key], kind) for key, kind in top.items() if key in table}
     parts = {
         "model": construct(ModelTable, "model", _section(table, "model")),
@@ -69,6 +71,17 @@ def build(table: Table) -> Config:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_peft(table: Table) -> None:
+    """``ConfigError`` where an adapter is asked for that PEFT has and this library has not, with the reason."""
+    for section in ("model", "adapter"):
+        found = table.get(section)
+        for key in (key for key in OFF if isinstance(found, dict) and key in found):
+            raise ConfigError(
+                f"{section}.{key} is a setting of PEFT that cannot be used here: {OFF[key]}; leave it out, and name "
+                "linear layers in model.targets."
+            )
 
 
 EXAMPLES = {

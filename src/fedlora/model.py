@@ -76,6 +76,7 @@ class Model:
         self._pretrained: dict[str, Tensor] = {}  # base weights that folds have changed, as they were
         self._initial = {p: _copies(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
         self._started: dict[str, Factors] = {}  # updates that adapters begin with
+        self.started: Tree = {}  # all that ``start`` was given
         self.folded = 0  # how often the base has changed
         self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that no training moves, as last loaded
 
@@ -166,6 +167,7 @@ class Model:
             if {leaf: x.shape for leaf, x in layer.items()} != {leaf: x.shape for leaf, x in own.items()}:
                 raise ValueError(f"model.start holds {path!r}, which has another size or is not trained here; drop it.")
         self._started = dict(updates)
+        self.started = {**{path: f._asdict() for path, f in updates.items()}, **whole}
         self._initial |= {path: _copies(layer) for path, layer in whole.items()}
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from fedlora.clients import Shard
 from fedlora.comparison import CENTRALISED, for_label
 from fedlora.config import ConfigError, Table, build
+from fedlora.engines.checkpoint import check_unchanged
 from fedlora.engines.federation import Federation
 from fedlora.engines.inprocess import InProcess
 from fedlora.engines.loop import Round, Watch, sound
@@ -33,7 +34,10 @@ By = dict[int, Scores]  # client -> what a model scores on its test rows
 
 @dataclass
 class Sides:
-    """One run's federation, loaded again, with its folds in the base; ``steps`` are those of the fine-tuning."""
+    """One run's federation, loaded again, with its folds in the base; ``steps`` are those of the fine-tuning.
+
+    ``ValueError`` where its data or its model have changed since.
+    """
 
     run: Run
     steps: int
@@ -42,6 +46,7 @@ class Sides:
 
     def __post_init__(self):
         self.f = self.run.config.federation()
+        check_unchanged(self.run.path, self.f)
         self.f.model.fold({part: (factors,) for part, factors in self.run.folds.items()})
         self.evaluator = self.f.evaluator()
 
@@ -99,7 +104,8 @@ def personal(run: Run, steps: int = 20, watch: Watch = lambda event: None) -> di
     """Scores all of them, writes ``personal.json`` into the run's folder and returns what is in it.
 
     Each column is ``evaluation.summary`` of the clients that took part, or None where there is no such model; ``new``
-    has the same of the clients that never did. ``ConfigError`` where the rows are not on this machine.
+    has the same of the clients that never did. ``ConfigError`` where the rows are not on this machine,
+    ``ValueError`` where they or the model are not those of the run any more.
     """
     config = run.config
     if config.clients.own_data:

@@ -156,11 +156,9 @@ def _kept(
     kept = kept if kept is not None else last.kept if last else {}
     summary = {
         **summarise(config, keeper.records, keeper.interrupted, keeper.seconds),
-        **private.report(f, len(keeper.records)),
-        **labels(f, keeper.readings),
+        **_of_rows(f, keeper),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
-        **({"notes": list(f.notes)} if f.notes else {}),
         **({"resumed": keeper.resumed} if keeper.resumed else {}),
         **({"refused": refused} if refused else {}),
     }
@@ -170,6 +168,12 @@ def _kept(
         leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
     keeper.told.ended(ended(summary))
     return Result(summary, keeper.records, shared, kept, folder)
+
+
+def _of_rows(f: Federation, keeper: Keeper) -> dict[str, Any]:
+    """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
+    notes = {"notes": list(f.notes)} if f.notes else {}
+    return {**private.report(f, len(keeper.records)), **labels(f, keeper.readings), **notes}
 
 
 def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
@@ -198,7 +202,7 @@ def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> d
     write(place / CONFIG, (keeper.folder / CONFIG).read_bytes())
     write(place / METRICS, "".join(json.dumps(record) + "\n" for record in until).encode())
     summary = {
-        **summarise(config, until, False, keeper.seconds), "labels": list(f.label_names), "folds": len(folds),
+        **summarise(config, until, False, keeper.seconds), **_of_rows(f, keeper), "folds": len(folds),
         "kept": bool(privates), "best": about,
     }  # fmt: skip
     leave(place, shared, {client: own.kept for client, own in privates.items()}, folds, summary)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.nearest import unknown
 
 Table = dict[str, Any]
+PLAIN = ("model", "engine")  # tables whose name is a value like any other; elsewhere it says which keys there are
 
 
 class ConfigError(ValueError):
@@ -45,13 +46,19 @@ def overridden(table: Table, overrides: Sequence[str]) -> Table:
     return table
 
 
-def merged(table: Mapping, other: Mapping) -> Table:
-    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew."""
-    both = dict(table) if other.get("name", table.get("name")) == table.get("name") else {}
+def merged(table: Mapping, other: Mapping, plain: bool = False) -> Table:
+    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew, unless it is ``plain``."""
+    both = {} if _renamed(other, table, plain) else dict(table)
     for key, value in other.items():
         old = both.get(key)
-        both[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        inner = isinstance(old, Mapping) and isinstance(value, Mapping)
+        both[key] = merged(old, value, key in PLAIN) if inner else value
     return both
+
+
+def _renamed(table: Mapping, base: Mapping, plain: bool) -> bool:
+    """Whether ``table`` is of another kind than ``base``, so that the keys of one say nothing of the other."""
+    return not plain and table.get("name", base.get("name")) != base.get("name")
 
 
 def placed(table: Table, values: Mapping[str, Any]) -> Table:
@@ -78,15 +85,15 @@ def without(table: Table, keys: Sequence[str]) -> Table:
     return {**table, keys[0]: without(table[keys[0]], keys[1:])}
 
 
-def difference(table: Mapping[str, Any], base: Mapping[str, Any]) -> Table:
+def difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = False) -> Table:
     """What has to be laid over ``base`` for ``table`` to come out."""
-    if table.get("name") != base.get("name"):
-        return dict(table)  # another name starts its table anew
+    if _renamed(table, base, plain):
+        return dict(table)
     found: Table = {}
     for key, value in table.items():
         old = base.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            inner = difference(value, old)
+            inner = difference(value, old, key in PLAIN)
             found |= {key: inner} if inner else {}
         elif key not in base or old != value:
             found[key] = value

@@ -1,6 +1,7 @@
 """Every party with data of its own, in files of its own with columns of its own: the bits of one split data set."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import lru_cache
 
@@ -20,7 +21,7 @@ from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
 from fedlora.flower.own import number, own_table
 from fedlora.flower.server import serve
-from tests.fixtures.federation import TABLE
+from tests.fixtures.federation import TABLE, TINY_VIT
 from tests.flower.world import QUICK, SERVED, DiedError, World, dying, same, trained
 
 NAMES = [str(i) for i in range(10)]
@@ -199,6 +200,28 @@ def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_
     ]
 
 
+def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, monkeypatch):
+    from fedlora.flower.result import result
+
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)])
+    config = replace(config, checkpoint=replace(config.checkpoint, best="clients"))
+    maps = serve(config, grid, tmp_path / "run").summary["label_maps"]
+    for client in (0, 1):
+        found = result(config, tmp_path / f"s-{client}", client, tmp_path / f"mine-{client}")
+        assert found == json.loads((tmp_path / f"mine-{client}" / "summary.json").read_text())
+        assert found["labels"] == LABELS and found["label_maps"] == [maps[client]]
+    assert json.loads((tmp_path / "run" / "best" / "summary.json").read_text())["label_maps"] == maps
+    assert [own["by"] for own in maps] == ["name", "position"]
+
+
+def test_what_a_party_writes_where_one_data_set_is_split_has_the_runs_map(tmp_path):
+    from fedlora.flower.result import result
+
+    world = World(tmp_path / "state", "rounds=1", *SERVED)
+    maps = serve(world.config, world.grid, tmp_path / "run").summary["label_maps"]
+    assert result(world.config, tmp_path / "state", 1, tmp_path / "mine")["label_maps"] == maps
+
+
 def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path, monkeypatch, capfd):
     numbers = ["0", "1", "2"]
     config, grid, taught = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], numbers)
@@ -291,3 +314,92 @@ def test_a_server_of_another_configuration_than_all_parties_ends(tmp_path, monke
         ValueError, match="0 of 3 clients can take part, and it needs 1; left out: node 10 .client 0 does not"
     ):
         serve(build(merged(config.table, {"seed": 7})), grid, tmp_path / "run")
+
+
+CHANGED = {  # what a party's rows become, and what its own log says
+    "rows added": ("train", lambda rows: [*rows, rows[0]], "there are 31 training rows, and were 30"),
+    "other labels": ("train", lambda rows: [{**rows[0], "label": "healthy"}, *rows[1:]], "training rows have other la"),
+    "another order": ("train", lambda rows: rows[::-1], "the training rows are in another order"),
+    "other test rows": ("test", lambda rows: [{**rows[0], "image": bytes(64)[1:] + b"x"}, *rows[1:]], "test rows have"),
+}
+
+
+def another_session(monkeypatch):
+    """Nodes that are started again: model and data are loaded anew."""
+    monkeypatch.setattr(parties, "base", lru_cache(parties.base.__wrapped__))
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_party_whose_rows_changed_in_a_run_is_left_out_and_its_own_log_says_how(what, tmp_path, monkeypatch, capfd):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 2, rounds=3)
+    sent, post = [], grid.post
+    grid.post = lambda message: sent.append(message) or post(message)
+    with pytest.raises(DiedError):
+        serve(config, grid, tmp_path / "run", dying("turn", 1))
+    split, change, sentence = CHANGED[what]
+    file = tmp_path / "party-1" / f"{split}.parquet"
+    before = file.read_bytes()
+    datasets.Dataset.from_list(change(datasets.Dataset.from_parquet(str(file)).to_list())).to_parquet(file)
+    another_session(monkeypatch)
+    events = []
+    with pytest.raises(DiedError):
+        serve(config, grid, tmp_path / "run", lambda event: events.append(event) or dying("turn", 2)(event))
+    assert (
+        "node 11 is left out: client 1: its data are not those that it began this run with; its own log says what "
+        in (" ".join(e.text for e in events if e.kind == "node"))
+    )
+    assert {e.client for e in events if e.kind == "turn"} == {0}
+    assert f"fedlora: client 1 began this run with other data: {sentence}" in capfd.readouterr().err
+    file.write_bytes(before)
+    another_session(monkeypatch)
+    assert serve(config, grid, tmp_path / "run").records[2]["cohort"] == [0, 1]
+    (place,) = tmp_path.glob("s-1/*/clients/1.rows.json")
+    assert place.stat().st_mode & 0o077 == 0
+    split_digests = json.loads(place.read_text())["rows"].values()
+    digests = [x for own in split_digests for x in own.values() if isinstance(x, str)]
+    assert len(digests) == 6 and not [
+        x for x in digests if any(x in str(message.content) for message in sent if (message.has_content()))
+    ], "no digest of a row leaves its machine"
+
+
+def test_rows_that_change_while_the_server_waits_are_noticed_at_the_next_turn(tmp_path, monkeypatch, capfd):
+    """The server does not ask a node that it knows who it is; its process may have been started anew all the same."""
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 2, rounds=2)
+
+    def watch(event):
+        if event.kind == "round" and event.round == 0:
+            file = tmp_path / "party-1" / "train.parquet"
+            datasets.Dataset.from_parquet(str(file)).select(range(29)).to_parquet(file)
+            another_session(monkeypatch)
+
+    records = serve(config, grid, tmp_path / "run", watch).records
+    assert [r["cohort"] for r in records] == [[0, 1], [0]]
+    assert "there are 29 training rows, and were 30" in capfd.readouterr().err
+
+
+def test_rows_may_change_before_a_partys_first_turn_and_in_another_run(tmp_path, monkeypatch):
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 2)
+    with pytest.raises(DiedError):
+        serve(config, grid, tmp_path / "run", dying("node", 0))
+    for out in ("run", "another"):
+        file = tmp_path / "party-1" / "train.parquet"
+        rows = datasets.Dataset.from_parquet(str(file))
+        rows.select(range(1, len(rows))).to_parquet(file)
+        another_session(monkeypatch)
+        assert serve(config, grid, tmp_path / out).records[0]["cohort"] == [0, 1]
+
+
+def test_parties_whose_models_are_set_otherwise_do_not_train_together(tmp_path, monkeypatch):
+    """The weights are the same, and the activation is another."""
+    config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 2)
+    shutil.copytree(TINY_VIT, tmp_path / "vit")
+    settings = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**settings, "hidden_act": "relu"}))
+    grid.leave(11)
+    grid.join(11, {"client": 1, "state": str(tmp_path / "s-1"), "task.data": str(tmp_path / "party-1"),
+                   "model.name": str(tmp_path / "vit")})  # fmt: skip
+    events = []
+    assert serve(config, grid, tmp_path / "run", events.append).records[0]["cohort"] == [0]
+    assert "its configuration, its pretrained model or its version" in " ".join(
+        e.text for e in events if e.kind == "node"
+    )

@@ -1,5 +1,6 @@
 """Whole runs with privacy: one set of bits on every engine, and what is said of ε."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -154,3 +155,11 @@ def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
     figure = private.report(f, 1)["privacy"]["clients"]["1"]
     assert private.told(party, 1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
     assert private.told(f, 1) == ""
+
+
+def test_the_best_rounds_folder_says_the_guarantee_of_all_rounds(tmp_path):
+    """Which round is the best was seen after the last."""
+    made = config("fedit", *CLIENT, "privacy.figures=true", "rounds=3", "checkpoint.best='clients'")
+    whole = fedlora.run(made, tmp_path / "run").summary["privacy"]
+    best = json.loads((tmp_path / "run" / "best" / "summary.json").read_text())
+    assert best["privacy"] == json.loads(json.dumps(whole)) and best["privacy"]["rounds"] == 3

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,16 @@ def test_data_and_model_that_were_moved(place, monkeypatch):
     with pytest.raises(ValueError, match=f"there is no data at '{place}/begun/data'"):
         fedlora.resume("run")
     fedlora.resume("run", overrides=[f"task.data={place}/other/rows"])
+    assert alike(place / "begun" / "run", place / "begun" / "whole")
+
+
+def test_a_model_that_was_moved_keeps_the_rest_of_its_table(place):
+    own = relative("model.targets=['q_proj']", "model.head=['classifier']", "model.overlay=true")
+    fedlora.run(own, "whole")
+    stopped(own, "run", 1)
+    shutil.move("model", place / "other" / "vit")
+    fedlora.resume("run", overrides=[f"model.name={place}/other/vit"])
+    assert fedlora.read("run/config.toml").model == replace(own.model, name=str(place / "other" / "vit"))
     assert alike(place / "begun" / "run", place / "begun" / "whole")
 
 

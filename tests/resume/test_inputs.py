@@ -1,6 +1,8 @@
 """A run does not go on with other data or another model than it was begun with, and says what changed."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fedlora
 from fedlora.engines import inputs
+from fedlora.export import Run, export
 from fedlora.tasks.task import Examples
 from tests.fixtures.federation import TINY_VIT, config
 from tests.resume.world import alike, stopped
@@ -72,6 +75,71 @@ def test_changed_test_rows_and_a_changed_model_are_refused(world):
     weights = load_file(place / "model" / "model.safetensors")
     save_file({key: x * 1.001 for key, x in weights.items()}, place / "model" / "model.safetensors", {"format": "pt"})
     refused(place, "the pretrained model has other weights")
+
+
+SETTINGS = {  # what config.json becomes, and what is said
+    "an activation": ({"hidden_act": "relu"}, 'says that hidden_act is "relu", and was its default'),
+    "a number": ({"layer_norm_eps": 0.5}, "layer_norm_eps is 0.5, and was its default"),
+    "two of them": (
+        {"hidden_act": "relu", "attention_probs_dropout_prob": 0.25},
+        'attention_probs_dropout_prob is 0.25, and was its default, hidden_act is "relu", and was its default',
+    ),
+    "a setting of somebody's own": ({"scales": {"first": 2}}, "scales.first is 2, and was its default"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_a_changed_config_of_the_same_weights_is_refused(what, world):
+    _, place = world
+    more, sentence = SETTINGS[what]
+    reset(place / "model", more)
+    refused(place, sentence)
+
+
+def test_who_wrote_a_model_and_what_it_calls_its_labels_change_nothing(world):
+    made, place = world
+    names = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    reset(place / "model", {"transformers_version": "4.0.0", "_name_or_path": "x", "hidden_act": "gelu", **names})
+    fedlora.resume(place / "run")
+    fedlora.run(made, place / "whole")
+    assert alike(place / "run", place / "whole")
+
+
+def test_more_settings_than_a_sentence_holds():
+    before, now = ({"base": "", "settings": dict.fromkeys("abcde", x)} for x in "01")
+    (text,) = inputs.changes(before, now)
+    assert text == (
+        "the config.json of the pretrained model says that a is 1, and was 0, b is 1, and was 0, c is 1, and was 0, "
+        "and 2 more differ"
+    )
+    assert inputs.changes({"base": "", "settings": {"a": "1"}}, {"base": "", "settings": {}}) == [
+        "the config.json of the pretrained model says that a is its default, and was 1"
+    ]
+
+
+def reset(model, more):
+    """The settings of a model, with others laid over them."""
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def test_another_adapter_in_the_place_of_model_start_is_refused(world):
+    pytest.importorskip("peft")
+    made, place = world
+    for name, seed in (("first", 1), ("second", 2)):
+        one = replace(made, seed=seed, rounds=1)
+        fedlora.run(one, place / name)
+        export(Run.open(place / name), place / f"{name}-adapter")
+    shutil.copytree(place / "first-adapter", place / "start")
+    shutil.rmtree(place / "run")
+    begun = replace(made, model=replace(made.model, start=str(place / "start")))
+    stopped(begun, place / "run", 1)
+    shutil.rmtree(place / "start")
+    shutil.copytree(place / "second-adapter", place / "start")
+    refused(place, "model.start holds another adapter")
+    shutil.rmtree(place / "start")
+    shutil.copytree(place / "first-adapter", place / "start")
+    assert fedlora.resume(place / "run").summary["rounds"] == 3
 
 
 def refused(place, sentence):

@@ -306,6 +306,16 @@ def test_the_python_api_has_a_head_for_the_values_that_there_are(tmp_path):
     assert notes == summary["notes"] and notes[0].startswith("the labels of column 'label' are numbers: 4019, 25000;")
 
 
+@pytest.mark.parametrize("values", [[4019, 25000], [0, 1], ["cat", "dog"], [True, False]], ids=str)
+def test_the_best_rounds_folder_says_the_same_of_labels_as_the_runs(values, tmp_path):
+    names = ["a", "b"] if values == [0, 1] else None
+    table = small(saved(tmp_path / "d", rows(values * 6)), **({"label_names": names} if names else {}))
+    fedlora.run(config("checkpoint.best='clients'", table=table), tmp_path / "run")
+    whole, best = (json.loads((tmp_path / place / "summary.json").read_text()) for place in ("run", "run/best"))
+    assert best["labels"] == whole["labels"] and best["label_maps"] == whole["label_maps"]
+    assert sorted(best["label_maps"][0]["classes"].values()) == sorted(whole["labels"])
+
+
 def test_the_command_matches_by_name_or_refuses_and_leaves_nothing(tmp_path, commands):
     numbers = saved(tmp_path / "n", rows([1, 2, 3, 4] * 4))
     (tmp_path / "my.toml").write_text(dumps(config(table=small(numbers, label_names=["1", "2", "3", "4", "5"])).table))

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedlora.channel import Channel
 from fedlora.engines.federation import Federation
-from fedlora.engines.inputs import changes
+from fedlora.engines.inputs import compare_inputs, inputs
 from fedlora.engines.loop import Loop, Private, Round, Standing
 from fedlora.engines.retention import Retention
 from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
@@ -117,7 +117,7 @@ class Checkpoints:
 
     def _prune(self, newest: str, number: int) -> None:
         """Removes what is neither among the last, nor the best, nor belongs to them."""
-        found = [path for path in self._states() if path.name == newest or _number(path) < number]
+        found = [path for path in _states(self.folder) if path.name == newest or _number(path) < number]
         kept = {path.name for path in found[-self.retention.keep :]}
         kept |= {self.best["file"]} if self.best else set()
         belong = {str(f) for name in kept for f in (about(self.folder / name).get("private") or {}).values()}
@@ -136,7 +136,7 @@ class Checkpoints:
         ``ValueError`` where there are some and none of them will do.
         """
         self.refused = []
-        for path in reversed(self._states()):
+        for path in reversed(_states(self.folder)):
             try:
                 return self._sound(path)
             except RefusedError as error:
@@ -153,12 +153,7 @@ class Checkpoints:
 
     def check_inputs(self, saved: Saved) -> None:
         """``ValueError`` where the data or the base are not those that the checkpoint was made with; says how."""
-        found = changes(saved.about["inputs"], self.inputs)
-        if found:
-            raise ValueError(
-                f"{str(self.folder.parent)!r} was begun with other data or another model: {'; '.join(found)}; put back "
-                "what it was begun with, or choose another folder and run it anew."
-            )
+        compare_inputs(self.folder.parent, saved.about["inputs"], self.inputs)
 
     def load(self, saved: Saved, f: Federation, engine: Loop) -> Standing:
         """The standing that was saved, its folds in the model's base, and the engine's clients with what they keep."""
@@ -235,8 +230,26 @@ class Checkpoints:
             raise RefusedError(f"{path.name} does not say what a checkpoint says") from error
         return Saved(path.name, said, tree)
 
-    def _states(self) -> list[Path]:
-        return sorted(self.folder.glob(STATES), key=lambda path: (_number(path), path.stat().st_mtime_ns))
+
+def check_unchanged(run: Path, f: Federation) -> None:
+    """``ValueError`` where a run's data or base are not those that it was begun with, or where nothing says so.
+
+    ``f`` is its federation, before anything is folded into the base. The best round's folder in a run's folder is of
+    the same data as the run.
+    """
+    for place in (run / FOLDER, run.absolute().parent / FOLDER):
+        for path in reversed(_states(place)):
+            before = about(path).get("inputs")
+            if isinstance(before, dict):
+                return compare_inputs(run, before, inputs(f))
+    raise ValueError(
+        f"{str(run)!r} has no {FOLDER} that say which data and which model it was begun with, so nothing shows that "
+        "they are the same now; copy them there from where the run was made, or run it anew."
+    )
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob(STATES), key=lambda path: (_number(path), path.stat().st_mtime_ns))
 
 
 def _same(a: Private | None, b: Private) -> bool:
@@ -265,11 +278,11 @@ def unfolded(tree: Mapping[str, Mapping]) -> Folds:
 def config_digest(table: Mapping[str, Any]) -> str:
     """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is.
 
-    Where data and model are is left out, too: what they hold is compared by itself.
+    Where data and model are and what they are called is left out, too: what they hold is compared by itself.
     """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
-    for section, name in (place.split(".") for place in PLACES):
+    for section, name in (place.split(".") for place in (*PLACES, "model.same_base")):
         left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What a run was begun with and cannot go on without: the rows of each split, who has them, and the pretrained weights.
+"""What a run was begun with and cannot go on without: the rows of each split, who has them, and the pretrained model.
 
 A checkpoint holds the digests, so that a run whose data or model was changed on disk is refused and told how.
 """
@@ -7,31 +7,73 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.engines.federation import Federation
+from fedlora.state import digest
 from fedlora.tasks.task import Examples
 
 SAMPLE = 1024  # values of each pretrained weight
 NAMES = 40  # labels that are kept by name
+LONG = 60  # characters of a setting that is kept as it is; of a longer one a digest
+# Settings of a pretrained model that say who wrote it, how it is stored or what its labels are called.
+IDLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path", "id2label", "label2id")
 
 
 def inputs(f: Federation) -> dict[str, Any]:
     """Digests of a federation's rows, as training sees them, and of its base. Plain values, for a checkpoint.
 
-    ``rows`` has each split's number of rows and digests of what they hold (in any order), of that with its labels (in
-    any order), and of the same in order; it is missing on a machine without data.
+    ``base`` is of the pretrained weights, ``settings`` are the model's own, and ``start`` is of ``model.start``. For
+    the rest see ``rows``.
     """
-    found: dict[str, Any] = {"base": _base(f)}
+    settings = model_settings(f.model.network)
+    return {"base": _base(f), "settings": settings, "start": digest(f.model.started), **rows(f)}
+
+
+def rows(f: Federation) -> dict[str, Any]:
+    """Digests of this machine's rows, as training sees them; nothing on a machine without data.
+
+    ``rows`` has each split's number of rows and digests of what they hold (in any order), of that with its labels (in
+    any order), and of the same in order.
+    """
     if f.data is None:
-        return found
+        return {}
     names = list(f.data.label_names)
     labels = {"count": len(names), "first": names[:NAMES], "all": _digest(json.dumps(names).encode()).hex()}
     splits = {"training": f.data.train, "test": f.data.test}
-    return found | {"labels": labels, "rows": {key: digests(own) for key, own in splits.items()}, "shards": _shards(f)}
+    return {"labels": labels, "rows": {key: digests(own) for key, own in splits.items()}, "shards": _shards(f)}
+
+
+def model_settings(network: nn.Module) -> dict[str, str]:
+    """What a pretrained model's ``config.json`` sets otherwise than its kind has it by default: dotted key -> JSON."""
+    config = getattr(network, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    try:
+        usual = _flat(type(config)().to_dict())
+    except (TypeError, ValueError, AttributeError, KeyError):  # a kind without defaults: all of its settings count
+        usual = {}
+    return {key: _short(text) for key, text in sorted(_flat(config.to_dict()).items()) if usual.get(key) != text}
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        if str(key) in IDLE or str(key).startswith("_"):
+            continue
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONG else f"{text[: LONG // 2]}... ({_digest(text.encode()).hex()})"
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -39,11 +81,25 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = [text for split in before.get("rows", {}) if (text := _changed(split, before["rows"], now.get("rows", {})))]
     if before.get("labels") != now.get("labels"):
         found.append(f"the labels are {_named(now.get('labels'))}, and were {_named(before.get('labels'))}")
-    if before["base"] != now["base"]:
+    if before.get("base") != now.get("base"):
         found.append("the pretrained model has other weights")
+    if "settings" in before:
+        found += _reset(before["settings"], now["settings"])
+    if "start" in before and before["start"] != now["start"]:
+        found.append("model.start holds another adapter")
     if not found and before.get("shards") != now.get("shards"):
         found.append("the same rows are divided otherwise among the clients")
     return found
+
+
+def compare_inputs(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """``ValueError`` where two digests of data and base differ; says how."""
+    found = changes(before, now)
+    if found:
+        raise ValueError(
+            f"{str(run)!r} was begun with other data or another model: {'; '.join(found)}; put back what it was begun "
+            "with, or choose another folder and run it anew."
+        )
 
 
 def _changed(split: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -59,6 +115,14 @@ def _changed(split: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> s
     if old["content"] == new["content"]:
         return f"{split} rows have other labels"
     return f"{split} rows have another content"
+
+
+def _reset(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Which settings of the pretrained model differ: up to three by name."""
+    odd = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    pairs = [f"{key} is {now.get(key, 'its default')}, and was {before.get(key, 'its default')}" for key in odd[:3]]
+    more = f", and {len(odd) - 3} more differ" if len(odd) > 3 else ""
+    return [f"the config.json of the pretrained model says that {', '.join(pairs)}{more}"] if odd else []
 
 
 def _named(labels: Mapping[str, Any] | None) -> str:

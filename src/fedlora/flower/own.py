@@ -16,7 +16,7 @@ HERE = ("state", "host", "num-partitions")  # other keys of ours, or Flower's, t
 OWN = (  # settings of the configuration that belong to a party's own machine
     "task.data", "task.data_config", "task.encoding", "task.delimiter", "task.text", "task.prompt",
     "task.response", "task.messages", "task.label", "task.image", "task.train_split", "task.test_split",
-    "model.name", "engine.device", "engine.threads", "engine.allocator",
+    "model.name", "model.same_base", "engine.device", "engine.threads", "engine.allocator",
 )  # fmt: skip
 
 

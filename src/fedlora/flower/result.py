@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config, ConfigError, dumps
+from fedlora.engines.federation import Federation
 from fedlora.engines.flower.node import laid_over
 from fedlora.engines.flower.store import Holding, Store
 from fedlora.folds import FoldLog
+from fedlora.holdings import labels
 from fedlora.runs import CONFIG, METRICS, SHARED, SUMMARY, clients_file, save_folds, summarise
 from fedlora.state import absent, save_json, save_tree, write
+from fedlora.tasks.labels import READINGS
 from fedlora.types import Tree
 
 
@@ -28,7 +31,7 @@ def result(config: Config, state: str | Path, client: int, out: str | Path, run:
     shared = laid_over(f.model.initial(f.seed), held.leaves)
     folds = _folds(store, held)
     summary = {
-        **summarise(config, [], False, 0.0), "labels": list(f.label_names), "folds": len(folds), "kept": True,
+        **summarise(config, [], False, 0.0), **labels(f, _reading(store, client, f)), "folds": len(folds), "kept": True,
         "rounds": held.counted + 1, "client": client,
     }  # fmt: skip
     write(folder / CONFIG, dumps(config.table).encode())
@@ -51,6 +54,12 @@ def _store(state: Path, client: int, run: str | None) -> Store:
             "name the folder that the node's configuration calls state."
         )
     return Store(files[-1].parents[1])
+
+
+def _reading(store: Store, client: int, f: Federation) -> dict[int, str]:
+    """How the party's own rows were read, as its state says; where all have the rows of one data set, those say it."""
+    reading = (store.rows(client) or {}).get("reading") if f.data is None else None
+    return {client: reading} if reading in READINGS and reading else {}
 
 
 def _folds(store: Store, held: Holding) -> FoldLog:

@@ -1,9 +1,11 @@
 """A party: what it does with a message. Nothing of Flower's here beyond the records."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +16,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.flower.records import Order
 from fedlora.engines.flower.settings import Network
 from fedlora.engines.flower.store import Holding, Store
+from fedlora.engines.inputs import changes, model_settings, rows
 from fedlora.evaluation import Evaluator
 from fedlora.folds import Folds
 from fedlora.method import pick
@@ -29,6 +32,10 @@ class StaleError(ValueError):
 
 class DroppedError(ValueError):
     """The party is one that the seed lets drop out of this round: it does nothing with its order."""
+
+
+class ChangedRowsError(ValueError):
+    """The party's rows are not those that it began the run with. The text may hold labels: it stays here."""
 
 
 class Answer(NamedTuple):
@@ -52,6 +59,12 @@ class Base:
     def __post_init__(self):
         f = self.federation
         self.evaluator, self.initial, self.made = f.evaluator(), f.model.initial(f.seed), made(f)
+
+    @cached_property
+    def rows(self) -> dict[str, Any]:
+        """Digests of this machine's rows, and how their labels are read, for the party's own disk only."""
+        f = self.federation
+        return {**rows(f), "reading": "" if f.data is None else f.data.reading}
 
     def bring_to(self, folds: tuple[str, ...], store: Store) -> None:
         """Folds what is missing; starts from the pretrained weights where other folds are in them."""
@@ -91,10 +104,11 @@ class Node:
         The reading is that of a column, by name or by position, and says nothing of any row.
         """
         f = self.federation
-        rows = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
+        self._check_rows()
+        count = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
         held = self.store.load(self.client)
         reading = READINGS.index("" if f.data is None else f.data.reading)
-        metrics = {"client": self.client, "examples": rows, "folded": held.folded, "labels": reading}
+        metrics = {"client": self.client, "examples": count, "folded": held.folded, "labels": reading}
         return Answer(metrics, f"{self.base.made} {held.base}")
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[Folds], sharing: int = 0) -> Answer:
@@ -105,6 +119,7 @@ class Node:
         f, turn = self.federation, self.federation.turn(order.round, self.client)
         if self.client in f.clients.dropped(order.round, f.seed):
             raise DroppedError(DROPPED)
+        self._check_rows(begins=True)
         before = self.store.load(self.client)
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
@@ -119,17 +134,18 @@ class Node:
             self.client,
             replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
         )
-        rows = len(f.shards[self.client].train)
+        count = len(f.shards[self.client].train)
         if said := private.told(f, order.round + 1):
             print(said, file=sys.stderr)
         loss = 0.0 if f.privacy.hides_figures else trainer.loss
-        return Answer({"round": order.round, "examples": rows, "loss": loss}, holds, sent)
+        return Answer({"round": order.round, "examples": count, "loss": loss}, holds, sent)
 
     def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
         """Sums and counts of each score, on the party's own test rows.
 
         What came along is kept; the last turn stays pending, since a server that dies now may ask for it once more.
         """
+        self._check_rows(begins=True)
         before = self.store.load(self.client)
         holding, shared, holds = self._received(before, order, leaves, folds)
         arrived = {name: getattr(holding, name) for name in ("leaves", "folds", "folded", "base")}
@@ -139,6 +155,18 @@ class Node:
         for name, (total, count) in scores.sums.items():
             metrics |= {f"{name}.sum": total, f"{name}.count": count}
         return Answer(metrics, holds)
+
+    def _check_rows(self, begins: bool = False) -> None:
+        """Raises ``ChangedRowsError`` where the rows are not those of the party's first turn; ``begins``: it is one."""
+        before = self.store.rows(self.client)
+        if before is None and begins:
+            self.store.save_rows(self.client, self.base.rows)
+        found = changes(before, self.base.rows) if before is not None else []
+        if found:
+            raise ChangedRowsError(
+                f"client {self.client} began this run with other data: {'; '.join(found)}; put back what it began with "
+                "and start this node again, or let the federation begin a new run."
+            )
 
     def _received(
         self, before: Holding, order: Order, leaves: Tree, folds: Sequence[Folds]
@@ -189,16 +217,18 @@ def visible(rules: Rules, shared: Tree, rank: int) -> dict[str, dict]:
 
 
 def made(f: Federation) -> str:
-    """A digest of what every party must have alike: configuration, leaves from the seed, and pretrained weights.
+    """A digest of what every party must have alike: configuration, leaves from the seed, and the pretrained model.
 
-    Of each weight up to 1,024 values, in bfloat16, the coarsest precision that a party may hold it in.
+    Of the model it has what its config.json sets, and of each weight up to 1,024 values, in bfloat16, the coarsest
+    precision that a party may hold it in.
     """
     sample = {"leaves": {"": torch.frombuffer(bytearray(digest(f.model.initial(f.seed)).encode()), dtype=torch.uint8)}}
     for name, x in f.model.network.state_dict().items():
         if x.is_floating_point():
             values = x.detach().reshape(-1)
             sample[name] = {str(tuple(x.shape)): values[:: max(1, len(values) // 1024)][:1024].bfloat16()}
-    return digest(sample | {"configuration": {f.fingerprint: torch.zeros(0)}})
+    settings = json.dumps(model_settings(f.model.network))
+    return digest(sample | {"configuration": dict.fromkeys((f.fingerprint, settings), torch.zeros(0))})
 
 
 def laid_over(tree: Tree, other: Tree) -> dict[str, dict]:

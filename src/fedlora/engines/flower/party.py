@@ -35,7 +35,7 @@ def handled(kind: str, content: RecordDict, node: Callable, log: str = "its own 
     What goes wrong is told in full here, in ``log``, and by its kind only to the server: the text of an error may hold
     what a row holds, so it does not leave this machine.
     """
-    from fedlora.engines.flower.node import DroppedError, StaleError
+    from fedlora.engines.flower.node import ChangedRowsError, DroppedError, StaleError
     from fedlora.engines.flower.records import ORDER
 
     what = "it could not load its model and data"
@@ -51,6 +51,9 @@ def handled(kind: str, content: RecordDict, node: Callable, log: str = "its own 
         return STALE
     except DroppedError as error:
         return str(error)
+    except ChangedRowsError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        return f"its data are not those that it began this run with; {log} says what changed"
     except Exception as error:
         traceback.print_exc()
         return f"{what} ({type(error).__name__}); {log} says why"

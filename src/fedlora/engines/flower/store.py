@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -18,7 +19,7 @@ from fedlora.engines.checkpoint import folded, unfolded
 from fedlora.engines.snapshot import moment_layers, moments_of
 from fedlora.folds import Folds
 from fedlora.privacy import key_of
-from fedlora.state import flat, load_about, load_tree, save_tree, write
+from fedlora.state import flat, load_about, load_tree, save_json, save_tree, write
 from fedlora.training import State
 from fedlora.types import Tree
 
@@ -53,6 +54,8 @@ class Holding:
 @dataclass(frozen=True)
 class Store:
     """A folder with ``clients/K.safetensors`` and ``folds/NAME.safetensors``; parties in one folder share the folds.
+
+    ``clients/K.rows.json`` has the digests of the rows that the party began the run with; they never leave this disk.
 
     A fold file's name is its content's digest, so the same fold is there once.
     """
@@ -99,6 +102,26 @@ class Store:
             write(path, key_of(None))
         return path.read_bytes()
 
+    def rows(self, client: int) -> dict[str, Any] | None:
+        """What ``save_rows`` wrote; None before the party's first turn. ``ValueError`` where the file is broken."""
+        path = self._rows(client)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no table")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{str(path)!r} does not say which rows this party began the run with, it was edited ({error}); remove "
+                "the run's folder."
+            ) from error
+        return found
+
+    def save_rows(self, client: int, rows: Mapping[str, Any]) -> None:
+        """Keeps the digests of the party's rows, as ``inputs.rows`` makes them."""
+        save_json(self._rows(client), rows)
+
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""
         content = save(flat(folded(folds)))
@@ -110,6 +133,9 @@ class Store:
     def fold(self, name: str) -> Folds:
         """The folds of that name."""
         return unfolded(load_tree(self._fold(name)))
+
+    def _rows(self, client: int) -> Path:
+        return self.folder / "clients" / f"{client}.rows.json"
 
     def _path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.safetensors"
