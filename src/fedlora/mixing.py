@@ -5,8 +5,9 @@ then no long vector is touched any more; ``passes`` has the way for many clients
 
 The problem has many local optima where clients hold their factors in turned frames (``B_k R_k`` and ``R_kᵀ A_k`` for
 rotations ``R_k``): means cancel there, and sweeps from FedIT's weights end far from the best mix. Where neither side's
-factors agree, the sweeps also begin at single clients, and at the mean of the factors after each is rotated towards it;
-the mix with the least error is taken. Where one side agrees, FedIT's weights alone lead to the best mix.
+factors agree, and rotating them makes them agree better, the sweeps also begin at single clients, and at the mean of
+the factors after each is rotated towards it; the mix with the least error is taken. Where one side agrees, or factors
+differ by noise that no rotation takes away, FedIT's weights alone lead to the best mix.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,7 @@ CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding e
 STILL = 1e-6  # relative: a sweep that lowers the squared error by less of it is the last one
 ROUNDING = 1e-20  # of the squared norm of the served product: a smaller decrease is rounding error
 AGREE = 0.8  # ‖X̄‖² over the mean of ‖X_k‖²: above it on either side, the clients share a frame
+CLOSER = 1.05  # what rotating must multiply the sum of both sides' by, or the factors differ by more than their frames
 SINGLES, FINALISTS, TRIAL = 32, 4, 5  # clients to begin at, those that go on, and the sweeps that decide which
 
 
@@ -84,14 +86,14 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
     """
     L, K = len(grams.B), len(w)
     found = sweep_from(grams, w, w.expand(L, 1, K), whole_model, sweeps)
-    turned = ~(agreement(*_norms(grams, w)) >= AGREE)
-    turned = turned.any().expand(L) if whole_model else turned
-    if sweeps and K > 1 and bool(turned.any()):
-        some = Grams(grams.B[turned], grams.A[turned])
-        first = Fit(*(x[turned] for x in found))
+    odd = turned(grams, w)
+    odd = odd.any().expand(L) if whole_model else odd
+    if sweeps and K > 1 and bool(odd.any()):
+        some = Grams(grams.B[odd], grams.A[odd])
+        first = Fit(*(x[odd] for x in found))
         best = _best(_joined(first, _other_starts(some, w, whole_model, sweeps)), some, w, whole_model)
         for whole, part in zip(found, best):
-            whole[turned] = part
+            whole[odd] = part
     return found.p[:, 0], found.q[:, 0]
 
 
@@ -110,23 +112,45 @@ def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
 
     Clients are not told apart by their weights alone: these are often equal, and the order of clients must not matter.
     """
-    B, A = (torch.diagonal(side, dim1=1, dim2=2).movedim(-1, 1) for side in grams)
-    share = w * torch.einsum("xkij,xkji->xk", B, A).clamp_min(0).sqrt()
+    share = _shares(grams, w)
     share = share.sum(0, keepdim=True).expand_as(share) if whole_model else share
     return torch.eye(len(w), dtype=w.dtype, device=w.device)[share.argsort(dim=-1, descending=True)[:, :many]]
+
+
+def _shares(grams: Grams, w: Tensor) -> Tensor:
+    """``w_k ‖B_k A_k‖`` for every k: ``L K``."""
+    B, A = (torch.diagonal(side, dim1=1, dim2=2).movedim(-1, 1) for side in grams)
+    return w * torch.einsum("xkij,xkji->xk", B, A).clamp_min(0).sqrt()
 
 
 def _rotated(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
     """The mix nearest to the mean ``Σ w_k T_kᵀ A_k`` of factors that are each rotated towards it: ``L 1 K``."""
     L, K, _, r, _ = grams.A.shape
     T = torch.eye(r, dtype=w.dtype, device=w.device).expand(L, K, r, r)
-    sizes = [torch.einsum("k,xkkii->x", w, side).clamp_min(1e-300)[:, None, None, None, None] for side in grams]
-    both = grams.B / sizes[0] + grams.A / sizes[1]
+    both = _both(grams, w)
     for _ in range(3):
         T, _ = polar(einsum("l,xklij,xljm->xkim", w, both, T))
     M = torch.einsum("xklii->xkl", grams.A)[:, None]
     b = einsum("l,xklij,xlij->xk", w, grams.A, T)[:, None]
     return _step(torch.zeros_like(b), M, b, whole_model)[0].expand(L, 1, K)
+
+
+def _both(grams: Grams, w: Tensor) -> Tensor:
+    """The products of both sides, each over its mean ``‖X_k‖²``: a rotation acts on both alike. ``L K K r r``."""
+    sizes = [torch.einsum("k,xkkii->x", w, side).clamp_min(1e-300)[:, None, None, None, None] for side in grams]
+    return grams.B / sizes[0] + grams.A / sizes[1]
+
+
+def turned(grams: Grams, w: Tensor) -> Tensor:
+    """Where neither side's factors agree, and rotating each towards the client with the largest share of the target
+    brings them closer: ``L``. Towards the mean, of which each is a part, noise would come closer, too."""
+    apart = ~(agreement(*_norms(grams, w)) >= AGREE)
+    if not bool(apart.any()):
+        return apart
+    both = _both(grams, w)
+    T, _ = polar(both[torch.arange(len(both), device=w.device), :, _shares(grams, w).argmax(-1)])
+    rotated = torch.einsum("k,xkim,xkim->x", w, T, einsum("l,xklij,xljm->xkim", w, both, T))
+    return apart & (rotated > CLOSER * einsum("k,l,xklii->x", w, w, both))
 
 
 def _norms(grams: Grams, w: Tensor) -> tuple[Tensor, Tensor]:

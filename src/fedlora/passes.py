@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.mixing import AGREE, Atoms, Grams, agreement, als, balanced, gram
+from fedlora.linalg import polar
+from fedlora.mixing import AGREE, CLOSER, Atoms, Grams, agreement, als, balanced, gram
 from fedlora.products import Lazy
 
 ITERATIONS = 60  # of conjugate gradients in a half-sweep, at most
@@ -140,21 +141,35 @@ def _alternated(B: _Side, A: _Side, w: Tensor, sweeps: int) -> tuple[Tensor, Ten
 
 
 def _turned(B: _Side, A: _Side, w: Tensor) -> Tensor:
-    """Where neither side's factors agree."""
-    means = torch.stack([torch.linalg.matrix_norm(X.mean).double().square() for X in (B, A)])
-    return ~(agreement(means, means + torch.stack([(w * X.squares()).sum(-1) for X in (B, A)])) >= AGREE)
+    """``mixing.turned`` by passes."""
+    least = torch.finfo(B.mean.dtype).tiny
+    means = [torch.linalg.matrix_norm(X.mean).double().square() for X in (B, A)]
+    each = [(mean + (w * X.squares()).sum(-1)).clamp_min(least) for mean, X in zip(means, (B, A))]
+    apart = ~(agreement(torch.stack(means), torch.stack(each)) >= AGREE)
+    if not bool(apart.any()):
+        return apart
+    largest = torch.eye(len(w), dtype=w.dtype, device=w.device)[_shares(B, A, w).argmax(-1)]
+    tops = [_mixed(X, largest) / size.to(X.mean.dtype)[..., None, None] for X, size in zip((B, A), each)]
+    crossed = [X.against(Y) + (X.mean.mT @ Y)[..., None, :, :] for X, Y in zip((B, A), tops)]
+    T = w.to(B.mean.dtype)[:, None, None] * polar(crossed[0] + crossed[1])[0]
+    rotated = [torch.linalg.matrix_norm(X.crossed(T) + X.mean @ T.sum(-3)).double().square() for X in (B, A)]
+    return apart & (rotated[0] / each[0] + rotated[1] / each[1] > CLOSER * (means[0] / each[0] + means[1] / each[1]))
+
+
+def _shares(B: _Side, A: _Side, w: Tensor) -> Tensor:
+    """``w_k ‖B_k‖ ‖A_k‖`` for every k."""
+    norms = [X.squares() + 2 * X.inner(X.mean) + X.mean.square().sum((-2, -1))[..., None] for X in (B, A)]
+    return w * (norms[0].clamp_min(0) * norms[1].clamp_min(0)).sqrt()
 
 
 def _pass_starts(B: _Side, A: _Side, w: Tensor, sweeps: int) -> list[Tensor]:
     """Of the clients with the largest share of the target, each alone, those that are the best after a few sweeps."""
-    norms = [
-        (X.squares() + 2 * X.inner(X.mean) + X.mean.square().sum((-2, -1))[..., None]).clamp_min(0) for X in (B, A)
-    ]
-    largest = (w.square() * norms[0] * norms[1]).argsort(dim=-1, descending=True)[..., :PASS_SINGLES]
-    starts = [torch.nn.functional.one_hot(k, len(w)).to(w.dtype) for k in largest.unbind(-1)]
+    largest = _shares(B, A, w).argsort(dim=-1, descending=True)[..., :PASS_SINGLES]
+    alone = torch.eye(len(w), dtype=w.dtype, device=w.device)
+    starts = alone[largest].unbind(-2)
     tried = torch.stack([_swept(B, A, start, w, min(PASS_TRIAL, sweeps))[2] for start in starts], dim=-1)
     best = largest.gather(-1, tried.argsort(dim=-1, stable=True)[..., :PASS_FINALISTS])
-    return [torch.nn.functional.one_hot(k, len(w)).to(w.dtype) for k in best.unbind(-1)]
+    return list(alone[best].unbind(-2))
 
 
 def _swept(B: _Side, A: _Side, start: Tensor, w: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
