@@ -116,7 +116,7 @@ MISTAKES = {
         r"model.target_parameters is a setting of PEFT that cannot be used here: factors of a parameter that is no "
         r"module's weight, such as the stacked experts of a mixture, .*; leave it out, and name linear layers in model.tar",
     ),
-    "DoRA": (with_(adapter__use_dora="true"), r"adapter.use_dora is a setting of PEFT .*: DoRA's magnitudes make"),
+    "DoRA": (with_(adapter__use_dora="true"), r"adapter.use_dora is a setting of PEFT .*: with DoRA's magnitudes"),
     "layers of the adapter's own": (
         with_(model__layer_replication="[[0, 2]]"), r"model.layer_replication .*: layers that exist only in the adapter"
     ),

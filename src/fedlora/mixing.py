@@ -5,9 +5,9 @@ then no long vector is touched any more; ``passes`` has the way for many clients
 
 The problem has many local optima where clients hold their factors in turned frames (``B_k R_k`` and ``R_kᵀ A_k`` for
 rotations ``R_k``): means cancel there, and sweeps from FedIT's weights end far from the best mix. Where neither side's
-factors agree, and rotating them makes them agree better, the sweeps also begin at single clients, and at the mean of
-the factors after each is rotated towards it; the mix with the least error is taken. Where one side agrees, or factors
-differ by noise that no rotation takes away, FedIT's weights alone lead to the best mix.
+factors agree, and rotating them makes them agree better, the sweeps also begin at single clients, at principal
+components, and at the mean of the factors after each is rotated towards it; the mix with the least error is taken.
+Where one side agrees, or factors differ by noise that no rotation takes away, FedIT's weights alone lead to it.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,8 @@ STILL = 1e-6  # relative: a sweep that lowers the squared error by less of it is
 ROUNDING = 1e-20  # of the squared norm of the served product: a smaller decrease is rounding error
 AGREE = 0.8  # ‖X̄‖² over the mean of ‖X_k‖²: above it on either side, the clients share a frame
 CLOSER = 1.05  # what rotating must multiply the sum of both sides' by, or the factors differ by more than their frames
-SINGLES, FINALISTS, TRIAL = 32, 4, 5  # clients to begin at, those that go on, and the sweeps that decide which
+SINGLES, FINALISTS, TRIAL = 32, 8, 5  # clients to begin at, those that go on, and the sweeps that decide which
+PRINCIPAL = 4  # principal components to begin at, of each of three kinds
 
 
 class Atoms(NamedTuple):
@@ -98,13 +99,13 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
 
 
 def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
-    """From the mean of the turned factors, and from the clients that are the best after a few sweeps."""
+    """From the mean of the turned factors, principal components, and the clients that are best after a few sweeps."""
     singles = _singles(grams, w, whole_model, min(SINGLES, len(w)))
     tried = sweep_from(grams, w, singles, whole_model, min(TRIAL, sweeps))
     error = tried.error.sum(0, keepdim=True).expand_as(tried.error) if whole_model else tried.error
     chosen = error.argsort(dim=-1, stable=True)[:, :FINALISTS, None].expand(-1, -1, len(w))
-    starts = torch.cat([tried.q.gather(1, chosen), _rotated(grams, w, whole_model)], dim=1)
-    return sweep_from(grams, w, starts, whole_model, sweeps)
+    more = _principal(grams, w, whole_model), _rotated(grams, w, whole_model)
+    return sweep_from(grams, w, torch.cat([tried.q.gather(1, chosen), *more], dim=1), whole_model, sweeps)
 
 
 def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
@@ -115,6 +116,15 @@ def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
     share = _shares(grams, w)
     share = share.sum(0, keepdim=True).expand_as(share) if whole_model else share
     return torch.eye(len(w), dtype=w.dtype, device=w.device)[share.argsort(dim=-1, descending=True)[:, :many]]
+
+
+def _principal(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
+    """The first principal components of the clients, by their products and by either side's factors: ``L S K``."""
+    sides = [torch.einsum("xklij,xklij->xkl", *grams), *(torch.einsum("xklii->xkl", side) for side in grams)]
+    S = torch.stack(sides, dim=1) * (w[:, None] * w)
+    S = S.sum(0, keepdim=True).expand_as(S) if whole_model else S
+    first: Tensor = torch.linalg.eigh(S).eigenvectors.mT.flip(-2)[:, :, :PRINCIPAL]
+    return w * first.flatten(1, 2)
 
 
 def _shares(grams: Grams, w: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_a_round_that_waits_does_not_wait_for_who_dropped_out(tmp_path):
     assert done.record["cohort"] == config(*WAITS).clients.staying(0, 0) and done.record["absent"] == {
         dropped[0]: DROPPED
     }
-    assert sum(event.kind == "waiting" for event in world.events) == 1
+    assert sum(event.kind == "waiting" and "have answered" in event.text for event in world.events) == 1
 
 
 def test_new_clients_are_not_waited_for_nor_scored(tmp_path):

@@ -109,14 +109,14 @@ BAD = {
     "negative": (
         [{"text": "a", "label": -1}, {"text": "b", "label": 1}] * 9,
         {"label_names": ["no", "yes"]},
-        r"holds -1 in the training rows, which is no label; no label name is a number",
+        r"holds -1 in the training rows, which matches no label; no label name is a number",
     ),
     "one label": ([{"text": "a", "label": 0}] * 9, {}, r"only 1 label"),
     "outside": (ROWS, {"label_names": ["only one", "two"], "label": "wrong"}, r"no column 'wrong'"),
     "beyond": (
         [*ROWS, {"text": "a", "label": 7}],
         {"label_names": ["no", "yes"]},
-        r"holds 7 in the training rows, which is no label; .* positions, 0 = no, 1 = yes; correct the rows",
+        r"holds 7 in the training rows, which matches no label; .* positions, 0 = no, 1 = yes; correct the rows",
     ),
     "kept but not there": (ROWS, {"labels": [0, 5]}, r"task.labels has 5, which is no label; the labels are 0, 1"),
     "one kept": (ROWS, {"labels": [0]}, r"task.labels keeps only 1 label"),
@@ -161,7 +161,7 @@ def test_places_that_are_wrong(tmp_path, model):
         with pytest.raises(ValueError, match=sentence):
             TextClassification(data).load(model, 0)
     write(tmp_path, "train.jsonl")
-    with pytest.raises(ValueError, match=r"no split 'dev'; set task.test_split to one of train"):
+    with pytest.raises(ValueError, match=r"no split 'dev'; set task.test_split to one of these: train"):
         TextClassification(str(tmp_path), test_split="dev").load(model, 0)
     broken = {
         "broken.jsonl": '{"text": "a", "label"',
