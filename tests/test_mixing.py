@@ -132,19 +132,16 @@ def dense_least(atoms, starts, sweeps=150):
 
 
 @pytest.mark.parametrize(
-    ("K", "r", "m", "n", "spread", "angle"),
+    ("K", "r", "m", "n", "spread", "angle", "seed"),
     [
-        (3, 2, 9, 7, 0.2, None),
-        (4, 3, 11, 8, 0.3, 0.4),
-        (10, 4, 20, 16, 0.1, None),
-        (10, 4, 20, 16, 0.5, 0.6),
-        (30, 8, 24, 20, 0.03, None),
+        *[(3, 2, 9, 7, 0.2, None, seed) for seed in range(2)],
+        *[(4, 3, 11, 8, 0.3, 0.4, seed) for seed in range(2)],
+        *[(10, 4, 20, 16, 0.1, None, seed) for seed in (0, 1, 105)],  # 105: the four best clients do not lead there
+        *[(10, 4, 20, 16, 0.5, 0.6, seed) for seed in range(2)],
+        (30, 8, 24, 20, 0.03, None, 0),  # one draw: the oracle takes seconds
     ],
 )
-@pytest.mark.parametrize("seed", range(2))
-def test_turned_frames_are_mixed_as_well_as_many_starts_find(seed, K, r, m, n, spread, angle):
-    if K > 10 and seed:
-        pytest.skip("one draw of the large case: the oracle takes seconds")
+def test_turned_frames_are_mixed_as_well_as_many_starts_find(K, r, m, n, spread, angle, seed):
     atoms = turned(seed, K, r, m, n, spread, angle)
     found = float(error(atoms, *best_mixes(atoms, 300)))
     assert found <= dense_least(atoms, 24, 150 if K <= 10 else 40) + 0.005
