@@ -11,6 +11,7 @@ from fedlora import sweep as sweeping
 from fedlora.comparison import Cell, for_label
 from fedlora.config import ConfigError, build, read_table
 from fedlora.grids import Grid
+from fedlora.report import tuning
 from fedlora.sweep import Sweep
 from fedlora.tasks import data as source
 from tests.fixtures.federation import TINY_VIT
@@ -128,6 +129,23 @@ def test_a_diverged_trial_counts_and_loses(monkeypatch, tmp_path):
         assert row["chosen"] == 1 and [t["diverged"] for t in row["trials"]] == [0, 0, 1]
     row = chosen_of(monkeypatch, tmp_path / "none", {1e-4: None, 1e-2: None, 5e-2: None})
     assert row["chosen"] is None and "compare" not in build_chosen(tmp_path / "none" / "s")
+
+
+def test_a_trial_whose_figure_is_not_over_all_clients_says_so(monkeypatch, tmp_path, capsys):
+    """A party that could not score, in the simulation: the trials' means are over different clients."""
+    executed = figures({1e-4: 0.2, 1e-2: 0.9, 5e-2: 0.4})
+
+    def one_short(cells, jobs, watch):
+        for cell in executed(cells, jobs, watch):
+            few = cell.table["training"]["learning_rate"] == 1e-2
+            cell.summary["scored"] = {"clients": 1 if few else 2, "of": 2}
+            yield cell
+
+    monkeypatch.setattr(sweeping, "executed", one_short)
+    found = Sweep.plan(TABLE, [RATES]).run(tmp_path / "s")
+    assert [trial["over"] for trial in found["methods"][0]["trials"]] == [None, "1 of 2 clients", None]
+    tuning.sweep(found, "s")
+    assert "chosen, mean over 1 of 2 clients" in " ".join(capsys.readouterr().out.split())
 
 
 def build_chosen(folder):

@@ -14,6 +14,7 @@ from fedlora.comparison import Cell, executed, for_label
 from fedlora.config import ConfigError, Table, build, dumps, merged, overridden
 from fedlora.engines.loop import Event
 from fedlora.grids import Grid, Values
+from fedlora.report.attendance import over
 from fedlora.runs import check_same
 from fedlora.settings import at, difference, placed, without
 from fedlora.state import save_json, write
@@ -183,6 +184,7 @@ class Sweep:
             "value": statistics.fmean(values) if whole else None,
             "each": values,
             "by": next((run["by"] for run in runs if run and run["by"]), None),
+            "over": next((run["over"] for run in runs if run and run.get("over") not in (None, "clients")), None),
             "diverged": values.count(None),
             "seconds": sum(run["seconds"] for run in runs if run is not None),
         }
@@ -248,6 +250,7 @@ def _outcome(cell: Cell) -> dict[str, Any]:
     return found | {
         "value": value if math.isfinite(value) else None,
         "by": by,
+        "over": over(cell.summary) if by == "clients" else None,
         "metric": metric,
         "seconds": cell.summary["seconds"]["whole"],
     }

@@ -34,7 +34,8 @@ def sweep(found: Mapping[str, Any], folder: str) -> None:
 def _remark(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
     if trial["diverged"]:
         return "diverged"
-    return "chosen" if trial["trial"] == row["chosen"] else ""
+    over = [f"mean over {trial['over']}"] if trial.get("over") else []
+    return ", ".join((["chosen"] if trial["trial"] == row["chosen"] else []) + over)
 
 
 def _sentence(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
