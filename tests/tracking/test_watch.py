@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
 def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
     """Client 2 dies in round 3, client 0 is quarantined there; in round 4 client 0 is back."""
     one = pulse.Pulse(tmp_path, every=0.0)
-    one._now = {**PROGRESS, "rounds": 5}
+    one._now = deepcopy({**PROGRESS, "rounds": 5})
     records = [record(n, clients={"mean": 0.5, "each": [0.5, 0.5, 0.5]}) for n in (1, 2)]
 
     def shown():
@@ -211,7 +212,7 @@ def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
 
 def test_many_that_are_left_out_are_counted(tmp_path):
     one = pulse.Pulse(tmp_path, every=0.0)
-    one._now = PROGRESS
+    one._now = deepcopy(PROGRESS)
     for client in range(500):
         one.on_event(Event("absent", 0, client))
     text = " ".join(text_of(Following(tmp_path).look(), 150).split())
