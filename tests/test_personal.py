@@ -16,8 +16,8 @@ from fedlora.metrics import figures
 from fedlora.personal import Sides, personal
 from fedlora.rounds import received
 from fedlora.training import LocalTrainer
-from tests.fixtures.federation import ADAPTERS, TINY_VIT, config, same
-from tests.resume.test_inputs import ROWS, reset, write
+from tests.fixtures.federation import ADAPTERS, config, same
+from tests.resume.test_inputs import ROWS, on_files, reset, write
 
 NEW = ["clients.count=4", "clients.new=1"]
 
@@ -168,14 +168,7 @@ def test_mistakes(runs, tmp_path):
 
 def begun(tmp_path):
     """A run on files of its own, and its folder with the best round."""
-    shutil.copytree(TINY_VIT, tmp_path / "model")
-    write(tmp_path / "data", ROWS, ROWS[:30])
-    made = config(
-        f"task={{name='image-classification', data='{tmp_path / 'data'}', image_shape=[8, 8, 1]}}",
-        f"model.name='{tmp_path / 'model'}'", "training.local_steps=1", "clients.split={name='iid'}", "rounds=2",
-        "checkpoint.best='clients'",
-    )  # fmt: skip
-    fedlora.run(made, tmp_path / "run")
+    fedlora.run(on_files(tmp_path, "rounds=2", "checkpoint.best='clients'"), tmp_path / "run")
     return tmp_path
 
 

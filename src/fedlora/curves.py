@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedlora.report.attendance import scored
+
 Record = Mapping[str, Any]
 CLIENTS = ("mean", "examples_mean", "worst", "spread")  # of the clients' own models
 FAULTS = ("absent", "unscored", "quarantined", "stragglers")
@@ -30,8 +32,8 @@ def _named(record: Record) -> Iterator[tuple[str, float | None]]:
         yield f"global/{name}", value
     for name in CLIENTS:
         yield f"clients/{name}", record.get("clients", {}).get(name)
-    if each := record.get("clients", {}).get("each"):
-        yield "clients/scored", sum(value is not None for value in each)
+    if record.get("clients", {}).get("each"):
+        yield "clients/scored", scored(record)
     yield "attack/success", record.get("attack", {}).get("success")
     for name, values in _over_weights(record).items():
         yield f"aggregation/{name}", statistics.fmean(values)

@@ -180,7 +180,7 @@ def _scale(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         if not fits or (isinstance(value, dict) and not all(_above_zero(x) for x in own.values())):
             raise ValueError(
                 f"{str(folder / CONFIG)!r} sets {key} to {own!r}, but the rank and the scale must be greater than 0; "
-                "copy it anew, or train the adapter otherwise."
+                "copy the file again, or retrain the adapter."
             )
         for pattern in own if isinstance(value, dict) else ():
             _compiled(folder, key, pattern)

@@ -11,7 +11,7 @@ from fedlora import methods
 from fedlora.engines.flower.layout import means, size, vector
 from fedlora.engines.flower.quorum import TooFewError
 from fedlora.rounds import shares
-from fedlora.secure import PHASES
+from fedlora.secure import PHASES, ProtocolError
 from tests.fixtures.federation import REFERENCE
 from tests.flower.world import HIDDEN, QUICK, TRAIN_ONLY, World, config, overrides
 
@@ -279,3 +279,13 @@ def test_the_next_session_of_a_round_is_without_the_clients_that_failed(phase, t
     world.grid.leave(14)
     world.server.network = replace(QUICK, join_timeout=0.02)
     assert close(world.run()[0].shared, done.shared, 1e-5)
+
+
+def test_a_session_that_fails_without_a_culprit_ends_the_run_too(tmp_path, monkeypatch):
+    def outcome(server):
+        raise ProtocolError("The shares do not fit together.")
+
+    monkeypatch.setattr("fedlora.secure.Server.outcome", outcome)
+    network = replace(HIDDEN, repair_timeout=0.2)
+    with pytest.raises(TooFewError, match="0 of 3 clients can take part, and it needs 3"):
+        World(tmp_path, "rounds=1", *SHORT, network=network).run()

@@ -15,7 +15,7 @@ from PIL import Image
 import fedlora
 from fedlora.config import build, merged
 from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.party import client_app, handled, introduced
+from fedlora.engines.flower.party import client_app, handled, prepend_client
 from fedlora.engines.flower.server import Federated
 from fedlora.engines.flower.store import Store
 from fedlora.flower import parties
@@ -167,7 +167,7 @@ def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1, **
     def turns(kind, content, context):
         node = context.node_config
         found = handled(kind, content, lambda run: parties.party(table, node, run))
-        return introduced(kind, found, lambda: number(node))
+        return prepend_client(kind, found, lambda: number(node))
 
     def taught(client):
         """The label of each training row, by its name."""

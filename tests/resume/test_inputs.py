@@ -19,15 +19,20 @@ from tests.resume.world import alike, stopped
 ROWS = [{"image": bytes((i * k) % 256 for k in range(64)), "label": i % 3} for i in range(60)]
 
 
+def on_files(folder, *more):
+    """Writes rows and a model of its own into a folder; the configuration of a run on them."""
+    shutil.copytree(TINY_VIT, folder / "model")
+    write(folder / "data", ROWS, ROWS[:30])
+    return config(
+        f"task={{name='image-classification', data='{folder / 'data'}', image_shape=[8, 8, 1]}}",
+        f"model.name='{folder / 'model'}'", "training.local_steps=1", "clients.split={name='iid'}", *more,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def world(tmp_path):
     """A run on files of its own that was broken off after a round: its configuration and its folder."""
-    shutil.copytree(TINY_VIT, tmp_path / "model")
-    write(tmp_path / "data", ROWS, ROWS[:30])
-    made = config(
-        f"task={{name='image-classification', data='{tmp_path / 'data'}', image_shape=[8, 8, 1]}}",
-        f"model.name='{tmp_path / 'model'}'", "training.local_steps=1", "clients.split={name='iid'}", "rounds=3",
-    )  # fmt: skip
+    made = on_files(tmp_path, "rounds=3")
     stopped(made, tmp_path / "run", 1)
     return made, tmp_path
 

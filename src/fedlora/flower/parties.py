@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora.config import build
 from fedlora.engines.flower.node import Base, Node
-from fedlora.engines.flower.party import client_app, handled, introduced
+from fedlora.engines.flower.party import client_app, handled, prepend_client
 from fedlora.engines.flower.store import Store
 from fedlora.flower.own import number, own_table, state_folder
 from fedlora.settings import Table
@@ -40,6 +40,6 @@ def simulated_app(table: Table, folder: Path) -> ClientApp:
     def turns(kind, content, context):
         node = context.node_config
         found = handled(kind, content, lambda run: Node(base(text), number(node), Store(folder / run), network))
-        return introduced(kind, found, lambda: number(node))
+        return prepend_client(kind, found, lambda: number(node))
 
     return client_app(turns)

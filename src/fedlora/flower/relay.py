@@ -26,7 +26,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedlora.engines.flower.party import client_app as app_of
-from fedlora.engines.flower.party import introduced
+from fedlora.engines.flower.party import prepend_client
 from fedlora.flower.own import number, state_folder
 from fedlora.settings import ConfigError
 
@@ -42,7 +42,7 @@ def client_app(config: str | Path) -> ClientApp:
     path = Path(config)
 
     def turns(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
-        return introduced(kind, answer(kind, content, context), lambda: number(context.node_config))
+        return prepend_client(kind, answer(kind, content, context), lambda: number(context.node_config))
 
     def answer(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
         if context.node_config.get("host", True) is False:

@@ -32,7 +32,7 @@ def scored(record: Mapping[str, Any]) -> int:
 def over(summary: Mapping[str, Any]) -> str:
     """Whom a mean over clients is over, for a title: ``clients``, or ``2 of 3 clients``."""
     each = summary.get("final", {}).get("clients", {}).get("each", [])
-    found = summary.get("scored") or {"clients": sum(x is not None for x in each), "of": len(each)}
+    found = summary.get("scored") or {"clients": scored(summary.get("final", {})), "of": len(each)}
     return "clients" if found["clients"] == found["of"] else f"{found['clients']} of {found['of']} clients"
 
 

@@ -52,7 +52,7 @@ class Masked(Federated):
                 f"flower.min_clients is {self.network.min_clients}; flower.secure_aggregation needs {least} clients "
                 "to finish a round (flower.secure_threshold); with fewer, the round starts again"
             )))  # fmt: skip
-        while not self._ended(f, at, self._cohort(least, order, wanted), least):
+        while not self._try_session(f, at, self._cohort(least, order, wanted), least):
             self._rest()
             self._quorum.check(least, set(order))
         return self._left(f, at, began)
@@ -63,19 +63,17 @@ class Masked(Federated):
         ready = [client for client in here if client not in self._quorum.failed]
         return sorted((ready if len(ready) >= least else here)[:wanted])
 
-    def _ended(self, f: Federation, at: Standing, cohort: list[int], least: int) -> bool:
-        """Whether a session of this cohort came to its end; else what was lacking is said."""
+    def _try_session(self, f: Federation, at: Standing, cohort: list[int], least: int) -> bool:
+        """Runs one session; returns whether it succeeded, and reports why it did not."""
         if len(cohort) < least:
             self._say(f"{len(cohort)} of at least {least} clients are connected; waiting for more")
             return False
         try:
             self._summed(f, at, cohort)
         except ProtocolError as error:
-            blamed = self.absent.keys() & set(cohort)
+            blamed = self.absent.keys() & set(cohort) or set(cohort)  # all of them, if the protocol names nobody
             self._quorum.failed = (self._quorum.failed - set(cohort)) | blamed
             self._say(f"{error}; the round starts again")
-            if not blamed:
-                self._quorum.lacking(str(error).rstrip("."))
             return False
         return True
 

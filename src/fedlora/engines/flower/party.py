@@ -59,8 +59,8 @@ def handled(kind: str, content: RecordDict, node: Callable, log: str = "its own 
         return f"{what} ({type(error).__name__}); {log} says why"
 
 
-def introduced(kind: str, found: RecordDict | str, number: Callable[[], int]) -> RecordDict | str:
-    """A party's answer. Why it cannot say who it is follows its number, which the server has no other way to know."""
+def prepend_client(kind: str, found: RecordDict | str, number: Callable[[], int]) -> RecordDict | str:
+    """Returns the answer; an error of the first message gets the client's number, unknown to the server."""
     if kind != HELLO or not isinstance(found, str):
         return found
     try:

@@ -1,4 +1,4 @@
-"""Whether enough clients can still take part in a round; where they cannot, the run ends."""
+"""Ends a run if too few clients can take part in a round."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class TooFewError(ValueError):
 
 @dataclass
 class Quorum:
-    """One round's.
+    """Checks in one round whether enough clients can still take part.
 
     A client that is not connected can still come. A node that is left out, and a connected client that failed when it
     was last asked, must be mended first.
@@ -38,10 +38,10 @@ class Quorum:
         if possible >= least:
             self.since = None
         else:
-            self.lacking(f"{possible} of {len(able)} clients can take part, and it needs {least}")
+            self._wait_or_raise(f"{possible} of {len(able)} clients can take part, and it needs {least}")
 
-    def lacking(self, why: str) -> None:
-        """Says that the round cannot be finished as it is; ``TooFewError`` where that has been so for too long."""
+    def _wait_or_raise(self, why: str) -> None:
+        """Reports that the round cannot be finished; raises ``TooFewError`` after ``seconds`` of this."""
         if self.since is None:
             self.since = time.monotonic()
             text = f"{why}; the run ends if this lasts for {self.seconds:g} seconds (flower.repair_timeout)"
