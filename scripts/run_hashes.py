@@ -1,7 +1,9 @@
 """The bits that every method's run comes to: ``python -m scripts.run_hashes [--write FILE | --against FILE]``.
 
-Each method is run on pictures, on text and with a causal language model, all tiny and without training before. A change
-that is to leave results as they are leaves every hash as it is: write the file before it, compare after it.
+Each method is run on pictures, on text and with a causal language model, all tiny and without training before; some
+methods are also run with privacy, codecs, clients of unequal ranks and other settings, one is resumed, and two run over
+Flower messages in memory. A change that is to leave results as they are leaves every hash as it is: write the file
+before it, compare after it.
 """
 
 import argparse
@@ -10,13 +12,14 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tests.fixtures.federation import TABLE, config, settings
+from tests.flower.world import World
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,6 +33,19 @@ from fedlora import methods
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "0", "1"]
 TIMES = {"seconds", "began", "ended"}  # of a record: what the clock says
+VARIANTS = {  # of the run on pictures: a method, and settings
+    "dropout": ("fedit", "clients.dropout=0.4", "clients.count=4", "clients.stragglers=0.5"),
+    "ranks": ("flora", "clients.ranks=[1,2,2]"),
+    "ranks of products": ("flexlora", "clients.ranks=[1,2,2]"),
+    "heads": ("ravan", "clients.ranks=[1,2,2]"),
+    "example privacy": ("fedit", "privacy.level=example", "privacy.noise_multiplier=1.0"),
+    "client privacy": ("ffa-lora", "privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform"),
+    "int8": ("fedsa-lora", "transport.up=int8"),
+    "top-k": ("fedit", "transport={up='top-k', top_k=0.2}"),
+    "krum": ("fedit", "clients.count=4", "robust.name=krum", "attack={name='sign-flip', clients=[1]}"),
+    "trimmed": ("fedex-lora", "robust={name='trimmed', attackers=0.34}"),
+    "server optimiser": ("fedit", "server.optimizer=adam", "clients.per_round=2"),
+}
 
 
 def write_models(folder: Path) -> None:
@@ -99,32 +115,72 @@ def numbers(value: Any) -> Iterator[str]:
         yield repr(float(value))
 
 
+def file_digest(path: Path) -> str:
+    """Of the tensors of a file, in the order of their names."""
+    found = hashlib.sha256()
+    for _, tensor in sorted(load_file(path).items()):
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return found.hexdigest()
+
+
 def digest(folder: Path) -> str:
     """Of all tensors that a run leaves and of all numbers of its records; names may change, bits may not."""
     found = hashlib.sha256()
-    for path in [folder / "shared.safetensors", *sorted(folder.glob("clients/*.safetensors"))]:
-        if path.exists():
-            for _, tensor in sorted(load_file(path).items()):
-                found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    found.update(" ".join(sorted(map(file_digest, folder.rglob("*.safetensors")))).encode())
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         found.update(" ".join(sorted(numbers(json.loads(line)))).encode())
     return found.hexdigest()[:24]
 
 
+def resumed(folder: Path) -> str:
+    """Of a run of three rounds, two of them after it was resumed."""
+    fedlora.run(config(*settings("fedex-lora"), "rounds=1"), folder)
+    fedlora.resume(folder, rounds=3)
+    return digest(folder)
+
+
+def over_flower(folder: Path, name: str) -> str:
+    """Of a method's run over Flower messages in memory: the server's trees and the records of its rounds."""
+    found = hashlib.sha256()
+    for done in World(folder, *settings(name)).run():
+        for _, layer in sorted(done.shared.items()):
+            for _, tensor in sorted(layer.items()):
+                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        found.update(" ".join(sorted(numbers(done.record))).encode())
+    return found.hexdigest()[:24]
+
+
+def jobs(folder: Path) -> Iterator[tuple[str, Callable[[Path], str]]]:
+    """The name of each run, and what runs it in a folder and returns its hash."""
+
+    def run(*overrides: str, table: dict[str, Any] = TABLE) -> Callable[[Path], str]:
+        def into(place: Path) -> str:
+            fedlora.run(config(*overrides, table=table), place)
+            return digest(place)
+
+        return into
+
+    for task, table in tables(folder).items():
+        for name in methods.names():
+            yield f"{task}/{name}", run(*settings(name), table=table)
+    for variant, (name, *overrides) in VARIANTS.items():
+        yield f"{variant}/{name}", run(*settings(name), *overrides)
+    yield "resumed/fedex-lora", resumed
+    for name in ("fedsa-lora", "fedex-lora"):
+        yield f"over Flower/{name}", lambda place, name=name: over_flower(place, name)
+
+
 def hashes() -> dict[str, str]:
-    """``task/method`` -> the hash of its run."""
+    """The hash of each run by its name."""
     found = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_models(folder)
         write_rows(folder)
-        for task, table in tables(folder).items():
-            for name in methods.names():
-                run = folder / f"{task}-{name}"
-                fedlora.run(config(*settings(name), table=table), run)
-                found[f"{task}/{name}"] = digest(run)
-                print(f"{task}/{name} {found[f'{task}/{name}']}", flush=True)
+        for number, (name, job) in enumerate(jobs(folder)):
+            found[name] = job(folder / f"run{number}")
+            print(f"{name} {found[name]}", flush=True)
     return found
 
 
