@@ -14,9 +14,9 @@ import torch
 
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.aggregation import applicable
-from fedlora.method import Method
-from fedlora.runtime import keep_memory
+from fedlora.export.aggregate import applicable
+from fedlora.methods._base import Method
+from fedlora.training.device import keep_memory
 from fedlora.types import Layer, Turn, Upload, Work
 
 LONG = 2.0  # seconds: not repeated

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from fedlora import methods
-from fedlora.comparison import for_label
-from fedlora.config import Config, build
-from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.store import Store
-from fedlora.flower.app import init
-from fedlora.flower.parties import simulated_app
-from fedlora.flower.processes import Loopback
-from fedlora.runs import run
-from fedlora.state import load_tree
+from fedlora.files import load_tree
+from fedlora.flower.client_factory import simulated_app
+from fedlora.flower.client_store import Store
+from fedlora.flower.deploy.app_template import init
+from fedlora.flower.deploy.processes import Loopback
+from fedlora.flower.testing import MemoryGrid
+from fedlora.runs.compare import for_label
+from fedlora.runs.config import Config, build
+from fedlora.runs.run import run
 from fedlora.types import Tree
 
 MODEL, CLIENTS, ROUNDS = "minilm-l3-h384-v8k", 3, 3
@@ -65,7 +65,7 @@ Ended = tuple[Path, Callable[[int], Tree]]  # a run's folder, and what a client 
 
 
 def _grid(config: Config, place: Path) -> Ended:
-    from fedlora.flower.server import serve
+    from fedlora.flower.serve import serve
 
     grid = MemoryGrid(simulated_app(config.table, place), {10 + k: {"client": k} for k in range(CLIENTS)})
     serve(replace(config, flower=replace(config.flower, poll=0.001)), grid, place / "run")

@@ -19,11 +19,11 @@ from typing import Any
 
 from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
 from benchmarks.study_tables import spread
-from fedlora.attack import taught
-from fedlora.config import Config, Table, build, overridden, read_table
-from fedlora.engines.inprocess import InProcess
-from fedlora.runs import Drive, run
-from fedlora.state import digest
+from fedlora.engines.in_process import InProcess
+from fedlora.files import digest
+from fedlora.runs.config import Config, Table, build, overridden, read_table
+from fedlora.runs.run import Drive, run
+from fedlora.security.attacks._base import taught
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"
 BASE = ("clients.count=20", "evaluation.measure=false", "engine.threads=1")

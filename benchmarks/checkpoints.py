@@ -8,9 +8,9 @@ from typing import Any
 from unittest.mock import patch
 
 from fedlora import methods, run
-from fedlora.comparison import for_label
-from fedlora.config import build
 from fedlora.engines.checkpoint import Checkpoints
+from fedlora.runs.compare import for_label
+from fedlora.runs.config import build
 
 MODEL = "minilm-l3-h384-v8k"
 CLIENTS, STEPS, ROUNDS = 10, 10, 4

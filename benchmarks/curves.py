@@ -28,9 +28,9 @@ def read(book: Path = BOOK) -> list[dict[str, Any]]:
 
 def table() -> dict[str, Any]:
     """The configuration of ``fedlora demo``."""
-    from fedlora.config import read_table
+    from fedlora.runs.config import read_table
 
-    with as_file(files("fedlora.demo") / "demo.toml") as path:
+    with as_file(files("fedlora.cli.demo") / "demo.toml") as path:
         return read_table(path)
 
 
@@ -49,8 +49,8 @@ def points(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(name: str, seed: int) -> dict[str, Any]:
     """One run of the demo under a method."""
-    from fedlora.comparison import execute, plan
-    from fedlora.report.read import records
+    from fedlora.reporting.read import records
+    from fedlora.runs.compare import execute, plan
 
     with tempfile.TemporaryDirectory() as folder:
         (cell,) = plan(table(), [name], [seed], Path(folder))
@@ -61,9 +61,9 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
 def taken(folder: Path, known: set[tuple[str, int]]) -> list[dict[str, Any]]:
     """The runs of a comparison of the demo that are not known yet; ``ValueError`` for another configuration."""
-    from fedlora.comparison import for_label
-    from fedlora.config import build
-    from fedlora.report.read import records
+    from fedlora.reporting.read import records
+    from fedlora.runs.compare import for_label
+    from fedlora.runs.config import build
 
     found = []
     for run in json.loads((folder / "comparison.json").read_text())["runs"]:

@@ -112,7 +112,7 @@ def _used() -> float:
 
 def _here(asked: dict[str, Any]) -> list[Mapping[str, Any]]:
     from fedlora import run
-    from fedlora.config import build
+    from fedlora.runs.config import build
 
     return run(build(asked)).records
 
@@ -127,10 +127,10 @@ def _memory(asked: dict[str, Any]) -> list[Mapping[str, Any]]:
 
 def memory(asked: dict[str, Any], post: Callable[[Any], Any] = lambda message: message) -> tuple[list, list]:
     """A run on the grid in memory: its records and its ledger's rows; ``post`` sees each message."""
-    from fedlora.config import build
-    from fedlora.engines.flower.memory import MemoryGrid
-    from fedlora.engines.flower.server import Federated
-    from fedlora.flower.parties import simulated_app
+    from fedlora.flower.client_factory import simulated_app
+    from fedlora.flower.server import Federated
+    from fedlora.flower.testing import MemoryGrid
+    from fedlora.runs.config import build
 
     config = build(asked)
     federation = config.federation()
@@ -146,9 +146,9 @@ def _loopback(asked: dict[str, Any], **said: Any) -> list[Mapping[str, Any]]:
     """SuperLink and SuperNodes as processes, TLS and a key for each node; ``said`` is in each node's configuration."""
     import tomli_w
 
-    from fedlora.config import build
-    from fedlora.flower.local import run
-    from fedlora.report.read import records
+    from fedlora.flower.deploy.local import run
+    from fedlora.reporting.read import records
+    from fedlora.runs.config import build
 
     with TemporaryDirectory(prefix="fedlora-") as place:
         parties = Path(place) / "parties.toml"

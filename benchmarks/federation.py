@@ -43,8 +43,8 @@ def _run(
     model: str, data: str, method: str, clients: int, steps: int, rounds: int, length: int | None = None
 ) -> dict[str, float]:
     from fedlora import run
-    from fedlora.comparison import for_label
-    from fedlora.config import build
+    from fedlora.runs.compare import for_label
+    from fedlora.runs.config import build
 
     table = {
         "rounds": rounds,

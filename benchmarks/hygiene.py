@@ -17,14 +17,13 @@ from safetensors.torch import load, save
 
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.hygiene import Gate, Hygiene
-from fedlora.limits import Limits, read_header
-from fedlora.measures import errors
-from fedlora.method import Method
+from fedlora.engines.aggregation_error import errors
+from fedlora.files import Limits, flat, nested, read_header
+from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, client_turn, server_turn
-from fedlora.state import flat, nested
+from fedlora.security.validation import Gate, Hygiene
+from fedlora.security.validation.update_norms import gram
 from fedlora.types import Tree, Turn
-from fedlora.updates import gram
 
 SHAPES = {"12 of 384": (12, 384, 384), "24 of 768": (24, 768, 768), "4 of 4096": (4, 4096, 4096)}
 

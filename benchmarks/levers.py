@@ -58,10 +58,10 @@ def _child(model: Path, data: Path, lever: tuple, steps: int, seed: int, score: 
 def _run(model: str, data: str, lever: tuple, steps: int, seed: int, score: bool) -> dict[str, float]:
     import time
 
-    from fedlora.config import build
-    from fedlora.evaluation import Evaluator
-    from fedlora.metrics import figures
-    from fedlora.training import LocalTrainer
+    from fedlora.runs.config import build
+    from fedlora.tasks.metrics.scores import figures
+    from fedlora.training.evaluation import Evaluator
+    from fedlora.training.local import LocalTrainer
 
     pad, group, allocator, precision = lever
     config = build(

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from fedlora.peft_folder import save_folder
+from fedlora.training.peft_folder import save_folder
 
 WATCHED = """
 import sys

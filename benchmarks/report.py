@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.report.page import page
-from fedlora.report.reading import runs
-from fedlora.settings import dumps
+from fedlora.reporting.html import page
+from fedlora.reporting.load import runs
+from fedlora.schema import dumps
 
 PARTS = [f"vit.encoder.layer.{i}.attention.{name}_proj" for i in range(12) for name in "qv"]
 

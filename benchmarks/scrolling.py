@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.report import make
-from fedlora.report.page import page
-from fedlora.report.reading import runs
+from fedlora.reporting.html import page
+from fedlora.reporting.load import runs
 
 STEP = 400  # pixels a turn of the wheel
 WATCH = """() => {

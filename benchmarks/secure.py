@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedlora.secure import PHASES, Client, Server
+from fedlora.security.secure_aggregation import PHASES, Client, Server
 
 SIZES, COHORTS = (10**5, 10**6, 10**7), (3, 10, 50)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.comparison import Cell, execute, for_label
-from fedlora.config import Table, build, overridden, read_table
-from fedlora.export import Run, export
-from fedlora.runs import run
+from fedlora.export.peft import Run, export
+from fedlora.runs.compare import Cell, execute, for_label
+from fedlora.runs.config import Table, build, overridden, read_table
+from fedlora.runs.run import run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

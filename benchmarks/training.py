@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedlora.config import build
-from fedlora.runtime import keep_memory
-from fedlora.training import LocalTrainer, batches
+from fedlora.runs.config import build
+from fedlora.training.device import keep_memory
+from fedlora.training.local import LocalTrainer, batches
 
 STEPS, PAIRS, BATCH = 30, 7, 16
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
 from benchmarks.study_tables import spread
-from fedlora.comparison import Cell, execute
-from fedlora.config import build, overridden
+from fedlora.runs.compare import Cell, execute
+from fedlora.runs.config import build, overridden
 
 STUDY = Study("fedrot-lora/banking77-small.toml", ())
 METHODS = {"fedit": 2e-2, "fedex-lora": 2e-2, "fedsa-lora": 6e-3}  # the rates that the studies on Banking77 chose

@@ -77,10 +77,10 @@ def _loopback(asked: dict[str, Any], insecure: bool = True) -> dict[str, Any]:
 
     By request; with TLS nobody can tell these apart, and they stand under one name.
     """
-    from fedlora.config import build
-    from fedlora.flower.app import init
-    from fedlora.flower.local import nodes
-    from fedlora.report.read import records
+    from fedlora.flower.deploy.app_template import init
+    from fedlora.flower.deploy.local import nodes
+    from fedlora.reporting.read import records
+    from fedlora.runs.config import build
 
     config = build(asked)
     with TemporaryDirectory(prefix="fedlora-") as place:
@@ -125,7 +125,7 @@ def _during(proxy: "Proxy", work: Any) -> tuple[Counter, float]:
 
 
 def _watched() -> type:
-    from fedlora.flower.processes import Loopback
+    from fedlora.flower.deploy.processes import Loopback
 
     class Watched(Loopback):
         """A loopback whose node ``CLIENT`` goes through the proxy."""

@@ -55,16 +55,19 @@ MUTANTS = [
         (*ALGEBRA, "tests/engines"),
     ),
     Mutant(
-        "linalg.py",
+        "linalg/factors.py",
         "return Factors(Q, R @ f.V)",
         "return Factors(Q, R.mT @ f.V)",
         (*ALGEBRA, "tests/test_folds.py", "tests/test_export.py"),
     ),
-    Mutant("linalg.py", "root = S[..., :rank].sqrt()", "root = S[..., :rank]", ALGEBRA),
+    Mutant("linalg/factors.py", "root = S[..., :rank].sqrt()", "root = S[..., :rank]", ALGEBRA),
     Mutant(
-        "linalg.py", "sign = torch.linalg.det(P @ Qt).sign()", "sign = torch.linalg.det(P @ Qt).sign().abs()", ALGEBRA
+        "linalg/factors.py",
+        "sign = torch.linalg.det(P @ Qt).sign()",
+        "sign = torch.linalg.det(P @ Qt).sign().abs()",
+        ALGEBRA,
     ),
-    Mutant("linalg.py", "parts = _added(parts, side=0)", "parts = _added(parts, side=1)", ALGEBRA),
+    Mutant("linalg/factors.py", "parts = _added(parts, side=0)", "parts = _added(parts, side=1)", ALGEBRA),
     Mutant(
         "methods/fedrot_lora.py",
         'return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}',
@@ -87,33 +90,41 @@ MUTANTS = [
         "methods/ravan.py", 'work.end[f"s{i}"] * work.end[f"H{i}"]', 'work.start[f"s{i}"] * work.end[f"H{i}"]', ALGEBRA
     ),
     Mutant(
-        "secure/fixed.py",
+        "security/secure_aggregation/fixed_point.py",
         "scaled = flat[chunk].double().numpy() * weight",
         "scaled = flat[chunk].double().numpy()",
         SECURE,
     ),
-    Mutant("secure/masks.py", "return key, 1 if number < peer else -1", "return key, 1", SECURE),
+    Mutant("security/secure_aggregation/masks.py", "return key, 1 if number < peer else -1", "return key, 1", SECURE),
     Mutant(
-        "secure/sharing.py",
+        "security/secure_aggregation/shamir.py",
         "rest = [secrets.randbelow(PRIME) for _ in range(threshold - 1)]",
         "rest = [0 for _ in range(threshold - 1)]",
         SECURE,
     ),
-    Mutant("secure/server.py", "if len(there) < self.session.threshold:", "if len(there) < 1:", SECURE),
     Mutant(
-        "privacy/uploads.py",
+        "security/secure_aggregation/server.py", "if len(there) < self.session.threshold:", "if len(there) < 1:", SECURE
+    ),
+    Mutant(
+        "security/privacy/client_level.py",
         "by = factor(math.sqrt(sum(float(x.square().sum()) for x in found.values())), clip)",
         "by = 1.0",
         PRIVACY,
     ),
     Mutant(
-        "privacy/uploads.py", "(changes[part, leaf] + std * noise) / by", "(changes[part, leaf] + noise) / by", PRIVACY
+        "security/privacy/client_level.py",
+        "(changes[part, leaf] + std * noise) / by",
+        "(changes[part, leaf] + noise) / by",
+        PRIVACY,
     ),
     Mutant(
-        "privacy/dpsgd.py", "self.noise * self.clip * noise) / (q * rows)", "self.noise * noise) / (q * rows)", PRIVACY
+        "security/privacy/dp_sgd.py",
+        "self.noise * self.clip * noise) / (q * rows)",
+        "self.noise * noise) / (q * rows)",
+        PRIVACY,
     ),
     Mutant(
-        "privacy/accounting.py",
+        "security/privacy/accounting.py",
         "if noise == 0:\n        return math.inf",
         "if noise == 0:\n        return 0.0",
         PRIVACY,

@@ -1,6 +1,6 @@
 """Makes the small ViT that `fedlora demo` starts from: pretrained on drawn letters, never on a digit.
 
-    python scripts/pretrain_demo_vit.py --out src/fedlora/demo/vit
+    python scripts/pretrain_demo_vit.py --out src/fedlora/tasks/demo_vit
 
 Letters are drawn with the font that Pillow bundles, bent, thickened, blurred and brought to 8 x 8 by averaging blocks
 of 4 x 4, as the UCI digits were. O, o, I and l are left out because they look like 0 and 1. The letter classifier is

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fedlora.aggregation import aggregate, applicable, method_for
-from fedlora.peft_folder import AdapterFolder
-from fedlora.runtime import Engine
+from fedlora.export.aggregate import aggregate, applicable, method_for
+from fedlora.training.device import Engine
+from fedlora.training.peft_folder import AdapterFolder
 from tests.test_model import network
 
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -268,7 +268,7 @@ def test_reading_anew_at_every_pass_changes_nothing(tmp_path, name, monkeypatch)
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(5)]
     settings = ["residual_rank=2"] if name == "fedex-lora" else []
     held = aggregate(folders, method_for(name, settings), tmp_path / "held")
-    for module in ("aggregation", "products"):
+    for module in ("export.aggregate", "linalg.sums"):
         monkeypatch.setattr(f"fedlora.{module}.HELD", 0)
     streamed = aggregate(folders, method_for(name, settings), tmp_path / "streamed")
     one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("held", "streamed"))
@@ -326,7 +326,7 @@ def test_a_residual_of_adapters_for_a_task_loads_alone(tmp_path):
 
 
 def test_names_that_end_alike_keep_their_ranks(tmp_path):
-    from fedlora.peft_folder import save_folder
+    from fedlora.training.peft_folder import save_folder
 
     g = torch.Generator().manual_seed(0)
     for k in range(2):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fedlora.answers import number, option, right, words
+from fedlora.tasks.metrics.answers import number, option, right, words
 
 NUMBERS = {
     "so it is 1,234.5 in all": "1234.5",

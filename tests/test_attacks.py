@@ -7,19 +7,20 @@ import torch
 from benchmarks.attacks import remembering
 
 import fedlora
-from fedlora import attacks, defences
 from fedlora.adapters import LoRA
-from fedlora.attack import leaving, succeeded, taught
-from fedlora.attacks.backdoor import Backdoor
-from fedlora.attacks.label_flip import LabelFlip
-from fedlora.defence import defended
-from fedlora.engines.inprocess import InProcess
-from fedlora.hygiene import Gate, Hygiene
+from fedlora.engines.in_process import InProcess
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
-from fedlora.metrics import Scores, possible
 from fedlora.rounds import Received, client_turn, received, server_turn
-from fedlora.tasks.task import Examples
+from fedlora.security import attacks
+from fedlora.security import robust as defences
+from fedlora.security.attacks._base import leaving, succeeded, taught
+from fedlora.security.attacks.backdoor import Backdoor
+from fedlora.security.attacks.label_flip import LabelFlip
+from fedlora.security.robust._base import defended
+from fedlora.security.validation import Gate, Hygiene
+from fedlora.tasks._base import Examples
+from fedlora.tasks.metrics.scores import Scores, possible
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.types import Turn
 from tests.fixtures.federation import config, same

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.clients import DROPPED, Clients
-from fedlora.config import ConfigError
-from fedlora.engines.inprocess import InProcess
-from fedlora.training import Training
+from fedlora.engines.clients import DROPPED, Clients
+from fedlora.engines.in_process import InProcess
+from fedlora.runs.config import ConfigError
+from fedlora.training.local import Training
 from tests.fixtures.federation import HEAD, LORA, config, same
 
 
@@ -124,7 +124,7 @@ def test_a_method_of_one_rank_takes_unequal_steps_only():
         config("clients.capability='uniform'", "adapter.rank=4", "clients.count=4")
     config("clients.capability='uniform'", "clients.capability_scales=['steps']", "adapter.rank=4")
     with pytest.raises(ConfigError, match="clients.local_steps and training.local_epochs are both set"):
-        fedlora.config.build({**config().table, "clients": {"local_steps": 3}, "training": {"local_epochs": 1}})
+        fedlora.runs.config.build({**config().table, "clients": {"local_steps": 3}, "training": {"local_epochs": 1}})
 
 
 def test_secure_aggregation_counts_on_who_stays():
@@ -150,7 +150,7 @@ def test_the_optimiser_really_makes_so_many_steps(epochs, monkeypatch):
     able = ("clients.capability='uniform'", "clients.capability_scales=['steps']", "clients.count=4")
     c = config(*able, *budget, "clients.stragglers=0.5", "rounds=2", "evaluation.measure=false")
     table = {**c.table, "training": {"local_epochs": 2, "batch_size": 8, "learning_rate": 1e-3}} if epochs else c.table
-    federation = fedlora.config.build(table).federation()
+    federation = fedlora.runs.config.build(table).federation()
     list(InProcess().run(federation))
     shares, turn = federation.clients.capabilities(0), 0
     for number in range(2):
@@ -235,8 +235,8 @@ def test_nothing_moves_where_clients_are_equal():
 
 
 def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tmp_path):
-    from fedlora.comparison import compare, for_label, rows
-    from fedlora.report.read import folder
+    from fedlora.reporting.read import folder
+    from fedlora.runs.compare import compare, for_label, rows
     from tests.fixtures.federation import TABLE
 
     able = {"capability": "uniform", "capability_scales": ["steps"], "count": 4}
@@ -252,4 +252,4 @@ def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tm
     drops = {**table, "rounds": 4, "clients": {"count": 4, "dropout": 0.25}}
     assert for_label(drops, "centralised")["training"]["local_steps"] == 3 * 8
     heads = {**table, "clients": {"count": 4}, "adapter": {"name": "heads", "heads": 2}, "method": {"name": "ravan"}}
-    assert fedlora.config.build(for_label(heads, "centralised")).method.adapter.rank == 8
+    assert fedlora.runs.config.build(for_label(heads, "centralised")).method.adapter.rank == 8

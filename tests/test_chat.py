@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import fedlora
-from fedlora.chat import Chat
 from fedlora.cli import app
-from fedlora.config import build, merged
-from fedlora.export import Run, export
-from fedlora.generation import Writing
+from fedlora.export.peft import Run, export
+from fedlora.runs.chat import Chat
+from fedlora.runs.config import build, merged
+from fedlora.tasks.networks.generation import Writing
 from tests.fixtures.federation import TINY_VIT
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -149,7 +149,7 @@ def test_the_command(runs, commands, tmp_path):
 
 
 def test_typing(runs, monkeypatch, capsys):
-    from fedlora.cli import chatting
+    from fedlora.cli import chat as chatting
 
     typed = iter(["The dog", "", "x " * 600, "A cat"])
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import attacks, bibliography, citing, defences, methods
+from fedlora import methods
 from fedlora.adapters import KINDS, LoRA
-from fedlora.catalogue import reference
-from fedlora.citing import Entry, cited, parsed
-from fedlora.config import ConfigError, dumps
-from fedlora.state import save_json, write
+from fedlora.files import save_json, write
+from fedlora.reporting import bibliography
+from fedlora.reporting import citations as citing
+from fedlora.reporting.citations import Entry, cited, parsed
+from fedlora.reporting.method_catalog import reference
+from fedlora.runs.config import ConfigError, dumps
+from fedlora.security import attacks
+from fedlora.security import robust as defences
 from tests.resume.world import small
 
 UNPUBLISHED = {"local", "svd"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.demo import METHODS
+from fedlora.cli.demo import METHODS
 from tests.fixtures.federation import TINY_VIT
 
 TOML = f"""
@@ -82,8 +82,8 @@ def test_compare_draws_and_tabulates(cli, tmp_path):
 # Jobs begin as processes that import everything anew. These begin as forks, so that everything is there.
 FORKED = """
 import multiprocessing, sys
-from fedlora import comparison
-comparison.get_context = lambda kind: multiprocessing.get_context({"spawn": "fork"}[kind])
+from fedlora.runs import compare
+compare.get_context = lambda kind: multiprocessing.get_context({"spawn": "fork"}[kind])
 from fedlora.cli import main
 main()
 """

@@ -4,8 +4,8 @@ import numpy
 import pytest
 import torch
 
-from fedlora.clients import Clients
-from fedlora.tasks.task import Data, Examples
+from fedlora.engines.clients import Clients
+from fedlora.tasks._base import Data, Examples
 
 
 def data(rows=600, labels=6, groups=None, test_groups=None):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import codecs
-from fedlora.codec import Chain, from_lines, in_lines
+from fedlora.engines.comm import codecs
+from fedlora.engines.comm.codecs._base import Chain, from_lines, in_lines
 
 CHAINS = [[name] for name in codecs.names()] + [["top-k", name] for name in codecs.names() if name != "top-k"]
 SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple) | st.sampled_from([(3, 700), (700, 3), (1, 1)])

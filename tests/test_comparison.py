@@ -2,8 +2,8 @@
 
 import pytest
 
-from fedlora.comparison import for_label, plan
-from fedlora.config import ConfigError, build
+from fedlora.runs.compare import for_label, plan
+from fedlora.runs.config import ConfigError, build
 
 TABLE = {
     "rounds": 2,

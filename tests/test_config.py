@@ -10,13 +10,13 @@ import pytest
 
 import fedlora
 from fedlora.adapters import Dense, Heads, LoRA
-from fedlora.clients import Clients
-from fedlora.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
+from fedlora.engines.clients import Clients
 from fedlora.methods.fedit import FedIT
-from fedlora.runtime import Engine
-from fedlora.settings import difference
+from fedlora.runs.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
+from fedlora.schema import difference
 from fedlora.tasks.image_classification import ImageClassification
-from fedlora.training import Training
+from fedlora.training.device import Engine
+from fedlora.training.local import Training
 from tests.fixtures.federation import TINY_VIT
 
 TABLE = {

@@ -5,8 +5,9 @@ import re
 
 from rich.table import Table
 
-from fedlora.report import console, tables
-from fedlora.report.console import Plain
+from fedlora.reporting import console
+from fedlora.reporting import terminal as tables
+from fedlora.reporting.console import Plain
 from tests.fixtures.terminal import on_pty
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
@@ -14,7 +15,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
 
 ROWS = """
 import fcntl, struct, sys, termios
-from fedlora.report import tables
+from fedlora.reporting import terminal as tables
 row = lambda name: {"method": name, "metric": {"name": "accuracy", "higher": True}, "seeds": [0], "diverged": 0,
     **{key: {"mean": 0.1234, "std": 0.0} for key in ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")}}
 for width in map(int, sys.argv[1:]):
@@ -38,7 +39,7 @@ def test_a_terminal_of_any_width_shows_every_figure():
 
 def test_no_color_means_none():
     code = (
-        "from rich.table import Table; from fedlora.report.console import printed\n"
+        "from rich.table import Table; from fedlora.reporting.console import printed\n"
         "t = Table(title='T'); t.add_column('a', style='red'); t.add_row('x'); printed(t)"
     )
     assert COLOUR.search(on_pty(["-c", code])[0]), "else this shows nothing"

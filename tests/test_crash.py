@@ -8,8 +8,9 @@ import click
 import pytest
 from typer.main import get_command
 
-from fedlora import crash, methods
+from fedlora import methods
 from fedlora.cli import app
+from fedlora.runs import error_log as crash
 from tests.test_cli import TOML
 
 # A command in a process where one function of a library raises.
@@ -39,15 +40,15 @@ def broken(commands, tmp_path):
 @pytest.mark.parametrize(
     ("where", "error", "arguments", "log"),
     [
-        ("engines.inprocess:InProcess.run", "IndexError('index out of range in self')", ["run", "my.toml", "--out", "r"], "r"),
-        ("engines.inprocess:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
-        ("composition:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
-        ("composition:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
-        ("planning:planned", "TypeError('no')", ["plan", "my.toml"], "."),
-        ("sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
-        ("aggregation:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
-        ("export:Run.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
-        ("export:Run.open", "NotImplementedError('no')", ["chat", "r", "--prompt", "x"], "."),
+        ("engines.in_process:InProcess.run", "IndexError('index out of range in self')", ["run", "my.toml", "--out", "r"], "r"),
+        ("engines.in_process:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
+        ("runs.composition:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
+        ("runs.composition:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
+        ("runs.plan.plan:planned", "TypeError('no')", ["plan", "my.toml"], "."),
+        ("runs.sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
+        ("export.aggregate:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
+        ("export.peft:Run.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
+        ("export.peft:Run.open", "NotImplementedError('no')", ["chat", "r", "--prompt", "x"], "."),
     ],
 )  # fmt: skip
 def test_an_unexpected_error_is_one_sentence_and_a_file(broken, tmp_path, where, error, arguments, log):
@@ -64,15 +65,15 @@ def test_an_unexpected_error_is_one_sentence_and_a_file(broken, tmp_path, where,
 
 def test_a_second_error_is_added_and_a_traceback_can_be_asked_for(broken, tmp_path):
     for _ in range(2):
-        broken("planning:planned", "TypeError('no')", "plan", "my.toml")
+        broken("runs.plan.plan:planned", "TypeError('no')", "plan", "my.toml")
     assert (tmp_path / "error.log").read_text().count("Traceback") == 2
-    found = broken("planning:planned", "TypeError('no')", "plan", "my.toml", FEDLORA_TRACEBACK="1")
+    found = broken("runs.plan.plan:planned", "TypeError('no')", "plan", "my.toml", FEDLORA_TRACEBACK="1")
     assert found.returncode == 1 and "Traceback" in found.stderr
     assert (tmp_path / "error.log").read_text().count("Traceback") == 2
 
 
 def test_a_users_mistake_leaves_no_file(broken, tmp_path):
-    found = broken("planning:planned", "TypeError('no')", "run", "none.toml")
+    found = broken("runs.plan.plan:planned", "TypeError('no')", "run", "none.toml")
     assert found.returncode == 2 and "there is no configuration file" in found.stderr
     assert not (tmp_path / "error.log").exists()
 

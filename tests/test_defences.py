@@ -3,10 +3,7 @@
 import pytest
 import torch
 
-from fedlora import defences
 from fedlora.adapters import Heads, LoRA, LoRASB, VeRA
-from fedlora.config import build
-from fedlora.defence import Seen, defended
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedsa_lora import FedSALoRA
@@ -16,8 +13,11 @@ from fedlora.methods.flora import FLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.methods.svd import BestRank
 from fedlora.rounds import Received, client_turn, server_turn
+from fedlora.runs.config import build
+from fedlora.security import robust as defences
+from fedlora.security.robust._base import Seen, defended
+from fedlora.security.validation.update_norms import gram
 from fedlora.types import Turn
-from fedlora.updates import gram
 from tests.fixtures.uploads import M, N, R, dense, turned, world
 from tests.laws.world import Nudge
 

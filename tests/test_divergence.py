@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.comparison import compare, for_label, rows
-from fedlora.config import build
 from fedlora.engines.loop import sound
+from fedlora.runs.compare import compare, for_label, rows
+from fedlora.runs.config import build
 from tests.fixtures.federation import TINY_VIT
 
 TABLE = {

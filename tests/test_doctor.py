@@ -7,9 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from fedlora import doctor, selftests
-from fedlora.doctor import BROKEN, MISSING, WORKS
-from fedlora.report.health import health
+from fedlora.cli import _doctor as doctor
+from fedlora.cli import _selftests as selftests
+from fedlora.cli._doctor import BROKEN, MISSING, WORKS
+from fedlora.cli._doctor_report import health
 
 
 def test_every_test_has_its_packages_and_every_extra_is_tested():
@@ -91,7 +92,7 @@ def test_a_wrong_package_fails_its_test(monkeypatch):
 def test_exit_status_1_where_something_is_broken(monkeypatch):
     import typer
 
-    from fedlora.cli import checking
+    from fedlora.cli import doctor as checking
 
     for broken, leaves in ((["peft"], True), ([], False)):
         monkeypatch.setattr(doctor, "examine", lambda told, broken=broken: {"broken": broken})
@@ -107,7 +108,7 @@ TRACKERS = """
 import runpy, sys
 for name in sys.argv[1:]:
     sys.argv = ["selftests", name]
-    runpy.run_module("fedlora.selftests", run_name="__main__")
+    runpy.run_module("fedlora.cli._selftests", run_name="__main__")
 """
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import fedlora
-from fedlora.config import read
+from fedlora.runs.config import read
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
 TOY = ("rounds=2", "training.batch_size=4", "task.train_rows=90", "task.test_rows=30", "engine.threads=1")

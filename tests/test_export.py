@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fedlora
 from fedlora import methods
-from fedlora.aggregation import aggregate, method_for
-from fedlora.export import Run, export
+from fedlora.export.aggregate import aggregate, method_for
+from fedlora.export.peft import Run, export
 from tests.fixtures.federation import TABLE, TINY_VIT, WIDTH, config, settings
 
 
@@ -73,7 +73,7 @@ def test_clients_of_unequal_rank(tmp_path):
 
 def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch, opened):
     run = opened("fedit")
-    monkeypatch.setattr("fedlora.export._reloaded", lambda run, folder, merged: run.network())
+    monkeypatch.setattr("fedlora.export.peft._reloaded", lambda run, folder, merged: run.network())
     with pytest.raises(RuntimeError, match="the export's logits differ"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

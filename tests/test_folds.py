@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedlora.adapters import LoRA
-from fedlora.channel import Channel
-from fedlora.folds import FoldLog
-from fedlora.linalg import compacted
-from fedlora.model import Model
+from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.comm.channel import Channel
+from fedlora.linalg.factors import compacted
+from fedlora.training.model import Model
 from fedlora.types import Factors
 from tests.test_model import network
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.generation import Writing, generate
-from fedlora.model import Model
 from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.training.model import Model
 
 PROMPTS = ["Once upon a time", "The dog", "Lily and Tom went to the park to play. They saw a big", "Yes"]
 

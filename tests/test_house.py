@@ -10,108 +10,38 @@ from pathlib import Path
 import pytest
 
 from fedlora import methods, tasks
-from fedlora.tasks.task import Supervised
+from fedlora.tasks._base import Supervised
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedlora"
 FILES = sorted(SOURCE.rglob("*.py"))
-LAYERS = [  # imports point down only
-    {"types", "linalg", "products", "gauge", "mixing", "passes", "seeds", "nearest", "finding"},
-    {"method", "adapters"},
+LAYERS = [  # packages and files of src/fedlora from the ground up: imports go to a lower line only
+    {"types", "seeds", "text", "files", "registry", "schema", "linalg"},
+    {"adapters"},
     {"methods"},
     {"rounds"},
-    {
-        "optimizers",
-        "tasks",
-        "splits",
-        "capability",
-        "clients",
-        "targets",
-        "model",
-        "training",
-        "state",
-        "peft_folder",
-        "peft_checks",
-        "peft_keys",
-        "peft_settings",
-        "base_model",
-        "start",
-        "channel",
-        "codec",
-        "codecs",
-        "transport",
-        "encoding",
-        "limits",
-        "crash",
-        "folds",
-        "measures",
-        "answers",
-        "generation",
-        "metrics",
-        "oracle",
-        "evaluation",
-        "secure",
-        "privacy",
-        "sampling",
-        "sandbox",
-        "programs",
-        "squad",
-        "forms",
-        "updates",
-        "hygiene",
-        "defence",
-        "defences",
-        "attack",
-        "attacks",
-    },
-    {"engines", "runtime"},
-    {
-        "config",
-        "composition",
-        "compatibility",
-        "runs",
-        "folder",
-        "holdings",
-        "keeping",
-        "stopping",
-        "bibliography",
-        "callbacks",
-        "citing",
-        "doctor",
-        "following",
-        "curves",
-        "pulse",
-        "selftests",
-        "telling",
-        "trackers",
-        "tracking",
-        "resuming",
-        "comparison",
-        "grids",
-        "planning",
-        "outline",
-        "footprint",
-        "traffic",
-        "live",
-        "workload",
-        "sweep",
-        "aggregation",
-        "export",
-        "personal",
-        "chat",
-        "catalogue",
-        "scaffold",
-        "report",
-        "demo",
-        "flower",
-        "settings",
-        "similarity",
-        "grading",
-        "solving",
-    },
-    {"cli", "__main__", "__init__"},
+    {"tasks"},
+    {"training"},
+    {"security"},
+    {"engines"},
+    {"runs"},
+    {"flower", "export", "reporting", "code_eval"},
+    {"cli"},
+    {"__main__", "__init__"},
 ]
-OUTSIDE = {"torch", "jaxtyping"}  # what layers 0 to 3 may import beside the standard library
+CORE = {"types", "seeds", "linalg", "adapters", "methods", "rounds"}  # pure functions of tensors
+OUTSIDE = {"torch", "jaxtyping"}  # what they may import beside the standard library
+UPWARD = {  # that are left of the move, to be mended: nothing may be added
+    ("fedlora.export.peft", "fedlora.reporting.read"),
+    ("fedlora.reporting.similarity", "fedlora.export.peft"),
+    ("fedlora.runs.chat", "fedlora.export.peft"),
+    ("fedlora.runs.compare", "fedlora.export.aggregate"),
+    ("fedlora.runs.composition", "fedlora.flower.deploy.node_config"),
+    ("fedlora.runs.personalization", "fedlora.export.peft"),
+    ("fedlora.runs.run", "fedlora.flower.simulation"),
+    ("fedlora.training.evaluation", "fedlora.engines.clients"),
+    ("fedlora.training.local", "fedlora.engines.clients"),
+}
 
 
 def module(path: Path) -> str:
@@ -120,7 +50,7 @@ def module(path: Path) -> str:
 
 def layer(name: str) -> int:
     found = [number for number, names in enumerate(LAYERS) if name in names]
-    assert found, f"{name} has no layer"
+    assert found, f"{name} is no package of the plan"
     return found[0]
 
 
@@ -139,26 +69,49 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
     return tuple(ast.walk(tree_of(path)))
 
 
+def name_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
 def imports(path: Path) -> list[str]:
+    """The modules that a file imports anywhere, also inside functions and for type checkers only."""
     names = []
     for node in nodes(path):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            more = node.module == "fedlora"
-            names += [f"fedlora.{alias.name}" for alias in node.names] if more else [node.module]
+            own = (f"{node.module}.{alias.name}" for alias in node.names)
+            names += dict.fromkeys(name if name in MODULES else node.module for name in own)
     return names
 
 
-def test_imports_point_down():
-    for path in FILES:
-        own, where = layer(module(path)), path.relative_to(SOURCE)
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "fedlora" and len(parts) > 1:
-                assert parts[1] == module(path) or layer(parts[1]) <= own, f"{where} imports {name} from above"
-            elif own <= 3:
-                assert parts[0] in OUTSIDE | set(sys.stdlib_module_names), f"{where} imports {name}"
+def upward(path: Path) -> list[str]:
+    """The imports of a file that do not go to a lower layer, except for those within its own package."""
+    own, found = layer(module(path)), []
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "fedlora" and len(parts) > 1:
+            ground = own == 0 and layer(parts[1]) == 0  # no circles there: the next test
+            found += [name] if parts[1] != module(path) and layer(parts[1]) >= own and not ground else []
+        elif module(path) in CORE and parts[0] not in OUTSIDE | set(sys.stdlib_module_names):
+            found.append(name)
+    return found
+
+
+def test_the_floor_plan():
+    entries = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py") and path.name != "__pycache__"}
+    assert entries <= set().union(*LAYERS)
+    assert len(entries) <= 22
+
+
+def test_imports_go_to_a_lower_layer():
+    found = {(name_of(path), name) for path in FILES for name in upward(path)}
+    assert found == UPWARD, sorted(found ^ UPWARD)
 
 
 def functions(path: Path):
@@ -185,21 +138,23 @@ def code_lines(path: Path) -> int:
     return sum(1 for i, line in lines if i not in told and line.strip() and not line.strip().startswith("#"))
 
 
-def test_sizes(capsys):
+def test_sizes():
+    """A method is a page and functions are short; a file is one idea, of whatever length that takes."""
     for path in FILES:
         lines = len(text_of(path).splitlines())
-        most = 120 if path.parent.name == "methods" else 300  # a method is a page
-        assert lines <= most, f"{path.relative_to(SOURCE)} has {lines} lines"
+        assert path.parent.name != "methods" or path.stem.startswith("_") or lines <= 120, (
+            f"{path.relative_to(SOURCE)} has {lines} lines"
+        )
     lengths = sorted(
         sum(1 for line in range(node.body[0].lineno, node.end_lineno + 1)) for path in FILES for node in functions(path)
     )
     assert lengths[len(lengths) // 2] <= 10
     assert lengths[int(len(lengths) * 0.9)] <= 25
-    assert sum(code_lines(p) for p in FILES if layer(module(p)) <= 3) <= 1700
+    assert sum(code_lines(p) for p in FILES if module(p) in CORE) <= 1700
 
 
-def test_layers_0_to_3_write_to_nothing():
-    for path in (p for p in FILES if layer(module(p)) <= 3):
+def test_the_core_writes_to_nothing():
+    for path in (p for p in FILES if module(p) in CORE):
         for node in nodes(path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 name = node.func.attr
@@ -227,7 +182,7 @@ def test_nothing_unwanted():
     for path in FILES:
         text = text_of(path)
         for pattern, why in banned.items():
-            assert not re.search(pattern, text) or path.stem in ("state", "comparison", "memory", "party"), (
+            assert not re.search(pattern, text) or path.stem in ("files", "compare", "testing", "client_messages"), (
                 f"{path.name}: {why}"
             )
         assert not {"utils", "helpers", "common", "manager", "core"} & set(
@@ -260,7 +215,7 @@ def test_groups_of_tests_stay_whole(request):
 
 
 def test_every_file_that_counts_as_a_task_is_one():
-    """A file of machinery that the list in ``tasks`` forgets would be offered to users as a task."""
+    """A file of machinery whose name does not begin with ``_`` would be offered to users as a task."""
     for name in tasks.names():
         kind = tasks.load(name)
         assert issubclass(kind, Supervised) and isinstance(kind.quantizes, bool), name

@@ -8,16 +8,16 @@ import torch
 
 import fedlora
 from fedlora.adapters import Dense, Heads, LoRA
-from fedlora.config import build, overridden
-from fedlora.forms import Checked
-from fedlora.hygiene import Gate, Hygiene, barred
-from fedlora.hygiene.sizes import Origin, moved, norm
+from fedlora.files import load_tree
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
-from fedlora.state import load_tree
+from fedlora.runs.config import build, overridden
+from fedlora.security.validation import Gate, Hygiene, barred
+from fedlora.security.validation.expected import Checked
+from fedlora.security.validation.sizes import Origin, moved, norm
 from fedlora.types import Turn
 from tests.fixtures.federation import TABLE, config, same
 from tests.fixtures.uploads import R, dense, turned, world
@@ -249,7 +249,7 @@ def test_uploads_that_differ_in_one_number_are_no_copies_of_each_other():
 
 def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
     rules, shared, uploads = world(METHOD, K=5)
-    monkeypatch.setattr("fedlora.hygiene.gate.norm", None)  # calling it would fail
+    monkeypatch.setattr("fedlora.security.validation.screen.norm", None)  # calling it would fail
     assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 5
     uploads[1] = changed(uploads[1], lambda t: t["w"].update(B=shared["w"]["B"] + 5 * (t["w"]["B"] - shared["w"]["B"])))
     with pytest.raises(TypeError):
@@ -267,7 +267,7 @@ def test_honest_clients_that_differ_much_are_let_in(optimizer):
 
 
 def test_what_is_expected_is_made_once_for_turns_that_are_alike(monkeypatch):
-    from fedlora import forms
+    from fedlora.security.validation import expected as forms
 
     asked, plain = [], forms.expected
     monkeypatch.setattr(forms, "expected", lambda *about: asked.append(about) or plain(*about))

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedlora.comparison import for_label
 from fedlora.engines.loop import Event
-from fedlora.limits import Limits, RefusedHeaderError, plain_name, read_header, shown
-from fedlora.peft_folder import AdapterFolder
-from fedlora.report.progress import told
-from fedlora.report.tables import Plain
-from fedlora.state import load_about, load_tree, save_tree
+from fedlora.files import Limits, RefusedHeaderError, load_about, load_tree, read_header, save_tree
+from fedlora.reporting.terminal import Plain
+from fedlora.runs.compare import for_label
+from fedlora.runs.progress import told
+from fedlora.text import plain_name, shown
+from fedlora.training.peft_folder import AdapterFolder
 
 SOUND = save({"p/A": torch.zeros(2, 3), "p/B": torch.ones(4, dtype=torch.bfloat16)}, {"about": "{}"})
 
@@ -139,7 +139,7 @@ def test_a_pickle_is_refused(tmp_path):
 
 
 def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
-    from fedlora.engines.flower.store import Store
+    from fedlora.flower.client_store import Store
 
     store, about = Store(tmp_path), {"pending": 0, "counted": 0, "folded": 1, "base": ""}
     for name in ("../../secret", "a" * 31, "/etc/passwd"):
@@ -185,7 +185,7 @@ def test_an_array_of_numpys_is_looked_at_first():
     pytest.importorskip("flwr", reason="needs the flower extra")
     from flwr.app import Array
 
-    from fedlora.flower.dropin.names import tensor
+    from fedlora.flower.strategy.peft_state import tensor
 
     good = Array(np.arange(6, dtype=np.float32).reshape(2, 3))
     assert tensor("k", good).shape == (2, 3)
@@ -206,7 +206,7 @@ def test_an_array_of_numpys_is_looked_at_first():
 
 def test_a_pattern_that_python_warns_of_is_read_in_silence(tmp_path):
     """Found by fuzzing: with warnings as errors the reader fell over a pattern that another party had written."""
-    from fedlora.peft_settings import _compiled
+    from fedlora.training.peft_settings import _compiled
 
     re.purge()
     _compiled(tmp_path, "rank_pattern", "[[a]layer")

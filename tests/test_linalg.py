@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.linalg import core, einsum, norm, polar, procrustes, scaled, total, truncated
+from fedlora.linalg.factors import core, einsum, norm, polar, procrustes, scaled, total, truncated
 from fedlora.types import Factors
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))

@@ -8,9 +8,9 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from fedlora.evaluation import summary
-from fedlora.metrics import Scores, figures, pooled, possible
+from fedlora.tasks.metrics.scores import Scores, figures, pooled, possible
 from fedlora.tasks.text_classification import TextClassification
+from fedlora.training.evaluation import summary
 
 TASK = TextClassification(data="none", metric="f1")
 

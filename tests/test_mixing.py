@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora import mixing
-from fedlora import passes as by_passes
-from fedlora.mixing import Atoms, Grams, als, gram
-from fedlora.passes import best_mixes, passes, streamed
+from fedlora.linalg import least_squares as mixing
+from fedlora.linalg import passes as by_passes
+from fedlora.linalg.least_squares import Atoms, Grams, als, gram
+from fedlora.linalg.passes import best_mixes, passes, streamed
 
 
 def drawn(seed, K, m, n, r, spread, dtype=torch.float64, stack=(2,)):

@@ -6,7 +6,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from fedlora.adapters import Heads, LoRA, VeRA
-from fedlora.model import Model
+from fedlora.training.model import Model
 from fedlora.types import Factors
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

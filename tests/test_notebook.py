@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from fedlora.comparison import Cell
-from fedlora.curves import figures
-from fedlora.report.notebook import Compared, Rounds, table
+from fedlora.runs.compare import Cell
+from fedlora.runs.record import figures
+from fedlora.runs.result import Compared, Rounds, table
 from tests.tracking.world import RECORD
 
 

@@ -6,10 +6,10 @@ import torch
 import fedlora
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.method import Method
+from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.rolora import RoLoRA
-from fedlora.optimizers import ServerOptimizer
 from fedlora.rounds import Received, public, server_turn
 from fedlora.types import Turn
 from tests.fixtures.federation import REFERENCE, config, same, settings

@@ -5,14 +5,14 @@ import torch
 
 import fedlora
 from fedlora.adapters import LoRA
-from fedlora.aggregation import applicable
-from fedlora.comparison import oracle
+from fedlora.export.aggregate import applicable
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.svd import BestRank
-from fedlora.oracle import asked
 from fedlora.rounds import Received
+from fedlora.runs.compare import oracle
+from fedlora.runs.counterfactual import asked
 from fedlora.types import Turn
 from tests.fixtures.federation import REFERENCE, TABLE, config, same
 from tests.methods.cohort import Cohort

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.aggregation import aggregate, method_for
-from fedlora.base_model import Base, same_base
-from fedlora.peft_folder import LABELS, WEIGHTS, AdapterFolder, save_labels
-from fedlora.peft_settings import CONFIG
+from fedlora.export.aggregate import aggregate, method_for
+from fedlora.training.base_model import Base, same_base
+from fedlora.training.peft_folder import LABELS, WEIGHTS, AdapterFolder, save_labels
+from fedlora.training.peft_settings import CONFIG
 from tests.test_peft_settings import assert_same, edited, reloaded, written
 
 OURS = "base_model.model."
@@ -258,7 +258,7 @@ def test_no_method_is_suggested_that_is_then_refused(name, sentence):
 
 @pytest.mark.parametrize("name", ["fedsb", "ravna", "feddp"])
 def test_nor_in_somebody_elses_loop(name):
-    from fedlora.flower.dropin.order import Recipe
+    from fedlora.flower.strategy.order import Recipe
 
     with pytest.raises(ValueError, match=f"no method '{name}', and the nearest, .*, trains an adapter of kind .*take"):
         Recipe(name, 8.0).made()

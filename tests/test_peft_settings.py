@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import config as settings_of_peft
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fedlora.aggregation import aggregate, method_for
-from fedlora.peft_settings import CONFIG
+from fedlora.export.aggregate import aggregate, method_for
+from fedlora.training.peft_settings import CONFIG
 
 IDS = torch.arange(3, 27).reshape(2, 12)
 TINY = {
@@ -187,7 +187,7 @@ def test_a_setting_of_peft_to_come_is_taken_where_it_is_not_set(tmp_path, value)
 def test_a_default_that_peft_has_is_no_setting(tmp_path, monkeypatch):
     """A next version's ``depth = 3`` by default, read where that version is installed."""
     written(tmp_path / "a")
-    monkeypatch.setattr("fedlora.peft_settings._defaults", lambda: {"depth": 3, "careful": True})
+    monkeypatch.setattr("fedlora.training.peft_settings._defaults", lambda: {"depth": 3, "careful": True})
     for good, bad in (({"depth": 3}, {"depth": 2}), ({"careful": True}, {"careful": False})):
         edited(tmp_path / "a", depth=3, careful=True)
         edited(tmp_path / "a", **good)

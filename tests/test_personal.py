@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.comparison import for_label
-from fedlora.config import ConfigError, build
-from fedlora.engines.inprocess import InProcess
-from fedlora.export import Run
-from fedlora.metrics import figures
-from fedlora.personal import Sides, personal
+from fedlora.engines.in_process import InProcess
+from fedlora.export.peft import Run
 from fedlora.rounds import received
-from fedlora.training import LocalTrainer
+from fedlora.runs.compare import for_label
+from fedlora.runs.config import ConfigError, build
+from fedlora.runs.personalization import Sides, personal
+from fedlora.tasks.metrics.scores import figures
+from fedlora.training.local import LocalTrainer
 from tests.fixtures.federation import ADAPTERS, config, same
 from tests.resume.test_inputs import ROWS, on_files, reset, write
 

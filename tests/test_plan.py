@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from fedlora import methods
 from fedlora.cli import app
-from fedlora.comparison import for_label
-from fedlora.config import ConfigError, build, dumps
-from fedlora.planning import byte_plan, outline, planned, problems
-from fedlora.report import plans
-from fedlora.runs import run
+from fedlora.reporting.tables import plan as plans
+from fedlora.runs.compare import for_label
+from fedlora.runs.config import ConfigError, build, dumps
+from fedlora.runs.plan.plan import byte_plan, outline, planned, problems
+from fedlora.runs.run import run
 from tests.fixtures.federation import TINY_VIT
 
 TABLE = {
@@ -122,8 +122,8 @@ def test_rows_numbers_and_steps_are_those_of_the_run():
 
 MEASURE = """
 import ctypes, gc, json, sys
-from fedlora.config import build
-from fedlora.runs import run
+from fedlora.runs.config import build
+from fedlora.runs.run import run
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlora import products
-from fedlora.products import (
+from fedlora.linalg import sums as products
+from fedlora.linalg.sums import (
     Lazy,
     Term,
     applied,

@@ -12,9 +12,9 @@ from statistics import fmean
 
 import pytest
 
-from fedlora import sandbox
-from fedlora.grading import answers, grade, rows
-from fedlora.programs import Problem, figures, graded, mbpp, pass_at_k, problems
+from fedlora.code_eval import sandbox
+from fedlora.code_eval.grade import answers, grade, rows
+from fedlora.code_eval.problems import Problem, figures, graded, mbpp, pass_at_k, problems
 from tests.test_sandbox import living, sleeping, until
 from tests.test_sandbox import pytestmark as on_landlock
 
@@ -103,7 +103,7 @@ def test_a_problem_without_answers_counts_as_wrong():
 
 
 def _verdict(task, sample, passed):
-    from fedlora.programs import Verdict
+    from fedlora.code_eval.problems import Verdict
 
     return Verdict(task, sample, passed, "", 0.0)
 

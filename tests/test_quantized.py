@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fedlora.adapters import LoRA
-from fedlora.config import ConfigError, build
-from fedlora.model import Adapted, Model, shape
-from fedlora.tasks.networks import quantised
+from fedlora.runs.config import ConfigError, build
+from fedlora.tasks.networks.pretrained import quantised
+from fedlora.training.model import Adapted, Model, shape
 from fedlora.types import Factors
 
 
@@ -95,13 +95,15 @@ def test_without_a_gpu_or_bitsandbytes(kind, monkeypatch):
         ValueError, match=f"model.quantize is '{kind}', which needs a CUDA device, but engine.device comes to 'cpu'"
     ):
         quantised(kind, torch.device("cpu"))
-    monkeypatch.setattr("fedlora.tasks.networks.find_spec", lambda name: None if name == "bitsandbytes" else 1)
+    monkeypatch.setattr(
+        "fedlora.tasks.networks.pretrained.find_spec", lambda name: None if name == "bitsandbytes" else 1
+    )
     with pytest.raises(ValueError, match="needs bitsandbytes; run `pip install bitsandbytes`"):
         quantised(kind, torch.device("cuda"))
 
 
 def test_what_is_asked_of_transformers(monkeypatch):
-    monkeypatch.setattr("fedlora.tasks.networks.find_spec", lambda name: types)
+    monkeypatch.setattr("fedlora.tasks.networks.pretrained.find_spec", lambda name: types)
     for capability, half in (((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         asked = quantised("4bit", torch.device("cuda:1"))
@@ -128,7 +130,7 @@ def test_tasks_with_a_head_of_their_own_refuse():
 def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     import fedlora
-    from fedlora.export import Run, export
+    from fedlora.export.peft import Run, export
 
     table = {
         "rounds": 2,

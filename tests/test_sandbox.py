@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import sandbox
-from fedlora.sandbox import Sandbox, SandboxError, folder
+from fedlora.code_eval import folder, sandbox
+from fedlora.code_eval.sandbox import Sandbox, SandboxError
 
 LANDLOCK = 444
 ADDS = "def add(a, b):\n    return a + b\n"
@@ -253,7 +253,7 @@ def test_nothing_of_the_environment_comes_in(place, monkeypatch):
 
 
 def test_when_the_grader_is_killed_its_program_dies(tmp_path):
-    code = "import sys; from fedlora.sandbox import Sandbox; Sandbox().run('import time; time.sleep(60)')"
+    code = "import sys; from fedlora.code_eval.sandbox import Sandbox; Sandbox().run('import time; time.sleep(60)')"
     grader = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     until(
         lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and sleeping(tmp_path)
@@ -306,7 +306,7 @@ others = numbers({machine!r})[1]
 code = [kernel._load(0), kernel._jump(kernel.EQUAL, others[{call!r}], 0, 1), kernel._return(0x00050000 | 38), kernel._return(0x7FFF0000)]
 kernel._prctl("", 38, 1)
 kernel.seccomp(others["seccomp"], b"".join(code))
-from fedlora.sandbox import Sandbox, SandboxError
+from fedlora.code_eval.sandbox import Sandbox, SandboxError
 try:
     Sandbox().run("open({marker!r}, 'w')")
 except SandboxError as error:
@@ -372,7 +372,9 @@ def test_a_user_without_rights_is_protected_as_well():
         )
         (package / "__init__.py").write_text("")
         subprocess.run(["chmod", "-R", "a+rX", str(package)], check=True)
-        code = f"from fedlora.sandbox import Sandbox; r = Sandbox().run({ADDS!r}, {TEST!r}); print(r.ok, r.why)"
+        code = (
+            f"from fedlora.code_eval.sandbox import Sandbox; r = Sandbox().run({ADDS!r}, {TEST!r}); print(r.ok, r.why)"
+        )
         code += "\nr = Sandbox().run('import os; os.fork()'); print(r.ok, r.why)"
         found = subprocess.run(
             [SYSTEM, "-B", "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, text=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.scaffold import new_method
+from fedlora.cli._new_method import new_method
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,10 +8,10 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.config import ConfigError, build
-from fedlora.export import Run
-from fedlora.runs import run
-from fedlora.similarity import means, similarity
+from fedlora.export.peft import Run
+from fedlora.reporting.similarity import means, similarity
+from fedlora.runs.config import ConfigError, build
+from fedlora.runs.run import run
 
 TABLE = {
     "rounds": 1,

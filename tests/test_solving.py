@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.config import build
-from fedlora.runs import run
+from fedlora.runs.config import build
+from fedlora.runs.run import run
 
 pytestmark = pytest.mark.shared
 

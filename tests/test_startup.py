@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fedlora import methods
-from fedlora.cli import completing
+from fedlora.cli import _completion as completing
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "pandas", "rich", "importlib.metadata")
 
@@ -26,11 +26,11 @@ def test_import_fedlora_imports_nothing_heavy_and_names_come_when_asked():
     code = (
         "import fedlora; assert fedlora.__version__.startswith('0.'); fedlora.Callback; assert 'torch' in sys.modules"
     )
-    assert "fedlora.callbacks" in modules_after(code)
+    assert "fedlora.runs.callbacks" in modules_after(code)
 
 
 def test_help_watch_and_cite_do_not_wait_for_torch():
-    found = modules_after("import fedlora.cli, fedlora.following, fedlora.report.watching")
+    found = modules_after("import fedlora.cli, fedlora.runs.progress_file, fedlora.reporting.watch")
     assert not found & {"torch", "transformers", "pydantic", "pandas"}
 
 

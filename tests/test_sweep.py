@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 
-from fedlora import sweep as sweeping
-from fedlora.comparison import Cell, for_label
-from fedlora.config import ConfigError, build, read_table
-from fedlora.grids import Grid
-from fedlora.report import tuning
-from fedlora.sweep import Sweep
-from fedlora.tasks import data as source
+from fedlora.reporting.tables import sweep as tuning
+from fedlora.runs import sweep as sweeping
+from fedlora.runs.compare import Cell, for_label
+from fedlora.runs.config import ConfigError, build, read_table
+from fedlora.runs.search_space import Grid
+from fedlora.runs.sweep import Sweep
+from fedlora.tasks.data import rows as source
 from tests.fixtures.federation import TINY_VIT
 
 TABLE = {

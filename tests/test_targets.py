@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedlora.adapters import LoRA
-from fedlora.config import ConfigError
-from fedlora.model import Adapted, Model
-from fedlora.targets import adapted, matches
+from fedlora.runs.config import ConfigError
+from fedlora.training.model import Adapted, Model
+from fedlora.training.targets import adapted, matches
 from tests.fixtures.federation import config
 from tests.test_model import network
 

@@ -7,14 +7,14 @@ import torch
 
 import fedlora
 from fedlora import methods
-from fedlora.channel import Channel
-from fedlora.encoding import OWED
-from fedlora.engines.inprocess import InProcess
-from fedlora.folds import FoldLog
+from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.comm.channel import Channel
+from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.encoding import OWED
+from fedlora.engines.in_process import InProcess
 from fedlora.methods.fedit import FedIT
-from fedlora.planning import byte_plan, outline
 from fedlora.rounds import public
-from fedlora.transport import Transport
+from fedlora.runs.plan.plan import byte_plan, outline
 from fedlora.types import Turn
 from tests.fixtures.federation import HEAD, LORA, REFERENCE, WEIGHTS, config, same, settings
 

@@ -8,11 +8,12 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "Config": "fedlora.config", "ConfigError": "fedlora.config", "build": "fedlora.config", "read": "fedlora.config",
-    "Callback": "fedlora.callbacks", "CallbackError": "fedlora.callbacks",
-    "Result": "fedlora.runs", "run": "fedlora.runs", "resume": "fedlora.resuming",
-    "compare": "fedlora.comparison", "Method": "fedlora.method",
-    "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters", "Heads": "fedlora.adapters", "Model": "fedlora.model",
+    "Callback": "fedlora.runs.callbacks", "CallbackError": "fedlora.runs.callbacks",
+    "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema",
+    "Heads": "fedlora.adapters", "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters",
+    "Method": "fedlora.methods._base", "Model": "fedlora.training.model",
+    "Result": "fedlora.runs.run", "build": "fedlora.runs.config", "compare": "fedlora.runs.compare",
+    "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run",
 }  # fmt: skip
 
 __all__ = [*_WHERE, "__version__"]

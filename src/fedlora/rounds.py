@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fedlora.method import Method, pick
+from fedlora.methods._base import Method, pick
 from fedlora.types import Factors, Layer, Outcome, Tree, Turn, Upload, Work
 
 Rules = Mapping[str, Method]

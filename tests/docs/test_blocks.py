@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import build, dumps, merged
+from fedlora.runs.config import build, dumps, merged
 from tests.docs import blocks, standins
 
 ROOT = Path(__file__).parents[2]
@@ -113,9 +113,7 @@ def run(path: Path, shell, folder: Path, processes: bool) -> None:
     """The page from its first block to its last."""
     prepared(path, folder, shell)
     base, found = tomllib.loads(standins.QUICK), blocks.blocks(path, ROOT)
-    own_network = any(
-        block.language == "python" and "fedlora.demo" in block.text for block in found
-    )  # the page reads it
+    own_network = any(block.language == "python" and "demo_vit" in block.text for block in found)  # the page reads it
     for block in found:
         kind = language(block)
         if "written" in block.said:

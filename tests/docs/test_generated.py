@@ -7,7 +7,8 @@ import pytest
 from scripts.pages import measured
 from scripts.pages.__main__ import DOCS, made, stale
 
-from fedlora import catalogue, methods
+from fedlora import methods
+from fedlora.reporting import method_catalog as catalogue
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<to>[^)\s]+)\)|!\[[^\]]*\]\((?P<image>[^)\s]+)\)")
 ROOT = DOCS.parent

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.config import build, overridden
-from fedlora.export import Run, export
+from fedlora.export.peft import Run, export
+from fedlora.runs.config import build, overridden
 from tests.fixtures.federation import same
 
 
@@ -121,8 +121,8 @@ def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
 
 def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.flower.own import own_table
-    from fedlora.flower.parties import base
+    from fedlora.flower.client_factory import base
+    from fedlora.flower.deploy.node_config import own_table
 
     made = config("clients.split={name='own'}")
     with pytest.raises(ValueError, match="every party has its own data on its own machine"):
@@ -140,7 +140,7 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
 
 
 def test_what_was_cut_is_said_on_stderr(config, commands, tmp_path):
-    from fedlora.config import dumps
+    from fedlora.runs.config import dumps
 
     (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
     found = commands.call(["fedlora", "run", "my.toml", "--json"], tmp_path)
@@ -150,9 +150,9 @@ def test_what_was_cut_is_said_on_stderr(config, commands, tmp_path):
 
 
 def test_a_comparison_says_it_once(capsys):
-    from fedlora.comparison import Cell
     from fedlora.engines.loop import Event
-    from fedlora.report.progress import Cells
+    from fedlora.runs.compare import Cell
+    from fedlora.runs.progress import Cells
 
     cells = [Cell(label, 0, {}, None, {"notes": ["one", "two"]}) for label in ("fedit", "flora")]
     with Cells(2, 1) as progress:

@@ -7,9 +7,9 @@ import torch
 
 import fedlora
 from fedlora import methods
-from fedlora.config import ConfigError, build
-from fedlora.engines.inprocess import InProcess
-from fedlora.state import load_tree
+from fedlora.engines.in_process import InProcess
+from fedlora.files import load_tree
+from fedlora.runs.config import ConfigError, build
 from tests.fixtures.federation import DEMO, HEAD, LORA, REFERENCE, TABLE, WEIGHTS, WIDTH, config, same, settings
 
 
@@ -208,7 +208,7 @@ def test_unequal_heads():
 @pytest.mark.parametrize("size", [1.0, 1e-5])  # float32 sums that are rounded apart lose a drift of 1e-5 altogether
 @pytest.mark.parametrize("name", ["fedit", "ffa-lora", "ravan"])
 def test_drift_against_a_dense_oracle(name, size):
-    from fedlora.measures import errors
+    from fedlora.engines.aggregation_error import errors
     from fedlora.rounds import Received, server_turn
 
     extra = ["adapter={name = 'heads', heads = 2, head_rank = 4}"] if name == "ravan" else []
@@ -280,7 +280,7 @@ def test_measures_need_the_uploads_in_memory():
 
 
 def test_likeness_is_the_mean_cosine_over_all_pairs():
-    from fedlora.measures import likeness
+    from fedlora.engines.aggregation_error import likeness
 
     x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
     x[3, 2] = 0  # like no other

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlora.flower.app import init
+from fedlora.flower.deploy.app_template import init
 
 SECONDS = 600.0  # that a test waits for an event, on a machine that may be busy
 

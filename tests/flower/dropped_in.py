@@ -6,8 +6,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
-from fedlora.engines.flower.memory import MemoryGrid
 from fedlora.flower import FedLoRA, load
+from fedlora.flower.testing import MemoryGrid
 
 from .flowertune_app import task
 from .flowertune_app.after import client_app

@@ -16,7 +16,7 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora.flower.certs import certificates, party
+from fedlora.flower.deploy.certificates import certificates, party
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora import cli
-from fedlora.engines.flower.store import Store
-from fedlora.flower import control, local, processes
-from fedlora.flower.certs import certificates
-from fedlora.settings import dumps
-from fedlora.state import load_tree
+from fedlora.files import load_tree
+from fedlora.flower.client_store import Store
+from fedlora.flower.deploy import control, local, processes
+from fedlora.flower.deploy.certificates import certificates
+from fedlora.schema import dumps
 from tests.flower.deployment import (
     SECONDS,
     left,
@@ -149,7 +149,7 @@ def test_a_node_that_is_killed_in_its_turn_is_named_and_comes_back(flower, place
         try:
             wait_until(lambda: "HELD" in log(flower, "party-2")[before:], "party 2 did not begin its turn")
             running = str(left(home))
-            assert all(part in running for part in ("supernode", "superexec", "clientapp", "flower.host")), running
+            assert all(part in running for part in ("supernode", "superexec", "clientapp", "client_process")), running
             flower.kill("party-2")
             assert left(home) == []
             wait_until(lambda: len(records_of(out)) == 2, "round 2 did not end without party 2")

@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
-from fedlora.flower.dropin.names import FOLD, MARK, Adapter, fold_arrays
-from fedlora.flower.dropin.order import applicable
-from fedlora.peft_keys import strip_wrappers
+from fedlora.flower.strategy.order import applicable
+from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, fold_arrays
+from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Factors
 
 from .dropped_in import Federation, gap, initial, mean, strategy, three, weights

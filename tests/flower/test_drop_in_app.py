@@ -12,7 +12,7 @@ pytest.importorskip("peft", reason="needs the peft extra")
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from fedlora.engines.flower.memory import MemoryGrid
+from fedlora.flower.testing import MemoryGrid
 
 from .dropped_in import three
 from .flowertune_app.after import client_app as client_after

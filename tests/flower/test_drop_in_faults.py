@@ -12,8 +12,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from peft import get_peft_model_state_dict
 
-from fedlora.engines.flower.memory import MemoryGrid, identify
 from fedlora.flower import FedLoRA, load, receive, send
+from fedlora.flower.testing import MemoryGrid, identify
 
 from .dropped_in import Federation, gap, initial, mean, strategy, three
 from .flowertune_app import task

@@ -11,9 +11,9 @@ pytest.importorskip("peft", reason="needs the peft extra")
 from flwr.app import Array
 
 from fedlora.flower import FedLoRA
-from fedlora.flower.dropin.guard import Guard, limits, rule
-from fedlora.hygiene import Hygiene
+from fedlora.flower.strategy.guard import Guard, limits, rule
 from fedlora.methods.fedit import FedIT
+from fedlora.security.validation import Hygiene
 
 from .dropped_in import Federation, gap, mean, strategy
 from .test_drop_in_faults import spoiled

@@ -10,9 +10,9 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from flwr.app import Array, ArrayRecord
 
 import fedlora
-from fedlora.engines.flower.records import UnreadableError, pack, unpack
-from fedlora.flower.server import serve
-from fedlora.limits import Limits
+from fedlora.files import Limits
+from fedlora.flower.serve import serve
+from fedlora.flower.wire import UnreadableError, pack, unpack
 from tests.flower.world import (
     HIDDEN,
     QUICK,

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.engines.flower.records import unpack
+from fedlora.flower.wire import unpack
 from tests.flower.world import ADAPTERS, World, config, counting, records_agree, same, trained
 
 

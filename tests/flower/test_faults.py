@@ -13,13 +13,14 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 import fedlora
-from fedlora.config import fingerprint
-from fedlora.engines.flower import directory, records
-from fedlora.engines.flower.directory import GONE
-from fedlora.engines.flower.quorum import TooFewError
-from fedlora.engines.flower.settings import Network
-from fedlora.engines.flower.store import Store
+from fedlora.engines.network_settings import Network
+from fedlora.flower import node_directory as directory
+from fedlora.flower import wire as records
+from fedlora.flower.client_store import Store
+from fedlora.flower.node_directory import GONE
+from fedlora.flower.quorum import TooFewError
 from fedlora.rounds import Received, server_turn
+from fedlora.runs.config import fingerprint
 from fedlora.types import Factors
 from tests.fixtures.federation import REFERENCE, WIDTH
 from tests.flower.world import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same

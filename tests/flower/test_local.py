@@ -13,8 +13,8 @@ import datasets
 import tomli_w
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from fedlora.config import build
-from fedlora.flower.own import own_table
+from fedlora.flower.deploy.node_config import own_table
+from fedlora.runs.config import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower")]
 

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 from fedlora import methods
-from fedlora.engines.flower.layout import means, size, vector
-from fedlora.engines.flower.quorum import TooFewError
+from fedlora.flower.layout import means, size, vector
+from fedlora.flower.quorum import TooFewError
 from fedlora.rounds import shares
-from fedlora.secure import PHASES, ProtocolError
+from fedlora.security.secure_aggregation import PHASES, ProtocolError
 from tests.fixtures.federation import REFERENCE
 from tests.flower.world import HIDDEN, QUICK, TRAIN_ONLY, World, config, overrides
 
@@ -63,7 +63,7 @@ def test_nothing_that_a_client_sends_can_be_read(tmp_path):
         uploads[self.client] = answer.sent
         return answer
 
-    import fedlora.engines.flower.node as node
+    import fedlora.flower.client as node
 
     original, node.Node.train = node.Node.train, spied
     try:
@@ -172,7 +172,7 @@ def test_too_few_clients_or_a_wrong_threshold_are_said_at_once(settings):
 
 
 def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
-    from fedlora.method import Method
+    from fedlora.methods._base import Method
 
     for name in SUMS:
         kind = methods.load(name)
@@ -182,7 +182,7 @@ def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
 
 def test_a_party_that_hides_its_uploads_sends_none_in_the_clear(tmp_path):
     """A server whose configuration says otherwise, or that leaves the protocol out, gets nothing."""
-    from fedlora.engines.flower.server import Federated
+    from fedlora.flower.server import Federated
 
     world = World(tmp_path, "rounds=1", "clients.count=4", network=HIDDEN)
     world.server = Federated(
@@ -285,7 +285,7 @@ def test_a_session_that_fails_without_a_culprit_ends_the_run_too(tmp_path, monke
     def outcome(server):
         raise ProtocolError("The shares do not fit together.")
 
-    monkeypatch.setattr("fedlora.secure.Server.outcome", outcome)
+    monkeypatch.setattr("fedlora.security.secure_aggregation.Server.outcome", outcome)
     network = replace(HIDDEN, repair_timeout=0.2)
     with pytest.raises(TooFewError, match="0 of 3 clients can take part, and it needs 3"):
         World(tmp_path, "rounds=1", *SHORT, network=network).run()

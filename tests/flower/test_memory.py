@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora.engines.flower.memory import MemoryGrid
+from fedlora.flower.testing import MemoryGrid
 
 
 def app():

@@ -13,14 +13,14 @@ import datasets
 from PIL import Image
 
 import fedlora
-from fedlora.config import build, merged
-from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.party import client_app, handled, prepend_client
-from fedlora.engines.flower.server import Federated
-from fedlora.engines.flower.store import Store
-from fedlora.flower import parties
-from fedlora.flower.own import number, own_table
-from fedlora.flower.server import serve
+from fedlora.flower import client_factory as parties
+from fedlora.flower.client_messages import client_app, handled, prepend_client
+from fedlora.flower.client_store import Store
+from fedlora.flower.deploy.node_config import number, own_table
+from fedlora.flower.serve import serve
+from fedlora.flower.server import Federated
+from fedlora.flower.testing import MemoryGrid
+from fedlora.runs.config import build, merged
 from tests.fixtures.federation import TABLE, TINY_VIT
 from tests.flower.world import QUICK, SERVED, DiedError, World, dying, same, trained
 
@@ -39,7 +39,7 @@ def own_files(folder, shard, train, test, columns):
 
 
 def test_own_files_give_the_bits_of_one_data_set_that_is_split(tmp_path, monkeypatch):
-    from fedlora.tasks import data as source
+    from fedlora.tasks.data import rows as source
 
     config = build(SPLIT)
     here = fedlora.run(config)
@@ -104,8 +104,8 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
 def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     """FedSA: the server's folder has no party's B, and says so; the party's state has all that its model needs."""
     pytest.importorskip("peft")
-    from fedlora.export import Run, export
-    from fedlora.flower.result import result
+    from fedlora.export.peft import Run, export
+    from fedlora.flower.deploy.client_result import result
 
     for name in ("fedsa-lora", "fedex-lora"):
         own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' folds with rounding
@@ -201,7 +201,7 @@ def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_
 
 
 def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, monkeypatch):
-    from fedlora.flower.result import result
+    from fedlora.flower.deploy.client_result import result
 
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)])
     config = replace(config, checkpoint=replace(config.checkpoint, best="clients"))
@@ -215,7 +215,7 @@ def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, mo
 
 
 def test_what_a_party_writes_where_one_data_set_is_split_has_the_runs_map(tmp_path):
-    from fedlora.flower.result import result
+    from fedlora.flower.deploy.client_result import result
 
     world = World(tmp_path / "state", "rounds=1", *SERVED)
     maps = serve(world.config, world.grid, tmp_path / "run").summary["label_maps"]

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora.engines.flower import records
-from fedlora.state import digest
+from fedlora.files import digest
+from fedlora.flower import wire as records
 from tests.fixtures.federation import WEIGHTS
 from tests.flower.world import World, config, same
 

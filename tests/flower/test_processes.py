@@ -10,17 +10,17 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora.flower import processes
-from fedlora.flower.certs import certificates
-from fedlora.flower.processes import Loopback
-from fedlora.flower.surroundings import tail
+from fedlora.flower.deploy import processes
+from fedlora.flower.deploy.certificates import certificates
+from fedlora.flower.deploy.environment import tail
+from fedlora.flower.deploy.processes import Loopback
 from tests.flower.deployment import SECONDS, left, wait_until, write_programs, write_tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc")
 
 CHILD = """
 import pathlib, sys
-from fedlora.flower import processes
+from fedlora.flower.deploy import processes
 programs, logs, app = sys.argv[1:]
 processes.scripts = lambda: pathlib.Path(programs)
 with processes.Loopback({"a": {"client": 0}}, logs, insecure=True, deadline=600.0) as flower:

@@ -9,11 +9,11 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import torch
 
 import fedlora
-from fedlora.config import ConfigError
 from fedlora.engines.checkpoint import config_digest, unfolded
-from fedlora.engines.flower.store import Store
-from fedlora.flower.server import serve
-from fedlora.state import load_tree
+from fedlora.files import load_tree
+from fedlora.flower.client_store import Store
+from fedlora.flower.serve import serve
+from fedlora.runs.config import ConfigError
 from tests.fixtures.federation import REFERENCE
 from tests.flower.world import (
     SERVED,

@@ -14,14 +14,14 @@ from flwr.serverapp import ServerApp
 
 import fedlora
 from fedlora import methods
-from fedlora.config import build
-from fedlora.engines.flower.node import Base, Node
-from fedlora.engines.flower.party import client_app, handled
-from fedlora.engines.flower.server import Federated
-from fedlora.engines.flower.settings import Network
-from fedlora.engines.flower.store import Store
-from fedlora.flower.own import number
+from fedlora.engines.network_settings import Network
+from fedlora.flower.client import Base, Node
+from fedlora.flower.client_messages import client_app, handled
+from fedlora.flower.client_store import Store
+from fedlora.flower.deploy.node_config import number
+from fedlora.flower.server import Federated
 from fedlora.flower.simulation import _play
+from fedlora.runs.config import build
 from tests.flower.world import agree, config, overrides, records_agree, same, trained
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower"), pytest.mark.filterwarnings("ignore")]

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.clients import DROPPED
-from fedlora.engines.flower.store import Store
+from fedlora.engines.clients import DROPPED
+from fedlora.flower.client_store import Store
 from tests.flower.world import HIDDEN, QUICK, TRAIN_ONLY, World, config, counting, records_agree, same, trained
 
 UNEQUAL = [

@@ -5,13 +5,13 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from fedlora.engines.flower.masked import served_by
-from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.node import Base, Node, made
-from fedlora.engines.flower.party import client_app, handled
-from fedlora.engines.flower.records import unpack
-from fedlora.engines.flower.settings import Network
-from fedlora.engines.flower.store import Store
+from fedlora.engines.network_settings import Network
+from fedlora.flower.client import Base, Node, made
+from fedlora.flower.client_messages import client_app, handled
+from fedlora.flower.client_store import Store
+from fedlora.flower.secure_server import served_by
+from fedlora.flower.testing import MemoryGrid
+from fedlora.flower.wire import unpack
 from tests.fixtures.federation import ADAPTERS, config, same
 from tests.fixtures.federation import settings as overrides
 

@@ -13,8 +13,8 @@ try:
 except ImportError:
     sys.exit("atheris is not installed; pip install atheris, or play without guidance: python -m tests.fuzz.")
 
-with atheris.instrument_imports(include=["fedlora.limits", "fedlora.codec", "fedlora.codecs", "fedlora.transport",
-                                         "fedlora.peft_folder", "fedlora.state", "fedlora.engines.flower"]):  # fmt: skip
+with atheris.instrument_imports(include=["fedlora.files", "fedlora.engines.comm.codecs._base", "fedlora.engines.comm.codecs", "fedlora.engines.comm.compression",
+                                         "fedlora.training.peft_folder", "fedlora.files", "fedlora.flower"]):  # fmt: skip
     from tests.fuzz.playing import one
     from tests.fuzz.targets import targets
 

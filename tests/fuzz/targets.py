@@ -10,17 +10,16 @@ import torch
 from safetensors.torch import save
 
 from fedlora.adapters import Dense
-from fedlora.config import read
 from fedlora.engines.checkpoint import FORM, Checkpoints
-from fedlora.engines.sealed import packed, seal
-from fedlora.hygiene import Gate, Hygiene
-from fedlora.limits import read_header, upload_limits
+from fedlora.engines.comm.compression import Transport
+from fedlora.engines.verified_files import packed, seal
+from fedlora.files import flat, load_tree, read_header, upload_limits
 from fedlora.methods.fedit import FedIT
-from fedlora.peft_folder import WEIGHTS, AdapterFolder
-from fedlora.peft_settings import CONFIG
 from fedlora.rounds import Received
-from fedlora.state import flat, load_tree
-from fedlora.transport import Transport
+from fedlora.runs.config import read
+from fedlora.security.validation import Gate, Hygiene
+from fedlora.training.peft_folder import WEIGHTS, AdapterFolder
+from fedlora.training.peft_settings import CONFIG
 from fedlora.types import Turn
 
 DRAWS = torch.Generator().manual_seed(0)
@@ -69,7 +68,7 @@ def upload(transport: Transport) -> Target:
     """An upload on its way to the aggregate: what is taken has the leaves' shapes and plain numbers."""
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.engines.flower.records import STYPE, unpack
+    from fedlora.flower.wire import STYPE, unpack
 
     method = FedIT()
     rules = {"layer.0": method, "head": FedIT(Dense(frozenset({"weight", "bias"})))}
@@ -103,7 +102,7 @@ def upload(transport: Transport) -> Target:
 def fold_message() -> Target:
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.engines.flower.records import STYPE, pack_folds, unpack_folds
+    from fedlora.flower.wire import STYPE, pack_folds, unpack_folds
     from fedlora.types import Factors
 
     folds = [
@@ -175,7 +174,7 @@ def checkpoint(place: Path) -> Target:
 
 
 def party_state(place: Path) -> Target:
-    from fedlora.engines.flower.store import Holding, Store
+    from fedlora.flower.client_store import Holding, Store
 
     store, tree = Store(place / "state"), trees()[0]
     path = store._path(0)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlora.config import build
-from fedlora.limits import RefusedHeaderError, read_header
-from fedlora.transport import Transport
+from fedlora.engines.comm.compression import Transport
+from fedlora.files import RefusedHeaderError, read_header
+from fedlora.runs.config import build
 from tests.fuzz.playing import MEMORY, Found, Target, memory, one, play
 from tests.fuzz.targets import targets
 

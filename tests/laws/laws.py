@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.method import Method
+from fedlora.methods._base import Method
 from tests.laws.world import HEAD, Nudge, World, distance
 
 CLOSE = 1e-9

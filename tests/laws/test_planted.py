@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 import pytest
 
 from fedlora.adapters import Heads, LoRA
-from fedlora.linalg import total, truncated
-from fedlora.method import Method, mean
+from fedlora.linalg.factors import total, truncated
+from fedlora.methods._base import Method, mean
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedrot_lora import FedRotLoRA

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora import methods
 from fedlora.adapters import Dense, DualLoRA, Heads, LoRA, LoRASB, VeRA
-from fedlora.method import Method
+from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.rounds import Received, client_turn, received, server_turn

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method
+from fedlora.methods._base import Method
 from fedlora.rounds import Received, Served, server_turn
 from fedlora.types import Layer, Turn
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fedlora.adapters import DualLoRA, LoRASB
+from fedlora.linalg.sums import exact
 from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.feddpa import FedDPA
-from fedlora.products import exact
 from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.types import Factors, Turn
 from tests.laws.world import Nudge

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlora import mixing
 from fedlora.adapters import LoRA
+from fedlora.linalg import least_squares as mixing
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.rounds import Received, server_turn

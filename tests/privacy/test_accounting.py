@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 pytest.importorskip("opacus", reason="needs the dp extra")
 
-from fedlora.privacy.accounting import epsilon, noise_for
+from fedlora.security.privacy.accounting import epsilon, noise_for
 
 # TensorFlow Privacy's tutorials/README.md: noise, epochs of 60,000 rows in batches of 256, ε at δ = 1e-5 as published,
 # with Mironov's first conversion from Rényi's divergence, which later ones improve.

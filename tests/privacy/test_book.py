@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 
-from fedlora.config import build, merged, overridden
-from fedlora.engines import private
+from fedlora.engines import privacy as private
 from fedlora.engines.federation import Federation
+from fedlora.runs.config import build, merged, overridden
 from tests.fixtures.federation import TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
-from fedlora.privacy import accounting
+from fedlora.security.privacy import accounting
 
 LONG = {"rounds": 12, "task": {"train_rows": 200, "test_rows": 40}}
 LONG |= {"clients": {"count": 20, "per_round": 6, "split": {"name": "dirichlet", "alpha": 1.0}}}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedlora.config import build, merged, overridden
-from fedlora.engines import private
-from fedlora.privacy import each
+from fedlora.engines import privacy as private
+from fedlora.runs.config import build, merged, overridden
+from fedlora.security.privacy import per_sample_gradients as each
 from tests.fixtures.federation import TABLE, WEIGHTS
 
 LEVEL = {

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from fedlora import methods
-from fedlora.catalogue import covered
-from fedlora.comparison import for_label, oracle
-from fedlora.config import build, merged, overridden
-from fedlora.planning import problems
+from fedlora.reporting.method_catalog import covered
+from fedlora.runs.compare import for_label, oracle
+from fedlora.runs.config import build, merged, overridden
+from fedlora.runs.plan.plan import problems
 from tests.fixtures.federation import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -65,7 +65,7 @@ def test_every_other_method_has_a_guarantee_one_way_or_the_other(name):
 
 
 def test_without_opacus_it_is_said(monkeypatch):
-    monkeypatch.setattr("fedlora.privacy.accounting.find_spec", lambda name: None)
+    monkeypatch.setattr("fedlora.security.privacy.accounting.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape("pip install 'fedlora[dp]'")):
         made("fedit", *CLIENT)
 

@@ -10,14 +10,14 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import app
-from fedlora.config import build, dumps, merged, overridden
-from fedlora.engines import private
-from fedlora.engines.inprocess import InProcess
+from fedlora.engines import privacy as private
+from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
-from fedlora.export import Run, export
-from fedlora.planning import plan
-from fedlora.privacy.uploads import leaves, served_to
-from fedlora.report.guarantee import lines
+from fedlora.export.peft import Run, export
+from fedlora.runs.config import build, dumps, merged, overridden
+from fedlora.runs.plan.plan import plan
+from fedlora.security.privacy.client_level import leaves, served_to
+from fedlora.security.privacy.guarantee import lines
 from tests.fixtures.federation import ADAPTERS, TABLE, same
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -138,7 +138,7 @@ def test_hidden_sums_have_the_clients_noise_in_them(tmp_path):
 
 def test_a_party_keeps_its_secret_key_for_a_run(tmp_path):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.engines.flower.store import Store
+    from fedlora.flower.client_store import Store
 
     store = Store(tmp_path / "run")
     assert store.key(1) == Store(tmp_path / "run").key(1) != store.key(2)

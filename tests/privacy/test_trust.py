@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.config import ConfigError, build
-from fedlora.hygiene import Gate, Hygiene
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
+from fedlora.runs.config import ConfigError, build
+from fedlora.security.validation import Gate, Hygiene
 from fedlora.types import Turn
 
 TABLE = {

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedlora.adapters import Dense, Heads, LoRA
-from fedlora.method import pick
+from fedlora.methods._base import pick
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedsa_lora import FedSALoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.methods.rolora import RoLoRA
-from fedlora.privacy import Stream, key_of
-from fedlora.privacy.uploads import clipped, leaves, private_turn, protected, served_to
 from fedlora.rounds import Received
+from fedlora.security.privacy import Stream, key_of
+from fedlora.security.privacy.client_level import clipped, leaves, private_turn, protected, served_to
 from fedlora.types import Turn
 
 ADAPTER = LoRA(rank=2)

@@ -1,6 +1,6 @@
 """A task without data of its own."""
 
-from fedlora.tasks.task import Classification, logits
+from fedlora.tasks._base import Classification, logits
 
 
 class Toy(Classification):

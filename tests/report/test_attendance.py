@@ -8,21 +8,23 @@ from html import unescape
 import pytest
 
 import fedlora
-from fedlora.clients import DROPPED
-from fedlora.comparison import Cell, rows
+from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
-from fedlora.report import attendance, card, tables
-from fedlora.report.byround import curves
-from fedlora.report.figures import figures
-from fedlora.report.notebook import Compared, Rounds
-from fedlora.report.page import page
-from fedlora.report.paperwork import files
-from fedlora.report.plots import draw
-from fedlora.report.progress import Lines
-from fedlora.report.reading import runs
-from fedlora.report.standing import methods, one_by_one, whom
-from fedlora.report.words import hardware
-from fedlora.runs import summarise
+from fedlora.export import model_card as card
+from fedlora.reporting import terminal as tables
+from fedlora.reporting.figures import figures
+from fedlora.reporting.files import files
+from fedlora.reporting.html import page
+from fedlora.reporting.load import runs
+from fedlora.reporting.plots import draw
+from fedlora.reporting.tables.by_round import curves
+from fedlora.reporting.tables.comparison import methods, one_by_one, whom
+from fedlora.reporting.words import hardware
+from fedlora.runs import attendance
+from fedlora.runs.compare import Cell, rows
+from fedlora.runs.progress import Lines
+from fedlora.runs.result import Compared, Rounds
+from fedlora.runs.run import summarise
 from tests.fixtures.federation import config
 from tests.report.world import write_run
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.report.page import page as written
-from fedlora.report.reading import runs
+from fedlora.reporting.html import page as written
+from fedlora.reporting.load import runs
 from tests.report.world import HOSTILE, write_comparison
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)

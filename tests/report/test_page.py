@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fedlora.report import figures as drawing
-from fedlora.report import theme
-from fedlora.report.page import page, script_json
-from fedlora.report.reading import runs
+from fedlora.reporting import figures as drawing
+from fedlora.reporting import theme
+from fedlora.reporting.html import page, script_json
+from fedlora.reporting.load import runs
 from tests.report.world import HOSTILE, write_comparison, write_run
 
 
@@ -43,7 +43,7 @@ class Read(HTMLParser):
 @pytest.fixture(autouse=True)
 def no_bundle(monkeypatch):
     """Vega itself is the browser test's matter, and takes seconds to be put together."""
-    monkeypatch.setattr("fedlora.report.page._bundle", lambda: "")
+    monkeypatch.setattr("fedlora.reporting.html._bundle", lambda: "")
 
 
 def test_every_figure_has_its_rows_once_a_caption_and_a_text(tmp_path):

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from fedlora.report.figures import figures
-from fedlora.report.frames import Column, Table
-from fedlora.report.paperwork import as_csv, as_latex, as_markdown, files
-from fedlora.report.reading import runs
+from fedlora.reporting.figures import figures
+from fedlora.reporting.files import as_csv, as_latex, as_markdown, files
+from fedlora.reporting.load import runs
+from fedlora.reporting.table import Column, Table
 from tests.report.world import write_comparison, write_run
 
 ODD = Table("odd", "Odd", (Column("name", "a_b & c"), Column("x", "x", 2)), [{"name": "50% of #1_{x}|<b>", "x": 1.005}])
@@ -74,7 +74,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     from fedlora.cli import main
 
     run = write_run(tmp_path / "r")
-    monkeypatch.setattr("fedlora.report.page._bundle", lambda: "")
+    monkeypatch.setattr("fedlora.reporting.html._bundle", lambda: "")
     for arguments, status in ((["report", str(run), "--out", str(tmp_path / "r.html")], 0), (["report", str(tmp_path)], 0),
                               (["report", str(tmp_path / "none")], 2), (["plots", str(run), "--out", str(tmp_path / "p"), "--json"], 0)):  # fmt: skip
         monkeypatch.chdir(tmp_path)

@@ -5,10 +5,13 @@ from statistics import mean, stdev
 
 import pytest
 
-from fedlora.report import byround, standing, totals, words
-from fedlora.report.frames import thinned
-from fedlora.report.paired import holm, paired
-from fedlora.report.reading import runs
+from fedlora.reporting import words
+from fedlora.reporting.load import runs
+from fedlora.reporting.table import thinned
+from fedlora.reporting.tables import by_round as byround
+from fedlora.reporting.tables import comparison as standing
+from fedlora.reporting.tables import totals
+from fedlora.reporting.tables.paired import holm, paired
 from tests.report.world import HOSTILE, METHODS, value, write_comparison, write_run
 
 
@@ -159,7 +162,7 @@ def test_the_paired_test_is_scipys_and_holms_correction():
 
 
 def test_a_winner_is_named_only_where_the_paired_test_says_so():
-    from fedlora.report import tables as console
+    from fedlora.reporting import terminal as console
 
     def rows(values, higher):
         return [
@@ -182,7 +185,7 @@ def test_a_winner_is_named_only_where_the_paired_test_says_so():
 
 
 def test_a_sweeps_choice_says_what_it_is_level_with():
-    from fedlora.report import tuning
+    from fedlora.reporting.tables import sweep as tuning
 
     def row(*each):
         trials = [{"trial": k, "each": own, "value": mean(own)} for k, own in enumerate(each)]

@@ -8,8 +8,8 @@ import torch
 
 import fedlora
 from fedlora import methods
-from fedlora.config import ConfigError
-from fedlora.state import load_tree
+from fedlora.files import load_tree
+from fedlora.runs.config import ConfigError
 from tests.fixtures.federation import same
 from tests.resume.world import alike, breaking, like_reference, small, stopped
 

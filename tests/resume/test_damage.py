@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load
 
 import fedlora
-from fedlora.engines import sealed
-from fedlora.state import load_tree, serialize
+from fedlora.engines import verified_files as sealed
+from fedlora.files import load_tree, serialize
 from tests.fixtures.federation import same
 from tests.resume.world import alike, small, stopped
 

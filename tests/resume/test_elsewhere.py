@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 import fedlora
-from fedlora.comparison import compare
-from fedlora.sweep import Sweep
+from fedlora.runs.compare import compare
+from fedlora.runs.sweep import Sweep
 from tests.fixtures.federation import TINY_VIT, config
 from tests.resume.test_inputs import ROWS, write
 from tests.resume.world import alike, breaking, stopped

@@ -5,14 +5,14 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.engines.flower.home import Home
-from fedlora.engines.flower.memory import MemoryGrid
-from fedlora.engines.flower.node import Base, Node
-from fedlora.engines.flower.party import client_app, handled
-from fedlora.engines.flower.server import Federated
-from fedlora.engines.flower.store import Store
-from fedlora.resuming import continued
-from fedlora.runs import run
+from fedlora.flower.client import Base, Node
+from fedlora.flower.client_messages import client_app, handled
+from fedlora.flower.client_store import Store
+from fedlora.flower.local_stores import Home
+from fedlora.flower.server import Federated
+from fedlora.flower.testing import MemoryGrid
+from fedlora.runs.resume import continued
+from fedlora.runs.run import run
 from tests.fixtures.federation import same
 from tests.flower.world import QUICK, agree
 from tests.resume.test_bits import breaking, stopped
@@ -89,7 +89,7 @@ def test_parties_that_keep_their_own_state_are_not_gone_on_with_here(tmp_path):
     settings, path = small("fedsa-lora", "rounds=2"), tmp_path / "run"
 
     def elsewhere(config, f, watch, observe, take):
-        class Away(fedlora.engines.inprocess.InProcess):
+        class Away(fedlora.engines.in_process.InProcess):
             def privates(self, at):
                 return None
 

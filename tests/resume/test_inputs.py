@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import fedlora
 from fedlora.engines import inputs
-from fedlora.export import Run, export
-from fedlora.tasks.task import Examples
+from fedlora.export.peft import Run, export
+from fedlora.tasks._base import Examples
 from tests.fixtures.federation import TINY_VIT, config
 from tests.resume.world import alike, stopped
 

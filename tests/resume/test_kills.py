@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.runs import finished as over
+from fedlora.runs.run import finished as over
 from tests.resume.world import alike, small
 
 pytestmark = [

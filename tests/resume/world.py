@@ -3,7 +3,7 @@
 import json
 
 import fedlora
-from fedlora.state import load_tree
+from fedlora.files import load_tree
 from tests.fixtures.federation import REFERENCE, config, same, settings
 
 SMALL = (
@@ -50,8 +50,8 @@ def trees(folder):
 
 def ledger(folder):
     """The crossings that the newest checkpoint has."""
-    from fedlora.engines.sealed import unpacked
     from fedlora.engines.snapshot import _crossings
+    from fedlora.engines.verified_files import unpacked
 
     newest = sorted(path for path in (folder / "checkpoints").glob("[0-9]*"))[-1]
     tree, about = unpacked(newest.read_bytes())

@@ -2,7 +2,7 @@
 
 import torch
 
-from fedlora.secure import PHASES, Client, Message, Server, Session
+from fedlora.security.secure_aggregation import PHASES, Client, Message, Server, Session
 
 
 class Round:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.secure.fixed import FixedPoint
+from fedlora.security.secure_aggregation.fixed_point import FixedPoint
 
 
 @pytest.mark.parametrize("K", [3, 4, 50, 1000])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.secure import Client, masks
-from fedlora.secure.keys import Address, unseal
-from fedlora.secure.messages import unpacked
-from fedlora.secure.session import KEY, SERVER
-from fedlora.secure.sharing import SHARE, combined
+from fedlora.security.secure_aggregation import Client, masks
+from fedlora.security.secure_aggregation.keys import Address, unseal
+from fedlora.security.secure_aggregation.messages import unpacked
+from fedlora.security.secure_aggregation.session import KEY, SERVER
+from fedlora.security.secure_aggregation.shamir import SHARE, combined
 from tests.secure.playing import Round
 
 SIZE = 20_000

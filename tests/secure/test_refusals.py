@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.secure import PHASES, Client, Message, ProtocolError, Server, TooFewClientsError
-from fedlora.secure.keys import Address, KeyPair, seal, unseal
-from fedlora.secure.messages import REPLIES, packed, unpacked
-from fedlora.secure.session import KEY, SERVER
-from fedlora.secure.sharing import SHARE
+from fedlora.security.secure_aggregation import PHASES, Client, Message, ProtocolError, Server, TooFewClientsError
+from fedlora.security.secure_aggregation.keys import Address, KeyPair, seal, unseal
+from fedlora.security.secure_aggregation.messages import REPLIES, packed, unpacked
+from fedlora.security.secure_aggregation.session import KEY, SERVER
+from fedlora.security.secure_aggregation.shamir import SHARE
 from tests.secure.playing import Round
 
 replace = dataclasses.replace

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from fedlora.secure.session import ProtocolError
-from fedlora.secure.sharing import PRIME, at_zero, combined, evaluated, split
+from fedlora.security.secure_aggregation.session import ProtocolError
+from fedlora.security.secure_aggregation.shamir import PRIME, at_zero, combined, evaluated, split
 
 
 def test_the_prime_is_one():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.secure import (
+from fedlora.security.secure_aggregation import (
     PHASES,
     Client,
     ProtocolError,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlora.metrics import figures
 from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.metrics.scores import figures
 
 pytestmark = pytest.mark.shared
 
@@ -78,6 +78,6 @@ def test_a_column_of_its_own_says_the_same(name, column, settings, shared):
         for where in (None, column)
     ]
     first, second = ([text["gold"] for text in task.load(place, 0).test.texts] for task in made)
-    from fedlora.answers import right
+    from fedlora.tasks.metrics.answers import right
 
     assert all(right(a, b, made[0].answer) for a, b in zip(first, second)) and len(first) == 60

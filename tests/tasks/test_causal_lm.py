@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from fedlora.evaluation import Evaluator
-from fedlora.metrics import figures, pooled
-from fedlora.model import Model
-from fedlora.runtime import checkpoint_activations
+from fedlora.tasks._base import Examples
 from fedlora.tasks.causal_lm import CausalLM, keeps_apart
-from fedlora.tasks.sequences import IGNORED, cut, encoded, flat, packed, padded
-from fedlora.tasks.task import Examples
-from fedlora.tasks.wording import fill
+from fedlora.tasks.data.templates import fill
+from fedlora.tasks.data.tokens import IGNORED, cut, encoded, flat, packed, padded
+from fedlora.tasks.metrics.scores import figures, pooled
+from fedlora.training.device import checkpoint_activations
+from fedlora.training.evaluation import Evaluator
+from fedlora.training.model import Model
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
 CHAT = TURNS + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -280,7 +280,7 @@ def test_splits_go_by_a_category(tmp_path, model):
 
 @pytest.mark.parametrize("split", ["dirichlet", "pathological"])
 def test_a_split_by_label_needs_one(tmp_path, model, split):
-    from fedlora.clients import Clients
+    from fedlora.engines.clients import Clients
 
     clients = Clients(2, split={"name": split})
     with pytest.raises(
@@ -467,7 +467,7 @@ def test_models_of_another_kind(shared):
 
 def test_pooled_perplexity_is_that_of_all_tokens(tmp_path, model):
     from fedlora.adapters import LoRA
-    from fedlora.clients import Shard
+    from fedlora.engines.clients import Shard
 
     made = task(tmp_path)
     data = made.load(model, 0)

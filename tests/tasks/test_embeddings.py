@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import fedlora
-from fedlora.generation import Writing, generate
+from fedlora.tasks.networks.generation import Writing, generate
 from tests.fixtures.federation import config
 
 LETTERS = string.ascii_lowercase

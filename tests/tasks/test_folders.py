@@ -6,8 +6,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from fedlora.tasks import data as source
-from fedlora.tasks.tables import TextFormat
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.tables import TextFormat
 
 ROWS = [{"text": f"row {i}", "label": i % 2} for i in range(6)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.sequences import IGNORED, padded
+from fedlora.tasks.data.tokens import IGNORED, padded
 
 pytestmark = pytest.mark.shared
 ALPACA = [

@@ -7,10 +7,10 @@ import torch
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 import fedlora
-from fedlora.clients import Clients
-from fedlora.config import ConfigError, build
-from fedlora.metrics import figures
+from fedlora.engines.clients import Clients
+from fedlora.runs.config import ConfigError, build
 from fedlora.tasks.glue import SUBSETS, Glue
+from fedlora.tasks.metrics.scores import figures
 
 pytestmark = pytest.mark.shared
 
@@ -93,7 +93,7 @@ def test_every_task_runs_by_name_with_its_metric(name, model, tmp_path):
     assert set(result.summary["final"]["global"]) == set(result.summary["final"]["clients"]["figures"]) == reported
     names = SUBSETS[name].labels
     assert result.summary["labels"] == list(names or ["score"])
-    again = fedlora.config.read(tmp_path / "run" / "config.toml")
+    again = fedlora.runs.config.read(tmp_path / "run" / "config.toml")
     assert again.task == config.task, "the settings that were written are whole"
 
 

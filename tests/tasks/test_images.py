@@ -24,10 +24,10 @@ from transformers import (
 )
 
 import fedlora
-from fedlora.config import ConfigError, build
-from fedlora.export import Run, export
-from fedlora.tasks import pictures
-from fedlora.tasks.form import Form
+from fedlora.export.peft import Run, export
+from fedlora.runs.config import ConfigError, build
+from fedlora.tasks.data import images as pictures
+from fedlora.tasks.data.image_transforms import Form
 from fedlora.tasks.image_classification import ImageClassification, cropped, flipped
 from tests.fixtures.federation import config as digits
 from tests.fixtures.federation import same

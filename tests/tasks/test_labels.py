@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 import fedlora
-from fedlora.config import dumps
-from fedlora.tasks.data import groups
+from fedlora.runs.config import dumps
+from fedlora.tasks.data.columns import texts as asked_and_answered
+from fedlora.tasks.data.labels import Classes, is_number, label_map
+from fedlora.tasks.data.rows import groups
+from fedlora.tasks.data.templates import filled, strata
 from fedlora.tasks.image_classification import ImageClassification
-from fedlora.tasks.labels import Classes, is_number, label_map
-from fedlora.tasks.pairs import texts as asked_and_answered
 from fedlora.tasks.text_classification import TextClassification
-from fedlora.tasks.wording import filled, strata
 from tests.fixtures.federation import TABLE, TINY_VIT, config
 
 WORDS, NUMBERS, CODES = ("urgent", "soon", "routine"), ("1", "2", "3"), ("01", "2", "30")

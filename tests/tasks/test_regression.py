@@ -14,10 +14,10 @@ from sklearn.metrics import mean_squared_error
 from transformers import AutoModelForSequenceClassification
 
 import fedlora
-from fedlora.config import build
-from fedlora.export import Run, export
-from fedlora.metrics import figures, pooled
-from fedlora.tasks.regression import quantile_bins
+from fedlora.export.peft import Run, export
+from fedlora.runs.config import build
+from fedlora.tasks._regression import quantile_bins
+from fedlora.tasks.metrics.scores import figures, pooled
 from fedlora.tasks.text_regression import TextRegression
 
 TASK = TextRegression("none")
@@ -194,7 +194,7 @@ def test_flowers_grid_has_the_bits_of_one_process(places, tmp_path, method, monk
 @pytest.mark.parametrize("told", [{"spearman.sum": 31.0}, {"spearman.sum": -31.0}, {"xy.sum": float("nan")}])
 def test_impossible_sums_are_refused_and_strange_ones_harm_nobody(told):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.engines.flower import checks
+    from fedlora.flower import replies as checks
 
     draws = torch.Generator().manual_seed(0)
     sums = TASK.scores(torch.randn(30, 1, generator=draws), torch.randn(30, generator=draws)).sums

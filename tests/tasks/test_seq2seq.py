@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from fedlora.adapters import LoRA
-from fedlora.config import build
-from fedlora.export import Run, export
-from fedlora.metrics import figures
-from fedlora.model import Model
-from fedlora.runs import run
-from fedlora.squad import answer_f1, exact_match
+from fedlora.export.peft import Run, export
+from fedlora.runs.config import build
+from fedlora.runs.run import run
 from fedlora.tasks import seq2seq
+from fedlora.tasks.metrics.scores import figures
+from fedlora.tasks.metrics.squad import answer_f1, exact_match
 from fedlora.tasks.seq2seq import Seq2Seq
+from fedlora.training.model import Model
 
 WORDS = [
     "classify",

@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.tasks import data as source
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.tables import TextFormat, read
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.tables import TextFormat, read
 from fedlora.tasks.text_classification import TextClassification
 
 AS_IT_SHOWS = TextFormat()

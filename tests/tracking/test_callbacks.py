@@ -4,10 +4,12 @@ import json
 
 import pytest
 
-from fedlora import callbacks, resuming, runs
-from fedlora.callbacks import CallbackError, Callbacks, End
-from fedlora.curves import figures, flat
-from fedlora.settings import ConfigError
+from fedlora.runs import callbacks
+from fedlora.runs import resume as resuming
+from fedlora.runs import run as runs
+from fedlora.runs.callbacks import CallbackError, Callbacks, End
+from fedlora.runs.record import figures, flat
+from fedlora.schema import ConfigError
 from tests.resume.world import alike, small
 from tests.tracking.world import RECORD, Notes
 

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.flower.server import serve
-from fedlora.following import Following
+from fedlora.flower.serve import serve
+from fedlora.runs.progress_file import Following
 from tests.flower.world import World, config
 from tests.tracking import reading
 from tests.tracking.world import Notes

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora import resuming, runs, trackers, tracking
-from fedlora.callbacks import End, Start
-from fedlora.clients import DROPPED
-from fedlora.config import build, read
-from fedlora.curves import figures
-from fedlora.settings import ConfigError
-from fedlora.state import save_json
+from fedlora.engines.clients import DROPPED
+from fedlora.files import save_json
+from fedlora.runs import resume as resuming
+from fedlora.runs import run as runs
+from fedlora.runs import trackers
+from fedlora.runs.callbacks import End, Start
+from fedlora.runs.config import build, read
+from fedlora.runs.record import figures
+from fedlora.runs.trackers import _callback as tracking
+from fedlora.schema import ConfigError
 from tests.resume.world import small
 from tests.tracking import reading
 
@@ -191,7 +194,7 @@ def test_a_tracker_that_cannot_begin_is_said_before_the_first_round(tmp_path):
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_missing_package_is_one_sentence_with_the_command(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fedlora.trackers.base.find_spec", lambda package: None if package == EXTRAS[name] else object()
+        "fedlora.runs.trackers._base.find_spec", lambda package: None if package == EXTRAS[name] else object()
     )
     config = small("fedit", f"track.{name}=true")
     with pytest.raises(ConfigError) as told:
@@ -223,7 +226,7 @@ def test_reading_a_config_imports_no_tracker():
     import subprocess
 
     code = (
-        "import sys; from fedlora import trackers; t = trackers.read({name: True for name in trackers.names()});"
+        "import sys; from fedlora.runs import trackers; t = trackers.read({name: True for name in trackers.names()});"
         "print([m for m in ('tensorboard', 'mlflow', 'wandb', 'trackio') if m in sys.modules], sorted(t.trackers))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -242,7 +245,7 @@ def test_other_settings_begin_another_run_with_all_rounds(tmp_path):
 def test_a_broken_file_of_trackers_is_said(tmp_path):
     save_json(tmp_path / "trackers.json", {})
     (tmp_path / "trackers.json").write_text("{")
-    from fedlora.tracking import _earlier
+    from fedlora.runs.trackers._callback import _earlier
 
     with pytest.raises(ConfigError, match=r"trackers\.json.* is no JSON"):
         _earlier(tmp_path)

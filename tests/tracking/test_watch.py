@@ -11,11 +11,11 @@ from copy import deepcopy
 
 import pytest
 
-from fedlora import pulse
-from fedlora.callbacks import Start
 from fedlora.engines.loop import Event
-from fedlora.following import Following, Standing, lives, me, replace
-from fedlora.report import watching
+from fedlora.reporting import watch as watching
+from fedlora.runs import progress_writer as pulse
+from fedlora.runs.callbacks import Start
+from fedlora.runs.progress_file import Following, Standing, lives, me, replace
 from tests.fixtures.terminal import on_pty
 from tests.resume.world import small
 
@@ -46,7 +46,7 @@ def folder_of(path, progress=PROGRESS, records=()):
 def text_of(at, width=100, height=30, name="runs/a"):
     import io
 
-    from fedlora.report.console import Plain
+    from fedlora.reporting.console import Plain
 
     out = io.StringIO()
     Plain(file=out, width=width, force_terminal=False).print(watching.picture(at, name, width, height, NOW))
@@ -233,7 +233,7 @@ def test_a_run_that_goes_on_knows_who_was_left_out_before(tmp_path):
 WRITER = """
 import json, sys, time
 from pathlib import Path
-from fedlora.following import me, replace
+from fedlora.runs.progress_file import me, replace
 place = Path(sys.argv[1]); place.mkdir()
 progress, record = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 progress |= {**me(), "began": time.time(), "rounds": 3, "said": []}
@@ -289,7 +289,7 @@ WATCHED = INTERRUPTED + "from fedlora.cli import main; main()"
 BAR = (
     INTERRUPTED
     + """
-from fedlora.report.progress import Progress
+from fedlora.runs.progress import Progress
 try:
     Progress(2).__enter__()
 except KeyboardInterrupt:

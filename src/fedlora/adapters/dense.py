@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedlora.adapters.base import Adapter
+from fedlora.adapters._base import Adapter
 
 
 @dataclass(frozen=True)

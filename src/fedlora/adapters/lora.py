@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from fedlora.adapters.base import Adapter, generator, scaled, uniform
-from fedlora.linalg import truncated
-from fedlora.products import Term
+from fedlora.adapters._base import Adapter, generator, scaled, uniform
+from fedlora.linalg.factors import truncated
+from fedlora.linalg.sums import Term
 from fedlora.types import Factors, Layer
 
 CITE = """@inproceedings{hu2022lora, title = {{LoRA}: Low-Rank Adaptation of Large Language Models},

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.adapters.base import Adapter, generator
-from fedlora.products import exact
+from fedlora.adapters._base import Adapter, generator
+from fedlora.linalg.sums import exact
 from fedlora.types import Factors
 
 

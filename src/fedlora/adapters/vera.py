@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from fedlora.adapters.base import Adapter, generator, uniform
+from fedlora.adapters._base import Adapter, generator, uniform
 from fedlora.types import Factors
 
 

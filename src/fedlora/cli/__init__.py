@@ -6,22 +6,20 @@ from typing import Annotated
 
 import typer
 
-from fedlora import crash
-from fedlora.cli import (
-    authoring,
-    chatting,
-    checking,
-    flower,
-    folders,
-    grading,
-    preparing,
-    reporting,
-    running,
-    studying,
-    watching,
-)
-from fedlora.cli.plain import Command, Group
-from fedlora.cli.speech import say
+from fedlora.cli import chat as chatting
+from fedlora.cli import code_eval as grading
+from fedlora.cli import doctor as checking
+from fedlora.cli import export as folders
+from fedlora.cli import flower
+from fedlora.cli import methods as authoring
+from fedlora.cli import plan as preparing
+from fedlora.cli import report as reporting
+from fedlora.cli import run as running
+from fedlora.cli import study as studying
+from fedlora.cli import watch as watching
+from fedlora.cli._options import say
+from fedlora.cli._plain import Command, Group
+from fedlora.runs import error_log as crash
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,

@@ -6,8 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from fedlora.cli.plain import Command, Group
-from fedlora.cli.speech import ConfigPath, Json, Override, answer, names, numbered, say
+from fedlora.cli._options import ConfigPath, Json, Override, answer, names, numbered, say
+from fedlora.cli._plain import Command, Group
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Federations over Flower, each party at home."
@@ -53,8 +53,8 @@ def init(
 ) -> None:
     """Write a complete Flower app of a configuration, ready for `flwr run`."""
     _extra()
-    from fedlora.config import read
-    from fedlora.flower.app import init as write
+    from fedlora.flower.deploy.app_template import init as write
+    from fedlora.runs.config import read
 
     made = write(folder, read(config, override or []), out)
     typer.echo(f"{made} is a Flower app; start it with `flwr run {made} CONNECTION --stream`.")
@@ -80,9 +80,9 @@ def local(
 ) -> None:
     """Run a federation over a SuperLink and SuperNodes, all processes of this machine, and stop them all."""
     _extra()
-    from fedlora.config import read
-    from fedlora.flower.local import run
-    from fedlora.report import tables
+    from fedlora.flower.deploy.local import run
+    from fedlora.reporting import terminal as tables
+    from fedlora.runs.config import read
 
     if insecure and tls:
         raise ValueError("--insecure and --tls exclude each other; keep one of them.")
@@ -103,8 +103,8 @@ def result(
 ) -> None:
     """Write what this party holds after a run as a run's folder; nothing leaves the machine."""
     _extra()
-    from fedlora.config import read
-    from fedlora.flower.result import result as write
+    from fedlora.flower.deploy.client_result import result as write
+    from fedlora.runs.config import read
 
     found = write(read(config, override or []), state, client, out, run)
     typer.echo(f"{out} has client {client}'s own model after round {found['rounds']}.")
@@ -133,7 +133,7 @@ def certs(
 ) -> None:
     """Make a CA, the server's TLS certificate and a key for each party, and say what goes to whom."""
     _extra()
-    from fedlora.flower.certs import certificates
+    from fedlora.flower.deploy.certificates import certificates
 
     called, reached = names(parties), names(hosts)
     made = certificates(folder, called, reached, days)

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.channel import Channel
+from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.comm.channel import Channel
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import compare_inputs, inputs
 from fedlora.engines.loop import Loop, Private, Round, Standing
 from fedlora.engines.retention import Retention
-from fedlora.engines.sealed import ENDING, RefusedError, about, packed, seal, unpacked, unseal
 from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
-from fedlora.folds import FoldLog, Folds
-from fedlora.limits import plain_name
-from fedlora.state import digest, swept
+from fedlora.engines.verified_files import ENDING, RefusedError, about, packed, seal, unpacked, unseal
+from fedlora.files import digest, swept
+from fedlora.text import plain_name
 from fedlora.types import Factors, Tree
 
 FOLDER, FOLDS, FORM = "checkpoints", "folds", 2

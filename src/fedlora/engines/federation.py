@@ -5,24 +5,24 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fedlora.adapters import Dense
-from fedlora.attack import Attack
-from fedlora.clients import Clients, Shard
-from fedlora.defence import Defence
-from fedlora.engines import private
-from fedlora.engines.book import Book
-from fedlora.evaluation import Evaluation, Evaluator
-from fedlora.hygiene import Hygiene
-from fedlora.method import Method
-from fedlora.metrics import Scores
-from fedlora.model import Model
-from fedlora.optimizers import ServerOptimizer
-from fedlora.privacy import Privacy, Stream, key_of
+from fedlora.engines import privacy as private
+from fedlora.engines.clients import Clients, Shard
+from fedlora.engines.comm.compression import Transport
+from fedlora.engines.privacy_ledger import Book
+from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, received
+from fedlora.security.attacks._base import Attack
+from fedlora.security.privacy import Privacy, Stream, key_of
+from fedlora.security.robust._base import Defence
+from fedlora.security.validation import Hygiene
 from fedlora.seeds import derived
-from fedlora.tasks.labels import label_map
-from fedlora.tasks.task import Data, Task
-from fedlora.training import Training
-from fedlora.transport import Transport
+from fedlora.tasks._base import Data, Task
+from fedlora.tasks.data.labels import label_map
+from fedlora.tasks.metrics.scores import Scores
+from fedlora.training.evaluation import Evaluation, Evaluator
+from fedlora.training.local import Training
+from fedlora.training.model import Model
 from fedlora.types import Tree, Turn
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.engines.federation import Federation
-from fedlora.state import digest
-from fedlora.tasks.task import Examples
+from fedlora.files import digest
+from fedlora.tasks._base import Examples
 
 SAMPLE = 1024  # values of each pretrained weight
 NAMES = 40  # labels that are kept by name

@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlora.attack import succeeded
-from fedlora.channel import Channel, Ledger
-from fedlora.clients import DROPPED
-from fedlora.defence import defended
-from fedlora.engines import private
+from fedlora.engines import privacy as private
+from fedlora.engines.aggregation_error import errors
+from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.clients import DROPPED
+from fedlora.engines.comm.channel import Channel, Ledger
 from fedlora.engines.federation import Federation
-from fedlora.evaluation import Evaluator, summary
-from fedlora.folds import FoldLog, Folds
-from fedlora.hygiene import Bad, Gate, barred
-from fedlora.linalg import compacted, total
-from fedlora.measures import errors
-from fedlora.metrics import Scores, figures
+from fedlora.linalg.factors import compacted, total
 from fedlora.rounds import Received, Rules, Served, public
+from fedlora.security.attacks._base import succeeded
+from fedlora.security.robust._base import defended
+from fedlora.security.validation import Bad, Gate, barred
 from fedlora.seeds import derived
-from fedlora.training import State
+from fedlora.tasks.metrics.scores import Scores, figures
+from fedlora.training.evaluation import Evaluator, summary
+from fedlora.training.local import State
 from fedlora.types import Tree, Turn
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedlora.metrics import KNOWN
+from fedlora.tasks.metrics.scores import KNOWN
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.channel import Crossing, Knowledge
+from fedlora.engines.comm.channel import Crossing, Knowledge
 from fedlora.engines.loop import Private, Standing
-from fedlora.engines.sealed import moved
-from fedlora.training import State
+from fedlora.engines.verified_files import moved
+from fedlora.training.local import State
 from fedlora.types import Tree
 
 APART = ("shared", "folds", "channel", "overheard")  # what of a standing is no plain value

@@ -22,14 +22,14 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedlora.config import Config, merged
 from fedlora.engines.federation import Federation
-from fedlora.engines.flower.home import Home
-from fedlora.engines.flower.masked import served_by
-from fedlora.engines.flower.store import Store
 from fedlora.engines.loop import Observe, Watch
-from fedlora.flower.parties import simulated_app
-from fedlora.runs import Take
+from fedlora.flower.client_factory import simulated_app
+from fedlora.flower.client_store import Store
+from fedlora.flower.local_stores import Home
+from fedlora.flower.secure_server import served_by
+from fedlora.runs.config import Config, merged
+from fedlora.runs.run import Take
 
 NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
 ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C

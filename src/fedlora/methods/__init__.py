@@ -6,8 +6,8 @@ import sys
 from functools import cache
 from importlib.metadata import EntryPoints, entry_points
 
-from fedlora import finding
-from fedlora.method import Method
+from fedlora import registry as finding
+from fedlora.methods._base import Method
 
 GROUP = "fedlora.methods"  # entry points of packages that bring methods of their own
 

@@ -11,7 +11,7 @@ task.
 from dataclasses import dataclass, field
 
 from fedlora.adapters import Adapter, LoRASB
-from fedlora.method import Method
+from fedlora.methods._base import Method
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Not when one model for all is wanted, or a client cannot afford a second pair in
 from dataclasses import dataclass, field
 
 from fedlora.adapters import Adapter, DualLoRA
-from fedlora.method import Method, pick
+from fedlora.methods._base import Method, pick
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ stay as they are, or the server may not see single uploads.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method, mean
-from fedlora.products import Lazy, best, stacked
+from fedlora.linalg.sums import Lazy, best, stacked
+from fedlora.methods._base import Method, mean
 from fedlora.types import Outcome
 
 

@@ -10,7 +10,7 @@ Not when what is served must be the mean of what the clients trained, or clients
 
 from dataclasses import dataclass
 
-from fedlora.method import Method
+from fedlora.methods._base import Method
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.linalg import polar, procrustes
-from fedlora.method import Method
+from fedlora.linalg.factors import polar, procrustes
+from fedlora.methods._base import Method
 
 NEGLIGIBLE = 1e-6  # a singular value below this share of the largest: its direction has no sign to align
 

@@ -10,7 +10,7 @@ Not when one model for all is wanted, new parties must be served at once, or cli
 
 from dataclasses import dataclass
 
-from fedlora.method import Method, pick
+from fedlora.methods._base import Method, pick
 
 
 @dataclass(frozen=True)

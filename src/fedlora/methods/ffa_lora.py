@@ -9,7 +9,7 @@ Not when the rank is so small that the directions drawn for ``A`` cannot hold th
 
 from dataclasses import dataclass
 
-from fedlora.method import Method
+from fedlora.methods._base import Method
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ same product in a frame that stays); or the server may not see single uploads.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method, mean, terms
-from fedlora.products import best
+from fedlora.linalg.sums import best
+from fedlora.methods._base import Method, mean, terms
 from fedlora.types import Outcome
 
 

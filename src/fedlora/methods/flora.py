@@ -11,8 +11,8 @@ should go on from warm factors and optimiser moments: every round starts afresh.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method, terms
-from fedlora.products import stacked
+from fedlora.linalg.sums import stacked
+from fedlora.methods._base import Method, terms
 from fedlora.types import Outcome
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method
-from fedlora.mixing import Atoms, Grams, adam, als, gram
-from fedlora.passes import best_mixes, streamed
-from fedlora.products import HELD, Lazy
+from fedlora.linalg.least_squares import Atoms, Grams, adam, als, gram
+from fedlora.linalg.passes import best_mixes, streamed
+from fedlora.linalg.sums import HELD, Lazy
+from fedlora.methods._base import Method
 from fedlora.types import Layer, Outcome, Upload
 
 

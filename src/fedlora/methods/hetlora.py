@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method
-from fedlora.products import sizes
+from fedlora.linalg.sums import sizes
+from fedlora.methods._base import Method
 from fedlora.types import Outcome
 
 RANK = "_rank"  # what a client has pruned itself down to

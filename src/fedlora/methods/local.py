@@ -8,7 +8,7 @@ Not when parties have too few rows to learn the task alone.
 
 from dataclasses import dataclass
 
-from fedlora.method import Method
+from fedlora.methods._base import Method
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.method import Method, mean
-from fedlora.products import Term, applied
+from fedlora.linalg.sums import Term, applied
+from fedlora.methods._base import Method, mean
 from fedlora.types import Outcome
 
 CUT = 1e-12  # relative: below it a direction of Ā Āᵀ is rounding error, and B stays there

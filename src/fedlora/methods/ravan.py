@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 
 from fedlora.adapters import Adapter, Heads
-from fedlora.adapters.base import generator
-from fedlora.method import Method, pick
+from fedlora.adapters._base import generator
+from fedlora.methods._base import Method, pick
 
 
 @dataclass(frozen=True)

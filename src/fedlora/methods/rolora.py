@@ -9,7 +9,7 @@ Not when rounds are few or clients are often away: each factor moves in every se
 
 from dataclasses import dataclass
 
-from fedlora.method import Method
+from fedlora.methods._base import Method
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.adapters import LoRA
-from fedlora.gauge import anchored, balanced, rotated, swept
-from fedlora.method import Method, mean, terms
-from fedlora.products import Lazy, Term, best, stacked
+from fedlora.linalg.balancing import anchored, balanced, rotated, swept
+from fedlora.linalg.sums import Lazy, Term, best, stacked
+from fedlora.methods._base import Method, mean, terms
 from fedlora.types import Outcome
 
 

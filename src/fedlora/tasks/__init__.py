@@ -4,18 +4,13 @@ import importlib
 import inspect
 from typing import Any
 
-from fedlora import finding
-from fedlora.nearest import unknown
-
-_NOT_TASKS = {
-    "task", "data", "networks", "texts", "regression", "pictures", "form", "wording", "sequences", "fewshot", "pairs",
-    "sources", "folders", "tables", "parsing", "labels",
-}  # fmt: skip
+from fedlora import registry as finding
+from fedlora.registry import unknown
 
 
 def names() -> list[str]:
     """The names of all tasks, found by looking in this folder."""
-    return [name for name in finding.names(__path__) if name not in _NOT_TASKS]
+    return finding.names(__path__)
 
 
 def load(name: str) -> type[Any]:

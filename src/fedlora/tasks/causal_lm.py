@@ -7,15 +7,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.answers import right
-from fedlora.generation import Writing, generate
-from fedlora.metrics import Scores
-from fedlora.tasks import data as source
-from fedlora.tasks.fewshot import BETWEEN, Asked, asked, golds, prompts_of, shots
-from fedlora.tasks.networks import quietly, tokenizer, whole
-from fedlora.tasks.sequences import IGNORED, Side, Tokens, cut, encoded, flat, packed, padded
-from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import MESSAGES, Stretch, Wording, chosen, columns, conversations, left_out, selected, strata
+from fedlora.tasks._base import Batch, Data, Examples, Supervised
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.few_shot import BETWEEN, Asked, asked, golds, prompts_of, shots
+from fedlora.tasks.data.templates import (
+    MESSAGES,
+    Stretch,
+    Wording,
+    chosen,
+    columns,
+    conversations,
+    left_out,
+    selected,
+    strata,
+)
+from fedlora.tasks.data.tokens import IGNORED, Side, Tokens, cut, encoded, flat, packed, padded
+from fedlora.tasks.metrics.answers import right
+from fedlora.tasks.metrics.scores import Scores
+from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.tasks.networks.pretrained import quietly, tokenizer, whole
 
 LEAK = 0.1  # of what a row before changes when nothing keeps it apart; rounding is a fifth of it in bfloat16
 

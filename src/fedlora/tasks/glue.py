@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedlora.metrics import Scores
-from fedlora.nearest import unknown
-from fedlora.tasks import data as source
-from fedlora.tasks.labels import Classes, Targets
-from fedlora.tasks.task import Batch, Examples
+from fedlora.registry import unknown
+from fedlora.tasks._base import Batch, Examples
+from fedlora.tasks._text import Texts
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.labels import Classes, Targets
+from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.tasks.text_regression import TextRegression
-from fedlora.tasks.texts import Texts
 
 
 class Subset(NamedTuple):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tasks import data as source
-from fedlora.tasks.form import Form, image_size, normal, processor_of
-from fedlora.tasks.labels import Classes
-from fedlora.tasks.networks import network
-from fedlora.tasks.pictures import stretches
-from fedlora.tasks.task import Batch, Classification, Data, Examples, lengths_of_one
+from fedlora.tasks._base import Batch, Classification, Data, Examples, lengths_of_one
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.image_transforms import Form, image_size, normal, processor_of
+from fedlora.tasks.data.images import stretches
+from fedlora.tasks.data.labels import Classes
+from fedlora.tasks.networks.pretrained import network
 
 # The columns that public sets use, tried in this order where task.image and task.label are not set.
 IMAGES = ("image", "img", "pixels", "picture", "photo")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.metrics import Scores
-from fedlora.squad import answer_f1, exact_match
-from fedlora.tasks import data as source
-from fedlora.tasks.labels import check_names
-from fedlora.tasks.networks import quietly, tokenizer, whole
-from fedlora.tasks.pairs import DROP, texts
-from fedlora.tasks.task import Batch, Data, Examples, Supervised
-from fedlora.tasks.wording import checked, left_out, selected, strata
+from fedlora.tasks._base import Batch, Data, Examples, Supervised
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.columns import DROP, texts
+from fedlora.tasks.data.labels import check_names
+from fedlora.tasks.data.templates import checked, left_out, selected, strata
+from fedlora.tasks.metrics.scores import Scores
+from fedlora.tasks.metrics.squad import answer_f1, exact_match
+from fedlora.tasks.networks.pretrained import quietly, tokenizer, whole
 
 IGNORED = -100  # cross_entropy's ignore_index
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.tasks.labels import Classes, Targets
-from fedlora.tasks.task import Classification
-from fedlora.tasks.texts import Texts
+from fedlora.tasks._base import Classification
+from fedlora.tasks._text import Texts
+from fedlora.tasks.data.labels import Classes, Targets
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.tasks import data as source
-from fedlora.tasks.labels import Classes, Targets
-from fedlora.tasks.regression import Regression, quantile_bins
-from fedlora.tasks.texts import Texts
+from fedlora.tasks._regression import Regression, quantile_bins
+from fedlora.tasks._text import Texts
+from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.labels import Classes, Targets
 
 
 @dataclass(frozen=True)

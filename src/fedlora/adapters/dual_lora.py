@@ -1,0 +1,67 @@
+"""Two LoRAs side by side: one that is shared, and one that stays with its client.
+
+Yang et al. Dual-Personalizing Adapter for Federated Foundation Models. NeurIPS 2024. https://arxiv.org/abs/2403.19211
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.adapters._base import Adapter, generator, scaled, uniform
+from fedlora.types import Factors
+
+
+@dataclass(frozen=True)
+class DualLoRA(Adapter):
+    """``ΔW = s (B A + B_own A_own)``, ``s = alpha / r`` (rsLoRA: ``alpha / √r``), both pairs of rank ``rank``."""
+
+    cite = """@inproceedings{yang2024feddpa, title = {Dual-Personalizing Adapter for Federated Foundation Models},
+      author = {Yang and others}, booktitle = {NeurIPS}, year = {2024}, eprint = {2403.19211},
+      archiveprefix = {arXiv}}"""
+
+    rank: int = 8
+    alpha: float = 16.0
+    use_rslora: bool = False
+
+    own = frozenset({"A_own", "B_own"})  # the pair that never leaves its client
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
+        scaled(self.alpha)
+
+    @property
+    def inputs(self):
+        return frozenset({"A", "A_own"})
+
+    @property
+    def outputs(self):
+        return frozenset({"B", "B_own"})
+
+    @property
+    def budget(self):
+        return self.rank
+
+    @classmethod
+    def like(cls, other):
+        if isinstance(other, cls):
+            return other
+        return cls(getattr(other, "rank", 8), getattr(other, "alpha", 16.0), getattr(other, "use_rslora", False))
+
+    def init(self, m, n, seed):
+        draws = generator(seed)
+        A, A_own = (uniform((self.rank, n), n**-0.5, draws) for _ in range(2))
+        return {"A": A, "A_own": A_own, "B": torch.zeros(m, self.rank), "B_own": torch.zeros(m, self.rank)}
+
+    @property
+    def scale(self) -> float:
+        """``s``, of both pairs."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    def delta(self, layer):
+        U = torch.cat([layer["B"], layer["B_own"]], dim=-1)
+        return Factors(self.scale * U, torch.cat([layer["A"], layer["A_own"]], dim=-2))
+
+    def forward(self, x, layer):
+        shared, own = ((x @ layer[a].mT) @ layer[b].mT for a, b in (("A", "B"), ("A_own", "B_own")))
+        return (shared + own) * self.scale

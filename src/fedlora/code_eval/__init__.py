@@ -1,0 +1,1 @@
+"""Programs written by models: sandbox, HumanEval, MBPP."""

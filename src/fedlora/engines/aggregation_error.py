@@ -1,0 +1,145 @@
+"""How far what was served lies from the exact mean, and what FedIT and the best rank would have done.
+
+All of it on the same uploads, relative to ``‖W*‖_F``, and in orthonormal coordinates: two QR factorisations a weight
+and then only small matrices.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import Dense, LoRA
+from fedlora.linalg.factors import scaled, total
+from fedlora.methods._base import Method, mean
+from fedlora.rounds import Received, Rules, Served, alike, public, stacked, weights_of
+from fedlora.types import Factors, Layer, Tree, Upload
+
+STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
+
+
+def errors(
+    rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
+) -> dict[str, dict[str, float]]:
+    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``likeness A``, ``likeness B``, and the
+    method's own notes.
+
+    ``before`` is what the cohort was sent and ``kept`` what each client kept of the round: with its upload, that is
+    its trained weight. ``served`` is missing for a personal method, which serves no weight of its own; ``fedit``,
+    ``best`` and the likeness of factors for adapters that are not a pair ``B A`` of one rank.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for rule in dict.fromkeys(rules.values()):
+        if isinstance(rule.adapter, Dense):
+            continue
+        parts = [part for part in rules if rules[part] == rule]
+        ends = {
+            part: [_end(rule, before[part], kept.get(u.turn.client, {}).get(part, {}), u, part) for u in uploads]
+            for part in parts
+        }
+        after = {part: served.shared[part] for part in parts}
+        weights = weights_of(rule, uploads)
+        forms = {part: [*ends[part], after[part], _fold_shapes(served, part)] for part in parts}
+        most = max(1, STACK // len(uploads))
+        for group in (g[i : i + most] for g in alike(parts, forms.__getitem__) for i in range(0, len(g), most)):
+            found |= _group(rule, group, ends, weights, after, served)
+    return {part: {**found[part], **served.notes.get(part, {})} for part in found}
+
+
+def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) -> Layer:
+    """A client's trained leaves, and the frozen ones at its own budget."""
+    return {**rule.adapter.leading(before, upload.turn.rank), **public(kept), **upload.tree[part]}
+
+
+def _fold_shapes(served: Served, part: str) -> Layer:
+    return {f"{i}{side}": x for i, f in enumerate(served.folds.get(part, ())) for side, x in zip("UV", f)}
+
+
+def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, float]]:
+    """Parts of one shape, measured in one batch."""
+    clients = _clients([ends[part] for part in group])
+    plain = [rule.adapter.delta(client) for client in clients]
+    same = all(f.U is plain[0].U for f in plain)  # then the weight goes into V, and the sum stays as narrow as one
+    if not same:  # in float64 before anything is scaled: the drift is a small difference of these sums
+        plain = [Factors(f.U.double(), f.V.double()) for f in plain]
+    deltas = [Factors(f.U, w * f.V) if same else scaled(f, w) for f, w in zip(plain, weights)]
+    candidates: dict[str, Factors] = {}
+    if not rule.personal:
+        folds = [_batch([served.folds[p][i] for p in group]) for i in range(len(served.folds.get(group[0], ())))]
+        candidates["served"] = total([rule.adapter.delta(stacked([after[part] for part in group])), *folds])
+    pairs = isinstance(rule.adapter, LoRA) and len({tuple(c["A"].shape) for c in clients}) == 1
+    if pairs:
+        uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
+        candidates["fedit"] = rule.adapter.delta(mean(uploads))
+    figures = _figures(total(deltas), candidates, clients[0]["A"].shape[-2] if pairs else None)
+    figures["drift"] = _drift(plain, weights, figures.pop("norm"))
+    if pairs and len(clients) > 1:
+        figures |= {f"likeness {leaf}": likeness([client[leaf] for client in clients]) for leaf in "AB"}
+    return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
+
+
+def _clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
+    """Each client's layers of several parts, stacked; a leaf that all clients hold in common is one tensor for all."""
+    first = [layers[0] for layers in ends]
+    common = {leaf for leaf in first[0] if all(layer[leaf] is layers[0][leaf] for layers in ends for layer in layers)}
+    once = stacked([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}
+    own = [[{k: x for k, x in layers[i].items() if k not in common} for layers in ends] for i in range(len(ends[0]))]
+    return [{**once, **stacked(parts)} for parts in own]
+
+
+def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:
+    """Norm of the exact mean, each candidate's relative error, and the best possible at this rank."""
+    both = [exact, *candidates.values()]
+    Ru, Rv = _coordinates([f.U for f in both]), _coordinates([f.V.mT for f in both])
+    cores = [u @ v.mT for u, v in zip(Ru, Rv)]
+    norm = torch.linalg.matrix_norm(cores[0])
+    found = {"norm": norm}
+    for name, core in zip(candidates, cores[1:]):
+        found[name] = relative(torch.linalg.matrix_norm(core - cores[0]), norm)
+    if rank is not None:
+        tail = torch.linalg.svdvals(cores[0])[..., rank:]
+        found["best"] = relative(tail.square().sum(-1).sqrt(), norm)
+    return found
+
+
+def _coordinates(sides: Sequence[Tensor]) -> list[Tensor]:
+    """Each side in one orthonormal basis of them all, float64; a side that comes up again is not taken twice."""
+    unique = list({id(side): side for side in sides}.values())
+    R = torch.linalg.qr(torch.cat([side.double() for side in unique], dim=-1), mode="r").R
+    found = dict(zip(map(id, unique), R.split([side.shape[-1] for side in unique], dim=-1)))
+    return [found[id(side)] for side in sides]
+
+
+def _drift(deltas: Sequence[Factors], weights: Sequence[float], norm: Tensor) -> Tensor:
+    """``√(Σ w_k ‖ΔW_k − W*‖²) / ‖W*‖``: how far the clients' weights lie from their mean."""
+    if all(f.U is deltas[0].U for f in deltas):  # U (V_k − V̄): one GEMM a client, and nothing cancels
+        mean = sum((w * f.V for f, w in zip(deltas, weights)), torch.zeros_like(deltas[0].V))
+        G = deltas[0].U.mT @ deltas[0].U
+        squares = [w * ((G @ (f.V - mean)) * (f.V - mean)).sum((-2, -1)).double() for f, w in zip(deltas, weights)]
+        return relative(torch.stack(squares).sum(0).clamp_min(0).sqrt(), norm)
+    spread = torch.zeros_like(norm)
+    for f, w in zip(deltas, weights):
+        U, V = f.U.double(), f.V.double()
+        spread = spread + w * ((U.mT @ U) * (V @ V.mT)).sum((-2, -1))
+    return relative((spread - norm.square()).clamp_min(0).sqrt(), norm)
+
+
+def likeness(leaves: Sequence[Tensor]) -> Tensor:
+    """Mean cosine over all pairs of clients' ``(p m r)`` leaves, ``(p)``; a leaf that is zero is like no other.
+
+    Of unit vectors the square of the sum is their number and every pair twice, so one pass over the clients suffices.
+    """
+    units = (torch.nn.functional.normalize(x.double().flatten(-2), dim=-1) for x in leaves)
+    whole, own = 0.0, 0.0
+    for unit in units:
+        whole, own = whole + unit, own + unit.square().sum(-1)
+    return ((whole.square().sum(-1) - own) / (len(leaves) * (len(leaves) - 1))).clamp(-1, 1)
+
+
+def relative(error: Tensor, norm: Tensor) -> Tensor:
+    """``error / norm``, and 0 where there is nothing to miss."""
+    return torch.where(norm > 0, error / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
+
+
+def _batch(factors: Sequence[Factors]) -> Factors:
+    return Factors(torch.stack([f.U for f in factors]), torch.stack([f.V for f in factors]))

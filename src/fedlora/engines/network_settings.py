@@ -1,0 +1,47 @@
+"""The ``[flower]`` table: how a server deals with parties that are late, away or wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.methods._base import Method
+
+
+@dataclass(frozen=True)
+class Network:
+    """The ``[flower]`` table; in one process it has no effect."""
+
+    min_clients: int = 2  # a round with fewer good uploads waits for more; at most clients.count
+    round_timeout: float = 3600.0  # seconds that a round waits for its slowest client
+    join_timeout: float = 60.0  # seconds that the first round waits for all to connect, longer while one still loads
+    poll: float = 0.3  # seconds between two looks for replies
+    retry: float = 10.0  # seconds until a party that failed is asked once more
+    repair_timeout: float = 60.0  # seconds that a run goes on while too few parties can take part, then it ends
+    secure_aggregation: bool = False  # the server learns the sum of the uploads, and no upload
+    secure_threshold: int | None = None  # clients of a round that must stay to its end; None: two thirds, and one
+    secure_range: float = 16.0  # the largest absolute value that a client can send so
+
+    def __post_init__(self):
+        if self.min_clients < 1:
+            raise ValueError(f"flower.min_clients is {self.min_clients}; a round needs at least 1 client.")
+        for key in ("round_timeout", "join_timeout", "poll", "retry", "repair_timeout"):
+            value = getattr(self, key)
+            if not value > 0:
+                raise ValueError(f"flower.{key} is {value}; it must be a positive number of seconds.")
+        if not 0 < self.secure_range < 2**20:
+            raise ValueError(f"flower.secure_range is {self.secure_range}; it lies above 0 and below 2^20.")
+
+    def check(self, method: Method, cohort: int, able: Sequence[str]) -> None:
+        """``ValueError`` where uploads are to be hidden from a server that must see them, or among too few."""
+        if not self.secure_aggregation:
+            return
+        if not method.sums:
+            raise ValueError(
+                f"flower.secure_aggregation hides each upload in a sum, but {method.title}'s server must see every "
+                f"client's factors; take one of {', '.join(able)}, or leave secure_aggregation out."
+            )
+        threshold = self.secure_threshold
+        if cohort < 3 or (threshold is not None and not cohort / 2 < threshold <= cohort):
+            raise ValueError(
+                f"flower.secure_aggregation has rounds of {cohort} clients and a threshold of {threshold}; "
+                "it needs 3 clients, and a threshold above half of them."
+            )

@@ -1,0 +1,281 @@
+"""Ways to give rows to clients, through flwr-datasets' partitioners."""
+
+import typing
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedlora.registry import unknown
+from fedlora.tasks._base import Examples
+
+LISTED = 5  # values that a sentence names
+
+
+@dataclass(frozen=True)
+class Split(ABC):
+    """One rule; its fields are the keys of ``clients.split`` beside ``name``."""
+
+    name: ClassVar[str]
+    own: ClassVar[bool] = False  # there is nothing to split: every party has its own rows
+    hint: ClassVar[str] = "lower clients.count"  # what to do where the rows cannot be split so
+
+    @abstractmethod
+    def partitioner(self, count: int, examples: Examples, seed: int) -> Any:
+        """The flwr-datasets partitioner for so many clients."""
+
+    def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
+        """Each client's row numbers; together all rows, none twice."""
+        import datasets
+
+        # Shuffled first: the partitioners that cut by size cut in the order of the rows.
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        places = examples.kinds.unique(return_inverse=True)[1]  # 0, 1, ... as the partitioners want them
+        columns = {"row": order, "label": places[order].tolist()}
+        if examples.groups is not None:
+            columns["group"] = [examples.groups[i] for i in order]
+        partitioner = self.partitioner(count, examples, seed % 2**32)
+        partitioner.dataset = datasets.Dataset.from_dict(columns)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of draws that it repeats; the outcome is checked here
+                parts = [partitioner.load_partition(i)["row"] for i in range(count)]
+        except ValueError as error:
+            raise ValueError(f"the rows cannot be split by {self} over {count} clients; {self.hint}.") from error
+        found = [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
+        left = len(examples) - sum(len(rows) for rows in found)
+        if left:
+            raise ValueError(f"splitting by {self} over {count} clients leaves {left} rows to nobody; {self.hint}.")
+        return found
+
+    def left_out(self, train: Examples, test: Examples, count: int) -> str:
+        """A sentence on the rows that no client gets although they are there; empty where there are none."""
+        return ""
+
+    def __str__(self) -> str:
+        return ", ".join([repr(self.name), *(f"{key} = {value}" for key, value in asdict(self).items())])
+
+
+@dataclass(frozen=True)
+class Iid(Split):
+    """Equal shares at random."""
+
+    name = "iid"
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import IidPartitioner
+
+        return IidPartitioner(count)
+
+
+@dataclass(frozen=True)
+class Dirichlet(Split):
+    """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
+
+    alpha: float = 0.5
+    min_rows: int = 2  # drawn anew until every client has so many
+    name = "dirichlet"
+    hint = (
+        "raise clients.split.alpha, lower clients.split.min_rows or clients.count, or split by 'inner-dirichlet', "
+        "which gives all clients the same number of rows"
+    )
+
+    def __post_init__(self):
+        _positive(self.alpha)
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import DirichletPartitioner
+
+        _labels(self, examples)
+        return DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
+
+
+@dataclass(frozen=True)
+class InnerDirichlet(Split):
+    """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
+
+    Where a label has run out, clients take what is left of the others, in the proportions of their mixes.
+    """
+
+    alpha: float = 0.5
+    name = "inner-dirichlet"
+    hint = "raise clients.split.alpha"
+
+    def __post_init__(self):
+        _positive(self.alpha)
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import InnerDirichletPartitioner
+
+        _labels(self, examples)
+        sizes = apportioned([1.0] * count, len(examples))
+        return InnerDirichletPartitioner(sizes, "label", float(self.alpha), True, seed)
+
+
+@dataclass(frozen=True)
+class Pathological(Split):
+    """Every client has rows of so many labels only."""
+
+    labels_per_client: int = 2
+    name = "pathological"
+    hint = "every label needs a client and every client rows: change clients.split.labels_per_client or clients.count"
+
+    def __post_init__(self):
+        if self.labels_per_client < 1:
+            raise ValueError(f"clients.split.labels_per_client is {self.labels_per_client}; it must be at least 1.")
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import PathologicalPartitioner
+
+        labels = _labels(self, examples)
+        if self.labels_per_client > labels:
+            raise ValueError(
+                f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
+            )
+        # Dealt out in turn: client k has labels k, k + 1, ..., so that every label finds a client where it can.
+        return PathologicalPartitioner(count, "label", self.labels_per_client, "deterministic", True, seed)
+
+
+@dataclass(frozen=True)
+class Column(Split):
+    """The clients that the data itself knows: one a value of a column, those with the most rows first."""
+
+    column: str
+    name = "column"
+
+    def partitioner(self, count, examples, seed):
+        raise AssertionError("a natural split is read off its column")
+
+    def rows(self, examples, count, seed):
+        owners = self._owners(examples)[:count]
+        if len(owners) < count:
+            raise ValueError(
+                f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; "
+                "lower clients.count."
+            )
+        groups = examples.groups or ()
+        return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
+
+    def _owners(self, examples: Examples) -> list[str]:
+        """The column's values, those of the most rows first."""
+        sizes = Counter(examples.groups or ())
+        return sorted(sizes, key=lambda g: (-sizes[g], g))
+
+    def left_out(self, train, test, count):
+        owners = self._owners(train)
+        known, sizes, tests = set(owners[:count]), Counter(train.groups or ()), Counter(test.groups or ())
+        others = [*owners[count:], *sorted(tests.keys() - set(owners))]
+        if not others:
+            return ""
+        rows, more = (sum(n for owner, n in part.items() if owner not in known) for part in (sizes, tests))
+        of_tests = f" and {more} of {len(test)} test rows" if tests else ""
+        some = ", ".join(f"{owner!r} ({sizes[owner]})" for owner in others[:LISTED])
+        return (
+            f"{len(others)} of the {len(known) + len(others)} values of column {self.column!r} have no client, and "
+            f"their {rows} of {len(train)} training rows{of_tests} are unused: "
+            f"{some}{', ...' if len(others) > LISTED else ''}; clients.count is {count}."
+        )
+
+
+@dataclass(frozen=True)
+class Size(Split):
+    """Random rows in given proportions, a client each."""
+
+    sizes: list[float]
+    name = "size"
+
+    def __post_init__(self):
+        if not self.sizes or min(self.sizes) <= 0:
+            raise ValueError(f"clients.split.sizes is {self.sizes}; it needs a positive number for each client.")
+
+    def partitioner(self, count, examples, seed):
+        from flwr_datasets.partitioner import SizePartitioner
+
+        if len(self.sizes) != count:
+            raise ValueError(f"clients.split.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
+        counts = apportioned(self.sizes, len(examples))
+        if 0 in counts:
+            raise ValueError(
+                f"client {counts.index(0)} gets no row of {len(examples)} by clients.split.sizes; raise its share."
+            )
+        return SizePartitioner(counts)
+
+
+@dataclass(frozen=True)
+class Own(Split):
+    """Nothing is split: every party has its own rows on its own machine, and names them there."""
+
+    name = "own"
+    own = True
+
+    def partitioner(self, count, examples, seed):
+        raise AssertionError("every party has its own rows")
+
+
+KINDS: dict[str, type[Split]] = {
+    kind.name: kind for kind in (Iid, Dirichlet, InnerDirichlet, Pathological, Column, Size, Own)
+}
+
+
+def _positive(alpha: float) -> None:
+    if not alpha > 0:
+        raise ValueError(f"clients.split.alpha is {alpha}; a Dirichlet split needs a positive one.")
+
+
+def _labels(split: Split, examples: Examples) -> int:
+    """How many labels there are to split by; ``ValueError`` where rows have none or one."""
+    labels = len(examples.kinds.unique())
+    if labels < 2:
+        raise ValueError(
+            f"clients.split.name is {split.name!r}, which splits by label, but all rows have the same; set "
+            "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
+        )
+    return labels
+
+
+def load(table: Mapping[str, Any]) -> Split:
+    """The rule of a ``clients.split`` table. ``ValueError`` names what is wrong with it."""
+    name = table.get("name")
+    if name not in KINDS:
+        raise ValueError(unknown("split", str(name), KINDS, "splits (clients.split.name)"))
+    kind, values = KINDS[name], {key: value for key, value in table.items() if key != "name"}
+    own = {f.name: f for f in fields(kind)}
+    for key, value in values.items():
+        if key not in own:
+            raise ValueError(
+                f"there is no setting 'clients.split.{key}' for {name!r}; it has {', '.join(own) or 'none'}."
+            )
+        _check(key, value, typing.get_type_hints(kind)[key])
+    for f in own.values():
+        if f.default is MISSING and f.name not in values:
+            raise ValueError(f"clients.split.{f.name} is missing; the split {name!r} needs it.")
+    return kind(**values)
+
+
+def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with the rule's defaults written out."""
+    return {"name": table["name"], **asdict(load(table))}
+
+
+def _check(key: str, value: Any, kind: Any) -> None:
+    wanted = {float: (int, float), int: (int,), str: (str,)}.get(kind, (list,))
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"clients.split.{key} is {value!r}; it should be a {getattr(kind, '__name__', 'list')}.")
+
+
+def apportioned(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
+    """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
+
+    Of equal remainders the one of the lowest rank goes first; without ``ranks``, the first.
+    """
+    exact = [share * total / sum(shares) for share in shares]
+    counts = [int(x) for x in exact]
+    order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i if ranks is None else ranks[i]))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,1 @@
+"""PEFT folders, merged models, aggregated adapters, model cards and chat."""

@@ -1,0 +1,81 @@
+"""The model card of an export: where it comes from, in the words a reader of the Hub expects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.runs import attendance
+from fedlora.runs.config import Config, dumps
+from fedlora.schema import without_folders
+from fedlora.security.privacy.guarantee import lines as guarantee
+
+ADAPTER = """```python
+{first}from peft import PeftModel
+from transformers import {auto}
+
+{second}base = {auto}.from_pretrained({base!r}{labels})
+model = PeftModel.from_pretrained(base, "this folder")
+```"""
+LABELLED = {  # JSON has no numbers for names
+    "first": "import json\n\n",
+    "second": """with open("this folder/labels.json") as file:
+    id2label = {int(number): name for number, name in json.load(file)["id2label"].items()}
+label2id = {name: number for number, name in id2label.items()}
+""",
+    "labels": ", id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True",
+}
+MERGED = """```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("this folder")
+```"""
+
+
+def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
+    """Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
+    whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
+    named = {"first": "", "second": "", "labels": ""} if not summary["labels"] or config.task.brings_head else LABELLED
+    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **named)
+    front = [
+        "---",
+        f"base_model: {without_folders(config.model.name)}",
+        "library_name: " + ("transformers" if merged else "peft"),
+    ]
+    front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
+    title = f"# {summary['title'] or summary['method']}: {whose}"
+    settings = f"```toml\n{dumps(without_folders(config.table)).strip()}\n```"
+    return "\n".join(
+        [*front, "", title, "", "| | |", "|---|---|", rows, "", "## Use", "", use, "", "## Settings", "", settings, ""]
+    )
+
+
+def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    final, sent, metric = summary.get("final", {}), summary["bytes"], summary["metric"]["name"]
+    rows = [
+        ("method", f"{summary['title']} (`{summary['method']}`)"),
+        ("clients", f"{summary['clients']}, split {config.clients.splitter}"),
+        ("rounds", str(summary["rounds"]) + (" (interrupted)" if summary["interrupted"] else "")),
+        ("seed", str(summary["seed"])),
+        (
+            "sent by all clients",
+            f"{sum(sent['up'].values()) / 1e6:.2f} MB up, {sum(sent['down'].values()) / 1e6:.2f} MB down",
+        ),
+        ("ranks", ", ".join(map(str, about["ranks"]))),
+    ]
+    rows += attendance.lines(summary)
+    rows += guarantee(summary["privacy"]) if "privacy" in summary else []
+    if about["error"]:
+        rows.append(("lost by cutting the rank", f"{about['error']:.2e} of the updates (Frobenius)"))
+    if "served" in summary["errors"]:
+        rows.append(("aggregation error", f"{summary['errors']['served']:.2e}, mean over weights and rounds"))
+    if about["client"] is None and "global" in final:
+        rows.append((f"{metric.replace('_', ' ')}, global test rows", f"{final['global'][metric]:.4f}"))
+    own = None if about["client"] is None else _own(final, about["client"])
+    if own is not None:
+        rows.append((f"{metric.replace('_', ' ')}, the client's test rows", f"{own:.4f}"))
+    return [*rows, ("made with", "fedlora " + summary["versions"]["fedlora"])]
+
+
+def _own(final: Mapping[str, Any], client: int) -> float | None:
+    found: float | None = final["clients"]["each"][client] if "clients" in final else None
+    return found

@@ -1,0 +1,278 @@
+"""A run's result as something that others load without fedlora: a PEFT adapter, or a merged model."""
+
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters import Dense, LoRA
+from fedlora.export.model_card import card
+from fedlora.files import absent, load_tree, write
+from fedlora.linalg.factors import compacted, total, truncated
+from fedlora.linalg.sums import Term, distances
+from fedlora.reporting.read import folder as read_folder
+from fedlora.rounds import public, received
+from fedlora.runs.config import Config, ConfigError, read
+from fedlora.runs.recorder import records
+from fedlora.runs.result import Rounds
+from fedlora.runs.run import clients_file
+from fedlora.tasks.networks.pretrained import located
+from fedlora.training.base_model import weights_digest
+from fedlora.training.model import Model
+from fedlora.training.peft_folder import save_folder, save_labels
+from fedlora.training.peft_keys import PREFIX
+from fedlora.training.targets import fresh
+from fedlora.types import Factors, Layer, Tree, Turn
+
+NEEDED = (
+    "labels",
+    "metric",
+    "folds",
+    "method",
+    "title",
+    "bytes",
+    "errors",
+    "rounds",
+    "seed",
+    "versions",
+)  # of a summary
+HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
+CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
+
+
+@dataclass(frozen=True)
+class Run(Rounds):
+    """A finished run's folder, opened."""
+
+    path: Path
+    config: Config
+    summary: Mapping[str, Any]
+    shared: Tree
+    folds: Mapping[str, Factors]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """``ValueError`` where there is no finished run."""
+        folder = Path(path).expanduser()
+        found = read_folder(folder)
+        if "summary" not in found:
+            raise ConfigError(f"{str(folder)!r} is a comparison; name the folder of one of its runs.")
+        odd = [key for key in NEEDED if key not in found["summary"]]
+        if odd:
+            raise ConfigError(
+                f"{str(folder / 'summary.json')!r} has no {odd[0]!r}; it was edited, or is not of this version."
+            )
+        file = folder / "folds.safetensors"
+        folds = {}
+        if found["summary"]["folds"]:  # without them the base would be another one
+            folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()}
+        shared = {part: public(layer) for part, layer in load_tree(folder / "shared.safetensors").items()}
+        return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
+
+    @property
+    def records(self) -> list[Mapping[str, Any]]:
+        """Its rounds, as ``metrics.jsonl`` has them."""
+        return records(self.path)
+
+    def clients(self) -> list[int]:
+        """The numbers of the clients that took part."""
+        return list(range(self.config.clients.members))
+
+    def tree(self, client: int | None) -> Tree:
+        """What one client holds, or everybody. ``ConfigError`` where there is no such model."""
+        method, count = self.config.method, self.config.clients.count
+        if client is None and method.personal:
+            raise ConfigError(
+                f"{method.title} ends with a model for each client and none for all; export one with --client K, or "
+                "all with --all-clients."
+            )
+        if client is not None and not 0 <= client < count:
+            raise ConfigError(f"there is no client {client}; the run has the clients 0 to {count - 1}.")
+        if client is None:
+            return self.shared
+        kept = self.kept(client)
+        budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
+        rules = {
+            part: self.config.head_rule(Dense(frozenset(layer))) if self._dense(layer) else method
+            for part, layer in self.shared.items()
+        }
+        return received(rules, self.shared, kept, Turn(self.config.rounds, client, budget))
+
+    def kept(self, client: int) -> Tree:
+        """What a client keeps for itself. ``ConfigError`` where that lies on its own machine only."""
+        method, file = self.config.method, clients_file(self.path, client)
+        if method.personal and not self.summary.get("kept", True):
+            raise ConfigError(
+                f"client {client}'s own part of {method.title} lies on its own machine and not in {str(self.path)!r}; "
+                "write it there with `fedlora flower result`, and export that."
+            )
+        return load_tree(file) if file.exists() else {}
+
+    def _dense(self, layer: Layer) -> bool:
+        return not self.config.method.adapter.trainable & set(layer)
+
+    def network(self) -> nn.Module:
+        """The pretrained network with a head of the run's size."""
+        found = self.config.task.network(self.config.model.name, len(self.summary["labels"]), self.config.seed)
+        if self.summary["labels"]:
+            found.config.id2label = dict(enumerate(self.summary["labels"]))
+            found.config.label2id = {name: i for i, name in found.config.id2label.items()}
+        return found.eval()
+
+
+def export(
+    run: Run, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
+) -> dict[str, Any]:
+    """Writes the shared model's adapter, or one client's, to a new folder, and returns what was written.
+
+    ``rank`` cuts every weight's update to its best approximation of that rank. ``merged`` writes the whole model
+    instead. What was written is loaded again, by PEFT or by transformers, and its logits are compared with the run's
+    own model; ``RuntimeError``, and nothing left, where they differ.
+    """
+    tree, folder = run.tree(client), absent(out)
+    model = run.config.attached(run.network())
+    whole = updates(model, tree, run.folds)
+    cut = {part: truncated(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
+    about = {"client": client, "error": _cut_off(whole, cut), "ranks": sorted({f.V.shape[-2] for f in cut.values()})}
+    heads = {part: tree[part] for part in model.parts if part not in whole}
+    wanted = _logits(run, _played(run, model, tree, cut if rank else None))
+    try:
+        if merged:
+            _write_merged(run, folder, cut, heads)
+        else:
+            _write_adapter(run, folder, model, _layers(run, tree, cut, bool(rank)), heads)
+        away = float((_logits(run, _reloaded(run, folder, merged)) - wanted).abs().max() / wanted.abs().max())
+        if away > CLOSE:
+            raise RuntimeError(
+                f"the export's logits differ from the run's by {away:.1e} of the largest; please report it."
+            )
+        write(folder / "README.md", card(run.config, run.summary, about, merged).encode())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return {"folder": str(folder), **about, "difference": away}
+
+
+def updates(model: Model, tree: Tree, folds: Mapping[str, Factors]) -> dict[str, Factors]:
+    """All that separates each adapted weight from the pretrained one: the adapter's update and what was folded."""
+    found = {}
+    for part, p in model.parts.items():
+        if not isinstance(p.adapter, Dense):
+            own = p.adapter.delta(tree[part])
+            both = [f for f in (own, folds.get(part)) if f is not None and bool(f.U.any())]
+            found[part] = compacted(total(both)) if both else own
+    return found
+
+
+def _cut_off(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
+    """What truncation lost, relative to all updates together (Frobenius)."""
+    pairs = [(Term(1.0, *whole[part]), Term(1.0, *cut[part])) for part in whole if cut[part] is not whole[part]]
+    lost = sum((norm * away[0]) ** 2 for norm, away in (distances([f], [[c]]) for f, c in pairs))
+    everything = sum(distances([Term(1.0, *f)], [])[0] ** 2 for f in whole.values())
+    return float(lost / everything) ** 0.5 if everything else 0.0
+
+
+def _layers(run: Run, tree: Tree, cut: Mapping[str, Factors], truncated: bool) -> tuple[dict[str, Layer], LoRA | None]:
+    """Each weight's factors, and the run's own LoRA; None: factors with their scale inside."""
+    adapter = run.config.method.adapter
+    if isinstance(adapter, LoRA) and not run.folds and not truncated:
+        return {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
+    return {part: {"A": f.V, "B": f.U} for part, f in cut.items()}, None
+
+
+def _write_adapter(
+    run: Run, folder: Path, model: Model, made: tuple[Mapping[str, Layer], LoRA | None], heads: Mapping[str, Layer]
+) -> None:
+    layers, lora = made
+    bases = [model.parts[part].module.base for part in layers]
+    network, task = run.network(), run.config.task
+    roots = find_modules_to_save(network, heads, task.peft)
+    kind = type(network)
+    config = {
+        "peft_type": "LORA",
+        "task_type": task.peft,
+        # PEFT's word for networks that it has no task for.
+        "auto_mapping": None if task.peft else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": run.config.model.name,
+        "target_modules": sorted(layers),
+        "modules_to_save": roots or None,
+        "fan_in_fan_out": any(isinstance(base, Conv1D) for base in bases),
+        "use_rslora": lora is not None and lora.use_rslora,
+        "bias": "none",
+        "lora_dropout": 0.0,
+    }
+    # Where the scale is inside the factors, alpha = rank makes PEFT's scale one.
+    alphas = {part: lora.alpha if lora else float(layer["A"].shape[-2]) for part, layer in layers.items()}
+    whole = {f"{path}.{leaf}": x for path in roots for leaf, x in network.get_submodule(path).state_dict().items()}
+    whole |= {f"{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
+    whole = {f"{PREFIX}{name}": x for name, x in whole.items()}
+    digest = weights_digest(located(run.config.model.name))
+    save_folder(folder, config, layers, alphas, whole, base_digest=digest)
+    if run.summary["labels"] and not task.brings_head:
+        save_labels(folder, run.summary["labels"])
+
+
+def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | None) -> list[str]:
+    """PEFT's ``modules_to_save``: what was trained in full, and what the checkpoint lacks, trained or not.
+
+    For classifiers PEFT itself saves more than was asked for, and it cannot save a module inside a saved one.
+    """
+    paths = [path for path, _ in network.named_modules()]
+    found = {*heads, *(path for path in fresh(network) if network.get_submodule(path).state_dict())}
+    if task == "SEQ_CLS":
+        found |= {path for path in paths if path.endswith(HEADS)}
+    return sorted(path for path in found if not any(path.startswith(f"{other}.") for other in found))
+
+
+@torch.no_grad()
+def _write_merged(run: Run, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
+    network = run.network()
+    for part, f in cut.items():
+        module = network.get_submodule(part)
+        module.weight += f.dense().mT if isinstance(module, Conv1D) else f.dense()
+    for part, layer in heads.items():
+        for leaf, x in layer.items():
+            getattr(network.get_submodule(part), leaf).copy_(x)
+    network.save_pretrained(folder)
+    preprocessor = run.config.task.preprocessor(run.config.model.name)
+    if preprocessor is not None:
+        preprocessor.save_pretrained(folder)
+
+
+def _played(run: Run, model: Model, tree: Tree, instead: Mapping[str, Factors] | None) -> nn.Module:
+    """The run's own model; or with other updates in the place of its adapters and folds."""
+    if instead is None:
+        model.load(tree)
+        model.fold({part: (f,) for part, f in run.folds.items()})
+    else:
+        blank = model.initial(run.config.seed)
+        model.load({part: blank[part] if part in instead else tree[part] for part in model.parts})
+        model.fold({part: (f,) for part, f in instead.items()})
+    return model.network
+
+
+def _reloaded(run: Run, folder: Path, merged: bool) -> nn.Module:
+    if merged:
+        return run.config.task.network(str(folder), len(run.summary["labels"]), run.config.seed)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(
+            "an export is checked with PEFT, which is not installed: pip install 'fedlora[peft]'."
+        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own business
+        return PeftModel.from_pretrained(run.network(), folder)
+
+
+@torch.no_grad()
+def _logits(run: Run, network: nn.Module) -> Tensor:
+    network.eval()
+    found: Tensor = network(**run.config.task.probe(network)).logits
+    return found

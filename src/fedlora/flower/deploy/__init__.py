@@ -1,0 +1,1 @@
+"""A deployment over Flower: app, certificates, processes."""

@@ -1,0 +1,172 @@
+"""What the server orders of a client beside the adapter: which method, which round, which folds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message
+
+from fedlora import methods
+from fedlora.adapters import Dense, LoRA
+from fedlora.flower.strategy.peft_state import Adapter
+from fedlora.methods._base import Method
+from fedlora.methods.fedit import FedIT
+from fedlora.methods.local import Local
+from fedlora.registry import name_or_nearest
+from fedlora.rounds import Rules, public
+from fedlora.runs.config import construct
+from fedlora.training.peft_settings import pattern_for
+from fedlora.types import Layer, Turn, Upload, Work
+
+RECORD, FOLDS = "fedlora", "fedlora.folds"  # of a message: the order, and the arrays of folds that the node lacks
+PROTOCOL = 1
+PROBE = LoRA(rank=1, alpha=1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What does not change in a run: the method by its name with its settings, and the scale that ``B`` travels in."""
+
+    method: str
+    lora_alpha: float
+    use_rslora: bool = False
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha is {self.lora_alpha!r}; give the number in the server's LoraConfig.")
+
+    def made(self) -> Method:
+        """The method. ``ValueError`` says what it cannot do in somebody else's training loop."""
+        try:
+            return _made(self.method, json.dumps(dict(self.method_options)))
+        except TypeError as error:
+            raise ValueError(
+                f"method_options holds what no message can carry ({error}); give numbers, strings and booleans."
+            ) from error
+
+    def rules(self, adapter: Adapter) -> Rules:
+        """Which rule looks after which part: the method, with each part's own rank and scale, and one for heads."""
+        method = self.made()
+        heads = FedIT if method.shares_head else Local
+        return {
+            part: replace(method, adapter=self._lora(part, layer["A"].shape[0]))
+            if part in adapter.adapted
+            else heads(Dense(frozenset(layer)), method.weighting)
+            for part, layer in adapter.tree.items()
+        }
+
+    def _lora(self, part: str, rank: int) -> LoRA:
+        alpha = self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha)
+        return LoRA(rank, float(alpha), self.use_rslora)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One message's order."""
+
+    recipe: Recipe
+    round: int  # from 0
+    seed: int  # of this client in this round
+    series: str  # names the run: what a node kept of another one does not count
+    arrays: str  # the record that holds the adapter
+    first: int = 0  # the folds that come along are those after the first so many,
+    last: int = 0  # up to this one
+
+    def record(self) -> ConfigRecord:
+        """As it crosses."""
+        rest = {key: value for key, value in vars(self).items() if key != "recipe"}
+        return ConfigRecord({**rest, "recipe": json.dumps(asdict(self.recipe)), "protocol": PROTOCOL})
+
+    @classmethod
+    def read(cls, message: Message) -> "Order | None":
+        """A message's order; None where the server's strategy is not fedlora's."""
+        if RECORD not in message.content:
+            return None
+        found = dict(message.content[RECORD])
+        if found.pop("protocol", None) != PROTOCOL:
+            raise ValueError(
+                "the server's fedlora speaks another protocol than this node's; install one version at both."
+            )
+        return cls(**{**found, "recipe": Recipe(**json.loads(found["recipe"]))})
+
+
+@lru_cache(maxsize=64)
+def _made(name: str, options: str) -> Method:
+    if ":" in name:
+        raise ValueError(
+            f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
+            "see `fedlora methods`."
+        )
+    near, subject = name_or_nearest("method", name, methods.names())
+    if near is not None and near not in applicable():
+        kinds = " or ".join(other.__name__ for other in methods.load(near).adapters)
+        raise ValueError(
+            f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
+            f"(`fedlora run`), or take one of {', '.join(applicable())}."
+        )
+    kind = methods.load(name)
+    made: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
+    penalty = made.penalty(_probe())
+    if isinstance(penalty, torch.Tensor) or penalty != 0.0:
+        raise ValueError(
+            f"{made.title} adds a penalty to the loss with these method_options, which a training loop of your own "
+            "does not; leave it out, or run it with fedlora's own engine (`fedlora run`)."
+        )
+    return made
+
+
+def applicable() -> list[str]:
+    """The methods that PEFT's LoRA can be trained with."""
+    return [name for name in methods.names() if LoRA in methods.load(name).adapters]
+
+
+def needs_client(method: Method) -> bool:
+    """Whether clients must call ``receive`` and ``send``: the method does something there, or folds."""
+    hooks = ("trains", "send", "keep")
+    if method.personal or any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks):
+        return True
+    shared = _probe()
+    start = replace(method, adapter=PROBE).receive(shared, {}, Turn(0, 0, 1))
+    return folds(method) or not all(torch.equal(start[leaf], shared[leaf]) for leaf in "AB")
+
+
+def folds(method: Method) -> bool:
+    """Whether a round with these settings adds something to the base."""
+    rule = replace(method, adapter=PROBE)
+    uploads = [
+        Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
+    ]
+    return bool(rule.combine_all({"": _probe()}, {"": uploads})[""].fold)
+
+
+@lru_cache(maxsize=1024)
+def sends(rule: Method, round: int) -> frozenset[str]:
+    """The leaves that a client sends in a round, by letting the rule work on a weight of one number."""
+    dense = isinstance(rule.adapter, Dense)
+    rule = rule if dense else replace(rule, adapter=PROBE)
+    layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else _probe(1)
+    turn = Turn(round, 0, 1)
+    start = public(rule.receive(layer, {}, turn))
+    return frozenset(rule.send(Work(start, start, trained(rule, start, turn)), turn))
+
+
+def trained(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
+    """The leaves to train. ``ValueError`` where the method asks for a gradient first."""
+    return rule.trains(start, turn, _no_gradient)
+
+
+def _no_gradient() -> Layer:
+    raise ValueError(
+        "the method asks for a gradient before training, which a training loop of your own does not give; "
+        "run it with fedlora's own engine (`fedlora run`)."
+    )
+
+
+def _probe(side: int = 3) -> Layer:
+    return {"A": torch.ones(1, side), "B": torch.ones(side, 1)}

@@ -1,0 +1,81 @@
+"""What a method folds, put into the base of a PEFT model: each fold once, however often the model is used."""
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedlora.training.peft_keys import PREFIX, strip_wrappers
+from fedlora.types import Factors
+
+OWN = "_fedlora_fold"  # on a base layer: the sum of the folds that it has
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by the part's name."""
+    return {
+        strip_wrappers(path).removeprefix(PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def fold(model: nn.Module, folds: Mapping[str, Factors]) -> None:
+    """Brings the base to the pretrained weights plus ``folds``; what an earlier call had added is taken into account.
+
+    Weights in float32 or float64 are changed in place. Those in less, or quantised, would lose a small update: there
+    the fold stays beside the weight, as a forward hook, and is no part of what ``merge_and_unload`` saves.
+    """
+    layers = lora_layers(model)
+    missing = sorted(folds.keys() - layers.keys())
+    if missing:
+        raise ValueError(
+            f"the server folds into {missing[0]!r}, which this model does not adapt; make the model with the server's "
+            "target_modules."
+        )
+    for part, layer in layers.items():
+        base, new = layer.get_base_layer(), folds.get(part)
+        old: Factors | None = getattr(base, OWN, None)
+        if not _same(old, new):
+            _check(part, base, layer, new)
+            _change(base, layer, old, new)
+            setattr(base, OWN, new)
+
+
+def _same(old: Factors | None, new: Factors | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(old, new))
+
+
+def _check(part: str, base: nn.Module, layer: LoraLayer, new: Factors | None) -> None:
+    needed = (layer.out_features, layer.in_features)
+    found = None if new is None else (new.U.shape[0], new.V.shape[1])
+    if found not in (None, needed):
+        raise ValueError(
+            f"the server folds an update of {found[0]} x {found[1]} into {part!r}, a weight of {needed[0]} x "
+            f"{needed[1]}; start server and client from one base model."
+        )
+
+
+@torch.no_grad()
+def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors | None) -> None:
+    weight = getattr(base, "weight", None)  # some quantised layers have none
+    if weight is None or weight.dtype not in (torch.float32, torch.float64):
+        if not hasattr(base, OWN):
+            base.register_forward_hook(_beside)
+        return
+    for sign, factors in ((-1, old), (1, new)):
+        if factors is not None:
+            U, V = (x.to(base.weight) for x in factors)
+            # Transposed where the base keeps its weight as (inputs, outputs), as GPT-2 does.
+            base.weight.add_((U @ V).T if layer.fan_in_fan_out else U @ V, alpha=sign)
+
+
+def _beside(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    factors: Factors | None = getattr(base, OWN, None)
+    if factors is None:
+        return output
+    U, V = (x.to(inputs[0].device) for x in factors)
+    return output + ((inputs[0].to(V.dtype) @ V.mT) @ U.mT).to(output.dtype)

@@ -1,0 +1,131 @@
+"""PEFT's state dict as a tree of parts and leaves, and folds beside it, under names of one record of arrays."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from fedlora.flower.strategy.npy import check_npy
+from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
+from fedlora.types import Factors, Layer, Tree
+
+FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
+MARK = "fedlora.turn"  # [round, folds held]: that `send` made a reply, and when
+UNREADABLE = (ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError)
+
+
+def place(key: str) -> tuple[str, str, bool]:
+    """The part and the leaf that a key of PEFT's state dict names, and whether it is a factor of a LoRA.
+
+    ``ValueError`` where what the key holds is no part of ``s B A`` and no module trained in full.
+    """
+    name = strip_wrappers(key).removeprefix(PREFIX)
+    found = FACTOR.match(name)
+    if found:
+        return found["part"], found["leaf"], True
+    if ".lora_" in name or "vera_" in name:
+        raise ValueError(
+            f"the arrays hold {key!r}, which is no factor A or B of a LoRA on a linear layer and cannot be combined; "
+            "train without DoRA, VeRA and adapted embeddings."
+        )
+    if name.endswith(".base_layer.weight") or ".original_module." in name:
+        raise ValueError(
+            f"the arrays hold {key!r}, a weight of the base model; send what PEFT's get_peft_model_state_dict returns."
+        )
+    part, _, leaf = re.sub(r"\.modules_to_save\.[^.]+", "", name).rpartition(".")
+    return part, leaf, False
+
+
+def placed(keys: Iterable[str]) -> dict[tuple[str, str], str]:
+    """Where each key belongs: (part, leaf) -> key. ``ValueError`` for keys that cannot be combined or come twice."""
+    found: dict[tuple[str, str], str] = {}
+    for key in keys:
+        part, leaf, _ = place(key)
+        if (part, leaf) in found:
+            raise ValueError(
+                f"the arrays hold {found[part, leaf]!r} and {key!r}, two adapters on one weight; send one adapter."
+            )
+        found[part, leaf] = key
+    return found
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a model's PEFT state dict says: float32 leaves by part, the parts with factors, and the original keys."""
+
+    tree: Tree  # part -> A (r n) and B (m r), or the parameters of a module trained in full
+    adapted: frozenset[str]
+    keys: Mapping[tuple[str, str], str]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Adapter":
+        """From a state dict. ``ValueError`` says in a sentence what cannot be combined."""
+        keys = placed(tensors)
+        tree: dict[str, dict[str, Tensor]] = {}
+        for (part, leaf), key in keys.items():
+            tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
+        adapted = frozenset(place(key)[0] for key in keys.values() if place(key)[2])
+        for part in adapted:
+            _pair(part, tree[part])
+        if not adapted:
+            raise ValueError(
+                "the arrays hold no LoRA factors (keys ending in lora_A.weight); send what PEFT's "
+                "get_peft_model_state_dict returns."
+            )
+        return cls(tree, adapted, keys)
+
+    def ranks(self) -> dict[str, int]:
+        """Each adapted part's rank."""
+        return {part: self.tree[part]["A"].shape[0] for part in self.adapted}
+
+
+def _pair(part: str, layer: Layer) -> None:
+    shapes = {leaf: tuple(x.shape) for leaf, x in sorted(layer.items())}
+    fits = shapes.keys() == {"A", "B"} and all(len(s) == 2 for s in shapes.values())
+    if not fits or shapes["A"][0] != shapes["B"][1]:
+        raise ValueError(
+            f"the factors of {part!r} do not fit together, found {shapes}; needed are A (r, n) and B (m, r) of one "
+            "linear layer."
+        )
+
+
+def tensor(key: str, array: Array) -> Tensor:
+    """An array that crossed, as float32. ``ValueError`` where it cannot be read or holds no finite numbers."""
+    try:
+        check_npy(array.data, tuple(array.shape))
+        value = array.numpy()
+        found = torch.from_numpy(np.array(value, dtype=np.float32)) if value.dtype.kind == "f" else None
+    except UNREADABLE as error:
+        raise ValueError(f"{key!r} cannot be read ({type(error).__name__})") from error
+    if found is None:
+        raise ValueError(f"{key!r} holds {value.dtype} where floats are needed")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{key!r} holds values that are NaN or infinite")
+    return found
+
+
+def split(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
+    """The adapter's arrays, and what lies beside them: part -> the update of its base weight."""
+    plain = {key: array for key, array in arrays.items() if not key.startswith(FOLD)}
+    return plain, folds_of(arrays)
+
+
+def folds_of(arrays: Mapping[str, Array]) -> dict[str, Factors]:
+    """The folds among arrays, float32."""
+    parts = [key[len(FOLD) : -2] for key in arrays if key.startswith(FOLD) and key.endswith(".U")]
+    return {
+        part: Factors(*(tensor(key, arrays[key]) for key in (f"{FOLD}{part}.U", f"{FOLD}{part}.V"))) for part in parts
+    }
+
+
+def fold_arrays(folds: Mapping[str, Factors]) -> dict[str, Array]:
+    """Folds as arrays: two a part."""
+    return {
+        f"{FOLD}{part}.{side}": Array(getattr(factors, side).contiguous().numpy())
+        for part, factors in folds.items()
+        for side in "UV"
+    }

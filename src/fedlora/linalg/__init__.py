@@ -1,0 +1,1 @@
+"""Low-rank algebra: products, least squares, balancing."""

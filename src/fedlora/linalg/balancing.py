@@ -1,0 +1,159 @@
+"""Frames of a product: of all factors with ``B A = W``, those near given ones.
+
+Averaging, Adam's moments and the next round's training all depend on the factors, not only on their product. A
+balanced SVD turns and rescales them at every round; these keep the product and stay near where training was.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from fedlora.linalg.factors import polar
+from fedlora.linalg.sums import SVD, Term, applied, applied_back, held
+
+CUT, CUT_SINGLE = 1e-12, 1e-6  # relative: below it a direction of a normal matrix is rounding error
+ILL = 1e-3  # a start that shrinks some direction below this share of its largest would blow B up
+CANCELLED = 0.1  # ``‖A_near‖ ‖B_near‖`` below this share of ``‖A‖ ‖B‖``: there is nothing to stay near
+STEPS, SETTLED = 12, 1e-3  # of the anchor's search: at most so many, and the relative gain below which it ends
+
+Pair = tuple[Float[Tensor, "*stack r n"], Float[Tensor, "*stack m r"]]
+
+
+def rotated(A: Tensor, B: Tensor, near_A: Tensor, near_B: Tensor) -> Pair:
+    """``T A`` and ``B Tᵀ`` with the orthogonal ``T`` that brings both nearest: ``T = polar(A_near Aᵀ + B_nearᵀ B)``."""
+    T = polar(near_A.double() @ A.double().mT + near_B.double().mT @ B.double())[0].to(A.dtype)
+    return T @ A, B @ T.mT
+
+
+def anchored(found: SVD, near_A: Tensor, near_B: Tensor) -> Pair:
+    """``T A`` and ``B T⁻¹`` with the invertible ``T`` that brings both nearest, each relative to its own size.
+
+    ``f(T) = ‖T A − A_near‖² / ‖A_near‖² + ‖B T⁻¹ − B_near‖² / ‖B_near‖²``, by Gauss-Newton steps that never raise it,
+    from the best of three starts: the rotation, and the least squares of either side. Where ``W`` has fewer directions
+    than rows, ``A_near``'s own fill them up, so that no row of ``A`` dies. Where ``A_near`` and ``B_near`` have
+    cancelled and are too small to make ``W``, it is the rotation.
+    """
+    rank = near_A.shape[-2]
+    if rank > min(found.P.shape[-2], found.Q.shape[-2]):  # A cannot have so many independent rows
+        return rotated(*balanced(found, rank), near_A, near_B)
+    A, B = _filled(found, near_A, rank)
+    sizes = [x.double().square().sum((-2, -1), keepdim=True).sqrt() for x in (near_A, near_B, A, B)]
+    sound = sizes[0] * sizes[1] >= CANCELLED * sizes[2] * sizes[3]
+    small = _Small.of(A, B, torch.where(sound, near_A, A), torch.where(sound, near_B, B))
+    T = small.start()
+    f = small.away(T)
+    for _ in range(STEPS):
+        before = f
+        T, f = small.step(T, f)
+        if bool((before - f <= SETTLED * before).all()):
+            break
+    nearest = T.to(A.dtype) @ A, B @ torch.linalg.inv(T).to(B.dtype)
+    if bool(sound.all()):
+        return nearest
+    turned = rotated(A, B, near_A, near_B)
+    return torch.where(sound, nearest[0], turned[0]), torch.where(sound, nearest[1], turned[1])
+
+
+class _Small(NamedTuple):
+    """All that ``f(T)`` depends on: ``r × r`` products in float64, whatever the weight's sides."""
+
+    AA: Tensor  # A Aᵀ
+    NA: Tensor  # A_near Aᵀ
+    BB: Tensor  # Bᵀ B
+    BN: Tensor  # Bᵀ B_near
+    a: Tensor  # ‖A_near‖², and the same for B: what either distance is relative to
+    b: Tensor
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, near_A: Tensor, near_B: Tensor) -> "_Small":
+        a, b = (x.double().square().sum((-2, -1), keepdim=True) for x in (near_A, near_B))
+        b = torch.where(b > 0, b, B.double().square().sum((-2, -1), keepdim=True)).clamp_min(1e-300)
+        AA, NA, BB, BN = (x.double() for x in (A @ A.mT, near_A @ A.mT, B.mT @ B, B.mT @ near_B))
+        return cls(AA, NA, BB, BN, a.clamp_min(1e-300), b)
+
+    def start(self) -> Tensor:
+        """The nearest of: the rotation, ``A_near A⁺``, and ``(B⁺ B_near)⁻¹``."""
+        turned = polar(self.NA / self.a.sqrt() + self.BN.mT / self.b.sqrt())[0]
+        by_A = self.NA @ torch.linalg.pinv(self.AA, rtol=CUT, hermitian=True)
+        by_B = torch.linalg.pinv(torch.linalg.pinv(self.BB, rtol=CUT, hermitian=True) @ self.BN, rtol=ILL)
+        best, least = turned, self.away(turned)
+        for T in (by_A, by_B):
+            s = torch.linalg.svdvals(T)
+            sound = (s[..., -1] > ILL * s[..., 0])[..., None, None]
+            f = self.away(torch.where(sound, T, turned))
+            best, least = torch.where(sound & (f < least), T, best), torch.minimum(f, least)
+        return best
+
+    def away(self, T: Tensor) -> Tensor:
+        """``f(T)``."""
+        back = torch.linalg.inv(T)
+        A = (T @ self.AA * T).sum((-2, -1), keepdim=True) - 2 * (T * self.NA).sum((-2, -1), keepdim=True)
+        B = (self.BB @ back * back).sum((-2, -1), keepdim=True) - 2 * (back * self.BN).sum((-2, -1), keepdim=True)
+        found: Tensor = A / self.a + B / self.b + 2
+        return found
+
+    def step(self, T: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """``T ← (I + t X) T`` with the first ``t`` that helps; ``X`` solves the problem made linear (Sylvester)."""
+        back = torch.linalg.inv(T)
+        AA, NA = T @ self.AA @ T.mT / self.a, self.NA @ T.mT / self.a
+        BB, BN = back.mT @ self.BB @ back / self.b, back.mT @ self.BN / self.b
+        (p, E), (q, F) = torch.linalg.eigh(BB), torch.linalg.eigh(AA)
+        scale = (p[..., :, None] + q[..., None, :]).clamp_min(1e-300)
+        X = E @ ((E.mT @ (NA - AA + BB - BN) @ F) / scale) @ F.mT
+        eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+        best, least = T, f
+        for t in (1.0, 0.5, 0.25, 0.0625):
+            tried = (eye + t * X) @ T
+            there = self.away(tried)
+            best, least = torch.where(there < least, tried, best), torch.fmin(there, least)
+            if bool((least < f).all()):
+                break
+        return best, least
+
+
+def balanced(found: SVD, rank: int) -> Pair:
+    """``√S`` on both sides, with zeros where ``W`` has fewer than ``rank`` directions."""
+    U, V = found.factors()
+    more = rank - V.shape[-2]
+    return functional.pad(V, (0, 0, 0, more)), functional.pad(U, (0, more))
+
+
+def _filled(found: SVD, near_A: Tensor, rank: int) -> Pair:
+    """Balanced factors of ``W``; rows that it does not need are ``near_A``'s own directions, with zeros in ``B``."""
+    P, S, Q = found
+    rounding = torch.finfo(S.dtype).eps * max(P.shape[-2], Q.shape[-2])
+    live = (S / S[..., :1].clamp_min(1e-30)) > rounding
+    if S.shape[-1] == rank and bool(live.all()):
+        return balanced(found, rank)
+    A, B = balanced(SVD(P, S * live, Q * live[..., None, :]), rank)
+    known = (Q * live[..., None, :]).double()
+    rest = near_A.double() - (near_A.double() @ known) @ known.mT
+    size, more = torch.linalg.svd(rest, full_matrices=False)[1:]
+    order, count = torch.arange(rank, device=A.device), live.sum(-1, keepdim=True)
+    at = (order - count).clamp(0)
+    own = (size[..., :, None] * more).gather(-2, at[..., :, None].expand(*at.shape, more.shape[-1])).to(A.dtype)
+    return torch.where((order < count)[..., :, None], A, own), B
+
+
+def swept(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
+    """Alternating least squares for ``min ‖W − B A‖_F``, starting from ``A`` and ``B``.
+
+    Each half-sweep is two passes and an ``r × r`` solve, and none can raise the error. Where a normal matrix is
+    singular, the factor stays as it is there.
+    """
+    wide = held(terms)
+    for _ in range(sweeps):
+        B = B + _solved(applied(wide, A.mT), B, A @ A.mT)
+        A = A + _solved(applied_back(wide, B), A.mT, B.mT @ B).mT
+    return A, B
+
+
+def _solved(image: Tensor, now: Tensor, G: Tensor) -> Tensor:
+    """``(image − now G) G⁺``: what the least-squares factor differs by."""
+    inverse = torch.linalg.pinv(G.double(), rtol=CUT if G.dtype == torch.float64 else CUT_SINGLE, hermitian=True)
+    found: Tensor = (image - now @ G) @ inverse.to(now.dtype)
+    return found

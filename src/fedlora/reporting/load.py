@@ -1,0 +1,183 @@
+"""Folders of runs, finished or not, and of comparisons, as ``Run``s: what every figure and table is made of."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedlora import tasks
+from fedlora.reporting.digest import Digest
+from fedlora.runs.data_distribution import FILE as ROWS
+from fedlora.schema import construct, read_table
+from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.text import shown
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+COMPARISON, PERSONAL = "comparison.json", "personal.json"
+NAME = 80  # characters of a run's name
+LINE = 2**26  # bytes of one round's record
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder, read. ``label`` says which runs are seeds of one and the same thing."""
+
+    folder: Path
+    label: str
+    table: Mapping[str, Any]  # the resolved configuration
+    metric: str
+    higher: bool  # is better
+    digest: Digest = field(repr=False)
+    summary: Mapping[str, Any] | None = None  # None: under way, or broken off without a word
+    failure: str | None = None  # why it diverged
+    rows: Mapping[str, Any] | None = None  # rows.json
+    personal: Mapping[str, Any] | None = None  # personal.json
+
+    @property
+    def name(self) -> str:
+        """The folder's name, fit to be shown."""
+        return shown(self.folder.resolve().name, NAME)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return int(self.table.get("seed", 0))
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``interrupted``, ``diverged`` or ``under way``."""
+        if self.failure is not None:
+            return "diverged"
+        if self.summary is None:
+            return "under way"
+        return "interrupted" if self.summary.get("interrupted") else "finished"
+
+    @property
+    def personal_method(self) -> bool:
+        """Whether each client holds a model of its own, as far as the run says."""
+        return bool((self.summary or {}).get("personal", False))
+
+
+def runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of all folders: of a run, itself; of a comparison, finished or not, its runs.
+
+    ``ValueError`` where a folder has no run, or where the runs are judged by different metrics.
+    """
+    found = [run for path in dict.fromkeys(Path(f).expanduser() for f in folders) for run in _of_folder(path)]
+    metrics = dict.fromkeys(run.metric for run in found)
+    if len(metrics) > 1:
+        raise ValueError(
+            f"the runs are judged by {' and by '.join(map(shown, metrics))}, which no table can compare; report on "
+            "runs of one metric at a time."
+        )
+    return labelled(found)
+
+
+def labelled(found: Sequence[Run]) -> list[Run]:
+    """Runs that differ in nothing but the seed share a label; two that differ otherwise never do.
+
+    A comparison brings its labels along. Another run's is its method's name, and its folder's beside it where that
+    name is taken.
+    """
+    seen: dict[tuple[str, int], int] = {}
+    keys = []
+    for run in found:
+        same = json.dumps({k: v for k, v in run.table.items() if k not in ("seed", "engine", "compare")}, default=str)
+        again = seen[same, run.seed] = seen.get((same, run.seed), -1) + 1  # a repeated run is no further seed
+        keys.append((run.label, same, again))
+    names: dict[tuple[str, str, int], str] = {}
+    for run, key in zip(found, keys):
+        if key not in names:
+            alone = len({other for other in keys if other[0] == run.label}) == 1
+            names[key] = _free(run.label if alone else f"{run.label} ({run.name})", set(names.values()))
+    return [replace(run, label=names[key]) for run, key in zip(found, keys)]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, with a number where another has it already."""
+    more = (f"{name}, {count}" for count in itertools.count(2))
+    return next(one for one in itertools.chain([name], more) if one not in taken)
+
+
+def _of_folder(path: Path) -> list[Run]:
+    if (path / COMPARISON).exists():
+        cells = json_of(path / COMPARISON).get("runs", [])
+        found = [_cell(path, cell) for cell in cells]
+        return [run for run in found if run is not None] or _nothing(path)
+    if (path / METRICS).exists() or (path / SUMMARY).exists():
+        return [opened(path)]
+    inside = sorted(p.parent for p in path.glob(f"*/{METRICS}")) if path.is_dir() else []
+    return [opened(p, p.name.rpartition("-seed")[0] or p.name) for p in inside] or _nothing(path)
+
+
+def _nothing(path: Path) -> list[Run]:
+    raise ValueError(
+        f"{shown(path)!r} holds no run: it has no {METRICS}; name a folder that `fedlora run` or `fedlora compare` "
+        "made."
+    )
+
+
+def _cell(path: Path, cell: Mapping[str, Any]) -> Run | None:
+    """One run of a comparison, whose folders may have been moved together."""
+    folder = path / Path(str(cell.get("folder") or f"{cell['label']}-seed{cell['seed']}")).name
+    return opened(folder, str(cell["label"]), cell.get("failure")) if (folder / METRICS).exists() else None
+
+
+def opened(folder: Path, label: str | None = None, failure: str | None = None) -> Run:
+    """One run's folder. ``ValueError`` where a file in it is not readable."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{shown(folder)!r} has no {CONFIG}; name a folder that `fedlora run` made, as it left it.")
+    table = read_table(folder / CONFIG)
+    summary, rows, personal = (
+        json_of(folder / name) if (folder / name).exists() else None for name in (SUMMARY, ROWS, PERSONAL)
+    )
+    metric, higher = _metric(table, summary)
+    digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
+    for record in records(folder / METRICS):
+        digest.take(record)
+    name = label or str(table.get("method", {}).get("name", "fedit"))
+    return Run(folder, shown(name, NAME), table, metric, higher, digest, summary, failure, rows, personal)
+
+
+def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tuple[str, bool]:
+    """What a run is judged by, and whether more of it is better."""
+    if summary is not None and summary.get("metric"):
+        return str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
+    about = table.get("task", {})
+    task = construct(tasks.load(str(about.get("name"))), "task", {k: v for k, v in about.items() if k != "name"})
+    return task.metric, KNOWN[task.metric].higher
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """A run's rounds, one at a time, as far as their lines are whole: the last may still be being written."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for count, line in enumerate(iter(lambda: file.readline(LINE), ""), 1):
+            if not line.endswith("\n"):
+                return
+            if line.strip():
+                yield _record(path, count, line)
+
+
+def _record(path: Path, count: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {count} of {shown(path)!r} is not readable JSON: {error}; it was edited.") from error
+    if not isinstance(found, dict) or not isinstance(found.get("round"), int):
+        raise ValueError(f"line {count} of {shown(path)!r} is no round's record; it was edited.")
+    return found
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """A file of JSON. ``ValueError`` where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{shown(path)!r} is not readable JSON: {error}; it was cut short or edited.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{shown(path)!r} holds no table of names and values; it was edited.")
+    return found

@@ -1,0 +1,1 @@
+"""Tables of a run, of a comparison, of a sweep."""

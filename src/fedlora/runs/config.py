@@ -1,0 +1,136 @@
+"""TOML in, frozen dataclasses out: the only place that turns a name into a class.
+
+Each table holds the keyword arguments of one constructor, so the dataclasses are the schema and there is no second
+list. What is wrong is said in one sentence with the key, the value, and what would do.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.security import attacks, robust as defences
+from fedlora import methods, tasks
+from fedlora.runs import trackers
+from fedlora.adapters import KINDS, Adapter
+from fedlora.engines.clients import Clients
+from fedlora.runs.compatibility import SECTIONS, check_adapter
+from fedlora.runs.composition import Config, ModelTable, fingerprint
+from fedlora.engines.network_settings import Network
+from fedlora.engines.retention import Retention
+from fedlora.training.evaluation import Evaluation
+from fedlora.security.validation import Hygiene
+from fedlora.methods._base import Method
+from fedlora.registry import unknown
+from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.training.peft_settings import OFF
+from fedlora.security.privacy import Privacy
+from fedlora.training.device import Engine
+from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
+from fedlora.training.local import Training
+from fedlora.engines.comm.compression import Transport
+
+__all__ = [
+    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
+    "overridden", "read", "read_table",
+]  # fmt: skip
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A config from a TOML file; ``overrides`` are ``key=value`` with dotted keys and TOML values."""
+    return build(overridden(read_table(path), overrides))
+
+
+def build(table: Table) -> Config:
+    """Checks a table and builds its objects. ``ConfigError`` says what is wrong with it."""
+    top = {"rounds": int, "seed": int}
+    known("", table, [*top, *SECTIONS, "track", "compare"])
+    for section in ("model", "task"):
+        if section not in table:
+            raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")
+    _check_peft(table)
+    numbers = {key: typed(key, table[key], kind) for key, kind in top.items() if key in table}
+    parts = {
+        "model": construct(ModelTable, "model", _section(table, "model")),
+        "task": named("task", _section(table, "task"), tasks.load),
+        "method": _method(_section(table, "method", {"name": "fedit"}), table.get("adapter")),
+        "clients": construct(Clients, "clients", _section(table, "clients")),
+        "training": construct(Training, "training", _section(table, "training")),
+        "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
+        "server": construct(ServerOptimizer, "server", _section(table, "server")),
+        "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
+        "engine": construct(Engine, "engine", _section(table, "engine")),
+        "flower": construct(Network, "flower", _section(table, "flower")),
+        "hygiene": construct(Hygiene, "hygiene", _section(table, "hygiene")),
+        "robust": _optional(table, "robust", defences.load),
+        "attack": _optional(table, "attack", attacks.load),
+        "transport": construct(Transport, "transport", _section(table, "transport")),
+        "checkpoint": construct(Retention, "checkpoint", _section(table, "checkpoint")),
+        "track": trackers.read(_section(table, "track")),
+    }
+    try:
+        return Config(**parts, **numbers)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_peft(table: Table) -> None:
+    """``ConfigError`` where an adapter is asked for that PEFT has and this library has not, with the reason."""
+    for section in ("model", "adapter"):
+        found = table.get(section)
+        for key in (key for key in OFF if isinstance(found, dict) and key in found):
+            raise ConfigError(
+                f"{section}.{key} is a setting of PEFT that cannot be used here: {OFF[key]}; leave it out, and name "
+                "linear layers in model.targets."
+            )
+
+
+EXAMPLES = {
+    "model": '[model] name = "roberta-base"',
+    "task": '[task] name = "text-classification", data = "my-folder"',
+}
+
+
+def _section(table: Table, key: str, default: Table | None = None) -> Table:
+    value = table.get(key, default or {})
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} is {value!r}; it is a table, e.g. [{key}].")
+    return value
+
+
+def _method(table: Table, adapter_table: Any) -> Method:
+    name = table.get("name", "fedit")
+    if not isinstance(name, str):
+        raise ConfigError(f"method.name is {name!r}; it must be a string.")
+    kind = methods.load(name)
+    adapter = _adapter(adapter_table) if adapter_table is not None else None
+    if adapter is not None:
+        check_adapter(kind, name, adapter)
+    values = {k: v for k, v in table.items() if k != "name"}
+    extra = {"adapter": adapter} if adapter is not None else {}
+    return construct(kind, "method", values, skip=("adapter",), **extra)
+
+
+def _adapter(table: Any) -> Adapter:
+    if not isinstance(table, dict):
+        raise ConfigError(f'adapter is {table!r}; it is a table, e.g. adapter = {{ name = "lora", rank = 8 }}.')
+    return named("adapter", {"name": "lora", **table}, _adapter_kind)
+
+
+def _adapter_kind(name: str) -> type[Adapter]:
+    if name not in KINDS:
+        raise ConfigError(unknown("adapter", name, KINDS, "adapters"))
+    return KINDS[name]
+
+
+def named(section: str, table: Table, load) -> Any:
+    """Builds the class that ``name`` picks from the rest of its table."""
+    if not isinstance(table.get("name"), str):
+        raise ConfigError(f"[{section}] has no name; set {section}.name to a string.")
+    return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
+
+
+def _optional(table: Table, section: str, load) -> Any:
+    """The same of a table that may be left out."""
+    return named(section, _section(table, section), load) if section in table else None

@@ -1,0 +1,299 @@
+"""A Config becomes a federation, is run, and leaves a folder."""
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fedlora.runs.callbacks import Start
+from fedlora.runs.config import Config, ConfigError, Table, dumps, merged
+from fedlora.runs.error_log import tracebacks_in
+from fedlora.engines import privacy as private
+from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
+from fedlora.engines.checkpoint import Checkpoints, config_digest
+from fedlora.engines.federation import Federation
+from fedlora.engines.in_process import InProcess
+from fedlora.engines.inputs import inputs
+from fedlora.engines.loop import Event, Loop, Observe, Watch
+from fedlora.engines.verified_files import RefusedError
+from fedlora.runs.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
+from fedlora.engines.base_updates import FoldLog
+from fedlora.runs.data_distribution import FILE as ROWS
+from fedlora.runs.data_distribution import holdings, labels
+from fedlora.runs.recorder import METRICS, Keeper, records
+from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.runs import attendance
+from fedlora.runs.result import Rounds
+from fedlora.rounds import public
+from fedlora.files import save_json, save_tree, swept, write
+from fedlora.runs.interrupt import Stop, alone, saying_full
+from fedlora.runs.notify import callbacks as telling
+from fedlora.runs.notify import ended
+from fedlora.types import Tree
+
+LAST = 3  # evaluated rounds in the mean that smooths the final figure
+BEST = "best"  # a run's folder in the run's folder
+TOKEN = "run.json"  # a deployed run's own name: parties keep their state under it
+SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
+
+
+@dataclass(frozen=True)
+class Result(Rounds):
+    """A run that has ended: its summary, its rounds' records, and what the parties hold."""
+
+    summary: Mapping[str, Any]
+    records: list[Mapping[str, Any]] = field(repr=False)
+    shared: Tree = field(repr=False)
+    kept: Mapping[int, Tree] = field(repr=False)
+    folder: Path | None = None
+
+
+Take = Callable[[Loop, Federation], None]
+# Lets ``take`` run an engine; returns what each client keeps, where the last round does not know it.
+Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
+
+
+def run(
+    config: Config,
+    out: str | Path | None = None,
+    watch: Watch = lambda event: None,
+    observe: Observe | None = None,
+    drive: Drive | None = None,
+    again: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> Result:
+    """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
+
+    ``out`` is a new folder: ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line a round, as it
+    happens), ``summary.json``, ``shared.safetensors``,
+    ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
+    folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
+    ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
+    this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
+    ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay. The
+    traceback of an error that nobody expected is in the folder's ``error.log``, too.
+    """
+    folder = None if out is None else Path(out).expanduser()
+    told = telling(config, callbacks, folder)
+    stop = Stop(patient=drive is None and config.engine.name == "inprocess")
+    with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
+        if folder is not None:
+            claim(folder, again)
+        try:
+            federation = config.federation(combines=drive is not None)
+            keeper = _keeper(config, federation, folder, stop, again)
+            keeper.told = told
+        except BaseException:
+            release(folder)
+            raise
+        with stop.listening() if drive is None else nullcontext():
+            result = _kept(config, federation, keeper, stop.watched(told.watched(watch)), observe, drive)
+    if stop.asked and not keeper.interrupted:  # too late to stop this run, but not whatever would come after it
+        raise KeyboardInterrupt
+    return result
+
+
+def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool) -> Keeper:
+    """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
+    if folder is None:
+        return Keeper(None, stop=stop, hygiene=config.hygiene)
+    table = _table_to_repeat(config, f)
+    keeper = Keeper(folder, _checkpoints(config, f, folder, table), stop, config.hygiene)
+    if again:
+        keeper.find()
+        if keeper.saved is None and (folder / SUMMARY).exists() and records(folder):
+            raise ConfigError(f"{str(folder)!r} holds rounds, but no checkpoint; run it anew in another folder.")
+        if keeper.saved is not None and (finished(folder, config.rounds) or keeper.saved.number > config.rounds):
+            raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
+    for place in (folder, folder / BEST, *(clients_file(own, 0).parent for own in (folder, folder / BEST))):
+        swept(place)
+    write(folder / CONFIG, dumps(table).encode())
+    if (rows := holdings(f)) is not None:
+        save_json(folder / ROWS, rows)
+    return keeper
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """``ValueError`` where a folder's run is of another configuration, or was made of other data or another model."""
+    f = config.federation()
+    checkpoints = _checkpoints(config, f, folder, _table_to_repeat(config, f))
+    if (saved := checkpoints.newest()) is not None:
+        checkpoints.check_inputs(saved)
+
+
+def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> Checkpoints:
+    return Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, inputs(f))
+
+
+def _table_to_repeat(config: Config, f: Federation) -> Table:
+    """The table that repeats a run from any folder, on any machine."""
+    return with_absolute_paths(merged(config.table, {"training": {"precision": f.training.precision}}))
+
+
+def _kept(
+    config: Config, f: Federation, keeper: Keeper, watch: Watch, observe: Observe | None, drive: Drive | None
+) -> Result:
+    """The rounds, and what they leave."""
+    refused = keeper.checkpoints.refused if keeper.checkpoints else []
+    start = Start(config, keeper.folder, keeper.records, lambda text: watch(Event("note", 0, text=text)))
+    with keeper.told.running(start), keeper.writing():
+        for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
+            start.say(note)
+        try:
+            kept = (drive or DRIVES[config.engine.name])(config, f, watch, observe, keeper.take)
+        except KeyboardInterrupt:
+            kept, keeper.interrupted = None, True
+    last = keeper.last
+    shared = last.shared if last else f.model.initial(config.seed)
+    kept = kept if kept is not None else last.kept if last else {}
+    summary = {
+        **summarise(config, keeper.records, keeper.interrupted, keeper.seconds),
+        **_of_rows(f, keeper),
+        "folds": len(last.folds) if last else 0,
+        "kept": drive is None,  # whether this folder has what clients keep for themselves
+        **({"resumed": keeper.resumed} if keeper.resumed else {}),
+        **({"refused": refused} if refused else {}),
+    }
+    folder = keeper.folder
+    if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
+        summary |= _left_best(config, f, keeper, watch)
+        leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
+    keeper.told.ended(ended(summary))
+    return Result(summary, keeper.records, shared, kept, folder)
+
+
+def _of_rows(f: Federation, keeper: Keeper) -> dict[str, Any]:
+    """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
+    notes = {"notes": list(f.notes)} if f.notes else {}
+    return {**private.report(f, len(keeper.records)), **labels(f, keeper.readings), **notes}
+
+
+def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
+    """What a run came to, for whoever opens its folder; the summary comes last."""
+    save_tree(folder / SHARED, {part: public(layer) for part, layer in shared.items()})
+    save_folds(folder, folds)
+    for client, tree in kept.items():
+        if any(tree.values()):
+            save_tree(clients_file(folder, client), tree)
+    save_json(folder / SUMMARY, summary)
+
+
+def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
+    """The best round's model as a run's folder of its own, ``best``; what the summary says of it."""
+    assert keeper.folder is not None and keeper.checkpoints is not None
+    try:
+        found = keeper.checkpoints.best_model(f)
+    except RefusedError as error:
+        watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
+        return {}
+    if found is None:
+        return {}
+    shared, privates, folds = found
+    place, about = keeper.folder / BEST, {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
+    until = keeper.records[: about["round"]]
+    write(place / CONFIG, (keeper.folder / CONFIG).read_bytes())
+    write(place / METRICS, "".join(json.dumps(record) + "\n" for record in until).encode())
+    summary = {
+        **summarise(config, until, False, keeper.seconds), **_of_rows(f, keeper), "folds": len(folds),
+        "kept": bool(privates), "best": about,
+    }  # fmt: skip
+    leave(place, shared, {client: own.kept for client, own in privates.items()}, folds, summary)
+    return {"best": about}
+
+
+def finished(folder: Path, rounds: int) -> bool:
+    """Whether a folder's run came to its end, at so many rounds or more."""
+    if not (folder / SUMMARY).exists():
+        return False
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return not summary["interrupted"] and bool(summary["rounds"] >= rounds)
+
+
+def save_folds(folder: Path, log: FoldLog) -> None:
+    """The sum of all folds, where there are any."""
+    if len(log):
+        save_tree(folder / FOLDS, {part: f._asdict() for part, f in log.everything().items()})
+
+
+def clients_file(folder: Path, client: int) -> Path:
+    """Where a run's folder has what a client keeps for itself."""
+    return folder / "clients" / f"{client}.safetensors"
+
+
+def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: bool, seconds: float) -> dict[str, Any]:
+    """What a table or a reader wants first; figures are of the last evaluated round, never of the best."""
+    evaluated = [record for record in records if "clients" in record]
+    found: dict[str, Any] = {
+        "method": config.table["method"]["name"],
+        "title": config.method.title,
+        "personal": config.method.personal,
+        "metric": {"name": config.task.metric, "higher": KNOWN[config.task.metric].higher},
+        "seed": config.seed,
+        "rounds": len(records),
+        "rounds_asked": config.rounds,
+        "interrupted": interrupted,
+        "clients": config.clients.members,
+        "bytes": {d: _sums([r["bytes"][d] for r in records]) for d in ("up", "down")},
+        "seconds": {**_sums([r["seconds"] for r in records]), "whole": seconds},
+        "errors": _errors(records),
+        "versions": {name: version(name) for name in ("fedlora", "torch", "transformers")},
+        "machine": {
+            "processor": platform.machine(),
+            "device": str(config.engine.chosen()),
+            "threads": torch.get_num_threads(),
+        },
+    }  # fmt: skip
+    found |= attendance.left_out(records)
+    if evaluated:
+        final = evaluated[-1]
+        found["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}
+        tail = evaluated[-LAST:]
+        found["scored"] = {"clients": attendance.scored(final), "of": config.clients.members}
+        found["last_rounds"] = {"rounds": len(tail), "clients": statistics.fmean(r["clients"]["mean"] for r in tail)}
+        found["last_rounds"]["fewest"] = min(map(attendance.scored, tail))
+        if "global" in final:
+            found["last_rounds"]["global"] = statistics.fmean(r["global"][config.task.metric] for r in tail)
+    return found
+
+
+def _errors(records: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over weights and rounds of the relative errors; notes of a method included."""
+    sums: dict[str, list[float]] = {}
+    for record in records:
+        for figures in record.get("weights", {}).values():
+            for name, value in figures.items():
+                sums.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values) for name, values in sums.items()}
+
+
+def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
+
+
+def in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
+    """All turns in this process."""
+    with TemporaryDirectory(prefix="fedlora-") as place:
+        take(InProcess(watch, observe, Path(place) if config.engine.spill else None), f)
+
+
+def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
+    """Turns in Flower's simulation, on Ray."""
+    try:
+        from fedlora.flower.simulation import simulate
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.name is 'flower-simulation', but {error.name} is not installed; "
+            "install fedlora[flower-simulation], or set engine.name to 'inprocess'."
+        ) from error
+    return simulate(config, f, watch, observe, take)
+
+
+DRIVES: Mapping[str, Drive] = {"inprocess": in_process, "flower-simulation": simulated}

@@ -1,0 +1,152 @@
+"""TOML tables: read, laid over each other, and turned into a dataclass whose fields are the schema."""
+
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.registry import unknown
+
+Table = dict[str, Any]
+PLAIN = ("model", "engine")  # tables whose name is a value like any other; elsewhere it says which keys there are
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a configuration; its text is one sentence."""
+
+
+def read_table(path: str | Path) -> Table:
+    """A TOML file as it stands."""
+    try:
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no configuration file {str(path)!r}; name a .toml file.") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{str(path)!r} is a folder; name a .toml file in it.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not valid TOML: {error}.") from error
+
+
+def overridden(table: Table, overrides: Sequence[str]) -> Table:
+    """The table with ``a.b=value`` set; a value that is no TOML is taken as a string."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"the override {item!r} has no '='; write it as key=value, e.g. rounds=5.")
+        try:
+            value = tomllib.loads(f"x = {text}")["x"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        table = merged(table, _nested(key.strip().split("."), value))
+    return table
+
+
+def merged(table: Mapping, other: Mapping, plain: bool = False) -> Table:
+    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew, unless it is ``plain``."""
+    both = {} if _renamed(other, table, plain) else dict(table)
+    for key, value in other.items():
+        old = both.get(key)
+        inner = isinstance(old, Mapping) and isinstance(value, Mapping)
+        both[key] = merged(old, value, key in PLAIN) if inner else value
+    return both
+
+
+def _renamed(table: Mapping, base: Mapping, plain: bool) -> bool:
+    """Whether ``table`` is of another kind than ``base``, so that the keys of one say nothing of the other."""
+    return not plain and table.get("name", base.get("name")) != base.get("name")
+
+
+def placed(table: Table, values: Mapping[str, Any]) -> Table:
+    """The table with each dotted key set."""
+    for key, value in values.items():
+        table = merged(table, _nested(key.split("."), value))
+    return table
+
+
+def at(table: Table, key: str) -> Any:
+    """What a dotted key leads to; None where there is nothing."""
+    found: Any = table
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def without(table: Table, keys: Sequence[str]) -> Table:
+    """The table without what the keys lead to, one table after the other."""
+    if keys[0] not in table:
+        return table
+    if len(keys) == 1:
+        return {key: value for key, value in table.items() if key != keys[0]}
+    return {**table, keys[0]: without(table[keys[0]], keys[1:])}
+
+
+def difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = False) -> Table:
+    """What has to be laid over ``base`` for ``table`` to come out."""
+    if _renamed(table, base, plain):
+        return dict(table)
+    found: Table = {}
+    for key, value in table.items():
+        old = base.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            inner = difference(value, old, key in PLAIN)
+            found |= {key: inner} if inner else {}
+        elif key not in base or old != value:
+            found[key] = value
+    return found
+
+
+def _nested(keys: list[str], value: Any) -> Table:
+    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
+
+
+def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **ready: Any) -> Any:
+    """An instance of a dataclass from a table: unknown keys, missing keys and wrong types are ``ConfigError``s."""
+    settable = [f for f in fields(cls) if f.init and f.name not in skip and not f.name.startswith("_")]
+    known(path, table, [f.name for f in settable])
+    missing = [f.name for f in settable if f.default is f.default_factory is MISSING and f.name not in table]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]} is missing; {cls.__name__} needs it.")
+    hints = typing.get_type_hints(cls)
+    values = {key: typed(f"{path}.{key}", value, hints[key]) for key, value in table.items()}
+    try:
+        return cls(**values, **ready)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def typed(path: str, value: Any, kind: Any) -> Any:
+    """The value, checked strictly against a type: ``"8"`` is no int, 8 is a float. ``ConfigError`` names the key."""
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{path} is nan; it should be a number.")
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        wanted = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
+        raise ConfigError(f"{path} is {value!r}; it should be {wanted}.") from error
+
+
+def known(path: str, table: Table, allowed: list[str]) -> None:
+    """``ConfigError`` where the table has a key that is not allowed; names the nearest."""
+    for key in table:
+        if key not in allowed:
+            where = f"of {path}" if path else "of a configuration"
+            raise ConfigError(unknown("setting", f"{path}.{key}" if path else key, allowed, f"settings {where}"))
+
+
+def dumps(table: Table) -> str:
+    """TOML text."""
+    return tomli_w.dumps(table)
+
+
+def without_folders(value: Any) -> Any:
+    """A table, or a value of one, with the last part of every absolute path: what others may read."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else value

@@ -1,0 +1,38 @@
+"""Gaussian: noise instead of an update.
+
+Blanchard et al. Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017.
+https://arxiv.org/abs/1703.02757
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.security.attacks._base import Attack
+from fedlora.seeds import derived
+
+
+@dataclass(frozen=True)
+class Gaussian(Attack):
+    """Every leaf is where it was served, plus normal draws of ``scale`` times the norm of its own change."""
+
+    cite = """@inproceedings{blanchard2017krum,
+      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
+      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
+      archiveprefix = {arXiv}}"""
+
+    scale: float = 3.0
+
+    def sends(self, rules, start, sent, turn):
+        """The noise, drawn from the turn's seed."""
+        return {
+            part: {
+                leaf: self._drawn(start[part][leaf], x, derived(turn.seed, "noise", part, leaf))
+                for leaf, x in layer.items()
+            }
+            for part, layer in sent.items()
+        }
+
+    def _drawn(self, start: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+        return start + self.scale * (x - start).norm() * noise / noise.norm()

@@ -1,0 +1,30 @@
+"""Inner product manipulation: the honest mean the other way round, so small that nobody stands out.
+
+Xie et al. Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation. UAI 2019.
+https://arxiv.org/abs/1903.03936
+"""
+
+from dataclasses import dataclass
+
+from fedlora.security.attacks._base import Attack
+from fedlora.security.attacks.collude import forged
+
+
+@dataclass(frozen=True)
+class InnerProduct(Attack):
+    """``−scale`` times the mean of the honest updates, leaf by leaf. The attackers know all uploads of the round."""
+
+    cite = """@inproceedings{xie2019fall,
+      title = {Fall of Empires: Breaking {Byzantine}-tolerant {SGD} by Inner Product Manipulation},
+      author = {Xie and others}, booktitle = {UAI}, year = {2019}, eprint = {1903.03936},
+      archiveprefix = {arXiv}}"""
+
+    scale: float = 1.5
+
+    meets = "'inner-product', whose attackers know the others' uploads"
+
+    def together(self, rules, shared, uploads, overheard):
+        """The same upload from every attacker."""
+        own = self.who
+        honest = [upload for client, upload in uploads.items() if client not in own]
+        return forged(self, rules, shared, uploads, honest, -self.scale)

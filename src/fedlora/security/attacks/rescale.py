@@ -1,0 +1,51 @@
+"""Rescale: a pair of factors whose product is the honest one, and whose factors wreck a mean of factors.
+
+Ours. ``A`` and ``B`` are only defined up to ``(B T, T⁻¹ A)``, so no check of the product can see it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import LoRA
+from fedlora.security.attacks._base import Attack
+from fedlora.seeds import derived
+from fedlora.types import Layer, Turn
+
+
+@dataclass(frozen=True)
+class Rescale(Attack):
+    """``(B T, T⁻¹ A)`` with ``T = scale · I``, or (``how = "rotate"``) an orthogonal ``T`` drawn for each turn."""
+
+    how: Literal["scale", "rotate"] = "scale"
+    scale: float = 100.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.scale > 0:
+            raise ValueError(f"attack.scale is {self.scale}; a factor is rescaled by a positive number.")
+
+    def check(self, method, task, hidden):
+        """``ValueError`` where no pair is sent."""
+        if not isinstance(method.adapter, LoRA):
+            raise ValueError(
+                f"attack.name is 'rescale', which needs a pair of LoRA factors, and {method.title} trains "
+                f"{type(method.adapter).__name__}; take another attack or method."
+            )
+
+    def sends(self, rules, start, sent, turn):
+        """The honest product in another frame; a layer of which only one factor is sent stays as it is."""
+        return {
+            part: self._pair(layer, part, turn) if isinstance(rules[part].adapter, LoRA) and len(layer) == 2 else layer
+            for part, layer in sent.items()
+        }
+
+    def _pair(self, layer: Layer, part: str, turn: Turn) -> dict[str, Tensor]:
+        if self.how == "scale":
+            return {"A": layer["A"] / self.scale, "B": layer["B"] * self.scale}
+        r = layer["A"].shape[-2]
+        draws = torch.Generator().manual_seed(derived(turn.seed, "frame", part))
+        T = torch.linalg.qr(torch.randn(r, r, generator=draws))[0].to(layer["A"])
+        return {"A": T.mT @ layer["A"], "B": layer["B"] @ T}

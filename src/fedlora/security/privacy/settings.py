@@ -1,0 +1,92 @@
+"""The ``[privacy]`` table."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from fedlora.security.privacy import accounting
+
+LARGEST_DELTA = 1e-5  # that is taken where none is set: a small federation's 1/n would be no protection at all
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The ``[privacy]`` table: whose presence is hidden, and how well. One of the two noise settings is needed."""
+
+    level: Literal["none", "client", "example"] = "none"  # whose data the guarantee is about: all of a client's, a row
+    clip: float = 1.0  # the largest L2 norm of a client's change, over all that it sends, or of a row's gradient
+    noise_multiplier: float | None = None  # standard deviation of the noise on a sum, as a multiple of clip
+    target_epsilon: float | None = None  # or the ε of the whole run, from which the noise is found before it begins
+    delta: float | None = None  # None: n^-1.1 of n clients or rows, and at most 1e-5
+    accountant: Literal["prv", "rdp"] = "prv"
+    noise_on: Literal["sum", "upload"] = "sum"  # client level: once a round, or on every upload before it leaves
+    secret: bool = False  # noise and samples from the operating system's randomness, so no run can be repeated
+    figures: bool = False  # keep figures that the guarantee does not cover: losses, errors of the aggregation, cohorts
+
+    def __post_init__(self):
+        if not self.on:
+            if self.noise_multiplier is not None or self.target_epsilon is not None:
+                raise ValueError("privacy.level is 'none', but noise is set; set level to 'client' or 'example'.")
+            return
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError(f"privacy.level is {self.level!r}; set one of privacy.noise_multiplier, target_epsilon.")
+        for key in ("clip", "target_epsilon"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"privacy.{key} is {value}; it must be a positive number.")
+        if self.noise_multiplier is not None and not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"privacy.noise_multiplier is {self.noise_multiplier}; it cannot be negative.")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"privacy.delta is {self.delta}; it lies between 0 and 1.")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is protected."""
+        return self.level != "none"
+
+    @property
+    def by_client(self) -> bool:
+        """Whether a client's whole contribution is protected."""
+        return self.level == "client"
+
+    @property
+    def sums_clients(self) -> bool:
+        """Whether noise is added to a round's sum, in which one client must change no other's part."""
+        return self.by_client and self.noise_on == "sum"
+
+    @property
+    def by_example(self) -> bool:
+        """Whether single rows are protected."""
+        return self.level == "example"
+
+    @property
+    def hides_figures(self) -> bool:
+        """Whether figures that the guarantee does not cover are left out."""
+        return self.on and not self.figures
+
+    def delta_of(self, n: int) -> float:
+        """δ among ``n`` clients or rows. ``ValueError`` where the one that is set lets one of them be published."""
+        found = min(LARGEST_DELTA, n**-1.1) if self.delta is None else self.delta
+        if n > 1 and found >= 1 / n:
+            what = "clients" if self.by_client else "rows"
+            raise ValueError(
+                f"privacy.delta is {found:g}, but there are {n} {what}: publishing one of them outright would satisfy "
+                f"it; set a delta well below 1/{n}."
+            )
+        return found
+
+    def noise(self, rate: float, steps: int, delta: float) -> float:
+        """The noise multiplier: as set, or the least with which ``steps`` at a sampling rate keep to the target."""
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        assert self.target_epsilon is not None, "one of the two is set"
+        return accounting.noise_for(self.accountant, self.target_epsilon, rate, steps, delta)
+
+    def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
+        """ε after so many steps; infinite without noise."""
+        return accounting.epsilon(self.accountant, noise, rate, steps, delta)
+
+    def largest(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
+        """The largest ε of several pairs of rate and steps."""
+        return accounting.largest(self.accountant, noise, pairs, delta)

@@ -1,0 +1,98 @@
+"""Agreed keys and sealed messages: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
+
+Bonawitz et al. 2017, sections 3 and 4: key agreement and authenticated encryption between every two parties.
+"""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedlora.security.secure_aggregation.session import SERVER, ProtocolError
+
+DOMAIN = b"fedlora secure aggregation 1"
+SEAL = 12 + 16  # bytes that a seal adds: nonce and tag
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a key or a message belongs: one session, one phase, one direction between one pair."""
+
+    session: bytes  # the session's id, 32 bytes
+    phase: str
+    sender: int
+    receiver: int
+
+    def context(self) -> bytes:
+        """All of it as bytes; two addresses never give the same, since only the last field's length varies."""
+        pair = self.sender.to_bytes(8, "big", signed=True) + self.receiver.to_bytes(8, "big", signed=True)
+        return DOMAIN + self.session + pair + self.phase.encode()
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """An X25519 key pair, made anew for each session."""
+
+    private: bytes = field(repr=False)  # 32 bytes
+
+    @classmethod
+    def new(cls) -> Self:
+        """From the operating system's randomness."""
+        return cls(X25519PrivateKey.generate().private_bytes_raw())
+
+    @cached_property
+    def _key(self) -> X25519PrivateKey:
+        return X25519PrivateKey.from_private_bytes(self.private)
+
+    @cached_property
+    def public(self) -> bytes:
+        """32 bytes, for everybody."""
+        return self._key.public_key().public_bytes_raw()
+
+    def agreed(self, public: bytes, address: Address) -> bytes:
+        """32 bytes that only the owners of both keys can compute, for this address only.
+
+        :class:`ProtocolError` where ``public`` is no usable key.
+        """
+        try:
+            secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError as error:  # a wrong length, or a point of small order
+            raise ProtocolError("A party's public key is no X25519 key; leave that party out.") from error
+        both = b"".join(sorted((self.public, public)))
+        return derived(secret, address.context() + both)
+
+
+def derived(secret: bytes, context: bytes) -> bytes:
+    """32 bytes of HKDF-SHA256; another ``context`` gives unrelated ones."""
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=context).derive(secret)
+
+
+def seal(payload: bytes | memoryview, own: KeyPair, public: bytes, address: Address) -> bytes:
+    """``payload`` encrypted and authenticated for the owner of ``public``; ``SEAL`` bytes longer."""
+    nonce = os.urandom(12)
+    return nonce + ChaCha20Poly1305(own.agreed(public, address)).encrypt(nonce, payload, address.context())
+
+
+def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> bytes:
+    """What the owner of ``public`` sealed for this very address; :class:`ProtocolError` for anything else."""
+    key = own.agreed(public, address)
+    try:
+        if len(sealed) < SEAL:
+            raise InvalidTag
+        return ChaCha20Poly1305(key).decrypt(sealed[:12], sealed[12:], address.context())
+    except InvalidTag as error:
+        raise ProtocolError(
+            f"The {address.phase!r} message from {called(address.sender)} to {called(address.receiver)} does not open: "
+            "it was altered, cut short, or made for another session, phase or pair. It was left out."
+        ) from error
+
+
+def called(number: int) -> str:
+    """A party's name in an error text."""
+    return "the server" if number == SERVER else f"client {number}"

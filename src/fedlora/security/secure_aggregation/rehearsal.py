@@ -1,0 +1,51 @@
+"""The whole protocol in one process, every party kept as bytes between its steps: for tests, and to see it work."""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from fedlora.security.secure_aggregation.client import Client
+from fedlora.security.secure_aggregation.messages import PHASES, Message
+from fedlora.security.secure_aggregation.server import Aggregate, Server
+from fedlora.security.secure_aggregation.session import Session
+
+Dropouts = Mapping[str, Collection[int]]  # phase -> those who stay silent from then on
+
+
+def aggregate(
+    values: Mapping[int, Tensor],
+    weights: Mapping[int, float],
+    dropouts: Dropouts | None = None,
+    threshold: int | None = None,
+    range: float = 16.0,
+) -> Aggregate:
+    """The weighted mean of ``values`` (client -> ``d`` numbers of any shape) as a server comes to know it.
+
+    ``dropouts`` names the phase (``advertise``, ``share``, ``masked``, ``unmask``) whose message a client does not send
+    any more. Raises as :class:`Server` and :class:`Client` do: below the threshold, for a value out of range, ...
+    """
+    unknown = (dropouts or {}).keys() - set(PHASES)
+    if unknown:
+        raise ValueError(f"There is no phase {min(unknown)!r} to drop out at; the phases are {', '.join(PHASES)}.")
+    server = Server.open(weights, next(iter(values.values())).numel(), threshold, range)
+    states = {n: Client(Session.of(server.session.record()), n).to_bytes() for n in weights}
+    inbox: dict[int, Message] = {}
+    for phase in PHASES:
+        for n in (dropouts or {}).get(phase, ()):
+            states.pop(n, None)
+        _send(phase, server, states, inbox, values)
+        inbox = server.close()
+        server = Server.from_bytes(server.to_bytes())
+    return server.outcome()
+
+
+def _send(
+    phase: str, server: Server, states: dict[int, bytes], inbox: Mapping[int, Message], values: Mapping[int, Tensor]
+) -> None:
+    for n, state in states.items():
+        client = Client.from_bytes(state)
+        given = (values[n],) if phase == "masked" else ()
+        told = () if phase == PHASES[0] else (Message(**inbox[n].record()),)
+        message = getattr(client, phase)(*told, *given)
+        states[n] = client.to_bytes()
+        server.receive(Message(**message.record()))

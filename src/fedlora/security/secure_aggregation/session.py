@@ -1,0 +1,96 @@
+"""What one round of secure aggregation agrees on before it begins; everything in it is public."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from fedlora.security.secure_aggregation.fixed_point import SLACK, FixedPoint
+
+SERVER = -1  # the server's number; clients are numbered from 0
+KEY, NONCE = 32, 16  # bytes
+LARGEST = 2**29  # numbers in a vector: the cipher seals less than 2^31 bytes at once
+
+
+class ProtocolError(ValueError):
+    """A message, a request or a value that a party refuses; the party's own state is as it was before."""
+
+
+class TooFewClientsError(ProtocolError):
+    """Fewer clients are left than the threshold: the round's sum cannot, and must not, be unmasked."""
+
+
+def default_threshold(clients: int) -> int:
+    """``floor(2K/3) + 1``: how many of ``K`` clients must answer to the end, and how many it takes to betray one."""
+    return 2 * clients // 3 + 1
+
+
+@dataclass(frozen=True)
+class Session:
+    """One round's public terms, the same for all parties: its digest is part of every key and every seal.
+
+    ``numbers`` are the cohort's ``K >= 3`` clients, ``weights`` their positive shares of it, which sum to one; ``size``
+    is ``d``, how many numbers each sends; ``threshold`` is ``t``, above ``K/2``; ``range`` is ``R``, the largest
+    absolute value a client may send. ``server_key`` is the server's X25519 key of this session and ``nonce`` 16 random
+    bytes. ``ValueError`` where these do not fit together.
+    """
+
+    numbers: tuple[int, ...]
+    weights: tuple[float, ...]
+    size: int
+    threshold: int
+    server_key: bytes
+    nonce: bytes
+    run: str = ""
+    round: int = 0
+    range: float = 16.0
+
+    def __post_init__(self) -> None:
+        for wrong, text in self._faults():
+            if wrong:
+                raise ValueError(text)
+        _ = self.fixed  # which refuses a range that it cannot hold
+
+    def _faults(self) -> list[tuple[bool, str]]:
+        K, t, numbers = len(self.numbers), self.threshold, self.numbers
+        total = math.fsum(self.weights)
+        return [
+            (K < 3, f"A cohort of {K} clients cannot be hidden in a sum; secure aggregation needs 3 or more."),
+            (len(set(numbers)) < K, "A client's number is in the cohort twice; give each client a number of its own."),
+            (any(not 0 <= n < 2**62 for n in numbers), "A client's number is negative or above 2^62; count from 0."),
+            (not K / 2 < t <= K, f"The threshold is {t} of {K} clients; take more than half and at most all of them."),
+            (
+                len(self.weights) != K or not all(w > 0 for w in self.weights) or not abs(total - 1) <= SLACK,
+                f"The {len(self.weights)} weights of {K} clients sum to {total}; give each a positive share of one.",
+            ),
+            (not 0 < self.size < LARGEST, f"A vector of {self.size} numbers was asked for; 1 to 2^29 - 1 can be sent."),
+            (len(self.server_key) != KEY, f"The server's key has {len(self.server_key)} bytes; it needs {KEY}."),
+            (len(self.nonce) != NONCE, f"The session's nonce has {len(self.nonce)} bytes; it needs {NONCE}."),
+        ]
+
+    @cached_property
+    def id(self) -> bytes:
+        """SHA-256 of all of the above: another run, round, cohort or nonce is another session."""
+        plain = {key: x.hex() if isinstance(x, bytes) else x for key, x in self.record().items()}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
+
+    @cached_property
+    def fixed(self) -> FixedPoint:
+        """How this session's numbers become integers."""
+        return FixedPoint(self.range, len(self.numbers))
+
+    def weight(self, number: int) -> float:
+        """Client ``number``'s share of the cohort."""
+        return self.weights[self.numbers.index(number)]
+
+    def record(self) -> dict[str, Any]:
+        """As numbers, text, bytes and lists of numbers: what goes over the wire."""
+        return asdict(self) | {"numbers": list(self.numbers), "weights": list(self.weights)}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The session that :meth:`record` wrote; ``ValueError`` where its terms do not fit together."""
+        return cls(**{**record, "numbers": tuple(record["numbers"]), "weights": tuple(record["weights"])})

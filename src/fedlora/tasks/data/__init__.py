@@ -1,0 +1,1 @@
+"""Rows from files and hubs, labels, templates, tokens and images."""

@@ -1,0 +1,185 @@
+"""Tables from text files: every value of a CSV or JSON file as it is written, or one sentence with its line."""
+
+import codecs
+import gzip
+import json
+import re
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedlora.tasks.data.parsing import Columns, parse_csv, parse_json
+
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # as Python writes one
+LARGEST = 2**63 - 1
+ARROW = {str: "large_string", bool: "bool", float: "float64", int: "int64"}
+MARKS = (  # byte order marks, the longest first
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text files are written, as ``task.encoding`` and ``task.delimiter`` say; None: as the file shows."""
+
+    encoding: str | None = None
+    delimiter: str | None = None
+
+    def __post_init__(self):
+        if self.encoding is not None:
+            try:
+                b"".decode(self.encoding)
+                "".encode(self.encoding)
+            except (LookupError, ValueError) as error:
+                raise ValueError(
+                    f"task.encoding is {self.encoding!r}, which is no encoding of text; take a name that Python knows, "
+                    "such as 'utf-8', 'utf-16', 'latin-1' or 'cp1252'."
+                ) from error
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
+            raise ValueError(
+                f"task.delimiter is {self.delimiter!r}; it is one character that is neither a quote nor a line break, "
+                "such as ',' or ';'."
+            )
+
+
+def read(files: Sequence[Path], kind: str, tabs: bool, form: TextFormat) -> Any:
+    """The rows of one or several ``csv`` or ``json`` files as a ``datasets.Dataset``, in the files' order.
+
+    ``tabs`` says that cells are separated by tabs unless ``form`` says otherwise. ``ValueError`` names the file and
+    the line that is not understood.
+    """
+    columns: Columns = {}
+    rows = 0
+    for file in files:
+        try:
+            text = _decode(_content(file), form)
+            found = parse_csv(text, form.delimiter or ("\t" if tabs else None)) if kind == "csv" else parse_json(text)
+            if any("\0" in name for name in found):
+                raise ValueError("the name of one of its columns has a null character in it; give it another")
+            if kind == "csv" and columns and list(found) != list(columns):
+                raise ValueError(f"its columns are {', '.join(found)}, and {files[0].name} has {', '.join(columns)}")
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r} could not be read as {kind}: {error}.") from error
+        rows = _append(columns, found, rows)
+    return _dataset({name: _integers(values) for name, values in columns.items()} if kind == "csv" else columns)
+
+
+def _append(columns: Columns, more: Columns, rows: int) -> int:
+    """Adds the rows of another file in place; returns how many rows there are."""
+    count = len(next(iter(more.values())))
+    for name in dict.fromkeys([*columns, *more]):
+        columns.setdefault(name, [None] * rows).extend(more.get(name, [None] * count))
+    return rows + count
+
+
+def _content(file: Path) -> bytes:
+    data = file.read_bytes()
+    if not file.name.lower().endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"it is no whole gzip file ({str(error).rstrip('.')})") from error
+
+
+def _decode(data: bytes, form: TextFormat) -> str:
+    marked = next((name for mark, name in MARKS if data.startswith(mark)), None)
+    encoding = form.encoding or marked or "utf-8"
+    if marked and codecs.lookup(encoding).name[:5] != marked[:5]:
+        raise ValueError(
+            f"it begins with the byte order mark of {marked[:6].rstrip('-').upper()}, but task.encoding is "
+            f"{encoding!r}; leave the setting out"
+        )
+    try:
+        text = data.decode(encoding)
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        line = _line(data[:start].decode(encoding, "replace"))
+        other = "another encoding" if form.encoding else "the encoding it is written in"
+        raise ValueError(
+            f"line {line} is not {encoding} (byte 0x{data[start : start + 1].hex()}); set task.encoding to {other}, "
+            "such as 'cp1252' or 'latin-1'"
+        ) from error
+    text = text.removeprefix("\ufeff") if form.encoding else text
+    if "\0" in text:
+        line = _line(text[: text.index("\0")])
+        raise ValueError(f"line {line} has a null character; if the file is UTF-16, set task.encoding to 'utf-16'")
+    return text
+
+
+def _line(before: str) -> int:
+    return before.count("\n") + 1
+
+
+def _integers(values: list[Any]) -> list[Any]:
+    """Integers where all cells are written as such, else the cells as they are."""
+    cells = [value for value in values if value is not None]
+    if not cells or not all(INTEGER.fullmatch(cell) and len(cell) <= 20 for cell in cells):
+        return values
+    numbers = [None if value is None else int(value) for value in values]
+    return numbers if _fits([number for number in numbers if number is not None]) else values
+
+
+def _fits(numbers: Sequence[int]) -> bool:
+    return min(numbers) >= -LARGEST and max(numbers) <= LARGEST
+
+
+def _dataset(columns: Columns) -> Any:
+    import datasets
+    import pyarrow
+
+    made = {name: _arrow(values) for name, values in columns.items()}
+    features = datasets.Features({name: feature for name, (_, feature) in made.items()})
+    table = pyarrow.table({name: array for name, (array, _) in made.items()})
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
+
+
+def _arrow(values: list[Any]) -> tuple[Any, Any]:
+    """A column in Arrow, and its feature; values of several types, or with values inside, are kept as JSON."""
+    import datasets
+    import pyarrow
+
+    present = [value for value in values if value is not None]
+    kinds = {type(value) for value in present}
+    kind = kinds.pop() if len(kinds) == 1 else str if not kinds else None
+    if kind not in ARROW or (kind is int and not _fits(present)):
+        written = [None if value is None else json.dumps(value) for value in values]
+        return pyarrow.array(written, pyarrow.large_string()), _json_feature()()
+    feature = datasets.Value(ARROW[kind])
+    return pyarrow.array(values, feature.pa_type), feature
+
+
+@cache
+def _json_feature() -> type:
+    """A feature of ``datasets`` for values that are kept as JSON and come out as they went in."""
+    import pyarrow
+    from datasets.features.features import register_feature
+
+    @dataclass
+    class ExactJson:
+        dtype: ClassVar[str] = "dict"
+        pa_type: ClassVar[Any] = pyarrow.large_string()
+        id: Any = field(default=None, repr=False)
+        _type: str = field(default="ExactJson", init=False, repr=False)
+
+        def __call__(self) -> Any:
+            return self.pa_type
+
+        def encode_example(self, value: Any) -> str | None:
+            return None if value is None else json.dumps(value)
+
+        def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
+            return None if value is None else json.loads(value)
+
+        def cast_storage(self, storage: Any) -> Any:
+            return storage.cast(self.pa_type)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it says that it is experimental
+        register_feature(ExactJson, "ExactJson")
+    return ExactJson

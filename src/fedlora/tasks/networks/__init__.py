@@ -1,0 +1,1 @@
+"""Pretrained networks, and text that they generate."""

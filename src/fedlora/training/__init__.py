@@ -1,0 +1,1 @@
+"""One adapted network on this machine: attach, load, train, evaluate, PEFT folders."""

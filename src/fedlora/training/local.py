@@ -1,0 +1,190 @@
+"""Local training: what one client does between receiving and sending."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.engines.clients import Shard
+from fedlora.rounds import Rules
+from fedlora.seeds import derived
+from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.training.model import Model
+from fedlora.types import Tree, Turn
+
+
+@dataclass(frozen=True)
+class Training:
+    """The ``[training]`` table: one client's budget a round, and how it is spent."""
+
+    local_steps: int | None = None  # optimiser steps a round; 10 where neither this nor local_epochs is set
+    local_epochs: int | None = None  # or passes over the client's rows
+    batch_size: int = 16
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9  # sgd only
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the whole run, not one round
+    warmup: float = 0.0  # share of the run in which the rate rises from zero
+    max_grad_norm: float | None = 1.0
+    accumulation_steps: int = 1  # batches an optimiser step
+    precision: Literal["auto", "float32", "bf16-autocast", "bf16"] = "auto"
+    keep_optimizer: bool = False  # each client keeps its moments from turn to turn
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True  # rows of like length go into one batch
+
+    def __post_init__(self):
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("training sets both local_steps and local_epochs; keep one of them.")
+        for key in ("local_steps", "local_epochs", "batch_size", "accumulation_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{key} is {value}; it must be at least 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"training.learning_rate is {self.learning_rate}; it must be a positive number.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"training.warmup is {self.warmup}; it is a share of the run, from 0 to below 1.")
+
+    def steps(self, rows: int) -> int:
+        """Optimiser steps of a turn on so many rows."""
+        if self.local_epochs is None:
+            return self.local_steps or 10
+        return max(1, math.ceil(rows * self.local_epochs / (self.batch_size * self.accumulation_steps)))
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at ``progress`` (0 to 1) through the run."""
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        rest = (progress - self.warmup) / (1 - self.warmup)
+        decay = {"constant": 1.0, "linear": 1 - rest, "cosine": (1 + math.cos(math.pi * rest)) / 2}[self.schedule]
+        return self.learning_rate * decay
+
+    def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """A fresh optimiser over the leaves of one turn."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+
+
+def batches(examples: Examples, rows: Tensor, training: Training, seed: int) -> Iterator[Tensor]:
+    """Row numbers of batch after batch, without end: shuffled passes over ``rows``, none repeated within a pass."""
+    draws = torch.Generator().manual_seed(seed)
+    size = training.batch_size
+    while True:
+        order = rows[torch.randperm(len(rows), generator=draws)]
+        if training.group_by_length:
+            order = _by_length(order, examples.lengths, size, draws)
+        yield from order.split(size)
+
+
+def _by_length(order: Tensor, lengths: Tensor, size: int, draws: torch.Generator) -> Tensor:
+    """Sorts within stretches of 8 batches, then shuffles the full batches: like lengths meet, in random order."""
+    stretches = [s[lengths[s].argsort(stable=True)] for s in order.split(size * 8)]
+    full, rest = [], []
+    for chunk in (chunk for stretch in stretches for chunk in stretch.split(size)):
+        (full if len(chunk) == size else rest).append(chunk)
+    shuffled = [full[i] for i in torch.randperm(len(full), generator=draws).tolist()]
+    return torch.cat([*shuffled, *rest])
+
+
+State = dict[tuple[str, str], dict[str, Any]]  # an optimiser's moments, leaf by leaf
+
+
+@dataclass
+class LocalTrainer:
+    """One turn of one client on the process's one model; implements ``rounds.Trainer``."""
+
+    model: Model
+    task: Task
+    examples: Examples
+    shard: Shard
+    training: Training
+    turn: Turn
+    rounds: int
+    state: State | None = None  # moments kept from this client's last turn, and after ``fit`` those to keep
+    step_done: Callable[[], None] = lambda: None
+    loss: float = math.nan  # mean over the turn's batches, once it is over
+
+    def batch(self, rows: Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Rows as keyword arguments of the network, with this client's own labels; varied by ``draws`` for a step."""
+        task, examples = self.task, self.examples
+        batch = task.collate(examples, rows) if draws is None else task.augmented(examples, rows, draws)
+        if self.shard.relabel is not None:
+            batch["labels"] = self.shard.relabel[batch["labels"]]
+        return {name: x.to(self.model.device, non_blocking=True) for name, x in batch.items()}
+
+    def gradient(self, start: Tree) -> Tree:
+        """The gradient at ``start`` on the first batch of this turn, without dropout."""
+        self.model.load(start)
+        self.model.network.eval()
+        rows = next(batches(self.examples, self.shard.train, self.training, derived(self.turn.seed, "gradient")))
+        batch = self.batch(rows)
+        return self.model.gradient(lambda network: self.task.loss(network, batch))
+
+    def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
+        """Trains the chosen leaves from ``start``; all others come back as the same objects."""
+        self.model.load(start)
+        parameters = self.model.select(trained)
+        if not parameters:
+            return start
+        optimizer = self.training.build(list(parameters.values()))
+        self._restore(optimizer, parameters)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # dropout draws from the global generator
+            torch.manual_seed(self.turn.seed)
+            self.model.network.train()
+            self._run(optimizer, parameters, rules)
+        if self.training.keep_optimizer:
+            kept = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
+            self.state = {**(self.state or {}), **kept}
+        end = self.model.read()
+        return {
+            path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
+            for path, layer in start.items()
+        }
+
+    def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
+        steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
+        stream = batches(self.examples, self.shard.train, self.training, derived(self.turn.seed, "batches"))
+        draws = torch.Generator().manual_seed(derived(self.turn.seed, "augmentation"))
+        losses = []
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.training.rate((self.turn.round + step / steps) / self.rounds)
+            for _ in range(parts):
+                batch = self.batch(next(stream), draws)
+                with self.model.running():
+                    loss = self.task.loss(self.model.network, batch)
+                ((loss + self._penalty(rules)) / parts).backward()
+                losses.append(loss.detach())
+            if self.training.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.step_done()
+        self.loss = float(torch.stack(losses).mean())
+        sound = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
+        if not math.isfinite(self.loss) or not bool(sound):  # of the last step the loss does not know
+            what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
+            raise FloatingPointError(
+                f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
+                "lower training.learning_rate, or set training.max_grad_norm."
+            )
+
+    def _penalty(self, rules: Rules) -> Tensor | float:
+        layers = self.model.layers()
+        return sum(rule.penalty(layers[path]) for path, rule in rules.items())
+
+    def _restore(self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor]) -> None:
+        if self.training.keep_optimizer and self.state:
+            for key, parameter in parameters.items():
+                moments = self.state.get(key)
+                if moments is not None:
+                    # Copies: the optimiser works in place, and a turn that is broken off must leave no trace.
+                    optimizer.state[parameter] = {k: x.clone() if torch.is_tensor(x) else x for k, x in moments.items()}
