@@ -368,7 +368,7 @@ def test_a_user_without_rights_is_protected_as_well():
         os.chmod(place, 0o777)
         package = Path(place) / "fedlora"
         shutil.copytree(
-            Path(sandbox.__file__).parent, package / "sandbox", ignore=shutil.ignore_patterns("__pycache__")
+            Path(sandbox.__file__).parent, package / "code_eval", ignore=shutil.ignore_patterns("__pycache__")
         )
         (package / "__init__.py").write_text("")
         subprocess.run(["chmod", "-R", "a+rX", str(package)], check=True)
