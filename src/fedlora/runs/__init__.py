@@ -1,0 +1,1 @@
+"""A configuration becomes a run folder: run, resume, compare, sweep, plan."""
