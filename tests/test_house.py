@@ -107,6 +107,7 @@ def test_the_floor_plan():
     entries = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py") and path.name != "__pycache__"}
     assert entries <= set().union(*LAYERS)
     assert len(entries) <= 22
+    assert all((path.parent / "__init__.py").exists() for path in FILES), "setuptools leaves such a folder out"
 
 
 def test_imports_go_to_a_lower_layer():

@@ -1,0 +1,1 @@
+"""Bytes, memory and computation of a run, before it starts."""
