@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora.runs.composition import Config
 from fedlora.engines.loop import Event, Watch
 from fedlora.registry import nearest
+from fedlora.runs.composition import Config
 from fedlora.schema import ConfigError
 
 Record = Mapping[str, Any]

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from fedlora.runs.config import Config, ConfigError
 from fedlora.export.peft import Run
-from fedlora.tasks.networks.generation import Writing, generate
-from fedlora.training.model import Model
-from fedlora.training.device import Engine
-from fedlora.tasks.data import rows as source
+from fedlora.runs.config import Config, ConfigError
 from fedlora.tasks.causal_lm import CausalLM, context_length
-from fedlora.tasks.data.tokens import tokens
+from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.templates import Wording, needs_template, rendered
+from fedlora.tasks.data.tokens import tokens
+from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.training.device import Engine
 from fedlora.training.local import Training
+from fedlora.training.model import Model
 
 
 @dataclass

@@ -11,17 +11,17 @@ from typing import Any
 
 from fedlora import methods
 from fedlora.adapters import KINDS, Adapter, LoRA
-from fedlora.export.aggregate import applicable, method_for
-from fedlora.runs.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.engines.loop import Event, Watch
-from fedlora.text import plain_name
+from fedlora.export.aggregate import applicable, method_for
+from fedlora.files import save_json
 from fedlora.methods._base import Method
 from fedlora.registry import nearest
-from fedlora.runs.counterfactual import asked
 from fedlora.runs import attendance
+from fedlora.runs.config import Config, ConfigError, Table, build, construct, merged
+from fedlora.runs.counterfactual import asked
 from fedlora.runs.result import Compared
 from fedlora.runs.run import CONFIG, SUMMARY, check_same, finished, run
-from fedlora.files import save_json
+from fedlora.text import plain_name
 
 CENTRALISED = "centralised"
 Done = Callable[["Cell"], None]

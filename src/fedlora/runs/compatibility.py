@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedlora.security import attacks, robust as defences
 from fedlora import methods, tasks
-from fedlora.engines import partition as splits
 from fedlora.adapters import KINDS, Adapter
+from fedlora.engines import partition as splits
 from fedlora.methods._base import Method
 from fedlora.runs import privacy_compatibility as refusals
 from fedlora.schema import ConfigError, Table, construct, typed
+from fedlora.security import attacks
+from fedlora.security import robust as defences
 
 if TYPE_CHECKING:
     from fedlora.runs.composition import Config

@@ -10,32 +10,32 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedlora.runs import compatibility
 from fedlora.adapters import Dense
-from fedlora.security.attacks._base import Attack
-from fedlora.engines.clients import Clients, Shard
-from fedlora.security.robust._base import Defence
 from fedlora.engines import privacy as private
+from fedlora.engines.clients import Clients, Shard
+from fedlora.engines.comm.compression import Transport
 from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
 from fedlora.engines.retention import Retention
-from fedlora.training.evaluation import Evaluation
+from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.flower.deploy.node_config import OWN
-from fedlora.security.validation import Hygiene
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
-from fedlora.training.model import Model, Precision
-from fedlora.engines.server_optimizer import ServerOptimizer
-from fedlora.security.privacy import Privacy
-from fedlora.training.device import Engine, checkpoint_activations
-from fedlora.schema import ConfigError, Table
-from fedlora.training.warm_start import begin
-from fedlora.tasks.networks.pretrained import check_tokens, quantised
-from fedlora.tasks._base import Data, Task
+from fedlora.runs import compatibility
 from fedlora.runs.trackers import Track
+from fedlora.schema import ConfigError, Table
+from fedlora.security.attacks._base import Attack
+from fedlora.security.privacy import Privacy
+from fedlora.security.robust._base import Defence
+from fedlora.security.validation import Hygiene
+from fedlora.tasks._base import Data, Task
+from fedlora.tasks.networks.pretrained import check_tokens, quantised
+from fedlora.training.device import Engine, checkpoint_activations
+from fedlora.training.evaluation import Evaluation
 from fedlora.training.local import Training
-from fedlora.engines.comm.compression import Transport
+from fedlora.training.model import Model, Precision
+from fedlora.training.warm_start import begin
 
 
 @dataclass(frozen=True)

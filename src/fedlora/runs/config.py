@@ -8,26 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.security import attacks, robust as defences
 from fedlora import methods, tasks
-from fedlora.runs import trackers
 from fedlora.adapters import KINDS, Adapter
 from fedlora.engines.clients import Clients
-from fedlora.runs.compatibility import SECTIONS, check_adapter
-from fedlora.runs.composition import Config, ModelTable, fingerprint
+from fedlora.engines.comm.compression import Transport
 from fedlora.engines.network_settings import Network
 from fedlora.engines.retention import Retention
-from fedlora.training.evaluation import Evaluation
-from fedlora.security.validation import Hygiene
+from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
-from fedlora.engines.server_optimizer import ServerOptimizer
-from fedlora.training.peft_settings import OFF
-from fedlora.security.privacy import Privacy
-from fedlora.training.device import Engine
+from fedlora.runs import trackers
+from fedlora.runs.compatibility import SECTIONS, check_adapter
+from fedlora.runs.composition import Config, ModelTable, fingerprint
 from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
+from fedlora.security import attacks
+from fedlora.security import robust as defences
+from fedlora.security.privacy import Privacy
+from fedlora.security.validation import Hygiene
+from fedlora.training.device import Engine
+from fedlora.training.evaluation import Evaluation
 from fedlora.training.local import Training
-from fedlora.engines.comm.compression import Transport
+from fedlora.training.peft_settings import OFF
 
 __all__ = [
     "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",

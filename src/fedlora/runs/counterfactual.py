@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.methods._base import Method
 from fedlora.linalg.sums import Term, distances
+from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, server_turn, weights_of
 from fedlora.types import Layer, Tree, Work
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.engines.checkpoint import PLACES
-from fedlora.runs.recorder import METRICS
-from fedlora.schema import ConfigError, Table
 from fedlora.files import write
 from fedlora.runs.interrupt import FULL
+from fedlora.runs.recorder import METRICS
+from fedlora.schema import ConfigError, Table
 
 SUMMARY, CONFIG = "summary.json", "config.toml"
 EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library

@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from fedlora.engines.clients import Shard
-from fedlora.runs.compare import CENTRALISED, for_label
-from fedlora.runs.config import ConfigError, Table, build
 from fedlora.engines.checkpoint import check_unchanged
+from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Round, Watch, sound
-from fedlora.training.evaluation import Evaluator, summary
 from fedlora.export.peft import Run
-from fedlora.tasks.metrics.scores import Scores
-from fedlora.rounds import received, worked
 from fedlora.files import save_json
+from fedlora.rounds import received, worked
+from fedlora.runs.compare import CENTRALISED, for_label
+from fedlora.runs.config import ConfigError, Table, build
+from fedlora.tasks.metrics.scores import Scores
+from fedlora.training.evaluation import Evaluator, summary
 from fedlora.training.local import LocalTrainer
 from fedlora.types import Tree
 

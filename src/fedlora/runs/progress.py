@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from fedlora.runs.compare import Cell
 from fedlora.engines.loop import Event
+from fedlora.runs.compare import Cell
 from fedlora.text import shown
 
 NOTE = 4000  # characters of one line

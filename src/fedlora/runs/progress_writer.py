@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.runs.callbacks import FAULTS, Callback, End, Record, Start
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
-from fedlora.runs.progress_file import FILE, me, replace
 from fedlora.runs.attendance import KINDS
+from fedlora.runs.callbacks import FAULTS, Callback, End, Record, Start
+from fedlora.runs.progress_file import FILE, me, replace
 
 EVERY = 0.5  # seconds between two writings within a round
 MISSING = 8  # clients that are named as missing now

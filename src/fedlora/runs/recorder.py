@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fedlora.runs.callbacks import CallbackError, Callbacks
 from fedlora.engines.checkpoint import Checkpoints, Saved
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Loop, Round, Standing, sound
+from fedlora.files import write
+from fedlora.runs.callbacks import CallbackError, Callbacks
+from fedlora.runs.interrupt import Stop
 from fedlora.security.validation import Hygiene
 from fedlora.security.validation import quarantine as shelf
-from fedlora.files import write
-from fedlora.runs.interrupt import Stop
 
 METRICS = "metrics.jsonl"
 

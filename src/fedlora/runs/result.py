@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from fedlora.runs.record import figures
-from fedlora.text import shown
 from fedlora.runs import attendance
+from fedlora.runs.record import figures
 from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.text import shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame

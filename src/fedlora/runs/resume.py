@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.runs.config import Config, ConfigError, read
 from fedlora.engines.checkpoint import endless
 from fedlora.engines.loop import Watch
+from fedlora.runs.config import Config, ConfigError, read
 from fedlora.runs.recorder import records
 from fedlora.runs.run import CONFIG, TOKEN, Result, finished, run
 

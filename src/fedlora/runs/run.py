@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 
-from fedlora.runs.callbacks import Start
-from fedlora.runs.config import Config, ConfigError, Table, dumps, merged
-from fedlora.runs.error_log import tracebacks_in
 from fedlora.engines import privacy as private
+from fedlora.engines.base_updates import FoldLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import Checkpoints, config_digest
 from fedlora.engines.federation import Federation
@@ -24,19 +22,21 @@ from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.verified_files import RefusedError
-from fedlora.runs.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
-from fedlora.engines.base_updates import FoldLog
+from fedlora.files import save_json, save_tree, swept, write
+from fedlora.rounds import public
+from fedlora.runs import attendance
+from fedlora.runs.callbacks import Start
+from fedlora.runs.config import Config, ConfigError, Table, dumps, merged
 from fedlora.runs.data_distribution import FILE as ROWS
 from fedlora.runs.data_distribution import holdings, labels
-from fedlora.runs.recorder import METRICS, Keeper, records
-from fedlora.tasks.metrics.scores import KNOWN
-from fedlora.runs import attendance
-from fedlora.runs.result import Rounds
-from fedlora.rounds import public
-from fedlora.files import save_json, save_tree, swept, write
+from fedlora.runs.error_log import tracebacks_in
+from fedlora.runs.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
 from fedlora.runs.interrupt import Stop, alone, saying_full
 from fedlora.runs.notify import callbacks as telling
 from fedlora.runs.notify import ended
+from fedlora.runs.recorder import METRICS, Keeper, records
+from fedlora.runs.result import Rounds
+from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from fedlora.seeds import derived
 from fedlora.schema import ConfigError, overridden
+from fedlora.seeds import derived
 
 Values = dict[str, Any]  # dotted key -> the value that a trial gives it
 OWN = "compare."  # begins a key that is one method's alone: compare.METHOD.KEY

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.engines.loop import Event
+from fedlora.files import save_json, write
+from fedlora.runs.attendance import over
 from fedlora.runs.compare import Cell, executed, for_label
 from fedlora.runs.config import ConfigError, Table, build, dumps, merged, overridden
-from fedlora.engines.loop import Event
-from fedlora.runs.search_space import Grid, Values
-from fedlora.runs.attendance import over
 from fedlora.runs.run import check_same
+from fedlora.runs.search_space import Grid, Values
 from fedlora.schema import at, difference, placed, without
-from fedlora.files import save_json, write
 from fedlora.tasks.data import rows as source
 
 REPORT, CHOSEN = "sweep.json", "chosen.toml"

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedlora.runs.plan.memory import Live
-from fedlora.training.model import Model
 from fedlora.tasks._base import Batch, Task
 from fedlora.training.local import Training
+from fedlora.training.model import Model
 
 CPU_ATTENTION = {  # torch counts these on a GPU only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **_: sdpa_flop_count(q, k, v),

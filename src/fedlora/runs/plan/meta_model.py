@@ -11,16 +11,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.engines.clients import Shard
-from fedlora.runs.config import Config
 from fedlora.engines.federation import Federation
-from fedlora.runs.plan.footprint import Bench
 from fedlora.files import read_header
-from fedlora.training.model import Model
 from fedlora.rounds import Rules
-from fedlora.training.device import checkpoint_activations
-from fedlora.tasks.networks.pretrained import located, quietly
-from fedlora.tasks._base import Task
+from fedlora.runs.config import Config
+from fedlora.runs.plan.footprint import Bench
 from fedlora.runs.plan.traffic import Group, grouped, likeness
+from fedlora.tasks._base import Task
+from fedlora.tasks.networks.pretrained import located, quietly
+from fedlora.training.device import checkpoint_activations
+from fedlora.training.model import Model
 from fedlora.types import Tree
 
 

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.adapters import Dense
-from fedlora.runs.compare import for_label
-from fedlora.runs.config import Config, ConfigError, Table, build
 from fedlora.engines import privacy as private
 from fedlora.engines.federation import Federation
+from fedlora.runs.compare import for_label
+from fedlora.runs.config import Config, ConfigError, Table, build
+from fedlora.runs.plan.compute import WATCHED, Measured, Shapes, measured
 from fedlora.runs.plan.footprint import weight_bytes
-from fedlora.training.model import Adapted, Model
 from fedlora.runs.plan.meta_model import Outline, outline
 from fedlora.runs.plan.traffic import Traffic, traffic
-from fedlora.runs.plan.compute import WATCHED, Measured, Shapes, measured
+from fedlora.training.model import Adapted, Model
 
 
 def planned(table: Table, labels: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from fedlora.engines.comm.channel import Crossing
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Standing
-from fedlora.runs.plan.memory import Live
-from fedlora.training.model import Model, shape
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn
+from fedlora.runs.plan.memory import Live
 from fedlora.seeds import derived
+from fedlora.training.model import Model, shape
 from fedlora.types import Factors, Layer, Tree, Turn
 
 PROBED = 3  # rounds in which other stand-ins are tried, to see whether bytes depend on what training finds

@@ -10,8 +10,8 @@ from typing import Any
 
 from fedlora import registry as finding
 from fedlora.registry import unknown
-from fedlora.schema import ConfigError, Table, construct
 from fedlora.runs.trackers._base import Session, Told, Tracker
+from fedlora.schema import ConfigError, Table, construct
 
 __all__ = ["Session", "Told", "Track", "Tracker", "load", "names", "read"]
 

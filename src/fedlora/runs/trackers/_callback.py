@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedlora.runs.callbacks import Callback, End, Record, Start
-from fedlora.runs.record import figures, flat
-from fedlora.runs.progress_file import replace
 from fedlora.runs.attendance import Attendance
-from fedlora.schema import ConfigError
+from fedlora.runs.callbacks import Callback, End, Record, Start
+from fedlora.runs.progress_file import replace
+from fedlora.runs.record import figures, flat
 from fedlora.runs.trackers import Session, Told, Tracker
+from fedlora.schema import ConfigError
 
 FILE = "trackers.json"  # in a run's folder: what each tracker calls the run, and how many rounds it has
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fedlora.schema import ConfigError
 from fedlora.runs.trackers._base import ATTENDANCE, Session, Told, Tracker
+from fedlora.schema import ConfigError
 
 STATES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 LONG = 500  # characters of a setting: what every store takes

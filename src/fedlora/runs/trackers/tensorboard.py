@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.schema import ConfigError
 from fedlora.runs.trackers._base import ATTENDANCE, Session, Told, Tracker
+from fedlora.schema import ConfigError
 
 FOLDER = "tensorboard"
 
