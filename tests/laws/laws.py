@@ -10,15 +10,18 @@ ROUNDS = 3  # enough for methods that alternate, or that start to act in the sec
 
 
 def federation_of_one(method: Method) -> None:
-    """After a round with one client, what it receives next is what it trained."""
-    world = World(method, examples=(4,))
+    """After a round with one client, what it receives next is what it trained; not so for a method that claims ``lossy``."""
+    world, worst = World(method, examples=(4,)), 0.0
     for round in range(ROUNDS):
         trained = world.step({0: Nudge(round)})
-        assert distance(world.held(0), trained[0]) < CLOSE, f"round {round}"
+        worst = max(worst, distance(world.held(0), trained[0]))
+    assert (worst > 1e-4) if method.lossy else (worst < CLOSE), f"claims lossy={method.lossy}, misses by {worst:.1e}"
 
 
 def nothing_in_nothing_out(method: Method) -> None:
-    """A round in which nobody moves changes no weight of anybody."""
+    """A round in which nobody moves changes no weight of anybody; a lossy method may let weights decay."""
+    if method.lossy:
+        return
     world = World(method)
     for round in range(ROUNDS):
         world.step({client: Nudge(10 * round + client) for client in range(3)})

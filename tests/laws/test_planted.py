@@ -1,6 +1,7 @@
 """Nine bugs of published code, planted one by one: a law must fail, and must hold for the unbroken method."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import pytest
 
@@ -117,3 +118,31 @@ def test_a_harmless_rewrite_passes():
 
     assert [f.name for f in fields(Rewritten)] == [f.name for f in fields(FedIT)]
     assert broken_laws(Rewritten) == []
+
+
+@dataclass(frozen=True)
+class FedDecay(FedIT):
+    """The example of docs/adding-a-method.md: the server shrinks the mean of the factors."""
+
+    decay: float = 0.1
+
+    lossy: ClassVar[bool] = True
+
+    def combine(self, shared, uploads):
+        return Outcome({**shared, **{leaf: (1 - self.decay) * x for leaf, x in mean(uploads).items()}})
+
+
+@dataclass(frozen=True)
+class FedDecayUnclaimed(FedDecay):
+    lossy: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class FedITClaimsLoss(FedIT):
+    lossy: ClassVar[bool] = True
+
+
+def test_a_method_that_is_lossy_on_purpose_says_so():
+    assert broken_laws(FedDecay) == []
+    assert {"federation_of_one", "nothing_in_nothing_out"} <= set(broken_laws(FedDecayUnclaimed))
+    assert broken_laws(FedITClaimsLoss) == ["federation_of_one"], "a claim that is not needed is found"

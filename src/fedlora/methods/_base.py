@@ -28,6 +28,7 @@ class Method:
     cite: ClassVar[str] = ""  # BibTeX of what is to be cited; empty: nothing was published
     adapters: ClassVar[tuple[type[Adapter], ...]] = (LoRA, VeRA)  # which parametrisations the rule is defined for
     exact: ClassVar[bool] = False  # does a round end at the mean of the clients' trained weights?
+    lossy: ClassVar[bool] = False  # does a round drop, on purpose, part of what even a single client trained?
     any_rank: ClassVar[bool] = False  # may clients differ in budget?
     personal: ClassVar[bool] = False  # is there one model a client, rather than one for all?
     shares_head: ClassVar[bool] = True  # are the parts trained in full averaged, or does each client keep its own?
