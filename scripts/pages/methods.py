@@ -20,6 +20,7 @@ what it gets. FedIT is the default, and each of the others is what it changes fr
 """
 CLAIMS = {
     "exact": "a round ends at the mean of the clients' trained weights",
+    "lossy": "a round drops, on purpose, part of what even a single client trained",
     "any_rank": "clients may differ in rank (or heads)",
     "personal": "every client has a model of its own, and there is none for all",
     "secure_aggregation": "the server only sums, so secure aggregation can hide each upload from it",

@@ -96,6 +96,7 @@ def entry(name: str) -> dict[str, Any]:
             "exact": bool(kind.exact)
             if not isinstance(inspect.getattr_static(kind, "exact"), property)
             else kind().exact,
+            "lossy": kind.lossy,
             "any_rank": kind.any_rank,
             "personal": kind.personal,
             "secure_aggregation": kind.sums,
