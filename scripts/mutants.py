@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ALGEBRA = ("tests/laws", "tests/methods", "tests/test_linalg.py", "tests/test_rounds.py")
-SECURE, PRIVACY = ("tests/secure",), ("tests/privacy",)
+ALGEBRA = ("tests/laws", "tests/methods", "tests/linalg/test_factors.py", "tests/test_rounds.py")
+SECURE, PRIVACY = ("tests/security/secure_aggregation",), ("tests/security/privacy",)
 
 
 class Mutant(NamedTuple):
@@ -40,7 +40,7 @@ MUTANTS = [
         "rounds.py",
         "return [w * upload.factor / whole for w, upload in zip(own, uploads)]",
         "return [w * upload.factor for w, upload in zip(own, uploads)]",
-        (*ALGEBRA, "tests/test_defences.py", "tests/test_hygiene.py"),
+        (*ALGEBRA, "tests/security/test_robust.py", "tests/security/test_validation.py"),
     ),
     Mutant(
         "rounds.py",
@@ -58,7 +58,7 @@ MUTANTS = [
         "linalg/factors.py",
         "return Factors(Q, R @ f.V)",
         "return Factors(Q, R.mT @ f.V)",
-        (*ALGEBRA, "tests/test_folds.py", "tests/test_export.py"),
+        (*ALGEBRA, "tests/engines/test_base_updates.py", "tests/export/test_peft.py"),
     ),
     Mutant("linalg/factors.py", "root = S[..., :rank].sqrt()", "root = S[..., :rank]", ALGEBRA),
     Mutant(

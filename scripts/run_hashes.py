@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tests.fixtures.federation import TABLE, config, settings
-from tests.flower.world import World
+from tests.fixtures.flower import World
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

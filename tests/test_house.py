@@ -220,3 +220,16 @@ def test_every_file_that_counts_as_a_task_is_one():
     for name in tasks.names():
         kind = tasks.load(name)
         assert issubclass(kind, Supervised) and isinstance(kind.quantizes, bool), name
+
+
+def test_tests_mirror_the_source():
+    """A folder of tests is a package of the source, or one of the few that look at all of it; fixtures are fixtures."""
+    tests = ROOT / "tests"
+    for folder in {path.parent for path in tests.rglob("test_*.py")} - {tests}:
+        place = folder.relative_to(tests)
+        known = (SOURCE / place).is_dir() or (SOURCE / place).with_suffix(".py").exists()
+        assert known or place.parts[0] in ("docs", "fuzz", "laws"), f"{folder} has no package in the source"
+    for path in tests.rglob("*.py"):
+        for name in imports(path):
+            stem = name.rpartition(".")[2]
+            assert not (name.startswith("tests.") and stem.startswith("test_")), f"{path} imports from {name}"

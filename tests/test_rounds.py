@@ -10,8 +10,8 @@ from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.rounds import Received, alike, client_turn, server_turn, shares
 from fedlora.types import Turn
-from tests.laws.world import ADAPTERS, Nudge, World
-from tests.methods.cohort import Cohort
+from tests.fixtures.cohort import Cohort
+from tests.fixtures.laws import ADAPTERS, Nudge, World
 
 
 def uploads(cohorts):

@@ -23,7 +23,7 @@ training = {{ local_steps = 1, batch_size = 8, learning_rate = 5e-3 }}
 README_NOT_RUN = {
     "src/fedlora/": "the tree of files, which is only read",
     "make demo": "they set up an environment of their own; CI's first steps are these commands",
-    "fedlora chat": "needs a language model and benchmark data; tests/test_chat.py and tests/test_sandbox.py run these",
+    "fedlora chat": "needs a language model and benchmark data; tests/runs/test_chat.py and tests/code_eval/test_sandbox.py run these",
     "fedlora run mine.toml --engine": "starts Ray and processes; tests/flower runs each of these commands",
 }
 # How a block begins -> what has to be there before it.

@@ -109,7 +109,7 @@ def test_the_export_is_what_peft_loads_by_itself(by_role, tmp_path):
 @pytest.mark.parametrize("name,settings", [("fedsa-lora", ["task.packing=true"]), ("flora", ["training.gradient_checkpointing=true"])])  # fmt: skip
 def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from tests.flower.world import World, records_agree
+    from tests.fixtures.flower import World, records_agree
 
     made = config(f"method.name={name}", *settings)
     here, world = fedlora.run(made), World(tmp_path, made=made)

@@ -26,7 +26,7 @@ def grid(tmp_path_factory):
     Tests look at it and leave it as it is.
     """
     from tests.fixtures.federation import REFERENCE, settings
-    from tests.flower.world import World
+    from tests.fixtures.flower import World
 
     folder, runs = tmp_path_factory.mktemp("grid"), {}
 

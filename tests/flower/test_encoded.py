@@ -13,7 +13,7 @@ import fedlora
 from fedlora.files import Limits
 from fedlora.flower.serve import serve
 from fedlora.flower.wire import UnreadableError, pack, unpack
-from tests.flower.world import (
+from tests.fixtures.flower import (
     HIDDEN,
     QUICK,
     SERVED,

@@ -10,7 +10,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.flower.wire import unpack
-from tests.flower.world import ADAPTERS, World, config, counting, records_agree, same, trained
+from tests.fixtures.flower import ADAPTERS, World, config, counting, records_agree, same, trained
 
 
 def test_the_same_bits_as_in_one_process(name, grid, reference):

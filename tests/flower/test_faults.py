@@ -23,7 +23,7 @@ from fedlora.rounds import Received, server_turn
 from fedlora.runs.config import fingerprint
 from fedlora.types import Factors
 from tests.fixtures.federation import REFERENCE, WIDTH
-from tests.flower.world import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same
+from tests.fixtures.flower import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same
 
 IMPATIENT = replace(QUICK, round_timeout=0.05)
 SHORT = (TRAIN_ONLY, "training.local_steps=1")

@@ -22,7 +22,7 @@ from fedlora.flower.server import Federated
 from fedlora.flower.testing import MemoryGrid
 from fedlora.runs.config import build, merged
 from tests.fixtures.federation import TABLE, TINY_VIT
-from tests.flower.world import QUICK, SERVED, DiedError, World, dying, same, trained
+from tests.fixtures.flower import QUICK, SERVED, DiedError, World, dying, same, trained
 
 NAMES = [str(i) for i in range(10)]
 SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})

@@ -8,7 +8,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from fedlora.files import digest
 from fedlora.flower import wire as records
 from tests.fixtures.federation import WEIGHTS
-from tests.flower.world import World, config, same
+from tests.fixtures.flower import World, config, same
 
 METRICS = {
     "query": {"client", "examples", "folded", "labels"},  # labels: 1 by name, 2 by position, whatever rows there are

@@ -15,7 +15,7 @@ from fedlora.flower.client_store import Store
 from fedlora.flower.serve import serve
 from fedlora.runs.config import ConfigError
 from tests.fixtures.federation import REFERENCE
-from tests.flower.world import (
+from tests.fixtures.flower import (
     SERVED,
     TRAIN_ONLY,
     DiedError,

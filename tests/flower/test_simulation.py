@@ -22,7 +22,7 @@ from fedlora.flower.deploy.node_config import number
 from fedlora.flower.server import Federated
 from fedlora.flower.simulation import _play
 from fedlora.runs.config import build
-from tests.flower.world import agree, config, overrides, records_agree, same, trained
+from tests.fixtures.flower import agree, config, overrides, records_agree, same, trained
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower"), pytest.mark.filterwarnings("ignore")]
 

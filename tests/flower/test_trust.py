@@ -8,7 +8,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.engines.checkpoint import Checkpoints
-from tests.flower.world import QUICK, World, config, records_agree, same, trained
+from tests.fixtures.flower import QUICK, World, config, records_agree, same, trained
 
 MINE = "evaluation={every=9, measure=false}"
 CASES = {

@@ -9,7 +9,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import fedlora
 from fedlora.engines.clients import DROPPED
 from fedlora.flower.client_store import Store
-from tests.flower.world import HIDDEN, QUICK, TRAIN_ONLY, World, config, counting, records_agree, same, trained
+from tests.fixtures.flower import HIDDEN, QUICK, TRAIN_ONLY, World, config, counting, records_agree, same, trained
 
 UNEQUAL = [
     "clients.capability='uniform'",

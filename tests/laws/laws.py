@@ -3,7 +3,7 @@
 import torch
 
 from fedlora.methods._base import Method
-from tests.laws.world import HEAD, Nudge, World, distance
+from tests.fixtures.laws import HEAD, Nudge, World, distance
 
 CLOSE = 1e-9
 ROUNDS = 3  # enough for methods that alternate, or that start to act in the second round

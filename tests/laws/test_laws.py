@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.fixtures.laws import everything, label
 from tests.laws.laws import LAWS
-from tests.laws.world import everything, label
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)

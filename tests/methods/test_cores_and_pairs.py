@@ -9,7 +9,7 @@ from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.feddpa import FedDPA
 from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.types import Factors, Turn
-from tests.laws.world import Nudge
+from tests.fixtures.laws import Nudge
 
 
 def test_fed_sb_is_exact_and_sends_only_the_core():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.methods.fedit import FedIT
-from tests.methods.cohort import Cohort, lora
+from tests.fixtures.cohort import Cohort, lora
 
 
 @pytest.mark.parametrize("seed", range(20))

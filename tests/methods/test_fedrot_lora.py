@@ -9,7 +9,7 @@ from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.types import Turn, Work
-from tests.methods.cohort import Cohort, lora
+from tests.fixtures.cohort import Cohort, lora
 
 
 def plane(*angles: float) -> torch.Tensor:

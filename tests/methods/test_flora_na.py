@@ -9,7 +9,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.rounds import Received, server_turn
 from fedlora.types import Turn
-from tests.methods.cohort import Cohort, lora
+from tests.fixtures.cohort import Cohort, lora
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -9,7 +9,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.svd import BestRank
 from fedlora.types import Turn
-from tests.methods.cohort import Cohort
+from tests.fixtures.cohort import Cohort
 
 RSLORA = [False, True]
 

@@ -8,8 +8,8 @@ from fedlora.methods.fedsa_lora import FedSALoRA
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.local import Local
 from fedlora.methods.rolora import RoLoRA
-from tests.laws.world import Nudge, World
-from tests.methods.cohort import Cohort, lora
+from tests.fixtures.cohort import Cohort, lora
+from tests.fixtures.laws import Nudge, World
 
 
 def rounds(method, count):

@@ -11,7 +11,7 @@ from fedlora.methods.flora_na import FLoRANA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.lora_fair import LoRAFAIR
 from fedlora.methods.svd import BestRank
-from tests.methods.cohort import Cohort
+from tests.fixtures.cohort import Cohort
 
 GAUGES = ["anchor", "rotation", "balanced"]
 

@@ -7,7 +7,7 @@ from fedlora.adapters import LoRA
 from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import RANK, HetLoRA
 from fedlora.types import Turn, Work
-from tests.methods.cohort import Cohort
+from tests.fixtures.cohort import Cohort
 
 RANKS = [2, 6, 3, 1]
 

@@ -39,7 +39,7 @@ class Speaker(torch.nn.Module):
         return torch.cat([input_ids, torch.tensor([x + [2] * (width - len(x)) for x in said])], 1)
 
 
-# The grading itself sees every row of every set in tests/test_answers.py, too, without a network around it.
+# The grading itself sees every row of every set in tests/tasks/test_answers.py, too, without a network around it.
 SOME = [pytest.param(100, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
 
 
