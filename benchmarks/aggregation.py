@@ -14,7 +14,6 @@ import torch
 
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.export.aggregate import applicable
 from fedlora.methods._base import Method
 from fedlora.training.device import keep_memory
 from fedlora.types import Layer, Turn, Upload, Work
@@ -131,7 +130,7 @@ def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Shapes, ranks and clients; the largest cases at the paper's rank only."""
-    names = applicable()
+    names = methods.for_finished_adapters()
     keep_memory()  # as fedlora's own commands do
     found: dict[str, Any] = {"multiples of reading the bytes": {}}
     for label, (m, n) in SHAPES.items():

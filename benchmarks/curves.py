@@ -49,21 +49,21 @@ def points(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(name: str, seed: int) -> dict[str, Any]:
     """One run of the demo under a method."""
-    from fedlora.reporting.read import records
     from fedlora.runs.compare import execute, plan
+    from fedlora.runs.folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
         (cell,) = plan(table(), [name], [seed], Path(folder))
         done = execute(cell)
-        found = points(records(Path(str(done.folder)))) if done.failure is None else []
+        found = points(RunFolder(Path(str(done.folder))).records) if done.failure is None else []
     return {"method": name, "seed": seed, "failure": done.failure, "rounds": found}
 
 
 def taken(folder: Path, known: set[tuple[str, int]]) -> list[dict[str, Any]]:
     """The runs of a comparison of the demo that are not known yet; ``ValueError`` for another configuration."""
-    from fedlora.reporting.read import records
     from fedlora.runs.compare import for_label
     from fedlora.runs.config import build
+    from fedlora.runs.folder import RunFolder
 
     found = []
     for run in json.loads((folder / "comparison.json").read_text())["runs"]:
@@ -72,7 +72,7 @@ def taken(folder: Path, known: set[tuple[str, int]]) -> list[dict[str, Any]]:
         due = build({**for_label(table(), run["label"]), "seed": run["seed"]})
         if any(_differs(run["table"].get(key), due.table[key]) for key in DECIDES):
             raise ValueError(f"{run['label']} in {folder} is no run of the demo's configuration; name another folder.")
-        rounds = points(records(folder / Path(run["folder"]).name))
+        rounds = points(RunFolder(folder / Path(run["folder"]).name).records)
         found.append({"method": run["label"], "seed": run["seed"], "failure": None, "rounds": rounds})
     return found
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.export.peft import Run, export
-from fedlora.runs.compare import Cell, execute, for_label
+from fedlora.export.peft import export
+from fedlora.runs.compare import execute, for_label
+from fedlora.runs.comparison import Cell
 from fedlora.runs.config import Table, build, overridden, read_table
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -198,7 +200,7 @@ def start(study: Study, models: Path, data: Path) -> Path:
         own = overridden(read_table(ROOT / "examples" / "papers" / study.config), study.start)
         with TemporaryDirectory() as made:
             found = run(build(local(own, models, data, "test")), Path(made) / "run").summary["final"]["global"]
-            export(Run.open(Path(made) / "run"), folder)
+            export(RunFolder.open(Path(made) / "run"), folder)
         print("start of", study.config, json.dumps(found), flush=True)
     return folder
 

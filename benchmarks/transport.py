@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
 from benchmarks.study_tables import spread
-from fedlora.runs.compare import Cell, execute
+from fedlora.runs.compare import execute
+from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build, overridden
 
 STUDY = Study("fedrot-lora/banking77-small.toml", ())

@@ -79,8 +79,8 @@ def _loopback(asked: dict[str, Any], insecure: bool = True) -> dict[str, Any]:
     """
     from fedlora.flower.deploy.app_template import init
     from fedlora.flower.deploy.local import nodes
-    from fedlora.reporting.read import records
     from fedlora.runs.config import build
+    from fedlora.runs.folder import RunFolder
 
     config = build(asked)
     with TemporaryDirectory(prefix="fedlora-") as place:
@@ -93,7 +93,7 @@ def _loopback(asked: dict[str, Any], insecure: bool = True) -> dict[str, Any]:
             ran, seconds = _during(flower.proxy, lambda: flower.run(app, watch=lambda line: None))
             if not flower.outcome.startswith("finished:completed"):
                 raise ChildProcessError(f"the run did not come to its end: {flower.outcome}")
-        found = records(out)
+        found = RunFolder(out).records
     told = {way: sum(sum(r["bytes"][way].values()) for r in found) // engines.NODES for way in (UP, DOWN)}
     return {
         "idle, bytes a second": {way: round(sum(_of(idle, way).values()) / IDLE) for way in (UP, DOWN)},

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
 from fedlora.runs.config import build, overridden
+from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import same
 
 
@@ -75,7 +76,7 @@ def test_by_role(by_role, tmp_path, name):
     assert len(told) == 2 and "training rows were cut to 48 tokens on the right" in told[0]
     if name == "flora":
         assert run.summary["folds"] == 3
-    found = export(Run.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
+    found = export(RunFolder.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
     assert found["difference"] < 1e-4
 
 
@@ -84,7 +85,7 @@ def test_the_export_is_what_peft_loads_by_itself(by_role, tmp_path):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM
 
-    run = Run.open(by_role("fedit").folder)
+    run = RunFolder.open(by_role("fedit").folder)
     export(run, tmp_path / "out")
     export(run, tmp_path / "merged", merged=True)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
@@ -151,7 +152,7 @@ def test_what_was_cut_is_said_on_stderr(config, commands, tmp_path):
 
 def test_a_comparison_says_it_once(capsys):
     from fedlora.engines.loop import Event
-    from fedlora.runs.compare import Cell
+    from fedlora.runs.comparison import Cell
     from fedlora.runs.progress import Cells
 
     cells = [Cell(label, 0, {}, None, {"notes": ["one", "two"]}) for label in ("fedit", "flora")]

@@ -12,20 +12,21 @@ from transformers import AutoConfig, AutoModel, BertTokenizerFast
 import fedlora
 from fedlora import methods
 from fedlora.export.aggregate import aggregate, method_for
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
+from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import TABLE, TINY_VIT, WIDTH, config, settings
 
 
 def finished(tmp_path, name, *more):
     """A run of settings that the reference run does not have."""
     fedlora.run(config(*settings(name), *more, "evaluation={every = 9, measure = false}"), tmp_path / "run")
-    return Run.open(tmp_path / "run")
+    return RunFolder.open(tmp_path / "run")
 
 
 @pytest.fixture
 def opened(reference):
     """The reference run of a method, opened."""
-    return lambda name: Run.open(reference(name).folder)
+    return lambda name: RunFolder.open(reference(name).folder)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -90,10 +91,10 @@ def test_mistakes(tmp_path, reference, opened):
     with pytest.raises(ValueError, match="not empty"):
         export(run, reference("fedsa-lora").folder, 0)
     with pytest.raises(ValueError, match="holds the folders of runs"):
-        Run.open(reference("fedsa-lora").folder.parent)
+        RunFolder.open(reference("fedsa-lora").folder.parent)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no finished run"):
-        Run.open(tmp_path / "empty")
+        RunFolder.open(tmp_path / "empty")
 
 
 def test_a_run_goes_on_from_an_export(tmp_path, opened):
@@ -164,7 +165,7 @@ def test_a_start_of_changed_weights_under_the_same_name_is_refused(tmp_path, ope
     shutil.copytree(TINY_VIT, tmp_path / "vit")
     own = f"model.name={tmp_path / 'vit'}"
     fedlora.run(config(own, "rounds=1"), tmp_path / "run")
-    export(Run.open(tmp_path / "run"), tmp_path / "out")
+    export(RunFolder.open(tmp_path / "run"), tmp_path / "out")
     config(own, f"model.start={tmp_path / 'out'}").federation()
     weights = load_file(tmp_path / "vit" / "model.safetensors")
     save_file({k: 1.5 * x for k, x in weights.items()}, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
@@ -198,7 +199,7 @@ def test_folds_come_to_no_more_than_the_weights_sides(tmp_path, opened):
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
 def test_veras_vectors_are_multiplied_in(tmp_path, name):
     fedlora.run(config(f"method.name={name}", "adapter={name = 'vera', rank = 16}"), tmp_path / "run")
-    found = export(Run.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
+    found = export(RunFolder.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
     assert found["ranks"] == [16] and found["difference"] < 1e-4
 
 
@@ -210,14 +211,14 @@ def test_a_run_that_lost_a_file(tmp_path, name, reference):
     for damage in (lambda: file.write_bytes(content[:-50]), file.unlink):
         damage()
         with pytest.raises(ValueError, match=f"{name}' cannot be read.*run it anew"):
-            Run.open(tmp_path / "run")
+            RunFolder.open(tmp_path / "run")
 
 
 def test_a_summary_that_was_edited(tmp_path, reference):
     shutil.copytree(reference("fedit").folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match="has no 'labels'"):
-        Run.open(tmp_path / "run")
+        RunFolder.open(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------ adapters that say their labels
@@ -250,7 +251,7 @@ def trained(tmp_path):
         table["task"] = {"name": "text-classification", "data": str(data), "label_names": list(labels)}
         table["clients"] = {"count": 2, "split": {"name": "iid"}}
         fedlora.run(config(*overrides, "evaluation={every = 9, measure = false}", table=table), tmp_path / name)
-        return Run.open(tmp_path / name)
+        return RunFolder.open(tmp_path / name)
 
     return run
 
@@ -306,7 +307,7 @@ def test_exports_of_other_labels_are_neither_combined_nor_gone_on_from(tmp_path,
         aggregate([tmp_path / "out-a", tmp_path / "out-b"], method_for("svd"), tmp_path / "both")
     aggregate([tmp_path / "out-a", tmp_path / "out-c"], method_for("svd"), tmp_path / "both")
     assert named(tmp_path / "both") == named(tmp_path / "out-a")
-    table = Run.open(tmp_path / "b").config.table
+    table = RunFolder.open(tmp_path / "b").config.table
     with pytest.raises(
         ValueError, match="model.start was trained for the labels dog, cat, emu, and the run has cat, dog"
     ):

@@ -21,9 +21,9 @@ from fedlora.reporting.tables.by_round import curves
 from fedlora.reporting.tables.comparison import methods, one_by_one, whom
 from fedlora.reporting.words import hardware
 from fedlora.runs import attendance
-from fedlora.runs.compare import Cell, rows
+from fedlora.runs.comparison import Cell, Compared, rows
 from fedlora.runs.progress import Lines
-from fedlora.runs.result import Compared, Rounds
+from fedlora.runs.result import Rounds
 from fedlora.runs.run import summarise
 from tests.fixtures.federation import config
 from tests.fixtures.run_folders import write_run

@@ -8,9 +8,9 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.export.peft import Run
 from fedlora.reporting.similarity import means, similarity
 from fedlora.runs.config import ConfigError, build
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
 
 TABLE = {
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def test_figures_are_those_of_the_pairs(folder):
-    found, opened = similarity(folder), Run.open(folder)
+    found, opened = similarity(folder), RunFolder.open(folder)
     start = opened.config.attached(opened.network()).initial(0)
     trees = [opened.tree(client) for client in range(3)]
     assert len(found) == sum("A" in layer for layer in opened.shared.values())

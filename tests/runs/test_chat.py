@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import app
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
 from fedlora.runs.chat import Chat
 from fedlora.runs.config import build, merged
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks.networks.generation import Writing
 from tests.fixtures.federation import TINY_VIT
 
@@ -91,7 +92,7 @@ def by_transformers(folder, prompt, special=True):
     ],
 )
 def test_it_says_what_the_exported_model_says(runs, tmp_path, name, client, text, prompt):
-    run = Run.open(runs / name)
+    run = RunFolder.open(runs / name)
     export(run, tmp_path / "out", client, merged=True)
     said = Chat.open(run, client).say(text, SHORT)
     assert said == by_transformers(tmp_path / "out", prompt, special=name != "talked")
@@ -100,13 +101,13 @@ def test_it_says_what_the_exported_model_says(runs, tmp_path, name, client, text
 
 
 def test_a_conversation_is_remembered_where_the_template_knows_turns(runs):
-    chat = Chat.open(Run.open(runs / "talked"), system="Be kind")
+    chat = Chat.open(RunFolder.open(runs / "talked"), system="Be kind")
     first = chat.say("Hi", SHORT)
     turns = [*chat.turns, {"role": "user", "content": "More"}]
     assert chat.prompt(turns) == f"<system>Be kind</s><user>Hi</s><assistant>{first}</s><user>More</s><assistant>"
     chat.say("More", SHORT)
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
-    alone = Chat.open(Run.open(runs / "asked"))
+    alone = Chat.open(RunFolder.open(runs / "asked"))
     alone.say("Say dog", SHORT)
     assert alone.turns == []
 
@@ -114,18 +115,18 @@ def test_a_conversation_is_remembered_where_the_template_knows_turns(runs):
 def test_draws_differ_from_turn_to_turn_and_come_again_with_the_seed(runs):
     writing, found = Writing(12, temperature=1.5), []
     for seed in (0, 0, 5):
-        chat = Chat.open(Run.open(runs / "plain"), 0, seed=seed)
+        chat = Chat.open(RunFolder.open(runs / "plain"), 0, seed=seed)
         found.append([chat.say("The", writing) for _ in range(2)])
     assert found[0] == found[1] != found[2] and found[0][0] != found[0][1]
 
 
 def test_mistakes(runs, tmp_path):
-    plain = Run.open(runs / "plain")
+    plain = RunFolder.open(runs / "plain")
     for run, options, sentence in (
         (plain, {}, "a model for each client and none for all; name one with --client K"),
         (plain, {"client": 9}, "there is no client 9"),
         (plain, {"client": 0, "system": "x"}, "--system is part of a chat template"),
-        (Run.open(runs / "digits"), {}, "a run of 'image-classification', but only a causal"),
+        (RunFolder.open(runs / "digits"), {}, "a run of 'image-classification', but only a causal"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Chat.open(run, **options)
@@ -135,7 +136,7 @@ def test_mistakes(runs, tmp_path):
 
 def test_the_command(runs, commands, tmp_path):
     options = ("--client", 1, "--max-new-tokens", 12)
-    chat = Chat.open(Run.open(runs / "plain"), 1)
+    chat = Chat.open(RunFolder.open(runs / "plain"), 1)
     expected = [chat.say(text, SHORT) for text in ("The dog", "A cat")]
     arguments = [str(x) for x in ("chat", runs / "plain", *options)]
     once = CliRunner().invoke(app, [*arguments, "--prompt", "The dog"])
@@ -163,6 +164,6 @@ def test_typing(runs, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     chatting.chat(runs / "plain", client=1, max_new_tokens=12, stop=None)
     found = capsys.readouterr()
-    chat = Chat.open(Run.open(runs / "plain"), 1)
+    chat = Chat.open(RunFolder.open(runs / "plain"), 1)
     assert found.out == "".join(chat.say(text, SHORT) + "\n" for text in ("The dog", "A cat"))
     assert "the model reads at most 512" in found.err, "a prompt that is too long ends nothing"

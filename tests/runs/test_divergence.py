@@ -5,7 +5,8 @@ import torch
 
 import fedlora
 from fedlora.engines.loop import sound
-from fedlora.runs.compare import compare, for_label, rows
+from fedlora.runs.compare import compare, for_label
+from fedlora.runs.comparison import rows
 from fedlora.runs.config import build
 from tests.fixtures.federation import TINY_VIT
 

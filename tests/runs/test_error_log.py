@@ -47,8 +47,8 @@ def broken(commands, tmp_path):
         ("runs.plan.plan:planned", "TypeError('no')", ["plan", "my.toml"], "."),
         ("runs.sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
         ("export.aggregate:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
-        ("export.peft:Run.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
-        ("export.peft:Run.open", "NotImplementedError('no')", ["chat", "r", "--prompt", "x"], "."),
+        ("runs.folder:RunFolder.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
+        ("runs.folder:RunFolder.open", "NotImplementedError('no')", ["chat", "r", "--prompt", "x"], "."),
     ],
 )  # fmt: skip
 def test_an_unexpected_error_is_one_sentence_and_a_file(broken, tmp_path, where, error, arguments, log):

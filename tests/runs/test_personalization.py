@@ -9,10 +9,10 @@ import torch
 
 import fedlora
 from fedlora.engines.in_process import InProcess
-from fedlora.export.peft import Run
 from fedlora.rounds import received
 from fedlora.runs.compare import for_label
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import ConfigError, build, dumps
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.personalization import Sides, personal
 from fedlora.tasks.metrics.scores import figures
 from fedlora.training.local import LocalTrainer
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
 def test_global_and_held_are_what_the_run_scored(name, runs):
     unequal = ["clients.ranks=[1, 2]"] if name == "hetlora" else []
     folder, result = runs(name, *unequal)
-    sides, final = Sides(Run.open(folder), 1), result.summary["final"]
+    sides, final = Sides(RunFolder.open(folder), 1), result.summary["final"]
     found = sides.columns(range(3))
     each = [figures(found["held"][client])["accuracy"] for client in range(3)]
     assert each == final["clients"]["each"][:3] and final["clients"]["each"][3] is None
@@ -54,7 +54,7 @@ def test_global_and_held_are_what_the_run_scored(name, runs):
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
 def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
     folder, result = runs(name)
-    sides = Sides(Run.open(folder), 4)
+    sides = Sides(RunFolder.open(folder), 4)
     for client in (1, 3):  # one that took part, and a new one
         f = config(f"method.name={name}", *NEW).federation()
         turn = f.turn(2, client)
@@ -79,13 +79,13 @@ def test_fine_tuning_has_a_constant_rate_after_a_schedule(runs):
     training, turn = replace(f.training, local_steps=2), f.turn(2, 0)
     trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[0], training, turn, f.rounds)
     end = trainer.fit(result.shared, {part: rule.adapter.trainable for part, rule in f.rules.items()}, f.rules)
-    assert f.training.schedule == "constant" and same(Sides(Run.open(folder), 2).tuned(0), end)
+    assert f.training.schedule == "constant" and same(Sides(RunFolder.open(folder), 2).tuned(0), end)
 
 
 def test_local_only_is_the_method_local_with_the_same_budget(runs):
     unequal = ["clients.capability='uniform'", "clients.capability_scales=['steps']", "clients.stragglers=0.5"]
     folder, _ = runs("fedit", *unequal, "clients.dropout=0.34")
-    found = personal(Run.open(folder), 1)["columns"]["local"]
+    found = personal(RunFolder.open(folder), 1)["columns"]["local"]
     alone = fedlora.run(config("method.name=local", *NEW, *unequal, "clients.dropout=0.34")).summary["final"]["clients"]
     assert found == {**alone, "capability": found["capability"]}
     assert found["capability"] == alone["capability"]
@@ -94,7 +94,7 @@ def test_local_only_is_the_method_local_with_the_same_budget(runs):
 def test_centralised_is_that_of_a_comparison_where_everybody_takes_part(tmp_path):
     folder = tmp_path / "r"
     fedlora.run(config("clients.count=3"), folder)
-    run = Run.open(folder)
+    run = RunFolder.open(folder)
     found = personal(run, 1)["columns"]["centralised"]
     one = build({**for_label(run.config.table, "centralised")}).federation()
     *_, last = InProcess().run(one)
@@ -122,7 +122,7 @@ def test_new_clients_rows_are_never_trained_on(runs, monkeypatch):
     theirs = set(f.shards[3].train.tolist())
     assert theirs and not seen & theirs
     assert seen == {int(row) for shard in f.shards[:3] for row in shard.train}
-    sides = Sides(Run.open(runs("fedit")[0]), 1)
+    sides = Sides(RunFolder.open(runs("fedit")[0]), 1)
     seen.clear()
     sides.together(range(4), lambda event: None)
     assert seen and not seen & theirs, "new to the centralised model, too"
@@ -134,7 +134,7 @@ def test_new_clients_rows_are_never_trained_on(runs, monkeypatch):
 def test_new_clients_begin_with_the_global_model_or_with_nothing_of_their_own(runs):
     for name in ("fedit", "fedsa-lora"):
         folder, result = runs(name)
-        found = personal(Run.open(folder), 3)
+        found = personal(RunFolder.open(folder), 3)
         assert found["new"]["held"]["each"][:3] == [None] * 3
         f = config(f"method.name={name}", *NEW).federation()
         f.model.load(result.shared)  # FedSA's shared B is zero, and its head the pretrained network's
@@ -144,7 +144,7 @@ def test_new_clients_begin_with_the_global_model_or_with_nothing_of_their_own(ru
         assert found["new"]["held"]["each"][3] == pytest.approx(float(right.float().mean()))
         assert (found["new"]["global"] is None) == (name == "fedsa-lora")
         assert set(found["new"]) == {"global", "held", "tuned", "centralised"}
-        again = personal(Run.open(folder), 3)
+        again = personal(RunFolder.open(folder), 3)
         assert found == again == json.loads((folder / "personal.json").read_text())
 
 
@@ -156,14 +156,15 @@ def test_mistakes(runs, tmp_path):
     for change, sentence in (({"rounds": 0}, "has no finished round"), ({"kept": False}, "lies on its own machine")):
         (copy / "summary.json").write_text(json.dumps({**summary, **change}))
         with pytest.raises(ConfigError, match=sentence):
-            personal(Run.open(copy))
+            personal(RunFolder.open(copy))
     (copy / "summary.json").write_text(json.dumps(summary))
-    with pytest.raises(ConfigError, match="clients.split is 'own', so the rows lie on the parties' machines"):
-        personal(replace(Run.open(copy), config=config("clients.split={name = 'own'}")))
     text = (copy / "config.toml").read_text()
+    with pytest.raises(ConfigError, match="clients.split is 'own', so the rows lie on the parties' machines"):
+        (copy / "config.toml").write_text(dumps(config("clients.split={name = 'own'}").table))
+        personal(RunFolder.open(copy))
     (copy / "config.toml").write_text(text.replace('data = "digits"', 'data = "./gone.csv"'))
     with pytest.raises(ValueError, match="there is no data at './gone.csv'"):
-        personal(Run.open(copy))
+        personal(RunFolder.open(copy))
 
 
 def begun(tmp_path):
@@ -185,7 +186,7 @@ def test_a_run_whose_data_or_model_changed_is_refused(what, tmp_path):
     change(place)
     for folder in (place / "run", place / "run" / "best"):
         with pytest.raises(ValueError, match="was begun with other data or another model") as found:
-            personal(Run.open(folder), 1)
+            personal(RunFolder.open(folder), 1)
         assert sentence in str(found.value) and not (folder / "personal.json").exists()
 
 
@@ -193,7 +194,7 @@ def test_the_same_rows_in_new_files_are_scored_and_a_run_without_checkpoints_is_
     place = begun(tmp_path)
     write(place / "data", ROWS, ROWS[:30])
     for folder in (place / "run", place / "run" / "best"):
-        assert personal(Run.open(folder), 1)["columns"]["held"]
+        assert personal(RunFolder.open(folder), 1)["columns"]["held"]
     shutil.rmtree(place / "run" / "checkpoints")
     with pytest.raises(ValueError, match="has no checkpoints that say which data and which model it was begun with"):
-        personal(Run.open(place / "run"), 1)
+        personal(RunFolder.open(place / "run"), 1)

@@ -13,8 +13,9 @@ from fedlora.cli import app
 from fedlora.engines import privacy as private
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
 from fedlora.runs.config import build, dumps, merged, overridden
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan
 from fedlora.security.privacy.client_level import leaves, served_to
 from fedlora.security.privacy.guarantee import lines
@@ -86,7 +87,7 @@ def test_epsilon_is_said_everywhere_and_grows(tmp_path):
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
     figure = f"ε = {spent[1]:.3g}"
     assert shown.exit_code == 0 and figure in shown.stdout
-    export(Run.open(tmp_path / "run"), tmp_path / "out")
+    export(RunFolder.open(tmp_path / "run"), tmp_path / "out")
     assert figure in (tmp_path / "out" / "README.md").read_text()
     (tmp_path / "my.toml").write_text(dumps(made.table))
     assert figure in CliRunner().invoke(app, ["plan", str(tmp_path / "my.toml")]).stdout

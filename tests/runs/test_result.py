@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from fedlora.runs.compare import Cell
+from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.record import figures
-from fedlora.runs.result import Compared, Rounds, table
+from fedlora.runs.result import Rounds, table
 from tests.fixtures.callbacks import RECORD
 
 

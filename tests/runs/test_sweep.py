@@ -9,7 +9,8 @@ import pytest
 
 from fedlora.reporting.tables import sweep as tuning
 from fedlora.runs import sweep as sweeping
-from fedlora.runs.compare import Cell, for_label
+from fedlora.runs.compare import for_label
+from fedlora.runs.comparison import Cell
 from fedlora.runs.config import ConfigError, build, read_table
 from fedlora.runs.search_space import Grid
 from fedlora.runs.sweep import Sweep

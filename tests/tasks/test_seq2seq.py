@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from fedlora.adapters import LoRA
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
 from fedlora.runs.config import build
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
 from fedlora.tasks import seq2seq
 from fedlora.tasks.metrics.scores import figures
@@ -187,7 +188,7 @@ def config(model, data, name="fedit", rounds=3, **more):
 def finished(model, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     run(config(model, data), folder)
-    return Run.open(folder)
+    return RunFolder.open(folder)
 
 
 def test_a_federation_learns_to_answer(finished, model, data):

@@ -14,8 +14,9 @@ from sklearn.metrics import mean_squared_error
 from transformers import AutoModelForSequenceClassification
 
 import fedlora
-from fedlora.export.peft import Run, export
+from fedlora.export.peft import export
 from fedlora.runs.config import build
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks._regression import quantile_bins
 from fedlora.tasks.metrics.scores import figures, pooled
 from fedlora.tasks.text_regression import TextRegression
@@ -156,7 +157,7 @@ def test_it_learns(places):
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_export_has_one_output(places, tmp_path, merged):
     fedlora.run(config(places), tmp_path / "run")
-    run = Run.open(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
     assert export(run, tmp_path / "out", merged=merged)["difference"] < 1e-4
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| pearson, global test rows |" in text

@@ -130,7 +130,8 @@ def test_tasks_with_a_head_of_their_own_refuse():
 def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     import fedlora
-    from fedlora.export.peft import Run, export
+    from fedlora.export.peft import export
+    from fedlora.runs.folder import RunFolder
 
     table = {
         "rounds": 2,
@@ -152,4 +153,4 @@ def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     run = fedlora.run(config, tmp_path / "run")
     found = [record["global"]["perplexity"] for record in run.records]
     assert found[1] < found[0] and run.summary["folds"] == 2
-    assert export(Run.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4
+    assert export(RunFolder.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4

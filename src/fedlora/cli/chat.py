@@ -22,12 +22,12 @@ def chat(
     prompt: Annotated[Optional[str], typer.Option(help="Answer this and leave.")] = None,  # noqa: UP045
 ) -> None:
     """Let a run's model write: answers to --prompt, to what is typed, or to each line of stdin."""
-    from fedlora.export.peft import Run
     from fedlora.runs.chat import Chat
+    from fedlora.runs.folder import RunFolder
     from fedlora.tasks.networks.generation import Writing
 
     writing = Writing(max_new_tokens, temperature, top_p, tuple(stop or ()))
-    talk = Chat.open(Run.open(folder), client, system, seed)
+    talk = Chat.open(RunFolder.open(folder), client, system, seed)
     if talk.note:
         say(talk.note)
     if prompt is not None:

@@ -56,14 +56,14 @@ def solve(
     from fedlora.code_eval.grade import rows
     from fedlora.code_eval.problems import problems
     from fedlora.code_eval.solve import solve as execute
-    from fedlora.export.peft import Run
     from fedlora.runs.chat import Chat
+    from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Counted
     from fedlora.tasks.networks.generation import Writing
 
     writing = Writing(max_new_tokens, temperature, top_p)
     known = problems(rows(data, split), benchmark)
-    talk = Chat.open(Run.open(folder), client, seed=seed)
+    talk = Chat.open(RunFolder.open(folder), client, seed=seed)
     with Counted("answers", samples * len(known)) as bar:
         found = execute(talk, known, out, writing, samples, batch_size, worded, bar.more)
     answer(as_json, found, lambda: typer.echo(f"{found['answers']} answers to {found['problems']} problems in {out}."))

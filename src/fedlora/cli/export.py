@@ -13,14 +13,17 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a run or a comparison came to."""
-    from fedlora.reporting import read
     from fedlora.reporting import terminal as tables
+    from fedlora.runs.file_names import COMPARISON
+    from fedlora.runs.folder import RunFolder, read_json
 
-    found = read.folder(folder)
-    if "rows" in found:
+    if (folder / COMPARISON).exists():
+        found = read_json(folder / COMPARISON)
         answer(as_json, found, lambda: tables.comparison(found["rows"]))
     else:
-        answer(as_json, found, lambda: tables.summary(found["summary"], str(folder), found["records"]))
+        run = RunFolder(folder)
+        found = {"summary": run.summary, "records": run.records}
+        answer(as_json, found, lambda: tables.summary(run.summary, str(folder), run.records))
 
 
 def personal(
@@ -29,12 +32,12 @@ def personal(
     as_json: Json = False,
 ) -> None:
     """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
-    from fedlora.export.peft import Run
     from fedlora.reporting.tables.personalization import personal as table
+    from fedlora.runs.folder import RunFolder
     from fedlora.runs.personalization import personal as score
     from fedlora.runs.progress import Progress
 
-    run = Run.open(folder)
+    run = RunFolder.open(folder)
     with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
         found = score(run, steps, progress.watch)
     answer(as_json, found, lambda: table(found, str(folder)))
@@ -80,13 +83,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a run's result as a PEFT adapter or a merged model, and check it by loading it again."""
-    from fedlora.export import peft as exporting
+    from fedlora.export.peft import export as write
     from fedlora.files import absent
     from fedlora.reporting import terminal as tables
+    from fedlora.runs.folder import RunFolder
 
     if all_clients and client is not None:
         raise ValueError("--client and --all-clients exclude each other; keep one of them.")
-    run = exporting.Run.open(folder)
+    run = RunFolder.open(folder)
     wanted = {absent(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
-    found = [exporting.export(run, path, who, rank, merged) for path, who in wanted.items()]
+    found = [write(run, path, who, rank, merged) for path, who in wanted.items()]
     answer(as_json, found, lambda: tables.exports(found))

@@ -37,13 +37,13 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run from its last checkpoint, with the bits of one that was never broken off."""
+    from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Progress
-    from fedlora.runs.recorder import records
     from fedlora.runs.resume import continued
     from fedlora.runs.run import run as execute
 
     resolved = continued(folder, rounds, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
-    with Progress(resolved.rounds - len(records(folder))) as progress:
+    with Progress(resolved.rounds - len(RunFolder(folder).records)) as progress:
         result = execute(resolved, folder, progress.watch, again=True)
     _answered(result.summary, folder, as_json)
 
@@ -80,7 +80,7 @@ def compare(
     from fedlora.reporting import plots
     from fedlora.reporting import terminal as tables
     from fedlora.runs.compare import compare as execute
-    from fedlora.runs.compare import rows
+    from fedlora.runs.comparison import rows
     from fedlora.runs.config import overridden, read_table
     from fedlora.runs.progress import Cells
 

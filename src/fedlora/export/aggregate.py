@@ -16,7 +16,6 @@ from fedlora.linalg.factors import total, truncated
 from fedlora.linalg.sums import HELD, distances
 from fedlora.methods._base import Method, mean, terms, weighted
 from fedlora.methods.fedit import FedIT
-from fedlora.registry import name_or_nearest
 from fedlora.runs.config import construct, overridden
 from fedlora.training.device import Engine
 from fedlora.training.peft_checks import check_together
@@ -36,31 +35,10 @@ class Combined:
     figures: Mapping[str, float]
 
 
-def applicable() -> list[str]:
-    """The methods that combine finished LoRAs: those that leave training, and what a client holds, as it is."""
-    return [name for name in methods.names() if _why_not(methods.load(name)) is None]
-
-
-def _why_not(kind: type[Method]) -> str | None:
-    if LoRA not in kind.adapters:
-        return "it trains an adapter of another kind"
-    if kind.personal:
-        return "it leaves every client a model of its own"
-    if "trains" in vars(kind):
-        return "it changes which factors the clients train"
-    return None
-
-
 def method_for(name: str, settings: Sequence[str] = ()) -> Method:
     """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
-    own = [name] if ":" in name else []
-    near, subject = name_or_nearest("method", name, [*own, *methods.names()])
-    why = None if near is None else _why_not(methods.load(near))
-    if why:
-        raise ValueError(
-            f"{subject} cannot be applied to finished adapters: {why}; take one of {', '.join(applicable())}."
-        )
-    made: Method = construct(methods.load(name), "method", overridden({}, settings), skip=("adapter",))
+    kind = methods.load_for_finished_adapters(name)
+    made: Method = construct(kind, "method", overridden({}, settings), skip=("adapter",))
     return made
 
 
@@ -190,7 +168,7 @@ def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: in
     """The method with the parametrisation that the output has at this weight: the first adapter's scale."""
     ranks = [a.shapes[part][2] for a in adapters]
     if not method.any_rank and len(set(ranks)) > 1:
-        able = [name for name in applicable() if methods.load(name).any_rank]
+        able = [name for name in methods.for_finished_adapters() if methods.load(name).any_rank]
         raise ValueError(
             f"the adapters have ranks {sorted(set(ranks))} at {part!r}, and {method.title} needs one rank for "
             f"all; take one of {', '.join(able)}."

@@ -3,7 +3,6 @@
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,121 +12,25 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.export.model_card import card
-from fedlora.files import absent, load_tree, write
+from fedlora.files import absent, write
 from fedlora.linalg.factors import compacted, total, truncated
 from fedlora.linalg.sums import Term, distances
-from fedlora.reporting.read import folder as read_folder
-from fedlora.rounds import public, received
-from fedlora.runs.config import Config, ConfigError, read
-from fedlora.runs.recorder import records
-from fedlora.runs.result import Rounds
-from fedlora.runs.run import clients_file
+from fedlora.runs.config import ConfigError
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks.networks.pretrained import located
 from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model
 from fedlora.training.peft_folder import save_folder, save_labels
 from fedlora.training.peft_keys import PREFIX
 from fedlora.training.targets import fresh
-from fedlora.types import Factors, Layer, Tree, Turn
+from fedlora.types import Factors, Layer, Tree
 
-NEEDED = (
-    "labels",
-    "metric",
-    "folds",
-    "method",
-    "title",
-    "bytes",
-    "errors",
-    "rounds",
-    "seed",
-    "versions",
-)  # of a summary
 HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
 CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
 
 
-@dataclass(frozen=True)
-class Run(Rounds):
-    """A finished run's folder, opened."""
-
-    path: Path
-    config: Config
-    summary: Mapping[str, Any]
-    shared: Tree
-    folds: Mapping[str, Factors]
-
-    @classmethod
-    def open(cls, path: str | Path) -> "Run":
-        """``ValueError`` where there is no finished run."""
-        folder = Path(path).expanduser()
-        found = read_folder(folder)
-        if "summary" not in found:
-            raise ConfigError(f"{str(folder)!r} is a comparison; name the folder of one of its runs.")
-        odd = [key for key in NEEDED if key not in found["summary"]]
-        if odd:
-            raise ConfigError(
-                f"{str(folder / 'summary.json')!r} has no {odd[0]!r}; it was edited, or is not of this version."
-            )
-        file = folder / "folds.safetensors"
-        folds = {}
-        if found["summary"]["folds"]:  # without them the base would be another one
-            folds = {p: Factors(x["U"], x["V"]) for p, x in load_tree(file).items()}
-        shared = {part: public(layer) for part, layer in load_tree(folder / "shared.safetensors").items()}
-        return cls(folder, read(folder / "config.toml"), found["summary"], shared, folds)
-
-    @property
-    def records(self) -> list[Mapping[str, Any]]:
-        """Its rounds, as ``metrics.jsonl`` has them."""
-        return records(self.path)
-
-    def clients(self) -> list[int]:
-        """The numbers of the clients that took part."""
-        return list(range(self.config.clients.members))
-
-    def tree(self, client: int | None) -> Tree:
-        """What one client holds, or everybody. ``ConfigError`` where there is no such model."""
-        method, count = self.config.method, self.config.clients.count
-        if client is None and method.personal:
-            raise ConfigError(
-                f"{method.title} ends with a model for each client and none for all; export one with --client K, or "
-                "all with --all-clients."
-            )
-        if client is not None and not 0 <= client < count:
-            raise ConfigError(f"there is no client {client}; the run has the clients 0 to {count - 1}.")
-        if client is None:
-            return self.shared
-        kept = self.kept(client)
-        budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
-        rules = {
-            part: self.config.head_rule(Dense(frozenset(layer))) if self._dense(layer) else method
-            for part, layer in self.shared.items()
-        }
-        return received(rules, self.shared, kept, Turn(self.config.rounds, client, budget))
-
-    def kept(self, client: int) -> Tree:
-        """What a client keeps for itself. ``ConfigError`` where that lies on its own machine only."""
-        method, file = self.config.method, clients_file(self.path, client)
-        if method.personal and not self.summary.get("kept", True):
-            raise ConfigError(
-                f"client {client}'s own part of {method.title} lies on its own machine and not in {str(self.path)!r}; "
-                "write it there with `fedlora flower result`, and export that."
-            )
-        return load_tree(file) if file.exists() else {}
-
-    def _dense(self, layer: Layer) -> bool:
-        return not self.config.method.adapter.trainable & set(layer)
-
-    def network(self) -> nn.Module:
-        """The pretrained network with a head of the run's size."""
-        found = self.config.task.network(self.config.model.name, len(self.summary["labels"]), self.config.seed)
-        if self.summary["labels"]:
-            found.config.id2label = dict(enumerate(self.summary["labels"]))
-            found.config.label2id = {name: i for i, name in found.config.id2label.items()}
-        return found.eval()
-
-
 def export(
-    run: Run, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
+    run: RunFolder, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
 ) -> dict[str, Any]:
     """Writes the shared model's adapter, or one client's, to a new folder, and returns what was written.
 
@@ -178,7 +81,9 @@ def _cut_off(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
     return float(lost / everything) ** 0.5 if everything else 0.0
 
 
-def _layers(run: Run, tree: Tree, cut: Mapping[str, Factors], truncated: bool) -> tuple[dict[str, Layer], LoRA | None]:
+def _layers(
+    run: RunFolder, tree: Tree, cut: Mapping[str, Factors], truncated: bool
+) -> tuple[dict[str, Layer], LoRA | None]:
     """Each weight's factors, and the run's own LoRA; None: factors with their scale inside."""
     adapter = run.config.method.adapter
     if isinstance(adapter, LoRA) and not run.folds and not truncated:
@@ -187,7 +92,11 @@ def _layers(run: Run, tree: Tree, cut: Mapping[str, Factors], truncated: bool) -
 
 
 def _write_adapter(
-    run: Run, folder: Path, model: Model, made: tuple[Mapping[str, Layer], LoRA | None], heads: Mapping[str, Layer]
+    run: RunFolder,
+    folder: Path,
+    model: Model,
+    made: tuple[Mapping[str, Layer], LoRA | None],
+    heads: Mapping[str, Layer],
 ) -> None:
     layers, lora = made
     bases = [model.parts[part].module.base for part in layers]
@@ -231,7 +140,7 @@ def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | N
 
 
 @torch.no_grad()
-def _write_merged(run: Run, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
+def _write_merged(run: RunFolder, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
     network = run.network()
     for part, f in cut.items():
         module = network.get_submodule(part)
@@ -245,7 +154,7 @@ def _write_merged(run: Run, folder: Path, cut: Mapping[str, Factors], heads: Map
         preprocessor.save_pretrained(folder)
 
 
-def _played(run: Run, model: Model, tree: Tree, instead: Mapping[str, Factors] | None) -> nn.Module:
+def _played(run: RunFolder, model: Model, tree: Tree, instead: Mapping[str, Factors] | None) -> nn.Module:
     """The run's own model; or with other updates in the place of its adapters and folds."""
     if instead is None:
         model.load(tree)
@@ -257,7 +166,7 @@ def _played(run: Run, model: Model, tree: Tree, instead: Mapping[str, Factors] |
     return model.network
 
 
-def _reloaded(run: Run, folder: Path, merged: bool) -> nn.Module:
+def _reloaded(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
     if merged:
         return run.config.task.network(str(folder), len(run.summary["labels"]), run.config.seed)
     try:
@@ -272,7 +181,7 @@ def _reloaded(run: Run, folder: Path, merged: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(run: Run, network: nn.Module) -> Tensor:
+def _logits(run: RunFolder, network: nn.Module) -> Tensor:
     network.eval()
     found: Tensor = network(**run.config.task.probe(network)).logits
     return found

@@ -1,6 +1,5 @@
 """The server app of a configuration: runs it over Flower, keeps it in a folder, and goes on from there when asked."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from fedlora.engines.loop import Observe, Watch
 from fedlora.files import save_json
 from fedlora.flower.secure_server import served_by
 from fedlora.runs.config import Config, ConfigError, read
+from fedlora.runs.file_names import TOKEN
+from fedlora.runs.folder import read_json
 from fedlora.runs.progress import Lines
-from fedlora.runs.run import TOKEN, Result, Take, run
+from fedlora.runs.run import Result, Take, run
 
 OLD = "checkpoint.safetensors"  # version 0.1 kept a run's state there
 
@@ -62,7 +63,7 @@ def _token(out: Path) -> str:
     """The run's own name: parties keep their state under it, so a folder that is gone on with keeps its own."""
     path = out / TOKEN
     if path.exists():
-        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+        return str(read_json(path)["run"])
     token = uuid4().hex
     save_json(path, {"run": token})
     return token

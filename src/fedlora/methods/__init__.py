@@ -27,6 +27,20 @@ def load(name: str) -> type[Method]:
     return finding.load(__name__, name, names(), Method, "method")
 
 
+def for_finished_adapters() -> list[str]:
+    """The names of the methods that combine finished LoRAs."""
+    return [name for name in names() if load(name).why_not_finished() is None]
+
+
+def load_for_finished_adapters(name: str) -> type[Method]:
+    """The class of a method that combines finished LoRAs. ``ValueError`` where this one cannot."""
+    near, subject = finding.name_or_nearest("method", name, [*([name] if ":" in name else []), *names()])
+    if near is not None and (why := load(near).why_not_finished()):
+        able = ", ".join(for_finished_adapters())
+        raise ValueError(f"{subject} cannot be applied to finished adapters: {why}; take one of {able}.")
+    return load(name)
+
+
 @cache
 def _brought(path: tuple[str, ...]) -> EntryPoints:
     """What installed packages bring; remembered, for it takes a look into every package on the ``path``."""

@@ -36,6 +36,17 @@ class Method:
     weighs: ClassVar[bool] = False  # does the server give the uploads other weights than their shares?
     keeps_frame: ClassVar[bool] = True  # does a leaf mean the same next round, so that what was lost can be added then?
 
+    @classmethod
+    def why_not_finished(cls) -> str | None:
+        """The reason why the server's rule cannot combine LoRAs that were trained without it; None where it can."""
+        if LoRA not in cls.adapters:
+            return "it trains an adapter of another kind"
+        if cls.personal:
+            return "it leaves every client a model of its own"
+        if cls.trains is not Method.trains:
+            return "it changes which factors the clients train"
+        return None
+
     @property
     def whole_model(self) -> bool:
         """Whether these settings fit all weights together, so that none can be combined alone."""

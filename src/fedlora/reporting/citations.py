@@ -10,9 +10,9 @@ from fedlora import methods
 from fedlora.registry import unknown
 from fedlora.reporting import bibliography
 from fedlora.reporting.method_catalog import reference
-from fedlora.reporting.read import folder as read_folder
 from fedlora.runs.config import Config, ConfigError, build, read
-from fedlora.runs.run import CONFIG
+from fedlora.runs.file_names import COMPARISON, CONFIG
+from fedlora.runs.folder import read_json
 
 HEAD = re.compile(r"\s*@(\w+)\{([^\s,{}]+),")
 FIELD = re.compile(r"\s*(\w+)\s*=\s*\{")
@@ -41,8 +41,8 @@ def cited(what: str) -> list[Entry]:
     known = methods.names()
     if what in known:
         return unique([ours(), *parsed(_of(reference(methods.load(what))))])
-    if (place / "comparison.json").exists():
-        configs = [build(row["table"]) for row in read_folder(place)["runs"]]
+    if (place / COMPARISON).exists():
+        configs = [build(row["table"]) for row in read_json(place / COMPARISON)["runs"]]
     elif (place / CONFIG).exists():
         configs = [read(place / CONFIG)]
     else:

@@ -2,22 +2,20 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora import tasks
 from fedlora.reporting.digest import Digest
-from fedlora.runs.data_distribution import FILE as ROWS
-from fedlora.schema import construct, read_table
+from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
+from fedlora.runs.folder import RunFolder, read_json
+from fedlora.schema import construct
 from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.text import shown
 
-CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-COMPARISON, PERSONAL = "comparison.json", "personal.json"
 NAME = 80  # characters of a run's name
-LINE = 2**26  # bytes of one round's record
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 def _of_folder(path: Path) -> list[Run]:
     if (path / COMPARISON).exists():
-        cells = json_of(path / COMPARISON).get("runs", [])
+        cells = read_json(path / COMPARISON).get("runs", [])
         found = [_cell(path, cell) for cell in cells]
         return [run for run in found if run is not None] or _nothing(path)
     if (path / METRICS).exists() or (path / SUMMARY).exists():
@@ -129,16 +127,14 @@ def opened(folder: Path, label: str | None = None, failure: str | None = None) -
     """One run's folder. ``ValueError`` where a file in it is not readable."""
     if not (folder / CONFIG).exists():
         raise ValueError(f"{shown(folder)!r} has no {CONFIG}; name a folder that `fedlora run` made, as it left it.")
-    table = read_table(folder / CONFIG)
-    summary, rows, personal = (
-        json_of(folder / name) if (folder / name).exists() else None for name in (SUMMARY, ROWS, PERSONAL)
-    )
+    run = RunFolder(folder)
+    table, summary = run.table, run.summary if run.has_summary else None
     metric, higher = _metric(table, summary)
     digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
-    for record in records(folder / METRICS):
+    for record in run.each_record():
         digest.take(record)
     name = label or str(table.get("method", {}).get("name", "fedit"))
-    return Run(folder, shown(name, NAME), table, metric, higher, digest, summary, failure, rows, personal)
+    return Run(folder, shown(name, NAME), table, metric, higher, digest, summary, failure, run.rows, run.personal)
 
 
 def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tuple[str, bool]:
@@ -148,36 +144,3 @@ def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tupl
     about = table.get("task", {})
     task = construct(tasks.load(str(about.get("name"))), "task", {k: v for k, v in about.items() if k != "name"})
     return task.metric, KNOWN[task.metric].higher
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """A run's rounds, one at a time, as far as their lines are whole: the last may still be being written."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for count, line in enumerate(iter(lambda: file.readline(LINE), ""), 1):
-            if not line.endswith("\n"):
-                return
-            if line.strip():
-                yield _record(path, count, line)
-
-
-def _record(path: Path, count: int, line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {count} of {shown(path)!r} is not readable JSON: {error}; it was edited.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("round"), int):
-        raise ValueError(f"line {count} of {shown(path)!r} is no round's record; it was edited.")
-    return found
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    """A file of JSON. ``ValueError`` where it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown(path)!r} is not readable JSON: {error}; it was cut short or edited.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{shown(path)!r} holds no table of names and values; it was edited.")
-    return found

@@ -7,9 +7,9 @@ from typing import Any
 
 import altair as alt
 
-from fedlora.reporting.read import records
 from fedlora.runs.attendance import Attendance
-from fedlora.runs.compare import Cell
+from fedlora.runs.comparison import Cell
+from fedlora.runs.folder import RunFolder
 
 PANELS = {"clients' own models, own test rows": "clients", "shared model, global test rows": "global"}
 FORMATS = ("png", "svg")
@@ -42,14 +42,14 @@ def _fewer(cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         if cell.summary is not None:
             kept = Attendance(cell.summary["clients"])
-            for record in records(Path(str(cell.folder))):
+            for record in RunFolder(Path(str(cell.folder))).records:
                 kept.take(record)
             said += [f"{cell.label}, seed {cell.seed}: {kept.means}"] if kept.means else []
     return said[:NAMED] + ([f"and {len(said) - NAMED} more runs"] if len(said) > NAMED else [])
 
 
 def _points(cell: Cell, metric: str) -> list[dict[str, Any]]:
-    found, rows = [], records(Path(str(cell.folder)))
+    found, rows = [], RunFolder(Path(str(cell.folder))).records
     sizes = itertools.accumulate(sum(sum(row["bytes"][d].values()) for d in ("up", "down")) / 1e6 for row in rows)
     for row, mb in zip(rows, sizes):
         for panel, key in PANELS.items():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.export.peft import Run
 from fedlora.runs.config import ConfigError
 from fedlora.runs.counterfactual import principal_angle
+from fedlora.runs.folder import RunFolder
 from fedlora.seeds import derived
 from fedlora.types import Layer
 
@@ -27,7 +27,7 @@ def similarity(folder: str | Path) -> dict[str, dict[str, float]]:
     ``A angle`` and ``B angle``: mean principal angle between row spaces of ``A`` and column spaces of ``B``, degrees.
     ``ConfigError`` where the clients hold one model, another adapter than LoRA, or different ranks.
     """
-    run = Run.open(folder)
+    run = RunFolder.open(folder)
     adapter, config = run.config.method.adapter, run.config
     if not isinstance(adapter, LoRA):
         raise ConfigError(
@@ -45,7 +45,7 @@ def similarity(folder: str | Path) -> dict[str, dict[str, float]]:
     return {part: _of_weight([tree[part] for tree in trees], _start(run, part, trees[0][part])) for part in parts}
 
 
-def _start(run: Run, part: str, like: Layer) -> Tensor | None:
+def _start(run: RunFolder, part: str, like: Layer) -> Tensor | None:
     """``A_0``, which comes from the seed; None where adapters began with something else."""
     if run.config.model.start is not None:
         return None

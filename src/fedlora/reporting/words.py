@@ -11,6 +11,7 @@ from fedlora.reporting.tables.by_round import metric_of
 from fedlora.reporting.tables.comparison import final, whom
 from fedlora.reporting.tables.paired import ranking
 from fedlora.runs import attendance
+from fedlora.runs.file_names import CONFIG
 from fedlora.security.privacy.guarantee import lines as guarantee
 from fedlora.text import shown
 
@@ -89,7 +90,7 @@ def _states(runs: Sequence[Run]) -> str:
 
 def commands(runs: Sequence[Run]) -> list[str]:
     """What repeats each run: the same configuration and seed, the same bits."""
-    files = [shlex.quote(shown(run.folder / "config.toml", 4000)) for run in runs]
+    files = [shlex.quote(shown(run.folder / CONFIG, 4000)) for run in runs]
     return [f"fedlora run {file} --out {shlex.quote(f'again/{run.name}')}" for file, run in zip(files, runs)]
 
 

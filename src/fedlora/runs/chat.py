@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fedlora.export.peft import Run
 from fedlora.runs.config import Config, ConfigError
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks.causal_lm import CausalLM, context_length
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.templates import Wording, needs_template, rendered
@@ -32,7 +32,7 @@ class Chat:
     note: str = ""  # what a user should be told of how the model was loaded
 
     @classmethod
-    def open(cls, run: Run, client: int | None = None, system: str | None = None, seed: int = 0) -> "Chat":
+    def open(cls, run: RunFolder, client: int | None = None, system: str | None = None, seed: int = 0) -> "Chat":
         """``ConfigError`` where the run writes no texts, or has no such model."""
         config = run.config
         task = config.task
@@ -94,7 +94,7 @@ def _wording(config: Config, task: CausalLM) -> Wording | None:
     return task.wording(train.column_names)
 
 
-def _loaded(run: Run) -> tuple[Model, str]:
+def _loaded(run: RunFolder) -> tuple[Model, str]:
     """On this machine's device, quantised as in the run where that is a GPU."""
     here, config = Engine(), run.config
     device = here.prepare()

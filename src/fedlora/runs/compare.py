@@ -1,10 +1,9 @@
 """The same federation under several methods and seeds: same data, splits, initial weights and budgets."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,19 @@ from typing import Any
 from fedlora import methods
 from fedlora.adapters import KINDS, Adapter, LoRA
 from fedlora.engines.loop import Event, Watch
-from fedlora.export.aggregate import applicable, method_for
 from fedlora.files import save_json
 from fedlora.methods._base import Method
 from fedlora.registry import nearest
-from fedlora.runs import attendance
+from fedlora.runs.comparison import Cell, Compared, rows
 from fedlora.runs.config import Config, ConfigError, Table, build, construct, merged
 from fedlora.runs.counterfactual import asked
-from fedlora.runs.result import Compared
-from fedlora.runs.run import CONFIG, SUMMARY, check_same, finished, run
+from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.run import check_same, run
 from fedlora.text import plain_name
 
 CENTRALISED = "centralised"
-Done = Callable[["Cell"], None]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of a comparison."""
-
-    label: str
-    seed: int
-    table: Table
-    folder: str | None
-    summary: Mapping[str, Any] | None = None  # None: not run yet, or it diverged
-    failure: str | None = None
+Done = Callable[[Cell], None]
 
 
 def plan(table: Table, labels: Sequence[str], seeds: Sequence[int], out: Path | None) -> list[Cell]:
@@ -135,7 +122,7 @@ def compare(
     that was broken off goes on from its checkpoint. ``ValueError`` where a run there is of another configuration, or
     the data have changed since.
     """
-    if out is not None and (Path(out).expanduser() / "comparison.json").exists():
+    if out is not None and (Path(out).expanduser() / COMPARISON).exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
     folder = None if out is None else Path(out).expanduser()
     cells = plan(table, list(dict.fromkeys(labels)), list(dict.fromkeys(seeds)), folder)
@@ -145,7 +132,7 @@ def compare(
         done(cell)
     ordered = Compared(finished[key] for cell in cells if (key := (cell.label, cell.seed)) in finished)
     if folder is not None:
-        save_json(folder / "comparison.json", {"rows": rows(ordered), "runs": [asdict(cell) for cell in ordered]})
+        save_json(folder / COMPARISON, {"rows": rows(ordered), "runs": [asdict(cell) for cell in ordered]})
     return ordered
 
 
@@ -163,22 +150,23 @@ def oracle(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    others = {label: replace(_asked(table, label), adapter=adapter) for label in labels or applicable()}
+    labels = labels or methods.for_finished_adapters()
+    others = {label: replace(_asked(table, label), adapter=adapter) for label in labels}
     records = run(config, out, watch, lambda *round: asked(*round, others)).records
     found = [record["oracle"] for record in records]
     table_rows = [_oracle_row(label, found) for label in others if label in found[0]["methods"]]
     means = {"tail": statistics.fmean(x["tail"] for x in found)}
     means |= {f"angle {leaf}": statistics.fmean(x["angles"][leaf] for x in found) for leaf in found[0]["angles"]}
     if out is not None:
-        save_json(Path(out).expanduser() / "oracle.json", {"rows": table_rows, "uploads": means})
+        save_json(Path(out).expanduser() / ORACLE, {"rows": table_rows, "uploads": means})
     return table_rows, means
 
 
 def _asked(table: Table, label: str) -> Method:
     """A method by its name with its defaults, or as ``[compare.LABEL]`` sets it."""
-    found = method_for(_method_of(label, table.get("compare", {})))
+    kind = methods.load_for_finished_adapters(_method_of(label, table.get("compare", {})))
     set_here = table.get("compare", {}).get(label, {}).get("method")
-    return build(for_label(table, label)).method if set_here else found
+    return build(for_label(table, label)).method if set_here else kind()
 
 
 def _oracle_row(label: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -199,9 +187,9 @@ def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, thr
     config: Config = build(table)
     folder = None if cell.folder is None else Path(cell.folder)
     begun = folder is not None and (folder / CONFIG).exists()
-    if folder is not None and begun and finished(folder, config.rounds):
+    if folder is not None and begun and RunFolder(folder).is_finished(config.rounds):
         check_same(config, folder)
-        return Cell(cell.label, cell.seed, config.table, cell.folder, _summary(folder))
+        return Cell(cell.label, cell.seed, config.table, cell.folder, RunFolder(folder).summary)
     try:
         result = run(config, cell.folder, watch, again=begun)
     except FloatingPointError as error:
@@ -209,10 +197,6 @@ def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, thr
     if result.summary["interrupted"]:
         raise KeyboardInterrupt
     return Cell(cell.label, cell.seed, config.table, cell.folder, result.summary)
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
 
 
 def _parallel(cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:
@@ -225,73 +209,3 @@ def _parallel(cells: Sequence[Cell], jobs: int) -> Iterator[Cell]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A row a method: mean and sample standard deviation over its seeds, of final-round figures."""
-    found = []
-    for label in dict.fromkeys(cell.label for cell in cells):
-        own = [cell for cell in cells if cell.label == label]
-        good = [cell.summary for cell in own if cell.summary is not None]
-        row: dict[str, Any] = {"method": label, "seeds": [cell.seed for cell in own], "diverged": len(own) - len(good)}
-        row["metric"] = good[0]["metric"] if good else None
-        for name, read in COLUMNS.items():
-            values = [value for value in map(read, good) if value is not None]
-            row[name] = _over_seeds(values)
-        row["by_seed"] = {name: _by_seed(own, COLUMNS[name]) for name in ("global", "clients")}
-        row |= attendance.over_seeds([(cell.seed, cell.summary) for cell in own if cell.summary is not None])
-        groups = _groups(good)
-        found.append({**row, "capability": groups} if groups else row)
-    return found
-
-
-def _by_seed(cells: Sequence[Cell], read: Callable[[Mapping[str, Any]], float | None]) -> dict[str, float]:
-    """A figure of each seed, for paired tests; the keys are texts, as JSON has them."""
-    found = {str(cell.seed): read(cell.summary) for cell in cells if cell.summary is not None}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float] | None:
-    return {"mean": statistics.fmean(values), "std": _std(values)} if values else None
-
-
-def _groups(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The clients' own figures by capability, the weakest first, over seeds."""
-    seen: dict[float, list[Mapping[str, Any]]] = {}
-    for summary in summaries:
-        for group in summary.get("final", {}).get("clients", {}).get("capability", []):
-            seen.setdefault(group["capability"], []).append(group)
-    return [
-        {"capability": level, "clients": statistics.fmean(group["clients"] for group in same)}
-        | {key: _over_seeds([group[key] for group in same]) for key in ("mean", "worst")}
-        for level, same in sorted(seen.items())
-    ]
-
-
-def _std(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _final(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:
-    def read(summary: Mapping[str, Any]) -> float | None:
-        value: Any = summary.get("final", {})
-        for key in keys:
-            value = value.get(key, {}) if isinstance(value, Mapping) else {}
-        return None if value == {} else float(value)
-
-    return read
-
-
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "global": lambda s: _final("global", s["metric"]["name"])(s),
-    "clients": _final("clients", "mean"),
-    "examples": _final("clients", "examples_mean"),
-    "worst": _final("clients", "worst"),
-    "mb_up": lambda s: sum(s["bytes"]["up"].values()) / 1e6,
-    "mb_down": lambda s: sum(s["bytes"]["down"].values()) / 1e6,
-    "error": lambda s: s["errors"].get("served"),
-    "error_fedit": lambda s: s["errors"].get("fedit"),
-    "error_best": lambda s: s["errors"].get("best"),
-    "drift": lambda s: s["errors"].get("drift"),
-    "seconds": lambda s: s["seconds"]["whole"],
-}

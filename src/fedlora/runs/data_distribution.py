@@ -7,8 +7,6 @@ import torch
 
 from fedlora.engines.federation import Federation
 
-FILE = "rows.json"
-
 
 def holdings(f: Federation) -> dict[str, Any] | None:
     """``clients`` (client -> ``train``, ``test``: rows, ``labels``: training rows of each label) and ``labels``, names.

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.runs.file_names import ERROR_LOG
 from fedlora.text import shown
 
-FILE = "error.log"
 MOST = 400  # characters of a library's own words that are repeated
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 OWN = __name__.partition(".")[0]
@@ -102,7 +102,7 @@ def _write(error: BaseException, folders: list[Path | None]) -> str:
     text += "".join(traceback.format_exception(error)) + "\n"
     for folder in folders:
         try:
-            path = (folder or Path(tempfile.mkdtemp(prefix="fedlora-"))) / FILE
+            path = (folder or Path(tempfile.mkdtemp(prefix="fedlora-"))) / ERROR_LOG
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError:

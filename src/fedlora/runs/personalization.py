@@ -17,17 +17,17 @@ from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Round, Watch, sound
-from fedlora.export.peft import Run
 from fedlora.files import save_json
 from fedlora.rounds import received, worked
 from fedlora.runs.compare import CENTRALISED, for_label
 from fedlora.runs.config import ConfigError, Table, build
+from fedlora.runs.file_names import PERSONAL
+from fedlora.runs.folder import RunFolder
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.training.evaluation import Evaluator, summary
 from fedlora.training.local import LocalTrainer
 from fedlora.types import Tree
 
-FILE = "personal.json"
 ALONE = "local"  # the method that sends nothing
 By = dict[int, Scores]  # client -> what a model scores on its test rows
 
@@ -39,7 +39,7 @@ class Sides:
     ``ValueError`` where its data or its model have changed since.
     """
 
-    run: Run
+    run: RunFolder
     steps: int
     f: Federation = field(init=False)
     evaluator: Evaluator = field(init=False)
@@ -100,7 +100,7 @@ class Sides:
         return {client: scorer.client(client, last.shared) for client in clients}
 
 
-def personal(run: Run, steps: int = 20, watch: Watch = lambda event: None) -> dict[str, Any]:
+def personal(run: RunFolder, steps: int = 20, watch: Watch = lambda event: None) -> dict[str, Any]:
     """Scores all of them, writes ``personal.json`` into the run's folder and returns what is in it.
 
     Each column is ``evaluation.summary`` of the clients that took part, or None where there is no such model; ``new``
@@ -127,7 +127,7 @@ def personal(run: Run, steps: int = 20, watch: Watch = lambda event: None) -> di
         "columns": _summaries(sides.f, own),
         "new": _summaries(sides.f, new),
     }
-    save_json(run.path / FILE, found)
+    save_json(run.path / PERSONAL, found)
     return found
 
 
@@ -140,7 +140,7 @@ def _summaries(f: Federation, columns: Mapping[str, By | None]) -> dict[str, Any
 
 
 def _trained(
-    run: Run, label: str, watch: Watch, of: Federation | None = None, shard: Shard | None = None
+    run: RunFolder, label: str, watch: Watch, of: Federation | None = None, shard: Shard | None = None
 ) -> tuple[Federation, Round]:
     """The run's configuration under another method, as many rounds of it; ``shard`` has the rows of its only client."""
     f = build(_here(run.config.table, label, run.config.rounds)).federation()

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from fedlora.engines.loop import Event
-from fedlora.runs.compare import Cell
+from fedlora.runs.comparison import Cell
 from fedlora.text import shown
 
 NOTE = 4000  # characters of one line

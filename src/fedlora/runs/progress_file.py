@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE, METRICS, SUMMARY, COMPARISON = "progress.json", "metrics.jsonl", "summary.json", "comparison.json"
+from fedlora.runs.file_names import COMPARISON, METRICS, PROGRESS, SUMMARY
+
 WAITING, LOADING, RUNNING, LOST = "waiting", "loading", "running", "broken off"
 OVER = ("finished", "interrupted", "failed", LOST)
 
@@ -92,7 +93,7 @@ class Following:
         """Where the run stands now. ``ValueError`` for a folder of several runs."""
         if (self.folder / COMPARISON).exists():
             raise ValueError(f"{str(self.folder)!r} is a comparison; name the folder of one of its runs.")
-        said = read(self.folder / FILE)
+        said = read(self.folder / PROGRESS)
         records = self._metrics()
         if said is None or said.get("form") != 1:
             return Standing(self._without(), {}, records)

@@ -10,7 +10,8 @@ from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
 from fedlora.runs.attendance import KINDS
 from fedlora.runs.callbacks import FAULTS, Callback, End, Record, Start
-from fedlora.runs.progress_file import FILE, me, replace
+from fedlora.runs.file_names import PROGRESS
+from fedlora.runs.progress_file import me, replace
 
 EVERY = 0.5  # seconds between two writings within a round
 MISSING = 8  # clients that are named as missing now
@@ -94,5 +95,5 @@ class Pulse(Callback):
             "said": list(self._said),
             "at": time.time(),
         }
-        replace(self.folder / FILE, {**self._now, **more})
+        replace(self.folder / PROGRESS, {**self._now, **more})
         self._written = time.monotonic()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,11 +15,11 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Loop, Round, Standing, sound
 from fedlora.files import write
 from fedlora.runs.callbacks import CallbackError, Callbacks
+from fedlora.runs.file_names import METRICS
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
 from fedlora.security.validation import Hygiene
 from fedlora.security.validation import quarantine as shelf
-
-METRICS = "metrics.jsonl"
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Keeper:
         if self.saved is not None:
             self.checkpoints.check_inputs(self.saved)
         number = self.saved.number if self.saved else 0
-        self.records = [record for record in records(self.folder) if record["round"] <= number]
+        self.records = [record for record in RunFolder(self.folder).records if record["round"] <= number]
         if len(self.records) < number:
             raise ValueError(
                 f"{str(self.folder / METRICS)!r} has {len(self.records)} of the {number} rounds that the checkpoint "
@@ -100,7 +101,7 @@ class Keeper:
             yield
             return
         path = self.folder / METRICS
-        known = "".join(line for line in _lines(path)[: len(self.records)])
+        known = "".join(islice(RunFolder(self.folder).lines(), len(self.records)))
         if path.read_text(encoding="utf-8") != known:  # a line was cut off, or its round was not saved
             write(path, known.encode())
         with open(path, "a", encoding="utf-8") as self._file:
@@ -123,14 +124,3 @@ class Keeper:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-
-
-def records(folder: Path) -> list[Mapping[str, Any]]:
-    """The rounds of a folder's run, as far as their lines are whole."""
-    return [json.loads(line) for line in _lines(folder / METRICS)]
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; the last may have been cut off."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

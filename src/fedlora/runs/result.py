@@ -1,4 +1,4 @@
-"""Runs and comparisons in a notebook: as a table where they are shown, and as pandas frames to go on with.
+"""Runs in a notebook: as a table where they are shown, and as pandas frames to go on with.
 
 Whatever is shown is escaped: names may come from other parties.
 """
@@ -62,43 +62,8 @@ class Rounds:
         return table(title, heads, rows, about)
 
 
-class Compared(list):
-    """The cells of a comparison."""
-
-    def frame(self) -> "DataFrame":
-        """A row a run: label, seed, the figures of the final round, and how many clients were ``scored`` for those of
-        clients; NaN where a run diverged."""
-        import pandas
-
-        from fedlora.runs.compare import COLUMNS as FIGURES
-
-        rows = [
-            {"method": cell.label, "seed": cell.seed, "folder": cell.folder}
-            | {name: None if cell.summary is None else read(cell.summary) for name, read in FIGURES.items()}
-            | {"scored": (cell.summary or {}).get("scored", {}).get("clients")}
-            for cell in self
-        ]
-        return pandas.DataFrame(rows, columns=["method", "seed", *FIGURES, "scored", "folder"])
-
-    def _repr_html_(self) -> str:
-        from fedlora.runs.compare import rows
-
-        names = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
-        compared = rows(self)
-        found = [[row["method"], *(_spread(row[name]) for name in names)] for row in compared]
-        about = [f"{row['method']}: clients' own over {', '.join(row['over'])}" for row in compared if "over" in row]
-        about += [f"{row['method']}: {who}" for row in compared for who in row.get("missing", ())]
-        return table("Final round, mean ± standard deviation over seeds", ["method", *names], found, about)
-
-
 def _columns(rows: Iterable[Mapping[str, Any]], first: str) -> list[str]:
     return list(dict.fromkeys([first, *(name for row in rows for name in row)]))
-
-
-def _spread(value: Mapping[str, float] | None) -> str | None:
-    if value is None:
-        return None
-    return f"{value['mean']:.4g}" + (f" ± {value['std']:.2g}" if value["std"] else "")
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], about: Sequence[str] = ()) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 from fedlora.engines.checkpoint import endless
 from fedlora.engines.loop import Watch
 from fedlora.runs.config import Config, ConfigError, read
-from fedlora.runs.recorder import records
-from fedlora.runs.run import CONFIG, TOKEN, Result, finished, run
+from fedlora.runs.file_names import CONFIG, TOKEN
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.run import Result, run
 
 
 def resume(
@@ -45,7 +46,7 @@ def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[s
             f"`fedlora flower local {folder / CONFIG} --out {folder}`."
         )
     config = read(folder / CONFIG, [*overrides, *([f"rounds={rounds}"] if rounds is not None else [])])
-    _check_rounds(folder, read(folder / CONFIG), config, records(folder))
+    _check_rounds(folder, read(folder / CONFIG), config, RunFolder(folder).records)
     return config
 
 
@@ -63,7 +64,7 @@ def _check_rounds(folder: Path, before: Config, config: Config, done: list[Mappi
         )
     if config.rounds < len(done):
         raise ConfigError(f"{str(folder)!r} holds {len(done)} rounds already; name more than these with --rounds.")
-    if finished(folder, config.rounds):
+    if RunFolder(folder).is_finished(config.rounds):
         raise ConfigError(
             f"{str(folder)!r} holds a finished run of {len(done)} rounds; `fedlora resume {folder} --rounds "
             f"{2 * len(done)}` would make it longer."

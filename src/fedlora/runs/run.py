@@ -1,6 +1,6 @@
 """A Config becomes a federation, is run, and leaves a folder."""
 
-import json
+import pkgutil
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,33 +16,30 @@ import torch
 from fedlora.engines import privacy as private
 from fedlora.engines.base_updates import FoldLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
-from fedlora.engines.checkpoint import Checkpoints, config_digest
+from fedlora.engines.checkpoint import PLACES, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.verified_files import RefusedError
-from fedlora.files import save_json, save_tree, swept, write
-from fedlora.rounds import public
+from fedlora.files import save_json
 from fedlora.runs import attendance
 from fedlora.runs.callbacks import Start
-from fedlora.runs.config import Config, ConfigError, Table, dumps, merged
-from fedlora.runs.data_distribution import FILE as ROWS
+from fedlora.runs.config import Config, ConfigError, Table, merged
 from fedlora.runs.data_distribution import holdings, labels
 from fedlora.runs.error_log import tracebacks_in
-from fedlora.runs.folder import CONFIG, SUMMARY, claim, release, with_absolute_paths
+from fedlora.runs.file_names import CONFIG, ROWS
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, alone, saying_full
 from fedlora.runs.notify import callbacks as telling
 from fedlora.runs.notify import ended
-from fedlora.runs.recorder import METRICS, Keeper, records
+from fedlora.runs.recorder import Keeper
 from fedlora.runs.result import Rounds
 from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.types import Tree
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
-BEST = "best"  # a run's folder in the run's folder
-TOKEN = "run.json"  # a deployed run's own name: parties keep their state under it
-SHARED, FOLDS = "shared.safetensors", "folds.safetensors"
+EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
 
 
 @dataclass(frozen=True)
@@ -85,15 +82,10 @@ def run(
     told = telling(config, callbacks, folder)
     stop = Stop(patient=drive is None and config.engine.name == "inprocess")
     with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
-        if folder is not None:
-            claim(folder, again)
-        try:
+        with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
             keeper = _keeper(config, federation, folder, stop, again)
             keeper.told = told
-        except BaseException:
-            release(folder)
-            raise
         with stop.listening() if drive is None else nullcontext():
             result = _kept(config, federation, keeper, stop.watched(told.watched(watch)), observe, drive)
     if stop.asked and not keeper.interrupted:  # too late to stop this run, but not whatever would come after it
@@ -105,17 +97,16 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
     """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
     if folder is None:
         return Keeper(None, stop=stop, hygiene=config.hygiene)
-    table = _table_to_repeat(config, f)
+    table, run = _table_to_repeat(config, f), RunFolder(folder)
     keeper = Keeper(folder, _checkpoints(config, f, folder, table), stop, config.hygiene)
     if again:
         keeper.find()
-        if keeper.saved is None and (folder / SUMMARY).exists() and records(folder):
+        if keeper.saved is None and run.has_summary and run.records:
             raise ConfigError(f"{str(folder)!r} holds rounds, but no checkpoint; run it anew in another folder.")
-        if keeper.saved is not None and (finished(folder, config.rounds) or keeper.saved.number > config.rounds):
+        if keeper.saved is not None and (run.is_finished(config.rounds) or keeper.saved.number > config.rounds):
             raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
-    for place in (folder, folder / BEST, *(clients_file(own, 0).parent for own in (folder, folder / BEST))):
-        swept(place)
-    write(folder / CONFIG, dumps(table).encode())
+    run.remove_partial_files()
+    run.write_config(table)
     if (rows := holdings(f)) is not None:
         save_json(folder / ROWS, rows)
     return keeper
@@ -135,7 +126,17 @@ def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> C
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:
     """The table that repeats a run from any folder, on any machine."""
-    return with_absolute_paths(merged(config.table, {"training": {"precision": f.training.precision}}))
+    return _with_absolute_paths(merged(config.table, {"training": {"precision": f.training.precision}}))
+
+
+def _with_absolute_paths(table: Table) -> Table:
+    """Replace local files and folders by their absolute paths, so that the table means the same from any folder."""
+    found = dict(table)
+    for section, key in (place.split(".") for place in PLACES):
+        value = found.get(section, {}).get(key)
+        if isinstance(value, str) and value not in EMBEDDED and (path := Path(value).expanduser()).exists():
+            found[section] = {**found[section], key: str(path.absolute())}
+    return found
 
 
 def _kept(
@@ -148,7 +149,7 @@ def _kept(
         for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
             start.say(note)
         try:
-            kept = (drive or DRIVES[config.engine.name])(config, f, watch, observe, keeper.take)
+            kept = (drive or _load_engine(config.engine.name))(config, f, watch, observe, keeper.take)
         except KeyboardInterrupt:
             kept, keeper.interrupted = None, True
     last = keeper.last
@@ -165,7 +166,7 @@ def _kept(
     folder = keeper.folder
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
         summary |= _left_best(config, f, keeper, watch)
-        leave(folder, shared, kept, last.folds if last else FoldLog(), summary)
+        RunFolder(folder).write_result(shared, kept, last.folds if last else FoldLog(), summary)
     keeper.told.ended(ended(summary))
     return Result(summary, keeper.records, shared, kept, folder)
 
@@ -174,16 +175,6 @@ def _of_rows(f: Federation, keeper: Keeper) -> dict[str, Any]:
     """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
     notes = {"notes": list(f.notes)} if f.notes else {}
     return {**private.report(f, len(keeper.records)), **labels(f, keeper.readings), **notes}
-
-
-def leave(folder: Path, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
-    """What a run came to, for whoever opens its folder; the summary comes last."""
-    save_tree(folder / SHARED, {part: public(layer) for part, layer in shared.items()})
-    save_folds(folder, folds)
-    for client, tree in kept.items():
-        if any(tree.values()):
-            save_tree(clients_file(folder, client), tree)
-    save_json(folder / SUMMARY, summary)
 
 
 def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
@@ -197,35 +188,17 @@ def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> d
     if found is None:
         return {}
     shared, privates, folds = found
-    place, about = keeper.folder / BEST, {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
+    about = {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
     until = keeper.records[: about["round"]]
-    write(place / CONFIG, (keeper.folder / CONFIG).read_bytes())
-    write(place / METRICS, "".join(json.dumps(record) + "\n" for record in until).encode())
+    run = RunFolder(keeper.folder)
+    run.best.write_config(run.table)
+    run.best.write_records(until)
     summary = {
         **summarise(config, until, False, keeper.seconds), **_of_rows(f, keeper), "folds": len(folds),
         "kept": bool(privates), "best": about,
     }  # fmt: skip
-    leave(place, shared, {client: own.kept for client, own in privates.items()}, folds, summary)
+    run.best.write_result(shared, {client: own.kept for client, own in privates.items()}, folds, summary)
     return {"best": about}
-
-
-def finished(folder: Path, rounds: int) -> bool:
-    """Whether a folder's run came to its end, at so many rounds or more."""
-    if not (folder / SUMMARY).exists():
-        return False
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return not summary["interrupted"] and bool(summary["rounds"] >= rounds)
-
-
-def save_folds(folder: Path, log: FoldLog) -> None:
-    """The sum of all folds, where there are any."""
-    if len(log):
-        save_tree(folder / FOLDS, {part: f._asdict() for part, f in log.everything().items()})
-
-
-def clients_file(folder: Path, client: int) -> Path:
-    """Where a run's folder has what a client keeps for itself."""
-    return folder / "clients" / f"{client}.safetensors"
 
 
 def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: bool, seconds: float) -> dict[str, Any]:
@@ -278,22 +251,22 @@ def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
 
 
-def in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
-    """All turns in this process."""
+def run_in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
+    """Run all turns in this process."""
     with TemporaryDirectory(prefix="fedlora-") as place:
         take(InProcess(watch, observe, Path(place) if config.engine.spill else None), f)
 
 
-def simulated(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
-    """Turns in Flower's simulation, on Ray."""
+ENGINES = {"inprocess": f"{__name__}:run_in_process", "flower-simulation": "fedlora.flower.simulation:simulate"}
+
+
+def _load_engine(name: str) -> Drive:
+    """Import the engine of a name. ``ConfigError`` where a package that it needs is not installed."""
     try:
-        from fedlora.flower.simulation import simulate
+        engine: Drive = pkgutil.resolve_name(ENGINES[name])
     except ImportError as error:
         raise ConfigError(
-            f"engine.name is 'flower-simulation', but {error.name} is not installed; "
-            "install fedlora[flower-simulation], or set engine.name to 'inprocess'."
+            f"engine.name is {name!r}, but {error.name} is not installed; install fedlora[{name}], or set engine.name "
+            "to 'inprocess'."
         ) from error
-    return simulate(config, f, watch, observe, take)
-
-
-DRIVES: Mapping[str, Drive] = {"inprocess": in_process, "flower-simulation": simulated}
+    return engine

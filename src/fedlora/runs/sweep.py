@@ -13,7 +13,8 @@ from typing import Any
 from fedlora.engines.loop import Event
 from fedlora.files import save_json, write
 from fedlora.runs.attendance import over
-from fedlora.runs.compare import Cell, executed, for_label
+from fedlora.runs.compare import executed, for_label
+from fedlora.runs.comparison import Cell
 from fedlora.runs.config import ConfigError, Table, build, dumps, merged, overridden
 from fedlora.runs.run import check_same
 from fedlora.runs.search_space import Grid, Values

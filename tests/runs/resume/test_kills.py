@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.runs.run import finished as over
+from fedlora.runs.folder import RunFolder
 from tests.fixtures.resume import alike, small
 
 pytestmark = [
@@ -74,7 +74,7 @@ def killed(name, times, tmp_path):
             kills += 1
         else:
             assert os.WEXITSTATUS(status) == 0
-        if over(folder, settings.rounds):  # also where it was killed after the last file was written
+        if RunFolder(folder).is_finished(settings.rounds):  # also where it was killed after the last file was written
             assert alike(folder, tmp_path / "whole")
             finished += 1
     folder = tmp_path / f"run-{finished}"

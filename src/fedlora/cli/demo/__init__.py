@@ -12,7 +12,8 @@ METHODS = ("fedit", "ffa-lora", "rolora", "flora-na", "fedrot-lora", "fedsa-lora
 def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     """Runs the embedded comparison into ``out``; returns its rows and its figures."""
     from fedlora.reporting.plots import draw
-    from fedlora.runs.compare import compare, rows
+    from fedlora.runs.compare import compare
+    from fedlora.runs.comparison import rows
     from fedlora.runs.config import read_table
     from fedlora.runs.progress import Cells
 

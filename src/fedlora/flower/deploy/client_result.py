@@ -5,14 +5,14 @@ from typing import Any
 
 from fedlora.engines.base_updates import FoldLog
 from fedlora.engines.federation import Federation
-from fedlora.files import absent, save_json, save_tree, write
+from fedlora.files import absent
 from fedlora.flower.client import laid_over
 from fedlora.flower.client_store import Holding, Store
-from fedlora.runs.config import Config, ConfigError, dumps
+from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.data_distribution import labels
-from fedlora.runs.run import CONFIG, METRICS, SHARED, SUMMARY, clients_file, save_folds, summarise
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.run import summarise
 from fedlora.tasks.data.labels import READINGS
-from fedlora.types import Tree
 
 
 def result(config: Config, state: str | Path, client: int, out: str | Path, run: str | None = None) -> dict[str, Any]:
@@ -34,14 +34,10 @@ def result(config: Config, state: str | Path, client: int, out: str | Path, run:
         **summarise(config, [], False, 0.0), **labels(f, _reading(store, client, f)), "folds": len(folds), "kept": True,
         "rounds": held.counted + 1, "client": client,
     }  # fmt: skip
-    write(folder / CONFIG, dumps(config.table).encode())
-    write(folder / METRICS, b"")
-    save_tree(folder / SHARED, shared)
-    save_folds(folder, folds)
-    kept: Tree = held.settled(held.counted).kept
-    if any(kept.values()):
-        save_tree(clients_file(folder, client), kept)
-    save_json(folder / SUMMARY, summary)
+    place = RunFolder(folder)
+    place.write_config(config.table)
+    place.write_records([])
+    place.write_result(shared, {client: held.settled(held.counted).kept}, folds, summary)
     return summary
 
 

@@ -1,6 +1,5 @@
 """A whole deployment on this machine: one command starts it, runs a federation through it, and stops it."""
 
-import json
 import os
 import re
 import tomllib
@@ -14,7 +13,7 @@ from fedlora.flower.deploy.node_config import number, own_table
 from fedlora.flower.deploy.processes import Loopback
 from fedlora.flower.deploy.proxy import log
 from fedlora.runs.config import Config, ConfigError
-from fedlora.runs.run import SUMMARY
+from fedlora.runs.folder import RunFolder
 from fedlora.text import shown
 
 ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")  # the last line of a traceback begins so
@@ -46,7 +45,7 @@ def run(
             raise ChildProcessError(f"the run did not finish: {what}.{why} All other logs: {out / LOGS}.")
         for reason in reasons:
             watch(reason)
-    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    return RunFolder(out).summary
 
 
 def nodes(config: Config, out: Path, parties: Path | None) -> list[dict[str, Any]]:
