@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.registry import unknown
 
 Table = dict[str, Any]
+T = TypeVar("T")
+PER_MACHINE = "per machine"
+PerMachine = Annotated[T, PER_MACHINE]  # the type of a setting in which the machines of one federation may differ
 PLAIN = ("model", "engine")  # tables whose name is a value like any other; elsewhere it says which keys there are
 
 
@@ -117,6 +120,12 @@ def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **r
         return cls(**values, **ready)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def per_machine(cls: type) -> list[str]:
+    """The names of a dataclass' fields that are ``PerMachine``."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [f.name for f in fields(cls) if PER_MACHINE in getattr(hints[f.name], "__metadata__", ())]
 
 
 def typed(path: str, value: Any, kind: Any) -> Any:

@@ -122,8 +122,7 @@ def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
 
 def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.flower.client_factory import base
-    from fedlora.flower.deploy.node_config import own_table
+    from fedlora.flower.client_factory import base, own_table
 
     made = config("clients.split={name='own'}")
     with pytest.raises(ValueError, match="every party has its own data on its own machine"):

@@ -14,9 +14,10 @@ from PIL import Image
 
 import fedlora
 from fedlora.flower import client_factory as parties
+from fedlora.flower.client_factory import own_table
 from fedlora.flower.client_messages import client_app, handled, prepend_client
 from fedlora.flower.client_store import Store
-from fedlora.flower.deploy.node_config import number, own_table
+from fedlora.flower.deploy.node_config import number
 from fedlora.flower.serve import serve
 from fedlora.flower.server import Federated
 from fedlora.flower.testing import MemoryGrid

@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 from fedlora.flower.client import Base, Node
 from fedlora.flower.client_messages import client_app, handled, prepend_client
 from fedlora.flower.client_store import Store
-from fedlora.flower.deploy.node_config import number, own_table, state_folder
-from fedlora.runs.config import build
-from fedlora.schema import Table
+from fedlora.flower.deploy.node_config import CLIENT, HERE, number, state_folder
+from fedlora.registry import unknown
+from fedlora.runs.config import build, per_machine_settings
+from fedlora.schema import ConfigError, Table
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +32,28 @@ def party(table: Table, node_config: Mapping[str, Any], run: str) -> Node:
     client = number(node_config)
     own = own_table(table, node_config)
     return Node(base(json.dumps(own), client), client, Store(state_folder(node_config) / run), build(own).flower)
+
+
+def own_table(table: Table, node_config: Mapping[str, Any]) -> Table:
+    """The federation's configuration with what this party's node says of its own machine.
+
+    ``ConfigError`` where the node sets anything that all parties must have alike.
+    """
+    allowed = per_machine_settings(table)
+    for key, value in node_config.items():
+        if key in (*CLIENT, *HERE):
+            continue
+        if key not in allowed:
+            raise ConfigError(unknown("setting", key, allowed, "settings that a node may have of its own"))
+        pair = [part.strip() for part in value.split(",")] if key == "task.text" else value
+        several = isinstance(pair, list) and len(pair) > 1
+        section, _, name = key.partition(".")
+        table = _set(table, section, name, pair if several else value)
+    return table
+
+
+def _set(table: Table, section: str, name: str, value: Any) -> Table:
+    return {**table, section: {**table.get(section, {}), name: value}}
 
 
 def simulated_app(table: Table, folder: Path) -> ClientApp:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fedlora import tasks
 from fedlora.adapters import Dense
 from fedlora.engines import privacy as private
 from fedlora.engines.clients import Clients, Shard
@@ -18,13 +19,12 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
 from fedlora.engines.retention import Retention
 from fedlora.engines.server_optimizer import ServerOptimizer
-from fedlora.flower.deploy.node_config import OWN
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.runs import compatibility
 from fedlora.runs.trackers import Track
-from fedlora.schema import ConfigError, Table
+from fedlora.schema import ConfigError, PerMachine, Table, per_machine
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import Privacy
 from fedlora.security.robust._base import Defence
@@ -42,12 +42,12 @@ from fedlora.training.warm_start import begin
 class ModelTable:
     """The ``[model]`` table."""
 
-    name: str  # a hub id or a local folder
+    name: PerMachine[str]  # a hub id or a local folder
     # Modules to adapt: names, "all-linear" or a regular expression of paths; None: the query and value projections.
     targets: str | list[str] | None = None
     head: list[str] | None = None  # modules trained in full; None: what the task put on top
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
-    same_base: bool | None = None  # true: the base of ``start`` is this model, whatever it is called there
+    same_base: PerMachine[bool | None] = None  # true: the base of ``start`` is this model, whatever it is called there
     quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
     overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
 
@@ -157,9 +157,15 @@ class Config:
         return (FedIT if self.method.shares_head else Local)(dense, self.method.weighting)
 
 
+def per_machine_settings(table: Table) -> list[str]:
+    """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
+    kinds = {"task": tasks.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
+    return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine(kind)]
+
+
 def fingerprint(table: Table) -> str:
     """A digest of all that parties must have alike: without what a node says of its machine, or the server looks at."""
-    own = {*OWN, "training.precision"}  # a machine's precision is what it is fast at
+    own = {*per_machine_settings(table), "training.precision"}  # a machine's precision is what it is fast at
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()

@@ -19,7 +19,7 @@ from fedlora.methods._base import Method
 from fedlora.registry import unknown
 from fedlora.runs import trackers
 from fedlora.runs.compatibility import SECTIONS, check_adapter
-from fedlora.runs.composition import Config, ModelTable, fingerprint
+from fedlora.runs.composition import Config, ModelTable, fingerprint, per_machine_settings
 from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.security import attacks
 from fedlora.security import robust as defences
@@ -32,7 +32,7 @@ from fedlora.training.peft_settings import OFF
 
 __all__ = [
     "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
-    "overridden", "read", "read_table",
+    "overridden", "per_machine_settings", "read", "read_table",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, Supervised
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.labels import Classes, Targets
@@ -26,14 +27,14 @@ USUAL = (
 class Texts(Supervised):
     """The part of the ``[task]`` table that says where texts lie and how they are read."""
 
-    data: str  # a hub id, a folder, a file
-    data_config: str | None = None  # of a hub id that has several
-    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: str | None = None  # of CSV files; None: as the header shows
-    text: str | list[str] | None = None  # one column or two; None: the usual names
-    label: str = "label"
-    train_split: str = "train"
-    test_split: str = "test"
+    data: PerMachine[str]  # a hub id, a folder, a file
+    data_config: PerMachine[str | None] = None  # of a hub id that has several
+    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
+    text: PerMachine[str | list[str] | None] = None  # one column or two; None: the usual names
+    label: PerMachine[str] = "label"
+    train_split: PerMachine[str] = "train"
+    test_split: PerMachine[str] = "test"
     max_length: int = 128  # tokens; longer texts are cut
     pad_to_max_length: bool = False  # pad every batch to max_length instead of its own longest row
     train_rows: int | None = None  # a seeded draw of so many rows

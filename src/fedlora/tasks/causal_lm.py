@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, Supervised
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.few_shot import BETWEEN, Asked, asked, golds, prompts_of, shots
@@ -34,18 +35,18 @@ LEAK = 0.1  # of what a row before changes when nothing keeps it apart; rounding
 class CausalLM(Supervised):
     """The ``[task]`` table of causal language models."""
 
-    data: str  # a hub id, a folder, a file
-    data_config: str | None = None  # of a hub id that has several
-    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: str | None = None  # of CSV files; None: as the header shows
-    prompt: str | None = None  # a column, or a template such as "{instruction}\n\n{context}"
-    response: str | None = None  # the same for what is learnt; None: the usual names
-    messages: str | None = None  # or a column of chat messages, each with role and content
-    text: str | None = None  # or plain text, all of it learnt
+    data: PerMachine[str]  # a hub id, a folder, a file
+    data_config: PerMachine[str | None] = None  # of a hub id that has several
+    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
+    prompt: PerMachine[str | None] = None  # a column, or a template such as "{instruction}\n\n{context}"
+    response: PerMachine[str | None] = None  # the same for what is learnt; None: the usual names
+    messages: PerMachine[str | None] = None  # or a column of chat messages, each with role and content
+    text: PerMachine[str | None] = None  # or plain text, all of it learnt
     chat_template: str | None = None  # for messages, in the place of the tokenizer's own (Jinja)
-    label: str | None = None  # a column that splits by label go by, such as a category
-    train_split: str = "train"
-    test_split: str = "test"
+    label: PerMachine[str | None] = None  # a column that splits by label go by, such as a category
+    train_split: PerMachine[str] = "train"
+    test_split: PerMachine[str] = "test"
     max_length: int = 512  # tokens of a row; longer rows are cut
     truncation_side: Side = "right"  # where they are cut
     drop_unlearnable: bool = False  # leave out rows in which nothing is left to learn; False: they are an error

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.registry import unknown
+from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Examples
 from fedlora.tasks._text import Texts
 from fedlora.tasks.data import rows as source
@@ -52,9 +53,9 @@ HIDDEN = {"-1", "-1.0"}  # what GLUE's test rows have for a label
 class Glue(Texts):
     """The ``[task]`` table of a GLUE task; what is left out is as the benchmark has it."""
 
-    data: str = "nyu-mll/glue"  # or a folder or file with the same columns
+    data: PerMachine[str] = "nyu-mll/glue"  # or a folder or file with the same columns
     subset: str = ""
-    test_split: str = "validation"  # MNLI's is two, matched and mismatched, each scored by itself
+    test_split: PerMachine[str] = "validation"  # MNLI's is two, matched and mismatched, each scored by itself
 
     def __post_init__(self):
         if self.subset not in SUBSETS:

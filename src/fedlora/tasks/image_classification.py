@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Classification, Data, Examples, lengths_of_one
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.image_transforms import Form, image_size, normal, processor_of
@@ -24,14 +25,14 @@ LABELS = ("label", "labels", "fine_label", "class", "target", "category")
 class ImageClassification(Classification):
     """The ``[task]`` table of image classification."""
 
-    data: str  # a hub id, a folder (files or an image folder), a file, or "digits" (embedded)
-    data_config: str | None = None
-    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: str | None = None  # of CSV files; None: as the header shows
-    image: str | None = None  # column; None: the usual names
-    label: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
+    data: PerMachine[str]  # a hub id, a folder (files or an image folder), a file, or "digits" (embedded)
+    data_config: PerMachine[str | None] = None
+    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
+    image: PerMachine[str | None] = None  # column; None: the usual names
+    label: PerMachine[str | None] = None
+    train_split: PerMachine[str] = "train"
+    test_split: PerMachine[str] = "test"
     image_shape: list[int] | None = None  # height, width, channels of raw uint8 bytes
     label_names: list[str] | None = None
     labels: list[int | str] | None = None  # keep only these labels, numbered anew

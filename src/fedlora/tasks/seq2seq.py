@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, Supervised
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.columns import DROP, texts
@@ -25,16 +26,16 @@ IGNORED = -100  # cross_entropy's ignore_index
 class Seq2Seq(Supervised):
     """The ``[task]`` table of sequence-to-sequence models."""
 
-    data: str  # a hub id, a folder, a file
-    data_config: str | None = None  # of a hub id that has several
-    encoding: str | None = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: str | None = None  # of CSV files; None: as the header shows
+    data: PerMachine[str]  # a hub id, a folder, a file
+    data_config: PerMachine[str | None] = None  # of a hub id that has several
+    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
+    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
     source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
     target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
-    label: str | None = None  # a column that splits by label go by, such as the class
+    label: PerMachine[str | None] = None  # a column that splits by label go by, such as the class
     label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
-    train_split: str = "train"
-    test_split: str = "test"
+    train_split: PerMachine[str] = "train"
+    test_split: PerMachine[str] = "test"
     max_source_length: int = 512  # tokens; longer sources are cut
     max_target_length: int = 64  # tokens; longer targets are an error
     max_new_tokens: int = 32  # of a generated answer

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from fedlora.schema import PerMachine
 from fedlora.training.local import Training
 
 WORTH_BF16 = 4_000_000  # parameters; below, converting costs more than the faster products save
@@ -22,10 +23,12 @@ class Engine:
     """The ``[engine]`` table."""
 
     name: Literal["inprocess", "flower-simulation"] = "inprocess"
-    device: str = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
-    threads: int | None = None  # torch's threads; None leaves them as they are
+    device: PerMachine[str] = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
+    threads: PerMachine[int | None] = None  # torch's threads; None leaves them as they are
     spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
-    allocator: Literal["keep", "return", "system"] = "keep"  # freed memory (Linux, glibc): fast, small or as it comes
+    allocator: PerMachine[Literal["keep", "return", "system"]] = (
+        "keep"  # freed memory (Linux, glibc): fast, small or as it comes
+    )
 
     def chosen(self) -> torch.device:
         """The device that ``device`` stands for. ``ValueError`` where it is not there."""

@@ -10,8 +10,9 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from typer.testing import CliRunner
 
 from fedlora import cli
+from fedlora.flower.client_factory import own_table
 from fedlora.flower.deploy.local import nodes
-from fedlora.flower.deploy.node_config import own_table, state_folder
+from fedlora.flower.deploy.node_config import state_folder
 from fedlora.runs.config import ConfigError, build, dumps, read
 from tests.fixtures.federation import TABLE
 

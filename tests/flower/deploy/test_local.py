@@ -13,7 +13,7 @@ import datasets
 import tomli_w
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from fedlora.flower.deploy.node_config import own_table
+from fedlora.flower.client_factory import own_table
 from fedlora.runs.config import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower")]

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fedlora.flower.client_factory import own_table
 from fedlora.flower.deploy.app_template import init
-from fedlora.flower.deploy.node_config import number, own_table
+from fedlora.flower.deploy.node_config import number
 from fedlora.flower.deploy.processes import Loopback
 from fedlora.flower.deploy.proxy import log
 from fedlora.runs.config import Config, ConfigError
