@@ -9,6 +9,7 @@ import torch
 
 import fedlora
 from fedlora.export.peft import export
+from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import build, overridden
 from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import same
@@ -92,7 +93,7 @@ def test_the_export_is_what_peft_loads_by_itself(by_role, tmp_path):
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     base = AutoModelForCausalLM.from_pretrained(run.config.model.name).eval()
-    model = run.config.attached(run.network())
+    model = attach_adapters(run.config, run.network())
     model.load(run.tree(None))
     ids = run.config.task.preprocessor(run.config.model.name)("To be", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -13,6 +13,7 @@ import fedlora
 from fedlora import methods
 from fedlora.export.aggregate import aggregate, method_for
 from fedlora.export.peft import export
+from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import TABLE, TINY_VIT, WIDTH, config, settings
 
@@ -282,7 +283,7 @@ def test_pefts_own_class_loads_a_classifier_with_its_labels(tmp_path, trained, f
     torch.testing.assert_close(
         model(**x).logits, PeftModel.from_pretrained(run.network(), tmp_path / "out").eval()(**x).logits
     )
-    served = run.config.attached(run.network())
+    served = attach_adapters(run.config, run.network())
     served.load(run.tree(None))
     torch.testing.assert_close(model(**x).logits, served.network(**x).logits, rtol=1e-5, atol=1e-5)
 
@@ -294,7 +295,7 @@ def test_images_say_their_class_and_their_labels(tmp_path, opened):
     model = AutoPeftModel.from_pretrained(tmp_path / "out", **named(tmp_path / "out"), **fits).eval()
     assert type(model.get_base_model()).__name__ == "ViTForImageClassification" and model.config.id2label[3] == "3"
     x = run.config.task.probe(run.network())
-    served = run.config.attached(run.network())
+    served = attach_adapters(run.config, run.network())
     served.load(run.tree(None))
     torch.testing.assert_close(model(**x).logits, served.network(**x).logits, rtol=1e-5, atol=1e-5)
 

@@ -20,7 +20,7 @@ from fedlora.flower.client_store import Store
 from fedlora.flower.node_directory import GONE
 from fedlora.flower.quorum import TooFewError
 from fedlora.rounds import Received, server_turn
-from fedlora.runs.config import fingerprint
+from fedlora.runs.build import fingerprint
 from fedlora.types import Factors
 from tests.fixtures.federation import REFERENCE, WIDTH
 from tests.fixtures.flower import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same

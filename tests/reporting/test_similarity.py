@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fedlora.cli import app
 from fedlora.reporting.similarity import means, similarity
+from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError, build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 def test_figures_are_those_of_the_pairs(folder):
     found, opened = similarity(folder), RunFolder.open(folder)
-    start = opened.config.attached(opened.network()).initial(0)
+    start = attach_adapters(opened.config, opened.network()).initial(0)
     trees = [opened.tree(client) for client in range(3)]
     assert len(found) == sum("A" in layer for layer in opened.shared.values())
     pairs = [(0, 1), (0, 2), (1, 2)]

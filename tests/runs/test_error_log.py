@@ -42,8 +42,8 @@ def broken(commands, tmp_path):
     [
         ("engines.in_process:InProcess.run", "IndexError('index out of range in self')", ["run", "my.toml", "--out", "r"], "r"),
         ("engines.in_process:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
-        ("runs.composition:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
-        ("runs.composition:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
+        ("runs.config:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
+        ("runs.config:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
         ("runs.plan.plan:planned", "TypeError('no')", ["plan", "my.toml"], "."),
         ("runs.sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
         ("export.aggregate:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),

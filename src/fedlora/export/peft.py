@@ -15,6 +15,7 @@ from fedlora.export.model_card import card
 from fedlora.files import absent, write
 from fedlora.linalg.factors import compacted, total, truncated
 from fedlora.linalg.sums import Term, distances
+from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.networks.pretrained import located
@@ -39,7 +40,7 @@ def export(
     own model; ``RuntimeError``, and nothing left, where they differ.
     """
     tree, folder = run.tree(client), absent(out)
-    model = run.config.attached(run.network())
+    model = attach_adapters(run.config, run.network())
     whole = updates(model, tree, run.folds)
     cut = {part: truncated(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
     about = {"client": client, "error": _cut_off(whole, cut), "ranks": sorted({f.V.shape[-2] for f in cut.values()})}

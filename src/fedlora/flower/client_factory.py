@@ -14,7 +14,8 @@ from fedlora.flower.client_messages import client_app, handled, prepend_client
 from fedlora.flower.client_store import Store
 from fedlora.flower.deploy.node_config import CLIENT, HERE, number, state_folder
 from fedlora.registry import unknown
-from fedlora.runs.config import build, per_machine_settings
+from fedlora.runs.build import per_machine_settings
+from fedlora.runs.config import build
 from fedlora.schema import ConfigError, Table
 
 

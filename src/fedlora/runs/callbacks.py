@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fedlora.engines.loop import Event, Watch
 from fedlora.registry import nearest
-from fedlora.runs.composition import Config
+from fedlora.runs.config import Config
 from fedlora.schema import ConfigError
 
 Record = Mapping[str, Any]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fedlora.runs.build import attach_adapters, load_network
 from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.causal_lm import CausalLM, context_length
@@ -99,7 +100,7 @@ def _loaded(run: RunFolder) -> tuple[Model, str]:
     here, config = Engine(), run.config
     device = here.prepare()
     whole = config.model.quantize is None or device.type != "cuda"
-    network = run.network() if whole else config.network(0, device)
+    network = run.network() if whole else load_network(config, 0, device)
     precision: Any = here.resolved(Training(), network).precision
     note = "without a GPU the base is not quantised, as it was in training" if whole and config.model.quantize else ""
-    return config.attached(network, precision, torch.device(device)), note
+    return attach_adapters(config, network, precision, torch.device(device)), note

@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedlora import methods, tasks
 from fedlora.adapters import KINDS, Adapter
 from fedlora.engines import partition as splits
 from fedlora.methods._base import Method
 from fedlora.runs import privacy_compatibility as refusals
+from fedlora.runs.sections import Sections
 from fedlora.schema import ConfigError, Table, construct, typed
 from fedlora.security import attacks
 from fedlora.security import robust as defences
-
-if TYPE_CHECKING:
-    from fedlora.runs.composition import Config
 
 SECTIONS = (  # the dataclasses of a configuration, each a table of its own
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
@@ -23,7 +21,7 @@ SECTIONS = (  # the dataclasses of a configuration, each a table of its own
 PACKAGES = {"task": tasks, "method": methods, "robust": defences, "attack": attacks}
 
 
-def check(config: "Config") -> None:
+def check(config: Sections) -> None:
     """``ValueError`` where settings exclude each other: said before anything is loaded."""
     if config.rounds < 1:
         raise ConfigError(f"rounds is {config.rounds}; a run needs at least 1.")
@@ -46,7 +44,7 @@ def check(config: "Config") -> None:
     refusals.check(config.privacy, config.method, config.clients, budgets, config.task)
 
 
-def _check_trust(config: "Config") -> None:
+def _check_trust(config: Sections) -> None:
     """A rule or an attack that cannot work with the method, the task or hidden uploads is said before anything runs."""
     hidden = config.flower.secure_aggregation
     if config.robust is not None:
@@ -60,7 +58,7 @@ def _check_trust(config: "Config") -> None:
         config.attack.check(config.method, config.task, hidden)
 
 
-def _check_quantised(config: "Config") -> None:
+def _check_quantised(config: Sections) -> None:
     if config.model.quantize is not None and not config.task.quantizes:
         able = [other for other in tasks.names() if tasks.load(other).quantizes]
         name = config.table["task"]["name"]
@@ -70,7 +68,7 @@ def _check_quantised(config: "Config") -> None:
         )
 
 
-def _check_ranks(config: "Config", budgets: Sequence[int]) -> None:
+def _check_ranks(config: Sections, budgets: Sequence[int]) -> None:
     name = config.table["method"]["name"]
     if not config.method.any_rank and len(set(budgets)) > 1:
         able = [other for other in methods.names() if methods.load(other).any_rank]
@@ -110,7 +108,7 @@ def adapter_name(kind: type) -> str:
     )
 
 
-def resolve(config: "Config") -> Table:
+def resolve(config: Sections) -> Table:
     """Every setting of a run with its default written out; ``None`` has no TOML form and is left out.
 
     ``ConfigError`` for a section or a value that no TOML could have made.
@@ -134,7 +132,7 @@ def resolve(config: "Config") -> Table:
     return found
 
 
-def _section(config: "Config", section: str) -> Any:
+def _section(config: Sections, section: str) -> Any:
     value = getattr(config, section)
     optional = section in ("robust", "attack")
     if not (is_dataclass(value) and not isinstance(value, type)) and not (optional and value is None):

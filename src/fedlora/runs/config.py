@@ -5,6 +5,7 @@ list. What is wrong is said in one sentence with the key, the value, and what wo
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from fedlora import methods, tasks
 from fedlora.adapters import KINDS, Adapter
 from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Transport
+from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
 from fedlora.engines.retention import Retention
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
-from fedlora.runs import trackers
+from fedlora.runs import compatibility, trackers
+from fedlora.runs.build import build_federation
 from fedlora.runs.compatibility import SECTIONS, check_adapter
-from fedlora.runs.composition import Config, ModelTable, fingerprint, per_machine_settings
+from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
 from fedlora.security import attacks
 from fedlora.security import robust as defences
@@ -31,9 +34,26 @@ from fedlora.training.local import Training
 from fedlora.training.peft_settings import OFF
 
 __all__ = [
-    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "fingerprint", "merged",
-    "overridden", "per_machine_settings", "read", "read_table",
+    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "merged",
+    "overridden", "read", "read_table",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(Sections):
+    """A whole run, checked, also where it was put together or changed (``dataclasses.replace``) in Python.
+
+    ``table`` is the resolved TOML, every default written out: enough to repeat the run. Raises ``ValueError`` where
+    settings exclude each other or are of a wrong kind.
+    """
+
+    def __post_init__(self):
+        object.__setattr__(self, "table", compatibility.resolve(self))
+        compatibility.check(self)
+
+    def federation(self, party: int | None = None, combines: bool = False) -> Federation:
+        """Load the model and the data, and build the federation that an engine runs; see ``build_federation``."""
+        return build_federation(self, party, combines)
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:

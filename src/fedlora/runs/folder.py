@@ -14,6 +14,7 @@ from fedlora.adapters import Dense
 from fedlora.engines.base_updates import FoldLog
 from fedlora.files import load_tree, save_json, save_tree, swept, write
 from fedlora.rounds import public, received
+from fedlora.runs.build import head_rule
 from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import BEST, CLIENTS, COMPARISON, CONFIG, FOLDS, METRICS, PERSONAL, ROWS, SHARED, SUMMARY
 from fedlora.runs.interrupt import FULL
@@ -157,7 +158,7 @@ class RunFolder(Rounds):
             return self.shared
         budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
         rules = {
-            part: method if method.adapter.trainable & set(layer) else self.config.head_rule(Dense(frozenset(layer)))
+            part: method if method.adapter.trainable & set(layer) else head_rule(method, Dense(frozenset(layer)))
             for part, layer in self.shared.items()
         }
         return received(rules, self.shared, self.kept(client), Turn(self.config.rounds, client, budget))

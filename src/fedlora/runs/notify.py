@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.runs.callbacks import Callback, Callbacks, End
-from fedlora.runs.composition import Config
+from fedlora.runs.config import Config
 from fedlora.runs.progress_writer import Pulse
 from fedlora.runs.trackers._callback import Tracking
 

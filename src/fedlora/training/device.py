@@ -26,9 +26,8 @@ class Engine:
     device: PerMachine[str] = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: PerMachine[int | None] = None  # torch's threads; None leaves them as they are
     spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
-    allocator: PerMachine[Literal["keep", "return", "system"]] = (
-        "keep"  # freed memory (Linux, glibc): fast, small or as it comes
-    )
+    # Freed memory (Linux, glibc): fast, small or as it comes.
+    allocator: PerMachine[Literal["keep", "return", "system"]] = "keep"
 
     def chosen(self) -> torch.device:
         """The device that ``device`` stands for. ``ValueError`` where it is not there."""

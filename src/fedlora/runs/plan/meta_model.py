@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.files import read_header
 from fedlora.rounds import Rules
+from fedlora.runs.build import attach_adapters, head_rule, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.footprint import Bench
 from fedlora.runs.plan.traffic import Group, grouped, likeness
@@ -38,15 +40,15 @@ class Outline:
 def outline(config: Config) -> Outline:
     """The federation of a configuration, with data but without weights."""
     device = config.engine.chosen()
-    data, shards = config.rows(None, True)
+    data, shards = load_rows(config, None, True)
     names = tuple(config.task.agreed() or ()) if data is None else data.label_names
     network = outlined(config.task, config.model.name, len(names))
     training = config.engine.resolved(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
         network.config.use_cache = False  # type: ignore[union-attr]  # transformers would do so, and say it
-    model = config.attached(network, training.precision, "meta")  # type: ignore[arg-type]
-    rules = model.rules(config.method, config.head_rule)
+    model = attach_adapters(config, network, training.precision, "meta")  # type: ignore[arg-type]
+    rules = model.rules(config.method, partial(head_rule, config.method))
     groups = grouped(model, rules)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     f = Federation(

@@ -1,0 +1,127 @@
+"""A checked configuration becomes the federation that an engine runs."""
+
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora import tasks
+from fedlora.adapters import Dense
+from fedlora.engines import privacy as private
+from fedlora.engines.clients import Shard
+from fedlora.engines.federation import Federation
+from fedlora.methods._base import Method
+from fedlora.methods.fedit import FedIT
+from fedlora.methods.local import Local
+from fedlora.runs.sections import ModelTable, Sections
+from fedlora.schema import ConfigError, Table, per_machine
+from fedlora.tasks._base import Data
+from fedlora.tasks.networks.pretrained import check_tokens, quantised
+from fedlora.training.device import Engine, checkpoint_activations
+from fedlora.training.model import Model, Precision
+from fedlora.training.warm_start import begin
+
+
+def build_federation(config: Sections, party: int | None = None, combines: bool = False) -> Federation:
+    """Load the model and the data, and build the federation that an engine runs.
+
+    ``party`` is the client that this machine is, and ``combines`` says that no client trains here; both matter
+    only where every party has data of its own (``clients.split``).
+    """
+    device = config.engine.prepare()
+    data, shards = load_rows(config, party, combines)
+    names = tuple(_label_names(config)) if data is None else data.label_names
+    network = load_network(config, len(names), device)
+    if data is not None:
+        width = config.task.max_length if getattr(config.task, "pad_to_max_length", False) else 0
+        check_tokens(network, config.model.name, {"training": data.train, "test": data.test}, width)
+    training = config.engine.resolved(config.training, network)
+    if training.gradient_checkpointing:
+        checkpoint_activations(network)
+    model = attach_adapters(config, network, typing.cast(Any, training.precision), device)
+    rules = model.rules(config.method, partial(head_rule, config.method))
+    if config.model.start is not None:
+        base = None if config.model.same_base else config.model.name
+        begin(model, rules, config.method, config.model.start, config.seed, names, base)
+    budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
+    found = Federation(
+        rules, config.method, model, config.task, data, config.clients, shards, budgets,
+        training, config.evaluation, config.server, config.rounds, config.seed, names, fingerprint(config.table),
+        config.hygiene, config.robust,
+        config.attack and config.attack.ready(config.task, config.model.name, config.clients.members, config.seed),
+        config.transport,
+        config.privacy,
+    )  # fmt: skip
+    private.check(found)
+    return found
+
+
+def load_network(config: Sections, labels: int, device: torch.device) -> nn.Module:
+    """Load the pretrained network, quantised where ``model.quantize`` says so."""
+    kind = config.model.quantize
+    loading = {} if kind is None else {"loading": quantised(kind, device)}
+    return config.task.network(config.model.name, labels, config.seed, **loading)
+
+
+def load_rows(
+    config: Sections, party: int | None, combines: bool
+) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
+    """Load the data of this machine and each client's rows in it; see ``build_federation``."""
+    if not config.clients.own_data:
+        data = config.task.load(config.model.name, config.seed, config.clients.client_column)
+        return data, config.clients.shards(data, config.seed)
+    _label_names(config)
+    if party is None and not combines:
+        raise ConfigError(
+            "clients.split is 'own': every party has its own data on its own machine; run it with "
+            "`fedlora flower`, or set clients.split to a way to split one data set."
+        )
+    if party is None:
+        return None, {}
+    data = config.task.load(config.model.name, config.seed)
+    return data, {party: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
+
+
+def _label_names(config: Sections) -> Sequence[str]:
+    names = config.task.agreed()
+    if names is None:
+        raise ConfigError(
+            "clients.split is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
+        )
+    return names
+
+
+def attach_adapters(
+    config: Sections, network: nn.Module, precision: Precision = "float32", device: Any = "cpu"
+) -> Model:
+    """Put the adapters of a configuration on a network."""
+    table = config.model
+    return Model.attach(network, config.method.adapter, table.targets, table.head, precision, device, table.overlay)
+
+
+def head_rule(method: Method, dense: Dense) -> Method:
+    """The rule by which a method combines a part trained in full: with its own weights, or not at all."""
+    return (FedIT if method.shares_head else Local)(dense, method.weighting)
+
+
+def per_machine_settings(table: Table) -> list[str]:
+    """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
+    kinds = {"task": tasks.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
+    return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine(kind)]
+
+
+def fingerprint(table: Table) -> str:
+    """Digest the settings that all parties must have alike: not those of a machine, nor those of the server alone."""
+    own = {*per_machine_settings(table), "training.precision"}  # a machine's precision is what it is fast at
+    apart = ("engine", "compare", "checkpoint", "hygiene", "robust", "track")
+    left = {
+        section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
+        for section, value in table.items()
+        if section not in apart
+    }
+    return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
