@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from fedlora.engines.base_updates import FoldLog, Folds
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.comm.channel import Channel, Ledger
 from fedlora.engines.federation import Federation
+from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compacted, total
 from fedlora.rounds import Received, Rules, Served, public
 from fedlora.security.attacks._base import succeeded
@@ -74,7 +75,7 @@ class Round:
     shared: Tree
     kept: Mapping[int, Tree]  # what each client holds for itself, where this machine knows it
     folds: FoldLog  # all of the run so far
-    record: Mapping[str, Any]  # JSON-able: losses, scores, errors, bytes, seconds
+    record: RoundRecord
     ledger: Ledger
     standing: Standing
     bad: Mapping[int, Bad] = field(default_factory=dict)  # uploads that were quarantined
@@ -173,7 +174,9 @@ class Loop(ABC):
                 served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
-            record: dict[str, Any] = {"round": number + 1, **_named(f, losses), **private.spent(f, number + 1)}
+            record = RoundRecord(round=number + 1)
+            record["cohort"], record["loss"] = _named(f, losses)
+            record |= cast(RoundRecord, private.spent(f, number + 1))
             if f.clients.stragglers:
                 record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
             with self._timed("measure"):
@@ -183,13 +186,14 @@ class Loop(ABC):
                     record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
                 record |= self._evaluated(f, evaluator, at, number)
-            record |= {key: dict(found) for key in ("absent", "unscored") if (found := getattr(self, key))}
+            record |= {"absent": dict(self.absent)} if self.absent else {}
+            record |= {"unscored": dict(self.unscored)} if self.unscored else {}
             bad = {} if f.privacy.hides_figures else self.gate.bad  # they show what single clients sent
             record |= {"quarantined": {k: one.reason for k, one in bad.items()}} if bad else {}
             record |= {"robust": judged} if judged else {}
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
-            self.watch(Event("round", number, epsilon=record.get("privacy", {}).get("epsilon")))
+            self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
             folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
             yield Round(number, at.shared, dict(self.kept()), folds, record, at.channel.ledger, at, bad)
 
@@ -245,9 +249,9 @@ class Loop(ABC):
         at.number += 1
         return served
 
-    def _evaluated(self, f: Federation, evaluator: Evaluator | None, at: Standing, number: int) -> dict[str, Any]:
+    def _evaluated(self, f: Federation, evaluator: Evaluator | None, at: Standing, number: int) -> RoundRecord:
         began = time.perf_counter()
-        found: dict[str, Any] = {}
+        found = RoundRecord()
         if not f.method.personal and evaluator is not None:
             tree = {part: public(layer) for part, layer in at.shared.items()}
             found["global"] = figures(evaluator.everyone(tree))
@@ -265,16 +269,16 @@ class Loop(ABC):
         return found
 
 
-def _named(f: Federation, losses: dict[int, float]) -> dict[str, Any]:
-    """Who trained, with which loss; without what a guarantee of privacy does not cover."""
+def _named(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:
+    """The clients that trained, and their losses; without what a guarantee of privacy does not cover."""
     if not f.privacy.hides_figures:
-        return {"cohort": sorted(losses), "loss": losses}
-    return {"cohort": [] if f.clients.rate is not None else sorted(losses), "loss": {}}
+        return sorted(losses), losses
+    return [] if f.clients.rate is not None else sorted(losses), {}
 
 
-def _bytes(ledger: Ledger, number: int) -> dict[str, dict[str, int]]:
+def _bytes(ledger: Ledger, number: int) -> dict[Direction, dict[str, int]]:
     """This round's bytes by direction and kind."""
-    found: dict[str, dict[str, int]] = {"up": {}, "down": {}}
+    found: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
     for row in ledger.rows:
         if row.round == number:
             found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes

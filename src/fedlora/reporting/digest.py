@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from fedlora.engines.record import Fault, RoundRecord
 from fedlora.runs.attendance import means, scored
 from fedlora.text import shown
 
@@ -45,9 +46,14 @@ class Digest:
     phases: dict[str, float] = field(default_factory=dict)
     new: int = 0  # of the clients, the last ones, that never take part and are never scored
 
-    def take(self, record: Mapping[str, Any]) -> None:
+    def take(self, record: RoundRecord) -> None:
         """One more round."""
-        row = {"round": int(record["round"]), **self._sent(record), **self._spent(record), **self._scores(record)}
+        row: dict[str, Any] = {
+            "round": int(record["round"]),
+            **self._sent(record),
+            **self._spent(record),
+            **self._scores(record),
+        }
         losses = [x for value in record.get("loss", {}).values() if (x := number(value)) is not None]
         row["loss"] = fmean(losses) if losses else None
         row["epsilon"] = number(record.get("privacy", {}).get("epsilon"))
@@ -61,7 +67,7 @@ class Digest:
                 self.faults.append(fault)
         self.rounds.append(row)
 
-    def _scores(self, record: Mapping[str, Any]) -> dict[str, float | None]:
+    def _scores(self, record: RoundRecord) -> dict[str, float | None]:
         clients = record.get("clients", {})
         if clients:
             self.each = [number(value) for value in clients.get("each", [])]
@@ -80,14 +86,14 @@ class Digest:
         """In which rounds the mean over clients is over fewer than all, in words; empty where in none."""
         return means([(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of)
 
-    def _sent(self, record: Mapping[str, Any]) -> dict[str, float]:
+    def _sent(self, record: RoundRecord) -> dict[str, float]:
         for direction, parts in record.get("bytes", {}).items():
             for part, size in parts.items():
                 self.bytes[direction, part] = self.bytes.get((direction, part), 0.0) + size / 1e6
                 self.megabytes += size / 1e6
         return {"mb": self.megabytes}
 
-    def _spent(self, record: Mapping[str, Any]) -> dict[str, float]:
+    def _spent(self, record: RoundRecord) -> dict[str, float]:
         found = record.get("seconds", {})
         known = {phase: found[phase] for phase in PHASES if phase in found}
         total = found.get("total", sum(known.values()))
@@ -120,9 +126,9 @@ class Digest:
         return (round - 1) // self.width * self.width + 1
 
 
-def _faults(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _faults(record: RoundRecord) -> Iterator[dict[str, Any]]:
     """Quarantined uploads, clients that were away, and scores that did not come, with the reason."""
-    kinds = {"quarantined": "quarantined", "absent": "absent", "unscored": "not scored"}
+    kinds: dict[Fault, str] = {"quarantined": "quarantined", "absent": "absent", "unscored": "not scored"}
     for key, kind in kinds.items():
         for client, why in record.get(key, {}).items():
             yield _fault(record, client, kind, why)
@@ -130,5 +136,5 @@ def _faults(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield _fault(record, client, "straggler", "did a part of its steps (clients.stragglers)")
 
 
-def _fault(record: Mapping[str, Any], client: object, kind: str, why: object) -> dict[str, Any]:
+def _fault(record: RoundRecord, client: object, kind: str, why: object) -> dict[str, Any]:
     return {"round": int(record["round"]), "client": shown(client, 60), "kind": kind, "reason": shown(why, TEXT)}

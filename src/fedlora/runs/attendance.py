@@ -5,16 +5,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from fedlora.engines.record import Fault, RoundRecord
 from fedlora.text import shown
 
-KINDS = {"absent": "away", "unscored": "not scored", "quarantined": "quarantined"}
+KINDS: Mapping[Fault, str] = {"absent": "away", "unscored": "not scored", "quarantined": "quarantined"}
 ROUNDS, REASON = 12, 120  # rounds that are listed, characters of a reason
 STRETCHES, CLIENTS = 4, 6  # stretches of rounds and clients that are named in a sentence
 
 LeftOut = dict[str, dict[str, dict[str, str]]]  # "quarantined", "absent" or "unscored" -> client -> round -> why
 
 
-def left_out(records: Iterable[Mapping[str, Any]], before: LeftOut | None = None) -> LeftOut:
+def left_out(records: Iterable[RoundRecord], before: LeftOut | None = None) -> LeftOut:
     """Who was left out of a whole run, for its summary. ``before`` is taken over and has these rounds added."""
     found: LeftOut = {} if before is None else before
     for record in records:
@@ -24,7 +25,7 @@ def left_out(records: Iterable[Mapping[str, Any]], before: LeftOut | None = None
     return found
 
 
-def scored(record: Mapping[str, Any]) -> int:
+def scored(record: RoundRecord) -> int:
     """How many clients a round's figures of the clients' own models are over."""
     return sum(value is not None for value in record.get("clients", {}).get("each", ()))
 
@@ -87,7 +88,7 @@ def _stretch(rounds: Sequence[int]) -> str:
     return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]}–{rounds[-1]}"
 
 
-def by_name(record: Mapping[str, Any]) -> str:
+def by_name(record: RoundRecord) -> str:
     """Who is missing from a round, for a line of a log: ``client 2 away and not scored, client 0 quarantined``."""
     found: dict[str, list[str]] = {}
     for kind, word in KINDS.items():
@@ -105,7 +106,7 @@ class Attendance:
     evaluated: list[tuple[int, int]] = field(default_factory=list)  # round, clients that were scored
     missing: LeftOut = field(default_factory=dict)
 
-    def take(self, record: Mapping[str, Any]) -> None:
+    def take(self, record: RoundRecord) -> None:
         """One more round."""
         left_out([record], self.missing)
         if "clients" in record:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.engines.loop import Event, Watch
+from fedlora.engines.record import RoundRecord
 from fedlora.registry import nearest
 from fedlora.runs.config import Config
 from fedlora.schema import ConfigError
 
-Record = Mapping[str, Any]
 HOOKS = ("on_start", "on_event", "on_fault", "on_round", "on_evaluation", "on_end")
 FAULTS = ("absent", "quarantined")  # kinds of events
 
@@ -38,7 +38,7 @@ class Start:
 
     config: Config
     folder: Path | None
-    records: Sequence[Record]  # of the rounds before, where it goes on
+    records: Sequence[RoundRecord]  # of the rounds before, where it goes on
     say: Callable[[str], None] = field(repr=False)  # a note to whoever watches the run
 
 
@@ -63,10 +63,10 @@ class Callback:
     def on_fault(self, event: Event) -> None:
         """A client was left out of a round, or its upload was quarantined; ``event.text`` says why."""
 
-    def on_round(self, record: Record) -> None:
+    def on_round(self, record: RoundRecord) -> None:
         """A round is over, and its record (a line of ``metrics.jsonl``) and checkpoint are on disk."""
 
-    def on_evaluation(self, record: Record) -> None:
+    def on_evaluation(self, record: RoundRecord) -> None:
         """The same of a round that was evaluated: ``record["clients"]`` and, with one model for all, ``["global"]``."""
 
     def on_end(self, end: End) -> None:
@@ -110,7 +110,7 @@ class Callbacks:
         with suppress(CallbackError):  # the first mistake is the one to be told
             self.ended(End("interrupted" if stopped else "failed", None, "" if stopped else str(error)))
 
-    def round(self, record: Record) -> None:
+    def round(self, record: RoundRecord) -> None:
         """A round is over and on disk."""
         where = f"round {record['round']}"
         self._tell("on_round", record, where)

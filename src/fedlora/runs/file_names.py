@@ -9,6 +9,7 @@ CLIENTS = "clients"  # the folder of ``K.safetensors``: the leaves that client K
 BEST = "best"  # the model of the best round, as the folder of a run
 ROWS = "rows.json"  # the clients' numbers of rows and labels
 PROGRESS = "progress.json"  # the state of a run under way, for ``fedlora watch``
+TRACKERS = "trackers.json"  # the name of the run at each tracker, and the number of rounds that it has
 PERSONAL = "personal.json"  # the result of ``fedlora personal``
 ERROR_LOG = "error.log"  # tracebacks of unexpected errors
 TOKEN = "run.json"  # the id of a run over Flower, under which parties keep their state

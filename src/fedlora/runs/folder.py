@@ -12,6 +12,7 @@ from torch import nn
 
 from fedlora.adapters import Dense
 from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.record import RoundRecord
 from fedlora.files import load_tree, save_json, save_tree, swept, write
 from fedlora.rounds import public, received
 from fedlora.runs.build import head_rule
@@ -82,11 +83,11 @@ class RunFolder(Rounds):
         )
 
     @cached_property
-    def records(self) -> list[Mapping[str, Any]]:
+    def records(self) -> list[RoundRecord]:
         """The records of all rounds, as written so far."""
         return list(self.each_record())
 
-    def each_record(self) -> Iterator[Mapping[str, Any]]:
+    def each_record(self) -> Iterator[RoundRecord]:
         """Yield the record of each round, and hold none."""
         for count, line in enumerate(self.lines(), 1):
             if line.strip():
@@ -224,7 +225,7 @@ class RunFolder(Rounds):
         """Write the resolved configuration."""
         write(self.path / CONFIG, dumps(table).encode())
 
-    def write_records(self, records: list[Mapping[str, Any]]) -> None:
+    def write_records(self, records: list[RoundRecord]) -> None:
         """Write the records of all rounds."""
         write(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
 
@@ -250,9 +251,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _record(path: Path, count: int, line: str) -> Mapping[str, Any]:
+def _record(path: Path, count: int, line: str) -> RoundRecord:
     try:
-        found = json.loads(line)
+        found: RoundRecord = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {count} of {shown(path)!r} is not readable JSON: {error}; it was edited.") from error
     if not isinstance(found, dict) or not isinstance(found.get("round"), int):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.engines.record import RoundRecord
 from fedlora.runs.file_names import COMPARISON, METRICS, PROGRESS, SUMMARY
 
 WAITING, LOADING, RUNNING, LOST = "waiting", "loading", "running", "broken off"
@@ -72,7 +73,7 @@ class Standing:
 
     state: str  # "waiting", "loading", "running" or one of OVER
     progress: Mapping[str, Any]  # what the run says of itself; empty before it begins
-    records: list[Mapping[str, Any]]  # its finished rounds
+    records: list[RoundRecord]  # its finished rounds
 
     @property
     def over(self) -> bool:
@@ -85,7 +86,7 @@ class Following:
     """One run's folder, looked at again and again; only what was added is read."""
 
     folder: Path
-    _records: list[Mapping[str, Any]] = field(default_factory=list, init=False)
+    _records: list[RoundRecord] = field(default_factory=list, init=False)
     _read: int = field(default=0, init=False)  # bytes of the metrics that were taken
     _file: int = field(default=0, init=False)  # which file that was: a run that goes on writes a new one
 
@@ -109,7 +110,7 @@ class Following:
             return LOADING if (self.folder / METRICS).exists() else WAITING
         return "interrupted" if summary.get("interrupted") else "finished"
 
-    def _metrics(self) -> list[Mapping[str, Any]]:
+    def _metrics(self) -> list[RoundRecord]:
         try:
             with open(self.folder / METRICS, "rb") as file:
                 about = os.fstat(file.fileno())

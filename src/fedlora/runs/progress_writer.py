@@ -8,8 +8,9 @@ from typing import Any
 
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
+from fedlora.engines.record import RoundRecord
 from fedlora.runs.attendance import KINDS
-from fedlora.runs.callbacks import FAULTS, Callback, End, Record, Start
+from fedlora.runs.callbacks import FAULTS, Callback, End, Start
 from fedlora.runs.file_names import PROGRESS
 from fedlora.runs.progress_file import me, replace
 
@@ -56,7 +57,7 @@ class Pulse(Callback):
         if event.text or time.monotonic() - self._written >= self.every:
             self._write()
 
-    def on_round(self, record: Record) -> None:
+    def on_round(self, record: RoundRecord) -> None:
         self._answered.clear()
         self._attended(record)
         self._now |= {"round": record["round"] + 1, "doing": "round", "client": None}
@@ -66,7 +67,7 @@ class Pulse(Callback):
         self._now |= {"state": end.state, "error": end.error[:LONG]}
         self._write()
 
-    def _attended(self, record: Record) -> None:
+    def _attended(self, record: RoundRecord) -> None:
         """Who was left out of a finished round is missing until it takes part again."""
         before, self._missing = self._missing, {}
         for kind in reversed(KINDS):  # of several reasons the first kind's is said

@@ -5,17 +5,20 @@ The names are a promise: ``docs/trackers.md`` lists them and a test pins them.
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
+from fedlora.engines.record import Direction, RoundRecord
 from fedlora.runs.attendance import scored
 
-Record = Mapping[str, Any]
-CLIENTS = ("mean", "examples_mean", "worst", "spread")  # of the clients' own models
-FAULTS = ("absent", "unscored", "quarantined", "stragglers")
+CLIENTS: tuple[Literal["mean", "examples_mean", "worst", "spread"], ...] = ("mean", "examples_mean", "worst", "spread")
+FAULTS: tuple[Literal["absent", "unscored", "quarantined", "stragglers"], ...] = (
+    "absent", "unscored", "quarantined", "stragglers",
+)  # fmt: skip
+DIRECTIONS: tuple[Direction, ...] = ("up", "down")
 
 
-def figures(record: Record) -> dict[str, float]:
+def figures(record: RoundRecord) -> dict[str, float]:
     """Name -> value of all that a round's record counts; what it does not have is left out, and so is what is nan.
 
     ``aggregation/`` are means over the adapted weights, ``bytes_up/`` and ``bytes_down/`` sums over the clients.
@@ -23,7 +26,7 @@ def figures(record: Record) -> dict[str, float]:
     return {name: float(value) for name, value in _named(record) if value is not None and math.isfinite(value)}
 
 
-def _named(record: Record) -> Iterator[tuple[str, float | None]]:
+def _named(record: RoundRecord) -> Iterator[tuple[str, float | None]]:
     losses = [loss for loss in record.get("loss", {}).values() if loss is not None]
     if losses:
         yield "train/loss", statistics.fmean(losses)
@@ -35,9 +38,9 @@ def _named(record: Record) -> Iterator[tuple[str, float | None]]:
     if record.get("clients", {}).get("each"):
         yield "clients/scored", scored(record)
     yield "attack/success", record.get("attack", {}).get("success")
-    for name, values in _over_weights(record).items():
+    for name, values in errors_over_weights([record]).items():
         yield f"aggregation/{name}", statistics.fmean(values)
-    for direction in ("up", "down"):
+    for direction in DIRECTIONS:
         kinds = record.get("bytes", {}).get(direction, {})
         yield from ((f"bytes_{direction}/{kind}", size) for kind, size in kinds.items())
         yield f"bytes_{direction}/total", sum(kinds.values())
@@ -46,9 +49,10 @@ def _named(record: Record) -> Iterator[tuple[str, float | None]]:
     yield from ((f"faults/{name}", len(record[name])) for name in FAULTS if record.get(name))
 
 
-def _over_weights(record: Record) -> dict[str, list[float]]:
+def errors_over_weights(records: Iterable[RoundRecord]) -> dict[str, list[float]]:
+    """Error -> its values over all adapted weights and rounds; notes of a method included."""
     found: dict[str, list[float]] = {}
-    for row in record.get("weights", {}).values():
+    for row in (row for record in records for row in record.get("weights", {}).values()):
         for name, value in row.items():
             found.setdefault(name, []).append(value)
     return found

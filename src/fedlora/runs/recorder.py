@@ -3,16 +3,17 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fedlora.engines.checkpoint import Checkpoints, Saved
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Loop, Round, Standing, sound
+from fedlora.engines.record import RoundRecord
 from fedlora.files import write
 from fedlora.runs.callbacks import CallbackError, Callbacks
 from fedlora.runs.file_names import METRICS
@@ -30,7 +31,7 @@ class Keeper:
     checkpoints: Checkpoints | None = None
     stop: Stop = field(default_factory=Stop)
     hygiene: Hygiene = field(default_factory=Hygiene)
-    records: list[Mapping[str, Any]] = field(default_factory=list)
+    records: list[RoundRecord] = field(default_factory=list)
     last: Round | None = None  # the last finished one, of this process or of the one before
     saved: Saved | None = None  # where the run goes on from
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads the labels of its own data
@@ -118,7 +119,7 @@ class Keeper:
         self.last = Round(at.number - 1, at.shared, kept, at.folds, self.records[-1], at.channel.ledger, at)
         return at
 
-    def _line(self, record: Mapping[str, Any]) -> None:
+    def _line(self, record: RoundRecord) -> None:
         self.records = [*self.records, record]
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")

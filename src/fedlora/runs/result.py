@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from fedlora.engines.record import RoundRecord
 from fedlora.runs import attendance
 from fedlora.runs.record import figures
 from fedlora.security.privacy.guarantee import lines as guarantee
@@ -26,7 +27,7 @@ class Rounds:
     """Of whatever has a run's ``summary`` and its ``records``."""
 
     summary: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[RoundRecord]
 
     def frame(self) -> "DataFrame":
         """A row a round, a column a figure, under the names that trackers use (docs/trackers.md); NaN where none."""

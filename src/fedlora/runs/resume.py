@@ -1,11 +1,12 @@
 """A run that was broken off, or is to be longer, goes on from its folder with the bits of one that never stopped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora.engines.checkpoint import endless
 from fedlora.engines.loop import Watch
+from fedlora.engines.record import RoundRecord
 from fedlora.runs.config import Config, ConfigError, read
 from fedlora.runs.file_names import CONFIG, TOKEN
 from fedlora.runs.folder import RunFolder
@@ -56,7 +57,7 @@ def _runs_in(folder: Path) -> list[Path]:
     return sorted(path.parent for place in places for path in folder.glob(f"{place}/{CONFIG}"))
 
 
-def _check_rounds(folder: Path, before: Config, config: Config, done: list[Mapping[str, Any]]) -> None:
+def _check_rounds(folder: Path, before: Config, config: Config, done: list[RoundRecord]) -> None:
     if config.rounds != before.rounds and not endless(config.table):
         raise ConfigError(
             f"training.schedule = {config.training.schedule!r} with warmup = {config.training.warmup} is over all "

@@ -21,6 +21,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
+from fedlora.engines.record import RoundRecord
 from fedlora.engines.verified_files import RefusedError
 from fedlora.files import save_json
 from fedlora.runs import attendance
@@ -33,6 +34,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, alone, saying_full
 from fedlora.runs.notify import callbacks as telling
 from fedlora.runs.notify import ended
+from fedlora.runs.record import DIRECTIONS, errors_over_weights
 from fedlora.runs.recorder import Keeper
 from fedlora.runs.result import Rounds
 from fedlora.tasks.metrics.scores import KNOWN
@@ -47,7 +49,7 @@ class Result(Rounds):
     """A run that has ended: its summary, its rounds' records, and what the parties hold."""
 
     summary: Mapping[str, Any]
-    records: list[Mapping[str, Any]] = field(repr=False)
+    records: list[RoundRecord] = field(repr=False)
     shared: Tree = field(repr=False)
     kept: Mapping[int, Tree] = field(repr=False)
     folder: Path | None = None
@@ -201,7 +203,7 @@ def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> d
     return {"best": about}
 
 
-def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: bool, seconds: float) -> dict[str, Any]:
+def summarise(config: Config, records: list[RoundRecord], interrupted: bool, seconds: float) -> dict[str, Any]:
     """What a table or a reader wants first; figures are of the last evaluated round, never of the best."""
     evaluated = [record for record in records if "clients" in record]
     found: dict[str, Any] = {
@@ -214,9 +216,9 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         "rounds_asked": config.rounds,
         "interrupted": interrupted,
         "clients": config.clients.members,
-        "bytes": {d: _sums([r["bytes"][d] for r in records]) for d in ("up", "down")},
+        "bytes": {d: _sums([r["bytes"][d] for r in records]) for d in DIRECTIONS},
         "seconds": {**_sums([r["seconds"] for r in records]), "whole": seconds},
-        "errors": _errors(records),
+        "errors": {name: statistics.fmean(values) for name, values in errors_over_weights(records).items()},
         "versions": {name: version(name) for name in ("fedlora", "torch", "transformers")},
         "machine": {
             "processor": platform.machine(),
@@ -235,16 +237,6 @@ def summarise(config: Config, records: list[Mapping[str, Any]], interrupted: boo
         if "global" in final:
             found["last_rounds"]["global"] = statistics.fmean(r["global"][config.task.metric] for r in tail)
     return found
-
-
-def _errors(records: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over weights and rounds of the relative errors; notes of a method included."""
-    sums: dict[str, list[float]] = {}
-    for record in records:
-        for figures in record.get("weights", {}).values():
-            for name, value in figures.items():
-                sums.setdefault(name, []).append(value)
-    return {name: statistics.fmean(values) for name, values in sums.items()}
 
 
 def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:

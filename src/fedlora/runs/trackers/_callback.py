@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedlora.engines.record import RoundRecord
 from fedlora.runs.attendance import Attendance
-from fedlora.runs.callbacks import Callback, End, Record, Start
+from fedlora.runs.callbacks import Callback, End, Start
+from fedlora.runs.file_names import TRACKERS
 from fedlora.runs.progress_file import replace
 from fedlora.runs.record import figures, flat
 from fedlora.runs.trackers import Session, Told, Tracker
 from fedlora.schema import ConfigError
-
-FILE = "trackers.json"  # in a run's folder: what each tracker calls the run, and how many rounds it has
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _Line:
     session: Session
     settings: Mapping[str, Any]
     rounds: int  # that it has
-    pending: list[Record] = field(default_factory=list)
+    pending: list[RoundRecord] = field(default_factory=list)
     failing: bool = False
 
 
@@ -47,7 +47,7 @@ class Tracking(Callback):
         self._save()
         self._send(start.records)
 
-    def on_round(self, record: Record) -> None:
+    def on_round(self, record: RoundRecord) -> None:
         self._attendance.take(record)
         self._send([record])
 
@@ -86,7 +86,7 @@ class Tracking(Callback):
             ) from error
         return _Line(session, settings, before["rounds"] if same else 0)
 
-    def _send(self, records: Sequence[Record]) -> None:
+    def _send(self, records: Sequence[RoundRecord]) -> None:
         for name, line in self._lines.items():
             line.pending += [record for record in records if record["round"] > line.rounds]
             self._push(name, line)
@@ -110,16 +110,16 @@ class Tracking(Callback):
         if self._start is None or self._start.folder is None:
             return
         found = {n: {"run": x.session.run, "rounds": x.rounds, "settings": x.settings} for n, x in self._lines.items()}
-        replace(self._start.folder / FILE, found)
+        replace(self._start.folder / TRACKERS, found)
 
 
 def _earlier(folder: Path | None) -> Mapping[str, Any]:
     """What a folder's file says of trackers; nothing where there is none."""
-    if folder is None or not (folder / FILE).exists():
+    if folder is None or not (folder / TRACKERS).exists():
         return {}
     try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / TRACKERS).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{str(folder / FILE)!r} is no JSON, it was edited; remove it, and trackers begin a new run."
+            f"{str(folder / TRACKERS)!r} is no JSON, it was edited; remove it, and trackers begin a new run."
         ) from error

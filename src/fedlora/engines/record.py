@@ -1,0 +1,76 @@
+"""The record of a round: one line of ``metrics.jsonl``.
+
+The round loop writes it, and trackers, callbacks, live views and reports read it. The keys of mappings that are written
+as ``Client`` are numbers in the process that runs the federation, and texts in a file, as JSON has them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+Client = Any  # int, or its text in JSON
+Direction = Literal["up", "down"]
+Fault = Literal["absent", "unscored", "quarantined"]
+
+
+class Group(TypedDict):
+    """The scores of the clients of one capability."""
+
+    capability: float
+    clients: int
+    mean: float
+    worst: float
+
+
+class ClientScores(TypedDict, total=False):
+    """The task's metric of the clients' own models, each on its own test rows, over the clients that were scored."""
+
+    mean: float  # over clients
+    examples_mean: float  # over all rows
+    worst: float
+    worst_client: int
+    spread: float  # the population standard deviation over clients
+    figures: Mapping[str, float]  # every metric, mean over clients
+    each: Sequence[float | None]  # by client; None: not scored
+    capability: Sequence[Group]  # where clients differ in it, the weakest first
+
+
+class AttackResult(TypedDict, total=False):
+    """The success of an attack."""
+
+    success: float  # share of the rows
+    rows: float
+    clients: int  # honest clients, where it is a mean over their own models
+
+
+class Spent(TypedDict):
+    """The privacy spent so far, by the worst client."""
+
+    epsilon: float | None  # None: no noise, or only the parties know their rows
+    delta: float | None
+
+
+class _Global(TypedDict("_Global", {"global": Mapping[str, float]}, total=False)):  # a keyword, so no name of a field
+    """Every metric of the shared model on the global test rows."""
+
+
+class RoundRecord(_Global, total=False):
+    """A round's figures. All have ``round``, ``cohort``, ``loss``, ``bytes`` and ``seconds``; later versions add keys.
+
+    ``clients`` and ``global`` are there where the round was evaluated, ``global`` where the method has a shared model.
+    """
+
+    round: int  # from 1
+    cohort: Sequence[int]  # the clients whose uploads were combined; empty where privacy covers that
+    loss: Mapping[Client, float | None]  # the mean loss of a client's turn; empty where privacy covers that
+    privacy: Spent
+    stragglers: Sequence[int]  # clients that took a part of their steps
+    weights: Mapping[str, Mapping[str, float]]  # part -> errors of the aggregation, see ``aggregation_error.errors``
+    oracle: Mapping[str, Any]  # see ``runs.counterfactual``
+    clients: ClientScores
+    attack: AttackResult
+    absent: Mapping[Client, str]  # clients that were asked and did not reply -> reason
+    unscored: Mapping[Client, str]  # clients whose scores did not come -> reason
+    quarantined: Mapping[Client, str]  # clients whose uploads were left out -> reason
+    robust: Mapping[str, Any]  # the verdict of a robust rule, see ``security.robust``
+    bytes: Mapping[Direction, Mapping[str, int]]  # by kind of message, all clients together
+    seconds: Mapping[str, float]  # by phase, and ``total``
