@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-ALGEBRA = ("tests/laws", "tests/methods", "tests/linalg/test_factors.py", "tests/test_rounds.py")
+ALGEBRA = ("tests/laws", "tests/methods", "tests/linalg", "tests/test_rounds.py")
 SECURE, PRIVACY = ("tests/security/secure_aggregation",), ("tests/security/privacy",)
 
 
@@ -67,7 +67,7 @@ MUTANTS = [
         "sign = torch.linalg.det(P @ Qt).sign().abs()",
         ALGEBRA,
     ),
-    Mutant("linalg/factors.py", "parts = _added(parts, side=0)", "parts = _added(parts, side=1)", ALGEBRA),
+    Mutant("linalg/factors.py", "parts = _merge(parts, side=0)", "parts = _merge(parts, side=1)", ALGEBRA),
     Mutant(
         "methods/fedrot_lora.py",
         'return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}',

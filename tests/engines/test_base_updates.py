@@ -9,7 +9,7 @@ from torch import nn
 from fedlora.adapters import LoRA
 from fedlora.engines.base_updates import FoldLog
 from fedlora.engines.comm.channel import Channel
-from fedlora.linalg.factors import compacted
+from fedlora.linalg.factors import compact
 from fedlora.training.model import Model
 from fedlora.types import Factors
 from tests.fixtures.networks import network
@@ -62,7 +62,7 @@ def test_the_log_does_not_grow_where_everybody_is_there():
 @pytest.mark.parametrize(("m", "n", "rank"), [(6, 5, 9), (4, 9, 9), (5, 5, 5), (7, 3, 2)])
 def test_compacting_keeps_the_product(m, n, rank):
     f = drawn(0, rank, m, n)
-    found = compacted(f)
+    found = compact(f)
     assert found.U.shape[-1] == min(rank, m, n)
     torch.testing.assert_close(found.dense(), f.dense())
 

@@ -279,18 +279,6 @@ def test_measures_need_the_uploads_in_memory():
         config("engine.spill=true")
 
 
-def test_likeness_is_the_mean_cosine_over_all_pairs():
-    from fedlora.engines.aggregation_error import likeness
-
-    x = torch.randn(4, 3, 2, 5, dtype=torch.float64)
-    x[3, 2] = 0  # like no other
-    found = likeness(list(x))
-    for part in range(3):
-        flat = x[:, part].flatten(1)
-        pairs = [torch.cosine_similarity(flat[i], flat[j], dim=0) for i in range(4) for j in range(i)]
-        assert float(found[part]) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-9)
-
-
 def test_a_run_says_likeness_phases_and_rows(reference):
     result = reference("ffa-lora")
     first = result.records[0]

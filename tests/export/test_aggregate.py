@@ -270,7 +270,7 @@ def test_reading_anew_at_every_pass_changes_nothing(tmp_path, name, monkeypatch)
     settings = ["residual_rank=2"] if name == "fedex-lora" else []
     held = aggregate(folders, method_for(name, settings), tmp_path / "held")
     for module in ("export.aggregate", "linalg.sums"):
-        monkeypatch.setattr(f"fedlora.{module}.HELD", 0)
+        monkeypatch.setattr(f"fedlora.{module}.CACHE_LIMIT", 0)
     streamed = aggregate(folders, method_for(name, settings), tmp_path / "streamed")
     one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("held", "streamed"))
     assert all(torch.equal(x, two[key]) for key, x in one.items())

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 
 from fedlora.adapters import Heads, LoRA
-from fedlora.linalg.factors import total, truncated
+from fedlora.linalg.factors import total, truncate
 from fedlora.methods._base import Method, mean
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedit import FedIT
@@ -24,7 +24,7 @@ from tests.laws.laws import LAWS
 @dataclass(frozen=True)
 class FlexWithoutRootOnA(FlexLoRA):
     def combine(self, shared, uploads):
-        U, V = truncated(total([self._weighted(u) for u in uploads]), shared["A"].shape[-2])
+        U, V = truncate(total([self._weighted(u) for u in uploads]), shared["A"].shape[-2])
         roots = V.norm(dim=-1, keepdim=True)
         return Outcome(self.adapter.split(Factors(U, V / roots)))
 

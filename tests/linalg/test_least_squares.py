@@ -1,13 +1,12 @@
-"""Gram space and passes: two ways to one answer, in float64 and in float32, for few clients and for many."""
+"""Gram matrices and passes: two ways to one answer, in float64 and in float32, for few clients and for many."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.linalg import least_squares as mixing
-from fedlora.linalg import passes as by_passes
-from fedlora.linalg.least_squares import Atoms, Grams, als, gram
-from fedlora.linalg.passes import best_mixes, passes, streamed
+from fedlora.linalg import least_squares, matrix_free
+from fedlora.linalg.least_squares import ClientFactors, Grams, als, gram_matrices
+from fedlora.linalg.matrix_free import solve, solve_in_memory, solve_streaming
 
 
 def drawn(seed, K, m, n, r, spread, dtype=torch.float64, stack=(2,)):
@@ -16,7 +15,7 @@ def drawn(seed, K, m, n, r, spread, dtype=torch.float64, stack=(2,)):
     A = A0 + spread * torch.randn(*stack, K, r, n, generator=g, dtype=torch.float64)
     B = B0 + spread * torch.randn(*stack, K, m, r, generator=g, dtype=torch.float64)
     w = torch.rand(K, generator=g, dtype=torch.float64)
-    return Atoms(A.to(dtype), B.to(dtype), w / w.sum())
+    return ClientFactors(A.to(dtype), B.to(dtype), w / w.sum())
 
 
 def error(atoms, p, q):
@@ -29,11 +28,11 @@ def error(atoms, p, q):
 @pytest.mark.parametrize("spread", [2.0, 0.3, 1e-3])
 @pytest.mark.parametrize("K", [1, 2, 7, 40])
 def test_both_ways_give_the_same_mixes(K, spread, monkeypatch):
-    monkeypatch.setattr(mixing, "STILL", 0.0)  # where they stop, errors are equal, and mixes to the root of that
-    monkeypatch.setattr(by_passes, "GAINED", 0.0)
+    monkeypatch.setattr(least_squares, "STILL", 0.0)  # where they stop, errors are equal, and mixes to the root of that
+    monkeypatch.setattr(matrix_free, "GAINED", 0.0)
     atoms = drawn(K, K, 23, 17, 3, spread)
-    p, q = als(gram(atoms), atoms.w, False, 30)
-    own_p, own_q = passes(atoms, 30)
+    p, q = als(gram_matrices(atoms), atoms.w, False, 30)
+    own_p, own_q = solve_in_memory(atoms, 30)
     torch.testing.assert_close(error(atoms, own_p, own_q), error(atoms, p, q), rtol=1e-6, atol=1e-12)
     if K < 7 or spread > 1:  # else directions of p have no influence to speak of
         torch.testing.assert_close(own_p, p, rtol=1e-3, atol=1e-4)
@@ -45,8 +44,8 @@ def test_float32_factors_are_fitted_as_well(K, spread):
     """What is gained over FedIT is a small part of a small difference: sums that cancel would lose it."""
     atoms = drawn(3, K, 60, 50, 4, spread, torch.float32)
     start = atoms.w.expand(2, -1)
-    best = error(atoms, *als(gram(atoms), atoms.w, False, 30))
-    found = error(atoms, *passes(atoms, 30))
+    best = error(atoms, *als(gram_matrices(atoms), atoms.w, False, 30))
+    found = error(atoms, *solve_in_memory(atoms, 30))
     rounding = 2e-7  # of the factors themselves
     assert found <= error(atoms, start, start) + rounding
     assert float(found) == pytest.approx(float(best), rel=1e-4, abs=rounding)
@@ -55,8 +54,8 @@ def test_float32_factors_are_fitted_as_well(K, spread):
 def test_clients_that_repeat_each_other():
     """Singular systems: the mixes stay finite, and the answer as good."""
     atoms = drawn(0, 5, 20, 16, 2, 0.5)
-    twice = Atoms(*(torch.cat([x, x], dim=-3) for x in atoms[:2]), torch.cat([atoms.w, atoms.w]) / 2)
-    one, two = (error(a, *passes(a, 20)) for a in (atoms, twice))
+    twice = ClientFactors(*(torch.cat([x, x], dim=-3) for x in atoms[:2]), torch.cat([atoms.w, atoms.w]) / 2)
+    one, two = (error(a, *solve_in_memory(a, 20)) for a in (atoms, twice))
     torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
 
 
@@ -65,17 +64,17 @@ def test_clients_that_repeat_each_other():
 def test_zero_factors(dtype, spread):
     atoms = drawn(0, 4, 9, 8, 2, spread, dtype)
     atoms = atoms._replace(B=torch.zeros_like(atoms.B))
-    for p, q in (passes(atoms, 5), best_mixes(atoms, 5)):
+    for p, q in (solve_in_memory(atoms, 5), solve(atoms, 5)):
         assert p.isfinite().all() and q.isfinite().all()
 
 
 @pytest.mark.parametrize(("K", "way"), [(10, "gram"), (100, "passes")])
 def test_the_cheaper_way_is_taken(K, way, monkeypatch):
     taken = []
-    for name, function in (("gram", "gram"), ("passes", "_alternated")):
-        real = getattr(by_passes, function)
-        monkeypatch.setattr(by_passes, function, lambda *a, real=real, name=name: taken.append(name) or real(*a))
-    best_mixes(drawn(0, K, 40, 40, 16, 0.3, stack=(1,)), 10)
+    for name, function in (("gram", "gram_matrices"), ("passes", "_alternate")):
+        real = getattr(matrix_free, function)
+        monkeypatch.setattr(matrix_free, function, lambda *a, real=real, name=name: taken.append(name) or real(*a))
+    solve(drawn(0, K, 40, 40, 16, 0.3, stack=(1,)), 10)
     assert taken == [way]
 
 
@@ -90,7 +89,7 @@ def test_streamed_factors_give_the_same_mixes(K):
             return super().__getitem__(k)
 
     A, B = (Watched(x.unbind(-3)) for x in (atoms.A, atoms.B))
-    one, two = passes(atoms, 10), streamed(A, B, atoms.w, 10)
+    one, two = solve_in_memory(atoms, 10), solve_streaming(A, B, atoms.w, 10)
     torch.testing.assert_close(error(atoms, *one), error(atoms, *two), rtol=1e-6, atol=0)
     torch.testing.assert_close(one[0], two[0], rtol=1e-2, atol=1e-5)
     assert len(asked) > 10 * K, "several passes, and nothing kept"
@@ -107,7 +106,7 @@ def turned(seed, K, r, m, n, spread, angle=None, dtype=torch.float64):
         A.append(R.T @ (A0 + spread * torch.randn(r, n, generator=g, dtype=torch.float64)))
         B.append((B0 + spread * torch.randn(m, r, generator=g, dtype=torch.float64)) @ R)
     w = torch.rand(K, generator=g, dtype=torch.float64) + 0.1
-    return Atoms(torch.stack(A)[None].to(dtype), torch.stack(B)[None].to(dtype), w / w.sum())
+    return ClientFactors(torch.stack(A)[None].to(dtype), torch.stack(B)[None].to(dtype), w / w.sum())
 
 
 def dense_least(atoms, starts, sweeps=150):
@@ -143,69 +142,70 @@ def dense_least(atoms, starts, sweeps=150):
 )
 def test_turned_frames_are_mixed_as_well_as_many_starts_find(K, r, m, n, spread, angle, seed):
     atoms = turned(seed, K, r, m, n, spread, angle)
-    found = float(error(atoms, *best_mixes(atoms, 300)))
+    found = float(error(atoms, *solve(atoms, 300)))
     assert found <= dense_least(atoms, 24, 150 if K <= 10 else 40) + 0.005
 
 
 def test_passes_find_the_mixes_of_turned_frames_too():
     atoms = turned(2, 6, 3, 14, 12, 0.5, 0.6)
-    best = float(error(atoms, *als(gram(atoms), atoms.w, False, 300)))
-    assert float(error(atoms, *passes(atoms, 300))) <= best + 0.005
+    best = float(error(atoms, *als(gram_matrices(atoms), atoms.w, False, 300)))
+    assert float(error(atoms, *solve_in_memory(atoms, 300))) <= best + 0.005
     assert (
-        float(error(atoms, *streamed(list(atoms.A.unbind(-3)), list(atoms.B.unbind(-3)), atoms.w, 300))) <= best + 0.005
+        float(error(atoms, *solve_streaming(list(atoms.A.unbind(-3)), list(atoms.B.unbind(-3)), atoms.w, 300)))
+        <= best + 0.005
     )
 
 
 def test_one_mix_for_weights_of_turned_frames():
     """The sum over weights is what is least; a start that suits one weight alone does not win."""
     one, two = turned(0, 6, 3, 14, 12, 0.1), turned(1, 6, 3, 14, 12, 0.1)
-    both = Grams(*(torch.cat(sides) for sides in zip(gram(one), gram(two._replace(w=one.w)))))
+    both = Grams(*(torch.cat(sides) for sides in zip(gram_matrices(one), gram_matrices(two._replace(w=one.w)))))
     p, q = als(both, one.w, True, 300)
     torch.testing.assert_close(p[0], p[1])
-    joint = mixing._error(both, one.w, p[:, None], q[:, None]).sum()
+    joint = least_squares._error(both, one.w, p[:, None], q[:, None]).sum()
     for k in range(6):
         start = torch.eye(6, dtype=torch.float64)[k].expand(2, 1, 6)
-        assert joint <= mixing.sweep_from(both, one.w, start, True, 300).error.sum() + 1e-3 * joint.abs()
+        assert joint <= least_squares.sweep_from(both, one.w, start, True, 300).error.sum() + 1e-3 * joint.abs()
 
 
 def test_the_order_of_turned_clients_with_equal_weights_does_not_matter():
     atoms = turned(3, 7, 3, 14, 12, 0.3)._replace(w=torch.full((7,), 1 / 7, dtype=torch.float64))
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
-    other = Atoms(atoms.A[:, order], atoms.B[:, order], atoms.w)
-    torch.testing.assert_close(best_mixes(atoms, 300)[0][:, order], best_mixes(other, 300)[0], rtol=1e-5, atol=1e-7)
+    other = ClientFactors(atoms.A[:, order], atoms.B[:, order], atoms.w)
+    torch.testing.assert_close(solve(atoms, 300)[0][:, order], solve(other, 300)[0], rtol=1e-5, atol=1e-7)
 
 
 def test_weights_that_share_a_frame_are_left_alone_by_turned_neighbours():
     plain, odd = drawn(4, 6, 14, 12, 3, 0.1, stack=(1,)), turned(4, 6, 3, 14, 12, 0.1)
-    together = Atoms(torch.cat([plain.A, odd.A]), torch.cat([plain.B, odd.B]), plain.w)
-    alone = best_mixes(plain, 300)
-    torch.testing.assert_close(best_mixes(together, 300)[0][:1], alone[0], rtol=1e-4, atol=1e-6)
+    together = ClientFactors(torch.cat([plain.A, odd.A]), torch.cat([plain.B, odd.B]), plain.w)
+    alone = solve(plain, 300)
+    torch.testing.assert_close(solve(together, 300)[0][:1], alone[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", range(15))
 def test_recorded_uploads_are_mixed_as_well_as_another_optimiser_does(case, shared):
     """L-BFGS on the dense error, from 24 starts."""
     x = {k[3:]: v for k, v in load_file(shared / "conformance/flora_na.safetensors").items() if k[:2] == f"{case:02}"}
-    atoms = Atoms(x["A"][None], x["B"][None], x["w"])
-    assert float(error(atoms, *best_mixes(atoms, 300))) <= float(x["best_error"]) + 0.005
+    atoms = ClientFactors(x["A"][None], x["B"][None], x["w"])
+    assert float(error(atoms, *solve(atoms, 300))) <= float(x["best_error"]) + 0.005
 
 
 def sides(atoms):
-    return by_passes._Held(atoms.B, atoms.w), by_passes._Held(atoms.A.mT, atoms.w)
+    return matrix_free._InMemory(atoms.B, atoms.w), matrix_free._InMemory(atoms.A.mT, atoms.w)
 
 
 def cancelling(seed, K, r, m, n):
     """Frames whose mean is zero: each client has a twin that holds ``-A`` and ``-B``, all with one weight."""
     atoms = drawn(seed, K // 2, m, n, r, 0.05, stack=(1,))
     A, B = (torch.cat([x, -x], dim=-3) for x in atoms[:2])
-    return Atoms(A, B, torch.full((K,), 1 / K, dtype=torch.float64))
+    return ClientFactors(A, B, torch.full((K,), 1 / K, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("K", [2, 8])
 def test_twins_of_opposite_signs_do_not_cancel(K):
     """FedIT's mean is zero there, and no sweep leaves it."""
     atoms = cancelling(4, K, 3, 14, 12)
-    for found in (best_mixes(atoms, 300), passes(atoms, 300)):
+    for found in (solve(atoms, 300), solve_in_memory(atoms, 300)):
         assert float(error(atoms, *found)) < 0.01
 
 
@@ -214,8 +214,8 @@ def test_twins_of_opposite_signs_do_not_cancel(K):
 def test_noise_is_not_taken_for_turned_frames(K, spread):
     """From other starts noisy cohorts gain nothing, and took up to six times as long."""
     atoms = drawn(K, K, 300, 280, 4, spread)
-    assert not mixing.turned(gram(atoms), atoms.w).any()
-    assert not by_passes._turned(*sides(atoms), atoms.w).any()
+    assert not least_squares.is_rotated(gram_matrices(atoms), atoms.w).any()
+    assert not matrix_free._is_rotated(*sides(atoms), atoms.w).any()
 
 
 @pytest.mark.parametrize(
@@ -232,17 +232,17 @@ def test_noise_is_not_taken_for_turned_frames(K, spread):
     ids=["3", "10", "30", "a little", "two that cancel", "eight that cancel", "float32"],
 )
 def test_turned_frames_are_seen_in_noise_and_where_their_mean_is_zero(atoms):
-    assert mixing.turned(gram(atoms), atoms.w).all()
-    assert by_passes._turned(*sides(atoms), atoms.w).all()
-    lazily = (by_passes._Streamed(list(x.unbind(-3)), atoms.w) for x in (atoms.B, atoms.A.mT))
-    assert by_passes._turned(*lazily, atoms.w).all()
+    assert least_squares.is_rotated(gram_matrices(atoms), atoms.w).all()
+    assert matrix_free._is_rotated(*sides(atoms), atoms.w).all()
+    lazily = (matrix_free._Streaming(list(x.unbind(-3)), atoms.w) for x in (atoms.B, atoms.A.mT))
+    assert matrix_free._is_rotated(*lazily, atoms.w).all()
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(("K", "r", "m", "n"), [(3, 2, 9, 7), (4, 3, 60, 50), (10, 4, 20, 16)])
 def test_noise_is_mixed_as_well_as_many_starts_find(K, r, m, n, spread):
     atoms = drawn(1, K, m, n, r, spread, stack=(1,))
-    assert float(error(atoms, *best_mixes(atoms, 300))) <= dense_least(atoms, 24) + 0.005
+    assert float(error(atoms, *solve(atoms, 300))) <= dense_least(atoms, 24) + 0.005
 
 
 @pytest.mark.parametrize(
@@ -251,19 +251,19 @@ def test_noise_is_mixed_as_well_as_many_starts_find(K, r, m, n, spread):
 )
 @pytest.mark.parametrize("kind", ["frames", "noise", "like"])
 def test_above_the_rows_of_gram_space_the_mixes_are_as_good(K, m, n, r, rows, kind, monkeypatch):
-    """On either side of the bound, by held and by streamed factors: the error of Gram space without a bound."""
+    """On either side of the bound, by held and by streamed factors: the error from Gram matrices without a bound."""
     atoms = turned(3, K, r, m, n, 0.3) if kind == "frames" else drawn(3, K, m, n, r, 2.0 if kind == "noise" else 0.1)
     stack = atoms.A.shape[:-3]
-    best = error(atoms, *(x.reshape(*stack, K) for x in als(gram(atoms), atoms.w, False, 300)))
-    monkeypatch.setattr(by_passes, "USUAL", 0)
-    monkeypatch.setattr(by_passes, "GRAM_ROWS", rows)
+    best = error(atoms, *(x.reshape(*stack, K) for x in als(gram_matrices(atoms), atoms.w, False, 300)))
+    monkeypatch.setattr(matrix_free, "USUAL", 0)
+    monkeypatch.setattr(matrix_free, "GRAM_ROWS", rows)
     ways = []
-    for name in ("gram", "_alternated"):
-        real = getattr(by_passes, name)
-        monkeypatch.setattr(by_passes, name, lambda *a, real=real, name=name: ways.append(name) or real(*a))
-    found = best_mixes(atoms, 300)
-    odd = K > 1 and (kind == "frames" or bool(mixing.turned(gram(atoms), atoms.w).any()))
-    assert ways == ["gram" if odd and K * r <= rows else "_alternated"]
+    for name in ("gram_matrices", "_alternate"):
+        real = getattr(matrix_free, name)
+        monkeypatch.setattr(matrix_free, name, lambda *a, real=real, name=name: ways.append(name) or real(*a))
+    found = solve(atoms, 300)
+    odd = K > 1 and (kind == "frames" or bool(least_squares.is_rotated(gram_matrices(atoms), atoms.w).any()))
+    assert ways == ["gram_matrices" if odd and K * r <= rows else "_alternate"]
     assert float(error(atoms, *found)) <= float(best) + 0.005
-    lazily = streamed(list(atoms.A.unbind(-3)), list(atoms.B.unbind(-3)), atoms.w, 60)
+    lazily = solve_streaming(list(atoms.A.unbind(-3)), list(atoms.B.unbind(-3)), atoms.w, 60)
     assert float(error(atoms, *lazily)) <= float(best) + 0.005

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.linalg import least_squares as mixing
+from fedlora.linalg import least_squares
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flora_na import FLoRANA
 from fedlora.rounds import Received, server_turn
@@ -38,8 +38,8 @@ def dense_als(c: Cohort, sweeps: int):
 def test_gram_space_equals_the_dense_sweeps(seed):
     c = Cohort.drawn(seed, K=3)
     w = torch.tensor(c.w, dtype=torch.float64)
-    grams = mixing.gram(mixing.Atoms(torch.stack(c.A)[None], torch.stack(c.B)[None], w))
-    p, q, _ = mixing.sweep_from(grams, w, w[None, None], False, 4)
+    grams = least_squares.gram_matrices(least_squares.ClientFactors(torch.stack(c.A)[None], torch.stack(c.B)[None], w))
+    p, q, _ = least_squares.sweep_from(grams, w, w[None, None], False, 4)
     found = sum(x * B for x, B in zip(p[0, 0], c.B)) @ sum(x * A for x, A in zip(q[0, 0], c.A))
     torch.testing.assert_close(found, dense_als(c, 4), rtol=1e-7, atol=1e-7)
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from fedlora.adapters._base import Adapter, generator, scaled, uniform
-from fedlora.linalg.factors import truncated
+from fedlora.linalg.factors import truncate
 from fedlora.linalg.sums import Term
 from fedlora.types import Factors, Layer
 
@@ -76,7 +76,7 @@ class LoRA(Adapter):
         return {"A": f.V, "B": f.U / self.scale(f.V.shape[-2])}
 
     def around(self, update, fresh):
-        update = truncated(update, self.rank) if update.V.shape[-2] > self.rank else update
+        update = truncate(update, self.rank) if update.V.shape[-2] > self.rank else update
         own, q = self.split(update), update.V.shape[-2]
         # Ranks that the update does not need begin as they would without it: A drawn, B zero.
         ratio = self.scale(q) / self.scale(self.rank)

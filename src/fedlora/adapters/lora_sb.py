@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapters._base import Adapter, generator
-from fedlora.linalg.sums import exact
+from fedlora.linalg.sums import exact_svd
 from fedlora.types import Factors
 
 
@@ -68,7 +68,7 @@ class LoRASB(Adapter):
 
     def around(self, update, fresh):
         # The update's leading singular vectors outside, its values in the core; what is missing is drawn, with zeros.
-        P, S, Q = exact(update, fresh["R"].shape[-1])
+        P, S, Q = exact_svd(update, fresh["R"].shape[-1])
         B = torch.linalg.qr(torch.cat([P, fresh["B"]], dim=-1)).Q[..., : fresh["B"].shape[-1]]
         A = torch.linalg.qr(torch.cat([Q, fresh["A"].mT], dim=-1)).Q[..., : fresh["A"].shape[-2]].mT
         core = (B.mT @ P) @ torch.diag_embed(S) @ (Q.mT @ A.mT)  # QR may turn the signs

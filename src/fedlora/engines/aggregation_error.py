@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import Dense, LoRA
-from fedlora.linalg.factors import scaled, total
+from fedlora.linalg.factors import scale, total
+from fedlora.linalg.geometry import joint_cores, mean_cosine, ratio, spread
 from fedlora.methods._base import Method, mean
 from fedlora.rounds import Received, Rules, Served, alike, public, stacked, weights_of
 from fedlora.types import Factors, Layer, Tree, Upload
@@ -62,7 +63,7 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
     same = all(f.U is plain[0].U for f in plain)  # then the weight goes into V, and the sum stays as narrow as one
     if not same:  # in float64 before anything is scaled: the drift is a small difference of these sums
         plain = [Factors(f.U.double(), f.V.double()) for f in plain]
-    deltas = [Factors(f.U, w * f.V) if same else scaled(f, w) for f, w in zip(plain, weights)]
+    deltas = [Factors(f.U, w * f.V) if same else scale(f, w) for f, w in zip(plain, weights)]
     candidates: dict[str, Factors] = {}
     if not rule.personal:
         folds = [_batch([served.folds[p][i] for p in group]) for i in range(len(served.folds.get(group[0], ())))]
@@ -72,9 +73,10 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
         uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
         candidates["fedit"] = rule.adapter.delta(mean(uploads))
     figures = _figures(total(deltas), candidates, clients[0]["A"].shape[-2] if pairs else None)
-    figures["drift"] = _drift(plain, weights, figures.pop("norm"))
+    norm = figures.pop("norm")
+    figures["drift"] = ratio(spread(plain, weights, norm), norm)
     if pairs and len(clients) > 1:
-        figures |= {f"likeness {leaf}": likeness([client[leaf] for client in clients]) for leaf in "AB"}
+        figures |= {f"likeness {leaf}": mean_cosine([client[leaf] for client in clients]) for leaf in "AB"}
     return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
 
 
@@ -89,56 +91,14 @@ def _clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
 
 def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:
     """Norm of the exact mean, each candidate's relative error, and the best possible at this rank."""
-    both = [exact, *candidates.values()]
-    Ru, Rv = _coordinates([f.U for f in both]), _coordinates([f.V.mT for f in both])
-    cores = [u @ v.mT for u, v in zip(Ru, Rv)]
-    norm = torch.linalg.matrix_norm(cores[0])
+    W, *cores = joint_cores([exact, *candidates.values()])
+    norm = torch.linalg.matrix_norm(W)
     found = {"norm": norm}
-    for name, core in zip(candidates, cores[1:]):
-        found[name] = relative(torch.linalg.matrix_norm(core - cores[0]), norm)
+    for name, core in zip(candidates, cores):
+        found[name] = ratio(torch.linalg.matrix_norm(core - W), norm)
     if rank is not None:
-        tail = torch.linalg.svdvals(cores[0])[..., rank:]
-        found["best"] = relative(tail.square().sum(-1).sqrt(), norm)
+        found["best"] = ratio(torch.linalg.svdvals(W)[..., rank:].square().sum(-1).sqrt(), norm)
     return found
-
-
-def _coordinates(sides: Sequence[Tensor]) -> list[Tensor]:
-    """Each side in one orthonormal basis of them all, float64; a side that comes up again is not taken twice."""
-    unique = list({id(side): side for side in sides}.values())
-    R = torch.linalg.qr(torch.cat([side.double() for side in unique], dim=-1), mode="r").R
-    found = dict(zip(map(id, unique), R.split([side.shape[-1] for side in unique], dim=-1)))
-    return [found[id(side)] for side in sides]
-
-
-def _drift(deltas: Sequence[Factors], weights: Sequence[float], norm: Tensor) -> Tensor:
-    """``√(Σ w_k ‖ΔW_k − W*‖²) / ‖W*‖``: how far the clients' weights lie from their mean."""
-    if all(f.U is deltas[0].U for f in deltas):  # U (V_k − V̄): one GEMM a client, and nothing cancels
-        mean = sum((w * f.V for f, w in zip(deltas, weights)), torch.zeros_like(deltas[0].V))
-        G = deltas[0].U.mT @ deltas[0].U
-        squares = [w * ((G @ (f.V - mean)) * (f.V - mean)).sum((-2, -1)).double() for f, w in zip(deltas, weights)]
-        return relative(torch.stack(squares).sum(0).clamp_min(0).sqrt(), norm)
-    spread = torch.zeros_like(norm)
-    for f, w in zip(deltas, weights):
-        U, V = f.U.double(), f.V.double()
-        spread = spread + w * ((U.mT @ U) * (V @ V.mT)).sum((-2, -1))
-    return relative((spread - norm.square()).clamp_min(0).sqrt(), norm)
-
-
-def likeness(leaves: Sequence[Tensor]) -> Tensor:
-    """Mean cosine over all pairs of clients' ``(p m r)`` leaves, ``(p)``; a leaf that is zero is like no other.
-
-    Of unit vectors the square of the sum is their number and every pair twice, so one pass over the clients suffices.
-    """
-    units = (torch.nn.functional.normalize(x.double().flatten(-2), dim=-1) for x in leaves)
-    whole, own = 0.0, 0.0
-    for unit in units:
-        whole, own = whole + unit, own + unit.square().sum(-1)
-    return ((whole.square().sum(-1) - own) / (len(leaves) * (len(leaves) - 1))).clamp(-1, 1)
-
-
-def relative(error: Tensor, norm: Tensor) -> Tensor:
-    """``error / norm``, and 0 where there is nothing to miss."""
-    return torch.where(norm > 0, error / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
 
 
 def _batch(factors: Sequence[Factors]) -> Factors:

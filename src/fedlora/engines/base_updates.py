@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedlora.linalg.factors import compacted, total
+from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors
 
 Folds = Mapping[str, tuple[Factors, ...]]  # of one round: part -> what is added to its base weight
@@ -78,4 +78,4 @@ def _summed(several: Sequence[Folds]) -> dict[str, tuple[Factors, ...]]:
     for folds in several:
         for part, factors in folds.items():
             parts.setdefault(part, []).extend(factors)
-    return {part: (compacted(total(factors)),) for part, factors in parts.items()}
+    return {part: (compact(total(factors)),) for part, factors in parts.items()}

@@ -16,7 +16,7 @@ from fedlora.engines.clients import DROPPED
 from fedlora.engines.comm.channel import Channel, Ledger
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
-from fedlora.linalg.factors import compacted, total
+from fedlora.linalg.factors import compact, total
 from fedlora.rounds import Received, Rules, Served, public
 from fedlora.security.attacks._base import succeeded
 from fedlora.security.robust._base import defended
@@ -242,7 +242,7 @@ class Loop(ABC):
         at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
             # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
-            folds = {part: (compacted(total(factors)),) for part, factors in served.folds.items()}
+            folds = {part: (compact(total(factors)),) for part, factors in served.folds.items()}
             at.folds.append(f.transport.rounded(folds))
             at.folds.settle(at.channel.held_by_all(f.clients.members))
             f.model.fold(at.folds.entries[-1])

@@ -12,8 +12,9 @@ from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.export.aggregation_errors import Report
 from fedlora.files import absent
-from fedlora.linalg.factors import total, truncated
-from fedlora.linalg.sums import HELD, distances
+from fedlora.linalg.factors import total, truncate
+from fedlora.linalg.geometry import distances
+from fedlora.linalg.sums import CACHE_LIMIT
 from fedlora.methods._base import Method, mean, terms, weighted
 from fedlora.methods.fedit import FedIT
 from fedlora.runs.config import construct, overridden
@@ -58,7 +59,7 @@ def aggregate(
     ``weights`` are shares of any sum (None: equal). ``rank`` is the output's (None: the largest there is). What a
     method folds goes into a second adapter at ``residual``, or with ``exact`` into the same one. ``engine`` says which
     device and how many threads. ``one_base`` says that the adapters' base models are one, whatever they are called.
-    Memory is one weight's factors of all adapters (none of them, beyond ``HELD`` numbers:
+    Memory is one weight's factors of all adapters (none of them, beyond ``CACHE_LIMIT`` numbers:
     then they are read anew at every pass), and the output. ``ValueError`` where the adapters do not belong together.
     """
     device = engine.prepare()
@@ -181,7 +182,7 @@ def _uploads(adapters: Sequence[AdapterFolder], rule: Method, part: str, shares:
     """Each adapter's factors of one weight, in the output's scale, and turned or cut where the method sends them so."""
     made: list[Mapping[str, Tensor]] = [_Factors(adapters, rule, part, k) for k in range(len(adapters))]
     m, n, r = adapters[0].shapes[part]
-    if len(adapters) * r * (m + n) <= HELD:  # read once; more than that is read anew at every pass
+    if len(adapters) * r * (m + n) <= CACHE_LIMIT:  # read once; more than that is read anew at every pass
         made = [dict(layer) for layer in made]
     for adapter, layer in zip(adapters, made):
         adapter.verify(part, layer)
@@ -238,7 +239,7 @@ def _judged(
     assert isinstance(lora, LoRA)
     layer: Layer = {leaf: made.layer[leaf] for leaf in "AB"}
     if rank is not None and layer["A"].shape[-2] > rank:
-        layer = lora.split(truncated(lora.delta(layer), rank))
+        layer = lora.split(truncate(lora.delta(layer), rank))
     rest = lora.split(total(made.fold)) if made.fold else None
     folds = None if rest is None else rest["A"].shape[-2]
     if exact and rest is not None:  # one adapter of the sum of the ranks

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapters import Dense, LoRA
 from fedlora.export.model_card import card
 from fedlora.files import absent, write
-from fedlora.linalg.factors import compacted, total, truncated
-from fedlora.linalg.sums import Term, distances
+from fedlora.linalg.factors import compact, total, truncate
+from fedlora.linalg.geometry import distances
+from fedlora.linalg.sums import Term
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
@@ -42,7 +43,7 @@ def export(
     tree, folder = run.tree(client), absent(out)
     model = attach_adapters(run.config, run.network())
     whole = updates(model, tree, run.folds)
-    cut = {part: truncated(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
+    cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
     about = {"client": client, "error": _cut_off(whole, cut), "ranks": sorted({f.V.shape[-2] for f in cut.values()})}
     heads = {part: tree[part] for part in model.parts if part not in whole}
     wanted = _logits(run, _played(run, model, tree, cut if rank else None))
@@ -70,7 +71,7 @@ def updates(model: Model, tree: Tree, folds: Mapping[str, Factors]) -> dict[str,
         if not isinstance(p.adapter, Dense):
             own = p.adapter.delta(tree[part])
             both = [f for f in (own, folds.get(part)) if f is not None and bool(f.U.any())]
-            found[part] = compacted(total(both)) if both else own
+            found[part] = compact(total(both)) if both else own
     return found
 
 

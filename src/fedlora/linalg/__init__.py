@@ -1,1 +1,1 @@
-"""Low-rank algebra: products, least squares, balancing."""
+"""Low-rank algebra: products of factors, sums of many, their geometry, least squares, balancing."""

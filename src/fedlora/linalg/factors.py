@@ -1,7 +1,7 @@
-"""Low-rank algebra. Everything here is pure, and exact unless its name says otherwise.
+"""Algebra of one low-rank product ``U V``: sum, scale, rank reduction, truncated SVD, nearest rotations.
 
-All functions take leading dimensions (``*stack``), so weights of one shape are handled in one call,
-and none forms an ``m × n`` matrix.
+All functions are pure and take leading dimensions (``*stack``), so weights of one shape are handled in one call. None
+forms an ``m × n`` matrix.
 """
 
 from collections.abc import Sequence
@@ -15,46 +15,46 @@ from fedlora.types import Factors
 
 
 def einsum(equation: str, *operands: Tensor) -> Tensor:
-    """``torch.einsum`` from left to right.
+    """``torch.einsum`` that contracts from left to right.
 
-    Where opt_einsum is installed (Opacus brings it), torch takes three operands in an order of its choice, which has
-    other last bits: parties would differ by what else is on their machines.
+    With opt_einsum installed (a dependency of Opacus), PyTorch reorders three operands, which changes the last bits.
+    The bits must not depend on the packages that a machine has.
     """
     with torch.backends.opt_einsum.flags(enabled=False):
         return torch.einsum(equation, *operands)
 
 
 def total(parts: Sequence[Factors]) -> Factors:
-    """The sum of products is the product of stacks: ``Σ U_k V_k = [U_1 … U_K] [V_1; …; V_K]``.
+    """The sum of products as one product of stacks: ``Σ U_k V_k = [U_1 … U_K] [V_1; …; V_K]``.
 
-    Parts that hold the very same ``V`` (or ``U``) are added instead, which keeps the inner rank small when one
-    side is common to all clients (FFA-LoRA's ``A``, both outer factors of Ravan).
+    Parts that hold the very same ``V`` (or ``U``) are added up, so the inner rank stays small if all clients share one
+    side (FFA-LoRA's ``A``, both outer factors of Ravan).
     """
-    parts = _added(parts, side=1)
-    parts = _added(parts, side=0)
+    parts = _merge(parts, side=1)
+    parts = _merge(parts, side=0)
     return Factors(torch.cat([p.U for p in parts], dim=-1), torch.cat([p.V for p in parts], dim=-2))
 
 
-def _added(parts: Sequence[Factors], side: int) -> list[Factors]:
-    """Adds up the parts whose factor number ``side`` is one and the same tensor."""
-    same: dict[int, list[Factors]] = {}
+def _merge(parts: Sequence[Factors], side: int) -> list[Factors]:
+    """Adds up the parts that hold the very same tensor as factor number ``side``."""
+    groups: dict[int, list[Factors]] = {}
     for part in parts:
-        same.setdefault(id(part[side]), []).append(part)
-    return [group[0] if len(group) == 1 else _sum(group, side) for group in same.values()]
+        groups.setdefault(id(part[side]), []).append(part)
+    return [group[0] if len(group) == 1 else _add(group, side) for group in groups.values()]
 
 
-def _sum(group: Sequence[Factors], side: int) -> Factors:
+def _add(group: Sequence[Factors], side: int) -> Factors:
     other = torch.stack([part[1 - side] for part in group]).sum(0)
     return Factors(group[0].U, other) if side == 0 else Factors(other, group[0].V)
 
 
-def scaled(f: Factors, c: float) -> Factors:
-    """``c ΔW``. The scale goes into the side that is not shared with other parts most often: ``U``."""
+def scale(f: Factors, c: float) -> Factors:
+    """``c U V``. The scale goes into ``U``, since ``V`` is shared with other parts more often."""
     return Factors(c * f.U, f.V)
 
 
-def compacted(f: Factors) -> Factors:
-    """The same product at rank ``min(m, n)`` at most: beyond it, factors would be larger than they need to be."""
+def compact(f: Factors) -> Factors:
+    """Reduces the inner rank to at most ``min(m, n)`` without changing the product."""
     m, n = f.U.shape[-2], f.V.shape[-1]
     if f.V.shape[-2] <= min(m, n):
         return f
@@ -66,7 +66,7 @@ def compacted(f: Factors) -> Factors:
 
 
 class Core(NamedTuple):
-    """A product in orthonormal coordinates: ``U V = Qu C Qvᵀ``, so norms and singular values are those of ``C``."""
+    """A product in orthonormal coordinates, ``U V = Qu C Qvᵀ``; its norm and singular values are those of ``C``."""
 
     Qu: Float[Tensor, "*stack m p"]
     C: Float[Tensor, "*stack p q"]
@@ -74,13 +74,13 @@ class Core(NamedTuple):
 
 
 def core(f: Factors) -> Core:
-    """Two thin QR factorisations: ``O((m + n) r²)`` instead of ``O(m n r)``."""
+    """Computes the core by two thin QR factorisations: ``O((m + n) r²)`` instead of ``O(m n r)``."""
     Qu, Ru = torch.linalg.qr(f.U)
     Qv, Rv = torch.linalg.qr(f.V.mT)
     return Core(Qu, Ru @ Rv.mT, Qv)
 
 
-def truncated(f: Factors, rank: int) -> Factors:
+def truncate(f: Factors, rank: int) -> Factors:
     """The best rank-``rank`` approximation (Eckart and Young 1936), with ``√S`` on both sides."""
     Qu, C, Qv = core(f)
     P, S, Qt = torch.linalg.svd(C, full_matrices=False)
@@ -88,14 +88,8 @@ def truncated(f: Factors, rank: int) -> Factors:
     return Factors((Qu @ P[..., :, :rank]) * root[..., None, :], (root[..., :, None] * Qt[..., :rank, :]) @ Qv.mT)
 
 
-def norm(f: Factors) -> Float[Tensor, "*stack"]:
-    """``‖U V‖_F`` from the core: a difference of Gram traces would cancel."""
-    found: Tensor = torch.linalg.matrix_norm(core(f).C)
-    return found
-
-
 def procrustes(M: Float[Tensor, "*stack r r"]) -> tuple[Float[Tensor, "*stack r r"], Float[Tensor, "*stack r"]]:
-    """The rotation ``R`` (determinant one) maximising ``tr(Rᵀ M)`` (Kabsch 1976), and ``M``'s spectrum."""
+    """The rotation ``R`` (determinant 1) that maximises ``tr(Rᵀ M)`` (Kabsch 1976), and ``M``'s singular values."""
     P, S, Qt = torch.linalg.svd(M)
     sign = torch.linalg.det(P @ Qt).sign()
     last = torch.ones(M.shape[:-1], dtype=M.dtype, device=M.device)
@@ -104,6 +98,6 @@ def procrustes(M: Float[Tensor, "*stack r r"]) -> tuple[Float[Tensor, "*stack r 
 
 
 def polar(M: Float[Tensor, "*stack r r"]) -> tuple[Float[Tensor, "*stack r r"], Float[Tensor, "*stack r"]]:
-    """The orthogonal matrix nearest to ``M``; and ``M``'s spectrum."""
+    """The orthogonal matrix nearest to ``M``, and ``M``'s singular values."""
     P, S, Qt = torch.linalg.svd(M)
     return P @ Qt, S

@@ -1,13 +1,13 @@
-"""The best mixes of given factors: ``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``, in Gram space.
+"""The best mixes of given factors: ``min_{p,q} ‖Σ w_k B_k A_k − (Σ p_k B_k)(Σ q_k A_k)‖_F``, from Gram matrices.
 
-Alternating least squares, until a sweep changes nothing any more. All pairwise products are taken once, in float64, and
-then no long vector is touched any more; ``passes`` has the way for many clients.
+Alternating least squares, until a sweep changes nothing. All pairwise products are computed once, in float64, and the
+sweeps need nothing else. ``matrix_free`` solves the same problem for many clients.
 
-The problem has many local optima where clients hold their factors in turned frames (``B_k R_k`` and ``R_kᵀ A_k`` for
-rotations ``R_k``): means cancel there, and sweeps from FedIT's weights end far from the best mix. Where neither side's
-factors agree, and rotating them makes them agree better, the sweeps also begin at single clients, at principal
-components, and at the mean of the factors after each is rotated towards it; the mix with the least error is taken.
-Where one side agrees, or factors differ by noise that no rotation takes away, FedIT's weights alone lead to it.
+If clients hold their factors in rotated frames (``B_k R_k`` and ``R_kᵀ A_k`` for rotations ``R_k``), means cancel, the
+problem has many local optima, and sweeps from FedIT's weights end far from the best mix. So if neither side's factors
+agree, and rotating them makes them agree better, the sweeps also start from single clients, from principal components,
+and from the mean of the factors after each is rotated towards it; the mix with the least error is used. If one side
+agrees, or the factors differ by noise that no rotation removes, sweeps from FedIT's weights are enough.
 """
 
 from typing import NamedTuple
@@ -19,16 +19,16 @@ from torch import Tensor
 from fedlora.linalg.factors import einsum, polar
 
 CUT = 1e-12  # relative: below it a direction of the normal matrix is rounding error
-STILL = 1e-6  # relative: a sweep that lowers the squared error by less of it is the last one
-ROUNDING = 1e-20  # of the squared norm of the served product: a smaller decrease is rounding error
-AGREE = 0.8  # ‖X̄‖² over the mean of ‖X_k‖²: above it on either side, the clients share a frame
-CLOSER = 1.05  # what rotating must multiply the sum of both sides' by, or the factors differ by more than their frames
-SINGLES, FINALISTS, TRIAL = 32, 8, 5  # clients to begin at, those that go on, and the sweeps that decide which
-PRINCIPAL = 4  # principal components to begin at, of each of three kinds
+STILL = 1e-6  # relative: a sweep that lowers the squared error by less is the last one
+ROUNDING = 1e-20  # of the squared norm of the target: a smaller decrease is rounding error
+AGREE = 0.8  # agreement (‖X̄‖² over the mean of ‖X_k‖²) on either side above which the clients share a frame
+CLOSER = 1.05  # factor by which rotating must raise the agreement; else the factors differ by more than their frames
+SINGLES, FINALISTS, TRIAL = 32, 8, 5  # clients to start from, the best of them, and the sweeps that select these
+PRINCIPAL = 4  # principal components to start from, of each of three kinds
 
 
-class Atoms(NamedTuple):
-    """What may be mixed, and the weights of the target ``Σ w_k B_k A_k``."""
+class ClientFactors(NamedTuple):
+    """The factors to mix, and the weights of the target ``Σ w_k B_k A_k``."""
 
     A: Float[Tensor, "*stack K r n"]
     B: Float[Tensor, "*stack K m r"]
@@ -36,30 +36,30 @@ class Atoms(NamedTuple):
 
 
 class Grams(NamedTuple):
-    """``B[k, l] = B_kᵀ B_l`` and ``A[k, l] = A_k A_lᵀ``, in float64: the objective is a small difference of them."""
+    """``B[k, l] = B_kᵀ B_l`` and ``A[k, l] = A_k A_lᵀ``, in float64, since the error is a small difference of them."""
 
     B: Float[Tensor, "*stack K K r r"]
     A: Float[Tensor, "*stack K K r r"]
 
 
 class Fit(NamedTuple):
-    """Mixes of ``L`` weights from ``S`` starts, and their squared errors, less the target's squared norm."""
+    """Mixes of ``L`` weights from ``S`` starts, and their squared errors minus the target's squared norm."""
 
     p: Float[Tensor, "L S K"]
     q: Float[Tensor, "L S K"]
     error: Float[Tensor, "L S"]
 
 
-def gram(atoms: Atoms) -> Grams:
-    """All pairwise products, as one GEMM a side in the factors' precision.
+def gram_matrices(factors: ClientFactors) -> Grams:
+    """All pairwise products, by one matrix product a side in the factors' precision.
 
-    Taken of the mean and of what lies beside it, and put together in float64: rounding is then as small as either.
+    It multiplies the mean and the deviations from it, and adds up in float64, so rounding is as small as either.
     """
-    return Grams(_pairs(atoms.B.mT, atoms.w), _pairs(atoms.A, atoms.w))
+    return Grams(_pairs(factors.B.mT, factors.w), _pairs(factors.A, factors.w))
 
 
 def _pairs(X: Tensor, w: Tensor) -> Tensor:
-    """``X_k X_lᵀ`` for all pairs of ``X (K r n)``, float64."""
+    """``X_k X_lᵀ`` of all pairs of ``X (K r n)``, float64."""
     *stack, K, r, n = X.shape
     mean = torch.einsum("k,...krn->...rn", w.to(X.dtype), X)[..., None, :, :]
     long = torch.cat([mean, X - mean], dim=-3).reshape(*stack, (K + 1) * r, n)
@@ -67,8 +67,8 @@ def _pairs(X: Tensor, w: Tensor) -> Tensor:
     return S[..., :1, :1, :, :] + S[..., :1, 1:, :, :] + S[..., 1:, :1, :, :] + S[..., 1:, 1:, :, :]
 
 
-def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``M (L S K K)`` and ``b (L S K)`` of the least squares for the mix of ``G``'s side, the other's being ``fixed``.
+def normal_equations(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``M (L S K K)`` and ``b (L S K)`` of the normal equations for the mix of ``G``'s side, with the other ``fixed``.
 
     For ``p``: ``M_kl = tr(G_B[k,l] H)`` with ``H = Σ q_k q_l G_A[k,l]``, ``b_k = Σ_j w_j tr(G_B[k,j] C_j)`` with
     ``C_j = Σ_l q_l G_A[j,l]``. For ``q`` the roles are exchanged, and the traces pair transposed blocks.
@@ -81,44 +81,44 @@ def normal(G: Tensor, other: Tensor, fixed: Tensor, w: Tensor) -> tuple[Tensor, 
 
 
 def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
-    """The best ``p`` and ``q`` (``L K``) that several starts lead to, each by at most ``sweeps`` sweeps.
+    """The best ``p`` and ``q`` (``L K``) of several starts, by at most ``sweeps`` sweeps from each.
 
-    ``whole_model``: one ``(p, q)`` for all ``L`` weights. Without sweeps, FedIT's ``p = q = w``.
+    ``whole_model``: one ``(p, q)`` for all ``L`` weights. Zero sweeps give FedIT's ``p = q = w``.
     """
     L, K = len(grams.B), len(w)
     found = sweep_from(grams, w, w.expand(L, 1, K), whole_model, sweeps)
-    odd = turned(grams, w)
-    odd = odd.any().expand(L) if whole_model else odd
-    if sweeps and K > 1 and bool(odd.any()):
-        some = Grams(grams.B[odd], grams.A[odd])
-        first = Fit(*(x[odd] for x in found))
-        best = _best(_joined(first, _other_starts(some, w, whole_model, sweeps)), some, w, whole_model)
-        for whole, part in zip(found, best):
-            whole[odd] = part
+    rotated = is_rotated(grams, w)
+    rotated = rotated.any().expand(L) if whole_model else rotated
+    if sweeps and K > 1 and bool(rotated.any()):
+        some = Grams(grams.B[rotated], grams.A[rotated])
+        first, more = Fit(*(x[rotated] for x in found)), _other_starts(some, w, whole_model, sweeps)
+        fits = Fit(*(torch.cat(pair, dim=1) for pair in zip(first, more)))
+        for whole, part in zip(found, _best(fits, w, whole_model)):
+            whole[rotated] = part
     return found.p[:, 0], found.q[:, 0]
 
 
 def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
-    """From the mean of the turned factors, principal components, and the clients that are best after a few sweeps."""
-    singles = _singles(grams, w, whole_model, min(SINGLES, len(w)))
+    """Fits from the mean of rotated factors, principal components, and the clients that are best after a few sweeps."""
+    singles = _single_starts(grams, w, whole_model, min(SINGLES, len(w)))
     tried = sweep_from(grams, w, singles, whole_model, min(TRIAL, sweeps))
     error = tried.error.sum(0, keepdim=True).expand_as(tried.error) if whole_model else tried.error
     chosen = error.argsort(dim=-1, stable=True)[:, :FINALISTS, None].expand(-1, -1, len(w))
-    more = _principal(grams, w, whole_model), _rotated(grams, w, whole_model)
+    more = _principal_starts(grams, w, whole_model), _rotation_starts(grams, w, whole_model)
     return sweep_from(grams, w, torch.cat([tried.q.gather(1, chosen), *more], dim=1), whole_model, sweeps)
 
 
-def _singles(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
-    """One client each, those with the largest share ``w_k ‖B_k A_k‖`` of the target: ``L many K``.
+def _single_starts(grams: Grams, w: Tensor, whole_model: bool, many: int) -> Tensor:
+    """Single clients with the largest share ``w_k ‖B_k A_k‖`` of the target: ``L many K``.
 
-    Clients are not told apart by their weights alone: these are often equal, and the order of clients must not matter.
+    Weights alone do not rank clients: they are often equal, and the order of clients must not matter.
     """
     share = _shares(grams, w)
     share = share.sum(0, keepdim=True).expand_as(share) if whole_model else share
     return torch.eye(len(w), dtype=w.dtype, device=w.device)[share.argsort(dim=-1, descending=True)[:, :many]]
 
 
-def _principal(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
+def _principal_starts(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
     """The first principal components of the clients, by their products and by either side's factors: ``L S K``."""
     sides = [torch.einsum("xklij,xklij->xkl", *grams), *(torch.einsum("xklii->xkl", side) for side in grams)]
     S = torch.stack(sides, dim=1) * (w[:, None] * w)
@@ -133,8 +133,8 @@ def _shares(grams: Grams, w: Tensor) -> Tensor:
     return w * torch.einsum("xkij,xkji->xk", B, A).clamp_min(0).sqrt()
 
 
-def _rotated(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
-    """The mix nearest to the mean ``Σ w_k T_kᵀ A_k`` of factors that are each rotated towards it: ``L 1 K``."""
+def _rotation_starts(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
+    """The mix nearest to the mean ``Σ w_k T_kᵀ A_k`` of factors after each is rotated towards it: ``L 1 K``."""
     L, K, _, r, _ = grams.A.shape
     T = torch.eye(r, dtype=w.dtype, device=w.device).expand(L, K, r, r)
     both = _both(grams, w)
@@ -146,14 +146,20 @@ def _rotated(grams: Grams, w: Tensor, whole_model: bool) -> Tensor:
 
 
 def _both(grams: Grams, w: Tensor) -> Tensor:
-    """The products of both sides, each over its mean ``‖X_k‖²``: a rotation acts on both alike. ``L K K r r``."""
+    """The Gram matrices of both sides, each divided by its mean ``‖X_k‖²``, added up: ``L K K r r``.
+
+    A rotation acts on both sides alike.
+    """
     sizes = [torch.einsum("k,xkkii->x", w, side).clamp_min(1e-300)[:, None, None, None, None] for side in grams]
     return grams.B / sizes[0] + grams.A / sizes[1]
 
 
-def turned(grams: Grams, w: Tensor) -> Tensor:
-    """Where neither side's factors agree, and rotating each towards the client with the largest share of the target
-    brings them closer: ``L``. Towards the mean, of which each is a part, noise would come closer, too."""
+def is_rotated(grams: Grams, w: Tensor) -> Tensor:
+    """Whether the clients' frames are rotated against each other, for each weight: ``L``.
+
+    They are if neither side's factors agree, and rotating each towards the client with the largest share of the target
+    brings them closer. Each client is a part of the mean, so rotating towards the mean would bring noise closer, too.
+    """
     apart = ~(agreement(*_norms(grams, w)) >= AGREE)
     if not bool(apart.any()):
         return apart
@@ -164,23 +170,18 @@ def turned(grams: Grams, w: Tensor) -> Tensor:
 
 
 def _norms(grams: Grams, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖X̄‖²`` and the mean of ``‖X_k‖²``, of both sides: ``2 L``."""
+    """``‖X̄‖²`` and the mean of ``‖X_k‖²`` of both sides: ``2 L``."""
     pairs = torch.stack([torch.einsum("xklii->xkl", side) for side in grams])
     return einsum("k,l,sxkl->sx", w, w, pairs), torch.einsum("k,sxkk->sx", w, pairs)
 
 
 def agreement(mean: Tensor, each: Tensor) -> Tensor:
-    """How far clients share a frame: one where a side's factors are alike, near ``1/K`` where they are all turned."""
+    """Agreement of the clients' frames: 1 if a side's factors are equal, near ``1/K`` if all frames are rotated."""
     return (mean / each.clamp_min(torch.finfo(each.dtype).tiny)).amax(0)
 
 
-def _joined(one: Fit, other: Fit) -> Fit:
-    p, q, error = (torch.cat(pair, dim=1) for pair in zip(one, other))
-    return Fit(p, q, error)
-
-
-def _best(fit: Fit, grams: Grams, w: Tensor, whole_model: bool) -> Fit:
-    """The start with the least error; of equally good ones the first."""
+def _best(fit: Fit, w: Tensor, whole_model: bool) -> Fit:
+    """Selects the start with the least error; of equally good ones the first."""
     error = fit.error.sum(0, keepdim=True).expand_as(fit.error) if whole_model else fit.error
     size = error.abs().amax(-1, keepdim=True)
     first = (error <= error.amin(-1, keepdim=True) + 1e-9 * size).double().argmax(-1)[:, None]
@@ -189,13 +190,13 @@ def _best(fit: Fit, grams: Grams, w: Tensor, whole_model: bool) -> Fit:
 
 
 def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweeps: int) -> Fit:
-    """From ``p = q =`` each start; a half-sweep can only lower the error. Ends where none changes any more."""
+    """Sweeps from ``p = q =`` each start until the error stops falling. A half-sweep can only lower it."""
     p = q = starts
     target = einsum("k,l,xklij,xklij->x", w, w, grams.B, grams.A)  # ‖W*‖² a weight
     for _ in range(sweeps):
-        p, down, _ = _step(p, *normal(grams.B, grams.A, q, w), whole_model)
-        q, more, gain = _step(q, *normal(grams.A, grams.B, p, w), whole_model)
-        p, q = balanced(p, q)
+        p, down, _ = _step(p, *normal_equations(grams.B, grams.A, q, w), whole_model)
+        q, more, gain = _step(q, *normal_equations(grams.A, grams.B, p, w), whole_model)
+        p, q = balance(p, q)
         size = target[:, None].sum(0, keepdim=True) if whole_model else target[:, None]
         if bool((down + more <= STILL * (size - gain).clamp_min(0) + ROUNDING * size.abs()).all()):
             break
@@ -203,33 +204,33 @@ def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweep
 
 
 def _error(grams: Grams, w: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    M, b = normal(grams.B, grams.A, q, w)
+    M, b = normal_equations(grams.B, grams.A, q, w)
     return ((M @ p[..., None])[..., 0] * p - 2 * p * b).sum(-1)
 
 
 def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The least-squares solution nearest to ``p`` (where ``M`` is singular, ``p`` stays); by how much the squared error
-    falls; and how far it then lies below the target's squared norm."""
+    """One least-squares solve: the solution nearest to ``p``, the decrease of the squared error, and the amount by
+    which the error is then below the target's squared norm. In singular directions of ``M``, ``p`` stays the same."""
     if whole_model:
         M, b = M.sum(0, keepdim=True), b.sum(0, keepdim=True)
     rest = b - (M @ p[: len(M), ..., None])[..., 0]
-    moved = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
-    found = p + moved
-    return found, (moved * rest).sum(-1), (found[: len(M)] * b).sum(-1)
+    step = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
+    found = p + step
+    return found, (step * rest).sum(-1), (found[: len(M)] * b).sum(-1)
 
 
-def balanced(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with ``Σ p = Σ q``, where both sums have one sign; so neither side grows unseen."""
+def balance(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Rescales to ``Σ p = Σ q`` if both sums have the same sign, so that neither side grows without bound."""
     ratio = q.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
     c = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
     return p * c, q / c
 
 
 def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor, Tensor]:
-    """The authors' way: 200 AdamW steps at 1e-2 from ones, on the error relative to the target's norm, without decay.
+    """The authors' solver: 200 AdamW steps at 1e-2 from ones, on the error relative to the target's norm, no decay.
 
-    The target is the sum ``K W*``: from ones, a product of two sums of K clients lies ``K²`` times above the mean, too
-    far for 200 steps. The mixes of the mean are those of the sum, each divided by ``√K``.
+    The target is the sum ``K W*``, since at ones the product of two sums of K clients is ``K²`` times the mean, too far
+    for 200 steps. The mixes of the mean are those of the sum, each divided by ``√K``.
     """
     L, K = (1 if whole_model else len(grams.B)), len(w)
     p, q = (torch.ones(L, K, dtype=w.dtype, device=w.device, requires_grad=True) for _ in "pq")
@@ -240,7 +241,7 @@ def adam(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tenso
     with torch.enable_grad():
         for _ in range(200):
             optimizer.zero_grad()
-            M, b = (x[:, 0] for x in normal(grams.B, grams.A, q.expand(len(grams.B), -1)[:, None], each))
+            M, b = (x[:, 0] for x in normal_equations(grams.B, grams.A, q.expand(len(grams.B), -1)[:, None], each))
             error = einsum("...k,...kl,...l->...", p, M, p) - 2 * (p * b).sum(-1)
             (error.sum() / scale.sum() if whole_model else (error / scale).sum()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -11,7 +11,7 @@ stay as they are, or the server may not see single uploads.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import Lazy, best, stacked
+from fedlora.linalg.sums import Lazy, stack, truncated_svd
 from fedlora.methods._base import Method, mean
 from fedlora.types import Outcome
 
@@ -45,7 +45,7 @@ class FedExLoRA(Method):
     def combine(self, shared, uploads):
         averaged = mean(uploads)
         residual = Lazy(len(uploads), lambda k: self._centred(uploads[k], averaged))
-        fold = stacked(residual) if self.residual_rank is None else best(residual, self.residual_rank).factors()
+        fold = stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
         return Outcome({**shared, **averaged}, fold=(fold,))
 
     def _centred(self, upload, averaged):

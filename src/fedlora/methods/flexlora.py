@@ -11,7 +11,7 @@ same product in a frame that stays); or the server may not see single uploads.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import best
+from fedlora.linalg.sums import truncated_svd
 from fedlora.methods._base import Method, mean, terms
 from fedlora.types import Outcome
 
@@ -40,5 +40,5 @@ class FlexLoRA(Method):
         rank = shared["A"].shape[-2]
         alike = len({u.turn.rank for u in uploads}) == 1
         start = mean(uploads)["A"].mT if alike else None
-        found = best(terms(self.adapter, uploads), rank, start).factors()
+        found = truncated_svd(terms(self.adapter, uploads), rank, start).factors()
         return Outcome({**shared, **self.adapter.padded(self.adapter.split(found), rank)})

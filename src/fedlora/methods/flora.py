@@ -11,7 +11,7 @@ should go on from warm factors and optimiser moments: every round starts afresh.
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import stacked
+from fedlora.linalg.sums import stack
 from fedlora.methods._base import Method, terms
 from fedlora.types import Outcome
 
@@ -41,4 +41,4 @@ class FLoRA(Method):
         return self.adapter.leading(fresh, turn.rank)
 
     def combine(self, shared, uploads):
-        return Outcome(shared, fold=(stacked(terms(self.adapter, uploads)),))
+        return Outcome(shared, fold=(stack(terms(self.adapter, uploads)),))

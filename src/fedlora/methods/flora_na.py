@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.least_squares import Atoms, Grams, adam, als, gram
-from fedlora.linalg.passes import best_mixes, streamed
-from fedlora.linalg.sums import HELD, Lazy
+from fedlora.linalg.least_squares import ClientFactors, Grams, adam, als, gram_matrices
+from fedlora.linalg.matrix_free import solve, solve_streaming
+from fedlora.linalg.sums import CACHE_LIMIT, Lazy
 from fedlora.methods._base import Method
 from fedlora.types import Layer, Outcome, Upload
 
@@ -72,22 +72,22 @@ class FLoRANA(Method):
             return {part: self._alone(shared[part], uploads[part]) for part in shared}
         parts = list(shared)
         mixed = [self._mixed(shared[part], uploads[part]) for part in parts]
-        atoms = [atoms_of(*each) for each in mixed]
+        factors = [_stack(*each) for each in mixed]
         # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve does.
-        grams = [gram(a) for a in atoms]
+        grams = [gram_matrices(f) for f in factors]
         sizes = [g.B.shape[:-4].numel() for g in grams]
         all_grams = Grams(*(torch.cat([side.reshape(-1, *side.shape[-4:]) for side in s]) for s in zip(*grams)))
-        w = atoms[0].w
+        w = factors[0].w
         p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
         mixes = zip(p.split(sizes), q.split(sizes))
         return {part: serve(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
 
     def _alone(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         layers, w = self._mixed(shared, uploads)
-        if len(layers) * sum(x.numel() for x in shared.values()) <= HELD:
-            return serve(shared, layers, *best_mixes(atoms_of(layers, w), self.sweeps))
+        if len(layers) * sum(x.numel() for x in shared.values()) <= CACHE_LIMIT:
+            return serve(shared, layers, *solve(_stack(layers, w), self.sweeps))
         A, B = (Lazy(len(layers), lambda k, leaf=leaf: layers[k][leaf]) for leaf in "AB")
-        return serve(shared, layers, *streamed(A, B, w, self.sweeps))
+        return serve(shared, layers, *solve_streaming(A, B, w, self.sweeps))
 
     def _mixed(self, shared: Layer, uploads: Sequence[Upload]) -> tuple[list[Layer], Tensor]:
         """What may be mixed, and its weights in the target."""
@@ -97,10 +97,10 @@ class FLoRANA(Method):
         return layers, torch.tensor(w, dtype=torch.float64, device=shared["A"].device)
 
 
-def atoms_of(layers: Sequence[Layer], w: Tensor) -> Atoms:
-    """All factors in memory, stacked."""
+def _stack(layers: Sequence[Layer], w: Tensor) -> ClientFactors:
+    """Stacks all factors in memory."""
     A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
-    return Atoms(A, B, w)
+    return ClientFactors(A, B, w)
 
 
 def serve(shared: Layer, layers: Sequence[Layer], p: Tensor, q: Tensor) -> Outcome:

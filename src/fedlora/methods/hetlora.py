@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import sizes
+from fedlora.linalg.geometry import norms
 from fedlora.methods._base import Method
 from fedlora.types import Outcome
 
@@ -69,7 +69,7 @@ class HetLoRA(Method):
 
     def combine(self, shared, uploads):
         rank = shared["A"].shape[-2]
-        own = sizes([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
+        own = norms([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
         w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
         everything = own.sum(0)
         p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import Term, applied
+from fedlora.linalg.sums import Term, apply
 from fedlora.methods._base import Method, mean
 from fedlora.types import Outcome
 
@@ -45,7 +45,7 @@ class LoRAFAIR(Method):
     def combine(self, shared, uploads):
         averaged = mean(uploads)
         A, B = averaged["A"], averaged["B"]
-        missed = applied((Term(u.weight, u.layer["B"] - B, u.layer["A"] - A) for u in uploads), A.mT)  # E Āᵀ
+        missed = apply((Term(u.weight, u.layer["B"] - B, u.layer["A"] - A) for u in uploads), A.mT)  # E Āᵀ
         G = (A.double() @ A.double().mT) + self.mu * torch.eye(A.shape[-2], dtype=torch.float64, device=A.device)
         correction = missed.double() @ torch.linalg.pinv(G, rtol=CUT, hermitian=True)
         return Outcome({**shared, "A": A, "B": B + correction.to(B.dtype)})

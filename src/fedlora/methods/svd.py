@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.balancing import anchored, balanced, rotated, swept
-from fedlora.linalg.sums import Lazy, Term, best, stacked
+from fedlora.linalg.balancing import anchor, balance, refine, rotate
+from fedlora.linalg.sums import Lazy, Term, stack, truncated_svd
 from fedlora.methods._base import Method, mean, terms
 from fedlora.types import Outcome
 
@@ -63,7 +63,7 @@ class BestRank(Method):
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
             return Outcome(layer)
-        return Outcome(layer, fold=(stacked([*exact, Term(-s, B, A)]),))
+        return Outcome(layer, fold=(stack([*exact, Term(-s, B, A)]),))
 
     def _wide(self, upload, rank):
         return upload._replace(layer=self.adapter.padded(upload.layer, rank))
@@ -71,8 +71,8 @@ class BestRank(Method):
     def _served(self, goal, means, rank):
         A, B = means["A"], means["B"]
         if self.sweeps:
-            return swept(goal, A, B, self.sweeps)
-        found = best(goal, rank, A.mT)
+            return refine(goal, A, B, self.sweeps)
+        found = truncated_svd(goal, rank, A.mT)
         if self.gauge == "anchor":
-            return anchored(found, A, B)
-        return rotated(*balanced(found, rank), A, B) if self.gauge == "rotation" else balanced(found, rank)
+            return anchor(found, A, B)
+        return rotate(*balance(found, rank), A, B) if self.gauge == "rotation" else balance(found, rank)

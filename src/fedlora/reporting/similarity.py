@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import LoRA
+from fedlora.linalg.geometry import mean_cosine, mean_principal_angle
 from fedlora.runs.config import ConfigError
-from fedlora.runs.counterfactual import principal_angle
 from fedlora.runs.folder import RunFolder
 from fedlora.seeds import derived
 from fedlora.types import Layer
@@ -57,16 +57,9 @@ def _of_weight(layers: Sequence[Layer], start: Tensor | None) -> dict[str, float
     if len({tuple(layer["A"].shape) for layer in layers}) > 1:
         raise ConfigError("the clients differ in rank, and factors of different ranks cannot be compared.")
     A, B = (torch.stack([layer[leaf].double() for layer in layers]) for leaf in "AB")
-    angles = {f"{leaf} angle": degrees(principal_angle(x)) for leaf, x in (("A", A.mT), ("B", B))}
-    found = {"A": _cosine(A), "B": _cosine(B), **angles}
-    return found if start is None else {**found, "A change": _cosine(A - start.double())}
-
-
-def _cosine(x: Tensor) -> float:
-    """Mean over pairs of ``(K, ., .)``; a factor that is zero is like no other."""
-    flat = torch.nn.functional.normalize(x.flatten(1), dim=1)
-    pairs = torch.triu_indices(len(x), len(x), 1)
-    return float((flat @ flat.T)[pairs[0], pairs[1]].mean())
+    angles = {f"{leaf} angle": degrees(mean_principal_angle(x)) for leaf, x in (("A", A.mT), ("B", B))}
+    found = {"A": float(mean_cosine(A.unbind())), "B": float(mean_cosine(B.unbind())), **angles}
+    return found if start is None else {**found, "A change": float(mean_cosine((A - start.double()).unbind()))}
 
 
 def means(weights: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

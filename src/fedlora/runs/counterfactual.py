@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import Term, distances
+from fedlora.linalg.geometry import distances, joint_cores, mean_principal_angle
+from fedlora.linalg.sums import Term, stack
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, server_turn, weights_of
 from fedlora.types import Layer, Tree, Work
@@ -81,10 +81,8 @@ def _moved(layer: Layer, ends: Sequence[Layer], weights: Sequence[float]) -> flo
 def _tail(exact: Mapping[str, Sequence[Term]], rank: int) -> float:
     cut = whole = 0.0
     for terms in exact.values():
-        U = torch.cat([t.c * t.U.double() for t in terms], dim=-1)
-        V = torch.cat([t.V.double() for t in terms], dim=-2)
-        R = torch.linalg.qr(U, mode="r").R @ torch.linalg.qr(V.mT, mode="r").R.mT
-        squares = torch.linalg.svdvals(R).square()
+        (core,) = joint_cores([stack(t._replace(U=t.U.double(), V=t.V.double()) for t in terms)])
+        squares = torch.linalg.svdvals(core).square()
         cut, whole = cut + float(squares[rank:].sum()), whole + float(squares.sum())
     return cut / whole if whole else 0.0
 
@@ -94,12 +92,5 @@ def _angle(ends: Mapping[str, Sequence[Layer]], leaf: str) -> float:
     found = []
     for layers in ends.values():
         tall = torch.stack([x[leaf].double() if leaf == "B" else x[leaf].double().mT for x in layers])
-        found.append(principal_angle(tall))
+        found.append(mean_principal_angle(tall))
     return float(torch.rad2deg(torch.tensor(sum(found) / len(found))))
-
-
-def principal_angle(tall: Tensor) -> float:
-    """Mean principal angle over all pairs of the ``k`` column spaces of ``(k m r)``, in radians."""
-    Q = torch.linalg.qr(tall).Q
-    pairs = torch.triu_indices(len(Q), len(Q), 1)
-    return float(torch.linalg.svdvals(Q[pairs[0]].mT @ Q[pairs[1]]).clamp(0, 1).acos().mean())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Adapter, Dense
-from fedlora.linalg.factors import compacted, total
+from fedlora.linalg.factors import compact, total
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules
 from fedlora.seeds import derived
@@ -217,7 +217,7 @@ class Model:
             update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
             weight = module.base.weight
             if self.overlay or not weight.is_floating_point():
-                module.overlay = compacted(total([module.overlay, update]) if module.overlay else update)
+                module.overlay = compact(total([module.overlay, update]) if module.overlay else update)
                 continue
             self._pretrained.setdefault(path, weight.detach().clone())
             delta = update.dense().to(weight.dtype)

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.flower.strategy.order import Order
 from fedlora.flower.strategy.peft_state import fold_arrays, folds_of
-from fedlora.linalg.factors import compacted, total
+from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree
 
 STATE, KEPT, SETTLED, RECENT = "fedlora", "fedlora.kept", "fedlora.settled", "fedlora.recent"
@@ -86,4 +86,4 @@ def summed(*several: Mapping[str, Factors]) -> dict[str, Factors]:
     for folds in several:
         for part, factors in folds.items():
             parts.setdefault(part, []).append(factors)
-    return {part: compacted(total(factors)) for part, factors in parts.items()}
+    return {part: compact(total(factors)) for part, factors in parts.items()}
