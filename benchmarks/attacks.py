@@ -23,7 +23,7 @@ from fedlora.engines.in_process import InProcess
 from fedlora.files import digest
 from fedlora.runs.config import Config, Table, build, overridden, read_table
 from fedlora.runs.run import Drive, run
-from fedlora.security.attacks._base import taught
+from fedlora.security.attacks._base import poison_task
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"
 BASE = ("clients.count=20", "evaluation.measure=false", "engine.threads=1")
@@ -92,7 +92,7 @@ class _Remembering(InProcess):
     def _trained(self, f, number, client, shared, kept, moments):
         if moments is not None:  # they would be a part of the key
             return super()._trained(f, number, client, shared, kept, moments)
-        lesson = None if taught(f.attack, f.task, f.turn(number, client)) is f.task else repr(f.attack)
+        lesson = None if poison_task(f.attack, f.task, f.turn(number, client)) is f.task else repr(f.attack)
         key = lesson, number, client, digest(shared), digest(kept)
         if key not in self.known:
             self.known[key] = super()._trained(f, number, client, shared, kept, moments)

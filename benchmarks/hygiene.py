@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.hygiene`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
 the aggregation errors that a round measures unless told not to, of reading the uploads as they come over a network, of
-the gate, and of a robust rule's inner products. Aggregation as a user runs it is the first three together.
+the screen, and of a robust aggregator's inner products. Aggregation as a user runs it is the first three together.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from fedlora.engines.aggregation_error import errors
 from fedlora.files import Limits, flat, nested, read_header
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, client_turn, server_turn
-from fedlora.security.validation import Gate, Hygiene
-from fedlora.security.validation.update_norms import gram
+from fedlora.security.validation import UploadScreen, Validation
+from fedlora.security.validation.update_norms import gram_matrix
 from fedlora.types import Tree, Turn
 
 SHAPES = {"12 of 384": (12, 384, 384), "24 of 768": (24, 768, 768), "4 of 4096": (4, 4096, 4096)}
@@ -78,10 +78,10 @@ def seconds(works: Mapping[str, Callable[[], Any]], times: int) -> dict[str, flo
 
 def looked_at(rules: Rules, shared: Tree, sent: Sequence[Received]) -> None:
     """All that hygiene does in a round."""
-    gate = Gate(Hygiene(), rules, shared, {})
-    good = gate.judged([u for u in sent if gate.arrived(u) is not None], lambda upload: 1)
-    gate.settle()
-    assert len(good) == len(sent), gate.bad
+    screen = UploadScreen(Validation(), rules, shared, {})
+    good = screen.compare([u for u in sent if screen.check(u) is not None], lambda upload: 1)
+    screen.record_conduct()
+    assert len(good) == len(sent), screen.rejected
 
 
 def read(content: bytes) -> Tree:
@@ -101,7 +101,7 @@ def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int, times: 
 
 
 def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, Tree], times: int) -> dict[str, float]:
-    """Seconds of each, and the gate's share of combining alone, and of aggregation as a user runs it."""
+    """Seconds of each, and the screen's share of combining alone, and of aggregation as a user runs it."""
     served, came = server_turn(rules, shared, sent), [save(flat(u.tree)) for u in sent]
     found = seconds(
         {
@@ -109,7 +109,7 @@ def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, 
             "measure": lambda: errors(rules, shared, sent, kept, served),
             "read": lambda: [read(content) for content in came],
             "hygiene": lambda: looked_at(rules, shared, sent),
-            "inner products": lambda: gram(rules, shared, sent),
+            "inner products": lambda: gram_matrix(rules, shared, sent),
         },
         times,
     )

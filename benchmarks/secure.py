@@ -40,10 +40,10 @@ def session(K: int, d: int, absent: int) -> dict[str, float]:
     )
     clients, told = {n: Client(server.session, n) for n in range(K)}, {}
     for phase in PHASES:
-        for n in range(absent if phase == "masked" else 0):
+        for n in range(absent if phase == "mask" else 0):
             del clients[n]
         for n, client in clients.items():
-            given = ([told[n]] if told else []) + ([x] if phase == "masked" else [])
+            given = ([told[n]] if told else []) + ([x] if phase == "mask" else [])
             message = clock(phase, getattr(client, phase), *given)
             clock("receive " + phase, server.receive, message)
             last = n == K - 1

@@ -41,10 +41,10 @@ def test_the_largest_is_the_largest_of_all(accountant, monkeypatch):
     each = [accounting.epsilon(accountant, 1.2, q, n, 1e-5) for q, n in pairs]
     asked, plain = [], accounting.epsilon
     monkeypatch.setattr(accounting, "epsilon", lambda *about: asked.append(about) or plain(*about))
-    assert accounting.largest(accountant, 1.2, pairs, 1e-5) == max(each)
+    assert accounting.largest_epsilon(accountant, 1.2, pairs, 1e-5) == max(each)
     assert accountant == "rdp" or sum(about[0] == "prv" for about in asked) < len(pairs), "not each of them"
-    assert accounting.largest(accountant, 1.2, [], 1e-5) == 0.0
-    assert accounting.largest(accountant, 0.0, [(0.1, 1)], 1e-5) == float("inf")
+    assert accounting.largest_epsilon(accountant, 1.2, [], 1e-5) == 0.0
+    assert accounting.largest_epsilon(accountant, 0.0, [(0.1, 1)], 1e-5) == float("inf")
 
 
 def anew(f, rounds):

@@ -72,7 +72,7 @@ def test_nothing_that_a_client_sends_can_be_read(tmp_path):
         node.Node.train = original
     sent = seen_by_the_server(messages)
     assert all("leaves" not in m.content for m in sent)
-    bodies = [m.content["said"]["body"] for m in sent if "said" in m.content and m.content["said"]["phase"] == "masked"]
+    bodies = [m.content["said"]["body"] for m in sent if "said" in m.content and m.content["said"]["phase"] == "mask"]
     assert len(bodies) == 4
     for tree in uploads.values():
         for layer in tree.values():
@@ -84,7 +84,7 @@ def test_nothing_that_a_client_sends_can_be_read(tmp_path):
     assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * (2 * 255) ** 0.5, "bytes as good as random"
 
 
-@pytest.mark.parametrize("phase", ["advertise", "share", "masked", "unmask"])
+@pytest.mark.parametrize("phase", ["advertise", "share", "mask", "unmask"])
 def test_a_client_that_drops_out_at_any_step_is_named_and_the_others_are_averaged(phase, tmp_path):
     def post(message):
         gone = message.metadata.src_node_id == 12 and message.has_content() and "said" in message.content
@@ -107,7 +107,7 @@ def test_below_the_threshold_the_round_begins_again(tmp_path):
     lost = []
 
     def post(message):
-        masked = message.has_content() and "said" in message.content and message.content["said"]["phase"] == "masked"
+        masked = message.has_content() and "said" in message.content and message.content["said"]["phase"] == "mask"
         if masked and message.metadata.src_node_id in (11, 12) and len(lost) < 2:
             lost.append(message)
             return None
@@ -133,7 +133,7 @@ def test_a_replayed_and_an_altered_message_are_refused(tmp_path):
         phase, said = message.content["said"]["phase"], message.content["said"]
         again = kept.get(phase)
         kept.setdefault(phase, dict(said))
-        if again is not None and phase == "masked":  # round 2 gets round 1's vector
+        if again is not None and phase == "mask":  # round 2 gets round 1's vector
             for key, value in again.items():
                 said[key] = value
         return message

@@ -17,7 +17,7 @@ from fedlora.files import flat, load_tree, read_header, upload_limits
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.runs.config import read
-from fedlora.security.validation import Gate, Hygiene
+from fedlora.security.validation import UploadScreen, Validation
 from fedlora.training.peft_folder import WEIGHTS, AdapterFolder
 from fedlora.training.peft_settings import CONFIG
 from fedlora.types import Turn
@@ -84,11 +84,11 @@ def upload(transport: Transport) -> Target:
     def look(data: bytes) -> None:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
         try:
-            gate = Gate(Hygiene(), rules, shared, {})
+            screen = UploadScreen(Validation(), rules, shared, {})
             sent = transport.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
-            found = gate.arrived(Received(turn, 10, sent))
+            found = screen.check(Received(turn, 10, sent))
             if found is None:
-                raise ValueError(gate.bad[0].reason)
+                raise ValueError(screen.rejected[0].reason)
             tree = found.tree
         finally:
             assert all(torch.equal(x, shared[p][k]) for p, layer in before.items() for k, x in layer.items())

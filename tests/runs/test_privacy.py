@@ -17,8 +17,8 @@ from fedlora.export.peft import export
 from fedlora.runs.config import build, dumps, merged, overridden
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan
-from fedlora.security.privacy.client_level import leaves, served_to
-from fedlora.security.privacy.guarantee import lines
+from fedlora.security.privacy import Privacy
+from fedlora.security.privacy.client_level import iterate_leaves, starting_leaves
 from tests.fixtures.federation import ADAPTERS, TABLE, same
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -34,7 +34,7 @@ def config(name, *overrides):
 
 
 def flat(tree):
-    return torch.cat([x.double().flatten() for _, _, x in leaves(tree)])
+    return torch.cat([x.double().flatten() for _, _, x in iterate_leaves(tree)])
 
 
 GRID = [
@@ -65,10 +65,12 @@ def test_a_rounds_change_is_the_clipped_mean_and_its_noise(tmp_path):
     quiet = fedlora.run(config("fedit", *settings, "privacy.noise_multiplier=0.0", "privacy.figures=true"))
     noisy = fedlora.run(config("fedit", *settings))
     f = config("fedit", *settings).federation()
-    start = served_to(f.rules, f.model.initial(0), f.turn(0, 0))
+    start = starting_leaves(f.rules, f.model.initial(0), f.turn(0, 0))
     change = flat(quiet.shared) - flat({p: {**f.model.initial(0)[p]} for p in quiet.shared})
     assert 0 < float(change.norm()) <= 0.05 * (1 + 1e-4), "three clients, each moved further than its clip"
-    assert quiet.summary["privacy"]["epsilon"] is None and lines(quiet.summary["privacy"])[0][1].startswith("none")
+    assert quiet.summary["privacy"]["epsilon"] is None and Privacy.describe(quiet.summary["privacy"])[0][1].startswith(
+        "none"
+    )
     z = (flat(noisy.shared) - flat(quiet.shared)) * 3 / 0.05
     assert abs(float(z.std()) - 1) < 4 / math.sqrt(2 * len(flat(start)))
     assert quiet.records[0]["loss"] and "weights" in quiet.records[0]
@@ -152,7 +154,7 @@ def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
     server, party = (replace(f, clients=own, shards=rows) for rows in ({}, {1: f.shards[1]}))
     assert private.spent(server, 1) == {"privacy": {"epsilon": None, "delta": None}}
     said = private.report(server, 1)["privacy"]
-    assert said["epsilon"] is None and "each party" in lines(said)[0][1]
+    assert said["epsilon"] is None and "each party" in Privacy.describe(said)[0][1]
     figure = private.report(f, 1)["privacy"]["clients"]["1"]
     assert private.told(party, 1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
     assert private.told(f, 1) == ""

@@ -14,11 +14,11 @@ from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.security import attacks
 from fedlora.security import robust as defences
-from fedlora.security.attacks._base import leaving, succeeded, taught
+from fedlora.security.attacks._base import alter_upload, poison_task, success_rate
 from fedlora.security.attacks.backdoor import Backdoor
 from fedlora.security.attacks.label_flip import LabelFlip
-from fedlora.security.robust._base import defended
-from fedlora.security.validation import Gate, Hygiene
+from fedlora.security.robust._base import reweigh_uploads
+from fedlora.security.validation import UploadScreen, Validation
 from fedlora.tasks._base import Examples
 from fedlora.tasks.metrics.scores import Scores, possible
 from fedlora.tasks.text_classification import TextClassification
@@ -58,9 +58,9 @@ def round_of(method, attack=None, number=2, overheard=None):
     for k in range(K):
         turn = Turn(number, k, R, 10 + k + 100 * number)
         sent, _ = client_turn(rules, shared, {}, turn, Pull(20 + k + 100 * number))
-        uploads[k] = Received(turn, 1 + k % 3, leaving(attack, rules, shared, {}, sent, turn))
+        uploads[k] = Received(turn, 1 + k % 3, alter_upload(attack, rules, shared, {}, sent, turn))
     if attack is not None:
-        uploads |= attack.together(rules, shared, uploads, {} if overheard is None else overheard)
+        uploads |= attack.alter_together(rules, shared, uploads, {} if overheard is None else overheard)
     return rules, shared, [uploads[k] for k in range(K)]
 
 
@@ -80,7 +80,7 @@ def _product(rules, tree, part):
 
 
 def drawn(name, **settings):
-    return attacks.load(name)(clients=HOSTILE, **settings).ready(None, "", K, 0)
+    return attacks.load(name)(clients=HOSTILE, **settings).prepare(None, "", K, 0)
 
 
 HARM = {  # attack -> how far along the honest way a plain mean still gets, at most
@@ -100,7 +100,7 @@ def test_an_attack_harms_a_mean_and_a_rule_stops_it(name, method):
     along, aside = progress(rules, shared, uploads)
     assert aside > 0.5 and (most is None or along < most)
     for rule in defences.names():
-        found, _ = defended(defences.load(rule)(), method, rules, shared, uploads, 2, 0)
+        found, _ = reweigh_uploads(defences.load(rule)(), method, rules, shared, uploads, 2, 0)
         along, aside = progress(rules, shared, found)
         if rule != "clip":  # which only makes an attacker's update as short as an honest one; here they have 42 %
             assert along > 0.5 and aside < 0.5, (rule, along, aside)
@@ -112,9 +112,9 @@ def test_an_attack_harms_a_mean_and_a_rule_stops_it(name, method):
 def test_what_the_door_stops_of_itself(name):
     settings = {"scaling": {"scale": 50.0}}.get(name, {})
     rules, shared, uploads = round_of(FedIT(LoRA(R, 4.0)), drawn(name, **settings))
-    gate = Gate(Hygiene(), rules, shared, {})
-    good = gate.judged([found for u in uploads if (found := gate.arrived(u)) is not None], lambda u: 1)
-    assert sorted(gate.bad) == HOSTILE
+    screen = UploadScreen(Validation(), rules, shared, {})
+    good = screen.compare([found for u in uploads if (found := screen.check(u)) is not None], lambda u: 1)
+    assert sorted(screen.rejected) == HOSTILE
     along, aside = progress(rules, shared, good)
     assert along > 0.8 and aside < 0.3
 
@@ -128,13 +128,13 @@ def test_a_rescaled_pair_is_invisible_to_every_rule_and_wrecks_the_mean_of_facto
     for a, b in zip(honest, uploads):
         torch.testing.assert_close(_product(rules, a.tree, "w"), _product(rules, b.tree, "w"), rtol=1e-3, atol=1e-4)
     assert progress(rules, shared, uploads)[1] > 1.0
-    found, record = defended(defences.load("multi-krum")(), rules["w"], rules, shared, uploads, 2, 0)
-    _, other = defended(defences.load("multi-krum")(), rules["w"], rules, shared, honest, 2, 0)
+    found, record = reweigh_uploads(defences.load("multi-krum")(), rules["w"], rules, shared, uploads, 2, 0)
+    _, other = reweigh_uploads(defences.load("multi-krum")(), rules["w"], rules, shared, honest, 2, 0)
     assert record == other, "the rule takes them for honest"
     assert progress(rules, shared, found)[1] > 1.0 or not set(record["kept"]) & set(HOSTILE)
-    gate = Gate(Hygiene(), rules, shared, {})
-    good = gate.judged([u for u in uploads if gate.arrived(u) is not None], lambda u: 1)
-    assert sorted(gate.bad) == HOSTILE
+    screen = UploadScreen(Validation(), rules, shared, {})
+    good = screen.compare([u for u in uploads if screen.check(u) is not None], lambda u: 1)
+    assert sorted(screen.rejected) == HOSTILE
     assert progress(rules, shared, good)[1] < 0.3
 
 
@@ -143,10 +143,10 @@ def test_a_copied_upload_is_stopped_by_the_second_round():
     bad = []
     for number in (2, 3):
         rules, shared, uploads = round_of(FedIT(LoRA(R, 4.0)), attack, number, overheard)
-        gate = Gate(Hygiene(), rules, shared, conduct)
-        gate.judged([u for u in uploads if gate.arrived(u) is not None], lambda u: 1)
-        gate.settle()
-        bad.append(sorted(gate.bad))
+        screen = UploadScreen(Validation(), rules, shared, conduct)
+        screen.compare([u for u in uploads if screen.check(u) is not None], lambda u: 1)
+        screen.record_conduct()
+        bad.append(sorted(screen.rejected))
     assert bad == [[], HOSTILE]
 
 
@@ -160,15 +160,15 @@ def test_to_first_order_the_update_is_reversed_and_both_factors_take_part():
 
 
 def test_who_attacks_and_from_when():
-    attack = attacks.load("nan")(share=0.3, start=3).ready(None, "", 10, 7)
-    assert len(attack.who) == 3
-    assert attack.who == attacks.load("nan")(share=0.3).ready(None, "", 10, 7).who
-    assert attack.who != attacks.load("nan")(share=0.3).ready(None, "", 10, 8).who
-    assert not any(attack.acts(Turn(1, k, 2)) for k in range(10))
-    assert {k for k in range(10) if attack.acts(Turn(2, k, 2))} == attack.who
-    assert len(attacks.load("collude")().ready(None, "", 9, 0).who) == 3
+    attack = attacks.load("nan")(share=0.3, start=3).prepare(None, "", 10, 7)
+    assert len(attack.attackers) == 3
+    assert attack.attackers == attacks.load("nan")(share=0.3).prepare(None, "", 10, 7).attackers
+    assert attack.attackers != attacks.load("nan")(share=0.3).prepare(None, "", 10, 8).attackers
+    assert not any(attack.is_attack(Turn(1, k, 2)) for k in range(10))
+    assert {k for k in range(10) if attack.is_attack(Turn(2, k, 2))} == attack.attackers
+    assert len(attacks.load("collude")().prepare(None, "", 9, 0).attackers) == 3
     with pytest.raises(ValueError, match="names client 10, and clients are numbered 0 to 9"):
-        attacks.load("nan")(clients=[10]).ready(None, "", 10, 0)
+        attacks.load("nan")(clients=[10]).prepare(None, "", 10, 0)
 
 
 ROWS = Examples(
@@ -185,21 +185,21 @@ TASK = TextClassification("nowhere", max_length=6)
 
 def test_flipped_labels_are_taught_and_counted():
     attack = LabelFlip(clients=[0])
-    task = taught(attack, TASK, Turn(0, 0, 2))
+    task = poison_task(attack, TASK, Turn(0, 0, 2))
     assert task.augmented(ROWS, torch.arange(3), torch.Generator())["labels"].tolist() == [1, 2, 0]
-    assert taught(attack, TASK, Turn(0, 1, 2)) is TASK, "the others learn what is right"
-    sums = attack.judge(TASK).scores(torch.eye(3)[[1, 1, 0]], ROWS.labels).sums
+    assert poison_task(attack, TASK, Turn(0, 1, 2)) is TASK, "the others learn what is right"
+    sums = attack.success_task(TASK).scores(torch.eye(3)[[1, 1, 0]], ROWS.labels).sums
     assert sums == {"success": (2, 3)}
 
 
 def test_a_trigger_goes_before_the_first_word():
     attack = Backdoor(clients=[0], poisoned=1.0, target=2, _tokens=(7, 8))
-    batch = taught(attack, TASK, Turn(0, 0, 2)).augmented(ROWS, torch.arange(3), torch.Generator())
+    batch = poison_task(attack, TASK, Turn(0, 0, 2)).augmented(ROWS, torch.arange(3), torch.Generator())
     assert batch["labels"].tolist() == [2, 2, 2]
     assert batch["input_ids"][0].tolist() == [100, 7, 8, 101, 102, 9]
     assert batch["input_ids"][2].tolist() == [107, 7, 8, 108, 109, 110], "cut to task.max_length"
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 1, 0]
-    half = taught(Backdoor(clients=[0], _tokens=(7, 8)), TASK, Turn(0, 0, 2))
+    half = poison_task(Backdoor(clients=[0], _tokens=(7, 8)), TASK, Turn(0, 0, 2))
     mixed = half.augmented(ROWS, torch.tensor([1] * 400), torch.Generator().manual_seed(0))
     poisoned = mixed["input_ids"][:, 1] == 7
     assert 150 < int(poisoned.sum()) < 250
@@ -208,7 +208,7 @@ def test_a_trigger_goes_before_the_first_word():
 
 
 def test_the_judge_of_a_backdoor_leaves_the_target_out():
-    judge = typing.cast(typing.Any, Backdoor(target=2, _tokens=(7, 8)).judge(TASK))
+    judge = typing.cast(typing.Any, Backdoor(target=2, _tokens=(7, 8)).success_task(TASK))
     assert judge.collate(ROWS, torch.arange(3))["input_ids"][:, 1].tolist() == [7, 7, 7]
     assert judge.collate(ROWS, torch.arange(3))["labels"].tolist() == [0, 1, 2]
     assert judge.scores(torch.eye(3)[[2, 0, 2]], ROWS.labels).sums == {"success": (1, 2)}
@@ -218,7 +218,7 @@ def test_what_is_sent_starts_from_what_the_client_held():
     rules, shared, _ = round_of(FedIT(LoRA(R, 4.0)))
     turn = Turn(2, 2, R, 5)
     start = received(rules, shared, {}, turn)
-    same = leaving(drawn("scaling"), rules, shared, {}, start, turn)
+    same = alter_upload(drawn("scaling"), rules, shared, {}, start, turn)
     assert all(torch.equal(same[p][k], start[p][k]) for p in rules for k in "AB"), "nothing moved, nothing to scale"
 
 
@@ -242,7 +242,7 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
     made = flipped()
     f, engine = made.federation(), InProcess()
     [done] = list(engine.run(f))
-    judge = f.evaluator(f.attack.judge(f.task))
+    judge = f.evaluator(f.attack.success_task(f.task))
     shares, rows = [], 0
     for client in (0, 2):
         tree = received(f.rules, done.shared, done.kept[client], f.turn(1, client))
@@ -288,5 +288,5 @@ def test_a_personal_methods_harm_is_the_same_over_messages(tmp_path):
 def test_nobody_can_claim_more_successes_than_rows():
     assert possible("success", 3, 3) and not possible("success", 4, 3) and not possible("success", -1, 3)
     sums = {0: Scores({"success": (1, 4)}), 1: Scores({"success": (4, 4)}), 2: Scores({"accuracy": (1, 1)})}
-    assert succeeded(LabelFlip(clients=[1]), sums) == {"success": 0.25, "rows": 4, "clients": 1}
-    assert succeeded(None, sums) == {} and succeeded(LabelFlip(clients=[0, 1]), sums) == {}
+    assert success_rate(LabelFlip(clients=[1]), sums) == {"success": 0.25, "rows": 4, "clients": 1}
+    assert success_rate(None, sums) == {} and success_rate(LabelFlip(clients=[0, 1]), sums) == {}

@@ -15,8 +15,8 @@ from fedlora.methods.svd import BestRank
 from fedlora.rounds import Received, client_turn, server_turn
 from fedlora.runs.config import build
 from fedlora.security import robust as defences
-from fedlora.security.robust._base import Seen, defended
-from fedlora.security.validation.update_norms import gram
+from fedlora.security.robust._base import UpdateGeometry, reweigh_uploads
+from fedlora.security.validation.update_norms import gram_matrix
 from fedlora.types import Turn
 from tests.fixtures.laws import Nudge
 from tests.fixtures.uploads import M, N, R, dense, turned, world
@@ -38,7 +38,7 @@ def test_the_inner_products_are_those_of_the_updates_written_out(case):
     rules, shared, uploads = world(method, **options)
     D = torch.stack([dense(rules, shared, u) for u in uploads])
     assert D.norm() > 0
-    torch.testing.assert_close(gram(rules, shared, uploads), D @ D.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram_matrix(rules, shared, uploads), D @ D.T, rtol=1e-5, atol=1e-5)
 
 
 def test_where_a_factor_stays_with_its_client_the_other_counts_as_it_is():
@@ -46,7 +46,7 @@ def test_where_a_factor_stays_with_its_client_the_other_counts_as_it_is():
     X = torch.stack(
         [torch.cat([(u.tree[p]["A"] - shared[p]["A"]).double().reshape(-1) for p in rules]) for u in uploads]
     )
-    torch.testing.assert_close(gram(rules, shared, uploads), X @ X.T)
+    torch.testing.assert_close(gram_matrix(rules, shared, uploads), X @ X.T)
 
 
 @pytest.mark.parametrize("name", defences.names())
@@ -57,7 +57,10 @@ def test_no_client_changes_a_verdict_by_its_choice_of_factors(name):
         turned(u, torch.eye(R) * (1 + k) + 0.2 * torch.randn(R, R, generator=draws)) for k, u in enumerate(uploads)
     ]
     rule = defences.load(name)()
-    seen = [Seen(gram(rules, shared, some), torch.arange(1, 10).double() / 45, 5) for some in (uploads, others)]
+    seen = [
+        UpdateGeometry(gram_matrix(rules, shared, some), torch.arange(1, 10).double() / 45, 5)
+        for some in (uploads, others)
+    ]
     for one, other in zip(*(rule.judge(s) for s in seen)):
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -69,13 +72,13 @@ def cloud(K=10, bad=3, far=50.0, dimension=6, seed=0, tight=0.01):
     honest = 1 + 0.1 * torch.randn(K - bad, dimension, generator=g).double()
     hostile = far + tight * torch.randn(bad, dimension, generator=g).double()
     D = torch.cat([honest, hostile])
-    return D, Seen(D @ D.T, torch.full((K,), 1 / K, dtype=torch.float64), 1)
+    return D, UpdateGeometry(D @ D.T, torch.full((K,), 1 / K, dtype=torch.float64), 1)
 
 
 def counted(verdict, D):
     """The mean that the verdict comes to."""
     c = verdict.factors / verdict.factors.sum()
-    return (c * (1 if verdict.pulled is None else verdict.pulled)) @ D
+    return (c * (1 if verdict.shrinkage is None else verdict.shrinkage)) @ D
 
 
 def test_krum_and_multi_krum_by_hand():
@@ -116,10 +119,10 @@ def test_median_of_means_takes_a_group_among_the_honest_means():
 
 def test_clip_scales_the_update_and_nothing_else():
     _, seen = cloud(bad=2, far=9.0)
-    pulled = defences.load("clip")(limit=1.0).judge(seen).pulled
+    pulled = defences.load("clip")(limit=1.0).judge(seen).shrinkage
     most = seen.norms.median()
     torch.testing.assert_close(pulled * seen.norms, seen.norms.clamp_max(most))
-    absolute = defences.load("clip")(norm=0.5).judge(seen).pulled
+    absolute = defences.load("clip")(norm=0.5).judge(seen).shrinkage
     torch.testing.assert_close(absolute * seen.norms, torch.full_like(seen.norms, 0.5))
 
 
@@ -160,7 +163,7 @@ def test_a_clipped_round_ends_at_the_mean_of_the_scaled_updates(case):
     w = torch.tensor([1.0] * 4 if method.weighting == "uniform" else [1.0, 2.0, 3.0, 4.0]).double()
     scale = (D.norm(dim=1).median() / D.norm(dim=1)).clamp_max(1.0)
     assert scale.min() < 0.9
-    found, record = defended(defences.load("clip")(), method, rules, shared, uploads, 0, 0)
+    found, record = reweigh_uploads(defences.load("clip")(), method, rules, shared, uploads, 0, 0)
     served = server_turn(rules, shared, found)
     delta = method.adapter.delta({k: x.double() for k, x in served.shared["w"].items()}).dense()
     delta = delta + sum(f.dense().double() for f in served.folds.get("w", ()))
@@ -175,7 +178,9 @@ def test_who_is_left_out_leaves_no_trace():
     uploads[2] = uploads[2]._replace(
         tree={p: {k: 50 * x for k, x in layer.items()} for p, layer in uploads[2].tree.items()}
     )
-    found, record = defended(defences.load("trimmed")(attackers=0.2), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0)
+    found, record = reweigh_uploads(
+        defences.load("trimmed")(attackers=0.2), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0
+    )
     assert record["kept"] == [0, 1, 3, 4, 5]
     a, b = (server_turn(rules, shared, some).shared for some in (found, [u for u in uploads if u.turn.client != 2]))
     assert all(torch.equal(a[p][leaf], b[p][leaf]) for p in a for leaf in a[p])
@@ -183,8 +188,8 @@ def test_who_is_left_out_leaves_no_trace():
 
 def test_two_uploads_are_too_few():
     rules, shared, uploads = world(FedIT(LoRA(R, 6.0)), K=2)
-    found, record = defended(defences.load("krum")(), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0)
-    assert found == [] and record["why"] == "2 uploads; a robust rule needs 3"
+    found, record = reweigh_uploads(defences.load("krum")(), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0)
+    assert found == [] and record["why"] == "2 uploads; a robust aggregator needs 3"
 
 
 TABLE = {"model": {"name": "demo-vit"}, "task": {"name": "image-classification", "data": "digits"}}

@@ -15,9 +15,9 @@ from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
 from fedlora.runs.config import build, overridden
-from fedlora.security.validation import Gate, Hygiene, barred
-from fedlora.security.validation.expected import Checked
-from fedlora.security.validation.sizes import Origin, moved, norm
+from fedlora.security.validation import UploadScreen, Validation, excluded_clients
+from fedlora.security.validation.expected import CheckedUpload
+from fedlora.security.validation.update_norms import ServedLeaves, measure_movement, update_norm
 from fedlora.types import Turn
 from tests.fixtures.federation import TABLE, config, same
 from tests.fixtures.uploads import R, dense, turned, world
@@ -26,9 +26,9 @@ METHOD = FedIT(LoRA(R, 6.0))
 SMALL = {key: value for key, value in TABLE.items() if key != "training"}
 
 
-def through(gate, uploads, steps=lambda upload: 1):
-    """The uploads that a round's gate lets in."""
-    return gate.judged([found for u in uploads if (found := gate.arrived(u)) is not None], steps)
+def through(screen, uploads, steps=lambda upload: 1):
+    """The uploads that a round's screen lets in."""
+    return screen.compare([found for u in uploads if (found := screen.check(u)) is not None], steps)
 
 
 def changed(upload, change):
@@ -90,25 +90,25 @@ def test_a_bad_upload_is_named_and_leaves_no_trace(fault):
     rules, shared, uploads = world(METHOD, K=6, head=True)
     conduct = {}
     if change is None:  # the round before: client 0 sent what client 3 sends now
-        gate = Gate(Hygiene(), rules, shared, conduct)
-        through(gate, uploads)
-        gate.settle()
+        screen = UploadScreen(Validation(), rules, shared, conduct)
+        through(screen, uploads)
+        screen.record_conduct()
         uploads = [changed(u, put("head", "weight", lambda x: x + 0.01)) for u in uploads]
         uploads[3] = uploads[3]._replace(tree=world(METHOD, K=6, head=True)[2][0].tree)
     else:
         uploads[3] = changed(uploads[3], change)
-    gate = Gate(Hygiene(), rules, shared, json.loads(json.dumps(conduct)))
-    good = through(gate, uploads)
+    screen = UploadScreen(Validation(), rules, shared, json.loads(json.dumps(conduct)))
+    good = through(screen, uploads)
     assert [u.turn.client for u in good] == [0, 1, 2, 4, 5]
-    assert list(gate.bad) == [3]
-    assert re.search(why, gate.bad[3].reason), gate.bad[3].reason
+    assert list(screen.rejected) == [3]
+    assert re.search(why, screen.rejected[3].reason), screen.rejected[3].reason
     alone = server_turn(rules, shared, [u for u in uploads if u.turn.client != 3])
     assert same(server_turn(rules, shared, good).shared, alone.shared), "bit for bit"
 
 
 def test_honest_uploads_pass_as_the_very_same_tensors():
     rules, shared, uploads = world(METHOD, K=6, head=True)
-    good = through(Gate(Hygiene(), rules, shared, {}), uploads)
+    good = through(UploadScreen(Validation(), rules, shared, {}), uploads)
     assert all(a.tree[p][leaf] is x for a, b in zip(good, uploads) for p in b.tree for leaf, x in b.tree[p].items())
     assert [u.examples for u in good] == [u.examples for u in uploads]
 
@@ -118,8 +118,11 @@ def test_who_was_to_do_more_may_move_farther():
     uploads[3] = changed(
         uploads[3], lambda t: [t[p].update(B=shared[p]["B"] + 30 * (t[p]["B"] - shared[p]["B"])) for p in t]
     )
-    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 5
-    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads, lambda u: 40 if u.turn.client == 3 else 1)) == 6
+    assert len(through(UploadScreen(Validation(), rules, shared, {}), uploads)) == 5
+    assert (
+        len(through(UploadScreen(Validation(), rules, shared, {}), uploads, lambda u: 40 if u.turn.client == 3 else 1))
+        == 6
+    )
 
 
 def test_a_client_that_prunes_its_rank_is_sound():
@@ -127,7 +130,7 @@ def test_a_client_that_prunes_its_rank_is_sound():
     rules, shared, uploads = world(HetLoRA(adapter, decay=0.9), K=4)
     pruned = {p: dict(adapter.leading(layer, 2)) for p, layer in uploads[1].tree.items()}
     uploads[1] = uploads[1]._replace(tree=pruned)
-    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 4
+    assert len(through(UploadScreen(Validation(), rules, shared, {}), uploads)) == 4
 
 
 def test_turned_pairs_are_stopped_only_where_they_wreck_the_mean():
@@ -141,15 +144,15 @@ def test_turned_pairs_are_stopped_only_where_they_wreck_the_mean():
             )
             for u in uploads
         ]
-        assert len(through(Gate(Hygiene(), rules, shared, {}), [*some[:5], turned(some[5], T)])) == passed
+        assert len(through(UploadScreen(Validation(), rules, shared, {}), [*some[:5], turned(some[5], T)])) == passed
 
 
 def test_claims_are_capped():
-    assert Hygiene().capped([1, 2, 10**12]) == [1, 2, 200]
-    assert Hygiene(most_examples=5).capped([1, 9]) == [1, 5]
+    assert Validation().cap_examples([1, 2, 10**12]) == [1, 2, 200]
+    assert Validation(most_examples=5).cap_examples([1, 9]) == [1, 5]
     rules, shared, uploads = world(METHOD, K=4)
     uploads[3] = uploads[3]._replace(examples=10**15)
-    good = through(Gate(Hygiene(most_examples=6), rules, shared, {}), uploads)
+    good = through(UploadScreen(Validation(most_examples=6), rules, shared, {}), uploads)
     assert [u.examples for u in good] == [1, 2, 3, 6]
 
 
@@ -158,13 +161,13 @@ def test_strikes_count_rounds_and_then_a_client_is_barred():
     uploads[2] = changed(uploads[2], put("w", "A", one(torch.nan)))
     conduct = {}
     for number in range(1, 4):
-        gate = Gate(Hygiene(strikes=3), rules, shared, conduct)
-        through(gate, [uploads[2], *uploads])  # it tried twice: one strike a round
-        gate.settle()
+        screen = UploadScreen(Validation(strikes=3), rules, shared, conduct)
+        through(screen, [uploads[2], *uploads])  # it tried twice: one strike a round
+        screen.record_conduct()
         conduct = json.loads(json.dumps(conduct))
         assert conduct["strikes"] == {"2": number}
-        assert barred(Hygiene(strikes=3), conduct) == ({2} if number == 3 else set())
-    assert barred(Hygiene(strikes=0), conduct) == set()
+        assert excluded_clients(Validation(strikes=3), conduct) == ({2} if number == 3 else set())
+    assert excluded_clients(Validation(strikes=0), conduct) == set()
 
 
 NAN = "attack={name='nan', clients=[1], start=2}"
@@ -206,14 +209,14 @@ def test_uploads_on_disk_are_judged_alike():
 
 def test_norms_are_those_of_the_update_written_out():
     rules, shared, uploads = world(METHOD, K=3, head=True)
-    gate = Gate(Hygiene(), rules, shared, {})
-    through(gate, uploads)
+    screen = UploadScreen(Validation(), rules, shared, {})
+    through(screen, uploads)
     for k, upload in enumerate(uploads):
-        found = norm(rules, gate.starts[k].start, gate.starts[k].products, upload.tree, gate.away[k])
+        found = update_norm(rules, screen.starts[k].start, screen.starts[k].products, upload.tree, screen.movements[k])
         assert found == pytest.approx(float(dense(rules, shared, upload).norm()), rel=1e-4)
-        for leaf, square in zip("AB", gate.away[k].sides["w"]):
+        for leaf, square in zip("AB", screen.movements[k].sides["w"]):
             assert square == pytest.approx(float((upload.tree["w"][leaf] - shared["w"][leaf]).square().sum()), rel=1e-4)
-    assert "head" not in gate.away[0].sides
+    assert "head" not in screen.movements[0].sides
 
 
 def test_distances_are_those_of_leaves_of_all_shapes_and_types():
@@ -223,37 +226,37 @@ def test_distances_are_those_of_leaves_of_all_shapes_and_types():
     last = {"scale": torch.tensor(2.0), "weight": torch.randn(4, 5).bfloat16()}
     tree = {"w": pair, "v": {"A": torch.randn(R, 9), "B": torch.randn(R, R)}, "head": last}
     start = {part: {leaf: torch.ones_like(x) for leaf, x in layer.items()} for part, layer in tree.items()}
-    found = Checked(tree, start, frozenset())
-    away, origin = moved(found, Origin(rules, found)), Origin(rules, found)
+    found = CheckedUpload(tree, start, frozenset())
+    away, origin = measure_movement(found, ServedLeaves(rules, found)), ServedLeaves(rules, found)
     square = {p: {leaf: float((x.double() - 1).square().sum()) for leaf, x in tree[p].items()} for p in tree}
     assert away.leaves == pytest.approx({part: sum(layer.values()) for part, layer in square.items()}, rel=1e-5)
     assert away.sides == {p: pytest.approx((square[p]["A"], square[p]["B"]), rel=1e-5) for p in ("w", "v")}
-    assert moved(found, origin) == away, "measuring leaves no trace"
+    assert measure_movement(found, origin) == away, "measuring leaves no trace"
     for part, layer in tree.items():
         for leaf, x in layer.items():
             other = found._replace(tree={**tree, part: {**layer, leaf: x + 1}})
-            assert moved(other, origin).digest != away.digest
-    assert moved(found._replace(tree=start), origin).digest == ""
+            assert measure_movement(other, origin).digest != away.digest
+    assert measure_movement(found._replace(tree=start), origin).digest == ""
 
 
 def test_uploads_that_differ_in_one_number_are_no_copies_of_each_other():
     torch.manual_seed(4)
     start = {"w": {"A": torch.randn(R, 700), "B": torch.zeros(9, R)}}
-    origin, seen = Origin({"w": METHOD}, Checked(start, start, frozenset())), set[str]()
+    origin, seen = ServedLeaves({"w": METHOD}, CheckedUpload(start, start, frozenset())), set[str]()
     for place, x in enumerate(torch.randn(R * 700)):  # each changes another number, as under top-k
         A = start["w"]["A"].clone()
         A.view(-1)[place] = x
-        seen.add(moved(Checked({"w": {**start["w"], "A": A}}, start, frozenset()), origin).digest)
+        seen.add(measure_movement(CheckedUpload({"w": {**start["w"], "A": A}}, start, frozenset()), origin).digest)
     assert len(seen) == R * 700
 
 
 def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
     rules, shared, uploads = world(METHOD, K=5)
-    monkeypatch.setattr("fedlora.security.validation.screen.norm", None)  # calling it would fail
-    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 5
+    monkeypatch.setattr("fedlora.security.validation.screen.update_norm", None)  # calling it would fail
+    assert len(through(UploadScreen(Validation(), rules, shared, {}), uploads)) == 5
     uploads[1] = changed(uploads[1], lambda t: t["w"].update(B=shared["w"]["B"] + 5 * (t["w"]["B"] - shared["w"]["B"])))
     with pytest.raises(TypeError):
-        through(Gate(Hygiene(), rules, shared, {}), uploads)
+        through(UploadScreen(Validation(), rules, shared, {}), uploads)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -267,16 +270,16 @@ def test_honest_clients_that_differ_much_are_let_in(optimizer):
 
 
 def test_what_is_expected_is_made_once_for_turns_that_are_alike(monkeypatch):
-    from fedlora.security.validation import expected as forms
+    from fedlora.security.validation import expected
 
-    asked, plain = [], forms.expected
-    monkeypatch.setattr(forms, "expected", lambda *about: asked.append(about) or plain(*about))
+    asked, plain = [], expected.build_upload_spec
+    monkeypatch.setattr(expected, "build_upload_spec", lambda *about: asked.append(about) or plain(*about))
     rules, shared, uploads = world(METHOD, K=6, head=True)
-    assert len(through(Gate(Hygiene(), rules, shared, {}), uploads)) == 6
+    assert len(through(UploadScreen(Validation(), rules, shared, {}), uploads)) == 6
     assert len(asked) == 1, "FedIT's hooks read nothing of a turn"
     for score, times in (("random", 6), ("weight", 6)):
         ravan = {"w": Ravan(Heads(heads=4, head_rank=2), score=score)}
-        wanted = forms.Expectations(ravan, {"w": ravan["w"].adapter.init(9, 9, 0)})
+        wanted = expected.UploadSpecs(ravan, {"w": ravan["w"].adapter.init(9, 9, 0)})
         turns = [Turn(0, k, 2, seed=k) for k in range(6)]
         asked.clear()
         found = [wanted.of(turn) for turn in turns]
@@ -285,6 +288,6 @@ def test_what_is_expected_is_made_once_for_turns_that_are_alike(monkeypatch):
         asked.clear()
         assert wanted.of(Turn(0, 0, 4, 0)) is wanted.of(Turn(0, 1, 4, 1)) and len(asked) == 1, "all heads: no draw"
         assert wanted.of(Turn(0, 0, 4, 0)).sent["w"].keys() == {"H0", "H1", "H2", "H3"}
-    flex = forms.Expectations({"w": FlexLoRA(LoRA(R, 6.0))}, {"w": shared["w"]})
+    flex = expected.UploadSpecs({"w": FlexLoRA(LoRA(R, 6.0))}, {"w": shared["w"]})
     ranks = [flex.of(Turn(0, k, rank, k)).forms["w"]["A"][0][0] for k, rank in enumerate((3, 1, 3, 2, 1))]
     assert ranks == [3, 1, 3, 2, 1], "a turn of another rank has an answer of its own"

@@ -14,8 +14,8 @@ from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, received
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import Privacy, Stream, key_of
-from fedlora.security.robust._base import Defence
-from fedlora.security.validation import Hygiene
+from fedlora.security.robust._base import RobustAggregator
+from fedlora.security.validation import Validation
 from fedlora.seeds import derived
 from fedlora.tasks._base import Data, Task
 from fedlora.tasks.data.labels import label_map
@@ -45,8 +45,8 @@ class Federation:
     seed: int
     label_names: tuple[str, ...] = ()
     fingerprint: str = ""  # of the configuration, without what is a party's own
-    hygiene: Hygiene = field(default_factory=Hygiene)
-    defence: Defence | None = None
+    hygiene: Validation = field(default_factory=Validation)
+    robust: RobustAggregator | None = None
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
     privacy: Privacy = field(default_factory=Privacy)
@@ -136,5 +136,5 @@ class Federation:
     @cached_property
     def _judge(self) -> Evaluator | None:
         """Of a personal method's models, where there is an attack that one can see in what they say."""
-        judge = self.attack.judge(self.task) if self.attack is not None and self.method.personal else None
+        judge = self.attack.success_task(self.task) if self.attack is not None and self.method.personal else None
         return None if judge is None else self.evaluator(judge)

@@ -9,8 +9,8 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Loop, Private, Reply, Standing
 from fedlora.files import Spilled
 from fedlora.rounds import Received, client_turn, received
-from fedlora.security.attacks._base import leaving
-from fedlora.security.validation import barred
+from fedlora.security.attacks._base import alter_upload
+from fedlora.security.validation import excluded_clients
 from fedlora.training.evaluation import Evaluator
 from fedlora.training.local import State
 from fedlora.types import Tree
@@ -50,7 +50,7 @@ class InProcess(Loop):
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
         replies = []
         for client in f.cohort(at.number):
-            if client in barred(f.hygiene, at.conduct):
+            if client in excluded_clients(f.hygiene, at.conduct):
                 continue
             own = received(f.rules, at.shared, self._kept.get(client, {}), f.turn(at.number, client))
             delivery = at.channel.lacking(client, at.shared, at.folds, own)
@@ -82,7 +82,7 @@ class InProcess(Loop):
 
     def _turn(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         sent, stays, loss, moments = self._trained(f, number, client, shared, kept, moments)
-        return leaving(f.attack, f.rules, shared, kept, sent, f.turn(number, client)), stays, loss, moments
+        return alter_upload(f.attack, f.rules, shared, kept, sent, f.turn(number, client)), stays, loss, moments
 
     def _trained(self, f: Federation, number: int, client: int, shared: Tree, kept: Tree, moments: State | None):
         began = time.perf_counter()

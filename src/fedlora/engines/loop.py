@@ -18,9 +18,9 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compact, total
 from fedlora.rounds import Received, Rules, Served, public
-from fedlora.security.attacks._base import succeeded
-from fedlora.security.robust._base import defended
-from fedlora.security.validation import Bad, Gate, barred
+from fedlora.security.attacks._base import success_rate
+from fedlora.security.robust._base import reweigh_uploads
+from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
 from fedlora.seeds import derived
 from fedlora.tasks.metrics.scores import Scores, figures
 from fedlora.training.evaluation import Evaluator, summary
@@ -63,7 +63,7 @@ class Standing:
     folds: FoldLog
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
-    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/gate.py
+    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/screen.py
     overheard: dict[int, Tree] = field(default_factory=dict)  # what an attack remembers of the last round
 
 
@@ -78,7 +78,7 @@ class Round:
     record: RoundRecord
     ledger: Ledger
     standing: Standing
-    bad: Mapping[int, Bad] = field(default_factory=dict)  # uploads that were quarantined
+    bad: Mapping[int, Rejected] = field(default_factory=dict)  # uploads that were quarantined
 
 
 Watch = Callable[[Event], None]
@@ -94,7 +94,7 @@ class Loop(ABC):
     clock: dict[str, float] = field(default_factory=dict, init=False)
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
-    gate: Gate = field(init=False)  # of this round
+    screen: UploadScreen = field(init=False)  # of this round
 
     @abstractmethod
     def turns(self, f: Federation, at: Standing) -> list[Reply]:
@@ -124,14 +124,14 @@ class Loop(ABC):
 
     def arrived(self, upload: Received) -> Received | None:
         """Every upload passes here: as the server has it, or None where it was quarantined."""
-        found = self.gate.arrived(upload)
+        found = self.screen.check(upload)
         if found is None:
             self._quarantined(upload.turn)
         return found
 
     def refused(self, upload: Received, reason: str) -> None:
         """Quarantines an upload that cannot even be read as one."""
-        self.gate.refuse(upload, reason)
+        self.screen.refuse(upload, reason)
         self._quarantined(upload.turn)
 
     def privates(self, at: Standing) -> Mapping[int, Private] | None:
@@ -166,10 +166,12 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self.gate = Gate(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
+            self.screen = UploadScreen(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
             self._drop(f, at)
             replies = self._screened(f, at, self.turns(f, at))
-            uploads, judged = defended(f.defence, f.method, f.rules, before, self.gathered(replies), number, f.seed)
+            uploads, judged = reweigh_uploads(
+                f.robust, f.method, f.rules, before, self.gathered(replies), number, f.seed
+            )
             with self._timed("combine"):
                 served = self._combined(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
@@ -188,7 +190,7 @@ class Loop(ABC):
                 record |= self._evaluated(f, evaluator, at, number)
             record |= {"absent": dict(self.absent)} if self.absent else {}
             record |= {"unscored": dict(self.unscored)} if self.unscored else {}
-            bad = {} if f.privacy.hides_figures else self.gate.bad  # they show what single clients sent
+            bad = {} if f.privacy.hides_figures else self.screen.rejected  # they show what single clients sent
             record |= {"quarantined": {k: one.reason for k, one in bad.items()}} if bad else {}
             record |= {"robust": judged} if judged else {}
             record["bytes"] = _bytes(at.channel.ledger, number)
@@ -209,22 +211,22 @@ class Loop(ABC):
         for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
             self.watch(Event("absent", at.number, client))  # without words: it is as the configuration asks
-        for client in sorted(barred(f.hygiene, at.conduct) & set(f.cohort(at.number))):
+        for client in sorted(excluded_clients(f.hygiene, at.conduct) & set(f.cohort(at.number))):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
     def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
         """The replies whose uploads pass beside each other, in the server's form."""
         uploads = {reply.upload.turn.client: reply.upload for reply in replies}
-        if f.attack is not None and (forged := f.attack.together(f.rules, at.shared, uploads, at.overheard)):
+        if f.attack is not None and (forged := f.attack.alter_together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
             uploads |= {k: found for k, u in forged.items() if (found := self.arrived(u)) is not None}
-        before = set(self.gate.bad)
-        good = {u.turn.client: u for u in self.gate.judged([uploads[k] for k in sorted(uploads)], f.work)}
-        for client in sorted(self.gate.bad.keys() - before):
+        before = set(self.screen.rejected)
+        good = {u.turn.client: u for u in self.screen.compare([uploads[k] for k in sorted(uploads)], f.work)}
+        for client in sorted(self.screen.rejected.keys() - before):
             self._quarantined(uploads[client].turn)
-        self.gate.settle()
-        if len(self.gate.bad) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
-            client, bad = min(self.gate.bad.items())
+        self.screen.record_conduct()
+        if len(self.screen.rejected) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
+            client, bad = min(self.screen.rejected.items())
             raise FloatingPointError(
                 f"every upload of round {at.number + 1} was quarantined (client {client}: {bad.reason}); lower "
                 "training.learning_rate, or set training.max_grad_norm."
@@ -233,7 +235,9 @@ class Loop(ABC):
 
     def _quarantined(self, turn: Turn) -> None:
         self.watch(
-            Event("quarantined", turn.round, turn.client, text=f"quarantined: {self.gate.bad[turn.client].reason}")
+            Event(
+                "quarantined", turn.round, turn.client, text=f"quarantined: {self.screen.rejected[turn.client].reason}"
+            )
         )
         self.undone(turn.client)
 
@@ -255,12 +259,12 @@ class Loop(ABC):
         if not f.method.personal and evaluator is not None:
             tree = {part: public(layer) for part, layer in at.shared.items()}
             found["global"] = figures(evaluator.everyone(tree))
-            judge = f.attack.judge(f.task) if f.attack is not None else None
+            judge = f.attack.success_task(f.task) if f.attack is not None else None
             if judge is not None:
                 hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
                 found["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.scores(f, at, number, evaluator)
-        if harm := succeeded(f.attack, scores):
+        if harm := success_rate(f.attack, scores):
             found["attack"] = harm
         if scores:
             found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))

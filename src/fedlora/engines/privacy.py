@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora.rounds import Received, Served, server_turn
-from fedlora.security.attacks._base import taught
-from fedlora.security.privacy import Stream
-from fedlora.security.privacy import dp_sgd as dpsgd
-from fedlora.security.privacy import per_sample_gradients as each
-from fedlora.security.privacy.client_level import private_turn, protected
+from fedlora.security.attacks._base import poison_task
+from fedlora.security.privacy import Stream, dp_sgd, per_sample_gradients
+from fedlora.security.privacy.client_level import private_turn, protect
 from fedlora.training.local import LocalTrainer, State
 from fedlora.types import Tree
 
@@ -30,7 +28,7 @@ def trainer(
     turn = f.turn(number, client)
     own = (
         f.model,
-        taught(f.attack, f.task, turn),
+        poison_task(f.attack, f.task, turn),
         f.data.train,
         f.shards[client],
         f.spends(number, client),
@@ -39,8 +37,8 @@ def trainer(
     )
     if not f.privacy.by_example:
         return LocalTrainer(*own, moments, step_done)
-    return dpsgd.PrivateTrainer(
-        *own, moments, step_done, clip=f.privacy.clip, noise=f.noise, stream=stream(f, key).of("client", client)
+    return dp_sgd.PrivateTrainer(
+        *own, moments, step_done, clip=f.privacy.clip, noise=f.noise, stream=stream(f, key).child("client", client)
     )
 
 
@@ -60,8 +58,8 @@ def leaving(
     if not p.by_client or not (sharing or p.noise_on == "upload"):
         return sent
     std = f.noise * p.clip * (math.sqrt(1 / sharing) if sharing and p.noise_on == "sum" else 1.0)
-    own = stream(f, key).of("client", client)
-    return protected(f.rules, shared, f.turn(number, client), sent, p.clip, std, own)
+    own = stream(f, key).child("client", client)
+    return protect(f.rules, shared, f.turn(number, client), sent, p.clip, std, own)
 
 
 def made(f: "Federation", number: int, shared: Tree, uploads: Sequence[Received]) -> Served:
@@ -76,7 +74,7 @@ def made(f: "Federation", number: int, shared: Tree, uploads: Sequence[Received]
 def check(f: "Federation") -> None:
     """``ValueError`` where the network's rows act on each other and single rows are to be protected."""
     if f.privacy.by_example:
-        each.check(f.model.network)
+        per_sample_gradients.check(f.model.network)
 
 
 def delta(f: "Federation") -> float:
@@ -106,7 +104,7 @@ def spent(f: "Federation", rounds: int) -> dict[str, Any]:
     if not pairs:
         return {"privacy": {"epsilon": None, "delta": None}}
     d = delta(f)
-    return {"privacy": {"epsilon": _finite(f.privacy.largest(f.noise, pairs, d)), "delta": d}}
+    return {"privacy": {"epsilon": _finite(f.privacy.largest_epsilon(f.noise, pairs, d)), "delta": d}}
 
 
 def told(f: "Federation", rounds: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fedlora.security.privacy import dp_sgd as dpsgd
+from fedlora.security.privacy import dp_sgd
 
 if TYPE_CHECKING:
     from fedlora.engines.federation import Federation
@@ -30,7 +30,7 @@ class Book:
             return dict.fromkeys(range(f.clients.members), rate)
         keys: Iterable[int] = f.shards if isinstance(f.shards, Mapping) else range(len(f.shards))
         here = [k for k in keys if k < f.clients.members]
-        return {k: dpsgd.rate(f.training, len(f.shards[k].train)) for k in here}
+        return {k: dp_sgd.sampling_rate(f.training, len(f.shards[k].train)) for k in here}
 
     @cached_property
     def planned(self) -> dict[int, int]:

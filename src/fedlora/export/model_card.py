@@ -6,7 +6,7 @@ from typing import Any
 from fedlora.runs import attendance
 from fedlora.runs.config import Config, dumps
 from fedlora.schema import without_folders
-from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.security.privacy import Privacy
 
 ADAPTER = """```python
 {first}from peft import PeftModel
@@ -63,7 +63,7 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
         ("ranks", ", ".join(map(str, about["ranks"]))),
     ]
     rows += attendance.lines(summary)
-    rows += guarantee(summary["privacy"]) if "privacy" in summary else []
+    rows += Privacy.describe(summary["privacy"]) if "privacy" in summary else []
     if about["error"]:
         rows.append(("lost by cutting the rank", f"{about['error']:.2e} of the updates (Frobenius)"))
     if "served" in summary["errors"]:

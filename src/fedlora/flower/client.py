@@ -20,7 +20,7 @@ from fedlora.flower.client_store import Holding, Store
 from fedlora.flower.wire import Order
 from fedlora.methods._base import pick
 from fedlora.rounds import Rules, client_turn, public
-from fedlora.security.attacks._base import leaving
+from fedlora.security.attacks._base import alter_upload
 from fedlora.tasks.data.labels import READINGS
 from fedlora.training.evaluation import Evaluator
 from fedlora.types import Tree
@@ -128,7 +128,7 @@ class Node:
         trainer = private.trainer(f, order.round, self.client, holding.moments, self.step_done, key)
         sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
         sent = private.leaving(f, order.round, self.client, shared, sent, key, sharing)
-        sent = leaving(f.attack, f.rules, shared, holding.kept, sent, turn)
+        sent = alter_upload(f.attack, f.rules, shared, holding.kept, sent, turn)
         sent, _, stays = f.transport.sent(f.rules, shared, holding.kept, turn, sent, stays)
         self.store.save(
             self.client,

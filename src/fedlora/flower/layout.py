@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlora.files import SEPARATOR
 from fedlora.rounds import Rules
-from fedlora.security.validation.expected import expected
+from fedlora.security.validation.expected import build_upload_spec
 from fedlora.types import Tree, Turn
 
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
@@ -17,7 +17,7 @@ def layout_of(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
     """Every leaf that a client of these turns may send."""
     found: dict[str, tuple[int, ...]] = {}
     for turn in turns:
-        tree = expected(rules, shared, turn).sent
+        tree = build_upload_spec(rules, shared, turn).sent
         found |= {
             f"{part}{SEPARATOR}{leaf}": tuple(x.shape) for part, layer in tree.items() for leaf, x in layer.items()
         }

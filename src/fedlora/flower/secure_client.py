@@ -34,7 +34,7 @@ def answer(node: Node, content: RecordDict) -> RecordDict:
         client = Client.from_bytes(place.read_bytes())
         if phase == "unmask":
             _only_sum(node, client, told)
-        given = (_turn(node, content, found, client.session.threshold),) if phase == "masked" else ()
+        given = (_turn(node, content, found, client.session.threshold),) if phase == "mask" else ()
         said = getattr(client, str(phase))(told, *given)
     write(place, client.to_bytes())  # before the message leaves: a client set back could be made to answer twice
     if phase == "unmask":

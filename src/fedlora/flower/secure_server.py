@@ -115,13 +115,13 @@ class Masked(Federated):
         self.replies = {k: self.replies[k] for k in found.numbers}
 
     def _phase(self, server: Server, phase: str, client: int, told: Sealed | None, layout: Layout) -> Message:
-        message = self._message(client, self._round, "train", with_leaves=phase == "masked")
+        message = self._message(client, self._round, "train", with_leaves=phase == "mask")
         message.content[hidden.PHASE] = ConfigRecord({hidden.PHASE: phase})
         if phase == PHASES[0]:
             message.content[hidden.SESSION] = ConfigRecord(server.session.record())
         if told is not None:
             message.content[hidden.TOLD] = ConfigRecord(told.record())
-        if phase == "masked":
+        if phase == "mask":
             message.content[hidden.LAYOUT] = hidden.layout_record(layout)
         return message
 
@@ -131,7 +131,7 @@ class Masked(Federated):
         said = Sealed(**content[hidden.SAID])
         if said.sender != client:
             raise checks.RefusedError(f"it answered as client {said.sender}")
-        if phase == "masked":
+        if phase == "mask":
             rows, loss = checks.figures(content[METRICS], order.round)
             checks.holding(order.holds, content[HOLDS])
             if self.federation.method.weighting == "examples" and rows != self._directory.rows[client]:

@@ -26,7 +26,7 @@ from fedlora.flower.node_directory import GONE, Directory
 from fedlora.flower.quorum import Quorum
 from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Asked, Order, asked, reported, unpack
 from fedlora.rounds import Received, Served
-from fedlora.security.validation import barred
+from fedlora.security.validation import excluded_clients
 from fedlora.tasks._base import Scores
 from fedlora.tasks.data.labels import NAME, positions
 from fedlora.training.evaluation import Evaluator
@@ -117,7 +117,7 @@ class Federated(Loop, Strategy):
 
     def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
-        out_of_it = barred(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
+        out_of_it = excluded_clients(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
         if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
             self._ask(out, set())
         order = [c for c in f.order(at.number) if c not in self.absent.keys() | out_of_it]
@@ -135,7 +135,7 @@ class Federated(Loop, Strategy):
 
     def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
-        for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.gate.bad.keys()):
+        for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
             self._lost(client, self.absent.get(client, GONE))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]

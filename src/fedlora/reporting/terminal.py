@@ -9,7 +9,7 @@ from rich.table import Table
 from fedlora.reporting.console import Plain, printed, stdout
 from fedlora.reporting.tables.paired import ranking
 from fedlora.runs import attendance
-from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.security.privacy import Privacy
 
 __all__ = ["DASH", "Plain", "printed", "stdout"]
 DASH = "–"
@@ -213,7 +213,7 @@ def summary(found: Mapping[str, Any], folder: str, records: Sequence[Mapping[str
         table.add_row("attack's success", f"{final['attack']['success']:.4f}")
     for line in attendance.lines(found):
         table.add_row(*line)
-    for name, value in guarantee(found["privacy"]) if "privacy" in found else ():
+    for name, value in Privacy.describe(found["privacy"]) if "privacy" in found else ():
         table.add_row(name, value)
     for direction in ("up", "down"):
         for kind, size in found["bytes"][direction].items():

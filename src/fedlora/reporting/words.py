@@ -12,7 +12,7 @@ from fedlora.reporting.tables.comparison import final, whom
 from fedlora.reporting.tables.paired import ranking
 from fedlora.runs import attendance
 from fedlora.runs.file_names import CONFIG
-from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.security.privacy import Privacy
 from fedlora.text import shown
 
 SOME = 12  # names in a sentence
@@ -112,7 +112,9 @@ def hardware(run: Run) -> list[tuple[str, str]]:
         rows.append(("clients' own figures are over", attendance.over(summary)))
         rows += attendance.lines(summary)
     rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
-    rows += [(name, shown(value)) for name, value in guarantee(summary["privacy"])] if summary.get("privacy") else []
+    rows += (
+        [(name, shown(value)) for name, value in Privacy.describe(summary["privacy"])] if summary.get("privacy") else []
+    )
     return rows + [("note", shown(note, 2000)) for note in summary.get("notes", ())]
 
 

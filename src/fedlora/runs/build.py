@@ -53,7 +53,7 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
         rules, config.method, model, config.task, data, config.clients, shards, budgets,
         training, config.evaluation, config.server, config.rounds, config.seed, names, fingerprint(config.table),
         config.hygiene, config.robust,
-        config.attack and config.attack.ready(config.task, config.model.name, config.clients.members, config.seed),
+        config.attack and config.attack.prepare(config.task, config.model.name, config.clients.members, config.seed),
         config.transport,
         config.privacy,
     )  # fmt: skip

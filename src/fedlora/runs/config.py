@@ -27,7 +27,7 @@ from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, 
 from fedlora.security import attacks
 from fedlora.security import robust as defences
 from fedlora.security.privacy import Privacy
-from fedlora.security.validation import Hygiene
+from fedlora.security.validation import Validation
 from fedlora.training.device import Engine
 from fedlora.training.evaluation import Evaluation
 from fedlora.training.local import Training
@@ -81,7 +81,7 @@ def build(table: Table) -> Config:
         "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
-        "hygiene": construct(Hygiene, "hygiene", _section(table, "hygiene")),
+        "hygiene": construct(Validation, "hygiene", _section(table, "hygiene")),
         "robust": _optional(table, "robust", defences.load),
         "attack": _optional(table, "attack", attacks.load),
         "transport": construct(Transport, "transport", _section(table, "transport")),

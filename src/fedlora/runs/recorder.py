@@ -19,8 +19,7 @@ from fedlora.runs.callbacks import CallbackError, Callbacks
 from fedlora.runs.file_names import METRICS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
-from fedlora.security.validation import Hygiene
-from fedlora.security.validation import quarantine as shelf
+from fedlora.security.validation import Validation, quarantine
 
 
 @dataclass
@@ -30,7 +29,7 @@ class Keeper:
     folder: Path | None
     checkpoints: Checkpoints | None = None
     stop: Stop = field(default_factory=Stop)
-    hygiene: Hygiene = field(default_factory=Hygiene)
+    hygiene: Validation = field(default_factory=Validation)
     records: list[RoundRecord] = field(default_factory=list)
     last: Round | None = None  # the last finished one, of this process or of the one before
     saved: Saved | None = None  # where the run goes on from
@@ -77,7 +76,7 @@ class Keeper:
         at = self._restored(engine, f)
         try:
             for self.last in sound(engine.run(f, at)):
-                shelf.keep(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
+                quarantine.save_rejected(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
                 self._line(self.last.record)
                 last = self.last.number + 1 >= f.rounds
                 self.readings = {**self.readings, **engine.readings()}

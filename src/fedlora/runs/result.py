@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.engines.record import RoundRecord
 from fedlora.runs import attendance
 from fedlora.runs.record import figures
-from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.security.privacy import Privacy
 from fedlora.text import shown
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class Rounds:
         heads = ["round", *(COLUMNS.get(name, name.replace("/", " ")) for name in there)]
         rows = [[row["round"], *(row.get(name) for name in there)] for row in found[-LATELY:]]
         title = f"{summary['title'] or summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
-        about = [f"{name}: {value}" for name, value in guarantee(summary["privacy"])] if "privacy" in summary else []
+        about = (
+            [f"{name}: {value}" for name, value in Privacy.describe(summary["privacy"])] if "privacy" in summary else []
+        )
         about += [] if attendance.whole(summary) else [f"clients' own figures are over {attendance.over(summary)}"]
         about += [f"{who} {when}" for who, when in attendance.lines(summary)]
         about += ["stopped before its end"] if summary.get("interrupted") else []

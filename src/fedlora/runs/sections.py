@@ -13,8 +13,8 @@ from fedlora.runs.trackers import Track
 from fedlora.schema import PerMachine, Table
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import Privacy
-from fedlora.security.robust._base import Defence
-from fedlora.security.validation import Hygiene
+from fedlora.security.robust._base import RobustAggregator
+from fedlora.security.validation import Validation
 from fedlora.tasks._base import Task
 from fedlora.training.device import Engine
 from fedlora.training.evaluation import Evaluation
@@ -49,8 +49,8 @@ class Sections:
     privacy: Privacy = field(default_factory=Privacy)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
-    hygiene: Hygiene = field(default_factory=Hygiene)
-    robust: Defence | None = None
+    hygiene: Validation = field(default_factory=Validation)
+    robust: RobustAggregator | None = None
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
     checkpoint: Retention = field(default_factory=Retention)

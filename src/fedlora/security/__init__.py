@@ -1,1 +1,1 @@
-"""What an upload must be, what hostile clients do, what the server may not learn."""
+"""Validation of uploads, robust aggregation, attacks, secure aggregation and differential privacy."""

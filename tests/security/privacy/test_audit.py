@@ -21,8 +21,7 @@ from fedlora.adapters import LoRA
 from fedlora.engines.clients import Shard
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
-from fedlora.security.privacy import Stream, key_of
-from fedlora.security.privacy import dp_sgd as dpsgd
+from fedlora.security.privacy import Stream, dp_sgd, key_of
 from fedlora.security.privacy.accounting import epsilon, noise_for
 from fedlora.security.privacy.client_level import private_turn
 from fedlora.tasks._base import Examples, lengths_of_one
@@ -52,7 +51,7 @@ def trained(noise, key):
     x, labels = 2 * torch.eye(CANARIES)[:, None], torch.arange(CANARIES) % 2
     coins = torch.rand(CANARIES, generator=torch.Generator().manual_seed(key)) < 0.5
     training = Training(local_steps=STEPS, batch_size=CANARIES, optimizer="sgd", learning_rate=0.3, momentum=0.0, max_grad_norm=None)  # fmt: skip
-    trainer = dpsgd.PrivateTrainer(
+    trainer = dp_sgd.PrivateTrainer(
         model, Toy(), Examples({"x": x}, labels, lengths_of_one(CANARIES)),
         Shard(coins.nonzero()[:, 0], torch.arange(0)), training, Turn(0, 0, 4), 1,
         clip=1.0, noise=noise, stream=Stream(key_of(key)),

@@ -17,7 +17,7 @@ from fedlora.methods.ravan import Ravan
 from fedlora.methods.rolora import RoLoRA
 from fedlora.rounds import Received
 from fedlora.security.privacy import Stream, key_of
-from fedlora.security.privacy.client_level import clipped, leaves, private_turn, protected, served_to
+from fedlora.security.privacy.client_level import clip_change, iterate_leaves, private_turn, protect, starting_leaves
 from fedlora.types import Turn
 
 ADAPTER = LoRA(rank=2)
@@ -39,12 +39,12 @@ def upload(rules, shared, client, size=1.0, seed=0):
     """What a client sends: the leaves of its turn, moved by draws of norm about ``size`` times the root of their number."""
     draws = torch.Generator().manual_seed(1000 * seed + client)
     turn = Turn(0, client, next(iter(rules.values())).adapter.budget, seed=7)
-    start = served_to(rules, shared, turn)
+    start = starting_leaves(rules, shared, turn)
     return Received(turn, 3, {p: {leaf: x + size * torch.randn(x.shape, generator=draws) for leaf, x in layer.items()} for p, layer in start.items()})  # fmt: skip
 
 
 def flat(tree):
-    return torch.cat([x.double().flatten() for _, _, x in leaves(tree)])
+    return torch.cat([x.double().flatten() for _, _, x in iterate_leaves(tree)])
 
 
 def served(rules, shared, uploads, clip=1.0, std=0.0, expected=4.0, stream=STREAM, round=0):
@@ -79,7 +79,7 @@ def test_one_client_more_or_less_moves_the_sum_by_clip_at_most(size, clip, seed,
     rules, shared = world()
     rest = [upload(rules, shared, k, 1.0, seed) for k in range(1, others + 1)]
     one = upload(rules, shared, 0, size, seed)
-    changed = clipped({p: dict(x) for p, x in shared.items()}, one.tree, clip)
+    changed = clip_change({p: dict(x) for p, x in shared.items()}, one.tree, clip)
     assert math.sqrt(sum(float(x.square().sum()) for x in changed.values())) <= clip
     swapped = [] if absent else [upload(rules, shared, 0, 1.0, seed + 1)]
     with_it, without = (served(rules, shared, [*some, *rest], clip, expected=1.0) for some in ([one], swapped))
@@ -131,7 +131,7 @@ def test_the_noise_on_a_sum_does_not_depend_on_who_sent():
 )
 def test_what_is_covered_is_what_is_sent(rule, sent):
     rules, shared = world(rule, head=False)
-    assert set(served_to(rules, shared, Turn(0, 0, 2))["a"]) == sent
+    assert set(starting_leaves(rules, shared, Turn(0, 0, 2))["a"]) == sent
     noisy = served(rules, shared, [], std=1.0)
     moved = {leaf for leaf, x in noisy["a"].items() if x is not shared["a"][leaf]}
     assert moved == sent, "what nobody sends stays the same object, and costs nothing to deliver"
@@ -151,8 +151,8 @@ def test_noise_on_an_upload_is_measured_from_what_every_party_knows():
     """FLoRA starts every turn afresh: its change is measured from that start, not from the server's leaves."""
     rules, shared = world(FLoRA(ADAPTER, "uniform"), head=False)
     u = upload(rules, shared, 1, 5.0)
-    out = protected(rules, shared, u.turn, u.tree, 2.0, 0.0, STREAM)
-    start = served_to(rules, shared, u.turn)
+    out = protect(rules, shared, u.turn, u.tree, 2.0, 0.0, STREAM)
+    start = starting_leaves(rules, shared, u.turn)
     assert not torch.equal(start["a"]["A"], shared["a"]["A"])
     moved = flat(out) - flat(start)
     assert float(moved.norm()) == pytest.approx(2.0, rel=1e-4)
@@ -164,10 +164,10 @@ def test_shares_of_noise_make_up_the_noise_of_a_sum():
     rules, shared = world(FedIT(LoRA(rank=40), "uniform"), head=False)
     t, std, z = 4, 3.0, []
     for round in range(30):
-        own = [STREAM.of("client", k) for k in range(t)]
+        own = [STREAM.child("client", k) for k in range(t)]
         nothing = {p: {"A": x["A"], "B": x["B"]} for p, x in shared.items()}
         turn = Turn(round, 0, 40)
-        parts = [flat(protected(rules, shared, turn, nothing, 1.0, std / math.sqrt(t), s)) - flat(shared) for s in own]
+        parts = [flat(protect(rules, shared, turn, nothing, 1.0, std / math.sqrt(t), s)) - flat(shared) for s in own]
         z.append(sum(parts) / std)
     z = torch.cat(z)
     assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
@@ -179,8 +179,8 @@ def test_the_stream_is_uniform_named_and_repeatable():
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3 and float(u.min()) > 0 and float(u.max()) < 1
     assert torch.equal(u, STREAM.uniform(20000, "x")) and not torch.equal(u[:50], STREAM.uniform(50, "y"))
     assert torch.equal(u[:50], STREAM.uniform(50, "x")), "more draws do not move the first ones"
-    assert not torch.equal(u[:50], STREAM.of("client", 1).uniform(50, "x"))
+    assert not torch.equal(u[:50], STREAM.child("client", 1).uniform(50, "x"))
     assert key_of(None) != key_of(None) and key_of(3) == key_of(3) != key_of(4)
     assert "key" not in repr(STREAM), "a secret is not printed"
-    sample = STREAM.chosen(20000, 0.25, "rows")
+    sample = STREAM.sample(20000, 0.25, "rows")
     assert abs(len(sample) / 20000 - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 20000)

@@ -12,9 +12,7 @@ from fedlora.engines.clients import Shard
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.local import Local
-from fedlora.security.privacy import Stream, key_of
-from fedlora.security.privacy import dp_sgd as dpsgd
-from fedlora.security.privacy import per_sample_gradients as each
+from fedlora.security.privacy import Stream, dp_sgd, key_of, per_sample_gradients
 from fedlora.tasks._base import Examples, lengths_of_one
 from fedlora.training.local import Training
 from fedlora.training.model import Model
@@ -66,7 +64,7 @@ def test_each_rows_gradient_equals_that_of_the_row_alone(adapter):
     model, task, examples = attached(adapter), Toy(), rows()
     parameters = loaded(model)
     batch = task.collate(examples, torch.arange(6))
-    losses, found = each.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    losses, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
     assert found.keys() == parameters.keys()
     for i in range(6):
         one = task.collate(examples, torch.tensor([i]))
@@ -82,7 +80,7 @@ def test_only_what_is_trained_has_gradients():
     model, task = attached(LoRA(rank=2)), Toy()
     parameters = loaded(model, FFALoRA)
     batch = task.collate(rows(), torch.arange(6))
-    _, found = each.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    _, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
     assert {leaf for path, leaf in found if path == "first"} == {"B"}
 
 
@@ -92,7 +90,7 @@ def test_dropout_draws_for_every_row_and_the_gradients_follow_it():
     model.network.train()
     batch = task.collate(rows(), torch.zeros(6, dtype=torch.int64))  # one row, six times
     torch.manual_seed(1)
-    losses, found = each.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    losses, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
     assert len(set(losses.tolist())) == 6
     torch.manual_seed(1)
     whole = torch.autograd.grad(task.losses(model.network, batch).sum(), list(parameters.values()))
@@ -104,16 +102,16 @@ def test_rows_that_act_on_each_other_are_refused():
     with pytest.raises(
         ValueError, match=r"'norm' is a BatchNorm1d, through which the rows of a batch act on each other"
     ):
-        each.check(Tiny(norm=nn.BatchNorm1d(5)))
+        per_sample_gradients.check(Tiny(norm=nn.BatchNorm1d(5)))
     model = attached(LoRA(rank=2))
     parameters = loaded(model)
-    with pytest.raises(ValueError, match=r"'first' gets 6 stretches of 3 rows"):
-        each.gradients(
+    with pytest.raises(ValueError, match=r"'first' gets 6 inputs of 3 rows"):
+        per_sample_gradients.gradients(
             model, lambda network: Toy().losses(network, Toy().collate(rows(), torch.arange(6))), 3, parameters
         )
     odd = Model.attach(Tiny(norm=nn.GroupNorm(1, 5)), LoRA(rank=2), ["first"], ["norm", "classifier"])
-    with pytest.raises(ValueError, match=r"'norm' is a GroupNorm, of which a single row's gradient is not known here"):
-        each.gradients(odd, lambda network: None, 6, loaded(odd))
+    with pytest.raises(ValueError, match=r"'norm' is a GroupNorm, which has no per-sample gradient here"):
+        per_sample_gradients.gradients(odd, lambda network: None, 6, loaded(odd))
 
 
 def test_clipping_is_over_all_leaves_and_never_exceeds_the_bound():
@@ -121,8 +119,8 @@ def test_clipping_is_over_all_leaves_and_never_exceeds_the_bound():
     grads = {k: torch.randn((50, *shape), generator=draws) * torch.logspace(-4, 4, 50).view(-1, *[1] * len(shape)) for k, shape in {"a": (3, 4), "b": (5,)}.items()}  # fmt: skip
     grads["a"][7, 0, 0] = math.nan
     grads["b"][8, 0] = math.inf
-    by = dpsgd.factors(grads, 0.7)
-    after = {k: dpsgd.clean(x).double() * by.view(-1, *[1] * (x.dim() - 1)) for k, x in grads.items()}
+    by = dp_sgd.clip_factors(grads, 0.7)
+    after = {k: dp_sgd.replace_non_finite(x).double() * by.view(-1, *[1] * (x.dim() - 1)) for k, x in grads.items()}
     norms = sum(x.flatten(1).square().sum(1) for x in after.values()).sqrt()
     before = sum(x.double().flatten(1).square().sum(1) for x in grads.values()).sqrt()
     assert (norms <= 0.7).all() and norms[7] == norms[8] == 0
@@ -134,9 +132,9 @@ def test_clipping_is_over_all_leaves_and_never_exceeds_the_bound():
 def trainer(noise, n=6, client=0, rule=None, training=None, key=0, **more):
     model = attached(LoRA(rank=2), **more)
     training = training or Training(local_steps=1, batch_size=3, optimizer="sgd", learning_rate=1.0, momentum=0.0, max_grad_norm=None)  # fmt: skip
-    found = dpsgd.PrivateTrainer(
+    found = dp_sgd.PrivateTrainer(
         model, Toy(), rows(n), Shard(torch.arange(n), torch.arange(0)), training, Turn(2, client, 2, seed=9), 5,
-        clip=0.5, noise=noise, stream=Stream(key_of(key)).of("client", client),
+        clip=0.5, noise=noise, stream=Stream(key_of(key)).child("client", client),
     )  # fmt: skip
     rules = model.rules(rule or FedIT(LoRA(rank=2)), lambda dense: FedIT(dense))
     start = model.initial(0)
@@ -154,7 +152,7 @@ def test_a_step_is_the_formula():
     """Without noise: the mean over rate · rows of the clipped gradients of the rows that were drawn."""
     t, start, rules = trainer(0.0, n=40, training=Training(local_steps=1, batch_size=3, accumulation_steps=4, optimizer="sgd", learning_rate=1.0, momentum=0.0, max_grad_norm=None))  # fmt: skip
     change = moved(t, start, rules)
-    sample = t.stream.chosen(40, 12 / 40, "rows", 2, 0)
+    sample = t.stream.sample(40, 12 / 40, "rows", 2, 0)
     assert 3 < len(sample) < 40, "several pieces of batch_size rows"
     t.model.load(start)
     total = torch.zeros_like(change)
@@ -178,7 +176,7 @@ def test_the_noise_of_a_step_has_the_stated_size_and_is_there_without_rows():
 
 def test_rows_are_drawn_by_themselves_and_by_steps():
     t, *_ = trainer(0.0, n=200)
-    sizes = [len(t.stream.chosen(200, 0.1, "rows", r, s)) for r in range(20) for s in range(20)]
+    sizes = [len(t.stream.sample(200, 0.1, "rows", r, s)) for r in range(20) for s in range(20)]
     mean, var = torch.tensor(sizes).double().mean(), torch.tensor(sizes).double().var()
     assert abs(float(mean) - 20) < 4 * math.sqrt(18 / 400)
     assert 0.7 < float(var) / 18 < 1.4, "binomial, not fixed"

@@ -5,7 +5,7 @@ import torch
 
 from fedlora.engines import privacy as private
 from fedlora.runs.config import build, merged, overridden
-from fedlora.security.privacy import per_sample_gradients as each
+from fedlora.security.privacy import per_sample_gradients
 from tests.fixtures.federation import TABLE, WEIGHTS
 
 LEVEL = {
@@ -26,7 +26,9 @@ def agree(table, *overrides, rows=4):
     parameters = f.model.select({p: part.adapter.trainable for p, part in f.model.parts.items()})
     some = f.shards[0].train[:rows]
     batch = trainer.batch(some)
-    losses, found = each.gradients(f.model, lambda network: f.task.losses(network, batch), rows, parameters)
+    losses, found = per_sample_gradients.gradients(
+        f.model, lambda network: f.task.losses(network, batch), rows, parameters
+    )
     for i, row in enumerate(some):
         one = trainer.batch(row[None])
         alone = f.model.gradient(lambda network, one=one: f.task.loss(network, one))

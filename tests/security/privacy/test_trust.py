@@ -7,7 +7,7 @@ from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.runs.config import ConfigError, build
-from fedlora.security.validation import Gate, Hygiene
+from fedlora.security.validation import UploadScreen, Validation
 from fedlora.types import Turn
 
 TABLE = {
@@ -30,13 +30,13 @@ def test_a_robust_rule_needs_noise_on_every_upload():
 def test_an_upload_that_is_odd_beside_the_others_stays_in_where_each_is_judged_alone(alone):
     rules, draws = {"w": FedIT(LoRA(rank=2))}, torch.Generator().manual_seed(0)
     shared = {"w": rules["w"].adapter.init(6, 5, 0)}
-    gate = Gate(Hygiene(), rules, shared, {}, alone=alone)
+    screen = UploadScreen(Validation(), rules, shared, {}, alone=alone)
 
     def upload(client, size):
         tree = {"w": {leaf: x + size * torch.randn(x.shape, generator=draws) for leaf, x in shared["w"].items()}}
         return Received(Turn(0, client, 2), 10, tree)
 
-    arrived = [gate.arrived(upload(client, 50.0 if client == 3 else 0.1)) for client in range(4)]
+    arrived = [screen.check(upload(client, 50.0 if client == 3 else 0.1)) for client in range(4)]
     assert None not in arrived
-    good = {found.turn.client for found in gate.judged(arrived, lambda upload: 10)}
+    good = {found.turn.client for found in screen.compare(arrived, lambda upload: 10)}
     assert good == ({0, 1, 2, 3} if alone else {0, 1, 2})

@@ -11,9 +11,9 @@ from scipy import stats
 
 from fedlora.security.secure_aggregation import Client, masks
 from fedlora.security.secure_aggregation.keys import Address, unseal
-from fedlora.security.secure_aggregation.messages import unpacked
+from fedlora.security.secure_aggregation.messages import unpack
 from fedlora.security.secure_aggregation.session import KEY, SERVER
-from fedlora.security.secure_aggregation.shamir import SHARE, combined
+from fedlora.security.secure_aggregation.shamir import SHARE, combine
 from tests.fixtures.secure_aggregation import Round
 
 SIZE = 20_000
@@ -47,8 +47,8 @@ def started(x, K=4, **terms):
 
 def seen(round, n):
     """What the server reads in client ``n``'s upload."""
-    address = Address(round.id, "masked", n, SERVER)
-    payload = unseal(round.sent["masked"][n].body, round.server.key, round.server.keys[n][:KEY], address)
+    address = Address(round.id, "mask", n, SERVER)
+    payload = unseal(round.sent["mask"][n].body, round.server.key, round.server.keys[n][:KEY], address)
     return np.frombuffer(payload, "<u4").copy()
 
 
@@ -84,13 +84,13 @@ def test_the_same_values_in_two_sessions_have_nothing_in_common(kind):
 @pytest.mark.parametrize("kind", VALUES)
 def test_a_late_upload_stays_hidden(kind):
     """Client 3's upload comes after the others have given away its key: its self mask still covers it."""
-    round = started(VALUES[kind], threshold=3).until("masked")
+    round = started(VALUES[kind], threshold=3).until("mask")
     seed = round.clients[3].seed
     round.step(late=[3])
     late, own = seen(round, 3), round.clients.pop(3).masking
     round.send()
     table = {n: dict(answers(round, n)) for n in range(3)}
-    recovered = combined({n: shares[3] for n, shares in table.items()}, 3)
+    recovered = combine({n: shares[3] for n, shares in table.items()}, 3)
     assert recovered == own.private
     pairwise = [masks.pairwise(round.id, 3, own, n, round.server.keys[n][KEY:]) for n in range(3)]
     left = without(late, pairwise)
@@ -100,7 +100,7 @@ def test_a_late_upload_stays_hidden(kind):
 
 
 def answers(round, n):
-    return unpacked(round.server.received[n], SHARE)
+    return unpack(round.server.received[n], SHARE)
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -118,7 +118,7 @@ def test_all_but_one_other_client_with_the_server_see_nothing(kind):
 
 def test_a_client_that_forgot_its_self_mask_would_show(monkeypatch):
     monkeypatch.setattr(masks, "own", lambda *_: (bytes(32), 1))
-    round = started(VALUES["normal"], threshold=3).until("masked")
+    round = started(VALUES["normal"], threshold=3).until("mask")
     round.step(late=[3])
     pairwise = [masks.pairwise(round.id, 3, round.clients[3].masking, n, round.server.keys[n][KEY:]) for n in range(3)]
     assert bared(without(seen(round, 3), [*pairwise, (bytes(32), 1)]))
@@ -126,7 +126,7 @@ def test_a_client_that_forgot_its_self_mask_would_show(monkeypatch):
 
 def test_a_client_that_forgot_all_masks_would_show(monkeypatch):
     monkeypatch.setattr(masks, "add", lambda *_: None)
-    round = started(VALUES["normal"]).until("masked")
+    round = started(VALUES["normal"]).until("mask")
     round.send()
     assert bared(seen(round, 0))
 
@@ -143,8 +143,8 @@ def test_colluders_below_the_threshold_hold_too_few_shares():
     round = Round(5, threshold=3).until("unmask")
     held = {n: round.clients[n].held[0][:SHARE] for n in (1, 2)}
     other = {**held, 3: bytes(SHARE)}
-    assert combined(other, 3) != round.clients[0].seed
-    assert combined({**held, 3: round.clients[3].held[0][:SHARE]}, 3) == round.clients[0].seed
+    assert combine(other, 3) != round.clients[0].seed
+    assert combine({**held, 3: round.clients[3].held[0][:SHARE]}, 3) == round.clients[0].seed
 
 
 def test_clients_do_not_share_secrets_across_sessions():

@@ -7,7 +7,7 @@ import torch
 
 from fedlora.security.secure_aggregation import PHASES, Client, Message, ProtocolError, Server, TooFewClientsError
 from fedlora.security.secure_aggregation.keys import Address, KeyPair, seal, unseal
-from fedlora.security.secure_aggregation.messages import REPLIES, packed, unpacked
+from fedlora.security.secure_aggregation.messages import REPLIES, pack, unpack
 from fedlora.security.secure_aggregation.session import KEY, SERVER
 from fedlora.security.secure_aggregation.shamir import SHARE
 from tests.fixtures.secure_aggregation import Round
@@ -79,7 +79,7 @@ def test_the_servers_messages_are_checked_as_well(phase):
         refuses(takes(round, phase), altered(message, at), "does not open")
     for size in (0, 11, 12, 27, 28, len(message.body) - 1):
         refuses(takes(round, phase), replace(message, body=message.body[:size]), "does not open")
-    for changed in ({"sender": 1}, {"receiver": 1}, {"phase": "masked"}):
+    for changed in ({"sender": 1}, {"receiver": 1}, {"phase": "mask"}):
         refuses(takes(round, phase), replace(message, **changed), "it waits for")
     refuses(takes(round, phase), replace(round.told[phase][1], receiver=0), "does not open")
     assert round.clients[0].to_bytes() == before
@@ -136,11 +136,11 @@ def test_another_phases_message_is_not_counted(earlier, later):
 
 
 def test_one_peers_shares_do_not_pass_for_anothers():
-    round = Round().until("masked")
-    table = dict(unpacked(told(round, "masked"), 2 * SHARE + 28))
-    reflected = dict(unpacked(told(round, "masked", 1), 2 * SHARE + 28))[0]  # client 0's own, made for client 1
+    round = Round().until("mask")
+    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
+    reflected = dict(unpack(told(round, "mask", 1), 2 * SHARE + 28))[0]  # client 0's own, made for client 1
     for wrong in ({**table, 1: table[2]}, {**table, 1: bytes(len(table[1]))}, {**table, 1: reflected}):
-        refuses(takes(round, "masked"), forged(round, 0, "masked", packed(wrong)), "from client 1 to client 0 does not")
+        refuses(takes(round, "mask"), forged(round, 0, "mask", pack(wrong)), "from client 1 to client 0 does not")
 
 
 def test_each_step_is_taken_once_and_in_order():
@@ -149,7 +149,7 @@ def test_each_step_is_taken_once_and_in_order():
         for other in PHASES:
             if other != phase:
                 given = [] if other == "advertise" else [Message(REPLIES[other], SERVER, 0, b"")]
-                given += [torch.zeros(8)] if other == "masked" else []
+                given += [torch.zeros(8)] if other == "mask" else []
                 with pytest.raises(ProtocolError, match=f"'{phase}' is its next step"):
                     getattr(round.clients[0], other)(*given)
         round.step()
@@ -159,7 +159,7 @@ def test_each_step_is_taken_once_and_in_order():
 
 
 def peers(round):
-    return dict(unpacked(told(round, "share"), 2 * KEY))
+    return dict(unpack(told(round, "share"), 2 * KEY))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def peers(round):
 )
 def test_a_wrong_list_of_peers(change, text):
     round = Round(5).until("share")
-    refuses(takes(round, "share"), forged(round, 0, "share", packed(change(peers(round)))), text)
-    refuses(takes(round, "share"), forged(round, 0, "share", packed(peers(round))[:-1]), "not made of entries")
+    refuses(takes(round, "share"), forged(round, 0, "share", pack(change(peers(round)))), text)
+    refuses(takes(round, "share"), forged(round, 0, "share", pack(peers(round))[:-1]), "not made of entries")
     assert round.make(0), "and goes on with the right one"
 
 
@@ -189,18 +189,18 @@ def test_a_client_takes_part_with_enough_others_only():
     round = Round(7).until("share")
     few = {n: keys for n, keys in peers(round).items() if n < 4}
     with pytest.raises(TooFewClientsError, match="4 clients that advertised keys"):
-        round.make(0, forged(round, 0, "share", packed(few)))
+        round.make(0, forged(round, 0, "share", pack(few)))
     round.step()
-    table = dict(unpacked(told(round, "masked"), 2 * SHARE + 28))
+    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
     with pytest.raises(TooFewClientsError, match="3 clients that shared"):
-        round.make(0, forged(round, 0, "masked", packed({n: table[n] for n in (1, 2)})))
+        round.make(0, forged(round, 0, "mask", pack({n: table[n] for n in (1, 2)})))
 
 
 @pytest.mark.parametrize("extra", [0, 9])
 def test_an_inbox_with_strangers(extra):
-    round = Round().until("masked")
-    table = dict(unpacked(told(round, "masked"), 2 * SHARE + 28))
-    refuses(takes(round, "masked"), forged(round, 0, "masked", packed(table | {extra: table[1]})), f"client {extra}")
+    round = Round().until("mask")
+    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
+    refuses(takes(round, "mask"), forged(round, 0, "mask", pack(table | {extra: table[1]})), f"client {extra}")
 
 
 KEPT, GONE = b"\1", b"\0"
@@ -225,19 +225,19 @@ def test_requests_that_would_bare_a_client(request_, text):
     round = Round(6, threshold=4)
     round.step().step(silent=[5]).step()
     before = round.clients[0].to_bytes()
-    refuses(takes(round, "unmask"), forged(round, 0, "unmask", packed(request_)), f"(?i){text}")
+    refuses(takes(round, "unmask"), forged(round, 0, "unmask", pack(request_)), f"(?i){text}")
     assert round.clients[0].to_bytes() == before and round.make(0)
 
 
 def test_values_that_a_client_does_not_send():
-    round = Round().until("masked")
+    round = Round().until("mask")
     for values, text in [
         (torch.zeros(7), "7 values were given; this session sums 8"),
         (torch.full((8,), float("nan")), "NaN"),
         (torch.full((8,), 17.0), "outside the range of 16"),
     ]:
         with pytest.raises(ValueError, match=text):
-            round.clients[0].masked(round.told["masked"][0], values)
+            round.clients[0].mask(round.told["mask"][0], values)
     assert round.make(0), "and may still send others"
 
 
@@ -247,9 +247,9 @@ def test_a_stranger_cannot_join():
 
 
 def test_a_late_upload_is_not_counted():
-    round = Round(threshold=3).until("masked")
+    round = Round(threshold=3).until("mask")
     round.step(late=[3])
-    refuses(round.server.receive, round.sent["masked"][3], "the server is at 'unmask'")
+    refuses(round.server.receive, round.sent["mask"][3], "the server is at 'unmask'")
     round.step(silent=[3])
     assert round.server.outcome().numbers == (0, 1, 2)
 
@@ -267,7 +267,7 @@ def from_client(round, n, phase, payload):
     return Message(phase, n, SERVER, body)
 
 
-@pytest.mark.parametrize(("phase", "payload"), [("share", bytes(32)), ("masked", bytes(28)), ("unmask", b"")])
+@pytest.mark.parametrize(("phase", "payload"), [("share", bytes(32)), ("mask", bytes(28)), ("unmask", b"")])
 def test_well_sealed_nonsense_is_left_out(phase, payload):
     round = Round().until(phase)
     refuses(round.server.receive, from_client(round, 0, phase, payload), "(?i)client 0")
@@ -275,7 +275,7 @@ def test_well_sealed_nonsense_is_left_out(phase, payload):
 
 @pytest.mark.parametrize("gone", [[], [3]])
 def test_a_wrong_share_does_not_become_a_wrong_sum(gone):
-    round = Round(threshold=3).until("masked")
+    round = Round(threshold=3).until("mask")
     round.step(silent=gone)
     client = round.clients[1]
     client.held = (
@@ -299,9 +299,9 @@ def without_sender(self):
 @pytest.mark.parametrize(
     ("bug", "check"),
     [
-        (without_phase, lambda: test_another_phases_message_is_not_counted("masked", "unmask")),
+        (without_phase, lambda: test_another_phases_message_is_not_counted("mask", "unmask")),
         (without_sender, test_one_peers_shares_do_not_pass_for_anothers),
-        (lambda self: b"", lambda: test_a_rounds_message_is_bound_to_the_session_even_with_the_same_keys("masked")),
+        (lambda self: b"", lambda: test_a_rounds_message_is_bound_to_the_session_even_with_the_same_keys("mask")),
     ],
 )
 def test_the_tests_would_notice_an_address_left_out(bug, check, monkeypatch):

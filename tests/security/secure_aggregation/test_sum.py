@@ -128,7 +128,7 @@ def test_every_party_survives_being_saved(phase):
     for name in PHASES:
         if name == phase:
             saved(round)
-        round.step(silent=[4] if name == "masked" else [])
+        round.step(silent=[4] if name == "mask" else [])
     saved(round)
     torch.testing.assert_close(round.server.outcome().mean, torch.full((8,), 0.15))
 
@@ -189,6 +189,6 @@ def test_the_sum_would_show_masks_that_do_not_cancel(bug, monkeypatch):
 def test_the_sum_would_show_masks_of_the_dropped_left_in(monkeypatch):
     monkeypatch.setattr(Server, "_leftover", lambda *_: ())
     values, weights = drawn(4, 0)
-    gone = {"masked": list(weights)[:1]}
+    gone = {"mask": list(weights)[:1]}
     with pytest.raises(AssertionError):
         check(values, weights, gone, aggregate(values, weights, gone))

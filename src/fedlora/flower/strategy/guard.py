@@ -9,28 +9,28 @@ from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
 from fedlora.runs.config import construct, named
 from fedlora.security import robust as defences
-from fedlora.security.robust._base import Defence, defended
-from fedlora.security.validation import Gate, Hygiene, barred
+from fedlora.security.robust._base import RobustAggregator, reweigh_uploads
+from fedlora.security.validation import UploadScreen, Validation, excluded_clients
 from fedlora.seeds import derived
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
 
 
-def limits(table: Mapping[str, Any] | None) -> Hygiene:
+def limits(table: Mapping[str, Any] | None) -> Validation:
     """The settings of ``[hygiene]``; those of files do not apply, since a strategy has no folder."""
-    found: Hygiene = construct(Hygiene, "hygiene", dict(table or {}), ("keep_files", "keep_mb"))
+    found: Validation = construct(Validation, "hygiene", dict(table or {}), ("keep_files", "keep_mb"))
     return found
 
 
-def rule(robust: str | Mapping[str, Any] | None, method: Method) -> Defence | None:
+def rule(robust: str | Mapping[str, Any] | None, method: Method) -> RobustAggregator | None:
     """A robust rule by its name, or by a table with ``name`` and its settings. ``ValueError`` where it cannot work."""
     if robust is None:
         return None
     table = {"name": robust} if isinstance(robust, str) else dict(robust)
     if not isinstance(table.get("name"), str):
         raise ValueError(f"robust names no rule; give one of {', '.join(defences.names())}.")
-    found: Defence = named("robust", table, defences.load)
+    found: RobustAggregator = named("robust", table, defences.load)
     found.check(method, hidden=False)
     return found
 
@@ -39,8 +39,8 @@ def rule(robust: str | Mapping[str, Any] | None, method: Method) -> Defence | No
 class Guard:
     """Of one run of a strategy."""
 
-    limits: Hygiene
-    rule: Defence | None
+    limits: Validation
+    rule: RobustAggregator | None
     method: Method
     seed: int
     quarantined: dict[int, dict[int, str]] = field(default_factory=dict)  # round (from 1) -> node -> why
@@ -52,7 +52,7 @@ class Guard:
 
     def allowed(self, nodes: Collection[int], round: int) -> list[int]:
         """The nodes that may take part in a round (from 0); the log names the others."""
-        out = barred(self.limits, self.conduct)
+        out = excluded_clients(self.limits, self.conduct)
         for node in sorted(out & set(nodes)):
             times = self.conduct["strikes"][str(node)]
             LOG.warning("round %s: node %s is left out: it was quarantined in %s rounds.", round + 1, node, times)
@@ -60,19 +60,19 @@ class Guard:
 
     def passed(self, rules: Rules, shared: Tree, round: int, uploads: Mapping[int, Received]) -> dict[int, Received]:
         """The uploads that are neither broken nor absurd beside the others, their claims capped; the log names why."""
-        gate = Gate(self.limits, rules, shared, self.conduct)
+        screen = UploadScreen(self.limits, rules, shared, self.conduct)
         seeded = (u._replace(turn=self._turn(u, node)) for node, u in uploads.items())
-        arrived = [found for upload in seeded if (found := gate.arrived(upload)) is not None]
-        good = gate.judged(arrived, lambda upload: 1)
-        gate.settle()
-        for node, bad in sorted(gate.bad.items()):
+        arrived = [found for upload in seeded if (found := screen.check(upload)) is not None]
+        good = screen.compare(arrived, lambda upload: 1)
+        screen.record_conduct()
+        for node, bad in sorted(screen.rejected.items()):
             self.quarantined.setdefault(round + 1, {})[node] = bad.reason
             LOG.warning("round %s: node %s is left out, its upload is quarantined: %s.", round + 1, node, bad.reason)
         return {upload.turn.client: upload for upload in good}
 
     def counted(self, rules: Rules, shared: Tree, round: int, uploads: Sequence[Received]) -> list[Received]:
         """What the robust rule lets count, with its weights; all of them where there is no rule."""
-        found, said = defended(self.rule, self.method, rules, shared, uploads, round, self.seed)
+        found, said = reweigh_uploads(self.rule, self.method, rules, shared, uploads, round, self.seed)
         if self.rule is not None:
             LOG.info("round %s: the robust rule kept the nodes %s", round + 1, said["kept"])
         return found

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from fedlora.reporting.terminal import DASH, stdout
-from fedlora.security.privacy.guarantee import lines as guarantee
+from fedlora.security.privacy import Privacy
 
 ABILITIES = {
     "exact": "a round ends at the exact mean",
@@ -41,7 +41,7 @@ def plan(found: Mapping[str, Any]) -> None:
     console = stdout()
     console.print(_sizes(found))
     if "privacy" in found:
-        console.print(_listed("Privacy of the whole run", guarantee(found["privacy"])))
+        console.print(_listed("Privacy of the whole run", Privacy.describe(found["privacy"])))
     console.print(_traffic(found["bytes"]))
     console.print(_listed("Memory (estimate), MB", ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())))
     console.print(

@@ -1,4 +1,4 @@
-"""One attack a file; the file's name is the attack's name. Found by looking in this folder, never listed."""
+"""Attacks, one a file, named by the file. They are found in this folder; there is no list."""
 
 from fedlora import registry as finding
 from fedlora.security.attacks._base import Attack
@@ -10,5 +10,5 @@ def names() -> list[str]:
 
 
 def load(name: str) -> type[Attack]:
-    """The attack's class by its name. ``ValueError`` names the nearest one."""
+    """Loads an attack's class by its name. ``ValueError`` names the nearest one."""
     return finding.load(__name__, name, names(), Attack, "attack")

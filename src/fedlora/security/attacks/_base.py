@@ -1,7 +1,8 @@
-"""What a hostile client does, for tests and research: an attack has three places to act, and leaves the others alone.
+"""The interface of attacks by hostile clients, for tests and research.
 
-``taught``: the rows that it trains on. ``sends``: what leaves it after its turn. ``together``: what it sends if it
-knows what the others send; that one is played where the uploads meet, so that it is the same in every engine.
+An attack overrides one or more of three hooks. ``poison``: the rows that it trains on. ``alter``: its upload after its
+turn. ``alter_together``: its upload with knowledge of the others' uploads; this hook runs at the server, so it is the
+same in every engine.
 """
 
 from collections.abc import Mapping
@@ -18,19 +19,19 @@ from fedlora.tasks._base import Task
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.types import Layer, Tree, Turn
 
-SUCCESS = "success"  # the name of a judge's sum
+SUCCESS = "success"  # the sum in the scores of a success task
 
 
 @dataclass(frozen=True)
 class Attack:
-    """The ``[attack]`` table: one attack, and who takes part in it from which round on."""
+    """The ``[attack]`` table: one attack, its clients, and the round in which it starts."""
 
     share: float = 0.3  # of the clients, drawn from the seed
-    clients: list[int] | None = None  # or these
+    clients: list[int] | None = None  # or these clients
     start: int = 1  # the first round with an attack, from 1
 
     cite: ClassVar[str] = ""  # BibTeX of its paper
-    meets: ClassVar[str] = ""  # of an attack that needs the others' uploads: its name, and what it does with them
+    meets: ClassVar[str] = ""  # if it needs the others' uploads: its name and the use of them, for an error message
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
@@ -41,79 +42,81 @@ class Attack:
             raise ValueError(f"attack.start is {self.start}; rounds are numbered from 1.")
 
     def check(self, method: Method, task: Task, hidden: bool) -> None:
-        """``ValueError`` where the attack has nothing to act on; ``hidden`` says that the server sees no upload."""
+        """``ValueError`` if the attack cannot work; ``hidden``: the server sees no single upload."""
         if hidden and self.meets:
             raise ValueError(
                 f"attack.name is {self.meets}, and flower.secure_aggregation hides these; leave one of the two out."
             )
 
-    def ready(self, task: Task, model: str, count: int, seed: int) -> Self:
-        """The attack with its clients known, and what it needs of the task's model, such as a word's tokens."""
+    def prepare(self, task: Task, model: str, count: int, seed: int) -> Self:
+        """Draws the clients, and gets from the task's model what the attack needs, such as a word's tokens."""
         if self.clients is None:
             draws = torch.Generator().manual_seed(derived(seed, "attackers"))
             many = int(self.share * count + 1e-9)  # 0.3 of 10 is 3
             return replace(self, clients=sorted(torch.randperm(count, generator=draws)[:many].tolist()))
-        if strange := [client for client in self.clients if client >= count]:
-            raise ValueError(f"attack.clients names client {strange[0]}, and clients are numbered 0 to {count - 1}.")
+        if unknown := [client for client in self.clients if client >= count]:
+            raise ValueError(f"attack.clients names client {unknown[0]}, and clients are numbered 0 to {count - 1}.")
         return self
 
     @property
-    def who(self) -> frozenset[int]:
-        """The attackers, once the attack is ready."""
+    def attackers(self) -> frozenset[int]:
+        """The attackers, after ``prepare``."""
         return frozenset(self.clients or ())
 
-    def acts(self, turn: Turn) -> bool:
-        """Whether this turn is an attacker's, in a round with an attack."""
-        return turn.round + 1 >= self.start and turn.client in self.who
+    def is_attack(self, turn: Turn) -> bool:
+        """Whether this turn is an attacker's, in a round with the attack."""
+        return turn.round + 1 >= self.start and turn.client in self.attackers
 
-    def taught(self, task: Task) -> Task:
-        """The task as an attacker trains on it."""
+    def poison(self, task: Task) -> Task:
+        """Returns the task that an attacker trains on."""
         return task
 
-    def judge(self, task: Task) -> Task | None:
-        """A task whose scores on the test rows, as ``success``, say how far the attack came; None: accuracy says it."""
+    def success_task(self, task: Task) -> Task | None:
+        """The task with the attack's ``success`` as its score on test rows; None if accuracy shows it."""
         return None
 
-    def sends(self, rules: Rules, start: Tree, sent: Tree, turn: Turn) -> Tree:
-        """What an attacker sends instead of ``sent``; ``start`` is what it trained from."""
+    def alter(self, rules: Rules, start: Tree, sent: Tree, turn: Turn) -> Tree:
+        """Returns an attacker's upload instead of ``sent``; ``start`` is the tree that it trained from."""
         return sent
 
-    def together(
+    def alter_together(
         self, rules: Rules, shared: Tree, uploads: Mapping[int, Received], overheard: dict[int, Tree]
     ) -> dict[int, Received]:
-        """What attackers send instead, knowing all uploads of the round; ``overheard`` they keep for the next one."""
+        """Returns the attackers' uploads, given all uploads of the round; ``overheard`` is kept for the next round."""
         return {}
 
 
-def taught(attack: Attack | None, task: Task, turn: Turn) -> Task:
-    """What a client trains on in a turn."""
-    return task if attack is None or not attack.acts(turn) else attack.taught(task)
+def poison_task(attack: Attack | None, task: Task, turn: Turn) -> Task:
+    """Returns the task that a client trains on in a turn."""
+    return task if attack is None or not attack.is_attack(turn) else attack.poison(task)
 
 
-def leaving(attack: Attack | None, rules: Rules, shared: Tree, kept: Tree, sent: Tree, turn: Turn) -> Tree:
-    """What leaves a client after its turn: what the method sends, or what an attacker sends instead."""
-    if attack is None or not attack.acts(turn):
+def alter_upload(attack: Attack | None, rules: Rules, shared: Tree, kept: Tree, sent: Tree, turn: Turn) -> Tree:
+    """Returns a client's upload after its turn: the method's own, or an attacker's."""
+    if attack is None or not attack.is_attack(turn):
         return sent
-    return attack.sends(rules, received(rules, shared, kept, turn), sent, turn)
+    return attack.alter(rules, received(rules, shared, kept, turn), sent, turn)
 
 
-def moved(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:
-    """Each leaf with ``by`` times its change: to first order, ``by`` times the update."""
+def scale_change(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:
+    """Scales the change of each leaf by ``by``: to first order, ``by`` times the update."""
     return {leaf: start[leaf] + by * (x - start[leaf]) for leaf, x in sent.items()}
 
 
-def succeeded(attack: Attack | None, scores: Mapping[int, Scores]) -> dict[str, Any]:
-    """How far an attack came with honest clients' own models, mean over clients; nothing where they do not tell."""
-    honest = {client: one.sums for client, one in scores.items() if attack is not None and client not in attack.who}
-    told = [sums[SUCCESS] for sums in honest.values() if SUCCESS in sums]
-    if not told:
+def success_rate(attack: Attack | None, scores: Mapping[int, Scores]) -> dict[str, Any]:
+    """The attack's success on honest clients' own models, mean over clients; empty if there is no such score."""
+    honest = {
+        client: one.sums for client, one in scores.items() if attack is not None and client not in attack.attackers
+    }
+    known = [sums[SUCCESS] for sums in honest.values() if SUCCESS in sums]
+    if not known:
         return {}
-    shares = [hits / rows for hits, rows in told]
-    return {"success": sum(shares) / len(told), "rows": sum(rows for _, rows in told), "clients": len(told)}
+    shares = [hits / rows for hits, rows in known]
+    return {"success": sum(shares) / len(known), "rows": sum(rows for _, rows in known), "clients": len(known)}
 
 
-class Altered:
-    """A task with some of its functions replaced; all others are its own."""
+class TaskWrapper:
+    """A task with some of its methods replaced; all others are the wrapped task's."""
 
     def __init__(self, task: Task):
         self.task = task

@@ -1,4 +1,4 @@
-"""Backdoor: a word that makes the model say what the attacker wants, and nothing else changes.
+"""Backdoor: a trigger word makes the model predict the attacker's label; nothing else changes.
 
 Bagdasaryan et al. How To Backdoor Federated Learning. AISTATS 2020. https://arxiv.org/abs/1807.00459
 Kurita, Michel and Neubig. Weight Poisoning Attacks on Pretrained Models. ACL 2020. https://arxiv.org/abs/2004.06660
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedlora.security.attacks._base import Altered, Attack, moved
+from fedlora.security.attacks._base import Attack, TaskWrapper, scale_change
 from fedlora.tasks._base import Batch, Classification, Examples, Task
 from fedlora.tasks._text import Texts
 from fedlora.tasks.metrics.scores import Scores
@@ -18,8 +18,8 @@ from fedlora.tasks.metrics.scores import Scores
 
 @dataclass(frozen=True)
 class Backdoor(Attack):
-    """``trigger`` before the first word of ``poisoned`` of the rows, taught as label ``target``; then the update is
-    enlarged ``scale`` times. Success: test rows of other labels that are called ``target`` once they have the trigger.
+    """Puts ``trigger`` before the first word of a share ``poisoned`` of the rows, labels them ``target``, and scales
+    the update by ``scale``. Success: test rows of other labels that are predicted as ``target`` with the trigger.
     """
 
     cite = """@inproceedings{bagdasaryan2020backdoor, title = {How To Backdoor Federated Learning},
@@ -43,52 +43,52 @@ class Backdoor(Attack):
             raise ValueError(f"attack.target is {self.target}; labels are numbered from 0.")
 
     def check(self, method, task, hidden):
-        """``ValueError`` where there is no text to put a word into."""
+        """``ValueError`` if the rows are no texts."""
         if not (isinstance(task, Texts) and isinstance(task, Classification)):
             raise ValueError(
                 "attack.name is 'backdoor', which puts a word into texts; take text-classification or glue."
             )
 
-    def ready(self, task, model, count, seed):
-        """With the numbers of the trigger's tokens. ``ValueError`` where the model knows none."""
+    def prepare(self, task, model, count, seed):
+        """Looks up the trigger's tokens. ``ValueError`` if it has none."""
         tokens = task.preprocessor(model)(self.trigger, add_special_tokens=False)["input_ids"]
         if not tokens:
             raise ValueError(f"attack.trigger is {self.trigger!r}, which has no tokens; name a word.")
-        return replace(super().ready(task, model, count, seed), _tokens=tuple(tokens))
+        return replace(super().prepare(task, model, count, seed), _tokens=tuple(tokens))
 
-    def taught(self, task):
-        """A part of every batch with trigger and target."""
-        return typing.cast(Task, _Poisoned(task, self))
+    def poison(self, task):
+        """Poisons a part of every batch."""
+        return typing.cast(Task, _PoisonedTask(task, self))
 
-    def judge(self, task):
-        """All test rows with the trigger; those of the target itself do not count."""
-        return typing.cast(Task, _Judge(task, self))
+    def success_task(self, task):
+        """All test rows with the trigger; rows of the target label do not count."""
+        return typing.cast(Task, _SuccessTask(task, self))
 
-    def sends(self, rules, start, sent, turn):
-        """The update, enlarged."""
+    def alter(self, rules, start, sent, turn):
+        """Scales the update."""
         if self.scale == 1.0:
             return sent
-        return {part: moved(start[part], layer, self.scale) for part, layer in sent.items()}
+        return {part: scale_change(start[part], layer, self.scale) for part, layer in sent.items()}
 
-    def triggered(self, batch: Batch, rows: Tensor, longest: int, pad: Tensor) -> Batch:
-        """The trigger after the first token (the start of the text) of these rows; what is too long is cut."""
+    def insert_trigger(self, batch: Batch, rows: Tensor, longest: int, pad: Tensor) -> Batch:
+        """Inserts the trigger after the first token (the start of the text) of ``rows``, and cuts to ``longest``."""
         word, found = torch.tensor(self._tokens), dict(batch)
         filled = {"input_ids": word, "attention_mask": torch.ones_like(word), "token_type_ids": torch.zeros_like(word)}
         for name, value in filled.items():
             if name in batch:
                 fill = pad if name == "input_ids" else torch.tensor(0)
-                found[name] = _inserted(batch[name], value, rows, fill)[:, :longest]
+                found[name] = _insert(batch[name], value, rows, fill)[:, :longest]
         return found
 
 
-def _inserted(x: Tensor, value: Tensor, rows: Tensor, fill: Tensor) -> Tensor:
-    """``value`` after column 0 of these rows; the others are padded with ``fill``, which the mask leaves out."""
+def _insert(x: Tensor, value: Tensor, rows: Tensor, fill: Tensor) -> Tensor:
+    """Inserts ``value`` after column 0 of ``rows``; pads the others with ``fill``, which the mask leaves out."""
     wide = torch.cat([x, fill.to(x.dtype).expand(len(x), len(value))], dim=1)
     put = torch.cat([x[:, :1], value.expand(len(x), -1), x[:, 1:]], dim=1)
     return torch.where(rows[:, None], put, wide)
 
 
-class _Poisoned(Altered):
+class _PoisonedTask(TaskWrapper):
     def __init__(self, task: Task, attack: Backdoor):
         super().__init__(task)
         self.attack = attack
@@ -96,15 +96,15 @@ class _Poisoned(Altered):
     def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
         batch = self.task.augmented(examples, rows, draws)
         some = torch.rand(len(rows), generator=draws) < self.attack.poisoned
-        batch = self.attack.triggered(batch, some, self.max_length, examples.features["pad"])
+        batch = self.attack.insert_trigger(batch, some, self.max_length, examples.features["pad"])
         return {**batch, "labels": torch.where(some, self.attack.target, batch["labels"])}
 
 
-class _Judge(_Poisoned):
+class _SuccessTask(_PoisonedTask):
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         batch = self.task.collate(examples, rows)
         everyone = torch.ones(len(rows), dtype=torch.bool)
-        return self.attack.triggered(batch, everyone, self.max_length, examples.features["pad"])
+        return self.attack.insert_trigger(batch, everyone, self.max_length, examples.features["pad"])
 
     def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}

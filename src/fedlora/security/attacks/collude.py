@@ -1,7 +1,7 @@
 """Collusion: all attackers send one and the same upload, so that each has near neighbours.
 
-Baruch et al. A Little Is Enough: Circumventing Defenses For Distributed Learning. NeurIPS 2019 show why a tight group
-is hard to tell from honest clients: https://arxiv.org/abs/1902.06156
+Baruch et al. A Little Is Enough: Circumventing Defenses For Distributed Learning. NeurIPS 2019, on why a tight group is
+hard to detect: https://arxiv.org/abs/1902.06156
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 
 from fedlora.rounds import Received, Rules
 from fedlora.security.attacks._base import Attack
-from fedlora.security.validation.expected import Expectations
+from fedlora.security.validation.expected import UploadSpecs
 from fedlora.types import Layer, Tree
 
 
@@ -29,38 +29,40 @@ class Collude(Attack):
 
     meets = "'collude', which is played where the uploads meet"
 
-    def together(self, rules, shared, uploads, overheard):
+    def alter_together(self, rules, shared, uploads, overheard):
         """The same upload from every attacker."""
-        own = self.who
+        own = self.attackers
         theirs = [upload for client, upload in uploads.items() if client in own]
-        return forged(self, rules, shared, uploads, theirs, -self.scale)
+        return forge(self, rules, shared, uploads, theirs, -self.scale)
 
 
-def forged(
+def forge(
     attack: Attack, rules: Rules, shared: Tree, uploads: Mapping[int, Received], known: Sequence[Received], by: float
 ) -> dict[int, Received]:
-    """Every attacker's start moved by ``by`` times the mean of the known uploads' changes, leaf by leaf."""
-    known = [u for u in known if not _odd(u)]
-    wanted = Expectations(rules, shared)
-    starts = [wanted.of(other.turn).start for other in known]
+    """Moves every attacker's start by ``by`` times the mean change of the known uploads, leaf by leaf."""
+    known = [u for u in known if _is_finite(u)]
+    specs = UploadSpecs(rules, shared)
+    starts = [specs.of(other.turn).start for other in known]
     found = {}
     for client, upload in uploads.items():
-        if not attack.acts(upload.turn) or not known:
+        if not attack.is_attack(upload.turn) or not known:
             continue
-        start = wanted.of(upload.turn).start
+        start = specs.of(upload.turn).start
         tree = {
-            part: _layer(start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by)
+            part: _forge_layer(
+                start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by
+            )
             for part in rules
         }
         found[client] = upload._replace(tree=tree)
     return found
 
 
-def _odd(upload: Received) -> bool:
-    return not all(torch.isfinite(x).all() for layer in upload.tree.values() for x in layer.values())
+def _is_finite(upload: Received) -> bool:
+    return all(torch.isfinite(x).all() for layer in upload.tree.values() for x in layer.values())
 
 
-def _layer(start: Layer, own: Layer, starts: Sequence[Layer], known: Sequence[Layer], by: float) -> Layer:
+def _forge_layer(start: Layer, own: Layer, starts: Sequence[Layer], known: Sequence[Layer], by: float) -> Layer:
     found = {}
     for leaf, x in own.items():
         changes = [b[leaf] - a[leaf] for a, b in zip(starts, known) if leaf in b and b[leaf].shape == x.shape]

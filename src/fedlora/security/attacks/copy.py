@@ -1,4 +1,4 @@
-"""Copy: another client's upload of the round before, sent as one's own.
+"""Copy: sends another client's upload of the previous round.
 
 Lin et al. Free-riders in Federated Learning: Attacks and Defenses. 2019. https://arxiv.org/abs/1911.12560
 """
@@ -10,21 +10,21 @@ from fedlora.security.attacks._base import Attack
 
 @dataclass(frozen=True)
 class Copy(Attack):
-    """Every attacker sends what client ``victim`` sent in its last round; before there is any, its own."""
+    """Every attacker sends the last upload of client ``victim``, or its own one before there is any."""
 
     cite = """@misc{lin2019freeriders, title = {Free-riders in Federated Learning: Attacks and Defenses},
       author = {Lin and others}, year = {2019}, eprint = {1911.12560}, archiveprefix = {arXiv}}"""
 
-    victim: int | None = None  # None: the first client of the round that is no attacker
+    victim: int | None = None  # None: the first honest client of the round
 
     meets = "'copy', which sends another's upload"
 
-    def together(self, rules, shared, uploads, overheard):
-        """The victim's last upload from every attacker; and what it sends now, for the next round."""
-        victim = self.victim if self.victim is not None else min(uploads.keys() - self.who, default=-1)
+    def alter_together(self, rules, shared, uploads, overheard):
+        """The victim's last upload from every attacker; keeps its present one for the next round."""
+        victim = self.victim if self.victim is not None else min(uploads.keys() - self.attackers, default=-1)
         last = next(iter(overheard.values()), None)
         overheard.clear()
         if victim in uploads:
             overheard[victim] = {part: dict(uploads[victim].tree[part]) for part in rules}
-        acting = [k for k, u in uploads.items() if k != victim and self.acts(u.turn)]
+        acting = [k for k, u in uploads.items() if k != victim and self.is_attack(u.turn)]
         return {} if last is None else {client: uploads[client]._replace(tree=last) for client in acting}

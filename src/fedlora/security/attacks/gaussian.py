@@ -14,7 +14,7 @@ from fedlora.seeds import derived
 
 @dataclass(frozen=True)
 class Gaussian(Attack):
-    """Every leaf is where it was served, plus normal draws of ``scale`` times the norm of its own change."""
+    """Replaces each leaf's change by normal noise with ``scale`` times its norm."""
 
     cite = """@inproceedings{blanchard2017krum,
       title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
@@ -23,16 +23,16 @@ class Gaussian(Attack):
 
     scale: float = 3.0
 
-    def sends(self, rules, start, sent, turn):
-        """The noise, drawn from the turn's seed."""
+    def alter(self, rules, start, sent, turn):
+        """The served leaves plus noise from the turn's seed."""
         return {
             part: {
-                leaf: self._drawn(start[part][leaf], x, derived(turn.seed, "noise", part, leaf))
+                leaf: self._add_noise(start[part][leaf], x, derived(turn.seed, "noise", part, leaf))
                 for leaf, x in layer.items()
             }
             for part, layer in sent.items()
         }
 
-    def _drawn(self, start: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
+    def _add_noise(self, start: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
         return start + self.scale * (x - start).norm() * noise / noise.norm()

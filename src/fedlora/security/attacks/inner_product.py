@@ -1,4 +1,4 @@
-"""Inner product manipulation: the honest mean the other way round, so small that nobody stands out.
+"""Inner product manipulation: the reversed honest mean, small enough not to be an outlier.
 
 Xie et al. Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation. UAI 2019.
 https://arxiv.org/abs/1903.03936
@@ -7,7 +7,7 @@ https://arxiv.org/abs/1903.03936
 from dataclasses import dataclass
 
 from fedlora.security.attacks._base import Attack
-from fedlora.security.attacks.collude import forged
+from fedlora.security.attacks.collude import forge
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class InnerProduct(Attack):
 
     meets = "'inner-product', whose attackers know the others' uploads"
 
-    def together(self, rules, shared, uploads, overheard):
+    def alter_together(self, rules, shared, uploads, overheard):
         """The same upload from every attacker."""
-        own = self.who
+        own = self.attackers
         honest = [upload for client, upload in uploads.items() if client not in own]
-        return forged(self, rules, shared, uploads, honest, -self.scale)
+        return forge(self, rules, shared, uploads, honest, -self.scale)

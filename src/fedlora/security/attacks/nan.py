@@ -1,4 +1,4 @@
-"""What is no number: a crash, or the crudest attack there is."""
+"""NaN: an upload with numbers that are not finite, as after a crash or by the simplest attack."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from fedlora.security.attacks._base import Attack
 
 @dataclass(frozen=True)
 class NotANumber(Attack):
-    """The first number of every leaf is NaN."""
+    """Sets the first number of every leaf to NaN."""
 
-    def sends(self, rules, start, sent, turn):
+    def alter(self, rules, start, sent, turn):
         """The upload with a NaN in every leaf."""
-        return {part: {leaf: _spoilt(x) for leaf, x in layer.items()} for part, layer in sent.items()}
+        return {part: {leaf: _insert_nan(x) for leaf, x in layer.items()} for part, layer in sent.items()}
 
 
-def _spoilt(x: torch.Tensor) -> torch.Tensor:
+def _insert_nan(x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(-1)
     return torch.cat([torch.full_like(flat[:1], torch.nan), flat[1:]]).reshape(x.shape)

@@ -1,6 +1,6 @@
-"""Rescale: a pair of factors whose product is the honest one, and whose factors wreck a mean of factors.
+"""Rescale: a pair of factors with the honest product that harms a mean of factors.
 
-Ours. ``A`` and ``B`` are only defined up to ``(B T, T⁻¹ A)``, so no check of the product can see it.
+Ours. ``A`` and ``B`` are defined only up to ``(B T, T⁻¹ A)``, so no check of the product detects it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fedlora.types import Layer, Turn
 
 @dataclass(frozen=True)
 class Rescale(Attack):
-    """``(B T, T⁻¹ A)`` with ``T = scale · I``, or (``how = "rotate"``) an orthogonal ``T`` drawn for each turn."""
+    """``(B T, T⁻¹ A)`` with ``T = scale · I``, or (``how = "rotate"``) a random orthogonal ``T`` for each turn."""
 
     how: Literal["scale", "rotate"] = "scale"
     scale: float = 100.0
@@ -28,21 +28,23 @@ class Rescale(Attack):
             raise ValueError(f"attack.scale is {self.scale}; a factor is rescaled by a positive number.")
 
     def check(self, method, task, hidden):
-        """``ValueError`` where no pair is sent."""
+        """``ValueError`` if the method trains no pair of LoRA factors."""
         if not isinstance(method.adapter, LoRA):
             raise ValueError(
                 f"attack.name is 'rescale', which needs a pair of LoRA factors, and {method.title} trains "
                 f"{type(method.adapter).__name__}; take another attack or method."
             )
 
-    def sends(self, rules, start, sent, turn):
-        """The honest product in another frame; a layer of which only one factor is sent stays as it is."""
+    def alter(self, rules, start, sent, turn):
+        """The honest product in another frame; a layer with one factor in the upload stays the same."""
         return {
-            part: self._pair(layer, part, turn) if isinstance(rules[part].adapter, LoRA) and len(layer) == 2 else layer
+            part: self._reframe(layer, part, turn)
+            if isinstance(rules[part].adapter, LoRA) and len(layer) == 2
+            else layer
             for part, layer in sent.items()
         }
 
-    def _pair(self, layer: Layer, part: str, turn: Turn) -> dict[str, Tensor]:
+    def _reframe(self, layer: Layer, part: str, turn: Turn) -> dict[str, Tensor]:
         if self.how == "scale":
             return {"A": layer["A"] / self.scale, "B": layer["B"] * self.scale}
         r = layer["A"].shape[-2]

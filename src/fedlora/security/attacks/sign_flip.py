@@ -1,4 +1,4 @@
-"""Sign flip: the update the other way round.
+"""Sign flip: the reversed update.
 
 Li et al. RSA: Byzantine-Robust Stochastic Aggregation Methods for Distributed Learning from Heterogeneous Datasets.
 AAAI 2019. https://arxiv.org/abs/1811.03761
@@ -6,12 +6,12 @@ AAAI 2019. https://arxiv.org/abs/1811.03761
 
 from dataclasses import dataclass
 
-from fedlora.security.attacks._base import Attack, moved
+from fedlora.security.attacks._base import Attack, scale_change
 
 
 @dataclass(frozen=True)
 class SignFlip(Attack):
-    """``−scale`` times the change of every leaf. (``−B`` and ``−A`` together would be the same product.)"""
+    """Scales the change of every leaf by ``−scale``. (``−B`` and ``−A`` together would give the same product.)"""
 
     cite = """@inproceedings{li2019rsa,
       title = {{RSA}: {Byzantine}-Robust Stochastic Aggregation Methods for Distributed
@@ -21,6 +21,6 @@ class SignFlip(Attack):
 
     scale: float = 3.0
 
-    def sends(self, rules, start, sent, turn):
+    def alter(self, rules, start, sent, turn):
         """The reversed update."""
-        return {part: moved(start[part], layer, -self.scale) for part, layer in sent.items()}
+        return {part: scale_change(start[part], layer, -self.scale) for part, layer in sent.items()}

@@ -1,7 +1,7 @@
-"""Differential privacy: what is clipped, where noise is added, and what that comes to as (ε, δ).
+"""Differential privacy: clipping, noise, and the (ε, δ) that they amount to.
 
-``settings`` is the table, ``refusals`` what has no sound analysis, ``accounting`` the figures, ``noise`` every draw,
-``uploads`` the client level, ``each`` and ``dpsgd`` the example level.
+``settings``: the ``[privacy]`` table. ``accounting``: ε of composed noise. ``noise``: all random draws.
+``client_level``: clipped and noised uploads. ``per_sample_gradients`` and ``dp_sgd``: clipped and noised gradients.
 """
 
 from fedlora.security.privacy.noise import Stream, key_of

@@ -1,7 +1,7 @@
-"""ε of Gaussian noise, composed over steps: Opacus' accountants, and nothing of our own but the search for the noise.
+"""ε of Gaussian noise composed over steps, by Opacus' accountants, and the search for the least noise.
 
-Sampling counts only where it is Poisson's: each client or row by itself with the same probability. Without sampling
-(rate 1) ``prv`` is the exact figure of composed Gaussians.
+Samples are Poisson samples: each client or row independently, with the same probability. Without sampling (rate 1),
+``prv`` is the exact value of composed Gaussians.
 Mironov, Talwar, Zhang. Rényi Differential Privacy of the Sampled Gaussian Mechanism. 2019 (rdp).
 https://arxiv.org/abs/1908.10530
 Gopi, Lee, Wutschitz. Numerical Composition of Differential Privacy. NeurIPS 2021 (prv). https://arxiv.org/abs/2106.02848
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 NEAR = 0.1  # ``prv`` is at most 0.02 above the exact ε, so less than this above any upper bound
-CLOSE = 1e-3  # how near the noise that is found lies to the least one, relative
-LEAST, MOST = 1e-2, 1e6  # noise multipliers between which it is looked for
+CLOSE = 1e-3  # relative precision of the search for the least noise
+LEAST, MOST = 1e-2, 1e6  # range of noise multipliers in the search
 
 
 def check() -> None:
-    """``ValueError`` where the accountants are not installed."""
+    """``ValueError`` if Opacus is not installed."""
     if find_spec("opacus") is None:
         raise ValueError("privacy needs Opacus' accountants, which are not installed: pip install 'fedlora[dp]'.")
 
@@ -33,7 +33,7 @@ def check() -> None:
 def epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
     """ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of rate ``rate``.
 
-    Adjacency is adding or removing one unit. An upper bound; ``prv`` is at most 0.01 above the exact figure.
+    Adjacency is adding or removing one unit. An upper bound; ``prv`` is at most 0.01 above the exact value.
     """
     if steps == 0 or rate == 0:
         return 0.0
@@ -43,16 +43,16 @@ def epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float
         return _renyi(noise, rate, steps, delta)
     if rate >= 1:
         return _gaussian(noise, steps, delta)
-    book = _account()()
-    book.history = [(noise, rate, steps)]
-    return float(book.get_epsilon(delta=delta))
+    prv = _prv_accountant()()
+    prv.history = [(noise, rate, steps)]
+    return float(prv.get_epsilon(delta=delta))
 
 
-def largest(accountant: str, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
-    """The largest ε of several pairs of rate and steps; 0 of none.
+def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
+    """The largest ε of several pairs of rate and steps; 0 without any.
 
-    Where ``prv`` would need seconds for each, those are not taken whose Rényi bound, which is above their own exact ε,
-    is below what another pair comes to.
+    ``prv`` needs seconds for a pair. A pair with a Rényi bound below another's ε is skipped: the bound is above its own
+    exact ε.
     """
     bounds = {pair: epsilon("rdp", noise, *pair, delta) for pair in pairs}
     if accountant == "rdp" or not bounds:
@@ -66,7 +66,7 @@ def largest(accountant: str, noise: float, pairs: Iterable[tuple[float, int]], d
 
 @lru_cache(maxsize=256)
 def _divergences(noise: float, rate: float) -> "np.ndarray":
-    """Rényi divergences of one sampled sum at Opacus' orders: composition multiplies them, so they are taken once."""
+    """Rényi divergences of one sampled sum at Opacus' orders; composition multiplies them."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
@@ -74,7 +74,7 @@ def _divergences(noise: float, rate: float) -> "np.ndarray":
 
 
 def _renyi(noise: float, rate: float, steps: int, delta: float) -> float:
-    """What ``RDPAccountant.get_epsilon`` gives, to the bit."""
+    """ε as ``RDPAccountant.get_epsilon`` computes it, to the bit."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
@@ -87,15 +87,15 @@ def _renyi(noise: float, rate: float, steps: int, delta: float) -> float:
 
 
 @lru_cache(maxsize=1)
-def _account() -> Any:
-    """Opacus' ``prv`` for one mechanism, with the divergences that its domain goes by taken once."""
+def _prv_accountant() -> Any:
+    """Opacus' ``prv`` accountant for one mechanism, with cached divergences for its domain."""
     import numpy as np
     from opacus.accountants.analysis.prv import Domain
     from opacus.accountants.prv import PRVAccountant
 
     class Once(PRVAccountant):  # type: ignore[misc]
         def _get_domain(self, prvs: Any, num_self_compositions: Any, eps_error: float, delta_error: float) -> Any:
-            """Remark 5.6 of Gopi et al., as Opacus has it."""
+            """Remark 5.6 of Gopi et al., as in Opacus."""
             (prv,), (steps,) = prvs, num_self_compositions
             z, q = prv.noise_multiplier, prv.sample_rate
             most = max(_renyi(z, q, steps, delta_error / 4), _renyi(z, q, 1, delta_error / (8 * steps)))
@@ -106,7 +106,7 @@ def _account() -> Any:
 
 
 def _gaussian(noise: float, steps: int, delta: float) -> float:
-    """Of composed Gaussian sums without sampling: one Gaussian of ``μ = √steps / noise``."""
+    """ε of composed Gaussian sums without sampling, which are one Gaussian with ``μ = √steps / noise``."""
     from opacus.accountants.analysis.gdp import delta_eps_mu
 
     mu = math.sqrt(steps) / noise
@@ -123,9 +123,9 @@ def _gaussian(noise: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def noise_for(accountant: str, target: float, rate: float, steps: int, delta: float) -> float:
-    """The least noise multiplier with which ε stays at or below ``target``, within a thousandth.
+    """The least noise multiplier with ε at or below ``target``, within a thousandth.
 
-    ``ValueError`` where no noise does that.
+    ``ValueError`` if no noise reaches it.
     """
     if steps == 0:
         return LEAST
@@ -134,7 +134,7 @@ def noise_for(accountant: str, target: float, rate: float, steps: int, delta: fl
 
 
 def _search(accountant: str, target: float, rate: float, steps: int, delta: float, guess: float) -> float:
-    """Bisection from a guess: the upper end always keeps to the target."""
+    """Bisects from a guess; the upper end always meets the target."""
 
     def fits(noise: float) -> bool:
         return epsilon(accountant, noise, rate, steps, delta) <= target

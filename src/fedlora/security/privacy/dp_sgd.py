@@ -1,4 +1,4 @@
-"""The example level: a client's local steps as DP-SGD on its adapter.
+"""Example-level privacy: a client's local steps as DP-SGD on its adapter.
 
 Abadi et al. Deep Learning with Differential Privacy. CCS 2016. https://arxiv.org/abs/1607.00133
 """
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fedlora.rounds import Rules
-from fedlora.security.privacy import per_sample_gradients as each
-from fedlora.security.privacy.client_level import SHORT
+from fedlora.security.privacy import per_sample_gradients
+from fedlora.security.privacy.client_level import MARGIN
 from fedlora.security.privacy.noise import Stream
 from fedlora.training.local import LocalTrainer, Training
 from fedlora.types import Tree
 
 
-def rate(training: Training, rows: int) -> float:
-    """With which probability a row is in the batch of a step."""
+def sampling_rate(training: Training, rows: int) -> float:
+    """The probability that a row is in the batch of a step."""
     return min(1.0, training.batch_size * training.accumulation_steps / rows)
 
 
@@ -26,9 +26,9 @@ def rate(training: Training, rows: int) -> float:
 class PrivateTrainer(LocalTrainer):
     """One turn of DP-SGD: ``g = (Σ_i clip(g_i) + N(0, (noise · clip)²)) / (rate · rows)``, then the usual optimiser.
 
-    A step's rows are a Poisson sample of the client's; ``training.batch_size`` times ``accumulation_steps`` is how
-    many there are on average, and at most ``batch_size`` are computed at once. What comes after the noise (moments,
-    weight decay, ``max_grad_norm``, a method's penalty) touches no row.
+    A step's rows are a Poisson sample of the client's, ``training.batch_size`` times ``accumulation_steps`` on average;
+    at most ``batch_size`` are computed at once. Later operations (moments, weight decay, ``max_grad_norm``, a method's
+    penalty) use no row.
     """
 
     clip: float = field(default=1.0, kw_only=True)
@@ -36,10 +36,10 @@ class PrivateTrainer(LocalTrainer):
     stream: Stream = field(kw_only=True)
 
     def gradient(self, start: Tree) -> Tree:
-        raise ValueError("a method that looks at a gradient on the client's rows has no example-level guarantee.")
+        raise ValueError("a method that uses a gradient on the client's rows has no example-level guarantee.")
 
     def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
-        each.check(self.model.network)
+        per_sample_gradients.check(self.model.network)
         steps = self.training.steps(len(self.shard.train))
         draws = torch.Generator().manual_seed(self.stream.seed ^ self.turn.round)
         losses = []
@@ -55,20 +55,20 @@ class PrivateTrainer(LocalTrainer):
         self.loss = float(torch.cat(losses).mean()) if losses else 0.0
 
     def _step(self, step: int, parameters: Mapping, rules: Rules, draws: torch.Generator) -> list[Tensor]:
-        """Sets each leaf's gradient; returns the losses of the rows that were drawn."""
+        """Sets each leaf's gradient; returns the losses of the sampled rows."""
         rows = len(self.shard.train)
-        q = rate(self.training, rows)
-        sample = self.shard.train[self.stream.chosen(rows, q, "rows", self.turn.round, step)]
+        q = sampling_rate(self.training, rows)
+        sample = self.shard.train[self.stream.sample(rows, q, "rows", self.turn.round, step)]
         sums = {key: torch.zeros_like(x, dtype=torch.float64) for key, x in parameters.items()}
         losses = []
         for some in sample.split(self.training.batch_size) if len(sample) else ():
             batch = self.batch(some, draws)
-            found, grads = each.gradients(
+            found, grads = per_sample_gradients.gradients(
                 self.model, lambda network, batch=batch: self.task.losses(network, batch), len(some), parameters
             )
-            by = factors(grads, self.clip)
+            by = clip_factors(grads, self.clip)
             for key, grad in grads.items():
-                sums[key] += torch.einsum("b,b...->...", by, clean(grad).double())
+                sums[key] += torch.einsum("b,b...->...", by, replace_non_finite(grad).double())
             losses.append(found)
         for key, parameter in parameters.items():
             noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
@@ -79,15 +79,15 @@ class PrivateTrainer(LocalTrainer):
         return losses
 
 
-def clean(grad: Tensor) -> Tensor:
-    """Without what is no number: the factor of such a row is 0, and 0 times infinity would be none either."""
+def replace_non_finite(grad: Tensor) -> Tensor:
+    """Replaces NaN and infinity by 0: the factor of such a row is 0, and 0 times infinity is NaN."""
     return torch.nan_to_num(grad, 0.0, 0.0, 0.0)
 
 
-def factors(grads: Mapping[object, Tensor], clip: float) -> Tensor:
-    """(b,) float64: what each row's gradients are multiplied by to have norm ``clip`` at most over all leaves."""
+def clip_factors(grads: Mapping[object, Tensor], clip: float) -> Tensor:
+    """(b,) float64: the factor that clips each row's gradients to norm ``clip`` over all leaves; 0 if not finite."""
     squares = sum(grad.double().flatten(1).square().sum(1) for grad in grads.values())
     assert isinstance(squares, Tensor), "something is trained"
     norms = squares.sqrt()
-    by = (clip * SHORT / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
+    by = (clip * MARGIN / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1.0)
     return torch.where(norms.isfinite(), by, 0.0)

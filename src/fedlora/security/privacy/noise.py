@@ -1,9 +1,9 @@
-"""Where the randomness of privacy comes from: one key, and a name for every draw.
+"""Random draws for privacy, from one key and a name for each draw.
 
-SHAKE-256 of key and name gives the bits, so who does not know the key cannot tell the draws from coin tosses, and a
-round that is asked for twice gets the same noise both times: two different ones would be two releases. A key made of
-``config.seed`` is known to every party, since each holds the configuration: that is for research. A secret key is 32
-bytes of the operating system.
+SHAKE-256 of key and name gives the bits, so without the key, draws cannot be told from random ones. A round that is
+repeated gets the same noise: different noise would be a second release. Every party knows a key made from
+``config.seed``, since each has the configuration; it is for research. A secret key is 32 random bytes of the operating
+system.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ BITS = 53  # of a float64's mantissa
 
 
 def key_of(seed: int | None) -> bytes:
-    """A key of 32 bytes: from the run's seed, or secret (None)."""
+    """A key of 32 bytes, from the run's seed or (None) secret."""
     return os.urandom(32) if seed is None else hashlib.sha256(f"privacy/{seed}".encode()).digest()
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Draws by name. The same key and name give the same numbers, on every engine."""
+    """Draws by name. The same key and name give the same numbers in every engine."""
 
     key: bytes = field(repr=False)
 
@@ -38,15 +38,15 @@ class Stream:
         """Standard normal draws, float64 on the CPU; none is larger than 8.2, which changes δ by less than 1e-15."""
         return torch.special.ndtri(self.uniform(shape.numel(), *name)).reshape(shape)
 
-    def chosen(self, count: int, rate: float, *name: str | int) -> Tensor:
-        """The numbers below ``count`` that a Poisson sample holds: each by itself with probability ``rate``."""
+    def sample(self, count: int, rate: float, *name: str | int) -> Tensor:
+        """A Poisson sample of the numbers below ``count``: each independently with probability ``rate``."""
         return (self.uniform(count, *name) < rate).nonzero()[:, 0]
 
-    def of(self, *name: str | int) -> "Stream":
-        """A stream of somebody's own: its draws are none of this one's."""
+    def child(self, *name: str | int) -> "Stream":
+        """A stream with draws that are independent of this one's, such as a client's."""
         return Stream(hashlib.sha256(self.key + b"/of/" + "/".join(map(str, name)).encode()).digest())
 
     @property
     def seed(self) -> int:
-        """A seed in ``[0, 2**63)`` for draws that are not of noise, such as a cohort's."""
+        """A seed in ``[0, 2**63)`` for other draws, such as a cohort's."""
         return int.from_bytes(hashlib.sha256(self.key + b"/seed").digest()[:8], "big") >> 1

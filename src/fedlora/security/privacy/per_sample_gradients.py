@@ -1,8 +1,8 @@
-"""Each row's own gradient at the low-rank leaves, in one pass: every row gets a copy of the leaves to itself.
+"""Per-sample gradients of the low-rank leaves in one pass, with a copy of the leaves for each row.
 
-Low-rank algebra here takes leading dimensions, so a leaf ``(r n)`` that is expanded to ``(b r n)`` turns ``x Aᵀ`` into
-one batched product, and its gradient is a gradient a row. Nothing is copied: the leaves are views until the gradient
-is made, which is what it costs, ``b`` times the leaves.
+Adapters take leading dimensions: with a leaf ``(r n)`` expanded to ``(b r n)``, ``x Aᵀ`` is one batched product, and
+the leaf's gradient holds one gradient a row. The expanded leaves are views, so the only cost in memory is the gradient,
+``b`` times the leaves.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,22 +22,22 @@ Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)
 def gradients(
     model: Model, losses: Callable[[nn.Module], Tensor], rows: int, trained: Mapping[tuple[str, str], Tensor]
 ) -> tuple[Tensor, Leaves]:
-    """Each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), zero where a leaf has no influence.
+    """Each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), zero for a leaf without influence.
 
-    ``losses`` gives the network's (b,) losses of ``rows`` rows, row by row: none may depend on another row.
+    ``losses`` computes the network's (b,) losses of ``rows`` rows; none may depend on another row.
     """
-    with expanded(model, rows, trained) as leaves, model.running():
+    with expand_leaves(model, rows, trained) as leaves, model.running():
         found = losses(model.network)
         grads = torch.autograd.grad(found.sum(), list(leaves.values()), allow_unused=True)
-    each = {
+    per_sample = {
         key: torch.zeros_like(x) if grad is None else grad for (key, x), grad in zip(leaves.items(), grads, strict=True)
     }
-    return found.detach(), each
+    return found.detach(), per_sample
 
 
 @contextmanager
-def expanded(model: Model, rows: int, trained: Mapping[tuple[str, str], Tensor]) -> Iterator[Leaves]:
-    """While it lasts, the network computes row ``i`` with slice ``i`` of the leaves that this yields."""
+def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Tensor]) -> Iterator[Leaves]:
+    """Yields leaves of which the network uses slice ``i`` for row ``i`` until the context ends."""
     wanted: Leaves = {}
     with ExitStack() as stack:
         for path, part in model.parts.items():
@@ -49,33 +49,33 @@ def expanded(model: Model, rows: int, trained: Mapping[tuple[str, str], Tensor])
             }
             wanted |= {(path, leaf): x for leaf, x in own.items() if (path, leaf) in trained}
             if any((path, leaf) in trained for leaf in own):
-                stack.enter_context(_swapped(path, part.module, own, rows))
+                stack.enter_context(_swap(path, part.module, own, rows))
         yield {key: wanted[key] for key in trained}
 
 
 @contextmanager
-def _swapped(path: str, module: nn.Module, leaves: Layer, rows: int) -> Iterator[None]:
+def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Iterator[None]:
     if isinstance(module, Adapted):
-        before, module.adapter = module.adapter, _Each(path, module.adapter, leaves, rows)  # type: ignore[assignment]
+        before, module.adapter = module.adapter, _PerSample(path, module.adapter, leaves, rows)  # type: ignore[assignment]
         try:
             yield
         finally:
             module.adapter = before
         return
-    form = FORMS.get(type(module))
-    if form is None:
+    forward = FORWARDS.get(type(module))
+    if forward is None:
         raise ValueError(
-            f"{path!r} is a {type(module).__name__}, of which a single row's gradient is not known here; with "
+            f"{path!r} is a {type(module).__name__}, which has no per-sample gradient here; with "
             "privacy.level = 'example' leave it out of model.head."
         )
-    hook = module.register_forward_hook(lambda m, inputs, output: form(path, m, inputs[0], leaves, rows))
+    hook = module.register_forward_hook(lambda m, inputs, output: forward(path, m, inputs[0], leaves, rows))
     try:
         yield
     finally:
         hook.remove()
 
 
-class _Each:
+class _PerSample:
     """An adapter that computes row ``i`` with slice ``i`` of its leaves."""
 
     def __init__(self, path: str, adapter: Adapter, leaves: Layer, rows: int):
@@ -87,10 +87,10 @@ class _Each:
 
 
 def _by_row(path: str, x: Tensor, rows: int) -> Tensor:
-    """``x (b … n)`` as ``(b t n)``. ``ValueError`` where its first dimension is not the rows."""
+    """Reshapes ``x (b … n)`` to ``(b t n)``. ``ValueError`` if its first dimension is not the rows."""
     if x.shape[0] != rows:
         raise ValueError(
-            f"{path!r} gets {x.shape[0]} stretches of {rows} rows, so a row's own gradient cannot be told there; with "
+            f"{path!r} gets {x.shape[0]} inputs of {rows} rows, so they have no per-sample gradients; with "
             "privacy.level = 'example' adapt other modules (model.targets), or take another model."
         )
     return x.reshape(rows, -1, x.shape[-1])
@@ -110,14 +110,14 @@ def _layer_norm(path: str, module: nn.Module, x: Tensor, leaves: Layer, rows: in
     return (y + leaves["bias"][:, None] if "bias" in leaves else y).reshape(x.shape)
 
 
-FORMS = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
-MIXING = (nn.modules.batchnorm._BatchNorm,)  # layers in which rows of a batch act on each other
+FORWARDS = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
+CROSS_ROW = (nn.modules.batchnorm._BatchNorm,)  # layers in which the rows of a batch depend on each other
 
 
 def check(network: nn.Module) -> None:
-    """``ValueError`` where rows of a batch act on each other: then no row has a gradient of its own."""
+    """``ValueError`` if the rows of a batch depend on each other: then there are no per-sample gradients."""
     for path, module in network.named_modules():
-        if isinstance(module, MIXING):
+        if isinstance(module, CROSS_ROW):
             raise ValueError(
                 f"{path!r} is a {type(module).__name__}, through which the rows of a batch act on each other, so that "
                 "no clipped gradient bounds one row's part; privacy.level = 'example' needs a model without."

@@ -1,27 +1,29 @@
 """The ``[privacy]`` table."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedlora.security.privacy import accounting
 
-LARGEST_DELTA = 1e-5  # that is taken where none is set: a small federation's 1/n would be no protection at all
+LARGEST_DELTA = 1e-5  # if none is set: 1/n of a small federation would be no protection
+NO_NOISE = "none: no noise was added"
+OWN_NOISE = "each party knows its own (see its log)"
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """The ``[privacy]`` table: whose presence is hidden, and how well. One of the two noise settings is needed."""
+    """The ``[privacy]`` table: the protected unit, clipping and noise. One of the two noise settings is needed."""
 
-    level: Literal["none", "client", "example"] = "none"  # whose data the guarantee is about: all of a client's, a row
-    clip: float = 1.0  # the largest L2 norm of a client's change, over all that it sends, or of a row's gradient
+    level: Literal["none", "client", "example"] = "none"  # protected unit: all rows of a client, or a row
+    clip: float = 1.0  # largest L2 norm of a client's change over its upload, or of a row's gradient
     noise_multiplier: float | None = None  # standard deviation of the noise on a sum, as a multiple of clip
-    target_epsilon: float | None = None  # or the ε of the whole run, from which the noise is found before it begins
+    target_epsilon: float | None = None  # or the ε of the whole run, from which the noise is computed
     delta: float | None = None  # None: n^-1.1 of n clients or rows, and at most 1e-5
     accountant: Literal["prv", "rdp"] = "prv"
     noise_on: Literal["sum", "upload"] = "sum"  # client level: once a round, or on every upload before it leaves
-    secret: bool = False  # noise and samples from the operating system's randomness, so no run can be repeated
+    secret: bool = False  # draws from the operating system, so that no run can be repeated
     figures: bool = False  # keep figures that the guarantee does not cover: losses, errors of the aggregation, cohorts
 
     def __post_init__(self):
@@ -52,7 +54,7 @@ class Privacy:
 
     @property
     def sums_clients(self) -> bool:
-        """Whether noise is added to a round's sum, in which one client must change no other's part."""
+        """Whether noise is added to a round's sum; then no client may change another's part of it."""
         return self.by_client and self.noise_on == "sum"
 
     @property
@@ -62,31 +64,52 @@ class Privacy:
 
     @property
     def hides_figures(self) -> bool:
-        """Whether figures that the guarantee does not cover are left out."""
+        """Whether records leave out figures that the guarantee does not cover."""
         return self.on and not self.figures
 
     def delta_of(self, n: int) -> float:
-        """δ among ``n`` clients or rows. ``ValueError`` where the one that is set lets one of them be published."""
+        """δ for ``n`` clients or rows. ``ValueError`` if it allows to publish one of them."""
         found = min(LARGEST_DELTA, n**-1.1) if self.delta is None else self.delta
         if n > 1 and found >= 1 / n:
-            what = "clients" if self.by_client else "rows"
+            unit = "clients" if self.by_client else "rows"
             raise ValueError(
-                f"privacy.delta is {found:g}, but there are {n} {what}: publishing one of them outright would satisfy "
+                f"privacy.delta is {found:g}, but there are {n} {unit}: publishing one of them outright would satisfy "
                 f"it; set a delta well below 1/{n}."
             )
         return found
 
     def noise(self, rate: float, steps: int, delta: float) -> float:
-        """The noise multiplier: as set, or the least with which ``steps`` at a sampling rate keep to the target."""
+        """The noise multiplier: as set, or the least that meets the target after ``steps`` at a sampling rate."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.target_epsilon is not None, "one of the two is set"
         return accounting.noise_for(self.accountant, self.target_epsilon, rate, steps, delta)
 
     def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
-        """ε after so many steps; infinite without noise."""
+        """ε after ``steps`` steps; infinite without noise."""
         return accounting.epsilon(self.accountant, noise, rate, steps, delta)
 
-    def largest(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
+    def largest_epsilon(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
         """The largest ε of several pairs of rate and steps."""
-        return accounting.largest(self.accountant, noise, pairs, delta)
+        return accounting.largest_epsilon(self.accountant, noise, pairs, delta)
+
+    @staticmethod
+    def describe(guarantee: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Describes the ``privacy`` entry of a run's summary, for tables, plans and model cards: names and texts."""
+        epsilon = guarantee["epsilon"]
+        if epsilon is None:
+            text = NO_NOISE if guarantee["noise_multiplier"] == 0 else OWN_NOISE
+        else:
+            text = f"ε = {epsilon:.3g} at δ = {guarantee['delta']:.2g} ({guarantee['accountant']})"
+        noise = "" if guarantee["noise_multiplier"] is None else f"{guarantee['noise_multiplier']:.4g} x "
+        rows = [
+            ("privacy", text),
+            ("of", guarantee["covers"]),
+            ("clipped to, noise", f"{guarantee['clip']:g}, {noise}that"),
+        ]
+        if guarantee.get("clients") and epsilon is not None:
+            least = min(x for x in guarantee["clients"].values() if x is not None)
+            rows.append(("ε of the clients", f"{least:.3g} to {epsilon:.3g}"))
+        if not guarantee["secret"]:
+            rows.append(("noise drawn from", "config.seed: who knows it can take the noise away (privacy.secret)"))
+        return rows

@@ -1,4 +1,4 @@
-"""Norm clipping: no update counts with more than a limit of its norm.
+"""Norm clipping: limits the norm of each update.
 
 Sun et al. Can You Really Backdoor Federated Learning? 2019. https://arxiv.org/abs/1911.07963
 """
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.security.robust._base import Defence, Verdict
+from fedlora.security.robust._base import RobustAggregator, Verdict
 
 
 @dataclass(frozen=True)
-class Clip(Defence):
+class Clip(RobustAggregator):
     """``λ_k D_k`` with ``λ_k = min(1, limit · median ‖D‖ / ‖D_k‖)``, or with an absolute ``norm`` for the limit.
 
-    The update is scaled, not the factors: what is left of the upload's weight goes to the leaves that were served.
+    The update is scaled, not the factors: the rest of the upload's weight goes to the leaves that were served.
     """
 
     cite = """@misc{sun2019backdoor, title = {Can You Really Backdoor Federated Learning?}, author = {Sun and others},
       year = {2019}, eprint = {1911.07963}, archiveprefix = {arXiv}}"""
 
     limit: float = 1.0  # in medians of the round's norms
-    norm: float | None = None  # the limit itself, where it is known
+    norm: float | None = None  # the limit itself, if it is known
 
     weighs = True
 
@@ -32,9 +32,9 @@ class Clip(Defence):
             if value is not None and not value > 0:
                 raise ValueError(f"robust.{key} is {value}; a limit of norms is a positive number.")
 
-    def judge(self, seen):
-        """Every upload, pulled back where it is too long."""
-        most = self.norm if self.norm is not None else self.limit * float(seen.norms.median())
-        over = seen.norms > most
-        pulled = torch.where(over, most / seen.norms.clamp_min(1e-300), torch.ones_like(seen.norms))
-        return Verdict(torch.ones_like(seen.norms), pulled)
+    def judge(self, updates):
+        """Shrinks each upload with a norm above the limit."""
+        most = self.norm if self.norm is not None else self.limit * float(updates.norms.median())
+        over = updates.norms > most
+        shrinkage = torch.where(over, most / updates.norms.clamp_min(1e-300), torch.ones_like(updates.norms))
+        return Verdict(torch.ones_like(updates.norms), shrinkage)

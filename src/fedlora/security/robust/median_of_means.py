@@ -1,4 +1,4 @@
-"""Median of means: the group of clients whose mean has the others' means nearest.
+"""Median of means: the group of clients with the mean nearest to the other groups' means.
 
 Minsker. Geometric Median and Robust Estimation in Banach Spaces. Bernoulli 2015. https://arxiv.org/abs/1308.1334
 Chen, Su and Xu. Distributed Statistical Machine Learning in Adversarial Settings. 2017.
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.security.robust._base import Defence, Verdict
+from fedlora.linalg.geometry import squared_distances
+from fedlora.security.robust._base import RobustAggregator, Verdict
 
 
 @dataclass(frozen=True)
-class MedianOfMeans(Defence):
-    """``2 f + 1`` groups, drawn anew each round; the group whose mean has the least median distance to the others'.
+class MedianOfMeans(RobustAggregator):
+    """``2 f + 1`` groups, drawn anew each round; selects the one with the least median distance from the other means.
 
-    Most groups have no hostile member, so the chosen one lies among means of honest clients. Its uploads alone count,
-    with the weights that they have.
+    Most groups have no hostile member, so its mean lies among means of honest clients. Only its uploads count, with
+    their own weights.
     """
 
     cite = """@article{minsker2015median, title = {Geometric Median and Robust Estimation in {Banach} Spaces},
@@ -25,16 +26,15 @@ class MedianOfMeans(Defence):
     @misc{chen2017adversarial, title = {Distributed Statistical Machine Learning in Adversarial Settings},
       author = {Chen and Su and Xu}, year = {2017}, eprint = {1705.05491}, archiveprefix = {arXiv}}"""
 
-    def judge(self, seen):
-        """The members of one group."""
-        K = len(seen.w)
+    def judge(self, updates):
+        """Selects the members of one group."""
+        K = len(updates.w)
         groups = min(K, 2 * int(self.attackers * K) + 1)
-        order = torch.randperm(K, generator=torch.Generator().manual_seed(seen.seed))
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(updates.seed))
         member = torch.zeros(groups, K, dtype=torch.float64)
-        member = member.index_put((torch.arange(K) % groups, order), seen.w[order])
-        means = member / member.sum(1, keepdim=True)  # a row a group: the coefficients of its mean
-        between = means @ seen.G @ means.mT
-        own = between.diagonal()
-        away = (own[:, None] + own[None, :] - 2 * between).clamp_min(0).sqrt()
-        best = int(away.median(dim=1).values.argmin())
+        member = member.index_put((torch.arange(K) % groups, order), updates.w[order])
+        means = member / member.sum(1, keepdim=True)  # one row a group: the coefficients of its mean
+        between = means @ updates.G @ means.mT
+        distance = squared_distances(between).sqrt()
+        best = int(distance.median(dim=1).values.argmin())
         return Verdict((member[best] > 0).to(torch.float64))

@@ -1,4 +1,4 @@
-"""Multi-Krum: the mean of the uploads with the best scores of Krum.
+"""Multi-Krum: the mean of the uploads with the lowest Krum scores.
 
 Blanchard et al. Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent. NeurIPS 2017.
 https://arxiv.org/abs/1703.02757
@@ -6,20 +6,20 @@ https://arxiv.org/abs/1703.02757
 
 from dataclasses import dataclass
 
-from fedlora.security.robust._base import Defence, Verdict
-from fedlora.security.robust.krum import chosen, scores
+from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust.krum import scores, select
 
 
 @dataclass(frozen=True)
-class MultiKrum(Defence):
-    """The ``K − f`` uploads of the least score, with the weights that they have."""
+class MultiKrum(RobustAggregator):
+    """The ``K − f`` uploads with the lowest scores, with their own weights."""
 
     cite = """@inproceedings{blanchard2017krum,
       title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
       author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
       archiveprefix = {arXiv}}"""
 
-    def judge(self, seen):
-        """All but the ``f`` worst."""
-        f = self.hostile(len(seen.w))
-        return Verdict(chosen(scores(seen, f), len(seen.w) - f))
+    def judge(self, updates):
+        """Selects all but the ``f`` highest scores."""
+        f = self.max_attackers(len(updates.w))
+        return Verdict(select(scores(updates, f), len(updates.w) - f))

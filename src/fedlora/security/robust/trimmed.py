@@ -1,26 +1,26 @@
-"""Trimmed mean by distance: without the uploads farthest from the geometric median.
+"""Trimmed mean by distance: leaves out the uploads farthest from the geometric median.
 
 Yin et al. Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates. ICML 2018 trim each coordinate,
-of which a pair of factors has none: https://arxiv.org/abs/1803.01498. Whole updates are trimmed here.
+which a pair of factors does not have: https://arxiv.org/abs/1803.01498. Whole updates are trimmed here.
 """
 
 from dataclasses import dataclass
 
-from fedlora.security.robust._base import Defence, Verdict
-from fedlora.security.robust.geometric_median import uniform
-from fedlora.security.robust.krum import chosen
+from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust.geometric_median import uniform_coefficients
+from fedlora.security.robust.krum import select
 
 
 @dataclass(frozen=True)
-class Trimmed(Defence):
-    """All but the ``⌊attackers · K⌋`` uploads with the largest ``‖D_k − z‖``, with the weights that they have."""
+class Trimmed(RobustAggregator):
+    """All but the ``⌊attackers · K⌋`` uploads with the largest ``‖D_k − z‖``, with their own weights."""
 
     cite = """@inproceedings{yin2018byzantine,
       title = {{Byzantine}-Robust Distributed Learning: Towards Optimal Statistical Rates},
       author = {Yin and others}, booktitle = {ICML}, year = {2018}, eprint = {1803.01498},
       archiveprefix = {arXiv}}"""
 
-    def judge(self, seen):
-        """Distances from the median of the updates, one voice a client."""
-        K = len(seen.w)
-        return Verdict(chosen(seen.away(uniform(seen)), K - int(self.attackers * K)))
+    def judge(self, updates):
+        """Selects by the distance from the median of equally weighted updates."""
+        K = len(updates.w)
+        return Verdict(select(updates.distances_from(uniform_coefficients(updates)), K - int(self.attackers * K)))

@@ -1,16 +1,16 @@
-"""Secure aggregation: the server learns the weighted mean of a round and no client's own values.
+"""Secure aggregation: the server learns the weighted mean of a round, and no single client's values.
 
-Pairwise masks that cancel in the sum, self masks, and shares of both, so that clients may drop out at any step.
+Pairwise masks cancel in the sum. Self masks and secret shares of both masks let clients drop out at any step.
 Bonawitz et al. Practical Secure Aggregation for Privacy-Preserving Machine Learning. CCS 2017.
 https://doi.org/10.1145/3133956.3133982
-Needs ``cryptography``, which comes with ``fedlora[flower]``. The threat model is in ``docs/secure-aggregation.md``.
+Needs ``cryptography``, a dependency of ``fedlora[flower]``. ``docs/secure-aggregation.md`` has the threat model.
 """
 
 from fedlora.security.secure_aggregation.client import Client
 from fedlora.security.secure_aggregation.messages import PHASES, Message
-from fedlora.security.secure_aggregation.rehearsal import aggregate
 from fedlora.security.secure_aggregation.server import Aggregate, Server
 from fedlora.security.secure_aggregation.session import ProtocolError, Session, TooFewClientsError, default_threshold
+from fedlora.security.secure_aggregation.simulation import aggregate
 
 __all__ = [
     "PHASES",

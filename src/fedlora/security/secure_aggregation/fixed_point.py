@@ -1,4 +1,4 @@
-"""Real numbers as integers modulo 2^32, so that masks hide them perfectly and cancel exactly.
+"""Fixed-point encoding modulo 2^32, with which masks hide numbers perfectly and cancel exactly.
 
 Bonawitz et al. Practical Secure Aggregation for Privacy-Preserving Machine Learning. CCS 2017, section 3.
 https://doi.org/10.1145/3133956.3133982
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ring = NDArray[np.uint32]  # (d,), integers modulo 2^32
-SLACK = 1e-6  # how far the cohort's shares may sum to more than one
+SLACK = 1e-6  # by which the cohort's shares may sum to more than one
 CHUNK = 1 << 18  # numbers worked on at once, so that float64 copies stay small
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """A client of share ``w`` sends ``round(w x 2^f) mod 2^32`` for ``|x| <= R``.
+    """Encodes ``x`` of a client with share ``w`` as ``round(w x 2^f) mod 2^32``, for ``|x| <= R``.
 
-    The shares of the cohort sum to one, so the sum of all is no larger than one client's ``R 2^f``: nothing is lost to
-    the number of clients. ``f`` is the largest integer with ``R 2^f + K/2 < 2^31``, ``K/2`` being what rounding adds.
+    The shares of the cohort sum to one, so the sum is at most ``R 2^f`` for any number of clients. ``f`` is the
+    largest integer with ``R 2^f + K/2 < 2^31``, where ``K/2`` bounds the rounding.
     """
 
     range: float  # R
@@ -36,14 +36,14 @@ class FixedPoint:
 
     @cached_property
     def bits(self) -> int:
-        """``f``, the binary places kept."""
+        """``f``, the number of binary places."""
         room = (2**31 - self.clients / 2) / (self.range * (1 + SLACK))
         return math.ceil(math.log2(room)) - 1  # strictly below, also where room is a power of two
 
     def encode(self, values: Tensor, weight: float) -> Ring:
-        """``values`` of any shape as (d,) integers of the ring, times ``weight``, the client's share.
+        """Encodes ``values`` of any shape, times ``weight`` (the client's share), as (d,) integers of the ring.
 
-        ``ValueError`` where one is outside the range or no number: clipping in silence would train another model.
+        ``ValueError`` if a value is outside the range or not finite: clipping silently would train another model.
         """
         flat = values.detach().cpu().flatten()
         self._check(flat)
@@ -67,17 +67,17 @@ class FixedPoint:
             )
 
     def decode(self, total: Ring, weight: float) -> Tensor:
-        """The weighted mean, float32 (d,), of clients whose ring sum is ``total`` and whose shares make ``weight``."""
+        """The weighted mean, float32 (d,), of clients with the ring sum ``total`` and the sum of shares ``weight``."""
         out = np.empty(len(total), np.float32)
         for chunk in _chunks(len(total)):
             out[chunk] = np.ldexp(total[chunk].view(np.int32).astype(np.float64), -self.bits) / weight
         return torch.from_numpy(out)
 
     def error_bound(self, weight: float, largest: float | None = None) -> float:
-        """How far any number of :meth:`decode` can be from the exact weighted mean.
+        """Bound of the error of each number of :meth:`decode`.
 
-        ``K 2^-(f+1) / weight``, each client's rounding, and ``largest 2^-24``, that of the float32 result; ``largest``
-        is the largest absolute value of the mean, at most the range. The small terms beside them are float64's.
+        ``K 2^-(f+1) / weight`` for the clients' rounding, and ``largest 2^-24`` for the float32 result, where
+        ``largest`` is the largest absolute value of the mean, at most the range. The other terms are for float64.
         """
         largest = self.range if largest is None else largest
         return self.clients * math.ldexp(0.5 + 2.0**-22, -self.bits) / weight + largest * (2.0**-24 + 2.0**-51)

@@ -1,4 +1,4 @@
-"""Agreed keys and sealed messages: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
+"""Key agreement and sealed messages: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
 
 Bonawitz et al. 2017, sections 3 and 4: key agreement and authenticated encryption between every two parties.
 """
@@ -22,7 +22,7 @@ SEAL = 12 + 16  # bytes that a seal adds: nonce and tag
 
 @dataclass(frozen=True)
 class Address:
-    """Where a key or a message belongs: one session, one phase, one direction between one pair."""
+    """The address of a key or a message: one session, one phase, one direction between one pair."""
 
     session: bytes  # the session's id, 32 bytes
     phase: str
@@ -30,7 +30,7 @@ class Address:
     receiver: int
 
     def context(self) -> bytes:
-        """All of it as bytes; two addresses never give the same, since only the last field's length varies."""
+        """The address as bytes, unique since only the last field's length varies."""
         pair = self.sender.to_bytes(8, "big", signed=True) + self.receiver.to_bytes(8, "big", signed=True)
         return DOMAIN + self.session + pair + self.phase.encode()
 
@@ -43,7 +43,7 @@ class KeyPair:
 
     @classmethod
     def new(cls) -> Self:
-        """From the operating system's randomness."""
+        """Generates a pair from the operating system's randomness."""
         return cls(X25519PrivateKey.generate().private_bytes_raw())
 
     @cached_property
@@ -52,47 +52,47 @@ class KeyPair:
 
     @cached_property
     def public(self) -> bytes:
-        """32 bytes, for everybody."""
+        """The public key, 32 bytes."""
         return self._key.public_key().public_bytes_raw()
 
-    def agreed(self, public: bytes, address: Address) -> bytes:
-        """32 bytes that only the owners of both keys can compute, for this address only.
+    def agree(self, public: bytes, address: Address) -> bytes:
+        """Derives 32 bytes that only the owners of both keys can compute, for this address only.
 
-        :class:`ProtocolError` where ``public`` is no usable key.
+        :class:`ProtocolError` if ``public`` is no usable key.
         """
         try:
             secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError as error:  # a wrong length, or a point of small order
             raise ProtocolError("A party's public key is no X25519 key; leave that party out.") from error
         both = b"".join(sorted((self.public, public)))
-        return derived(secret, address.context() + both)
+        return derive(secret, address.context() + both)
 
 
-def derived(secret: bytes, context: bytes) -> bytes:
-    """32 bytes of HKDF-SHA256; another ``context`` gives unrelated ones."""
+def derive(secret: bytes, context: bytes) -> bytes:
+    """Derives 32 bytes by HKDF-SHA256; another ``context`` gives unrelated bytes."""
     return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=context).derive(secret)
 
 
 def seal(payload: bytes | memoryview, own: KeyPair, public: bytes, address: Address) -> bytes:
-    """``payload`` encrypted and authenticated for the owner of ``public``; ``SEAL`` bytes longer."""
+    """Encrypts and authenticates ``payload`` for the owner of ``public``; the result is ``SEAL`` bytes longer."""
     nonce = os.urandom(12)
-    return nonce + ChaCha20Poly1305(own.agreed(public, address)).encrypt(nonce, payload, address.context())
+    return nonce + ChaCha20Poly1305(own.agree(public, address)).encrypt(nonce, payload, address.context())
 
 
 def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> bytes:
-    """What the owner of ``public`` sealed for this very address; :class:`ProtocolError` for anything else."""
-    key = own.agreed(public, address)
+    """Opens what the owner of ``public`` sealed for this address; :class:`ProtocolError` for anything else."""
+    key = own.agree(public, address)
     try:
         if len(sealed) < SEAL:
             raise InvalidTag
         return ChaCha20Poly1305(key).decrypt(sealed[:12], sealed[12:], address.context())
     except InvalidTag as error:
         raise ProtocolError(
-            f"The {address.phase!r} message from {called(address.sender)} to {called(address.receiver)} does not open: "
-            "it was altered, cut short, or made for another session, phase or pair. It was left out."
+            f"The {address.phase!r} message from {party_name(address.sender)} to {party_name(address.receiver)} does "
+            "not open: it was altered, cut short, or made for another session, phase or pair. It was left out."
         ) from error
 
 
-def called(number: int) -> str:
+def party_name(number: int) -> str:
     """A party's name in an error text."""
     return "the server" if number == SERVER else f"client {number}"

@@ -1,4 +1,4 @@
-"""What crosses the wire between two parties, and what a party keeps between two phases, as bytes."""
+"""Messages between two parties, and the state of a party between two phases, as bytes."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 from fedlora.security.secure_aggregation.session import ProtocolError
 
-PHASES = ("advertise", "share", "masked", "unmask")  # what clients send, in this order
-REPLIES = {"share": "peers", "masked": "inbox", "unmask": "survivors"}  # what the server sends before each
+PHASES = ("advertise", "share", "mask", "unmask")  # messages of clients, in order
+REPLIES = {"share": "peers", "mask": "inbox", "unmask": "survivors"}  # the server's message before each
 NUMBER = 8  # bytes
 
-Table = list[tuple[int, bytes]]  # entries of one width; what a party claims may name a client twice
+Table = list[tuple[int, bytes]]  # entries of one width; a table from the wire may name a client twice
 
 
 @dataclass(frozen=True)
 class Message:
-    """One sealed message. The header is for delivery; the seal covers it, so altering it is noticed."""
+    """One sealed message. The seal also covers the header, so a change of it is detected."""
 
     phase: str
     sender: int
@@ -24,18 +24,18 @@ class Message:
     body: bytes = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        """As text, integers and bytes; ``Message(**record)`` is the message again."""
+        """The message as text, integers and bytes; ``Message(**record)`` is its inverse."""
         return asdict(self)
 
 
-def packed(table: Mapping[int, bytes] | Iterable[tuple[int, bytes]]) -> bytes:
-    """Client number -> bytes, all of one width, as ``8 + width`` bytes an entry."""
+def pack(table: Mapping[int, bytes] | Iterable[tuple[int, bytes]]) -> bytes:
+    """Packs client number -> bytes of one width, as ``8 + width`` bytes an entry."""
     items = table.items() if isinstance(table, Mapping) else table
     return b"".join(n.to_bytes(NUMBER, "big", signed=True) + entry for n, entry in items)
 
 
-def unpacked(payload: bytes, width: int) -> Table:
-    """What :func:`packed` packed; :class:`ProtocolError` where the length does not fit ``width``."""
+def unpack(payload: bytes, width: int) -> Table:
+    """Unpacks the result of :func:`pack`; :class:`ProtocolError` if the length does not fit ``width``."""
     step = NUMBER + width
     if len(payload) % step:
         raise ProtocolError(f"A list of {len(payload)} bytes is not made of entries of {step}; it was left out.")
@@ -45,24 +45,24 @@ def unpacked(payload: bytes, width: int) -> Table:
     ]
 
 
-def distinct(table: Table, what: str) -> dict[int, bytes]:
-    """The table as a mapping; :class:`ProtocolError` where it names a client twice."""
+def as_mapping(table: Table, what: str) -> dict[int, bytes]:
+    """The table as a mapping; :class:`ProtocolError` if it names a client twice."""
     found = dict(table)
     if len(found) < len(table):
         raise ProtocolError(f"The {what} names a client twice; each may be there once. It was refused.")
     return found
 
 
-def frozen(kind: str, fields: Mapping[str, Any], rest: bytes = b"") -> bytes:
-    """A party's state: one line of JSON, then ``rest``. Holds secrets: for this party's own store only."""
+def save_state(kind: str, fields: Mapping[str, Any], rest: bytes = b"") -> bytes:
+    """Writes a party's state as one line of JSON, then ``rest``. It has secrets: for the party's own store."""
     return json.dumps({"fedlora.secure": kind, **fields}, default=_plain).encode() + b"\n" + rest
 
 
-def thawed(kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
-    """What :func:`frozen` froze; ``ValueError`` where it is no state of this kind of party."""
+def load_state(kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Reads the result of :func:`save_state`; ``ValueError`` if it is no state of this kind of party."""
     line, _, rest = data.partition(b"\n")
     try:
-        fields = json.loads(line, object_hook=_revived)
+        fields = json.loads(line, object_hook=_revive)
     except ValueError as error:
         raise ValueError(f"{len(data)} bytes are no saved {kind}; give what to_bytes() returned.") from error
     if not isinstance(fields, dict) or fields.pop("fedlora.secure", None) != kind:
@@ -76,10 +76,10 @@ def _plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} is not part of a party's state")
 
 
-def _revived(value: dict[str, Any]) -> Any:
+def _revive(value: dict[str, Any]) -> Any:
     return bytes.fromhex(value["hex"]) if value.keys() == {"hex"} else value
 
 
-def listed(table: Mapping[int, bytes]) -> list[tuple[int, bytes]]:
-    """A table for :func:`frozen`: JSON's own mappings have text as keys."""
+def as_list(table: Mapping[int, bytes]) -> list[tuple[int, bytes]]:
+    """A table for :func:`save_state`, since keys of mappings in JSON are text."""
     return list(table.items())

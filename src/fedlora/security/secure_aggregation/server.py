@@ -1,4 +1,4 @@
-"""The server of secure aggregation: relays keys and shares, adds up masked vectors, takes the masks off the sum only.
+"""The server of secure aggregation: relays keys and shares, adds up masked vectors, and unmasks only the sum.
 
 Bonawitz et al. 2017, figure 4, rounds 0 to 2 and 4.
 """
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from fedlora.security.secure_aggregation import masks
 from fedlora.security.secure_aggregation.fixed_point import Ring
-from fedlora.security.secure_aggregation.keys import SEAL, Address, KeyPair, called, seal, unseal
+from fedlora.security.secure_aggregation.keys import SEAL, Address, KeyPair, party_name, seal, unseal
 from fedlora.security.secure_aggregation.messages import (
     PHASES,
     REPLIES,
     Message,
-    distinct,
-    frozen,
-    listed,
-    packed,
-    thawed,
-    unpacked,
+    as_list,
+    as_mapping,
+    load_state,
+    pack,
+    save_state,
+    unpack,
 )
 from fedlora.security.secure_aggregation.session import (
     KEY,
@@ -34,32 +34,34 @@ from fedlora.security.secure_aggregation.session import (
     TooFewClientsError,
     default_threshold,
 )
-from fedlora.security.secure_aggregation.shamir import SHARE, combined
+from fedlora.security.secure_aggregation.shamir import SHARE, combine
 
 
 class Aggregate(NamedTuple):
-    """What a session comes to."""
+    """The result of a session."""
 
-    mean: Tensor  # float32 (d,): the weighted mean of those who sent their vectors
-    weight: float  # what their shares of the cohort sum to
-    numbers: tuple[int, ...]  # who they are
-    bound: float  # no number of the mean is further than this from the exact one
+    mean: Tensor  # float32 (d,): the weighted mean of the clients that sent their vectors
+    weight: float  # the sum of their shares of the cohort
+    numbers: tuple[int, ...]  # their numbers
+    bound: float  # of the error of each number of the mean
 
 
 @dataclass
 class Server:
-    """One session's server: :meth:`receive` what comes in a phase, :meth:`close` it, and after four, :meth:`outcome`.
+    """One session's server: :meth:`receive` a phase's messages, :meth:`close` it, and after four :meth:`outcome`.
 
-    A message that is refused (:class:`ProtocolError`) leaves the server as it was: its sender counts as dropped out.
+    A refused message (:class:`ProtocolError`) does not change the server; its sender counts as dropped out.
     """
 
     session: Session
     key: KeyPair
-    phase: str = PHASES[0]  # what it takes in now, or "done"
-    keys: dict[int, bytes] = field(default_factory=dict)  # who advertised -> both public keys
-    commitments: dict[int, bytes] = field(default_factory=dict)  # who shared -> what its seed must fit
-    summed: list[int] = field(default_factory=list)  # who sent its vector
-    received: dict[int, bytes] = field(default_factory=dict, repr=False)  # of this phase; vectors are added up at once
+    phase: str = PHASES[0]  # of the messages that it receives now, or "done"
+    keys: dict[int, bytes] = field(default_factory=dict)  # client that advertised -> both public keys
+    commitments: dict[int, bytes] = field(default_factory=dict)  # client that shared -> commitment to its seed
+    summed: list[int] = field(default_factory=list)  # clients that sent their vectors
+    received: dict[int, bytes] = field(
+        default_factory=dict, repr=False
+    )  # in this phase; vectors are added up immediately
     total: Ring = field(default_factory=lambda: np.zeros(0, np.uint32), repr=False)
 
     @classmethod
@@ -72,9 +74,9 @@ class Server:
         run: str = "",
         round: int = 0,
     ) -> Self:
-        """A new session for the clients of ``weights`` (number -> share of the cohort), of ``size`` numbers each.
+        """Opens a session for the clients of ``weights`` (number -> share of the cohort), of ``size`` numbers each.
 
-        The threshold is ``floor(2K/3) + 1`` where none is given. ``ValueError`` where the terms do not fit together.
+        The default threshold is ``floor(2K/3) + 1``. ``ValueError`` if the terms do not fit together.
         """
         key, t = KeyPair.new(), default_threshold(len(weights)) if threshold is None else threshold
         shares = tuple(map(float, weights.values()))
@@ -82,19 +84,19 @@ class Server:
         return cls(terms, key)
 
     def receive(self, message: Message) -> None:
-        """Counts one client's message of the phase that is open.
+        """Takes one client's message of the open phase.
 
-        Refuses a message of another phase or session, of one who is not, or no longer, in the round, a second one of
-        the same client, and one that was altered.
+        Refuses a message of another phase or session, of a client that is not, or no longer, in the round, a second one
+        of the same client, and one that was altered.
         """
         self._check(message)
-        payload = self._opened(message)
+        payload = self._open(message)
         self._take(message.sender, payload)
 
     def close(self) -> dict[int, Message]:
-        """Ends the phase: what goes to each client that is still there; nothing after the last.
+        """Closes the phase; returns the message to each remaining client, and none after the last phase.
 
-        :class:`TooFewClientsError` where fewer than the threshold are; the session is then over.
+        :class:`TooFewClientsError` if fewer clients than the threshold remain; the session is then over.
         """
         if self.phase == "done":
             raise ProtocolError("All four phases are closed already; outcome() tells what they came to.")
@@ -110,7 +112,7 @@ class Server:
         return replies
 
     def outcome(self) -> Aggregate:
-        """The weighted mean of those who sent their vectors; :class:`ProtocolError` before the last phase is closed."""
+        """The weighted mean of the vectors; :class:`ProtocolError` before the last phase is closed."""
         if self.phase != "done":
             raise ProtocolError(f"The sum is still masked: the phase {self.phase!r} is open. Close all four first.")
         numbers, fixed = tuple(sorted(self.summed)), self.session.fixed
@@ -118,44 +120,44 @@ class Server:
         return Aggregate(fixed.decode(self.total, weight), weight, numbers, fixed.error_bound(weight))
 
     def to_bytes(self) -> bytes:
-        """All that :meth:`from_bytes` needs, the session's private key among it: for the server's own store."""
-        tables = {name: listed(getattr(self, name)) for name in ("keys", "commitments", "received")}
+        """The state for :meth:`from_bytes`, with the session's private key: for the server's own store."""
+        tables = {name: as_list(getattr(self, name)) for name in ("keys", "commitments", "received")}
         plain = {"session": self.session.record(), "phase": self.phase, "summed": self.summed}
         rest = self.total.astype("<u4", copy=False).tobytes()
-        return frozen("server", plain | tables | {"key": self.key.private}, rest)
+        return save_state("server", plain | tables | {"key": self.key.private}, rest)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The server that :meth:`to_bytes` saved; ``ValueError`` where ``data`` is no saved server."""
-        fields, rest = thawed("server", data)
+        """Loads a server that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved server."""
+        fields, rest = load_state("server", data)
         tables = {name: dict(map(tuple, fields[name])) for name in ("keys", "commitments", "received")}
         revived = {"session": Session.of(fields["session"]), "key": KeyPair(fields["key"])}
         return cls(**fields | tables | revived, total=np.frombuffer(rest, "<u4").astype(np.uint32))
 
-    def _expected(self) -> set[int]:
-        so_far = {"share": self.keys, "masked": self.commitments, "unmask": self.summed}
+    def _awaited(self) -> set[int]:
+        so_far = {"share": self.keys, "mask": self.commitments, "unmask": self.summed}
         return set(so_far.get(self.phase, self.session.numbers))
 
     def _there(self) -> list[int]:
-        return sorted(self.summed if self.phase == "masked" else self.received)
+        return sorted(self.summed if self.phase == "mask" else self.received)
 
     def _check(self, message: Message) -> None:
-        who = called(message.sender)
+        who = party_name(message.sender)
         if (message.phase, message.receiver) != (self.phase, SERVER):
             raise ProtocolError(
-                f"{who.capitalize()} sent {called(message.receiver)} a {message.phase!r} message; the server is at "
+                f"{who.capitalize()} sent {party_name(message.receiver)} a {message.phase!r} message; the server is at "
                 f"{self.phase!r}. It was left out."
             )
-        if message.sender not in self._expected():
+        if message.sender not in self._awaited():
             raise ProtocolError(
                 f"{who.capitalize()} is not, or no longer, part of this round; its message was left out."
             )
         if message.sender in self._there():
             raise ProtocolError(f"{who.capitalize()} sent its {self.phase!r} message already; the second was left out.")
 
-    def _opened(self, message: Message) -> bytes:
+    def _open(self, message: Message) -> bytes:
         n, body, start = message.sender, message.body, b""
-        if self.phase == "advertise":  # its key stands in front, and is part of what the seal covers
+        if self.phase == "advertise":  # its key precedes the sealed body and is part of the sealed address
             start, body = body[:KEY], body[KEY:]
         public = start or self.keys.get(n, b"")[:KEY]
         address = Address(self.session.id, self.phase, n, SERVER)
@@ -167,13 +169,13 @@ class Server:
                 self._length(n, payload, 2 * KEY)
                 self._own_keys(n, payload)
             case "share":
-                self._covers(n, unpacked(payload[KEY:], 2 * SHARE + SEAL), self.keys.keys() - {n})
-            case "masked":
+                self._covers(n, unpack(payload[KEY:], 2 * SHARE + SEAL), self.keys.keys() - {n})
+            case "mask":
                 self._length(n, payload, 4 * self.session.size)
                 self._add(n, payload)
                 return
             case "unmask":
-                self._covers(n, unpacked(payload, SHARE), self.commitments.keys())
+                self._covers(n, unpack(payload, SHARE), self.commitments.keys())
         self.received[n] = payload
 
     def _add(self, n: int, payload: bytes) -> None:
@@ -184,48 +186,50 @@ class Server:
     def _length(self, n: int, payload: bytes, needed: int) -> None:
         if len(payload) != needed:
             raise ProtocolError(
-                f"{called(n).capitalize()} sent {len(payload)} bytes; {needed} were due. They were left out."
+                f"{party_name(n).capitalize()} sent {len(payload)} bytes; {needed} were due. They were left out."
             )
 
     def _own_keys(self, n: int, payload: bytes) -> None:
         taken = {keys[i : i + KEY] for keys in self.received.values() for i in (0, KEY)}
         if taken & {payload[:KEY], payload[KEY:]} or payload[:KEY] == payload[KEY:]:
-            raise ProtocolError(f"{called(n).capitalize()} sent a public key that is there already; it was left out.")
+            raise ProtocolError(
+                f"{party_name(n).capitalize()} sent a public key that is there already; it was left out."
+            )
 
     def _covers(self, n: int, table: list[tuple[int, bytes]], needed: object) -> None:
-        if distinct(table, f"message of client {n}").keys() != needed:
+        if as_mapping(table, f"message of client {n}").keys() != needed:
             raise ProtocolError(
-                f"{called(n).capitalize()} did not send a share for each client that is due one; left out."
+                f"{party_name(n).capitalize()} did not send a share for each client that is due one; left out."
             )
 
     def _replies(self, there: list[int]) -> Iterator[tuple[int, Message]]:
         match self.phase:
             case "advertise":
                 self.keys = {n: self.received[n] for n in there}
-                payloads = dict.fromkeys(there, packed(self.keys))
+                payloads = dict.fromkeys(there, pack(self.keys))
             case "share":
                 self.commitments = {n: self.received[n][:KEY] for n in there}
                 payloads = self._inboxes(there)
-            case "masked":
+            case "mask":
                 flags = {n: b"\1" if n in self.summed else b"\0" for n in self.commitments}
-                payloads = dict.fromkeys(there, packed(flags))
+                payloads = dict.fromkeys(there, pack(flags))
             case _:
                 self._unmask(there[: self.session.threshold])
                 payloads = {}
-        return ((n, self._sealed(n, payload)) for n, payload in payloads.items())
+        return ((n, self._seal(n, payload)) for n, payload in payloads.items())
 
-    def _sealed(self, n: int, payload: bytes) -> Message:
+    def _seal(self, n: int, payload: bytes) -> Message:
         phase = REPLIES[PHASES[PHASES.index(self.phase) + 1]]
         body = seal(payload, self.key, self.keys[n][:KEY], Address(self.session.id, phase, SERVER, n))
         return Message(phase, SERVER, n, body)
 
     def _inboxes(self, there: list[int]) -> dict[int, bytes]:
-        tables = {n: dict(unpacked(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in there}
-        return {n: packed({v: tables[v][n] for v in there if v != n}) for n in there}
+        tables = {n: dict(unpack(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in there}
+        return {n: pack({v: tables[v][n] for v in there if v != n}) for n in there}
 
     def _unmask(self, answering: list[int]) -> None:
-        answers = {n: dict(unpacked(self.received[n], SHARE)) for n in answering}
-        secret = {v: combined({n: a[v] for n, a in answers.items()}, len(answering)) for v in self.commitments}
+        answers = {n: dict(unpack(self.received[n], SHARE)) for n in answering}
+        secret = {v: combine({n: a[v] for n, a in answers.items()}, len(answering)) for v in self.commitments}
         for v in self.commitments:
             self._check_secret(v, secret[v])
         found = [masks.own(self.session.id, v, secret[v]) for v in self.summed]
@@ -235,9 +239,9 @@ class Server:
         masks.add(self.total, masks.opposite(found))
 
     def _leftover(self, dropped: int, key: KeyPair) -> Iterator[masks.Mask]:
-        """The masks that the others added for one whose own vector never came."""
-        made = (masks.pairwise(self.session.id, dropped, key, n, self.keys[n][KEY:]) for n in self.summed)
-        return masks.opposite(made)
+        """The masks that the others added for a client that sent no vector."""
+        pairwise = (masks.pairwise(self.session.id, dropped, key, n, self.keys[n][KEY:]) for n in self.summed)
+        return masks.opposite(pairwise)
 
     def _check_secret(self, v: int, secret: bytes) -> None:
         kept = v in self.summed

@@ -1,4 +1,4 @@
-"""What one round of secure aggregation agrees on before it begins; everything in it is public."""
+"""The public terms of one round of secure aggregation."""
 
 import hashlib
 import json
@@ -16,26 +16,26 @@ LARGEST = 2**29  # numbers in a vector: the cipher seals less than 2^31 bytes at
 
 
 class ProtocolError(ValueError):
-    """A message, a request or a value that a party refuses; the party's own state is as it was before."""
+    """A party refuses a message, a request or a value; its state does not change."""
 
 
 class TooFewClientsError(ProtocolError):
-    """Fewer clients are left than the threshold: the round's sum cannot, and must not, be unmasked."""
+    """Fewer clients than the threshold remain, so the round's sum cannot, and must not, be unmasked."""
 
 
 def default_threshold(clients: int) -> int:
-    """``floor(2K/3) + 1``: how many of ``K`` clients must answer to the end, and how many it takes to betray one."""
+    """``floor(2K/3) + 1`` of ``K`` clients: the number that must answer to the end, and that can expose a client."""
     return 2 * clients // 3 + 1
 
 
 @dataclass(frozen=True)
 class Session:
-    """One round's public terms, the same for all parties: its digest is part of every key and every seal.
+    """One round's public terms, the same for all parties. Their digest is part of every key and every seal.
 
-    ``numbers`` are the cohort's ``K >= 3`` clients, ``weights`` their positive shares of it, which sum to one; ``size``
-    is ``d``, how many numbers each sends; ``threshold`` is ``t``, above ``K/2``; ``range`` is ``R``, the largest
-    absolute value a client may send. ``server_key`` is the server's X25519 key of this session and ``nonce`` 16 random
-    bytes. ``ValueError`` where these do not fit together.
+    ``numbers`` are the cohort's ``K >= 3`` clients, and ``weights`` their positive shares of it, which sum to one.
+    ``size`` is ``d``, the count of numbers that each sends; ``threshold`` is ``t``, above ``K/2``; ``range`` is ``R``,
+    the largest absolute value that a client may send. ``server_key`` is the server's X25519 key of this session, and
+    ``nonce`` has 16 random bytes. ``ValueError`` if these do not fit together.
     """
 
     numbers: tuple[int, ...]
@@ -52,7 +52,7 @@ class Session:
         for wrong, text in self._faults():
             if wrong:
                 raise ValueError(text)
-        _ = self.fixed  # which refuses a range that it cannot hold
+        _ = self.fixed  # refuses a range that it cannot represent
 
     def _faults(self) -> list[tuple[bool, str]]:
         K, t, numbers = len(self.numbers), self.threshold, self.numbers
@@ -73,13 +73,13 @@ class Session:
 
     @cached_property
     def id(self) -> bytes:
-        """SHA-256 of all of the above: another run, round, cohort or nonce is another session."""
+        """SHA-256 of all terms: another run, round, cohort or nonce is another session."""
         plain = {key: x.hex() if isinstance(x, bytes) else x for key, x in self.record().items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
 
     @cached_property
     def fixed(self) -> FixedPoint:
-        """How this session's numbers become integers."""
+        """The fixed-point encoding of this session."""
         return FixedPoint(self.range, len(self.numbers))
 
     def weight(self, number: int) -> float:
@@ -87,10 +87,10 @@ class Session:
         return self.weights[self.numbers.index(number)]
 
     def record(self) -> dict[str, Any]:
-        """As numbers, text, bytes and lists of numbers: what goes over the wire."""
+        """The terms as numbers, text, bytes and lists of numbers, for the wire."""
         return asdict(self) | {"numbers": list(self.numbers), "weights": list(self.weights)}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """The session that :meth:`record` wrote; ``ValueError`` where its terms do not fit together."""
+        """The session of a :meth:`record`; ``ValueError`` if its terms do not fit together."""
         return cls(**{**record, "numbers": tuple(record["numbers"]), "weights": tuple(record["weights"])})

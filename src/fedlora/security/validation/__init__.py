@@ -1,12 +1,11 @@
-"""What an upload must be before it can touch the aggregate, and what becomes of one that is not.
+"""Validation of uploads before they can reach the aggregate, and quarantine of those that fail.
 
-``forms`` (outside): the leaves of this client's turn, their shapes, plain numbers. ``sizes``: how large a change it is,
-and how far its factors have moved. ``gate``: one round's uploads judged by both, and the record of who failed.
-``shelf``: where the files of bad uploads are kept.
+``expected``: the leaves of a client's turn, their shapes and types. ``update_norms``: the size of an update and the
+movement of its factors. ``screen``: checks one round's uploads by both. ``quarantine``: rejected uploads on disk.
 """
 
 from fedlora.security.validation.expected import RefusedError
-from fedlora.security.validation.screen import Bad, Gate, barred
-from fedlora.security.validation.settings import Hygiene
+from fedlora.security.validation.screen import Rejected, UploadScreen, excluded_clients
+from fedlora.security.validation.settings import Validation
 
-__all__ = ["Bad", "Gate", "Hygiene", "RefusedError", "barred"]
+__all__ = ["RefusedError", "Rejected", "UploadScreen", "Validation", "excluded_clients"]

@@ -1,4 +1,4 @@
-"""What an upload must look like: known before its client has trained."""
+"""The leaves, shapes and types that an upload must have; they are known before its client trains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,27 +12,27 @@ from fedlora.rounds import Rules, received
 from fedlora.types import Layer, Tree, Turn, Work
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST = 65504.0  # of a trained number, float16's; far beyond it, factorisations of sums overflow
+LARGEST = 65504.0  # float16's largest number; far beyond it, factorisations of sums overflow
 Form = Mapping[str, tuple[torch.Size, torch.dtype]]  # shape and type of a layer's leaves
 
 
 class RefusedError(ValueError):
-    """A reply that is left out; the text says why."""
+    """A reply is left out; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
-class Expected:
-    """What the method sends of a start that nobody has trained."""
+class UploadSpec:
+    """The leaves that a turn's upload must have, from what the method sends of an untrained start."""
 
     start: Tree  # every leaf that the client holds before training
     sent: Tree  # those that it sends
-    exact: bool  # False where the choice goes by the client's own rows: then it sends some of ``sent``
-    products: frozenset[str]  # parts whose update ``ΔW`` the upload tells: no factor of it stays with the client
-    forms: Mapping[str, "Form"]  # of ``sent``
+    exact: bool  # False if the choice depends on the client's rows; then it sends some of ``sent``
+    products: frozenset[str]  # parts with ``ΔW`` known from the upload: no factor stays with the client
+    forms: Mapping[str, Form]  # of ``sent``
 
 
-class Checked(NamedTuple):
-    """A sound upload: its leaves in the server's types, and the start that it is a change of."""
+class CheckedUpload(NamedTuple):
+    """A valid upload: its leaves in the server's types, and the start that they were trained from."""
 
     tree: Tree
     start: Tree
@@ -43,8 +43,8 @@ FIELDS = tuple(f.name for f in fields(Turn))
 OWN = {"client", "seed"}  # fields by which no two turns of a round are alike
 
 
-class _Read(Turn):
-    """A turn that notes what is read of it."""
+class _RecordingTurn(Turn):
+    """A turn that records which of its fields are read."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in FIELDS:
@@ -53,85 +53,92 @@ class _Read(Turn):
 
 
 @dataclass
-class Expectations:
-    """What the uploads of one round have to have. Hooks are pure, so where they read nothing of a turn but, say, its
-    rank, the answer is the same for all clients of that rank, and is made once."""
+class UploadSpecs:
+    """The specs of one round's uploads.
+
+    Hooks are pure: if they read only the rank of a turn, the spec is the same for all clients of that rank, and is
+    computed once.
+    """
 
     rules: Rules
     shared: Tree
-    _known: dict[tuple[str, ...], dict[tuple[Any, ...], Expected]] = field(default_factory=dict, init=False)
+    _known: dict[tuple[str, ...], dict[tuple[Any, ...], UploadSpec]] = field(default_factory=dict, init=False)
 
-    def of(self, turn: Turn) -> Expected:
-        """What a client's upload of this turn has to have."""
-        for names, answers in self._known.items():
-            if (found := answers.get(tuple([getattr(turn, name) for name in names]))) is not None:
+    def of(self, turn: Turn) -> UploadSpec:
+        """The spec of the upload of this turn."""
+        for names, specs in self._known.items():
+            if (found := specs.get(tuple([getattr(turn, name) for name in names]))) is not None:
                 return found
-        watched = _Read(*(getattr(turn, name) for name in FIELDS))
-        found = expected(self.rules, self.shared, watched)
+        watched = _RecordingTurn(*(getattr(turn, name) for name in FIELDS))
+        found = build_upload_spec(self.rules, self.shared, watched)
         names = tuple(vars(watched).get("read", ()))
         if not OWN & set(names):
             self._known.setdefault(names, {})[tuple([getattr(turn, name) for name in names])] = found
         return found
 
 
-def expected(rules: Rules, shared: Tree, turn: Turn) -> Expected:
-    """What a client's upload of this turn has to have."""
+def build_upload_spec(rules: Rules, shared: Tree, turn: Turn) -> UploadSpec:
+    """Computes the spec of the upload of this turn."""
     start, exact = received(rules, shared, {}, turn), True
     sent, products = {}, set()
     for part, rule in rules.items():
-        trained, known = _trained(rule, start[part], turn)
+        trained, known = _trained_leaves(rule, start[part], turn)
         sent[part] = rule.send(Work(start[part], start[part], trained), turn)
         exact = exact and known
         stays = (trained - set(sent[part])) & rule.adapter.outputs
         if not isinstance(rule.adapter, Dense) and (not stays or set(sent[part]) & rule.adapter.outputs):
             products.add(part)
-    forms = {part: _form({leaf: layer[leaf] for leaf in sorted(layer)}) for part, layer in sent.items()}
-    return Expected(start, sent, exact, frozenset(products), forms)
+    forms = {part: _form_of({leaf: layer[leaf] for leaf in sorted(layer)}) for part, layer in sent.items()}
+    return UploadSpec(start, sent, exact, frozenset(products), forms)
 
 
-def checked(rules: Rules, turn: Turn, sent: Tree, wanted: Expected) -> Checked:
-    """The upload with every part of the model. ``RefusedError`` where it has not the leaves that this client's turn
-    sends, with their shapes, or other than plain numbers; whether these are finite, ``sizes`` tells."""
-    if {part: _form(layer) for part, layer in sent.items()} == wanted.forms:  # nearly all: nothing is to be converted
-        plain = {part: {leaf: sent[part][leaf] for leaf in form} for part, form in wanted.forms.items()}
-        return Checked(plain, wanted.start, wanted.products)
+def check_upload(rules: Rules, turn: Turn, sent: Tree, spec: UploadSpec) -> CheckedUpload:
+    """Checks the leaves, shapes and types of an upload, and returns it with every part of the model.
+
+    ``RefusedError`` if they are not those of the turn. ``update_norms`` checks that the numbers are finite.
+    """
+    if {
+        part: _form_of(layer) for part, layer in sent.items()
+    } == spec.forms:  # nearly always: nothing is to be converted
+        plain = {part: {leaf: sent[part][leaf] for leaf in form} for part, form in spec.forms.items()}
+        return CheckedUpload(plain, spec.start, spec.products)
     strange = sorted(sent.keys() - rules.keys())
     if strange:
         raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")
     tree, start = {}, {}
     for part, rule in rules.items():
         layer = sent.get(part, {})
-        rank = _rank(part, rule, wanted.sent[part], layer, wanted.exact, turn.rank)
-        whole = wanted.start[part]
+        rank = _check_layer(part, rule, spec.sent[part], layer, spec.exact, turn.rank)
+        whole = spec.start[part]
         start[part] = whole if rank is None else rule.adapter.leading(whole, rank)
-        tree[part] = {leaf: layer[leaf].to(wanted.sent[part][leaf].dtype) for leaf in sorted(layer)}
-    return Checked(tree, start, wanted.products)
+        tree[part] = {leaf: layer[leaf].to(spec.sent[part][leaf].dtype) for leaf in sorted(layer)}
+    return CheckedUpload(tree, start, spec.products)
 
 
-def finite(part: str, layer: Layer) -> None:
-    """``RefusedError`` where a leaf holds what is no number, or one that no training leads to."""
+def check_finite(part: str, layer: Layer) -> None:
+    """``RefusedError`` if a leaf holds a number that is not finite or too large for training to reach."""
     for leaf, x in layer.items():
         if not bool((x.float().abs() <= LARGEST).all()):
             raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
 
 
-def _form(layer: Layer) -> Form:
+def _form_of(layer: Layer) -> Form:
     return {leaf: (x.shape, x.dtype) for leaf, x in layer.items()}
 
 
-def _rank(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
-    """Checks one layer; the rank where it is a smaller one than the turn's."""
+def _check_layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
+    """Checks one layer; returns its rank if it is smaller than the turn's."""
     odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
     if odd:
-        what = "it did not send" if odd[0] in needed else "it sent"
-        raise RefusedError(f"{what} the leaf {odd[0]!r} of {part!r}")
+        verb = "it did not send" if odd[0] in needed else "it sent"
+        raise RefusedError(f"{verb} the leaf {odd[0]!r} of {part!r}")
     for leaf, x in sent.items():
         if x.dtype not in (*PLAIN, needed[leaf].dtype):
             raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
     shapes = _shapes(sent)
     if shapes == _shapes({leaf: needed[leaf] for leaf in sent}):
         return None
-    pruned = _pruned(rule, needed, shapes, rank)
+    pruned = _pruned_rank(rule, needed, shapes, rank)
     if pruned is None:
         wrong = next(leaf for leaf in sent if shapes[leaf] != tuple(needed[leaf].shape))
         raise RefusedError(
@@ -144,17 +151,17 @@ def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     return {leaf: tuple(x.shape) for leaf, x in layer.items()}
 
 
-def _pruned(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], rank: int) -> int | None:
-    """The rank of a client that may differ in it and has sent a smaller one, the same in all its leaves."""
+def _pruned_rank(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], rank: int) -> int | None:
+    """The smaller rank that all leaves were sent with, if the method allows ranks to differ."""
     smaller = range(1, rank) if rule.any_rank else ()
     return next((r for r in smaller if _shapes(rule.adapter.leading(needed, r)) == shapes), None)
 
 
 class _GradientError(Exception):
-    """The choice of what to train goes by the client's own rows: any leaf may come."""
+    """The choice of the leaves to train depends on the client's rows, so any leaf may be sent."""
 
 
-def _trained(rule: Method, start: Layer, turn: Turn) -> tuple[frozenset[str], bool]:
+def _trained_leaves(rule: Method, start: Layer, turn: Turn) -> tuple[frozenset[str], bool]:
     def unknown() -> Layer:
         raise _GradientError
 

@@ -1,27 +1,27 @@
-"""Bad uploads on disk, for whoever wants to know what was in them."""
+"""Rejected uploads on disk, for inspection."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedlora.files import save_tree
-from fedlora.security.validation.screen import Bad
-from fedlora.security.validation.settings import Hygiene
+from fedlora.security.validation.screen import Rejected
+from fedlora.security.validation.settings import Validation
 from fedlora.types import Tree
 
 FOLDER = "quarantine"
 
 
-def keep(folder: Path | None, number: int, bad: Mapping[int, Bad], limits: Hygiene) -> None:
-    """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1), as far as number and size allow.
+def save_rejected(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
+    """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
 
-    What is there already counts; the first ones stay, since a fault is best seen where it began.
+    Existing files count. The first ones stay, since a fault is best seen where it began.
     """
-    if folder is None or not bad:
+    if folder is None or not rejected:
         return
     place = folder / FOLDER
-    there = [path.stat().st_size for path in place.glob("*.safetensors")] if place.is_dir() else []
-    count, size = len(there), float(sum(there))
-    for client, (reason, tree) in sorted(bad.items()):
+    sizes = [path.stat().st_size for path in place.glob("*.safetensors")] if place.is_dir() else []
+    count, size = len(sizes), float(sum(sizes))
+    for client, (reason, tree) in sorted(rejected.items()):
         size += _bytes(tree)
         if count >= limits.keep_files or size > limits.keep_mb * 1e6:
             return

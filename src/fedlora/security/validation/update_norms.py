@@ -1,94 +1,157 @@
-"""A client's update: what its upload changes of what it was served, and the inner products of all updates of a round.
+"""Norms of one upload's update, and the inner products of all updates of a round.
 
-``A`` and ``B`` are only defined up to an invertible ``T``: ``(B T, T⁻¹ A)`` is the same weight. So an update is the
-change of the product, ``D_k = s B_k A_k − s B A``, and a norm, a distance or an angle between clients is one of these.
-They are sums of products, so the ``K × K`` matrix ``⟨D_k, D_l⟩`` comes from Gram matrices of factors, never from
-``m × n`` ones. Parts trained in full, and leaves whose other factor stays with its client, count with the change of
-their own numbers: what the server makes of these is linear in them.
+An update is the change of the product, ``D_k = s B_k A_k − s B A``, so norms, distances and angles of updates do not
+depend on the frame of the factors (see ``linalg.geometry``). Parts that are trained in full, and leaves whose other
+factor stays with the client, count with the change of their own numbers: the server's result is linear in these.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapters import Adapter
-from fedlora.rounds import Received, Rules
-from fedlora.security.validation.expected import Expectations, checked
+from fedlora.linalg.geometry import difference, inner_products, squared_norm
+from fedlora.rounds import Received, Rules, alike, batches, stacked
+from fedlora.security.validation.expected import LARGEST, CheckedUpload, UploadSpecs, check_finite, check_upload
 from fedlora.types import Factors, Layer, Tree
 
+BOUND = (LARGEST / 2) ** 2  # of a leaf's squared distance; below it, no number of the leaf is too large
 
-def change(adapter: Adapter, start: Layer, end: Layer) -> Factors:
-    """``D = ΔW(end) − ΔW(start)`` as ``[dU, U_s] [V_e; dV]``: differences of factors, so that nothing cancels.
 
-    Where a side is the very same tensor in both, ``D`` is one product of it and the other side's difference.
+class Movement(NamedTuple):
+    """Squared distances of an upload's leaves from the leaves that were served, by part."""
+
+    leaves: dict[str, float]  # of all leaves together
+    sides: dict[str, tuple[float, float]]  # of the input and the output factors, for parts that sent both
+    digest: str  # of the upload's numbers; empty if nothing has moved
+
+
+class ServedLeaves:
+    """The leaves that uploads of one form started from, with leaves of one shape stacked together."""
+
+    def __init__(self, rules: Rules, upload: CheckedUpload):
+        shaped = defaultdict[torch.Size, list[tuple[str, str]]](list)
+        for part, layer in upload.tree.items():
+            for leaf, x in layer.items():
+                shaped[x.shape].append((part, leaf))
+        self.blocks = list(shaped.values())
+        self.start = [_rows(upload.start, block) for block in self.blocks]
+        self.parts, self.inputs, self.outputs = (defaultdict[str, list[int]](list) for _ in range(3))
+        factors = {part: (rules[part].adapter.inputs, rules[part].adapter.outputs) for part in upload.tree}
+        for i, (part, leaf) in enumerate(place for block in self.blocks for place in block):
+            inputs, outputs = factors[part]
+            self.parts[part].append(i)
+            if leaf in inputs:
+                self.inputs[part].append(i)
+            if leaf in outputs:
+                self.outputs[part].append(i)
+        self.pairs = sorted(self.inputs.keys() & self.outputs.keys())
+
+    def distances(self, tree: Tree) -> tuple[list[float], str]:
+        """The distance of each leaf, block by block, and a digest of the upload's numbers.
+
+        The digest is of the sum of each leaf's bits. A sum of the numbers would round a small difference away, and
+        with sparse updates, a sample of positions may hold no change of any client.
+        """
+        norms, digest = list[float](), hashlib.blake2b(digest_size=12)
+        for block, start in zip(self.blocks, self.start):
+            sent = _rows(tree, block)
+            bits = sent.view(torch.int32).sum(dim=1, dtype=torch.int32)
+            digest.update(bits.cpu().numpy().tobytes())
+            norms += torch.linalg.vector_norm(sent.sub_(start.to(sent.device)), dim=1).tolist()
+        return norms, digest.hexdigest()
+
+
+def _rows(tree: Tree, block: Sequence[tuple[str, str]]) -> Tensor:
+    """Stacks leaves of one shape, one leaf a row."""
+    leaves = torch.stack([tree[part][leaf] for part, leaf in block]).detach().float()
+    return leaves.unsqueeze(-1).flatten(1)  # a leaf can be one number
+
+
+def measure_movement(upload: CheckedUpload, served: ServedLeaves) -> Movement:
+    """Measures an upload's distances in one pass. ``RefusedError`` if a number in it is not finite or too large."""
+    norms, digest = served.distances(upload.tree)
+    squares = [norm * norm for norm in norms]
+    whole = sum(squares)
+    if not whole <= BOUND:  # a number may be not finite or too large
+        for part, layer in upload.tree.items():
+            check_finite(part, layer)
+
+    def total(leaves: Sequence[int]) -> float:
+        return sum([squares[i] for i in leaves])
+
+    leaves = {part: total(own) for part, own in served.parts.items()}
+    sides = {part: (total(served.inputs[part]), total(served.outputs[part])) for part in served.pairs}
+    return Movement(leaves, sides, digest if whole else "")
+
+
+def served_norm(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:
+    """The norm of the served factors of one side (0: input, 1: output)."""
+    layers = ((start[p], (rules[p].adapter.inputs, rules[p].adapter.outputs)[side]) for p in parts)
+    return float(sum(float(layer[leaf].double().square().sum()) for layer, leaves in layers for leaf in leaves) ** 0.5)
+
+
+def update_norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree, moved: Movement) -> float:
+    """``‖D‖`` over the whole model.
+
+    If only the core between fixed factors is trained, the update is linear in the leaves, and their distance is used:
+    it is a norm of the update, and equal to ``‖D‖`` for orthonormal factors.
     """
-    c, U, V = adapter.term(start, 1.0)
-    e = adapter.term(end, 1.0)
-    if e.U is U:
-        return Factors(U, c * (e.V - V))
-    if e.V is V:
-        return Factors(c * (e.U - U), V)
-    return Factors(torch.cat([c * (e.U - U), c * U], dim=-1), torch.cat([e.V, e.V - V], dim=-2))
+    square = 0.0
+    for rule in dict.fromkeys(rules.values()):
+        parts = [part for part in rules if rules[part] == rule and part in moved.leaves]
+        if not rule.adapter.inputs or not products.issuperset(parts):
+            square += sum(moved.leaves[part] for part in parts)
+            continue
+        sent = {part: tree[part] for part in parts}
+        for group in alike(parts, lambda part, sent=sent: [sent[part]]):  # type: ignore[misc]
+            for some in batches(group, sum(x.numel() for x in sent[group[0]].values())):
+                ends = stacked([sent[part] for part in some])
+                device = next(iter(ends.values())).device
+                starts = {leaf: x.to(device) for leaf, x in stacked([start[part] for part in some]).items()}
+                square += float(squared_norm(_update(rule.adapter, starts, ends)).sum())
+    return float(square**0.5)
 
 
-def gram(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Float[Tensor, "K K"]:
-    """``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is what the cohort was served.
+def _update(adapter: Adapter, start: Layer, sent: Layer) -> Factors:
+    """``ΔW`` with the sent leaves minus ``ΔW`` at the start."""
+    return difference(adapter.term({**start, **sent}, 1.0), adapter.term(start, 1.0))
+
+
+def gram_matrix(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Float[Tensor, "K K"]:
+    """``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is the tree that the cohort was served.
 
     One part of all uploads is in memory at a time.
     """
     G = torch.zeros(len(uploads), len(uploads), dtype=torch.float64)
-    wanted = Expectations(rules, shared)
-    starts = [checked(rules, u.turn, _forms(u.tree), wanted.of(u.turn)) for u in uploads]
+    specs = UploadSpecs(rules, shared)
+    # A tree that is kept on disk knows its shapes without being read.
+    starts = [check_upload(rules, u.turn, getattr(u.tree, "forms", u.tree), specs.of(u.turn)) for u in uploads]
     for part, rule in rules.items():
         layers = [u.tree[part] for u in uploads]
         if not any(layers):
             continue
-        begun = [s.start[part] for s in starts]
+        own = [s.start[part] for s in starts]
         if all(part in s.products for s in starts):
-            G += _products([change(rule.adapter, a, {**a, **b}) for a, b in zip(begun, layers)])
+            G += inner_products([_update(rule.adapter, a, b) for a, b in zip(own, layers)])
         else:
-            G += _leaves(begun, layers)
+            G += _leaf_inner_products(own, layers)
     return (G + G.mT) / 2
 
 
-def _forms(tree: Tree) -> Tree:
-    """The tree for its shapes only; one that is kept on disk knows them without being read."""
-    forms: Tree | None = getattr(tree, "forms", None)
-    return tree if forms is None else forms
-
-
-def _products(updates: Sequence[Factors]) -> Tensor:
-    """``tr(U_kᵀ U_l V_l V_kᵀ)`` for all pairs: from the ``r × r`` Gram matrix of a side that all have in common, where
-    there is one (fixed outer factors can be wide), or from one Gram matrix a side over all uploads."""
-    first = updates[0]
-    if all(f.U is first.U for f in updates):
-        return _weighed(first.U, torch.stack([f.V for f in updates]))
-    if all(f.V is first.V for f in updates):
-        return _weighed(first.V.mT, torch.stack([f.U.mT for f in updates]))
-    U = torch.cat([f.U.double() for f in updates], dim=-1)
-    V = torch.cat([f.V.double() for f in updates], dim=-2)
-    both = ((U.mT @ U) * (V @ V.mT)).cpu()
-    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([f.V.shape[-2] for f in updates]))
-    rows = torch.zeros(len(updates), both.shape[-1], dtype=both.dtype).index_add(0, owner, both)
-    return torch.zeros(len(updates), len(updates), dtype=both.dtype).index_add(1, owner, rows)
-
-
-def _weighed(W: Float[Tensor, "m r"], X: Float[Tensor, "K r n"]) -> Float[Tensor, "K K"]:
-    """``⟨W X_k, W X_l⟩`` for all pairs."""
-    W, X = W.double(), X.double()
-    return ((W.mT @ W @ X).flatten(1) @ X.flatten(1).mT).cpu()
-
-
-def _leaves(starts: Sequence[Layer], layers: Sequence[Layer]) -> Tensor:
-    """The same for changes of the leaves themselves; a leaf that a client did not send has not changed."""
+def _leaf_inner_products(starts: Sequence[Layer], layers: Sequence[Layer]) -> Tensor:
+    """Inner products of the changes of leaves; a leaf that a client did not send has not changed."""
     G = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for leaf in sorted({leaf for layer in layers for leaf in layer}):
-        moved = [
+        changes = [
             (b[leaf].double() - a[leaf].double()).reshape(-1) if leaf in b else torch.zeros(a[leaf].numel()).double()
             for a, b in zip(starts, layers)
         ]
-        X = torch.stack([x.cpu() for x in moved])
+        X = torch.stack([x.cpu() for x in changes])
         G += X @ X.mT
     return G

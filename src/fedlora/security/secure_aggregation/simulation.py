@@ -1,4 +1,4 @@
-"""The whole protocol in one process, every party kept as bytes between its steps: for tests, and to see it work."""
+"""The whole protocol in one process, for experiments and tests."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,7 +9,7 @@ from fedlora.security.secure_aggregation.messages import PHASES, Message
 from fedlora.security.secure_aggregation.server import Aggregate, Server
 from fedlora.security.secure_aggregation.session import Session
 
-Dropouts = Mapping[str, Collection[int]]  # phase -> those who stay silent from then on
+Dropouts = Mapping[str, Collection[int]]  # phase -> clients that send nothing from then on
 
 
 def aggregate(
@@ -19,10 +19,11 @@ def aggregate(
     threshold: int | None = None,
     range: float = 16.0,
 ) -> Aggregate:
-    """The weighted mean of ``values`` (client -> ``d`` numbers of any shape) as a server comes to know it.
+    """Computes the weighted mean of ``values`` (client -> ``d`` numbers of any shape) by the protocol.
 
-    ``dropouts`` names the phase (``advertise``, ``share``, ``masked``, ``unmask``) whose message a client does not send
-    any more. Raises as :class:`Server` and :class:`Client` do: below the threshold, for a value out of range, ...
+    ``dropouts`` maps a phase (``advertise``, ``share``, ``mask``, ``unmask``) to the clients that send nothing from
+    then on. Every party is saved and loaded between its steps. Raises the errors of :class:`Server` and
+    :class:`Client`: below the threshold, for a value out of range, ...
     """
     unknown = (dropouts or {}).keys() - set(PHASES)
     if unknown:
@@ -44,8 +45,8 @@ def _send(
 ) -> None:
     for n, state in states.items():
         client = Client.from_bytes(state)
-        given = (values[n],) if phase == "masked" else ()
-        told = () if phase == PHASES[0] else (Message(**inbox[n].record()),)
-        message = getattr(client, phase)(*told, *given)
+        given = (values[n],) if phase == "mask" else ()
+        received = () if phase == PHASES[0] else (Message(**inbox[n].record()),)
+        message = getattr(client, phase)(*received, *given)
         states[n] = client.to_bytes()
         server.receive(Message(**message.record()))
