@@ -1,5 +1,7 @@
 """Files: trees as safetensors and tables as JSON, written whole or not at all, and headers checked before use.
 
+The name of a verified file ends with a digest of its content, so a file that was cut off or altered is noticed.
+
 ``read_header`` is the one reader of safetensors headers. It reads the eight bytes that say how long the header is, then
 the header, and checks both against the file before a tensor is made; nothing of a pickle is ever read.
 """
@@ -29,6 +31,14 @@ SIZES = {  # bytes a number, by safetensors' names of dtypes
 DIMENSIONS = 8
 NAME = 512  # characters of a tensor's name
 METADATA = "__metadata__"  # the notes in a header
+
+
+SUFFIX = ".safetensors"
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
+
+
+class RefusedFileError(ValueError):
+    """A verified file whose content is not the one that was written; the text says why."""
 
 
 class RefusedHeaderError(ValueError):
@@ -225,12 +235,68 @@ def load_tree(path: Path) -> Tree:
 def load_about(path: Path) -> dict[str, Any]:
     """The notes that ``save_tree`` put beside a tree under ``about``. ``ValueError`` where they are not there."""
     try:
-        found = json.loads(read_header(path).metadata["about"])
-        if not isinstance(found, dict):
-            raise ValueError("its notes are no table")
+        return _parse_about(read_header(path))
     except (ValueError, KeyError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read, it was cut off or edited: {error!s}; run it anew.") from error
+
+
+def _parse_about(header: Header) -> dict[str, Any]:
+    found = json.loads(header.metadata["about"])
+    if not isinstance(found, dict):
+        raise ValueError("its notes are no table")
     return found
+
+
+def encode_state(tree: Tree, about: Mapping[str, Any]) -> bytes:
+    """Encodes a tree and plain values as a safetensors file, with the layout of each leaf in memory.
+
+    The last bits of a product depend on the order of its factors' numbers.
+    """
+    orders = {key: order for key, x in flatten(tree).items() if (order := _stride_order(x)) is not None}
+    return encode_tree(tree, {"format": "pt", "about": json.dumps({**about, "orders": orders})})
+
+
+def decode_state(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Decodes the tree and the values of ``encode_state``. Raises ``RefusedFileError`` if there are none."""
+    try:
+        about = _parse_about(read_header(content))
+        leaves = flatten(decode_tree(content))
+        for key, order in about.pop("orders").items():
+            back = sorted(range(len(order)), key=order.__getitem__)
+            leaves[key] = leaves[key].permute(order).contiguous().permute(back)
+    except BROKEN as error:
+        raise RefusedFileError(f"it holds no tree of leaves ({error})") from error
+    return unflatten(leaves), about
+
+
+def _stride_order(x: Tensor) -> list[int] | None:
+    """The dimensions from the widest stride to the narrowest; None for a contiguous tensor."""
+    if x.is_contiguous():
+        return None
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def write_verified(folder: Path, stem: str, content: bytes) -> str:
+    """Writes ``STEM-DIGEST.safetensors`` and returns that name."""
+    name = _verified_name(stem, content)
+    write(folder / name, content)
+    return name
+
+
+def read_verified(path: Path) -> bytes:
+    """Reads a verified file. Raises ``RefusedFileError`` if it is missing or its content is not that of its name."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RefusedFileError(f"{path.name} cannot be read ({error.strerror})") from error
+    if path.name != _verified_name(path.name.rpartition("-")[0], content):
+        raise RefusedFileError(f"{path.name} was cut off or altered")
+    return content
+
+
+def _verified_name(stem: str, content: bytes) -> str:
+    return f"{stem}-{hashlib.blake2b(content, digest_size=16).hexdigest()}{SUFFIX}"
 
 
 class Spilled(Mapping[str, Layer]):

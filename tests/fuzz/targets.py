@@ -12,8 +12,7 @@ from safetensors.torch import save
 from fedlora.adapters import Dense
 from fedlora.engines.checkpoint import FORM, Checkpoints
 from fedlora.engines.comm.compression import Transport
-from fedlora.engines.verified_files import encode_state, write_verified
-from fedlora.files import encode_tree, load_tree, read_header, upload_limits
+from fedlora.files import encode_state, encode_tree, load_tree, read_header, upload_limits, write_verified
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.runs.config import read

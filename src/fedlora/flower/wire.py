@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
 
-from fedlora.engines.base_updates import Folds, folds_from_tree, folds_to_tree
+from fedlora.engines.base_updates import BaseUpdate, folds_from_tree, folds_to_tree
 from fedlora.engines.comm.channel import Delivery
 from fedlora.engines.loop import Round
 from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree
@@ -73,7 +73,7 @@ def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
         raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
 
 
-def pack_folds(rounds: Sequence[Folds]) -> ArrayRecord:
+def pack_folds(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
     """Several rounds of folds, numbered from 0."""
     trees = {
         f"{i}{SEPARATOR}{key}": factors for i, one in enumerate(rounds) for key, factors in folds_to_tree(one).items()
@@ -81,7 +81,7 @@ def pack_folds(rounds: Sequence[Folds]) -> ArrayRecord:
     return pack(trees)
 
 
-def unpack_folds(record: ArrayRecord) -> list[Folds]:
+def unpack_folds(record: ArrayRecord) -> list[BaseUpdate]:
     """The folds that ``pack_folds`` wrote, in order."""
     found: dict[int, dict[str, Mapping]] = {}
     for key, factors in unpack(record).items():
@@ -92,7 +92,7 @@ def unpack_folds(record: ArrayRecord) -> list[Folds]:
     return [folds_from_tree(found[number]) for number in sorted(found)]
 
 
-def asked(order: Order, leaves: Tree, folds: Sequence[Folds]) -> RecordDict:
+def asked(order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> RecordDict:
     """What goes down; empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
     if leaves:
@@ -102,7 +102,7 @@ def asked(order: Order, leaves: Tree, folds: Sequence[Folds]) -> RecordDict:
     return content
 
 
-def order_of(content: RecordDict) -> tuple[Order, Tree, list[Folds]]:
+def order_of(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
     """What a party is asked, and what came along."""
     order = Order(**_typed(content[ORDER]))
     leaves = unpack(content[LEAVES]) if LEAVES in content else {}

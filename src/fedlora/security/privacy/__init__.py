@@ -1,7 +1,7 @@
-"""Differential privacy: what is clipped, where noise is added, and what that comes to as (ε, δ).
+"""Differential privacy: clipping, noise, and the accounting of (ε, δ).
 
-``settings`` is the table, ``refusals`` what has no sound analysis, ``accounting`` the figures, ``noise`` every draw,
-``uploads`` the client level, ``each`` and ``dpsgd`` the example level.
+``settings`` is the table, ``accounting`` has the figures, ``noise`` every draw, ``client_level`` the client level,
+``dp_sgd`` and ``per_sample_gradients`` the example level.
 """
 
 from fedlora.security.privacy.noise import Stream, key_of
