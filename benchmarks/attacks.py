@@ -89,13 +89,14 @@ def remembering(known: Turns) -> Drive:
 class _Remembering(InProcess):
     known: Turns = field(default_factory=dict)
 
-    def _trained(self, f, number, client, shared, kept, moments):
-        if moments is not None:  # they would be a part of the key
-            return super()._trained(f, number, client, shared, kept, moments)
-        lesson = None if poison_task(f.attack, f.task, f.turn(number, client)) is f.task else repr(f.attack)
-        key = lesson, number, client, digest(shared), digest(kept)
+    def train(self, client_turn, shared, state):
+        if state.moments is not None:  # they would be a part of the key
+            return super().train(client_turn, shared, state)
+        f, turn = client_turn.federation, client_turn.turn
+        lesson = None if poison_task(f.attack, f.task, turn) is f.task else repr(f.attack)
+        key = lesson, turn.round, turn.client, digest(shared), digest(state.kept)
         if key not in self.known:
-            self.known[key] = super()._trained(f, number, client, shared, kept, moments)
+            self.known[key] = super().train(client_turn, shared, state)
         return self.known[key]
 
 

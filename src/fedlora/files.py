@@ -1,5 +1,7 @@
 """Files: trees as safetensors and tables as JSON, written whole or not at all, and headers checked before use.
 
+The name of a verified file ends with a digest of its content, so a file that was cut off or altered is noticed.
+
 ``read_header`` is the one reader of safetensors headers. It reads the eight bytes that say how long the header is, then
 the header, and checks both against the file before a tensor is made; nothing of a pickle is ever read.
 """
@@ -15,23 +17,28 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from fedlora.text import shown
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
-NOTES = "__metadata__"  # in the header of a safetensors file
-
-
 SIZES = {  # bytes a number, by safetensors' names of dtypes
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 DIMENSIONS = 8
 NAME = 512  # characters of a tensor's name
-METADATA = "__metadata__"
+METADATA = "__metadata__"  # the notes in a header
+
+
+SUFFIX = ".safetensors"
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
+
+
+class RefusedFileError(ValueError):
+    """A verified file whose content is not the one that was written; the text says why."""
 
 
 class RefusedHeaderError(ValueError):
@@ -165,48 +172,60 @@ def _covers(spans: list[tuple[int, int]], size: int) -> None:
         raise RefusedHeaderError(f"its tensors end after {at} of {size} bytes; it is cut off, or longer than it says")
 
 
-def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
-    """Writes every leaf as ``part/leaf``, float32 as it is."""
-    write(path, serialize(flat(tree), {"format": "pt", **(about or {})}))
+def flatten(tree: Tree) -> dict[str, Tensor]:
+    """``part/leaf`` -> leaf, the very tensors of the tree."""
+    return {f"{part}{SEPARATOR}{leaf}": x for part, layer in tree.items() for leaf, x in layer.items()}
 
 
-def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str]) -> bytes:
+def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tree of leaves that ``flatten`` named. Parts without leaves are lost."""
+    tree: dict[str, dict[str, Tensor]] = {}
+    for key, x in leaves.items():
+        part, _, leaf = key.rpartition(SEPARATOR)
+        tree.setdefault(part, {})[leaf] = x
+    return tree
+
+
+def encode_tree(tree: Tree, notes: Mapping[str, str] | None = None) -> bytes:
+    """A tree as the bytes of a safetensors file: the one form of trees on disk and in messages."""
+    # Cloned, since safetensors refuses tensors that share memory.
+    leaves = {key: x.detach().cpu().clone().contiguous() for key, x in flatten(tree).items()}
+    return serialize(leaves, notes)
+
+
+def decode_tree(source: bytes | Path, limits: Limits = FILES) -> dict[str, dict[str, Tensor]]:
+    """The tree that ``encode_tree`` wrote, from its bytes or its file. Its header is checked before a tensor is made.
+
+    Each leaf has memory of its own: safetensors gives views at any offset, and the last bits of a factorisation depend
+    on the alignment. Raises ``RefusedHeaderError``, ``SafetensorError`` or, for a file, ``OSError``.
+    """
+    read_header(source, limits)
+    leaves = load(source) if isinstance(source, bytes) else load_file(source)
+    return unflatten({key: x.clone() for key, x in leaves.items()})
+
+
+def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file whose bytes follow from its content: safetensors itself orders notes by chance."""
-    data = save(tensors, dict(notes))
+    data = save(tensors, dict(notes or {}) or None)
+    if not notes:
+        return data
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header = {NOTES: dict(sorted(header.pop(NOTES).items())), **header}
+    header = {METADATA: dict(sorted(header.pop(METADATA).items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def flat(tree: Tree) -> dict[str, Tensor]:
-    """``part/leaf`` -> tensor, fit for safetensors."""
-    return {
-        f"{part}{SEPARATOR}{leaf}": x.detach().cpu().clone().contiguous()  # cloned: safetensors refuses shared memory
-        for part, layer in tree.items()
-        for leaf, x in layer.items()
-    }
-
-
-def nested(leaves: Mapping[str, Tensor]) -> Tree:
-    """The tree whose leaves ``flat`` names, in memory of its own.
-
-    Safetensors gives views at any offset, and the last bits of a factorisation depend on where a tensor begins.
-    """
-    tree: dict[str, dict[str, Tensor]] = {}
-    for key, value in leaves.items():
-        part, _, leaf = key.rpartition(SEPARATOR)
-        tree.setdefault(part, {})[leaf] = value.clone()
-    return tree
+def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
+    """Writes a tree as a safetensors file, every leaf in its own dtype."""
+    write(path, encode_tree(tree, {"format": "pt", **(about or {})}))
 
 
 def load_tree(path: Path) -> Tree:
     """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
     try:
-        read_header(path)
-        return nested(load_file(path))
+        return decode_tree(path)
     except (RefusedHeaderError, SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."
@@ -216,12 +235,68 @@ def load_tree(path: Path) -> Tree:
 def load_about(path: Path) -> dict[str, Any]:
     """The notes that ``save_tree`` put beside a tree under ``about``. ``ValueError`` where they are not there."""
     try:
-        found = json.loads(read_header(path).metadata["about"])
-        if not isinstance(found, dict):
-            raise ValueError("its notes are no table")
+        return _parse_about(read_header(path))
     except (ValueError, KeyError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be read, it was cut off or edited: {error!s}; run it anew.") from error
+
+
+def _parse_about(header: Header) -> dict[str, Any]:
+    found = json.loads(header.metadata["about"])
+    if not isinstance(found, dict):
+        raise ValueError("its notes are no table")
     return found
+
+
+def encode_state(tree: Tree, about: Mapping[str, Any]) -> bytes:
+    """Encodes a tree and plain values as a safetensors file, with the layout of each leaf in memory.
+
+    The last bits of a product depend on the order of its factors' numbers.
+    """
+    orders = {key: order for key, x in flatten(tree).items() if (order := _stride_order(x)) is not None}
+    return encode_tree(tree, {"format": "pt", "about": json.dumps({**about, "orders": orders})})
+
+
+def decode_state(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Decodes the tree and the values of ``encode_state``. Raises ``RefusedFileError`` if there are none."""
+    try:
+        about = _parse_about(read_header(content))
+        leaves = flatten(decode_tree(content))
+        for key, order in about.pop("orders").items():
+            back = sorted(range(len(order)), key=order.__getitem__)
+            leaves[key] = leaves[key].permute(order).contiguous().permute(back)
+    except BROKEN as error:
+        raise RefusedFileError(f"it holds no tree of leaves ({error})") from error
+    return unflatten(leaves), about
+
+
+def _stride_order(x: Tensor) -> list[int] | None:
+    """The dimensions from the widest stride to the narrowest; None for a contiguous tensor."""
+    if x.is_contiguous():
+        return None
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def write_verified(folder: Path, stem: str, content: bytes) -> str:
+    """Writes ``STEM-DIGEST.safetensors`` and returns that name."""
+    name = _verified_name(stem, content)
+    write(folder / name, content)
+    return name
+
+
+def read_verified(path: Path) -> bytes:
+    """Reads a verified file. Raises ``RefusedFileError`` if it is missing or its content is not that of its name."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RefusedFileError(f"{path.name} cannot be read ({error.strerror})") from error
+    if path.name != _verified_name(path.name.rpartition("-")[0], content):
+        raise RefusedFileError(f"{path.name} was cut off or altered")
+    return content
+
+
+def _verified_name(stem: str, content: bytes) -> str:
+    return f"{stem}-{hashlib.blake2b(content, digest_size=16).hexdigest()}{SUFFIX}"
 
 
 class Spilled(Mapping[str, Layer]):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedlora.adapters import LoRA
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
 from fedlora.linalg.factors import compact
 from fedlora.training.model import Model
@@ -26,12 +26,12 @@ def drawn(seed, rank=2, m=M, n=N, size=1.0):
 @given(st.integers(0, 2**31))
 def test_any_order_of_absences_ends_at_the_same_base(seed):
     g = torch.Generator().manual_seed(seed)
-    log, seen, bases = FoldLog(), [0] * 4, [torch.zeros(M, N).double() for _ in range(4)]
+    log, seen, bases = BaseUpdateLog(), [0] * 4, [torch.zeros(M, N).double() for _ in range(4)]
     exact, widest = torch.zeros(M, N).double(), 0
     for round in range(12):
         for client in range(4):
             if torch.rand((), generator=g) < 0.4 or round == 11:
-                for f in log.missed(seen[client]).get("w", ()):
+                for f in log.missing_sum(seen[client]).get("w", ()):
                     bases[client] = bases[client] + f.dense()
                     widest = max(widest, f.U.shape[-1])
                 seen[client] = len(log)
@@ -42,21 +42,21 @@ def test_any_order_of_absences_ends_at_the_same_base(seed):
             log.settle(min(seen))
     for base in bases:
         torch.testing.assert_close(base, exact)
-    torch.testing.assert_close(log.everything()["w"].dense(), exact)
+    torch.testing.assert_close(log.total()["w"].dense(), exact)
     assert widest <= min(M, N)
 
 
 def test_the_log_does_not_grow_where_everybody_is_there():
-    log = FoldLog()
+    log = BaseUpdateLog()
     for round in range(50):
         log.append({"w": (drawn(round),)})
         log.settle(len(log))
     assert len(log) == 50 and not log.entries
     assert log.prefix["w"].U.shape[-1] <= min(M, N)
-    torch.testing.assert_close(log.missed(0)["w"][0].dense(), sum(drawn(round).dense() for round in range(50)))
-    assert log.missed(50) == {}
+    torch.testing.assert_close(log.missing_sum(0)["w"][0].dense(), sum(drawn(round).dense() for round in range(50)))
+    assert log.missing_sum(50) == {}
     with pytest.raises(ValueError, match="must start anew"):
-        log.missed(3)
+        log.missing_sum(3)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(6, 5, 9), (4, 9, 9), (5, 5, 5), (7, 3, 2)])
@@ -69,7 +69,7 @@ def test_compacting_keeps_the_product(m, n, rank):
 
 def test_a_client_that_was_away_pays_for_what_it_missed_once():
     tree = {"w": {"A": torch.zeros(2, N)}}
-    channel, log = Channel(tree, frozenset()), FoldLog()
+    channel, log = Channel(tree, frozenset()), BaseUpdateLog()
     log.append({"w": (drawn(0, 1),)})
     _handed(channel, 0, 0, tree, log)
     log.append({"w": (drawn(1, 1),)})
@@ -80,32 +80,32 @@ def test_a_client_that_was_away_pays_for_what_it_missed_once():
 
 
 def _handed(channel, round, client, tree, log):
-    delivery = channel.lacking(client, tree, log)
+    delivery = channel.compute_delta(client, tree, log)
     channel.deliver(round, client, delivery)
     channel.holds(client, delivery)
     return delivery
 
 
 def test_a_client_catches_up_round_by_round_while_that_is_no_larger_than_the_sum():
-    log = FoldLog()
+    log = BaseUpdateLog()
     for round in range(4):
         log.append({"w": (drawn(round, 1),)})
-    assert [r["w"][0].V.shape[0] for r in log.catching_up(1)] == [1, 1, 1]
-    assert log.catching_up(4) == []
+    assert [r["w"][0].V.shape[0] for r in log.missing(1)] == [1, 1, 1]
+    assert log.missing(4) == []
     log.settle(3)
-    first, last = log.catching_up(0)
+    first, last = log.missing(0)
     torch.testing.assert_close(first["w"][0].dense(), sum(drawn(i, 1).dense() for i in range(3)))
     assert torch.equal(last["w"][0].U, drawn(3, 1).U)
     for round in range(4, 4 + N):
         log.append({"w": (drawn(round, 1),)})
-    [summed] = log.catching_up(3)
+    [summed] = log.missing(3)
     assert summed["w"][0].V.shape[0] == min(M, N)
     torch.testing.assert_close(summed["w"][0].dense(), sum(drawn(i, 1).dense() for i in range(3, 4 + N)))
 
 
 def test_a_client_that_forgot_is_sent_everything_again():
     before = {"w": {"A": torch.zeros(2, N)}}
-    channel, log = Channel(before, frozenset()), FoldLog()
+    channel, log = Channel(before, frozenset()), BaseUpdateLog()
     log.append({"w": (drawn(0, 1),)})
     after = {"w": {"A": torch.ones(2, N)}}
     assert _handed(channel, 0, 0, after, log).leaves.keys() == {"w"}

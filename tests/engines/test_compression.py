@@ -7,7 +7,7 @@ import torch
 
 import fedlora
 from fedlora import methods
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.comm.encoding import OWED
@@ -168,14 +168,14 @@ def test_what_is_served_is_what_clients_hold_whatever_they_missed(down, coarse):
     for number in range(6):
         for client in range(3):
             if number % (client + 1) == 0:  # client 1 is there every second round, client 2 every third
-                delivery = channel.lacking(client, shared, FoldLog())
+                delivery = channel.compute_delta(client, shared, BaseUpdateLog())
                 got = t.heard(delivery.leaves, holds[client])
                 holds[client] = {"w": {**holds[client]["w"], **got.get("w", {})}}
                 channel.deliver(number, client, delivery)
                 channel.holds(client, delivery)
                 assert all(torch.equal(holds[client]["w"][leaf], shared["w"][leaf]) for leaf in "AB")
         shared = t.said(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
-    delivery = channel.lacking(7, shared, FoldLog())  # who never was there
+    delivery = channel.compute_delta(7, shared, BaseUpdateLog())  # who never was there
     got = t.heard(delivery.leaves, initial)
     assert all(torch.equal(got["w"][leaf], shared["w"][leaf]) for leaf in "AB")
     sizes = {c: [r.bytes for r in channel.ledger.rows if r.client == c] for c in range(3)}
@@ -194,7 +194,7 @@ def test_a_channel_set_up_anew_never_sends_a_difference_to_what_nobody_holds():
     for number in range(3):
         shared = t.said(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     channel = Channel(initial, frozenset(), t)
-    delivery = channel.lacking(0, shared, FoldLog())
+    delivery = channel.compute_delta(0, shared, BaseUpdateLog())
     assert set(delivery.leaves["w"]) == {"A", "B"}, "whole"
 
 

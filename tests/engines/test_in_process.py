@@ -104,14 +104,14 @@ def test_errors_against_a_dense_oracle():
     federation = config("method.name=flora-na").federation()
     trained = []
     engine = InProcess()
-    turn = engine._turn
+    train = engine.train
 
-    def spy(f, number, client, *rest):
-        found = turn(f, number, client, *rest)
-        trained.append((client, found[0]))
+    def spy(client_turn, *state):
+        found = train(client_turn, *state)
+        trained.append((client_turn.turn.client, found.sent))
         return found
 
-    engine._turn = spy
+    engine.train = spy
     first = next(iter(engine.run(federation)))
     rows = [len(shard.train) for shard in federation.shards]
     for part, figures in first.record["weights"].items():

@@ -1,12 +1,10 @@
-"""The account of a long run: the figures of one that is taken anew every round, at the cost of a round each."""
+"""The privacy ledger of a long run: the figures of one that is taken anew every round, at the cost of a round each."""
 
 import random
 import warnings
 
 import pytest
 
-from fedlora.engines import privacy as private
-from fedlora.engines.federation import Federation
 from fedlora.runs.config import build, merged, overridden
 from tests.fixtures.federation import TABLE
 
@@ -53,30 +51,31 @@ def anew(f, rounds):
     asked = {k: [n for n in range(rounds) if k in f.cohort(n)] for k in each}
     if f.privacy.by_client:
         return {k: len(own) for k, own in asked.items()}
-    return {k: sum(f.spends(n, k).steps(len(f.shards[k].train)) for n in own) for k, own in asked.items()}
+    return {k: sum(f.training_of(n, k).steps(len(f.shards[k].train)) for n in own) for k, own in asked.items()}
 
 
 @pytest.mark.parametrize("settings", [ROWS, (*ROWS, *UNEQUAL), ("privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform")])  # fmt: skip
-def test_a_run_looks_at_each_round_once_and_says_the_same(settings, monkeypatch):
+def test_a_run_looks_at_each_round_once_and_says_the_same(settings):
     f = build(overridden(merged(TABLE, LONG), list(settings))).federation()
     wanted = [anew(f, n + 1) for n in range(f.rounds)]
-    rates, p, d = f.book.rates, f.privacy, private.delta(f)
-    told = [max(p.epsilon(f.noise, rates[k], n, d) for k, n in own.items()) for own in wanted]
-    spends, cohorts = [], []
-    own, cohort = Federation.spends, Federation.cohort
-    monkeypatch.setattr(Federation, "spends", lambda self, *turn: spends.append(turn) or own(self, *turn))
-    monkeypatch.setattr(Federation, "cohort", lambda self, n: cohorts.append(n) or cohort(self, n))
-    assert [private.spent(f, n + 1)["privacy"]["epsilon"] for n in range(f.rounds)] == told
-    assert len(cohorts) == f.rounds and len(spends) == len(set(spends)), "no round twice"
-    assert private.report(f, f.rounds)["privacy"]["epsilon"] == told[-1]
+    ledger, p = f.privacy_ledger, f.privacy
+    rates, noise, d = ledger.rates, ledger.noise_multiplier, ledger.delta
+    told = [max(p.epsilon(noise, rates[k], n, d) for k, n in own.items()) for own in wanted]
+    turns, cohorts = [], []
+    ledger.steps = lambda *turn: turns.append(turn) or f.training_of(*turn).steps(len(f.shards[turn[1]].train))
+    ledger.cohort = lambda n: cohorts.append(n) or f.cohort(n)
+    assert [ledger.spent(n + 1)["privacy"]["epsilon"] for n in range(f.rounds)] == told
+    assert len(cohorts) == f.rounds and len(turns) == len(set(turns)), "no round twice"
+    assert p.by_client or turns
+    assert ledger.report(f.rounds)["privacy"]["epsilon"] == told[-1]
     assert len(cohorts) == f.rounds
-    assert f.book.planned == wanted[-1]
-    assert f.book.after(3) == wanted[2], "also asked for fewer"
-    assert f.book.after(5) == wanted[4]
+    assert ledger.planned == wanted[-1]
+    assert ledger.after(3) == wanted[2], "also asked for fewer"
+    assert ledger.after(5) == wanted[4]
 
 
 def test_only_pairs_that_no_other_covers_are_accounted_for():
     f = build(overridden(merged(TABLE, LONG), list(ROWS))).federation()
-    f.book.__dict__["rates"] = {0: 0.5, 1: 0.5, 2: 0.2, 3: 0.1, 4: 0.7, 5: 0.7}
-    assert f.book.worst({0: 3, 1: 4, 2: 4, 3: 9, 4: 2, 5: 2}) == [(0.7, 2), (0.5, 4), (0.1, 9)]
-    assert f.book.worst({}) == []
+    f.privacy_ledger.__dict__["rates"] = {0: 0.5, 1: 0.5, 2: 0.2, 3: 0.1, 4: 0.7, 5: 0.7}
+    assert f.privacy_ledger.worst({0: 3, 1: 4, 2: 4, 3: 9, 4: 2, 5: 2}) == [(0.7, 2), (0.5, 4), (0.1, 9)]
+    assert f.privacy_ledger.worst({}) == []

@@ -19,7 +19,7 @@ def test_the_same_bits_as_in_one_process(name, grid, reference):
     for client, kept in here.kept.items():
         assert same(trained(world.kept(client)), trained(kept)), f"client {client}"
     assert records_agree(rounds, here.records)
-    folds, theirs = rounds[-1].folds.everything(), world.base.federation.model.parts
+    folds, theirs = rounds[-1].folds.total(), world.base.federation.model.parts
     assert bool(folds) == bool(here.summary["folds"])
     for part in folds:
         mine = world.federation.model.parts[part].module.base.weight

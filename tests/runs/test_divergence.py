@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.engines.loop import sound
+from fedlora.engines.loop import explain_overflow
 from fedlora.runs.compare import compare, for_label
 from fedlora.runs.comparison import rows
 from fedlora.runs.config import build
@@ -53,7 +53,7 @@ def test_products_too_large_to_be_decomposed_are_said():
         yield
 
     with pytest.raises(FloatingPointError, match="too large to be combined or measured"):
-        list(sound(rounds()))
+        list(explain_overflow(rounds()))
 
 
 def test_a_comparison_counts_it_and_goes_on(tmp_path):

@@ -74,7 +74,7 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     f = build(for_label(wide(table, name), name)).federation()
     rows = planned(wide(table, name), [name])[0]["rows"]
     assert (rows["clients"], len(rows["train"])) == (5, 5)
-    assert rows["steps"] == [f.spends(0, k).steps(len(f.shards[k].train)) for k in range(5)]
+    assert rows["steps"] == [f.training_of(0, k).steps(len(f.shards[k].train)) for k in range(5)]
     assert len(set(rows["steps"])) > 1
 
 

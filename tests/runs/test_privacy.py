@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import app
-from fedlora.engines import privacy as private
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
 from fedlora.export.peft import export
@@ -114,7 +113,7 @@ def test_a_poisson_round_without_anybody_gets_noise_and_the_rate_counts():
 def test_a_secret_run_cannot_be_repeated_and_its_sample_not_be_told_from_the_seed():
     made = config("fedit", *CLIENT, "privacy.secret=true", "clients.sampling=poisson", "clients.rate=0.5", "clients.count=30")  # fmt: skip
     first, second = made.federation(), made.federation()
-    assert first.key != second.key and first.drawn != second.drawn != made.seed
+    assert first.key != second.key and first.cohort_seed != second.cohort_seed != made.seed
     assert [first.cohort(n) for n in range(5)] != [second.cohort(n) for n in range(5)]
     assert first.cohort(0) == first.cohort(0)
     plain = config("fedit", *CLIENT).federation()
@@ -152,12 +151,14 @@ def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
     f = config("fedit", *EXAMPLE).federation()
     own = replace(f.clients, split={"name": "own"})
     server, party = (replace(f, clients=own, shards=rows) for rows in ({}, {1: f.shards[1]}))
-    assert private.spent(server, 1) == {"privacy": {"epsilon": None, "delta": None}}
-    said = private.report(server, 1)["privacy"]
+    assert server.privacy_ledger.spent(1) == {"privacy": {"epsilon": None, "delta": None}}
+    said = server.privacy_ledger.report(1)["privacy"]
     assert said["epsilon"] is None and "each party" in Privacy.describe(said)[0][1]
-    figure = private.report(f, 1)["privacy"]["clients"]["1"]
-    assert private.told(party, 1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
-    assert private.told(f, 1) == ""
+    figure = f.privacy_ledger.report(1)["privacy"]["clients"]["1"]
+    assert (
+        party.privacy_ledger.spent_line(1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
+    )
+    assert f.privacy_ledger.spent_line(1) == ""
 
 
 def test_the_best_rounds_folder_says_the_guarantee_of_all_rounds(tmp_path):

@@ -256,8 +256,8 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
 
 def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
     turns, trained = {}, []
-    whole = InProcess._trained
-    monkeypatch.setattr(InProcess, "_trained", lambda *args: (trained.append(args[2:4]), whole(*args))[1])
+    whole = InProcess.train
+    monkeypatch.setattr(InProcess, "train", lambda *args: (trained.append(args[1].turn), whole(*args))[1])
     open_door, krum = "hygiene={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
     base = ("rounds=2", "clients.count=4", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1")
     counts = []

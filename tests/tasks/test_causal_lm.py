@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from fedlora.tasks._base import Examples
+from fedlora.tasks._base import Examples, Shard
 from fedlora.tasks.causal_lm import CausalLM, keeps_apart
 from fedlora.tasks.data.templates import fill
 from fedlora.tasks.data.tokens import IGNORED, cut, encoded, flat, packed, padded
@@ -467,7 +467,6 @@ def test_models_of_another_kind(shared):
 
 def test_pooled_perplexity_is_that_of_all_tokens(tmp_path, model):
     from fedlora.adapters import LoRA
-    from fedlora.engines.clients import Shard
 
     made = task(tmp_path)
     data = made.load(model, 0)

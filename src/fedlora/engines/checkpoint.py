@@ -1,39 +1,88 @@
-"""A run's checkpoints: written after its rounds, each whole or not at all, and found again when it goes on.
+"""Checkpoints of a run: written after its rounds, each whole or not at all, and loaded on resume.
 
-A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and which other files belong to
-it), ``private-NUMBER-DIGEST.safetensors`` (what clients keep that trained since the one before) and
-``folds/NUMBER-DIGEST.safetensors`` (one round's folds). Every file is written once; the state comes last, so a crash
-anywhere leaves the checkpoint before.
+A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and the names of the files that
+belong to it), ``private-NUMBER-DIGEST.safetensors`` (the states of the clients that trained since the one before) and
+``folds/NUMBER-DIGEST.safetensors`` (one round's base update). Every file is written once, and the server's state comes
+last, so a crash at any moment leaves the checkpoint before.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog, folds_from_tree, folds_to_tree
+from fedlora.engines.client_turn import ClientState
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import compare_inputs, inputs
-from fedlora.engines.loop import Loop, Private, Round, Standing
-from fedlora.engines.retention import Retention
-from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
-from fedlora.engines.verified_files import ENDING, RefusedError, about, packed, seal, unpacked, unseal
-from fedlora.files import digest, swept
+from fedlora.engines.loop import Loop, Round, ServerState
+from fedlora.engines.snapshot import Snapshot, restore_state, states_from_tree, states_to_tree
+from fedlora.files import (
+    SUFFIX,
+    RefusedFileError,
+    decode_state,
+    digest,
+    encode_state,
+    load_about,
+    read_verified,
+    swept,
+    write_verified,
+)
+from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.text import plain_name
-from fedlora.types import Factors, Tree
+from fedlora.types import Tree
 
 FOLDER, FOLDS, FORM = "checkpoints", "folds", 2
 PLACES = ("task.data", "model.name", "model.start")  # settings that say where a file or a folder is
 FOREIGN = "holds a run of another configuration"
-STATES = f"[0-9]*-{'[0-9a-f]' * 32}{ENDING}"
+STATES = f"[0-9]*-{'[0-9a-f]' * 32}{SUFFIX}"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The ``[checkpoint]`` table: how often a run is saved, and which checkpoints stay.
+
+    The last round is always saved.
+    """
+
+    keep: int = 3  # the last so many checkpoints; an older one stands in where the newest is damaged
+    every: int = 1  # rounds from one to the next
+    best: Literal["global", "clients"] | None = None  # also keep the best round's, by the task's metric
+
+    def __post_init__(self) -> None:
+        for key in ("keep", "every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least 1.")
+
+    def check(self, personal: bool, title: str) -> None:
+        """Raises ``ValueError`` if the best round is to be that of a global model, and there is none."""
+        if self.best == "global" and personal:
+            raise ValueError(
+                f"checkpoint.best is 'global', but {title} has no global model; set it to 'clients', for their mean."
+            )
+
+    def score(self, record: Mapping[str, Any], metric: str) -> float | None:
+        """Returns the figure that rounds are compared by; None without an evaluation, or if none is compared."""
+        scores = record.get(self.best) if self.best is not None else None
+        if scores is None:
+            return None
+        value = float(scores["mean"] if self.best == "clients" else scores[metric])
+        return value if math.isfinite(value) else None
+
+    def is_better(self, value: float | None, best: float | None, metric: str) -> bool:
+        """Whether a round is better than the best before; of equal rounds the first stays."""
+        if value is None or best is None:
+            return value is not None
+        return value > best if KNOWN[metric].higher else value < best
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was found sound, with all that belongs to it."""
+    """A checkpoint whose files are all as they were written."""
 
     name: str
     about: Mapping[str, Any]
@@ -41,105 +90,107 @@ class Saved:
 
     @property
     def number(self) -> int:
-        """Rounds that it counts."""
+        """The number of finished rounds."""
         return int(self.about["plain"]["number"])
 
 
 @dataclass
 class Checkpoints:
-    """The folder of one run. ``refused`` says of each checkpoint that was not taken why."""
+    """The checkpoints of one run. ``refused`` has the reason for each checkpoint that could not be loaded."""
 
     folder: Path
     config: str  # a digest of the configuration: another one cannot go on from here
     metric: str  # of the task
-    retention: Retention = field(default_factory=Retention)
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # of the rows and the base, as ``inputs`` makes them
-    notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, where it went on
+    settings: CheckpointSettings = field(default_factory=CheckpointSettings)
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # digests of the rows and the base, from ``inputs``
+    notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, resumed rounds
     refused: list[str] = field(default_factory=list, init=False)
     best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
-    _made: str = field(default="", init=False)  # a digest of what every party makes from the seed
-    _folds: list[tuple[str, int]] = field(default_factory=list, init=False)  # file, and how many were settled then
-    _files: dict[int, str | None] = field(default_factory=dict, init=False)  # client -> where what it keeps is
-    _written: dict[int, Private] = field(default_factory=dict, init=False)
-    _last: Snapshot | None = field(default=None, init=False)  # of the last round, if that is not on disk
+    _made: str = field(default="", init=False)  # a digest of the leaves that every party draws from the seed
+    _folds: list[tuple[str, int]] = field(
+        default_factory=list, init=False
+    )  # file, and the number of updates that were one sum then
+    _files: dict[int, str | None] = field(default_factory=dict, init=False)  # client -> the file of its state
+    _written: dict[int, ClientState] = field(default_factory=dict, init=False)
+    _last: Snapshot | None = field(default=None, init=False)  # of the last round, unless that is on disk
 
     # ------------------------------------------------------------------------------------ saving
     def begin(self, f: Federation) -> None:
-        """Before the first round, or before a run goes on."""
+        """Prepares the folder, before the first round and on resume."""
         self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
         for folder in (self.folder, self.folder / FOLDS):
             swept(folder)
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
-        """A round is over: its folds are written, and its state where that is due."""
+        """Writes the base update of a finished round, and the state if that is due."""
         self._fold(done.folds)
-        self._last = Snapshot.take(done.standing, engine.privates(done.standing))
-        value = self.retention.value(done.record, self.metric)
-        better = self.retention.better(value, self.best and self.best["value"], self.metric)
+        self._last = Snapshot.take(done.state, engine.client_states(done.state))
+        value = self.settings.score(done.record, self.metric)
+        better = self.settings.is_better(value, self.best and self.best["value"], self.metric)
         if better:
-            self.best = {"round": self._last.number, "by": self.retention.best, "value": value}
-        if last or better or self._last.number % self.retention.every == 0:
+            self.best = {"round": self._last.number, "by": self.settings.best, "value": value}
+        if last or better or self._last.number % self.settings.every == 0:
             self.save()
 
     def save(self) -> None:
-        """The last finished round, if it is not on disk yet."""
+        """Writes the last finished round, unless it is on disk."""
         snapshot = self._last
         if snapshot is None:
             return
         stem = f"{snapshot.number:06d}"
         self._private(f"private-{stem}", snapshot)
         tree, said = snapshot.leaves()
-        files = None if snapshot.privates is None else self._files
+        files = None if snapshot.states is None else self._files
         own = {
             "form": FORM, "config": self.config, "made": self._made, "folds": self._folds, "private": files,
             "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
-        name = seal(self.folder, stem, packed(tree, {**said, **own}))
+        name = write_verified(self.folder, stem, encode_state(tree, {**said, **own}))
         if self.best is not None and self.best["round"] == snapshot.number:
             self.best["file"] = name
         self._last = None
         self._prune(name, snapshot.number)
 
-    def _fold(self, log: FoldLog) -> None:
-        """Each round's folds are on disk before they are summed with others."""
+    def _fold(self, log: BaseUpdateLog) -> None:
+        """Writes each base update before it is summed with others."""
         for number in range(len(self._folds), len(log)):
-            content = packed(folded(log.entries[number - log.start]), {})
-            name = seal(self.folder / FOLDS, f"{number:06d}", content)
+            content = encode_state(folds_to_tree(log.entries[number - log.start]), {})
+            name = write_verified(self.folder / FOLDS, f"{number:06d}", content)
             self._folds.append((name, log.start))
 
     def _private(self, stem: str, snapshot: Snapshot) -> None:
-        found = snapshot.privates or {}
+        found = snapshot.states or {}
         fresh = {client: own for client, own in found.items() if not _same(self._written.get(client), own)}
-        tree = private_leaves(fresh)
-        name = seal(self.folder, stem, packed(tree, {})) if tree else None
+        tree = states_to_tree(fresh)
+        name = write_verified(self.folder, stem, encode_state(tree, {})) if tree else None
         self._files |= dict.fromkeys(fresh, name)
         self._written |= fresh
 
     def _prune(self, newest: str, number: int) -> None:
-        """Removes what is neither among the last, nor the best, nor belongs to them."""
+        """Removes all files but those of the last checkpoints and the best one."""
         found = [path for path in _states(self.folder) if path.name == newest or _number(path) < number]
-        kept = {path.name for path in found[-self.retention.keep :]}
+        kept = {path.name for path in found[-self.settings.keep :]}
         kept |= {self.best["file"]} if self.best else set()
-        belong = {str(f) for name in kept for f in (about(self.folder / name).get("private") or {}).values()}
-        for path in self.folder.glob(f"*{ENDING}"):
+        belong = {str(f) for name in kept for f in (_load_about(self.folder / name).get("private") or {}).values()}
+        for path in self.folder.glob(f"*{SUFFIX}"):
             if path.name not in kept | belong:
                 path.unlink(missing_ok=True)
         current = {name for name, _ in self._folds}
-        for path in (self.folder / FOLDS).glob(f"*{ENDING}"):
+        for path in (self.folder / FOLDS).glob(f"*{SUFFIX}"):
             if path.name not in current:
                 path.unlink(missing_ok=True)
 
     # ----------------------------------------------------------------------------------- finding
     def newest(self) -> Saved | None:
-        """The newest sound checkpoint; None where there is none at all.
+        """Returns the newest checkpoint that is not damaged; None if there is no checkpoint at all.
 
-        ``ValueError`` where there are some and none of them will do.
+        Raises ``ValueError`` if there are some, and none of them can be loaded.
         """
         self.refused = []
         for path in reversed(_states(self.folder)):
             try:
                 return self._sound(path)
-            except RefusedError as error:
+            except RefusedFileError as error:
                 self.refused.append(str(error))
         run = repr(str(self.folder.parent))
         if self.refused and all(FOREIGN in why for why in self.refused):
@@ -152,11 +203,11 @@ class Checkpoints:
         return None
 
     def check_inputs(self, saved: Saved) -> None:
-        """``ValueError`` where the data or the base are not those that the checkpoint was made with; says how."""
+        """Raises ``ValueError`` if the data or the base differ from those that the checkpoint was made with."""
         compare_inputs(self.folder.parent, saved.about["inputs"], self.inputs)
 
-    def load(self, saved: Saved, f: Federation, engine: Loop) -> Standing:
-        """The standing that was saved, its folds in the model's base, and the engine's clients with what they keep."""
+    def load(self, saved: Saved, f: Federation, engine: Loop) -> ServerState:
+        """Returns the saved server state; applies its base updates to the model and restores the engine's clients."""
         at, said = engine.begin(f), saved.about
         if said["made"] != self._made:
             raise ValueError(
@@ -166,80 +217,80 @@ class Checkpoints:
         self._folds = [(str(name), int(start)) for name, start in said["folds"]]
         for folds in self._refold(at.folds, self._folds):
             f.model.fold(folds)
-            engine.refolded(folds)
-        put_back(at, saved.tree, said, f.model.device)
-        self._written = self.privates(saved, f) or {}
+            engine.on_base_update(folds)
+        restore_state(at, saved.tree, said, f.model.device)
+        self._written = self.client_states(saved, f) or {}
         self._files = {int(client): name for client, name in (said["private"] or {}).items()}
         self.best = said["best"]
-        if self.best is not None and self.best["by"] != self.retention.best:
+        if self.best is not None and self.best["by"] != self.settings.best:
             self.best = None
         if self.best is not None:
             self.best.setdefault("file", saved.name)  # it was written before it knew its own name
-        engine.resumed(f, at, None if said["private"] is None else self._written)
+        engine.restore(f, at, None if said["private"] is None else self._written)
         return at
 
-    def privates(self, saved: Saved, f: Federation) -> dict[int, Private] | None:
-        """What each client kept then; None where that is on the parties' own machines."""
+    def client_states(self, saved: Saved, f: Federation) -> dict[int, ClientState] | None:
+        """Returns the clients' states of a checkpoint; None if they are on the clients' own machines."""
         files = saved.about["private"]
         if files is None:
             return None
-        found: dict[int, Private] = {int(client): Private({part: {} for part in f.rules}) for client in files}
+        found: dict[int, ClientState] = {int(client): ClientState({part: {} for part in f.rules}) for client in files}
         for name in sorted({name for name in files.values() if name is not None}):
-            tree, _ = unpacked(unseal(self.folder / name))
-            own = privates_of(tree, f.rules, f.model.device)
+            tree, _ = decode_state(read_verified(self.folder / name))
+            own = states_from_tree(tree, f.rules, f.model.device)
             found |= {client: private for client, private in own.items() if files[str(client)] == name}
         return dict(sorted(found.items()))
 
-    def best_model(self, f: Federation) -> tuple[Tree, dict[int, Private], FoldLog] | None:
-        """What the best round ended with: the shared tree, what clients kept, the folds so far."""
+    def best_model(self, f: Federation) -> tuple[Tree, dict[int, ClientState], BaseUpdateLog] | None:
+        """Returns the shared tree, the clients' states and the base updates after the best round."""
         if self.best is None:
             return None
         saved = self._sound(self.folder / self.best["file"])
         first = f.model.initial(f.seed)
-        at = Standing(0, first, FoldLog(), Channel(first, f.heads))
+        at = ServerState(0, first, BaseUpdateLog(), Channel(first, f.heads))
         for _ in self._refold(at.folds, saved.about["folds"]):
             pass
-        put_back(at, saved.tree, saved.about, f.model.device)
-        return at.shared, self.privates(saved, f) or {}, at.folds
+        restore_state(at, saved.tree, saved.about, f.model.device)
+        return at.shared, self.client_states(saved, f) or {}, at.folds
 
-    def _refold(self, log: FoldLog, names: list) -> Iterator[Folds]:
-        """Lets a log grow as it once did, fold by fold."""
+    def _refold(self, log: BaseUpdateLog, names: list) -> Iterator[BaseUpdate]:
+        """Rebuilds a log update by update, summing when the run did, and yields each update."""
         for name, start in names:
-            tree, _ = unpacked(unseal(self.folder / FOLDS / name))
-            log.append(unfolded(tree))
+            tree, _ = decode_state(read_verified(self.folder / FOLDS / name))
+            log.append(folds_from_tree(tree))
             yield log.entries[-1]
             log.settle(start)
 
     def _sound(self, path: Path) -> Saved:
-        """The checkpoint of a file, if it and all that belongs to it are as they were written."""
-        tree, said = unpacked(unseal(path))
+        """Reads a checkpoint and verifies all files that belong to it."""
+        tree, said = decode_state(read_verified(path))
         try:
             if said["form"] != FORM:
-                raise RefusedError(f"{path.name} was written by another version of fedlora")
+                raise RefusedFileError(f"{path.name} was written by another version of fedlora")
             if not isinstance(said["inputs"], dict):
-                raise RefusedError(f"{path.name} does not say what it was begun with")
+                raise RefusedFileError(f"{path.name} does not say what it was begun with")
             if said["config"] != self.config:
-                raise RefusedError(f"{path.name} {FOREIGN}")
+                raise RefusedFileError(f"{path.name} {FOREIGN}")
             for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
-                unseal(self.folder / plain_name(name, "a file of a checkpoint"))
+                read_verified(self.folder / plain_name(name, "a file of a checkpoint"))
             for name, _ in said["folds"]:
-                unseal(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
-        except RefusedError:
+                read_verified(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
+        except RefusedFileError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RefusedError(f"{path.name} does not say what a checkpoint says") from error
+            raise RefusedFileError(f"{path.name} does not say what a checkpoint says") from error
         return Saved(path.name, said, tree)
 
 
 def check_unchanged(run: Path, f: Federation) -> None:
-    """``ValueError`` where a run's data or base are not those that it was begun with, or where nothing says so.
+    """Raises ``ValueError`` if a run's data or base differ from those that it was begun with, or nothing records them.
 
-    ``f`` is its federation, before anything is folded into the base. The best round's folder in a run's folder is of
-    the same data as the run.
+    ``f`` is its federation, before any base update. The best round's folder in a run's folder has the same data as the
+    run.
     """
     for place in (run / FOLDER, run.absolute().parent / FOLDER):
         for path in reversed(_states(place)):
-            before = about(path).get("inputs")
+            before = _load_about(path).get("inputs")
             if isinstance(before, dict):
                 return compare_inputs(run, before, inputs(f))
     raise ValueError(
@@ -248,12 +299,20 @@ def check_unchanged(run: Path, f: Federation) -> None:
     )
 
 
+def _load_about(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, unverified; empty if it cannot be read."""
+    try:
+        return load_about(path)
+    except ValueError:
+        return {}
+
+
 def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob(STATES), key=lambda path: (_number(path), path.stat().st_mtime_ns))
 
 
-def _same(a: Private | None, b: Private) -> bool:
-    """Whether these are the very objects: a turn makes new ones."""
+def _same(a: ClientState | None, b: ClientState) -> bool:
+    """Whether these are the same objects: a turn makes new ones."""
     return a is not None and a.kept is b.kept and a.moments is b.moments
 
 
@@ -261,24 +320,10 @@ def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
 
 
-def folded(folds: Folds) -> dict[str, Mapping]:
-    """One round's folds as a tree: part ``PART/i`` with the leaves ``U`` and ``V``."""
-    return {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
-
-
-def unfolded(tree: Mapping[str, Mapping]) -> Folds:
-    """The folds that ``folded`` wrote."""
-    found: dict[str, dict[int, Factors]] = {}
-    for key, factors in tree.items():
-        part, _, place = key.rpartition("/")
-        found.setdefault(part, {})[int(place)] = Factors(**factors)
-    return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
-
-
 def config_digest(table: Mapping[str, Any]) -> str:
-    """Of all that decides a run's bits: not of the machine's own settings, nor of how long the run is.
+    """Returns a digest of all settings that decide a run's bits, without the machine's own and the number of rounds.
 
-    Where data and model are and what they are called is left out, too: what they hold is compared by itself.
+    The places and names of data and model are left out, too, because their content is compared.
     """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
@@ -288,7 +333,7 @@ def config_digest(table: Mapping[str, Any]) -> str:
 
 
 def endless(table: Mapping[str, Any]) -> bool:
-    """Whether a run's beginning is the same however long it is: a schedule, or noise for a target, is over all."""
+    """Whether a run's first rounds do not depend on its length, as they do with a schedule or a target of ε."""
     training = table.get("training", {})
     flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
     return flat and "target_epsilon" not in table.get("privacy", {})

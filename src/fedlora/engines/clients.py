@@ -1,29 +1,33 @@
 """Who takes part: how the rows are split, what each client can afford, and who is asked in which round."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.engines import capability, sampling
-from fedlora.engines.partition import Split, apportioned, load
+from fedlora.engines.cohort import (
+    draw_capabilities,
+    draw_poisson,
+    draw_share,
+    parse_capability,
+    parse_profile,
+    scale_down,
+)
+from fedlora.engines.partition import (
+    Split,
+    apportioned,
+    draw_label_order,
+    draw_test_rows,
+    load,
+    select_own_test_rows,
+)
 from fedlora.seeds import derived
-from fedlora.tasks._base import Data
+from fedlora.tasks._base import Data, Shard
 
 DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
 MOST = 1_000_000  # clients: each is drawn, split and listed
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One client's rows, as numbers of rows in ``Data.train`` and ``Data.test``."""
-
-    train: Tensor
-    test: Tensor
-    relabel: Tensor | None = None  # relabel[y] is what this client calls y; None: what all call it
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,10 @@ class Clients:
     sampling: Literal["fixed", "poisson"] = "fixed"  # so many a round, or each by itself with probability rate
     rate: float | None = None  # poisson only
     ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
-    split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see splits.py
+    split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see partition.py
     permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
     new: int = 0  # so many of the count, the last ones, never take part; `fedlora personal` scores them
-    capability: str | list[float] | dict[str, float] | None = None  # a profile, see capability.py; None: all are equal
+    capability: str | list[float] | dict[str, float] | None = None  # a profile, see cohort.py; None: all are equal
     capability_scales: list[Literal["rank", "steps"]] = field(default_factory=lambda: ["rank"])  # what follows from it
     local_steps: int | list[int] | dict[str, int] | None = None  # a client; a dict goes by capability
     dropout: float = 0.0  # share of a round's cohort that is sent its order and never replies
@@ -58,10 +62,21 @@ class Clients:
         self.splitter  # noqa: B018 - a wrong split is said at once
         if self.new and self.own_data:
             raise ValueError("clients.new holds out clients of a split, and clients.split is 'own'; leave it out.")
-        sampling.check(self.sampling, self.rate, self.per_round)
+        self._check_sampling()
         self._check_shares()
         self._check_capability()
         self._check_steps()
+
+    def _check_sampling(self) -> None:
+        if (self.sampling == "poisson") != (self.rate is not None):
+            raise ValueError(
+                f"clients.sampling is {self.sampling!r} and clients.rate is {self.rate}; a rate goes with 'poisson', "
+                "and with it alone."
+            )
+        if self.rate is not None and not 0 < self.rate <= 1:
+            raise ValueError(f"clients.rate is {self.rate}; it is a probability, above 0 and up to 1.")
+        if self.rate is not None and self.per_round is not None:
+            raise ValueError("clients.rate and clients.per_round are both set; keep one of them.")
 
     def _check_shares(self) -> None:
         fits = {
@@ -81,7 +96,7 @@ class Clients:
                     f"{scale!r} out of clients.capability_scales."
                 )
         if self.capability is not None:
-            capability.shares(self.capability)
+            parse_profile(self.capability)
 
     def _check_steps(self) -> None:
         steps = self.local_steps
@@ -97,8 +112,8 @@ class Clients:
         """Local steps by capability; ``ValueError`` where a client would have none."""
         if self.capability is None:
             raise ValueError("clients.local_steps goes by capability, and there is none; set clients.capability.")
-        found = {capability.number("clients.local_steps", key): many for key, many in steps.items()}
-        missing = [level for level in capability.shares(self.capability) if level not in found]
+        found = {parse_capability("clients.local_steps", key): many for key, many in steps.items()}
+        missing = [level for level in parse_profile(self.capability) if level not in found]
         if missing:
             raise ValueError(f"clients.local_steps has no number for the capability {missing[0]:g}; add it.")
         return found
@@ -146,22 +161,10 @@ class Clients:
                 raise ValueError(
                     f"client {client} got no training rows; lower clients.count, or split more evenly (clients.split)."
                 )
-        tests = self._natural(data, train) or _follow_each(data, train, seed)
+        tests = None if self.client_column is None else select_own_test_rows(data, train)
+        tests = tests or draw_test_rows(data, train, seed)
         orders = self._orders(len(data.label_names), seed)
         return [Shard(*rows) for rows in zip(train, tests, orders)]
-
-    def _natural(self, data: Data, train: Sequence[Tensor]) -> list[Tensor] | None:
-        """Where both splits tell whose row it is, a client is tested on its own."""
-        if self.client_column is None or data.train.groups is None or data.test.groups is None:
-            return None
-        owners = [data.train.groups[int(rows[0])] for rows in train]
-        tests = [torch.tensor([i for i, g in enumerate(data.test.groups) if g == owner]) for owner in owners]
-        for client, (owner, rows) in enumerate(zip(owners, tests)):
-            if len(rows) == 0:
-                raise ValueError(
-                    f"client {client} ({owner!r}) has no test rows; drop it, or leave the column out of the test split."
-                )
-        return tests
 
     def _orders(self, labels: int, seed: int) -> list[Tensor | None]:
         if not self.permute_labels:
@@ -169,13 +172,13 @@ class Clients:
         if labels < 2:
             raise ValueError("clients.permute_labels is set, but the rows of this task have no labels; leave it out.")
         seen: set[tuple[int, ...]] = set()
-        return [sampling.permutation(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
+        return [draw_label_order(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
 
     def budgets(self, full: int, seed: int) -> list[int]:
         """Each client's rank, or number of heads, at most ``full``."""
         ranks = self.ranks
         if self.capability is not None and "rank" in self.capability_scales and full > 0:
-            found = [capability.scaled(full, share) for share in self.capabilities(seed) or []]
+            found = [scale_down(full, share) for share in self.capabilities(seed) or []]
         elif ranks is None:
             found = [full] * self.count
         elif isinstance(ranks, int):
@@ -210,7 +213,7 @@ class Clients:
 
     def capabilities(self, seed: int) -> list[float] | None:
         """What each client can do, as a share of the strongest; None where no profile is set."""
-        return None if self.capability is None else capability.drawn(self.capability, self.count, seed)
+        return None if self.capability is None else draw_capabilities(self.capability, self.count, seed)
 
     def steps(self, usual: int, round: int, client: int, seed: int) -> int:
         """Optimiser steps of a client in a round, where ``usual`` is what ``[training]`` gives everybody."""
@@ -222,21 +225,21 @@ class Clients:
         elif own is not None and able is not None:
             found = self._by_capability(own)[able[client]]
         elif able is not None and "steps" in self.capability_scales:
-            found = capability.scaled(usual, able[client])
-        return capability.scaled(found, self.straggler_work) if client in self.slow(round, seed) else found
+            found = scale_down(usual, able[client])
+        return scale_down(found, self.straggler_work) if client in self.slow(round, seed) else found
 
     def slow(self, round: int, seed: int) -> list[int]:
         """The stragglers of a round's cohort."""
         if not self.stragglers or not self.cohort(round, seed):
             return []
-        return capability.picked(self.cohort(round, seed), self.stragglers, derived(seed, "stragglers", round))
+        return draw_share(self.cohort(round, seed), self.stragglers, derived(seed, "stragglers", round))
 
     def dropped(self, round: int, seed: int) -> list[int]:
         """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
         if not self.dropout or not self.cohort(round, seed):
             return []
         cohort = self.cohort(round, seed)
-        return capability.picked(cohort, self.dropout, derived(seed, "dropout", round), len(cohort) - 1)
+        return draw_share(cohort, self.dropout, derived(seed, "dropout", round), len(cohort) - 1)
 
     def staying(self, round: int, seed: int) -> list[int]:
         """The cohort without those that drop out."""
@@ -250,7 +253,7 @@ class Clients:
     def order(self, round: int, seed: int) -> list[int]:
         """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
         if self.rate is not None:  # nobody stands in: each has its own probability
-            return sampling.poisson(self.members, self.rate, derived(seed, "cohort", round))
+            return draw_poisson(self.members, self.rate, derived(seed, "cohort", round))
         if self.per_round is None or self.per_round == self.members:
             return list(range(self.members))
         draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
@@ -260,41 +263,3 @@ class Clients:
     def expected(self) -> float:
         """How many clients a round asks, on average."""
         return self.members * self.rate if self.rate is not None else self.per_round or self.members
-
-
-def _follow_each(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Test rows for each client, of every test set where there are several."""
-    sets = data.test.sets
-    if sets is None:
-        return _follow(data, train, torch.arange(len(data.test)), seed)
-    each = [_follow(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
-    return [torch.cat(rows) for rows in zip(*each)]
-
-
-def _follow(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
-    """Test rows for each client, drawn from the test rows ``within`` in the proportions of its training labels.
-
-    Its size is its share of the training rows, or less where the scarcest label would run out: the distribution is
-    kept, not the size. Two clients may hold the same test row.
-    """
-    known, kinds = data.train.kinds, data.test.kinds[within]
-    labels = 1 + int(max(known.max(), kinds.max()))
-    there = torch.bincount(kinds, minlength=labels)
-    pools = [within[kinds == label] for label in range(labels)]
-    everyone = sum(len(rows) for rows in train)
-    found = []
-    for client, rows in enumerate(train):
-        counts = torch.bincount(known[rows], minlength=labels) * (there > 0)
-        if counts.sum() == 0:
-            raise ValueError(
-                f"client {client} has only labels that the test split lacks; give the test split all labels."
-            )
-        held = counts.nonzero()[:, 0]
-        most = float((there[held] / (counts[held] / counts.sum())).min())
-        size = max(1, int(min(len(within) * len(rows) / everyone, most)))
-        draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
-        drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
-        # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
-        quotas = apportioned(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
-        found.append(torch.cat([pool[:quota] for pool, quota in zip(drawn, quotas)]).sort().values)
-    return found

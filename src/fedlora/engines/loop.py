@@ -1,4 +1,4 @@
-"""The round loop that all engines have in common: cohort, turns, combination, measures, evaluation."""
+"""The round loop of all engines: cohort, turns, aggregation, measures, evaluation."""
 
 import time
 from abc import ABC, abstractmethod
@@ -9,62 +9,56 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from fedlora.engines import privacy as private
 from fedlora.engines.aggregation_error import errors
-from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog
+from fedlora.engines.client_turn import ClientState
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.comm.channel import Channel, Ledger
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compact, total
-from fedlora.rounds import Received, Rules, Served, public
+from fedlora.rounds import Received, Rules, Served, public, server_turn
 from fedlora.security.attacks._base import success_rate
+from fedlora.security.privacy import Stream
+from fedlora.security.privacy.client_level import private_turn
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
 from fedlora.seeds import derived
 from fedlora.tasks.metrics.scores import Scores, figures
 from fedlora.training.evaluation import Evaluator, summary
-from fedlora.training.local import State
 from fedlora.types import Tree, Turn
 
 
 @dataclass(frozen=True)
 class Event:
-    """What a watcher is told, step by step."""
+    """A step of a run, for watchers."""
 
     kind: str  # "note" | "step" | "turn" | "evaluation" | "round" | "absent" | "waiting" | "quarantined"
     round: int
     client: int | None = None
     loss: float | None = None
     text: str = ""
-    epsilon: float | None = None  # of a "round" with privacy: what has been spent so far
+    epsilon: float | None = None  # of a "round" with privacy: spent so far
 
 
 class Reply(NamedTuple):
-    """What a client's turn came to, as the server sees it."""
+    """The outcome of a client's turn, as the server sees it."""
 
     upload: Received
     loss: float
 
 
-class Private(NamedTuple):
-    """What a client keeps for itself from turn to turn."""
-
-    kept: Tree
-    moments: State | None = None  # its optimiser's, where these are kept
-
-
 @dataclass
-class Standing:
-    """Where a run stands between two rounds: with the parties' own state, all that its next round depends on."""
+class ServerState:
+    """The server's state between two rounds. The next round depends on it and on the clients' states only."""
 
     number: int  # of the next round, from 0
     shared: Tree
-    folds: FoldLog
+    folds: BaseUpdateLog
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
-    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see hygiene/screen.py
-    overheard: dict[int, Tree] = field(default_factory=dict)  # what an attack remembers of the last round
+    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see security/validation/screen.py
+    overheard: dict[int, Tree] = field(default_factory=dict)  # an attack's memory of the last round
 
 
 @dataclass(frozen=True)
@@ -73,21 +67,21 @@ class Round:
 
     number: int  # from 0
     shared: Tree
-    kept: Mapping[int, Tree]  # what each client holds for itself, where this machine knows it
-    folds: FoldLog  # all of the run so far
+    kept: Mapping[int, Tree]  # each client's own tree, if this machine has it
+    folds: BaseUpdateLog  # all of the run so far
     record: RoundRecord
     ledger: Ledger
-    standing: Standing
+    state: ServerState
     bad: Mapping[int, Rejected] = field(default_factory=dict)  # uploads that were quarantined
 
 
 Watch = Callable[[Event], None]
-Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # of a round's uploads: figures for its record
+Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # uploads of a round -> figures for its record
 
 
 @dataclass
 class Loop(ABC):
-    """Runs a federation round by round; an engine says where the clients' turns run."""
+    """Runs a federation round by round. An engine decides where the clients' turns run."""
 
     watch: Watch = lambda event: None
     observe: Observe | None = None
@@ -97,70 +91,76 @@ class Loop(ABC):
     screen: UploadScreen = field(init=False)  # of this round
 
     @abstractmethod
-    def turns(self, f: Federation, at: Standing) -> list[Reply]:
-        """The turns of a round's cohort."""
+    def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
+        """Runs the turns of a round's cohort and returns the replies."""
 
     @abstractmethod
-    def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
-        """Every client's scores with what it holds after round ``number``, on its own test rows.
+    def score_clients(
+        self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
+    ) -> Mapping[int, Scores]:
+        """Scores each client's model after round ``number`` on the client's own test rows.
 
         ``evaluator`` is the server's own, on a machine that has the data.
         """
 
-    def gathered(self, replies: list[Reply]) -> list[Received]:
-        """What the method combines of a round's replies."""
+    def select_uploads(self, replies: list[Reply]) -> list[Received]:
+        """Returns the uploads that the method aggregates."""
         return [reply.upload for reply in replies]
 
-    def kept(self) -> Mapping[int, Tree]:
-        """What clients hold for themselves, where it is on this machine."""
+    def kept_trees(self) -> Mapping[int, Tree]:
+        """Returns the clients' own trees, if they are on this machine."""
         return {}
 
     def readings(self) -> Mapping[int, str]:
-        """How each party reads the labels of its own data, as far as it has said; see ``labels.READINGS``."""
+        """Returns how each party reads the labels of its own data, if it has said so; see ``labels.READINGS``."""
         return {}
 
-    def undone(self, client: int) -> None:  # noqa: B027 - a party that is elsewhere sees to it itself
-        """A client's turn of this round did not count: what it keeps is what it kept before."""
+    def undo_turn(self, client: int) -> None:  # noqa: B027 - a party elsewhere does this itself
+        """Sets a client back to its state before this round, because its turn does not count."""
 
-    def arrived(self, upload: Received) -> Received | None:
-        """Every upload passes here: as the server has it, or None where it was quarantined."""
+    def receive_upload(self, upload: Received) -> Received | None:
+        """Screens an upload alone. Returns it in the server's form, or None if it is quarantined."""
         found = self.screen.check(upload)
         if found is None:
-            self._quarantined(upload.turn)
+            self._report_quarantine(upload.turn)
         return found
 
-    def refused(self, upload: Received, reason: str) -> None:
-        """Quarantines an upload that cannot even be read as one."""
+    def refuse_upload(self, upload: Received, reason: str) -> None:
+        """Quarantines an upload that cannot be decoded."""
         self.screen.refuse(upload, reason)
-        self._quarantined(upload.turn)
+        self._report_quarantine(upload.turn)
 
-    def privates(self, at: Standing) -> Mapping[int, Private] | None:
-        """What each client keeps for itself between two rounds; None: that is not on this machine."""
+    def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
+        """Returns each client's own state between two rounds; None if that is not on this machine."""
         return None
 
-    def refolded(self, folds: Folds) -> None:
-        """Told of each fold, in order, that is in the base again where a run goes on."""
+    def on_base_update(self, folds: BaseUpdate) -> None:
+        """Called for each base update that is re-applied on resume, in order."""
         return None
 
-    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private] | None) -> None:
-        """A run goes on from ``at``, with what its clients kept, where that is on this machine."""
+    def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
+        """Restores the clients' states on resume; ``states`` is None if they are not on this machine."""
         return None
 
-    def measured(self, f: Federation) -> bool:
-        """Whether the aggregation's errors are to be taken: they need what the clients trained, all of it."""
+    def is_measured(self, f: Federation) -> bool:
+        """Whether aggregation errors are computed. They need every client's whole upload."""
         return f.evaluation.measure and not f.privacy.hides_figures
 
-    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
-        """What the server makes of a round's uploads."""
-        return private.made(f, at.number, at.shared, uploads)
+    def aggregate(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
+        """Aggregates the uploads of a round: the method's server turn, or the noised sum of client-level privacy."""
+        p = f.privacy
+        if not p.sums_clients:
+            return server_turn(f.rules, at.shared, uploads)
+        std, turn = f.privacy_ledger.noise_multiplier * p.clip, f.turn(at.number, 0)
+        return private_turn(f.rules, at.shared, turn, uploads, p.clip, std, f.clients.expected, Stream(f.key))
 
-    def begin(self, f: Federation) -> Standing:
-        """Before the first round."""
+    def begin(self, f: Federation) -> ServerState:
+        """Returns the state before the first round."""
         shared = f.model.initial(f.seed)
-        return Standing(0, shared, FoldLog(), Channel(shared, f.heads, f.transport))
+        return ServerState(0, shared, BaseUpdateLog(), Channel(shared, f.heads, f.transport))
 
-    def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
-        """One ``Round`` after another, from the start or from where a run stands; stop whenever you like."""
+    def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
+        """Yields one ``Round`` after another, from the start or from ``at``; the caller may stop at any round."""
         at = at or self.begin(f)
         evaluator = f.evaluator() if f.data is not None else None
         while at.number < f.rounds:
@@ -168,26 +168,26 @@ class Loop(ABC):
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
             self.screen = UploadScreen(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
             self._drop(f, at)
-            replies = self._screened(f, at, self.turns(f, at))
+            replies = self._screen(f, at, self.run_turns(f, at))
             uploads, judged = reweigh_uploads(
-                f.robust, f.method, f.rules, before, self.gathered(replies), number, f.seed
+                f.robust, f.method, f.rules, before, self.select_uploads(replies), number, f.seed
             )
             with self._timed("combine"):
-                served = self._combined(f, at, uploads)
+                served = self._combine(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record = RoundRecord(round=number + 1)
             record["cohort"], record["loss"] = _named(f, losses)
-            record |= cast(RoundRecord, private.spent(f, number + 1))
+            record |= cast(RoundRecord, f.privacy_ledger.spent(number + 1))
             if f.clients.stragglers:
                 record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
             with self._timed("measure"):
-                if self.measured(f) and uploads:
-                    record["weights"] = errors(f.rules, before, uploads, self.kept(), served)
+                if self.is_measured(f) and uploads:
+                    record["weights"] = errors(f.rules, before, uploads, self.kept_trees(), served)
                 if self.observe is not None and not f.privacy.hides_figures:
                     record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
-                record |= self._evaluated(f, evaluator, at, number)
+                record |= self._evaluate(f, evaluator, at, number)
             record |= {"absent": dict(self.absent)} if self.absent else {}
             record |= {"unscored": dict(self.unscored)} if self.unscored else {}
             bad = {} if f.privacy.hides_figures else self.screen.rejected  # they show what single clients sent
@@ -197,55 +197,55 @@ class Loop(ABC):
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
             folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
-            yield Round(number, at.shared, dict(self.kept()), folds, record, at.channel.ledger, at, bad)
+            yield Round(number, at.shared, dict(self.kept_trees()), folds, record, at.channel.ledger, at, bad)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        """What happens here counts as a phase of the round's seconds."""
+        """Adds the time of the block to the round's seconds, as a phase."""
         began = time.perf_counter()
         yield
         self.clock[phase] = time.perf_counter() - began
 
-    def _drop(self, f: Federation, at: Standing) -> None:
-        """Names who will not reply, drawn from the seed so that all engines and parties agree; and who may not."""
+    def _drop(self, f: Federation, at: ServerState) -> None:
+        """Notes the dropouts, which all parties draw alike from the seed, and the clients barred by quarantine."""
         for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
-            self.watch(Event("absent", at.number, client))  # without words: it is as the configuration asks
+            self.watch(Event("absent", at.number, client))  # without a text: the configuration asks for it
         for client in sorted(excluded_clients(f.hygiene, at.conduct) & set(f.cohort(at.number))):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
-    def _screened(self, f: Federation, at: Standing, replies: list[Reply]) -> list[Reply]:
-        """The replies whose uploads pass beside each other, in the server's form."""
+    def _screen(self, f: Federation, at: ServerState, replies: list[Reply]) -> list[Reply]:
+        """Returns the replies whose uploads pass the comparison with each other, in the server's form."""
         uploads = {reply.upload.turn.client: reply.upload for reply in replies}
         if f.attack is not None and (forged := f.attack.alter_together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
-            uploads |= {k: found for k, u in forged.items() if (found := self.arrived(u)) is not None}
-        before = set(self.screen.rejected)
-        good = {u.turn.client: u for u in self.screen.compare([uploads[k] for k in sorted(uploads)], f.work)}
-        for client in sorted(self.screen.rejected.keys() - before):
-            self._quarantined(uploads[client].turn)
-        self.screen.record_conduct()
-        if len(self.screen.rejected) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
-            client, bad = min(self.screen.rejected.items())
+            uploads |= {k: found for k, u in forged.items() if (found := self.receive_upload(u)) is not None}
+        before = set(self.screen.bad)
+        good = {u.turn.client: u for u in self.screen.judged([uploads[k] for k in sorted(uploads)], f.planned_steps)}
+        for client in sorted(self.screen.bad.keys() - before):
+            self._report_quarantine(uploads[client].turn)
+        self.screen.settle()
+        if len(self.screen.bad) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
+            client, bad = min(self.screen.bad.items())
             raise FloatingPointError(
                 f"every upload of round {at.number + 1} was quarantined (client {client}: {bad.reason}); lower "
                 "training.learning_rate, or set training.max_grad_norm."
             )
         return [reply._replace(upload=good[k]) for reply in replies if (k := reply.upload.turn.client) in good]
 
-    def _quarantined(self, turn: Turn) -> None:
+    def _report_quarantine(self, turn: Turn) -> None:
         self.watch(
             Event(
                 "quarantined", turn.round, turn.client, text=f"quarantined: {self.screen.rejected[turn.client].reason}"
             )
         )
-        self.undone(turn.client)
+        self.undo_turn(turn.client)
 
-    def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
-        served = f.server.stepped(at.shared, self.made(f, at, uploads))
+    def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
+        served = f.server.stepped(at.shared, self.aggregate(f, at, uploads))
         at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
-            # One update a weight, no larger than the weight: what everyone folds is what is sent, so the bits are one.
+            # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
             folds = {part: (compact(total(factors)),) for part, factors in served.folds.items()}
             at.folds.append(f.transport.rounded(folds))
             at.folds.settle(at.channel.held_by_all(f.clients.members))
@@ -253,7 +253,7 @@ class Loop(ABC):
         at.number += 1
         return served
 
-    def _evaluated(self, f: Federation, evaluator: Evaluator | None, at: Standing, number: int) -> RoundRecord:
+    def _evaluate(self, f: Federation, evaluator: Evaluator | None, at: ServerState, number: int) -> RoundRecord:
         began = time.perf_counter()
         found = RoundRecord()
         if not f.method.personal and evaluator is not None:
@@ -263,7 +263,7 @@ class Loop(ABC):
             if judge is not None:
                 hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
                 found["attack"] = {"success": hits / rows, "rows": rows}
-        scores = self.scores(f, at, number, evaluator)
+        scores = self.score_clients(f, at, number, evaluator)
         if harm := success_rate(f.attack, scores):
             found["attack"] = harm
         if scores:
@@ -274,14 +274,14 @@ class Loop(ABC):
 
 
 def _named(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:
-    """The clients that trained, and their losses; without what a guarantee of privacy does not cover."""
+    """The clients that trained, and their losses, without figures that a privacy guarantee does not cover."""
     if not f.privacy.hides_figures:
         return sorted(losses), losses
     return [] if f.clients.rate is not None else sorted(losses), {}
 
 
 def _bytes(ledger: Ledger, number: int) -> dict[Direction, dict[str, int]]:
-    """This round's bytes by direction and kind."""
+    """The bytes of a round by direction and kind."""
     found: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
     for row in ledger.rows:
         if row.round == number:
@@ -289,8 +289,8 @@ def _bytes(ledger: Ledger, number: int) -> dict[Direction, dict[str, int]]:
     return found
 
 
-def sound(rounds: Iterator[Round]) -> Iterator[Round]:
-    """The rounds; ``FloatingPointError`` where a product of finite updates is too large to be decomposed."""
+def explain_overflow(rounds: Iterator[Round]) -> Iterator[Round]:
+    """Yields the rounds. Raises ``FloatingPointError`` if a product of finite updates is too large to decompose."""
     try:
         yield from rounds
     except torch.linalg.LinAlgError as error:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fedlora.registry import unknown
-from fedlora.tasks._base import Examples
+from fedlora.seeds import derived
+from fedlora.tasks._base import Data, Examples
 
 LISTED = 5  # values that a sentence names
 
@@ -279,3 +280,69 @@ def apportioned(shares: Sequence[float], total: int, ranks: Sequence[int] | None
     for i in order[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def select_own_test_rows(data: Data, train: Sequence[Tensor]) -> list[Tensor] | None:
+    """Returns the test rows of each client's own group; None if a split of the data does not name groups.
+
+    Raises ``ValueError`` if a client has no test rows.
+    """
+    if data.train.groups is None or data.test.groups is None:
+        return None
+    owners = [data.train.groups[int(rows[0])] for rows in train]
+    tests = [torch.tensor([i for i, g in enumerate(data.test.groups) if g == owner]) for owner in owners]
+    for client, (owner, rows) in enumerate(zip(owners, tests)):
+        if len(rows) == 0:
+            raise ValueError(
+                f"client {client} ({owner!r}) has no test rows; drop it, or leave the column out of the test split."
+            )
+    return tests
+
+
+def draw_test_rows(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Draws test rows for each client in the proportions of its training labels, from every test set."""
+    sets = data.test.sets
+    if sets is None:
+        return _draw_test_rows(data, train, torch.arange(len(data.test)), seed)
+    each = [_draw_test_rows(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
+    return [torch.cat(rows) for rows in zip(*each)]
+
+
+def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
+    """Draws each client's test rows from the rows ``within``.
+
+    A client gets its share of the training rows, or fewer if the scarcest label would run out: the distribution is
+    kept, not the size. Two clients may hold the same test row.
+    """
+    known, kinds = data.train.kinds, data.test.kinds[within]
+    labels = 1 + int(max(known.max(), kinds.max()))
+    there = torch.bincount(kinds, minlength=labels)
+    pools = [within[kinds == label] for label in range(labels)]
+    everyone = sum(len(rows) for rows in train)
+    found = []
+    for client, rows in enumerate(train):
+        counts = torch.bincount(known[rows], minlength=labels) * (there > 0)
+        if counts.sum() == 0:
+            raise ValueError(
+                f"client {client} has only labels that the test split lacks; give the test split all labels."
+            )
+        held = counts.nonzero()[:, 0]
+        most = float((there[held] / (counts[held] / counts.sum())).min())
+        size = max(1, int(min(len(within) * len(rows) / everyone, most)))
+        draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
+        drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
+        # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
+        quotas = apportioned(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
+        found.append(torch.cat([pool[:quota] for pool, quota in zip(drawn, quotas)]).sort().values)
+    return found
+
+
+def draw_label_order(labels: int, seed: int, seen: set[tuple[int, ...]]) -> Tensor:
+    """Draws an order of the labels that is not among ``seen``, as long as there are any left, and adds it to them."""
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(100):
+        order = torch.randperm(labels, generator=draws)
+        if tuple(order.tolist()) not in seen:
+            break
+    seen.add(tuple(order.tolist()))
+    return order

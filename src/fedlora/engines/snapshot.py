@@ -1,4 +1,4 @@
-"""Where a run stands between two rounds, as references that no later round changes, as leaves on disk, and back.
+"""The server state between two rounds: as references that no later round changes, as leaves on disk, and back.
 
 All draws of a run come from its seed and the round's number, so there is no generator whose state would matter.
 """
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedlora.engines.client_turn import ClientState
 from fedlora.engines.comm.channel import Crossing, Knowledge
-from fedlora.engines.loop import Private, Standing
-from fedlora.engines.verified_files import moved
+from fedlora.engines.loop import ServerState
 from fedlora.training.local import State
 from fedlora.types import Tree
 
-APART = ("shared", "folds", "channel", "overheard")  # what of a standing is no plain value
+APART = ("shared", "folds", "channel", "overheard")  # fields of a server state that are not plain values
 
 
 class Key(NamedTuple):
@@ -29,33 +29,33 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A standing as it was: hooks are pure, so holding the leaves is enough."""
+    """A server state at one moment. Hooks are pure, so references to the leaves are enough."""
 
     shared: Tree
-    plain: Mapping[str, Any]  # the round's number, who counted, and whatever else a standing says in plain values
+    plain: Mapping[str, Any]  # the other fields of the server state
     knowledge: Knowledge
     ledger: list[Crossing]
     folds: int
-    privates: Mapping[int, Private] | None  # None: parties keep theirs on their own machines
+    states: Mapping[int, ClientState] | None  # None: they are on the clients' own machines
     overheard: Mapping[int, Tree]
 
     @classmethod
-    def take(cls, at: Standing, privates: Mapping[int, Private] | None) -> "Snapshot":
-        """What the next round depends on, now."""
+    def take(cls, at: ServerState, states: Mapping[int, ClientState] | None) -> "Snapshot":
+        """Takes a snapshot of everything that the next round depends on."""
         plain = {f.name: getattr(at, f.name) for f in fields(at) if f.name not in APART}
         copied = deepcopy(plain)
         ledger = list(at.channel.ledger.rows)
-        held = None if privates is None else dict(privates)
+        held = None if states is None else dict(states)
         known = at.channel.known(at.shared)
         return cls(at.shared, copied, known, ledger, len(at.folds), held, dict(at.overheard))
 
     @property
     def number(self) -> int:
-        """Rounds that are finished."""
+        """The number of finished rounds."""
         return int(self.plain["number"])
 
     def leaves(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """As a tree and plain values. Leaves that still are what every party makes from the seed are only named."""
+        """Returns a tree and plain values. Leaves that still have their first values from the seed are only named."""
         versions = self.knowledge.versions
         changed = {
             f"shared/{part}": {leaf: x for leaf, x in layer.items() if versions.get((part, leaf), 1)}
@@ -74,9 +74,9 @@ class Snapshot:
         return {**changed, **heard, "numbers": numbers}, about
 
 
-def put_back(at: Standing, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
-    """Sets a fresh standing to a snapshot's leaves and plain values; its folds are the caller's."""
-    saved = moved({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
+def restore_state(at: ServerState, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
+    """Sets a fresh server state to the leaves and plain values of a snapshot, except for the base updates."""
+    saved = _to_device({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
     first = at.shared
     # A leaf with its first values stays the very object, so that nobody is sent it.
     at.shared = {
@@ -97,29 +97,29 @@ def put_back(at: Standing, tree: Tree, about: Mapping[str, Any], device: torch.d
     at.channel.ledger.rows[:] = _crossings(numbers["ledger"], about["words"])
 
 
-def private_leaves(privates: Mapping[int, Private]) -> dict[str, Mapping[str, Tensor]]:
-    """What clients keep and their optimisers' moments as one tree: ``CLIENT/kept/PART`` and ``CLIENT/moments/PART``."""
+def states_to_tree(states: Mapping[int, ClientState]) -> dict[str, Mapping[str, Tensor]]:
+    """Returns the clients' states as one tree with parts ``CLIENT/kept/PART`` and ``CLIENT/moments/PART``."""
     tree: dict[str, Mapping[str, Tensor]] = {}
-    for client, private in privates.items():
+    for client, private in states.items():
         tree |= {f"{client}/kept/{part}": layer for part, layer in private.kept.items() if layer}
         tree |= {f"{client}/moments/{part}": layer for part, layer in moment_layers(private.moments or {}).items()}
     return tree
 
 
-def privates_of(tree: Tree, parts: Iterable[str], device: torch.device) -> dict[int, Private]:
-    """What ``private_leaves`` wrote, by client; one that keeps no leaf is not among them."""
+def states_from_tree(tree: Tree, parts: Iterable[str], device: torch.device) -> dict[int, ClientState]:
+    """Returns the states that ``states_to_tree`` wrote, by client, without clients that keep no leaf."""
     groups: dict[int, dict[str, dict[str, Any]]] = {}
-    for key, layer in moved(tree, device).items():
+    for key, layer in _to_device(tree, device).items():
         client, group, part = key.split("/", 2)
         groups.setdefault(int(client), {"kept": {}, "moments": {}})[group][part] = layer
     return {
-        client: Private({part: own["kept"].get(part, {}) for part in parts}, moments_of(own["moments"]))
+        client: ClientState({part: own["kept"].get(part, {}) for part in parts}, moments_of(own["moments"]))
         for client, own in groups.items()
     }
 
 
 def moment_layers(moments: State) -> dict[str, dict[str, Tensor]]:
-    """An optimiser's moments as a tree: part ``PART//LEAF``. What an optimiser has not begun to keep is left out."""
+    """Returns an optimizer's moments as a tree with parts ``PART//LEAF``; values that are not tensors are left out."""
     return {
         f"{part}//{leaf}": {name: x for name, x in values.items() if isinstance(x, Tensor)}
         for (part, leaf), values in moments.items()
@@ -127,7 +127,7 @@ def moment_layers(moments: State) -> dict[str, dict[str, Tensor]]:
 
 
 def moments_of(layers: Tree) -> State | None:
-    """The moments that ``moment_layers`` wrote."""
+    """Returns the moments that ``moment_layers`` wrote."""
     found: State = {}
     for key, values in layers.items():
         part, _, leaf = key.rpartition("//")
@@ -136,7 +136,7 @@ def moments_of(layers: Tree) -> State | None:
 
 
 def _rows(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tensor]:
-    """Which row of the table is each client's, and the table; clients that were last sent the same share a row."""
+    """Returns each client's row and the table; clients that hold the same versions share a row."""
     table: dict[tuple[int, ...], int] = {}
     rows = {
         client: table.setdefault(tuple(own.get(key, 0) for key in keys), len(table)) for client, own in held.items()
@@ -145,7 +145,7 @@ def _rows(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tens
 
 
 def _ledger(rows: list[Crossing]) -> tuple[Tensor, dict[str, Any]]:
-    """The ledger as a table of whole numbers; words are numbered."""
+    """Returns the ledger as a table of integers, with its words numbered."""
     words: dict[str, int] = {}
     textual = [i for i, value in enumerate(rows[0])] if rows else []
     textual = [i for i in textual if isinstance(rows[0][i], str)]
@@ -160,5 +160,9 @@ def _crossings(table: Tensor, about: Mapping[str, Any]) -> list[Crossing]:
 
 
 def _whole(value: Any) -> Any:
-    """A mapping by client, whose keys JSON made strings of, as it was; other names stay."""
+    """Undoes JSON's conversion of client numbers, as keys, to strings."""
     return {int(k) if k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _to_device(tree: Tree, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    return {part: {leaf: x.to(device) for leaf, x in layer.items()} for part, layer in tree.items()}

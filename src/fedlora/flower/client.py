@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedlora.engines import privacy as private
-from fedlora.engines.base_updates import Folds
+from fedlora.engines.base_updates import BaseUpdate
+from fedlora.engines.client_turn import ClientState, ClientTurn
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import changes, model_settings, rows
@@ -19,8 +19,7 @@ from fedlora.files import digest
 from fedlora.flower.client_store import Holding, Store
 from fedlora.flower.wire import Order
 from fedlora.methods._base import pick
-from fedlora.rounds import Rules, client_turn, public
-from fedlora.security.attacks._base import alter_upload
+from fedlora.rounds import Rules, public
 from fedlora.tasks.data.labels import READINGS
 from fedlora.training.evaluation import Evaluator
 from fedlora.types import Tree
@@ -111,12 +110,12 @@ class Node:
         metrics = {"client": self.client, "examples": count, "folded": held.folded, "labels": reading}
         return Answer(metrics, f"{self.base.made} {held.base}")
 
-    def train(self, order: Order, leaves: Tree, folds: Sequence[Folds], sharing: int = 0) -> Answer:
+    def train(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate], sharing: int = 0) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted.
 
         ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
         """
-        f, turn = self.federation, self.federation.turn(order.round, self.client)
+        f = self.federation
         if self.client in f.clients.dropped(order.round, f.seed):
             raise DroppedError(DROPPED)
         self._check_rows(begins=True)
@@ -125,22 +124,20 @@ class Node:
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         holding, shared, holds = self._received(before, order, leaves, folds)
         key = self.store.key(self.client) if f.privacy.secret else None
-        trainer = private.trainer(f, order.round, self.client, holding.moments, self.step_done, key)
-        sent, stays = client_turn(f.rules, shared, holding.kept, turn, trainer)
-        sent = private.leaving(f, order.round, self.client, shared, sent, key, sharing)
-        sent = alter_upload(f.attack, f.rules, shared, holding.kept, sent, turn)
-        sent, _, stays = f.transport.sent(f.rules, shared, holding.kept, turn, sent, stays)
+        turn = ClientTurn(f, f.turn(order.round, self.client), self.step_done, key, sharing)
+        update = turn.run(shared, ClientState(holding.kept, holding.moments))
+        trained, moments = update.state
         self.store.save(
             self.client,
-            replace(holding, trained=stays, trained_moments=trainer.state, pending=order.round, counted=order.counted),
+            replace(holding, trained=trained, trained_moments=moments, pending=order.round, counted=order.counted),
         )
         count = len(f.shards[self.client].train)
-        if said := private.told(f, order.round + 1):
-            print(said, file=sys.stderr)
-        loss = 0.0 if f.privacy.hides_figures else trainer.loss
-        return Answer({"round": order.round, "examples": count, "loss": loss}, holds, sent)
+        if line := f.privacy_ledger.spent_line(order.round + 1):
+            print(line, file=sys.stderr)
+        loss = 0.0 if f.privacy.hides_figures else update.loss
+        return Answer({"round": order.round, "examples": count, "loss": loss}, holds, update.sent)
 
-    def evaluate(self, order: Order, leaves: Tree, folds: Sequence[Folds]) -> Answer:
+    def evaluate(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> Answer:
         """Sums and counts of each score, on the party's own test rows.
 
         What came along is kept; the last turn stays pending, since a server that dies now may ask for it once more.
@@ -150,7 +147,7 @@ class Node:
         holding, shared, holds = self._received(before, order, leaves, folds)
         arrived = {name: getattr(holding, name) for name in ("leaves", "folds", "folded", "base")}
         self.store.save(self.client, replace(before, counted=order.counted, **arrived))
-        scores = self.federation.scores(self.base.evaluator, order.round, self.client, shared, holding.kept)
+        scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, holding.kept)
         metrics: dict[str, int | float] = {"round": order.round}
         for name, (total, count) in scores.sums.items():
             metrics |= {f"{name}.sum": total, f"{name}.count": count}
@@ -169,7 +166,7 @@ class Node:
             )
 
     def _received(
-        self, before: Holding, order: Order, leaves: Tree, folds: Sequence[Folds]
+        self, before: Holding, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]
     ) -> tuple[Holding, Tree, str]:
         """The state ``before`` with what came along, the server's tree, and its digest, which is the server's."""
         held = before.settled(order.counted)
@@ -191,7 +188,7 @@ class Node:
         self.base.bring_to(held.folds, self.store)
         return held, shared, holds
 
-    def _caught_up(self, held: Holding, order: Order, folds: Sequence[Folds]) -> Holding:
+    def _caught_up(self, held: Holding, order: Order, folds: Sequence[BaseUpdate]) -> Holding:
         """With the folds that it lacks, on the base that they were made for; those it has already are not folded again.
 
         A base is known by its number of folds and the server's name for it: a round that a server ran twice may have

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora.engines.base_updates import Folds
-from fedlora.engines.checkpoint import folded
+from fedlora.engines.base_updates import BaseUpdate, folds_to_tree
+from fedlora.engines.client_turn import ClientState
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Private, Standing
+from fedlora.engines.loop import ServerState
 from fedlora.files import digest
 from fedlora.flower.client import visible
 from fedlora.flower.client_store import Holding, Store
@@ -20,9 +20,9 @@ class Bases:
 
     names: list[str] = field(default_factory=lambda: [""])  # number of folds -> the base's name
 
-    def add(self, folds: Folds) -> None:
+    def add(self, folds: BaseUpdate) -> None:
         """One more fold."""
-        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folded(folds)}))
+        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folds_to_tree(folds)}))
 
     def __getitem__(self, number: int) -> str:
         return self.names[number]
@@ -34,24 +34,24 @@ class Home:
 
     store: Store
     _folds: list[str] = field(default_factory=list)
-    _read: dict[int, tuple[int, Private]] = field(default_factory=dict)
+    _read: dict[int, tuple[int, ClientState]] = field(default_factory=dict)
 
-    def privates(self, at: Standing) -> dict[int, Private]:
+    def client_states(self, at: ServerState) -> dict[int, ClientState]:
         """What each keeps after the last round that its upload went into."""
         for client, number in at.counted.items():
             if self._read.get(client, (-1, None))[0] != number:
                 held = self.store.load(client).settled(number)
-                self._read[client] = number, Private(held.kept, held.moments)
+                self._read[client] = number, ClientState(held.kept, held.moments)
         return {client: self._read[client][1] for client in sorted(at.counted)}
 
-    def refolded(self, folds: Folds) -> None:
+    def on_base_update(self, folds: BaseUpdate) -> None:
         """A fold that parties hold, or will be sent."""
         self._folds.append(self.store.add(folds))
 
-    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private], bases: Bases) -> None:
+    def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState], bases: Bases) -> None:
         """Gives each party what it is known to hold; leaves that it lacks are sent before they are looked at."""
         for client in range(f.clients.members):
-            own = privates.get(client, Private({}))
+            own = states.get(client, ClientState({}))
             seen = at.channel.folds_seen(client)
             leaves = visible(f.rules, at.shared, f.budgets[client]) if at.channel.knows(client) else {}
             counted = at.counted.get(client, -1)

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Event, Reply, Standing
+from fedlora.engines.loop import Event, Reply, ServerState
 from fedlora.engines.network_settings import Network
 from fedlora.flower import replies as checks
 from fedlora.flower import secure_client as hidden
@@ -35,16 +35,16 @@ class Masked(Federated):
     mean: Received | None = field(default=None, init=False)
     _said: str = field(default="", init=False)
 
-    def measured(self, f: Federation) -> bool:
+    def is_measured(self, f: Federation) -> bool:
         return False  # there is nothing to measure a mean against
 
-    def made(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
+    def aggregate(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         return server_turn(f.rules, at.shared, uploads)  # with privacy, the clients' own noise is in it
 
-    def gathered(self, replies: list[Reply]) -> list[Received]:
+    def select_uploads(self, replies: list[Reply]) -> list[Received]:
         return [self.mean] if self.mean is not None else []
 
-    def turns(self, f: Federation, at: Standing) -> list[Reply]:
+    def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
         began, self._said = self._enter(at), ""
         order, wanted = self._wanted(f, at)
         least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
@@ -64,7 +64,7 @@ class Masked(Federated):
         ready = [client for client in here if client not in self._quorum.failed]
         return sorted((ready if len(ready) >= least else here)[:wanted])
 
-    def _try_session(self, f: Federation, at: Standing, cohort: list[int], least: int) -> bool:
+    def _try_session(self, f: Federation, at: ServerState, cohort: list[int], least: int) -> bool:
         """Runs one session; returns whether it succeeded, and reports why it did not."""
         if len(cohort) < least:
             self._say(f"{len(cohort)} of at least {least} clients are connected; waiting for more")
@@ -91,7 +91,7 @@ class Masked(Federated):
             self.watch(Event("waiting", self._round, text=text))
         self._said = text
 
-    def _summed(self, f: Federation, at: Standing, cohort: list[int]) -> None:
+    def _summed(self, f: Federation, at: ServerState, cohort: list[int]) -> None:
         """One session: everybody's vector, unmasked only as a sum. ``ProtocolError`` where too few stay to its end."""
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]

@@ -12,9 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedlora.engines.base_updates import Folds
+from fedlora.engines.base_updates import BaseUpdate
+from fedlora.engines.client_turn import ClientState
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Event, Loop, Private, Reply, Round, Standing
+from fedlora.engines.loop import Event, Loop, Reply, Round, ServerState
 from fedlora.engines.network_settings import Network
 from fedlora.files import digest, upload_limits
 from fedlora.flower import replies as checks
@@ -42,7 +43,7 @@ class Federated(Loop, Strategy):
     grid: Grid | None = field(default=None, kw_only=True)
     home: Home | None = field(default=None, kw_only=True)  # the parties' state, where it is on this machine
     directory: Directory | None = field(default=None, init=False)
-    at: Standing | None = field(default=None, init=False)
+    at: ServerState | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
     _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
@@ -54,7 +55,7 @@ class Federated(Loop, Strategy):
     _sent: dict[str, Asked] = field(default_factory=dict, init=False)  # message id -> that order
 
     # ------------------------------------------------------------------------------ as an engine
-    def begin(self, f: Federation) -> Standing:
+    def begin(self, f: Federation) -> ServerState:
         self._connect(f)
         self._bases = Bases()
         return super().begin(f)
@@ -78,33 +79,33 @@ class Federated(Loop, Strategy):
             return "; its labels are matched by name"
         return f"; its labels are numbers and read as positions, {positions(f.task.all_labels())}"
 
-    def _combined(self, f: Federation, at: Standing, uploads: list[Received]) -> Served:
-        served = super()._combined(f, at, uploads)
+    def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
+        served = super()._combine(f, at, uploads)
         if served.folds:
             self._bases.add(at.folds.entries[-1])
         return served
 
-    def privates(self, at: Standing) -> Mapping[int, Private] | None:
-        return None if self.home is None else self.home.privates(at)
+    def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
+        return None if self.home is None else self.home.client_states(at)
 
-    def refolded(self, folds: Folds) -> None:
+    def on_base_update(self, folds: BaseUpdate) -> None:
         self._bases.add(folds)
         if self.home is not None:
-            self.home.refolded(folds)
+            self.home.on_base_update(folds)
 
-    def resumed(self, f: Federation, at: Standing, privates: Mapping[int, Private] | None) -> None:
-        if self.home is not None and privates is not None:
-            self.home.resumed(f, at, privates, self._bases)
+    def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
+        if self.home is not None and states is not None:
+            self.home.restore(f, at, states, self._bases)
 
-    def measured(self, f: Federation) -> bool:
+    def is_measured(self, f: Federation) -> bool:
         return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
 
-    def run(self, f: Federation, at: Standing | None = None) -> Iterator[Round]:
+    def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
         self._first = at.number
         return super().run(f, at)
 
-    def turns(self, f: Federation, at: Standing) -> list[Reply]:
+    def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
         began = self._enter(at)
         order, wanted = self._wanted(f, at)
         least, tried = min(self.network.min_clients, wanted), set[int]()
@@ -115,15 +116,15 @@ class Federated(Loop, Strategy):
                 return self._left(f, at, began)
             self._wait(least, tried, set(order))
 
-    def _wanted(self, f: Federation, at: Standing) -> tuple[list[int], int]:
+    def _wanted(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
         """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
         out_of_it = excluded_clients(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
         if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
             self._ask(out, set())
         order = [c for c in f.order(at.number) if c not in self.absent.keys() | out_of_it]
-        return order, len(set(f.clients.staying(at.number, f.drawn)) - out_of_it)
+        return order, len(set(f.clients.staying(at.number, f.cohort_seed)) - out_of_it)
 
-    def _enter(self, at: Standing) -> float:
+    def _enter(self, at: ServerState) -> float:
         """A round begins; the first one waits for all parties. Returns when that was."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         self._quorum = Quorum(self._directory, at.number, self.network.repair_timeout, self.watch, self.absent)
@@ -133,14 +134,16 @@ class Federated(Loop, Strategy):
             self._directory.refresh()
         return began
 
-    def _left(self, f: Federation, at: Standing, began: float) -> list[Reply]:
+    def _left(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
         """The turns are over: the cohort's members that are missing are named."""
         for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
             self._lost(client, self.absent.get(client, GONE))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
 
-    def scores(self, f: Federation, at: Standing, number: int, evaluator: Evaluator | None) -> Mapping[int, Scores]:
+    def score_clients(
+        self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
+    ) -> Mapping[int, Scores]:
         self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
         self._directory.refresh()
         orders = self.configure_evaluate(number + 1, None, None, self.grid)
@@ -232,7 +235,7 @@ class Federated(Loop, Strategy):
             count, base = self._directory.folded.pop(client, (0, ""))
             there = at.folds.start <= count <= len(at.folds) and self._bases[count] == base
             at.channel.forget(client, count if there else 0)
-        delivery = at.channel.lacking(client, at.shared, at.folds, own)
+        delivery = at.channel.compute_delta(client, at.shared, at.folds, own)
         order = Order(
             self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
             self._bases[delivery.first], self._bases[delivery.after], digest(own), at.counted.get(client, -1),
@@ -281,9 +284,9 @@ class Federated(Loop, Strategy):
         try:
             upload = Received(turn, rows, f.transport.arrived(f.rules, self.at.shared, turn, crossed))
         except ValueError as error:
-            return self.refused(Received(turn, rows, crossed), str(error))
+            return self.refuse_upload(Received(turn, rows, crossed), str(error))
         self.at.channel.collect(order.round, client, upload.tree, crossed)
-        if (found := self.arrived(upload)) is not None:
+        if (found := self.receive_upload(upload)) is not None:
             self.replies[client] = Reply(found, loss)
 
     def _score(self, client: int, order: Order, reply: Message) -> None:

@@ -76,7 +76,7 @@ def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | Non
             ended.wait(ENDING)
         if failed and failed[0] is not None:
             raise failed[0]
-        return None if engine.at is None else {k: own.kept for k, own in home.privates(engine.at).items()}
+        return None if engine.at is None else {k: own.kept for k, own in home.client_states(engine.at).items()}
 
 
 def _play(server: ServerApp, client, count: int, threads: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, client_turn, server_turn
@@ -48,12 +48,12 @@ def traffic(kind: type[Method]) -> dict[str, float]:
     shared: Tree = {"weight": method.adapter.init(m, n, 0)}
     channel = Channel(shared, frozenset())
     kept: dict[int, Tree] = {}
-    log = FoldLog()
+    log = BaseUpdateLog()
     for round in range(ROUNDS + 1):  # what the last round made goes down in one more
         turns = [Turn(round, client, method.adapter.budget, seed=client) for client in range(2)]
         uploads = []
         for turn in turns:
-            delivery = channel.lacking(turn.client, shared, log)
+            delivery = channel.compute_delta(turn.client, shared, log)
             channel.deliver(round, turn.client, delivery)
             channel.holds(turn.client, delivery)
             if round == ROUNDS:

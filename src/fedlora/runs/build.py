@@ -12,15 +12,14 @@ from torch import nn
 
 from fedlora import tasks
 from fedlora.adapters import Dense
-from fedlora.engines import privacy as private
-from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, per_machine
-from fedlora.tasks._base import Data
+from fedlora.security.privacy import per_sample_gradients
+from fedlora.tasks._base import Data, Shard
 from fedlora.tasks.networks.pretrained import check_tokens, quantised
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
@@ -57,7 +56,8 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
         config.transport,
         config.privacy,
     )  # fmt: skip
-    private.check(found)
+    if found.privacy.by_example:
+        per_sample_gradients.check(found.model.network)
     return found
 
 

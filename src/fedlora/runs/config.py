@@ -11,11 +11,11 @@ from typing import Any
 
 from fedlora import methods, tasks
 from fedlora.adapters import KINDS, Adapter
+from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
-from fedlora.engines.retention import Retention
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
@@ -85,7 +85,7 @@ def build(table: Table) -> Config:
         "robust": _optional(table, "robust", defences.load),
         "attack": _optional(table, "attack", attacks.load),
         "transport": construct(Transport, "transport", _section(table, "transport")),
-        "checkpoint": construct(Retention, "checkpoint", _section(table, "checkpoint")),
+        "checkpoint": construct(CheckpointSettings, "checkpoint", _section(table, "checkpoint")),
         "track": trackers.read(_section(table, "track")),
     }
     try:

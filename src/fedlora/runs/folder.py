@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedlora.adapters import Dense
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.record import RoundRecord
 from fedlora.files import load_tree, save_json, save_tree, swept, write
 from fedlora.rounds import public, received
@@ -229,11 +229,13 @@ class RunFolder(Rounds):
         """Write the records of all rounds."""
         write(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
 
-    def write_result(self, shared: Tree, kept: Mapping[int, Tree], folds: FoldLog, summary: Mapping[str, Any]) -> None:
+    def write_result(
+        self, shared: Tree, kept: Mapping[int, Tree], folds: BaseUpdateLog, summary: Mapping[str, Any]
+    ) -> None:
         """Write the model and, last, the summary."""
         save_tree(self.path / SHARED, {part: public(layer) for part, layer in shared.items()})
         if len(folds):
-            save_tree(self.path / FOLDS, {part: f._asdict() for part, f in folds.everything().items()})
+            save_tree(self.path / FOLDS, {part: f._asdict() for part, f in folds.total().items()})
         for client, tree in kept.items():
             if any(tree.values()):
                 save_tree(self.client_file(client), tree)

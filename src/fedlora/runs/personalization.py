@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from fedlora.engines.checkpoint import check_unchanged
-from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
-from fedlora.engines.loop import Round, Watch, sound
+from fedlora.engines.loop import Round, Watch, explain_overflow
 from fedlora.files import save_json
 from fedlora.rounds import received, worked
 from fedlora.runs.compare import CENTRALISED, for_label
 from fedlora.runs.config import ConfigError, Table, build
 from fedlora.runs.file_names import PERSONAL
 from fedlora.runs.folder import RunFolder
+from fedlora.tasks._base import Shard
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.training.evaluation import Evaluator, summary
 from fedlora.training.local import LocalTrainer
@@ -87,7 +87,7 @@ class Sides:
         f, last = _trained(self.run, ALONE, watch)
         scorer = f.evaluator()
         return {
-            client: f.scores(scorer, last.number, client, last.shared, last.kept.get(client, {}))
+            client: f.score_client(scorer, last.number, client, last.shared, last.kept.get(client, {}))
             for client in range(f.clients.members)
         }
 
@@ -146,7 +146,7 @@ def _trained(
     f = build(_here(run.config.table, label, run.config.rounds)).federation()
     if of is not None and shard is not None:
         f = replace(f, data=of.data, shards=[shard])
-    return f, deque(islice(sound(InProcess(watch).run(f)), run.summary["rounds"]), maxlen=1)[0]
+    return f, deque(islice(explain_overflow(InProcess(watch).run(f)), run.summary["rounds"]), maxlen=1)[0]
 
 
 def _here(table: Table, label: str, rounds: int) -> Table:

@@ -12,7 +12,7 @@ from typing import IO
 
 from fedlora.engines.checkpoint import Checkpoints, Saved
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Loop, Round, Standing, sound
+from fedlora.engines.loop import Loop, Round, ServerState, explain_overflow
 from fedlora.engines.record import RoundRecord
 from fedlora.files import write
 from fedlora.runs.callbacks import CallbackError, Callbacks
@@ -75,7 +75,7 @@ class Keeper:
         """Every round of an engine, to the end or to Ctrl-C."""
         at = self._restored(engine, f)
         try:
-            for self.last in sound(engine.run(f, at)):
+            for self.last in explain_overflow(engine.run(f, at)):
                 quarantine.save_rejected(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
                 self._line(self.last.record)
                 last = self.last.number + 1 >= f.rounds
@@ -107,14 +107,14 @@ class Keeper:
         with open(path, "a", encoding="utf-8") as self._file:
             yield
 
-    def _restored(self, engine: Loop, f: Federation) -> Standing | None:
+    def _restored(self, engine: Loop, f: Federation) -> ServerState | None:
         if self.checkpoints is None:
             return None
         self.checkpoints.begin(f)
         if self.saved is None:
             return None
         at = self.checkpoints.load(self.saved, f, engine)
-        kept = {client: private.kept for client, private in (engine.privates(at) or {}).items()}
+        kept = {client: private.kept for client, private in (engine.client_states(at) or {}).items()}
         self.last = Round(at.number - 1, at.shared, kept, at.folds, self.records[-1], at.channel.ledger, at)
         return at
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from fedlora.engines import privacy as private
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import PLACES, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
@@ -22,8 +21,7 @@ from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import inputs
 from fedlora.engines.loop import Event, Loop, Observe, Watch
 from fedlora.engines.record import RoundRecord
-from fedlora.engines.verified_files import RefusedError
-from fedlora.files import save_json
+from fedlora.files import RefusedFileError, save_json
 from fedlora.runs import attendance
 from fedlora.runs.callbacks import Start
 from fedlora.runs.config import Config, ConfigError, Table, merged
@@ -168,7 +166,7 @@ def _kept(
     folder = keeper.folder
     if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
         summary |= _left_best(config, f, keeper, watch)
-        RunFolder(folder).write_result(shared, kept, last.folds if last else FoldLog(), summary)
+        RunFolder(folder).write_result(shared, kept, last.folds if last else BaseUpdateLog(), summary)
     keeper.told.ended(ended(summary))
     return Result(summary, keeper.records, shared, kept, folder)
 
@@ -176,7 +174,7 @@ def _kept(
 def _of_rows(f: Federation, keeper: Keeper) -> dict[str, Any]:
     """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
     notes = {"notes": list(f.notes)} if f.notes else {}
-    return {**private.report(f, len(keeper.records)), **labels(f, keeper.readings), **notes}
+    return {**f.privacy_ledger.report(len(keeper.records)), **labels(f, keeper.readings), **notes}
 
 
 def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
@@ -184,12 +182,12 @@ def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> d
     assert keeper.folder is not None and keeper.checkpoints is not None
     try:
         found = keeper.checkpoints.best_model(f)
-    except RefusedError as error:
+    except RefusedFileError as error:
         watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
         return {}
     if found is None:
         return {}
-    shared, privates, folds = found
+    shared, states, folds = found
     about = {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
     until = keeper.records[: about["round"]]
     run = RunFolder(keeper.folder)
@@ -197,9 +195,9 @@ def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> d
     run.best.write_records(until)
     summary = {
         **summarise(config, until, False, keeper.seconds), **_of_rows(f, keeper), "folds": len(folds),
-        "kept": bool(privates), "best": about,
+        "kept": bool(states), "best": about,
     }  # fmt: skip
-    run.best.write_result(shared, {client: own.kept for client, own in privates.items()}, folds, summary)
+    run.best.write_result(shared, {client: own.kept for client, own in states.items()}, folds, summary)
     return {"best": about}
 
 

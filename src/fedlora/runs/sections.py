@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.network_settings import Network
-from fedlora.engines.retention import Retention
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
 from fedlora.runs.trackers import Track
@@ -53,7 +53,7 @@ class Sections:
     robust: RobustAggregator | None = None
     attack: Attack | None = None
     transport: Transport = field(default_factory=Transport)
-    checkpoint: Retention = field(default_factory=Retention)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     track: Track = field(default_factory=Track)
     rounds: int = 20
     seed: int = 0

@@ -47,6 +47,15 @@ class Data:
     reading: str = ""  # how labels were matched with ``label_names``, one of labels.READINGS
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one client, as indices into ``Data.train`` and ``Data.test``."""
+
+    train: Tensor  # (n,) int64
+    test: Tensor  # (m,) int64
+    relabel: Tensor | None = None  # (labels,) int64: relabel[y] is this client's name for class y; None: y itself
+
+
 class Task(Protocol):
     """A frozen dataclass whose fields are the ``[task]`` table."""
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.engines.clients import Shard
-from fedlora.tasks._base import Examples, Task
+from fedlora.tasks._base import Examples, Shard, Task
 from fedlora.tasks.metrics.scores import KNOWN, Scores, figures, pooled
 from fedlora.training.model import Model
 from fedlora.types import Tree

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.engines.clients import Shard
 from fedlora.rounds import Rules
 from fedlora.seeds import derived
-from fedlora.tasks._base import Batch, Examples, Task
+from fedlora.tasks._base import Batch, Examples, Shard, Task
 from fedlora.training.model import Model
 from fedlora.types import Tree, Turn
 

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load
 
 import fedlora
-from fedlora.engines import verified_files as sealed
-from fedlora.files import load_tree, serialize
+from fedlora.files import decode_state, load_tree, serialize
 from tests.fixtures.federation import same
 from tests.fixtures.resume import alike, small, stopped
 
@@ -117,13 +116,11 @@ def test_a_record_beyond_the_checkpoint_and_one_that_was_cut_off_are_taken_back(
 
 
 def test_other_first_values_are_refused(broken, monkeypatch):
-    real = sealed.unpacked
-
     def other(content):
-        tree, about = real(content)
+        tree, about = decode_state(content)
         return tree, {**about, "made": "0" * 32} if "made" in about else about
 
-    monkeypatch.setattr("fedlora.engines.checkpoint.unpacked", other)
+    monkeypatch.setattr("fedlora.engines.checkpoint.decode_state", other)
     with pytest.raises(ValueError, match="made with other first values of the adapters than this machine draws"):
         fedlora.resume(broken)
 

@@ -34,7 +34,7 @@ def on_a_grid(settings, folder, nodes, again=False, watch=lambda event: None):
         grid = MemoryGrid(client_app(turns), {10 + k: {"client": k} for k in range(f.clients.members)})
         engine = Federated(watch, observe, federation=f, network=QUICK, grid=grid, home=Home(store))
         take(engine, f)
-        return {k: own.kept for k, own in engine.privates(engine.at).items()}
+        return {k: own.kept for k, own in engine.client_states(engine.at).items()}
 
     return run(settings, folder, watch, drive=drive, again=again)
 
@@ -89,7 +89,7 @@ def test_parties_that_keep_their_own_state_are_not_gone_on_with_here(tmp_path):
 
     def elsewhere(config, f, watch, observe, take):
         class Away(fedlora.engines.in_process.InProcess):
-            def privates(self, at):
+            def client_states(self, at):
                 return None
 
         take(Away(watch, observe), f)

@@ -18,13 +18,12 @@ from torch import nn
 pytest.importorskip("opacus", reason="needs the dp extra")
 
 from fedlora.adapters import LoRA
-from fedlora.engines.clients import Shard
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.security.privacy import Stream, dp_sgd, key_of
 from fedlora.security.privacy.accounting import epsilon, noise_for
 from fedlora.security.privacy.client_level import private_turn
-from fedlora.tasks._base import Examples, lengths_of_one
+from fedlora.tasks._base import Examples, Shard, lengths_of_one
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.types import Turn

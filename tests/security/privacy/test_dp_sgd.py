@@ -8,12 +8,11 @@ from scipy import stats
 from torch import nn
 
 from fedlora.adapters import Adapter, Heads, LoRA, LoRASB, VeRA
-from fedlora.engines.clients import Shard
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.local import Local
 from fedlora.security.privacy import Stream, dp_sgd, key_of, per_sample_gradients
-from fedlora.tasks._base import Examples, lengths_of_one
+from fedlora.tasks._base import Examples, Shard, lengths_of_one
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.types import Turn

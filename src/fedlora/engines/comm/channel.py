@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.comm.encoding import SAID
 from fedlora.rounds import public
@@ -47,8 +47,8 @@ class Delivery:
 
     leaves: Tree  # only the leaves that changed, as they cross
     held: Tree  # the same leaves as the client then holds them
-    folds: list[Folds]  # in order
-    first: int  # how many folds the client holds before them
+    folds: list[BaseUpdate]  # in order
+    first: int  # number of base updates that the client holds before them
     after: int  # and with them
     versions: dict[tuple[str, str], int] = field(repr=False)
 
@@ -80,8 +80,8 @@ class Channel:
     def __post_init__(self):
         self._note(self.initial)
 
-    def lacking(self, client: int, shared: Tree, log: FoldLog, own: Tree | None = None) -> Delivery:
-        """What of the server's tree, and which folds, a client has not been seen to hold: as few numbers as possible.
+    def compute_delta(self, client: int, shared: Tree, log: BaseUpdateLog, own: Tree | None = None) -> Delivery:
+        """Returns the leaves and base updates that a client is not known to hold: as few numbers as possible.
 
         ``own`` is what the client makes of the tree: a leaf that it holds at a smaller rank is sent at that rank.
         """
@@ -97,9 +97,9 @@ class Channel:
             cut = mine.numel() < whole.numel()  # and an encoding is of the whole leaf
             crossing.setdefault(part, {}).update({leaf: mine} if cut or coded is None else coded)
         seen = self.folds_seen(client)
-        # A round's folds were rounded before anybody folded them; a sum of several was not, and crosses as it is.
+        # The update of a round was rounded before it was applied; a sum of several was not, and is sent as it is.
         lone = {id(entry) for entry in log.entries}
-        folds = [self.transport.narrowed(x) if id(x) in lone else x for x in log.catching_up(seen)]
+        folds = [self.transport.narrowed(x) if id(x) in lone else x for x in log.missing(seen)]
         return Delivery(crossing, leaves, folds, seen, len(log), versions)
 
     def deliver(self, round: int, client: int, delivery: Delivery) -> None:
@@ -117,7 +117,7 @@ class Channel:
         return client in self._held
 
     def forget(self, client: int, folds: int = 0) -> None:
-        """The client has nothing but what every party makes from the seed, and the first so many folds."""
+        """Notes that the client has only the leaves from the seed and the first ``folds`` base updates."""
         self._held.pop(client, None)
         self._folds_seen[client] = folds
 
@@ -131,11 +131,11 @@ class Channel:
         self._held, self._folds_seen = dict(known.held), dict(known.folds_seen)
 
     def folds_seen(self, client: int) -> int:
-        """How many folds the client holds."""
+        """Returns the number of base updates that the client holds."""
         return self._folds_seen.get(client, 0)
 
     def held_by_all(self, clients: int) -> int:
-        """How many folds each of so many clients holds."""
+        """Returns the number of base updates that all of so many clients hold."""
         return min(self.folds_seen(client) for client in range(clients))
 
     def collect(self, round: int, client: int, sent: Tree, crossed: Tree | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The ``[transport]`` table: in which form leaves and folds cross the wire. Nothing here, and they cross as they are.
+"""The ``[transport]`` table: encodes leaves and base updates. If it is empty, they are sent unchanged.
 
 Up goes the difference between a leaf and the one that its client's turn began with, which the server can make itself:
 what ``receive`` makes of the server's tree without anything that the client kept. A leaf of another shape than there
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.engines.base_updates import Folds
+from fedlora.engines.base_updates import BaseUpdate
 from fedlora.engines.comm import codecs
 from fedlora.engines.comm.codecs._base import Chain
 from fedlora.engines.comm.encoding import (
@@ -51,11 +51,13 @@ class Crossed(NamedTuple):
 
 @dataclass(frozen=True)
 class Transport:
-    """The ``[transport]`` table. Adapters and heads are encoded alike; folds have a precision of their own."""
+    """The ``[transport]`` table. Adapters and heads are encoded alike; base updates have a precision of their own."""
 
     up: str | list[str] = "float32"  # a codec, or "top-k" and a codec for what it keeps
     down: str | list[str] = "float32"
-    folds: Literal["float32", "bfloat16", "float16"] = "float32"  # what all parties fold is rounded to this first
+    folds: Literal["float32", "bfloat16", "float16"] = (
+        "float32"  # base updates are rounded to this before anybody applies them
+    )
     error_feedback: bool = False  # what encoding loses is added to what is encoded next
     top_k: float | None = None  # the share that "top-k" keeps; a first stage of ``up`` where no direction names it
     max_upload_mb: float = 1024.0  # a larger upload is refused before it is read
@@ -214,18 +216,18 @@ class Transport:
             found[leaf] = base + got if self.downward.coarse else got
         return found
 
-    # ---------------------------------------------------------------------------------- folds
-    def rounded(self, folds: Folds) -> Folds:
-        """A round's folds as everybody will add them. ``ValueError`` where float16 cannot hold them."""
+    # ---------------------------------------------------------------------------- base updates
+    def rounded(self, folds: BaseUpdate) -> BaseUpdate:
+        """Rounds a base update as all parties will apply it. Raises ``ValueError`` if float16 cannot hold it."""
         return self.widened(self.narrowed(folds)) if self.folds in NARROW else folds
 
-    def narrowed(self, folds: Folds) -> Folds:
-        """Folds that ``rounded`` made, in the form in which they cross."""
+    def narrowed(self, folds: BaseUpdate) -> BaseUpdate:
+        """Casts a rounded base update to the dtype in which it is sent."""
         kind = NARROW.get(self.folds)
         return folds if kind is None else _each(folds, lambda x: _narrow(x, kind))
 
-    def widened(self, folds: Folds) -> Folds:
-        """Folds that crossed, float32."""
+    def widened(self, folds: BaseUpdate) -> BaseUpdate:
+        """Casts a received base update to float32."""
         return _each(folds, lambda x: x.float() if x.dtype in NARROW.values() else x)
 
 
@@ -238,7 +240,7 @@ def _takes_share(name: str) -> bool:
     return "share" in {f.name for f in fields(codecs.load(name))}
 
 
-def _each(folds: Folds, change) -> Mapping[str, tuple[Factors, ...]]:
+def _each(folds: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:
     return {part: tuple(Factors(change(f.U), change(f.V)) for f in several) for part, several in folds.items()}
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.federation import Federation
 from fedlora.files import absent
 from fedlora.flower.client import laid_over
@@ -58,8 +58,8 @@ def _reading(store: Store, client: int, f: Federation) -> dict[int, str]:
     return {client: reading} if reading in READINGS and reading else {}
 
 
-def _folds(store: Store, held: Holding) -> FoldLog:
-    log = FoldLog()
+def _folds(store: Store, held: Holding) -> BaseUpdateLog:
+    log = BaseUpdateLog()
     for name in held.folds:
         log.append(store.fold(name))
     return log

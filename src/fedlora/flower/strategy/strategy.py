@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from fedlora.engines.base_updates import FoldLog
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.flower.strategy.guard import Guard, limits, rule
 from fedlora.flower.strategy.order import FOLDS, RECORD, Order, Recipe, folds, needs_client
 from fedlora.flower.strategy.peft_state import Adapter, fold_arrays, split, tensor
@@ -57,7 +57,7 @@ class FedLoRA(FedAvg):
         self.guard = Guard(limits(hygiene), rule(robust, self.method), self.method, seed)
         self.r = r
         self.needs_client = needs_client(self.method)
-        self._log = FoldLog()
+        self._log = BaseUpdateLog()
         self._known: dict[int, int] = {}  # node -> how many folds its last reply told of
         self._series, self._round = "", 0
         self._asked: frozenset[int] = frozenset()
@@ -135,7 +135,7 @@ class FedLoRA(FedAvg):
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
             self.guard.begin()
-            self._log = FoldLog(begun, 1, []) if begun else FoldLog()
+            self._log = BaseUpdateLog(begun, 1, []) if begun else BaseUpdateLog()
             self._check_start()
         self._round, self._arrays = server_round, arrays
 
@@ -162,7 +162,9 @@ class FedLoRA(FedAvg):
             first = self._known.get(node, 0)
             first = first if first >= self._log.start else 0
             if first not in made:
-                missed = {part: f[0] for part, f in self._log.missed(first).items()} if first < len(self._log) else {}
+                missed = (
+                    {part: f[0] for part, f in self._log.missing_sum(first).items()} if first < len(self._log) else {}
+                )
                 made[first] = ArrayRecord(fold_arrays(missed))
             seed = derived(self.recipe.seed, "turn", round, node)
             order = Order(self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log))
@@ -207,7 +209,7 @@ class FedLoRA(FedAvg):
         if served.folds:
             self._log.append(served.folds)
             self._log.settle(max(self._log.start, len(self._log) - LOGGED))
-        return ArrayRecord({**written, **fold_arrays(self._log.everything())})
+        return ArrayRecord({**written, **fold_arrays(self._log.total())})
 
     def _written(self, shared: Tree) -> dict[str, Array]:
         """The adapter under the keys and in the precision that it had; what did not move stays bit for bit."""

@@ -43,7 +43,7 @@ class Shapes:
 
     def add(self, f: Federation, number: int, client: int, examples: Examples) -> None:
         """One client's turn."""
-        rows, training, self.turns = f.shards[client].train, f.spends(number, client), self.turns + 1
+        rows, training, self.turns = f.shards[client].train, f.training_of(number, client), self.turns + 1
         stream = batches(examples, rows, training, derived(f.turn(number, client).seed, "batches"))
         for _ in range(training.steps(len(rows)) * training.accumulation_steps):
             some = next(stream)

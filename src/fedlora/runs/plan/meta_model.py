@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedlora.engines.clients import Shard
 from fedlora.engines.federation import Federation
 from fedlora.files import read_header
 from fedlora.rounds import Rules
@@ -19,7 +18,7 @@ from fedlora.runs.build import attach_adapters, head_rule, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.footprint import Bench
 from fedlora.runs.plan.traffic import Group, grouped, likeness
-from fedlora.tasks._base import Task
+from fedlora.tasks._base import Shard, Task
 from fedlora.tasks.networks.pretrained import located, quietly
 from fedlora.training.device import checkpoint_activations
 from fedlora.training.model import Model

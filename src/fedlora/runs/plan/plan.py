@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.adapters import Dense
-from fedlora.engines import privacy as private
 from fedlora.engines.federation import Federation
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, ConfigError, Table, build
@@ -84,7 +83,7 @@ def plan(config: Config) -> dict[str, Any]:
         "options": options(config, crossing),
         "numbers": _numbers(o),
         "rows": _rows(o.federation),
-        **private.report(o.federation, config.rounds, plan=True),
+        **o.federation.privacy_ledger.report(config.rounds, plan=True),
         "bytes": byte_plan(o, crossing),
         "memory": _memory(o, crossing, work),
         "flops": work.flops(o.federation),
@@ -131,14 +130,14 @@ def _rows(f: Federation) -> dict[str, Any]:
                 "steps": None if f.training.local_epochs else f.training.steps(1)}  # fmt: skip
     train = [len(f.shards[k].train) for k in range(count)]
     turns = [(number, client) for number in range(f.rounds) for client in f.clients.staying(number, f.seed)]
-    taken = sum(f.spends(*turn).steps(train[turn[1]]) for turn in turns)
+    taken = sum(f.training_of(*turn).steps(train[turn[1]]) for turn in turns)
     return {
         "clients": count,
         "cohort": cohort,
         "rounds": f.rounds,
         "train": train,
         "test": [len(f.shards[k].test) for k in range(count)],
-        "steps": [f.spends(0, client).steps(rows) for client, rows in enumerate(train)],  # of the first round
+        "steps": [f.training_of(0, client).steps(rows) for client, rows in enumerate(train)],  # of the first round
         "passes": taken * f.training.batch_size * f.training.accumulation_steps / sum(train),
     }
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import Dense
+from fedlora.engines.client_turn import ClientState, ClientUpdate
 from fedlora.engines.comm.channel import Crossing
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
-from fedlora.engines.loop import Standing
+from fedlora.engines.loop import ServerState
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn
 from fedlora.runs.plan.memory import Live
 from fedlora.seeds import derived
@@ -118,6 +119,7 @@ def _played(f: Federation, group: Group, trainer: "_Moves") -> Traffic:
     initial: Tree = {group.part: group.layer}
     own = replace(
         f, rules={group.part: f.rules[group.part]}, model=cast(Model, _Stand(initial)), data=None,
+        attack=None,
     )  # fmt: skip
     engine = Rehearsal(trainer=trainer)
     last = deque(engine.run(own), maxlen=1)[0]
@@ -183,29 +185,31 @@ class Rehearsal(InProcess):
     trainer: _Moves = field(default_factory=_Moves)
     most: int = field(default=0, init=False)
 
-    def measured(self, f):
+    def is_measured(self, f):
         return False
 
-    def arrived(self, upload):
+    def receive_upload(self, upload):
         return upload  # there are no values to judge
 
-    def _screened(self, f, at, replies):
+    def _screen(self, f, at, replies):
         return replies
 
-    def made(self, f, at, uploads):
+    def aggregate(self, f, at, uploads):
         return server_turn(f.rules, at.shared, uploads)  # noise has no bytes
 
-    def scores(self, f, at, number, evaluator):
+    def score_clients(self, f, at, number, evaluator):
         return {}
 
-    def _turn(self, f, number, client, shared, kept, moments):
-        turn = f.turn(number, client)
-        return *client_turn(f.rules, shared, kept, turn, replace(self.trainer, turn=turn)), 0.0, None
+    def train(self, own, shared, state):
+        sent, kept = client_turn(
+            own.federation.rules, shared, state.kept, own.turn, replace(self.trainer, turn=own.turn)
+        )
+        return ClientUpdate(sent, sent, ClientState(kept), 0.0)
 
-    def _combined(self, f: Federation, at: Standing, uploads: list) -> Any:
+    def _combine(self, f: Federation, at: ServerState, uploads: list) -> Any:
         count = len(at.folds)
         with Live() as live:
-            served = super()._combined(f, at, uploads)
+            served = super()._combine(f, at, uploads)
         self.most = max(self.most, live.peak)
         if len(at.folds) > count:  # adding up what an absent client missed costs nothing without numbers
             at.folds.entries[-1] = {

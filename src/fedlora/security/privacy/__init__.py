@@ -1,7 +1,7 @@
-"""Differential privacy: clipping, noise, and the (ε, δ) that they amount to.
+"""Differential privacy: clipping, noise, and the accounting of (ε, δ).
 
-``settings``: the ``[privacy]`` table. ``accounting``: ε of composed noise. ``noise``: all random draws.
-``client_level``: clipped and noised uploads. ``per_sample_gradients`` and ``dp_sgd``: clipped and noised gradients.
+``settings`` is the table, ``accounting`` has the figures, ``noise`` every draw, ``client_level`` the client level,
+``dp_sgd`` and ``per_sample_gradients`` the example level.
 """
 
 from fedlora.security.privacy.noise import Stream, key_of

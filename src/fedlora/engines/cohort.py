@@ -1,4 +1,4 @@
-"""What unequal clients can do: their capability by a profile, what it scales, and who is slow or away in a round."""
+"""Draws of clients: the capability of each, a Poisson sample, and the share that is slow or away in a round."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ PROFILES: Mapping[str, tuple[float, ...]] = {  # share of the clients at each le
 Profile = str | list[float] | dict[str, float]
 
 
-def shares(profile: Profile) -> dict[float, float]:
-    """Capability -> share of the clients. ``ValueError`` where the profile is none."""
+def parse_profile(profile: Profile) -> dict[float, float]:
+    """Returns capability -> share of the clients. Raises ``ValueError`` if the profile is not valid."""
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ValueError(unknown("profile", profile, PROFILES, "profiles (clients.capability)"))
@@ -33,12 +33,12 @@ def shares(profile: Profile) -> dict[float, float]:
             f"clients.capability is {profile!r}; it is {', '.join(map(repr, PROFILES))}, four shares for the "
             'capabilities 1/4, 1/2, 3/4 and 1, or shares by capability such as {"1/4" = 0.5, "1" = 0.5}.'
         )
-    levels = [number("clients.capability", key) for key in profile] if isinstance(profile, dict) else LEVELS
+    levels = [parse_capability("clients.capability", key) for key in profile] if isinstance(profile, dict) else LEVELS
     return dict(zip(levels, map(float, given)))
 
 
-def number(key: str, text: str) -> float:
-    """A capability as it is written, ``"1/4"`` or ``"0.25"``. ``ValueError`` where it is none above 0 and up to 1."""
+def parse_capability(key: str, text: str) -> float:
+    """Reads a capability such as ``"1/4"`` or ``"0.25"``. Raises ``ValueError`` if it is not above 0 and up to 1."""
     try:
         found = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -48,29 +48,35 @@ def number(key: str, text: str) -> float:
     return found
 
 
-def drawn(profile: Profile, count: int, seed: int) -> list[float]:
-    """Each client's capability: as many at each as its share says, in a seeded order."""
-    return list(_drawn(tuple(shares(profile).items()), count, seed))
+def draw_capabilities(profile: Profile, count: int, seed: int) -> list[float]:
+    """Returns the capability of each client: as many clients at each level as its share says, in a seeded order."""
+    return list(_draw_capabilities(tuple(parse_profile(profile).items()), count, seed))
 
 
 @lru_cache(maxsize=64)
-def _drawn(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
+def _draw_capabilities(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
     counts = apportioned([share for _, share in profile], count)
     flat = [level for (level, _), many in zip(profile, counts) for _ in range(many)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derived(seed, "capability")))
     return tuple(flat[i] for i in order.tolist())
 
 
-def scaled(full: int, share: float) -> int:
-    """A share of a whole number, rounded (a half to the even number), and at least 1."""
+def scale_down(full: int, share: float) -> int:
+    """Returns a share of a whole number, rounded (a half to the even number), and at least 1."""
     return max(1, round(share * full))
 
 
-def picked(clients: Sequence[int], share: float, seed: int, most: int | None = None) -> list[int]:
-    """That share of the clients, ``most`` at most, in order: drawn without replacement.
+def draw_poisson(members: int, rate: float, seed: int) -> list[int]:
+    """Draws each member independently with probability ``rate``; the sample may be empty."""
+    draws = torch.Generator().manual_seed(seed)
+    return (torch.rand(members, generator=draws, dtype=torch.float64) < rate).nonzero()[:, 0].tolist()
 
-    Where the share is no whole number of clients, a draw decides between the two next to it, so that the share is
-    right in the mean over rounds.
+
+def draw_share(clients: Sequence[int], share: float, seed: int, most: int | None = None) -> list[int]:
+    """Draws that share of the clients without replacement, ``most`` at most, and returns them in order.
+
+    If the share is not a whole number of clients, it is rounded up or down at random, so that it is right in the mean
+    over rounds.
     """
     draws = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(clients), generator=draws).tolist()

@@ -166,14 +166,14 @@ def test_weights_are_those_of_who_stayed_and_the_others_do_not_move():
     """FFA-LoRA's and the head's mean is dense: computed here from the uploads of those who stayed."""
     f = config("method.name=ffa-lora", "clients.count=5", "clients.dropout=0.4", "rounds=3").federation()
     engine, sent = InProcess(), {}
-    turn = engine._turn
+    train = engine.train
 
-    def spy(f, number, client, *rest):
-        found = turn(f, number, client, *rest)
-        sent[number, client] = found[0]
+    def spy(client_turn, *state):
+        found = train(client_turn, *state)
+        sent[client_turn.turn.round, client_turn.turn.client] = found.sent
         return found
 
-    engine._turn = spy
+    engine.train = spy
     for done in engine.run(f):
         stayed = f.clients.staying(done.number, 0)
         assert len(stayed) == 3 and done.record["cohort"] == stayed

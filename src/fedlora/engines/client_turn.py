@@ -1,0 +1,91 @@
+"""One client's turn in a round: receive, train, clip and add noise, attack, encode. Every engine runs it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from fedlora.engines.federation import Federation
+from fedlora.rounds import client_turn
+from fedlora.security.attacks._base import leaving, taught
+from fedlora.security.privacy import Stream
+from fedlora.security.privacy.client_level import protected
+from fedlora.security.privacy.dp_sgd import PrivateTrainer
+from fedlora.training.local import LocalTrainer, State
+from fedlora.types import Tree, Turn
+
+
+class ClientState(NamedTuple):
+    """The state that a client keeps from turn to turn and sends to nobody."""
+
+    kept: Tree
+    moments: State | None = None  # of its optimizer, if training.keep_optimizer is set
+
+
+class ClientUpdate(NamedTuple):
+    """The outcome of a turn."""
+
+    sent: Tree  # as it crosses the wire
+    decoded: Tree  # as the server decodes it; before encoding, the same tree
+    state: ClientState
+    loss: float
+
+
+@dataclass(frozen=True)
+class ClientTurn:
+    """A client's part in a round. ``run`` is the whole of it; engines may time or replace ``train``.
+
+    ``key`` is the client's own key for noise; without one it comes from the federation. ``summed`` is the number of
+    clients whose noise together must suffice, where the server learns their sum only.
+    """
+
+    federation: Federation
+    turn: Turn
+    step_done: Callable[[], None] = lambda: None
+    key: bytes | None = None
+    summed: int = 0
+
+    def run(self, shared: Tree, state: ClientState) -> ClientUpdate:
+        """Trains from the server's tree and the client's own state, and encodes the upload."""
+        return self.upload(shared, state, self.train(shared, state))
+
+    def train(self, shared: Tree, state: ClientState) -> ClientUpdate:
+        """Receives, trains locally, then clips and adds noise if privacy asks the client for that."""
+        trainer = self.build_trainer(state.moments)
+        sent, kept = client_turn(self.federation.rules, shared, state.kept, self.turn, trainer)
+        sent = self._protect(shared, sent)
+        return ClientUpdate(sent, sent, ClientState(kept, trainer.state), trainer.loss)
+
+    def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
+        """Applies the attack, if this client is an attacker, and encodes; ``state`` is that before the turn."""
+        f = self.federation
+        sent = leaving(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
+        encoded, decoded, kept = f.transport.sent(f.rules, shared, state.kept, self.turn, sent, trained.state.kept)
+        return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
+
+    def build_trainer(self, moments: State | None = None) -> LocalTrainer:
+        """Returns the client's local trainer of this round, with DP-SGD if single rows are protected."""
+        f, turn = self.federation, self.turn
+        assert f.data is not None, "clients train on rows"
+        kind, private = LocalTrainer, {}
+        if f.privacy.by_example:
+            noise = f.privacy_ledger.noise_multiplier
+            kind, private = PrivateTrainer, {"clip": f.privacy.clip, "noise": noise, "stream": self._stream}
+        return kind(
+            f.model, taught(f.attack, f.task, turn), f.data.train, f.shards[turn.client],
+            f.training_of(turn.round, turn.client), turn, f.rounds, moments, self.step_done, **private,
+        )  # fmt: skip
+
+    @cached_property
+    def _stream(self) -> Stream:
+        return Stream(self.federation.key if self.key is None else self.key).of("client", self.turn.client)
+
+    def _protect(self, shared: Tree, sent: Tree) -> Tree:
+        """Clips the change and adds noise, if the client level asks for noise here rather than at the server."""
+        f, p = self.federation, self.federation.privacy
+        if not p.by_client or not (self.summed or p.noise_on == "upload"):
+            return sent
+        part = math.sqrt(1 / self.summed) if self.summed and p.noise_on == "sum" else 1.0
+        std = f.privacy_ledger.noise_multiplier * p.clip * part
+        return protected(f.rules, shared, self.turn, sent, p.clip, std, self._stream)
