@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedlora.linalg.factors import compacted, total
+from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree
 
 BaseUpdate = Mapping[str, tuple[Factors, ...]]  # of one round: part -> low-rank terms that are added to its base weight

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from fedlora.engines.federation import Federation
 from fedlora.rounds import client_turn
-from fedlora.security.attacks._base import leaving, taught
+from fedlora.security.attacks._base import alter_upload, poison_task
 from fedlora.security.privacy import Stream
-from fedlora.security.privacy.client_level import protected
+from fedlora.security.privacy.client_level import protect
 from fedlora.security.privacy.dp_sgd import PrivateTrainer
 from fedlora.training.local import LocalTrainer, State
 from fedlora.types import Tree, Turn
@@ -60,12 +60,12 @@ class ClientTurn:
     def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
         """Applies the attack, if this client is an attacker, and encodes; ``state`` is that before the turn."""
         f = self.federation
-        sent = leaving(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
+        sent = alter_upload(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
         encoded, decoded, kept = f.transport.sent(f.rules, shared, state.kept, self.turn, sent, trained.state.kept)
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
     def build_trainer(self, moments: State | None = None) -> LocalTrainer:
-        """Returns the client's local trainer of this round, with DP-SGD if single rows are protected."""
+        """Returns the client's local trainer of this round, with DP-SGD if single rows are protect."""
         f, turn = self.federation, self.turn
         assert f.data is not None, "clients train on rows"
         kind, private = LocalTrainer, {}
@@ -73,7 +73,7 @@ class ClientTurn:
             noise = f.privacy_ledger.noise_multiplier
             kind, private = PrivateTrainer, {"clip": f.privacy.clip, "noise": noise, "stream": self._stream}
         return kind(
-            f.model, taught(f.attack, f.task, turn), f.data.train, f.shards[turn.client],
+            f.model, poison_task(f.attack, f.task, turn), f.data.train, f.shards[turn.client],
             f.training_of(turn.round, turn.client), turn, f.rounds, moments, self.step_done, **private,
         )  # fmt: skip
 
@@ -88,4 +88,4 @@ class ClientTurn:
             return sent
         part = math.sqrt(1 / self.summed) if self.summed and p.noise_on == "sum" else 1.0
         std = f.privacy_ledger.noise_multiplier * p.clip * part
-        return protected(f.rules, shared, self.turn, sent, p.clip, std, self._stream)
+        return protect(f.rules, shared, self.turn, sent, p.clip, std, self._stream)

@@ -44,7 +44,7 @@ class PrivacyLedger:
             rate = 1.0 if self.privacy.noise_on == "upload" else self.clients.rate or 1.0
             return dict.fromkeys(range(self.clients.members), rate)
         here = [client for client in self.rows if client < self.clients.members]
-        return {client: dp_sgd.rate(self.training, self.rows[client]) for client in here}
+        return {client: dp_sgd.sampling_rate(self.training, self.rows[client]) for client in here}
 
     @cached_property
     def planned(self) -> dict[int, int]:
