@@ -13,8 +13,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from fedlora.reporting import theme, words
-from fedlora.reporting.charts import with_rows
+from fedlora.reporting import words
+from fedlora.reporting.charts import page_config, with_rows
 from fedlora.reporting.figures import Figure, figures
 from fedlora.reporting.load import Run
 from fedlora.reporting.table import DASH, Table, grouped
@@ -133,7 +133,7 @@ def _about(figure: Figure) -> dict[str, Any]:
     """What the script needs: the chart, and the columns of its rows. The rows are in it once."""
     assert figure.chart is not None, "what is not drawn has no figure"
     fits = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    spec = with_rows(figure.chart, figure.table.rows, **fits, config=theme.page())
+    spec = with_rows(figure.chart, figure.table.rows, **fits, config=page_config())
     keys = {key for row in figure.table.rows for key in row}
     columns = [{"key": c.key, "title": c.title, "digits": c.digits} for c in figure.table.columns if c.key in keys]
     return {"title": figure.title, "columns": columns, "spec": spec}
