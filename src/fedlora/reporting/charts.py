@@ -5,7 +5,7 @@ white and on black; ``page_config`` has the sizes of a page, ``paper_config`` th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -57,6 +57,20 @@ def band(
         y=vertical, shape=_scaled(alt.Shape, by, names, SHAPES, places), tooltip=_tooltip([by, x, y, "seeds"])
     )  # fmt: skip
     return alt.layer(*([area] if spread else []), *lines, point)
+
+
+def panels(
+    rows: Mapping[str, Rows], x: str, x_title: str, y: str, y_title: str, log: bool, every: Sequence[str]
+) -> alt.HConcatChart:
+    """``band`` once for each title in ``rows`` that has any, side by side on the same scales, with their data."""
+    drawn = [
+        band(own, x, x_title, y, y_title, log, every=every).properties(
+            width=330, height=260, title=title, data=alt.Data(values=list(own))
+        )
+        for title, own in rows.items()
+        if own
+    ]
+    return alt.hconcat(*drawn).resolve_scale(x="shared", y="shared")
 
 
 def strip(rows: Rows, y_title: str) -> alt.Chart:
@@ -176,6 +190,12 @@ def page_config() -> dict[str, Any]:
                    "direction": "horizontal", "titleFontWeight": "normal", "labelLimit": 170, "symbolStrokeWidth": 2},
         "point": {"size": 22}, "line": {"strokeWidth": 1.8},
     }  # fmt: skip
+
+
+def screen_config() -> dict[str, Any]:
+    """Vega-Lite's config of a picture on its own: black on white, in the sizes of a page."""
+    return {"background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
+            "line": {"strokeWidth": 1.6}}  # fmt: skip
 
 
 def paper_config() -> dict[str, Any]:

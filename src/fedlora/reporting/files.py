@@ -10,10 +10,10 @@ from fedlora.files import write
 from fedlora.reporting.charts import MM, paper_config, with_rows
 from fedlora.reporting.figures import Figure, figures
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Table
 from fedlora.reporting.tables import by_round as byround
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
+from fedlora.runs.table import Table
 from fedlora.text import shown
 
 WIDTH = 84.0  # millimetres: one of two columns
