@@ -53,8 +53,8 @@ def traffic(kind: type[Method]) -> dict[str, float]:
     }
 
 
-def told(doc: str) -> dict[str, str]:
-    """What a method's module says of it: the idea, its source, when to use it and when not; "" for what it leaves out.
+def parse_docstring(doc: str) -> dict[str, str]:
+    """Parse a method's module docstring: idea, source, when to use it and when not; "" for a part that is missing.
 
     The first line is ``TITLE: idea.``; a line that opens with ``Use it when`` or ``Not when`` begins the advice.
     """
@@ -71,11 +71,11 @@ def told(doc: str) -> dict[str, str]:
 def entry(name: str) -> dict[str, Any]:
     """One method as a JSON-able record."""
     kind = methods.load(name)
-    said = told(inspect.getdoc(sys.modules[kind.__module__]) or "")
+    parsed = parse_docstring(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
         "name": name,
         "title": kind.title or kind.__name__,
-        **{key: said[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
+        **{key: parsed[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
         "equation": inspect.getdoc(kind) or "",
         "claims": {
             "exact": bool(kind.exact)

@@ -128,7 +128,7 @@ def one_by_one(runs: Sequence[Run]) -> Table:
 
 def scored_clients(run: Run) -> str:
     """The clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
-    scored = sum(value is not None for value in run.digest.each)
+    scored = next((row["scored"] for row in reversed(run.digest.rounds) if row["scored"] is not None), 0)
     return "all" if scored == run.digest.of else attendance.of_all(scored, run.digest.of)
 
 
