@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedlora.engines.record import RoundRecord
 from fedlora.runs import attendance
+from fedlora.runs.record import DIRECTIONS
 from fedlora.runs.table import Column, Table, from_pairs, mean_std
 from fedlora.security.privacy.guarantee import lines as guarantee
 
@@ -16,7 +18,7 @@ ERRORS = {
 }
 
 
-def summary(found: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> list[Table]:
+def summary(found: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
     """A run's final figures by its ``summary.json``, and a row a round where there are ``records``."""
     title = f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}"
     tables = [from_pairs(title, _figures(found))]
@@ -63,14 +65,14 @@ def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]
     yield f"clients' own {name}, last {last['rounds']} evaluated rounds{few}", f"{last['clients']:.4f}"
 
 
-def rounds(records: Sequence[Mapping[str, Any]], metric: str) -> Table:
+def rounds(records: Sequence[RoundRecord], metric: str) -> Table:
     """A row a round: mean loss, scores and bytes."""
     rows = []
     for record in records:
         loss, clients = mean_std(record["loss"].values()), record.get("clients", {})
         row = {"round": record["round"], "loss": None if loss is None else loss.mean}
         row |= {"global": record.get("global", {}).get(metric), "clients": clients.get("mean")}
-        row |= {d: sum(record["bytes"][d].values()) / 1e6 for d in ("up", "down")}
+        row |= {d: sum(record["bytes"][d].values()) / 1e6 for d in DIRECTIONS}
         rows.append({**row, "worst": clients.get("worst")})
     columns = (Column("round", "round", 0), Column("loss", "loss", 4), Column("global", "global", 4),
                Column("clients", "clients' own", 4), Column("worst", "worst", 4), Column("up", "MB up", 3),
