@@ -9,8 +9,8 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from benchmarks.studies import STUDIES, Book, Study, best_rate
-from fedlora.reporting.tables.paired import Paired, p_value
-from fedlora.reporting.tables.paired import paired as tested
+from fedlora.reporting.tables.comparison import Paired, p_value
+from fedlora.reporting.tables.comparison import paired as tested
 
 DIGITS = {"perplexity": 2}
 

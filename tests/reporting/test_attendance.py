@@ -11,14 +11,14 @@ import fedlora
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
 from fedlora.export import model_card as card
-from fedlora.reporting import terminal as tables
-from fedlora.reporting.figures import figures
+from fedlora.reporting.figures import draw_comparison, figures
 from fedlora.reporting.files import files
 from fedlora.reporting.html import page
 from fedlora.reporting.load import runs
-from fedlora.reporting.plots import draw
 from fedlora.reporting.tables.by_round import curves
-from fedlora.reporting.tables.comparison import methods, one_by_one, whom
+from fedlora.reporting.tables.comparison import compared, methods, one_by_one, scored_clients
+from fedlora.reporting.tables.run import summary as tables_of
+from fedlora.reporting.terminal import show
 from fedlora.reporting.words import hardware
 from fedlora.runs import attendance
 from fedlora.runs.comparison import Cell, Compared, rows
@@ -54,7 +54,7 @@ def test_the_summary_has_who_was_missing_and_when(summary):
 
 
 def test_the_closing_table_says_whom_its_mean_is_over(summary, capsys):
-    tables.summary(summary, "runs/x")
+    show(*tables_of(summary))
     out = " ".join(capsys.readouterr().out.split())
     assert "mean over 2 of 3 clients" in out and "mean over clients" not in out and "spread over 2 of 3" in out
     assert "last 3 evaluated rounds, of at least 2 of 3 clients" in out
@@ -72,14 +72,15 @@ def test_a_notebook_and_a_card_say_it_too(summary, records):
 def test_a_comparison_says_it_below_its_table(summary, capsys):
     whole = {**summary, "scored": {"clients": 3, "of": 3}, "absent": {}, "unscored": {}, "quarantined": {}}
     cells = Compared([Cell("fedit", 0, {}, None, summary), Cell("svd", 0, {}, None, whole)])
-    tables.comparison(rows(cells))
+    show(*compared(rows(cells)))
     out = capsys.readouterr().out
     assert f"fedit: seed 0, client 2, away in round 3, 4: {GONE}" in out
     assert "fedit *: clients' own over seed 0: 2 of 3 clients" in out and "svd *" not in out
     marked = {line.split()[1]: line.count("*") for line in out.splitlines() if line.startswith("│")}
     assert marked == {"fedit": 2, "svd": 0}, "the mean and the worst client"
     page = cells._repr_html_()
-    assert "fedit: clients' own over seed 0: 2 of 3 clients" in unescape(page) and GONE in page and "svd:" not in page
+    assert "fedit *: clients' own over seed 0: 2 of 3 clients" in unescape(page) and GONE in page and "svd" in page
+    assert page.count(" *") == 3 and "svd:" not in page
     assert list(cells.frame()["scored"]) == [2, 3]
 
 
@@ -103,7 +104,7 @@ def test_clients_that_never_take_part_are_not_missing(tmp_path):
     assert result.summary["final"]["clients"]["each"][2] is None
     assert attendance.whole(result.summary) and result.summary["scored"] == {"clients": 2, "of": 2}
     (run,) = runs([tmp_path / "run"])
-    assert whom(run) == "all" and run.digest.means == ""
+    assert scored_clients(run) == "all" and run.digest.means == ""
 
 
 @pytest.mark.parametrize(
@@ -140,8 +141,7 @@ def test_figures_say_it_in_the_page_and_where_a_file_stands_alone(tmp_path):
     files(read, tmp_path / "plots")
     svg = {name: (tmp_path / "plots" / f"{name}.svg").read_text() for name in ("clients-by-round", "global-by-round")}
     assert "rounds 3–5" in svg["clients-by-round"] and "rounds 3–5" not in svg["global-by-round"]
-    cells = [Cell(run.label, 0, {}, str(run.folder), {"metric": {"name": "accuracy"}, "clients": 3}) for run in read]
-    draw(cells, tmp_path)
+    assert draw_comparison(read, tmp_path) == [tmp_path / f"accuracy-by-{x}.png" for x in ("round", "megabyte")]
     text = (tmp_path / "accuracy-by-round.svg").read_text()
     assert "fedit, seed 0: mean over 2 of 3 clients in rounds 3–5" in text and "svd, seed 0" not in text
     whole = runs([tmp_path / "whole"])
@@ -160,7 +160,7 @@ def test_a_log_counts_no_quarantined_turn(capsys):
 
 def test_a_whole_run_says_nothing(reference, capsys):
     whole = reference("fedit").summary
-    tables.summary(whole, "runs/x")
+    show(*tables_of(whole))
     out = capsys.readouterr().out
     assert "mean over clients" in out and "away" not in out
     assert attendance.whole(whole) and not attendance.lines(whole)

@@ -8,7 +8,6 @@ import pytest
 from fedlora import methods
 from fedlora.adapters import KINDS, LoRA
 from fedlora.files import save_json, write
-from fedlora.reporting import bibliography
 from fedlora.reporting import citations as citing
 from fedlora.reporting.citations import Entry, cited, parsed
 from fedlora.reporting.method_catalog import reference
@@ -27,9 +26,9 @@ def everything() -> dict[str, str]:
     found |= {f"adapter {name}": (LoRA(use_rslora=True) if kind is LoRA else kind).cite for name, kind in KINDS.items()}
     found |= {f"attack {name}": attacks.load(name).cite for name in attacks.names()}
     found |= {f"robust {name}": defences.load(name).cite for name in defences.names()}
-    for table in (bibliography.PRIVACY, bibliography.ACCOUNTANTS, bibliography.OPTIMIZERS):
+    for table in (citing.PRIVACY, citing.ACCOUNTANTS, citing.OPTIMIZERS):
         found |= {f"setting {name}": text for name, text in table.items()}
-    return found | {"secure aggregation": bibliography.SECURE_AGGREGATION}
+    return found | {"secure aggregation": citing.SECURE_AGGREGATION}
 
 
 def test_every_published_method_says_what_to_cite():

@@ -10,7 +10,7 @@ import pytest
 from fedlora.reporting.figures import figures
 from fedlora.reporting.files import as_csv, as_latex, as_markdown, files
 from fedlora.reporting.load import runs
-from fedlora.reporting.table import Column, Table
+from fedlora.runs.table import Column, Table
 from tests.fixtures.run_folders import write_comparison, write_run
 
 ODD = Table("odd", "Odd", (Column("name", "a_b & c"), Column("x", "x", 2)), [{"name": "50% of #1_{x}|<b>", "x": 1.005}])

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fedlora.reporting import charts
 from fedlora.reporting import figures as drawing
-from fedlora.reporting import theme
 from fedlora.reporting.html import page, script_json
 from fedlora.reporting.load import runs
 from tests.fixtures.run_folders import HOSTILE, write_comparison, write_run
@@ -123,9 +123,9 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("ground", [theme.LIGHT, theme.DARK])
+@pytest.mark.parametrize("ground", [charts.LIGHT, charts.DARK])
 def test_colours_stand_out_on_both_grounds(ground):
-    for colour in theme.COLOURS:
+    for colour in charts.COLOURS:
         low, high = sorted((luminance(colour), luminance(ground)))
         assert (high + 0.05) / (low + 0.05) >= 3, colour
 

@@ -6,12 +6,12 @@ from statistics import mean, stdev
 import pytest
 
 from fedlora.reporting import words
+from fedlora.reporting.figures import thin
 from fedlora.reporting.load import runs
-from fedlora.reporting.table import thinned
 from fedlora.reporting.tables import by_round as byround
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
-from fedlora.reporting.tables.paired import holm, paired
+from fedlora.reporting.tables.comparison import conclude, holm, paired
 from tests.fixtures.run_folders import HOSTILE, METHODS, value, write_comparison, write_run
 
 
@@ -162,8 +162,6 @@ def test_the_paired_test_is_scipys_and_holms_correction():
 
 
 def test_a_winner_is_named_only_where_the_paired_test_says_so():
-    from fedlora.reporting import terminal as console
-
     def rows(values, higher):
         return [
             {"method": name, "metric": {"name": "perplexity", "higher": higher}, "seeds": [0, 1, 2],
@@ -173,14 +171,14 @@ def test_a_winner_is_named_only_where_the_paired_test_says_so():
         ]  # fmt: skip
 
     clear = {"svd": [0.90, 0.80, 0.85], "fedit": [0.80, 0.70, 0.751], "local": [0.70, 0.601, 0.65]}
-    text = console.reading(rows(clear, True))
+    text = conclude(rows(clear, True))
     assert "shared model: best with svd" in text and "level" not in text
     noisy = {"svd": [47.2, 49.1, 48.1], "fedit": [48.9, 47.3, 48.3], "local": [70.0, 71.0, 70.4]}
-    text = console.reading(rows(noisy, False))  # 48.133 beside 48.167, and a spread of one
+    text = conclude(rows(noisy, False))  # 48.133 beside 48.167, and a spread of one
     assert "best with" not in text and "no winner" in text and "level with fedit" in text and "local" not in text
-    (one,) = [console.reading(rows({"svd": [0.9], "fedit": [0.1]}, True))]
+    (one,) = [conclude(rows({"svd": [0.9], "fedit": [0.1]}, True))]
     assert "best with" not in one and "no test" in one
-    same = console.reading(rows({"svd": [0.5, 0.6], "fedit": [0.5, 0.6]}, True))
+    same = conclude(rows({"svd": [0.5, 0.6], "fedit": [0.5, 0.6]}, True))
     assert "level with fedit" in same
 
 
@@ -198,10 +196,10 @@ def test_a_sweeps_choice_says_what_it_is_level_with():
 
 def test_thinning_keeps_every_lines_end():
     rows = [{"label": name, "round": i, "value": float(i)} for name in "ab" for i in range(1, 101)]
-    few = thinned(rows, ("label",), 20)
+    few = thin(rows, ("label",), 20)
     assert len(few) <= 24 and [r["value"] for r in few if r["label"] == "a"][-1] == 100.0
     assert few[0]["value"] == pytest.approx(mean(range(1, 11))), "neighbours become their mean"
-    assert thinned(rows, ("label",), 1000) == rows
+    assert thin(rows, ("label",), 1000) == rows
 
 
 def test_the_opening_says_what_was_run(tmp_path):

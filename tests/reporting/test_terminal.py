@@ -3,11 +3,8 @@
 import io
 import re
 
-from rich.table import Table
-
-from fedlora.reporting import console
-from fedlora.reporting import terminal as tables
-from fedlora.reporting.console import Plain
+from fedlora.reporting.terminal import Plain, show
+from fedlora.runs.table import Column, Table, from_pairs
 from tests.fixtures.terminal import on_pty
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
@@ -15,12 +12,13 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
 
 ROWS = """
 import fcntl, struct, sys, termios
-from fedlora.reporting import terminal as tables
+from fedlora.reporting.tables.comparison import compared
+from fedlora.reporting.terminal import show
 row = lambda name: {"method": name, "metric": {"name": "accuracy", "higher": True}, "seeds": [0], "diverged": 0,
     **{key: {"mean": 0.1234, "std": 0.0} for key in ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")}}
 for width in map(int, sys.argv[1:]):
     fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    tables.comparison([row("fedit"), row("fedsa-lora")])
+    show(*compared([row("fedit"), row("fedsa-lora")]))
     print("====", flush=True)
 """
 
@@ -39,8 +37,8 @@ def test_a_terminal_of_any_width_shows_every_figure():
 
 def test_no_color_means_none():
     code = (
-        "from rich.table import Table; from fedlora.reporting.console import printed\n"
-        "t = Table(title='T'); t.add_column('a', style='red'); t.add_row('x'); printed(t)"
+        "from fedlora.reporting.terminal import show; from fedlora.runs.table import Column, Table\n"
+        "show(Table('t', 'T', (Column('a', 'a'),), [{'a': 'x'}]), '1 figure in a line')"
     )
     assert COLOUR.search(on_pty(["-c", code])[0]), "else this shows nothing"
     found, _ = on_pty(["-c", code], NO_COLOR="1")
@@ -48,33 +46,38 @@ def test_no_color_means_none():
 
 
 def test_a_pipe_gets_whole_lines(capsys):
-    table = Table(title="Wide")
-    for number in range(8):
-        table.add_column(f"column {number}")
-    table.add_row(*("v" * 15 for _ in range(8)))
-    console.printed(table)
+    columns = tuple(Column(f"c{number}", f"column {number}") for number in range(8))
+    show(Table("wide", "Wide", columns, [{column.key: "v" * 15 for column in columns}]), "word " * 60)
     out = capsys.readouterr().out
     assert "\x1b" not in out and next(line for line in out.splitlines() if "vvv" in line).count("v" * 15) == 8
+    assert out.splitlines()[-1].split() == ["word"] * 60
+
+
+def test_lines_that_can_be_copied_are_never_broken():
+    code = "from fedlora.reporting.terminal import show; show('short', whole=('fedlora ' + 'x' * 150,))"
+    found, _ = on_pty(["-c", code])
+    assert "x" * 150 in found
 
 
 def test_a_table_without_headings_becomes_lines_of_a_name_and_a_figure():
-    sheet, file = Table(title="Of a run", show_header=False), io.StringIO()
-    sheet.add_column("what")
-    sheet.add_column("figure")
-    sheet.add_row("clients'-own-accuracy-mean", "0.1234")
-    Plain(file=file, width=24).print(sheet)
+    file = io.StringIO()
+    Plain(file=file, width=24).print(from_pairs("Of a run", [("clients'-own-accuracy-mean", "0.1234")]))
     assert file.getvalue().split() == ["Of", "a", "run", "clients'-own-accuracy-me", "an:", "0.1234"]
 
 
-def test_hostile_cells_stay_text_in_a_list():
-    sheet, file = Table(title="[red]T[/red]\x1b[2J"), io.StringIO()
-    sheet.add_column("name")
-    sheet.add_column("v" * 40)
-    sheet.add_row("[blink]a\x1b]0;x\x07[/blink]", "1")
-    Plain(file=file, width=30, force_terminal=True, no_color=True).print(sheet)
-    out = file.getvalue()
-    assert "[blink]a" in out and "\x07" not in out and "\x1b[2J" not in out and "\\x1b" in out
+def test_a_rule_parts_the_rows():
+    file = io.StringIO()
+    rows = [{"a": "mean"}, {"a": "0"}]
+    Plain(file=file, width=30).print(Table("t", "T", (Column("a", "a"),), rows, rules=frozenset({1})))
+    assert [line[0] for line in file.getvalue().splitlines()[4:]] == ["│", "├", "│", "└"]
 
 
-def test_tables_are_printed_by_one_console():
-    assert tables.stdout is console.stdout and tables.Plain is Plain
+def test_hostile_cells_stay_text_in_a_list_and_in_a_table():
+    columns = (Column("name", "name"), Column("v", "v" * 40))
+    rows = [{"name": "[blink]a\x1b]0;x\x07[/blink]", "v": "1"}]
+    for width in (30, 120):
+        file = io.StringIO()
+        console = Plain(file=file, width=width, force_terminal=True, no_color=True)
+        console.print(Table("t", "[red]T[/red]\x1b[2J", columns, rows))
+        out = file.getvalue()
+        assert "[blink]a" in out and "\x07" not in out and "\x1b[2J" not in out and "\\x1b" in out

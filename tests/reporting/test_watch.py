@@ -46,7 +46,7 @@ def folder_of(path, progress=PROGRESS, records=()):
 def text_of(at, width=100, height=30, name="runs/a"):
     import io
 
-    from fedlora.reporting.console import Plain
+    from fedlora.reporting.terminal import Plain
 
     out = io.StringIO()
     Plain(file=out, width=width, force_terminal=False).print(watching.picture(at, name, width, height, NOW))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from fedlora import methods
 from fedlora.cli import app
 from fedlora.reporting.tables import plan as plans
+from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
 from fedlora.runs.plan.plan import byte_plan, outline, planned, problems
@@ -239,7 +240,7 @@ def test_a_method_that_cannot_be_run_says_why_in_its_row():
     table = {**TABLE, "clients": {"count": 2, "ranks": [1, 4]}, "rounds": 1}
     fedit, flora = planned(table, ["fedit", "flora"])
     assert "needs one rank for all" in fedit["problem"] and flora["bytes"]["run"]["up"]["adapter"] > 0
-    plans.plans([fedit, flora])
+    show(*plans.plans([fedit, flora]))
     with pytest.raises(ConfigError, match="needs one rank for all"):
         planned(table, ["fedit"])
 
@@ -255,7 +256,7 @@ def test_parties_with_own_data_are_planned_without_rows():
     found = planned(own)[0]
     assert found["rows"]["train"] is None and found["flops"]["training"] > 0
     assert any("No rows are here" in said for said in found["estimates"])
-    plans.plan(found)
+    show(*plans.plan(found))
 
 
 def test_operations_grow_with_what_is_asked():

@@ -7,7 +7,8 @@ import pytest
 
 from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.record import figures
-from fedlora.runs.result import Rounds, table
+from fedlora.runs.result import Rounds
+from fedlora.runs.table import Table, to_html
 from tests.fixtures.callbacks import RECORD
 
 
@@ -54,7 +55,7 @@ def test_a_run_is_shown_and_names_are_text():
     assert not read.open and set(read.tags) == {"table", "caption", "thead", "tr", "th", "tbody", "td", "p"}
     assert "&lt;b&gt;FedIT" in text and "<b>" not in text and "<script" not in text
     assert "stopped before its end" in text and "0.2" in text
-    assert "\\x1b" in table("a\x1b[2J", [], []) and "\x1b" not in table("a\x1b[2J", [], [])
+    assert "\\x1b" in to_html(Table("t", "a\x1b[2J", (), [])) and "\x1b" not in to_html(Table("t", "a\x1b[2J", (), []))
 
 
 def test_a_comparison_as_a_frame_and_shown():

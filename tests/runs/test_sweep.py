@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from fedlora.reporting.tables import sweep as tuning
+from fedlora.reporting.terminal import show
 from fedlora.runs import sweep as sweeping
 from fedlora.runs.compare import for_label
 from fedlora.runs.comparison import Cell
@@ -145,7 +146,7 @@ def test_a_trial_whose_figure_is_not_over_all_clients_says_so(monkeypatch, tmp_p
     monkeypatch.setattr(sweeping, "executed", one_short)
     found = Sweep.plan(TABLE, [RATES]).run(tmp_path / "s")
     assert [trial["over"] for trial in found["methods"][0]["trials"]] == [None, "1 of 2 clients", None]
-    tuning.sweep(found, "s")
+    show(*tuning.sweep(found))
     assert "chosen, mean over 1 of 2 clients" in " ".join(capsys.readouterr().out.split())
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
-from fedlora.reporting.console import printed
+from fedlora.reporting.terminal import show
+from fedlora.runs.table import Column, Table
 
 GB = 1e9
 
@@ -17,14 +16,14 @@ def health(found: Mapping[str, Any]) -> None:
     here += [f"memory: {memory['free'] / GB:.1f} GB free of {memory['bytes'] / GB:.1f}"] if memory else []
     here += [f"disk: {found['disk'] / GB:.1f} GB free here"]
     here += [_device(one) for one in found["devices"]]
-    table = Table(title="What is installed, and whether it works")
-    for name in ("what", "packages", "state", "said"):
-        table.add_column(name, overflow="fold")
-    for one in found["tests"]:
-        packages = ", ".join(f"{name} {version or '–'}" for name, version in one["packages"].items())
-        table.add_row(one["name"], packages, one["state"], one["said"])
+    rows = [
+        {**one, "packages": ", ".join(f"{name} {version or '–'}" for name, version in one["packages"].items())}
+        for one in found["tests"]
+    ]
+    columns = (Column("name", "what"), Column("packages", "packages"), Column("state", "state"), Column("said", "said"))
+    table = Table("doctor", "What is installed, and whether it works", columns, rows)
     broken = ", ".join(found["broken"])
-    printed(*here, table, f"Broken: {broken}." if broken else "Nothing is broken.")
+    show(*here, table, f"Broken: {broken}." if broken else "Nothing is broken.")
 
 
 def _cpu(count: int | None) -> str:

@@ -26,14 +26,15 @@ def grade(
     """Run the programs that a model wrote for HumanEval or MBPP, confined, and count what passes (Linux)."""
     from fedlora.code_eval import grade as grading
     from fedlora.code_eval.sandbox import Sandbox
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.code_eval import grades
     from fedlora.runs.progress import Counted
 
     ks = numbers(k, int, "--k", "1,10")
     box = Sandbox(seconds=seconds, wall_seconds=6.0 * seconds, memory_mb=memory_mb)
     with Counted("programs") as bar:
         found = grading.grade(predictions, data, benchmark, split, ks, workers, box, out, bar.done)
-    answer(as_json, found, lambda: tables.grades(found))
+    answer(as_json, found, lambda: terminal.show(grades(found)))
 
 
 def solve(

@@ -13,17 +13,20 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a run or a comparison came to."""
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.comparison import compared
+    from fedlora.reporting.tables.run import summary
     from fedlora.runs.file_names import COMPARISON
     from fedlora.runs.folder import RunFolder, read_json
 
     if (folder / COMPARISON).exists():
         found = read_json(folder / COMPARISON)
-        answer(as_json, found, lambda: tables.comparison(found["rows"]))
+        answer(as_json, found, lambda: terminal.show(*compared(found["rows"])))
     else:
         run = RunFolder(folder)
         found = {"summary": run.summary, "records": run.records}
-        answer(as_json, found, lambda: tables.summary(run.summary, str(folder), run.records))
+        whole = (*run.summary.get("notes", ()), f"Folder: {folder}")
+        answer(as_json, found, lambda: terminal.show(*summary(run.summary, run.records), whole=whole))
 
 
 def personal(
@@ -32,7 +35,8 @@ def personal(
     as_json: Json = False,
 ) -> None:
     """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
-    from fedlora.reporting.tables.personalization import personal as table
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.personalization import personal as tables
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.personalization import personal as score
     from fedlora.runs.progress import Progress
@@ -40,7 +44,7 @@ def personal(
     run = RunFolder.open(folder)
     with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
         found = score(run, steps, progress.watch)
-    answer(as_json, found, lambda: table(found, str(folder)))
+    answer(as_json, found, lambda: terminal.show(*tables(found), whole=(f"Folder: {folder}",)))
 
 
 def aggregate(
@@ -61,7 +65,8 @@ def aggregate(
 ) -> None:
     """Combine LoRA adapters that are trained already; no base model is needed."""
     from fedlora.export import aggregate as aggregation
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.adapters import aggregation as table
     from fedlora.training.device import Engine
 
     name = method or ("flora" if exact else "svd")
@@ -70,7 +75,7 @@ def aggregate(
     engine = Engine(device=device, threads=threads)
     report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
     found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
-    answer(as_json, found, lambda: tables.aggregation(found))
+    answer(as_json, found, lambda: terminal.show(table(found)))
 
 
 def export(
@@ -85,7 +90,8 @@ def export(
     """Write a run's result as a PEFT adapter or a merged model, and check it by loading it again."""
     from fedlora.export.peft import export as write
     from fedlora.files import absent
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.adapters import exports
     from fedlora.runs.folder import RunFolder
 
     if all_clients and client is not None:
@@ -93,4 +99,4 @@ def export(
     run = RunFolder.open(folder)
     wanted = {absent(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
     found = [write(run, path, who, rank, merged) for path, who in wanted.items()]
-    answer(as_json, found, lambda: tables.exports(found))
+    answer(as_json, found, lambda: terminal.show(exports(found)))

@@ -81,7 +81,8 @@ def local(
     """Run a federation over a SuperLink and SuperNodes, all processes of this machine, and stop them all."""
     _extra()
     from fedlora.flower.deploy.local import run
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.run import summary as tables
     from fedlora.runs.config import read
 
     if insecure and tls:
@@ -89,7 +90,7 @@ def local(
     resolved = read(config, [*(override or []), *([f"clients.count={nodes}"] if nodes else [])])
     out = out or numbered(Path("runs") / f"{config.stem}-flower")
     summary = run(resolved, out, parties, insecure, say)
-    answer(as_json, summary, lambda: tables.summary(summary, str(out)))
+    answer(as_json, summary, lambda: terminal.show(*tables(summary), whole=(f"Folder: {out}",)))
 
 
 @app.command(cls=Command)

@@ -18,14 +18,15 @@ def methods(
 ) -> None:
     """List the methods with their claims and costs, or show one."""
     from fedlora.reporting import method_catalog as catalogue
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables import methods as tables
 
     if name is None:
         found = catalogue.entries()
-        answer(as_json, found, lambda: tables.methods(found))
+        answer(as_json, found, lambda: terminal.show(tables.methods(found)))
     else:
         one = catalogue.entry(name)
-        answer(as_json, one, lambda: tables.method(one))
+        answer(as_json, one, lambda: terminal.show(*tables.method(one)))
 
 
 def new_method(

@@ -36,7 +36,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Try settings on validation rows, as many for every method, and write down the best."""
-    from fedlora.reporting.tables import sweep as tuning
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables import sweep as tables
     from fedlora.runs.config import read_table
     from fedlora.runs.progress import Cells
     from fedlora.runs.sweep import Sweep
@@ -50,13 +51,16 @@ def sweep(
         except KeyboardInterrupt:
             say(f"Finished trials are in {folder}; the same command with --out {folder} goes on.")
             raise
-    answer(as_json, {**found, "folder": str(folder)}, lambda: tuning.sweep(found, str(folder)))
+    command = tables.next_command(found, str(folder))
+    answer(as_json, {**found, "folder": str(folder)}, lambda: terminal.show(*tables.sweep(found), whole=command))
     say(f"sweep.json, chosen.toml and the trials are in {folder}.")
 
 
 def plan(config: ConfigPath, override: Override = None, methods: Methods = None, as_json: Json = False) -> None:
     """Say what a run will take before anything is spent: bytes, memory, operations, and what is wrong."""
-    from fedlora.reporting.tables import plan as plans
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.plan import plan as one
+    from fedlora.reporting.tables.plan import plans
     from fedlora.runs.config import overridden, read_table
     from fedlora.runs.plan.plan import planned, problems
 
@@ -68,4 +72,4 @@ def plan(config: ConfigPath, override: Override = None, methods: Methods = None,
         answer(as_json, {"problems": wrong}, lambda: None)
         raise typer.Exit(2)
     found = planned(table, names(methods))
-    answer(as_json, found, lambda: plans.plan(found[0]) if len(found) == 1 else plans.plans(found))
+    answer(as_json, found, lambda: terminal.show(*(one(found[0]) if len(found) == 1 else plans(found))))

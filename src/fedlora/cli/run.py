@@ -50,9 +50,10 @@ def resume(
 
 def _answered(summary, folder: Path, as_json: bool) -> None:
     """What a run came to; exit status 130 where Ctrl-C ended it."""
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.run import summary as tables
 
-    answer(as_json, summary, lambda: tables.summary(summary, str(folder)))
+    answer(as_json, summary, lambda: terminal.show(*tables(summary), whole=(f"Folder: {folder}",)))
     if summary["interrupted"]:
         asked = f"{summary['rounds']} of {summary['rounds_asked']} rounds"
         say(f"Stopped after {asked}; what was finished is in {folder}: `fedlora resume {folder}` goes on.")
@@ -77,8 +78,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Run the same federation under several methods and seeds, and compare them."""
-    from fedlora.reporting import plots
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.figures import draw_comparison
+    from fedlora.reporting.load import opened
+    from fedlora.reporting.tables.comparison import compared
     from fedlora.runs.compare import compare as execute
     from fedlora.runs.comparison import rows
     from fedlora.runs.config import overridden, read_table
@@ -101,19 +104,23 @@ def compare(
                 f"--out {out} goes on."
             )
             raise
-    plots.draw(cells, out)
-    answer(as_json, {"rows": rows(cells), "folder": str(out)}, lambda: tables.comparison(rows(cells)))
+    draw_comparison([opened(Path(c.folder), c.label) for c in cells if c.summary is not None], out)
+    found = rows(cells)
+    answer(as_json, {"rows": found, "folder": str(out)}, lambda: terminal.show(*compared(found)))
     say(f"Runs, comparison.json and plots are in {out}.")
 
 
 def _oracle(table, labels: list[str], out: Path, as_json: bool) -> None:
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.comparison import oracle as tables
     from fedlora.runs.compare import oracle
     from fedlora.runs.progress import Progress
 
     with Progress(table.get("rounds", 20)) as progress:
         found, uploads = oracle(table, labels, out, progress.watch)
-    answer(as_json, {"rows": found, "uploads": uploads, "folder": str(out)}, lambda: tables.oracle(found, uploads))
+    answer(
+        as_json, {"rows": found, "uploads": uploads, "folder": str(out)}, lambda: terminal.show(*tables(found, uploads))
+    )
     say(f"The run and oracle.json are in {out}.")
 
 
@@ -126,11 +133,13 @@ def demo(
 ) -> None:
     """Ten parties learn handwritten digits with eight methods: no network, one to three minutes."""
     from fedlora.cli.demo import play
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
+    from fedlora.reporting.tables.comparison import compared
 
     out = out or numbered(Path("runs") / "demo")
     rows, figures = play(out, jobs, say)
-    answer(as_json, {"rows": rows, "figures": [str(figure) for figure in figures]}, lambda: tables.comparison(rows))
+    found = {"rows": rows, "figures": [str(figure) for figure in figures]}
+    answer(as_json, found, lambda: terminal.show(*compared(rows)))
     for figure in figures:
         say(f"Plot: {figure}")
     say("Next: copy the configuration beside these plots, put in your own model and data, and run `fedlora run`:")

@@ -13,9 +13,10 @@ def similarity(
     as_json: Json = False,
 ) -> None:
     """Show how alike the clients' A and B are, weight by weight."""
-    from fedlora.reporting import terminal as tables
+    from fedlora.reporting import terminal
     from fedlora.reporting.similarity import means
-    from fedlora.reporting.similarity import similarity as measured
+    from fedlora.reporting.similarity import similarity as measure
+    from fedlora.reporting.tables.adapters import similarity as tables
 
-    found = measured(folder)
-    answer(as_json, {"weights": found, "mean": means(found)}, lambda: tables.similarity(found, means(found)))
+    found = measure(folder)
+    answer(as_json, {"weights": found, "mean": means(found)}, lambda: terminal.show(*tables(found, means(found))))

@@ -15,7 +15,7 @@ def watch(
 ) -> None:
     """Show a run under way: rounds, clients, loss, accuracy, error, bytes, time left. Ends with the run."""
     from fedlora.reporting import watch as watching
-    from fedlora.reporting.console import Plain
+    from fedlora.reporting.terminal import Plain
     from fedlora.runs.progress_file import Following
 
     console, following = Plain(), Following(folder.expanduser())

@@ -1,15 +1,23 @@
-"""Each figure: one short function from a table's rows to a chart.
+"""The charts of all figures, each a function of a table's rows, and their one palette.
 
-A chart names its data and does not hold it: ``with_rows`` puts the rows in. Every row is drawn as one mark.
+A chart refers to its data by name, and ``with_rows`` adds the rows. Every row is drawn as one mark. The colours hold on
+white and on black; ``page_config`` has the sizes of a page, ``paper_config`` those of a paper's column.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
-from fedlora.reporting.theme import COLOURS, DASHES, HEAT, SHAPES
+COLOURS = (  # each at least 3 : 1 against white and against the dark ground
+    "#2f7fc4", "#cf6a10", "#2f9247", "#d64545", "#8a63d2", "#8f6a3d", "#cf4a92", "#14888b", "#767b81", "#83851c",
+)  # fmt: skip
+DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4])  # lines differ by more than colour
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+LIGHT, DARK = "#ffffff", "#14171a"  # the page's grounds, see page.css
+HEAT = "viridis"
+MM = 72 / 25.4  # points in a millimetre: one unit of a figure is a point on paper
 
 Rows = Sequence[dict[str, Any]]
 DATA = alt.NamedData("rows")  # whoever writes the chart out puts them in
@@ -49,6 +57,20 @@ def band(
         y=vertical, shape=_scaled(alt.Shape, by, names, SHAPES, places), tooltip=_tooltip([by, x, y, "seeds"])
     )  # fmt: skip
     return alt.layer(*([area] if spread else []), *lines, point)
+
+
+def panels(
+    rows: Mapping[str, Rows], x: str, x_title: str, y: str, y_title: str, log: bool, every: Sequence[str]
+) -> alt.HConcatChart:
+    """``band`` once for each title in ``rows`` that has any, side by side on the same scales, with their data."""
+    drawn = [
+        band(own, x, x_title, y, y_title, log, every=every).properties(
+            width=330, height=260, title=title, data=alt.Data(values=list(own))
+        )
+        for title, own in rows.items()
+        if own
+    ]
+    return alt.hconcat(*drawn).resolve_scale(x="shared", y="shared")
 
 
 def strip(rows: Rows, y_title: str) -> alt.Chart:
@@ -153,3 +175,36 @@ def _tooltip(keys: Sequence[str]) -> list[alt.Tooltip]:
         alt.Tooltip(f"{key}:Q", format=".4~g", title=key) if key in numeric else alt.Tooltip(f"{key}:N", title=key)
         for key in keys
     ]
+
+
+def page_config() -> dict[str, Any]:
+    """Vega-Lite's config in a page: text takes the page's own colour, so light, dark and print need no redrawing."""
+    ink, faint = "currentColor", "#80808059"
+    return {
+        "aria": False,  # the figure says what it shows in one text, and in its table
+        "background": None, "font": "system-ui, sans-serif",
+        "view": {"stroke": faint},
+        "axis": {"labelColor": ink, "titleColor": ink, "gridColor": faint, "domainColor": faint, "tickColor": faint,
+                 "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 150},
+        "legend": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "orient": "bottom",
+                   "direction": "horizontal", "titleFontWeight": "normal", "labelLimit": 170, "symbolStrokeWidth": 2},
+        "point": {"size": 22}, "line": {"strokeWidth": 1.8},
+    }  # fmt: skip
+
+
+def screen_config() -> dict[str, Any]:
+    """Vega-Lite's config of a picture on its own: black on white, in the sizes of a page."""
+    return {"background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
+            "line": {"strokeWidth": 1.6}}  # fmt: skip
+
+
+def paper_config() -> dict[str, Any]:
+    """The same on paper: black on white, 8 points."""
+    small = {"labelFontSize": 7, "titleFontSize": 8, "titleFontWeight": "normal"}
+    return {
+        "background": "white", "font": "Helvetica, Arial, DejaVu Sans, sans-serif",
+        "axis": {**small, "labelLimit": 90, "gridColor": "#dddddd"},
+        "legend": {**small, "orient": "bottom", "direction": "horizontal", "columns": 3, "labelLimit": 80,
+                   "symbolSize": 30},
+        "point": {"size": 8}, "line": {"strokeWidth": 1.1},
+    }  # fmt: skip

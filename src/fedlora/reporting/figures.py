@@ -1,24 +1,28 @@
 """The figures of a report, from the tables of its runs; what a run does not hold is a sentence and no figure."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 
+from fedlora.files import write
 from fedlora.reporting import charts
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Column, Table, grouped, thinned
 from fedlora.reporting.tables import by_round as byround
 from fedlora.reporting.tables import totals
-from fedlora.reporting.tables.comparison import whom
+from fedlora.reporting.tables.comparison import scored_clients
+from fedlora.runs.table import Column, Table, group_by, mean_std
 
 LINES = 10  # on one figure: more cannot be told apart
 POINTS = 480  # marks on one figure
 CELLS = 3000  # of a heat map
 MAPS = 6  # heat maps of layers
+MEGABYTES = "MB sent and received, all clients"
 
 Draw = Callable[[Sequence[dict[str, Any]]], Any]
 
@@ -51,7 +55,7 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 def curves(runs: Sequence[Run]) -> Iterator[Figure]:
     """The metric by round, by megabyte and by second, of the shared and of the clients' own models."""
     table, metric, every = byround.curves(runs), byround.metric_of(runs), named(runs)
-    axes = {"round": ("round", "round", False), "megabyte": ("mb", "MB sent and received, all clients", True),
+    axes = {"round": ("round", "round", False), "megabyte": ("mb", MEGABYTES, True),
             "second": ("seconds", "seconds, all phases", False)}  # fmt: skip
     for model, what in byround.MODELS.items():
         rows = [row for row in table.rows if row["model"] == model]
@@ -70,6 +74,39 @@ def curves(runs: Sequence[Run]) -> Iterator[Figure]:
             yield replace(figure, remark=few.strip())
 
 
+def draw_comparison(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Write ``METRIC-by-round`` and ``METRIC-by-megabyte`` as PNG and SVG into ``out``; returns the PNGs.
+
+    A panel for each kind of model, and a line for each method: the mean over its seeds, with a standard deviation to
+    both sides. Runs that diverged are left out, and nothing is written where no round was evaluated.
+    """
+    import vl_convert
+
+    whole = [run for run in runs if run.failure is None]
+    rows = byround.curves(whole).rows if whole else []
+    axes = {"round": ("round", "round", False), "megabyte": ("mb", f"{MEGABYTES} (log scale)", True)}
+    spread = ", mean ± standard deviation over seeds" if any(row["seeds"] > 1 for row in rows) else ""
+    written = []
+    for name, (x, title, is_log) in axes.items() if rows else ():
+        panels = {what: [row for row in rows if row["model"] == model and (not is_log or row[x] > 0)]
+                  for model, what in reversed(byround.MODELS.items())}  # fmt: skip
+        chart = charts.panels(panels, x, title, "value", f"{byround.metric_of(whole)}{spread}", is_log, named(whole))
+        spec = {**chart.to_dict(validate=False), **_missing(whole), "config": charts.screen_config()}
+        path = out / f"{whole[0].metric}-by-{name}"
+        svg = vl_convert.vegalite_to_svg(spec)
+        write(path.with_suffix(".svg"), svg.encode())
+        write(path.with_suffix(".png"), vl_convert.svg_to_png(svg, scale=2.0))
+        written.append(path.with_suffix(".png"))
+    return written
+
+
+def _missing(runs: Sequence[Run], most: int = 8) -> dict[str, Any]:
+    """A line above the panels for each run whose means are not over all clients."""
+    lines = [f"{run.label}, seed {run.seed}: {text}" for run in runs if (text := run.digest.means)]
+    more = [f"and {len(lines) - most} more runs"] if len(lines) > most else []
+    return {"title": {"text": [*lines[:most], *more], "anchor": "start", "fontSize": 10}} if lines else {}
+
+
 def clients(runs: Sequence[Run]) -> Iterator[Figure]:
     """The distribution over clients, the worst ones named."""
     table = totals.clients(runs)
@@ -78,7 +115,7 @@ def clients(runs: Sequence[Run]) -> Iterator[Figure]:
     lowest = "; ".join(f"{k}: {', '.join(f'client {c} ({v:.3f})' for c, v in own)}" for k, own in shown)
     rows = _quantiles([row for row in table.rows if row["label"] in dict(shown)])
     left = " Of each, evenly spaced clients in order of their figure." if len(rows) < len(table.rows) else ""
-    few = [f"{who} in {run.name}" for run in runs if (who := whom(run)) != "all"]
+    few = [f"{who} in {run.name}" for run in runs if (who := scored_clients(run)) != "all"]
     fewer = f"Scored were only {'; '.join(few[:LINES])}." if few else ""
     caption = f"{table.note}{left} The worst clients: {lowest}.{' ' * bool(fewer)}{fewer}"
     why = "No client's own score is in these runs: no round has been evaluated, or scores stay with the clients."
@@ -107,7 +144,7 @@ def errors(runs: Sequence[Run]) -> Iterator[Figure]:
 def layers(runs: Sequence[Run]) -> Iterator[Figure]:
     """The error by weight and round, a map for each method."""
     table = byround.layers(runs)
-    groups = grouped(table.rows, lambda row: row["label"])
+    groups = group_by(table.rows, lambda row: row["label"])
     if not groups:
         yield Figure("layers", table.title, "These runs hold no aggregation errors by weight.", table)
     most = max((row["error"] for row in table.rows), default=0.0)  # one scale of colours: maps can be compared
@@ -204,10 +241,10 @@ def _lines(
 ) -> Figure:  # fmt: skip
     """A figure of lines: the best ones where there are too many, and neighbouring rounds as their mean."""
     key = next((c.key for c in table.columns if c.key in ("value", "error", "drift", "cosine", "epsilon")), "value")
-    ends = {line: own[-1][key] for line, own in grouped(rows, lambda row: row[by]).items()}
+    ends = {line: own[-1][key] for line, own in group_by(rows, lambda row: row[by]).items()}
     best = sorted(ends, key=ends.__getitem__, reverse=higher)[:LINES]
     some = [row for row in rows if row[by] in best]
-    few = thinned(some, (by,), POINTS)
+    few = thin(some, (by,), POINTS)
     left = (
         f" Of {len(ends)} lines, the {LINES} ahead at their last point are drawn; that alone does not make them better."
         if len(best) < len(ends)
@@ -217,9 +254,30 @@ def _lines(
     return _one(name, replace(table, title=title), few, caption + left, why, draw)
 
 
+def thin(rows: Sequence[dict[str, Any]], line: Sequence[str], most: int, x: str = "round") -> list[dict[str, Any]]:
+    """Reduce to about ``most`` rows: along each line (rows alike in ``line``) neighbours become their mean.
+
+    Every line keeps its last row. A text is that of the last row of its neighbours.
+    """
+    width = math.ceil(len(rows) / most)
+    if width <= 1:
+        return list(rows)
+    thinned = []
+    for own in group_by(rows, lambda row: tuple(row[key] for key in line)).values():
+        own = sorted(own, key=lambda row: row[x])
+        thinned += [_mean(own[i : i + width]) for i in range(0, len(own) - 1, width)] + [own[-1]]
+    return thinned
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
+    means = {key: mean_std(row[key] for row in rows) for key in numbers}
+    return {**rows[-1], **{key: found.mean for key, found in means.items() if found is not None}}
+
+
 def _quantiles(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, or where they are too many for points, every so many of each label's in order, and both ends."""
-    groups = grouped(rows, lambda row: row["label"])
+    groups = group_by(rows, lambda row: row["label"])
     found = []
     for own in groups.values():
         ordered, most = sorted(own, key=lambda row: row["value"]), max(5, POINTS // len(groups))
@@ -231,7 +289,7 @@ def _quantiles(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _by_round(table: Table) -> list[dict[str, Any]]:
     """How many faults of each kind a stretch of rounds has, at most about a hundred stretches."""
     width = -(-max((row["round"] for row in table.rows), default=1) // 100)
-    groups = grouped(table.rows, lambda row: (row["kind"], (row["round"] - 1) // width * width + 1))
+    groups = group_by(table.rows, lambda row: (row["kind"], (row["round"] - 1) // width * width + 1))
     found = [{"round": round, "kind": kind, "count": len(own)} for (kind, round), own in groups.items()]
     return sorted(found, key=lambda row: (row["kind"], row["round"]))
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.files import write
-from fedlora.reporting import theme
-from fedlora.reporting.charts import with_rows
+from fedlora.reporting.charts import MM, paper_config, with_rows
 from fedlora.reporting.figures import Figure, figures
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Table
 from fedlora.reporting.tables import by_round as byround
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
+from fedlora.runs.table import Table
 from fedlora.text import shown
 
 WIDTH = 84.0  # millimetres: one of two columns
@@ -57,11 +56,11 @@ def _figure(figure: Figure, out: Path, width: float) -> list[Path]:
     import vl_convert
 
     assert figure.chart is not None, "what is not drawn has no file"
-    points = width * theme.MM
+    points = width * MM
     fits = {"width": points, "autosize": {"type": "fit-x", "contains": "padding"}, "padding": 2}
     tall = {} if "height" in figure.chart.to_dict(validate=False) else {"height": round(points * 0.62)}
     remark = {"title": _remark(figure.remark, points)} if figure.remark else {}
-    spec = with_rows(figure.chart, figure.table.rows, **fits, **tall, **remark, config=theme.paper())
+    spec = with_rows(figure.chart, figure.table.rows, **fits, **tall, **remark, config=paper_config())
     svg = vl_convert.vegalite_to_svg(spec)
     # One unit is a point (1/72 inch): the PDF's own, while an SVG's and a PNG's would be pixels.
     written = {

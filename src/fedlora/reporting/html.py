@@ -13,13 +13,13 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from fedlora.reporting import theme, words
-from fedlora.reporting.charts import with_rows
+from fedlora.reporting import words
+from fedlora.reporting.charts import page_config, with_rows
 from fedlora.reporting.figures import Figure, figures
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import DASH, Table, grouped
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
+from fedlora.runs.table import Table, from_pairs, group_by, to_html
 from fedlora.schema import dumps, without_folders
 from fedlora.text import shown
 
@@ -54,7 +54,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _named(runs: Sequence[Run]) -> str:
-    labels = list(grouped(runs, lambda run: run.label))
+    labels = list(group_by(runs, lambda run: run.label))
     if len(runs) == 1:
         return f"{runs[0].name} ({labels[0]})"
     return f"{len(runs)} runs of {len(labels)} methods" if len(labels) > 1 else f"{len(runs)} runs of {labels[0]}"
@@ -84,11 +84,11 @@ def _contents() -> str:
 def _standing(runs: Sequence[Run]) -> list[str]:
     found = ['<h2 id="s-standing">Results</h2>']
     if len(runs) > 1:
-        found.append(table_html(standing.methods(runs), sortable=True))
+        found.append(table_html(standing.methods(runs), is_sortable=True))
         tests = standing.tests(runs)
         few = "There is no paired test: it needs two methods that were run with two seeds in common (--seeds 0,1,2)."
-        found.append(table_html(tests, sortable=True) if tests.rows else f'<p class="note">{escape(few)}</p>')
-    found.append(table_html(standing.one_by_one(runs), sortable=len(runs) > 1))
+        found.append(table_html(tests, is_sortable=True) if tests.rows else f'<p class="note">{escape(few)}</p>')
+    found.append(table_html(standing.one_by_one(runs), is_sortable=len(runs) > 1))
     return found
 
 
@@ -133,7 +133,7 @@ def _about(figure: Figure) -> dict[str, Any]:
     """What the script needs: the chart, and the columns of its rows. The rows are in it once."""
     assert figure.chart is not None, "what is not drawn has no figure"
     fits = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    spec = with_rows(figure.chart, figure.table.rows, **fits, config=theme.page())
+    spec = with_rows(figure.chart, figure.table.rows, **fits, config=page_config())
     keys = {key for row in figure.table.rows for key in row}
     columns = [{"key": c.key, "title": c.title, "digits": c.digits} for c in figure.table.columns if c.key in keys]
     return {"title": figure.title, "columns": columns, "spec": spec}
@@ -147,43 +147,22 @@ def script_json(value: Any) -> str:
     return text
 
 
-def table_html(table: Table, sortable: bool = False) -> str:
-    """A table; ``sortable`` puts a button into each heading."""
-    heads = "".join(_head(table, i, sortable) for i in range(len(table.columns)))
+def table_html(table: Table, is_sortable: bool = False) -> str:
+    """A table with its heading and note, in a region that scrolls."""
     left = f" The first {ROWS} of {len(table.rows)} rows; fedlora plots writes all." if len(table.rows) > ROWS else ""
-    body = "".join(f"<tr>{''.join(_cells(table, row))}</tr>" for row in table.rows[:ROWS])
     title, name = escape(table.title, quote=True), f"t-{table.name}"
     tall = " tall" if len(table.rows) > 20 else ""
+    attributes = f'id="{name}" aria-labelledby="{name}-title" aria-describedby="{name}-note"'
     return "".join([
         f'<h3 id="{name}-title">{title}</h3><p class="note" id="{name}-note">{escape(table.note + left)}</p>',
         f'<div class="scroll{tall}" role="region" tabindex="0" aria-label="{title}, table">',
-        f'<table id="{name}" aria-labelledby="{name}-title" aria-describedby="{name}-note">',
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>",
+        to_html(table, attributes, is_sortable, ROWS), "</div>",
     ])  # fmt: skip
-
-
-def _head(table: Table, place: int, sortable: bool) -> str:
-    column = table.columns[place]
-    kind = "text" if column.digits is None else "number"
-    inner = f'<button type="button">{escape(column.title)}</button>' if sortable else escape(column.title)
-    order = ' aria-sort="none"' if sortable else ""
-    return f'<th scope="col" class="{kind}" data-kind="{kind}"{order}>{inner}</th>'
-
-
-def _cells(table: Table, row: dict[str, Any]) -> list[str]:
-    found = []
-    for place, column in enumerate(table.columns):
-        value = row.get(column.key)
-        sign = "" if value is None else escape(str(value), quote=True)
-        text, kind = escape(table.text(row, column)), "text" if column.digits is None else "number"
-        name, scope = ("th", ' scope="row"') if place == 0 else ("td", "")
-        found.append(f'<{name}{scope} class="{kind}" data-value="{sign}">{text or DASH}</{name}>')
-    return found
 
 
 def _faults(runs: Sequence[Run]) -> list[str]:
     table = totals.faults(runs)
-    return [table_html(table, sortable=True)] if table.rows else []
+    return [table_html(table, is_sortable=True)] if table.rows else []
 
 
 def _again(runs: Sequence[Run]) -> list[str]:
@@ -199,13 +178,12 @@ def _again(runs: Sequence[Run]) -> list[str]:
 
 
 def _configuration(run: Run, unfolded: bool) -> str:
-    rows = [(escape(key), escape(value)) for key, value in words.hardware(run)]
-    title = escape(f"{run.label}, seed {run.seed} ({run.name})", quote=True)
+    name = f"{run.label}, seed {run.seed} ({run.name})"
+    title = escape(name, quote=True)
     text = "\n".join(shown(line, 2000) for line in dumps(without_folders(run.table)).splitlines())
     return "".join([
         f"<details{' open' if unfolded else ''}><summary>Configuration, versions and hardware: {title}</summary>",
-        f'<div class="scroll"><table><caption>{title}</caption><tbody>',
-        *(f'<tr><th scope="row">{key}</th><td class="text">{value}</td></tr>' for key, value in rows),
-        f'</tbody></table></div><pre tabindex="0" role="region" aria-label="Configuration of {title}">',
+        f'<div class="scroll">{to_html(from_pairs(name, words.hardware(run)))}</div>',
+        f'<pre tabindex="0" role="region" aria-label="Configuration of {title}">',
         f"{escape(text)}</pre></details>",
     ])  # fmt: skip

@@ -2,35 +2,28 @@
 
 import inspect
 import sys
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, cast
+
+import torch
 
 from fedlora import methods
 from fedlora.adapters import LoRA
-from fedlora.engines.base_updates import BaseUpdateLog
-from fedlora.engines.comm.channel import Channel
+from fedlora.engines.clients import Clients
+from fedlora.engines.federation import Federation
+from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
-from fedlora.rounds import Received, client_turn, server_turn
-from fedlora.types import Tree, Turn, Work
+from fedlora.runs.plan.traffic import Group, play
+from fedlora.tasks._base import Shard
+from fedlora.training.evaluation import Evaluation
+from fedlora.training.local import Training
+from fedlora.types import Turn, Work
 
 REFERENCE = (768, 768, 8)  # outputs, inputs and rank of the weight that bytes are counted on
+CLIENTS = 2
 ROUNDS = 2  # a method that alternates sends one thing and then the other
 ADVICE = {"use": "Use it when", "avoid": "Not when"}  # how the lines begin that say so in a method's file
 HOOKS = ("receive", "trains", "penalty", "send", "keep", "combine", "combine_all")
-
-
-@dataclass(frozen=True)
-class _Moves:
-    """Trains nothing but pretends to: every trained leaf comes back as a new tensor."""
-
-    def gradient(self, start: Tree) -> Tree:
-        return start
-
-    def fit(self, start, trained, rules):
-        return {
-            part: {leaf: x + 0.01 if leaf in trained[part] else x for leaf, x in layer.items()}
-            for part, layer in start.items()
-        }
 
 
 def reference(kind: type[Method]) -> Method:
@@ -41,35 +34,28 @@ def reference(kind: type[Method]) -> Method:
 
 
 def traffic(kind: type[Method]) -> dict[str, float]:
-    """Bytes a client, a round and an adapted weight of the reference size, each way, counted by the channel."""
+    """Bytes a client, a round and an adapted weight of the reference size, each way, as the plan of a run counts them.
+
+    A download brings the result of the round before, so there is one round more of downloads than of uploads.
+    """
     m, n, _ = REFERENCE
     method = reference(kind)
-    rules = {"weight": method}
-    shared: Tree = {"weight": method.adapter.init(m, n, 0)}
-    channel = Channel(shared, frozenset())
-    kept: dict[int, Tree] = {}
-    log = BaseUpdateLog()
-    for round in range(ROUNDS + 1):  # what the last round made goes down in one more
-        turns = [Turn(round, client, method.adapter.budget, seed=client) for client in range(2)]
-        uploads = []
-        for turn in turns:
-            delivery = channel.compute_delta(turn.client, shared, log)
-            channel.deliver(round, turn.client, delivery)
-            channel.holds(turn.client, delivery)
-            if round == ROUNDS:
-                continue
-            sent, kept[turn.client] = client_turn(rules, shared, kept.get(turn.client, {}), turn, _Moves())
-            channel.collect(round, turn.client, sent)
-            uploads.append(Received(turn, 1, sent))
-        served = server_turn(rules, shared, uploads)
-        shared = served.shared
-        if served.folds:
-            log.append(served.folds)
-    return {d: channel.ledger.bytes(d) / (2 * ROUNDS) for d in ("up", "down")}
+    layer, row = method.adapter.init(m, n, 0), torch.zeros(1, dtype=torch.int64)
+    federation = Federation(
+        {"weight": method}, method, cast(Any, None), cast(Any, None), None, Clients(count=CLIENTS),
+        [Shard(row, row)] * CLIENTS, [method.adapter.budget] * CLIENTS, Training(), Evaluation(), ServerOptimizer(),
+        ROUNDS + 1, 0,
+    )  # fmt: skip
+    rows = play(federation, Group("weight", layer, 1)).rows
+    turns = ROUNDS * CLIENTS
+    return {
+        "up": sum(row.bytes for row in rows if row.direction == "up" and row.round < ROUNDS) / turns,
+        "down": sum(row.bytes for row in rows if row.direction == "down") / turns,
+    }
 
 
-def told(doc: str) -> dict[str, str]:
-    """What a method's module says of it: the idea, its source, when to use it and when not; "" for what it leaves out.
+def parse_docstring(doc: str) -> dict[str, str]:
+    """Parse a method's module docstring: idea, source, when to use it and when not; "" for a part that is missing.
 
     The first line is ``TITLE: idea.``; a line that opens with ``Use it when`` or ``Not when`` begins the advice.
     """
@@ -86,11 +72,11 @@ def told(doc: str) -> dict[str, str]:
 def entry(name: str) -> dict[str, Any]:
     """One method as a JSON-able record."""
     kind = methods.load(name)
-    said = told(inspect.getdoc(sys.modules[kind.__module__]) or "")
+    parsed = parse_docstring(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
         "name": name,
         "title": kind.title or kind.__name__,
-        **{key: said[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
+        **{key: parsed[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
         "equation": inspect.getdoc(kind) or "",
         "claims": {
             "exact": bool(kind.exact)

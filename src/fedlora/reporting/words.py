@@ -6,12 +6,11 @@ from statistics import fmean
 from typing import Any
 
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import grouped
 from fedlora.reporting.tables.by_round import metric_of
-from fedlora.reporting.tables.comparison import final, whom
-from fedlora.reporting.tables.paired import ranking
+from fedlora.reporting.tables.comparison import final, ranking, scored_clients
 from fedlora.runs import attendance
 from fedlora.runs.file_names import CONFIG
+from fedlora.runs.table import group_by
 from fedlora.security.privacy import Privacy
 from fedlora.text import shown
 
@@ -23,7 +22,7 @@ STATES = {"under way": "is not finished (under way, or broken off)", "interrupte
 
 def opening(runs: Sequence[Run]) -> str:
     """What was run and what it came to, in a few sentences."""
-    labels = list(grouped(runs, lambda run: run.label))
+    labels = list(group_by(runs, lambda run: run.label))
     about = _setting(runs[0].table, _adapters(runs))
     if any(_setting(run.table, "") != _setting(runs[0].table, "") for run in runs):
         about = "The runs differ in model, data or clients; their configurations are below"
@@ -63,7 +62,7 @@ def _came_to(runs: Sequence[Run]) -> str:
         found = ranking({_short(label): own for label, own in there.items()}, runs[0].higher)
         if found is not None:
             verb = "did best with" if not found.level else "had no winner; ahead by the mean was"
-            said.append(f"the {what} {verb} {found.first}: {metric_of(runs)} {found.mean:.4f} ({found.said})")
+            said.append(f"the {what} {verb} {found.first}: {metric_of(runs)} {found.mean:.4f} ({found.verdict})")
         elif there:
             said.append(f"the {what} reached {metric_of(runs)} {fmean(next(iter(there.values())).values()):.4f}")
     return ("At the last evaluated round " + "; ".join(said) + ".") if said else "No round has been evaluated yet."
@@ -71,19 +70,19 @@ def _came_to(runs: Sequence[Run]) -> str:
 
 def _fewer(runs: Sequence[Run]) -> str:
     """Which runs' figures of clients are not over all of them."""
-    few = [f"{who} in {run.name}" for run in runs if (who := whom(run)) != "all"]
+    few = [f"{who} in {run.name}" for run in runs if (who := scored_clients(run)) != "all"]
     return f"The clients' own figures are over {_listed(few)}." if few else ""
 
 
 def _values(runs: Sequence[Run], key: str) -> dict[str, dict[int, float]]:
     """Label -> the figure of each seed."""
-    groups = grouped([run for run in runs if run.failure is None], lambda run: run.label)
+    groups = group_by([run for run in runs if run.failure is None], lambda run: run.label)
     found = {label: {run.seed: final(run)[key] for run in own} for label, own in groups.items()}
     return {label: {k: x for k, x in own.items() if x is not None} for label, own in found.items()}
 
 
 def _states(runs: Sequence[Run]) -> str:
-    states = grouped([run for run in runs if run.state != "finished"], lambda run: run.state)
+    states = group_by([run for run in runs if run.state != "finished"], lambda run: run.state)
     said = "; ".join(f"{_listed([run.name for run in own])} {STATES[state]}" for state, own in states.items())
     return f"Of these, {said}." if said else ""
 

@@ -34,7 +34,12 @@ def over(summary: Mapping[str, Any]) -> str:
     """Whom a mean over clients is over, for a title: ``clients``, or ``2 of 3 clients``."""
     each = summary.get("final", {}).get("clients", {}).get("each", [])
     found = summary.get("scored") or {"clients": scored(summary.get("final", {})), "of": len(each)}
-    return "clients" if found["clients"] == found["of"] else f"{found['clients']} of {found['of']} clients"
+    return "clients" if found["clients"] == found["of"] else of_all(found["clients"], found["of"])
+
+
+def of_all(scored: int, of: int) -> str:
+    """``2 of 3 clients``."""
+    return f"{scored} of {of} clients"
 
 
 def fewest(summary: Mapping[str, Any]) -> str:

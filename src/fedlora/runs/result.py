@@ -1,26 +1,23 @@
-"""Runs in a notebook: as a table where they are shown, and as pandas frames to go on with.
+"""A run in a notebook: shown as a table, and as pandas frames."""
 
-Whatever is shown is escaped: names may come from other parties.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora.engines.record import RoundRecord
 from fedlora.runs import attendance
 from fedlora.runs.record import figures
+from fedlora.runs.table import Column, Table, to_html
 from fedlora.security.privacy import Privacy
-from fedlora.text import shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 LATELY = 10  # rounds that are shown
-COLUMNS = {
-    "train/loss": "loss", "clients/mean": "clients' own", "clients/worst": "worst client",
-    "aggregation/served": "error", "bytes_up/total": "bytes up", "bytes_down/total": "bytes down",
-}  # fmt: skip
+COLUMNS = (
+    Column("round", "round", 0), Column("train/loss", "loss", 4), Column("clients/mean", "clients' own", 4),
+    Column("clients/worst", "worst client", 4), Column("aggregation/served", "error", 5),
+    Column("bytes_up/total", "bytes up", 0), Column("bytes_down/total", "bytes down", 0),
+)  # fmt: skip
 
 
 class Rounds:
@@ -34,7 +31,8 @@ class Rounds:
         import pandas
 
         rows = [{"round": record["round"], **figures(record)} for record in self.records]
-        return pandas.DataFrame(rows, columns=_columns(rows, "round")).set_index("round")
+        columns = list(dict.fromkeys(["round", *(name for row in rows for name in row)]))
+        return pandas.DataFrame(rows, columns=columns).set_index("round")
 
     def clients_frame(self) -> "DataFrame":
         """A row a round and client: its loss where it trained, and what its own model scores where it was scored."""
@@ -50,11 +48,10 @@ class Rounds:
         return pandas.DataFrame(rows, columns=["round", "client", "loss", metric])
 
     def _repr_html_(self) -> str:
-        summary, found = self.summary, [{"round": r["round"], **figures(r)} for r in self.records]
-        names = [*COLUMNS, *(f"global/{name}" for name in (summary["metric"]["name"],))]
-        there = [name for name in names if any(name in row for row in found)]
-        heads = ["round", *(COLUMNS.get(name, name.replace("/", " ")) for name in there)]
-        rows = [[row["round"], *(row.get(name) for name in there)] for row in found[-LATELY:]]
+        summary, metric = self.summary, self.summary["metric"]["name"]
+        rows = [{"round": r["round"], **figures(r)} for r in self.records]
+        columns = (*COLUMNS, Column(f"global/{metric}", f"global {metric}", 4))
+        there = tuple(column for column in columns if any(column.key in row for row in rows))
         title = f"{summary['title'] or summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
         about = (
             [f"{name}: {value}" for name, value in Privacy.describe(summary["privacy"])] if "privacy" in summary else []
@@ -62,26 +59,4 @@ class Rounds:
         about += [] if attendance.whole(summary) else [f"clients' own figures are over {attendance.over(summary)}"]
         about += [f"{who} {when}" for who, when in attendance.lines(summary)]
         about += ["stopped before its end"] if summary.get("interrupted") else []
-        return table(title, heads, rows, about)
-
-
-def _columns(rows: Iterable[Mapping[str, Any]], first: str) -> list[str]:
-    return list(dict.fromkeys([first, *(name for row in rows for name in row)]))
-
-
-def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], about: Sequence[str] = ()) -> str:
-    """HTML of a table; every text is escaped, and control characters are written out."""
-    head = "".join(f'<th scope="col">{_safe(text)}</th>' for text in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(value)}</td>' for value in row)}</tr>" for row in rows)
-    below = "".join(f"<p>{_safe(text)}</p>" for text in about)
-    return f"<table><caption>{_safe(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) and value != int(value) else _safe(value)
-
-
-def _safe(text: Any) -> str:
-    return escape(shown(text))
+        return to_html(Table("rounds", title, there, rows[-LATELY:]), below=about)

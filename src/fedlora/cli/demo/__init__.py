@@ -11,7 +11,8 @@ METHODS = ("fedit", "ffa-lora", "rolora", "flora-na", "fedrot-lora", "fedsa-lora
 
 def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Path]]:
     """Runs the embedded comparison into ``out``; returns its rows and its figures."""
-    from fedlora.reporting.plots import draw
+    from fedlora.reporting.figures import draw_comparison
+    from fedlora.reporting.load import opened
     from fedlora.runs.compare import compare
     from fedlora.runs.comparison import rows
     from fedlora.runs.config import read_table
@@ -24,4 +25,5 @@ def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[st
         with Cells(len(METHODS), table["rounds"]) as progress:
             cells = compare(table, METHODS, [table["seed"]], out, jobs, progress.watch, progress.done)
         shutil.copy(path, out / "demo.toml")
-    return rows(cells), draw(cells, out)
+    finished = [opened(Path(cell.folder), cell.label) for cell in cells if cell.summary is not None]
+    return rows(cells), draw_comparison(finished, out)

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.reporting.digest import ERRORS
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Column, Table, grouped, over
+from fedlora.runs.table import Column, Table, group_by, mean_std
 
 MODELS = {"global": "shared model, global test rows", "clients": "clients' own models, own test rows"}
 MEASURES = {"served": "as served", "fedit": "FedIT on the same uploads", "best": "the best of this rank"}
@@ -25,11 +25,11 @@ def by_round(runs: Sequence[Run], read: Read, value: str) -> Iterator[dict[str, 
 
     ``mb`` and ``seconds`` are how much was sent and how long it took until then, mean over the same seeds.
     """
-    for label, own in grouped(runs, lambda run: run.label).items():
-        rounds = grouped((row for run in own for row in run.digest.rounds), lambda row: int(row["round"]))
+    for label, own in group_by(runs, lambda run: run.label).items():
+        rounds = group_by((row for run in own for row in run.digest.rounds), lambda row: int(row["round"]))
         for round, rows in sorted(rounds.items()):
             rows = [row for row in rows if read(row) is not None]
-            found = over(map(read, rows))
+            found = mean_std(map(read, rows))
             if found is not None:
                 ends = {"low": found.mean - found.std, "high": found.mean + found.std, "seeds": found.n}
                 until = {key: sum(row[key] for row in rows) / len(rows) for key in ("mb", "seconds")}
@@ -121,7 +121,7 @@ def epsilon(runs: Sequence[Run]) -> Table:
 def layers(runs: Sequence[Run]) -> Table:
     """The served error of each adapted weight, over stretches of rounds."""
     rows = []
-    for label, own in grouped(runs, lambda run: run.label).items():
+    for label, own in group_by(runs, lambda run: run.label).items():
         sums: dict[tuple[str, int], list[tuple[float, int]]] = {}
         for run in own:
             for part, bins in run.digest.layers.items():

@@ -1,36 +1,109 @@
-"""Tables that compare: a row a run, a row a method, and paired tests between methods."""
+"""Tables that compare: a row a run, a row a method, and Student's paired test over the seeds of two methods.
+
+Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6, 1979.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import statistics
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Column, Table, grouped, over
+from fedlora.reporting.tables.adapters import relative
 from fedlora.reporting.tables.by_round import MODELS, RUN, metric_of
-from fedlora.reporting.tables.paired import holm, paired
+from fedlora.runs import attendance, comparison
+from fedlora.runs.table import Column, Table, group_by, mean_std
 
+K = TypeVar("K", bound=Hashable)
 FIGURES = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
+LEVEL = 0.05  # p (Holm) from which on a difference may be chance
+MODEL_NAMES = {"global": "shared model", "clients": "clients' own models"}
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+    """The rows of ``comparison.json``: mean ± standard deviation over seeds, and the verdict of the paired test."""
+    by_capability = [_by_capability(rows)] if any("capability" in row for row in rows) else []
+    return [
+        comparison.table(rows),
+        *by_capability,
+        "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
+        "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds.",
+        *comparison.fewer(rows),
+        *([conclude(rows)] if rows else []),
+    ]
+
+
+def _by_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The clients' own models, in groups by what the clients can do."""
+    levels = sorted({group["capability"] for row in rows for group in row.get("capability", ())})
+    table_rows = []
+    for row in rows:
+        groups = {f"{group['capability']:g}": group for group in row.get("capability", ())}
+        cells = {level: f"{_mean_std(one['mean'])} ({_mean_std(one['worst'])})" for level, one in groups.items()}
+        table_rows.append({"method": row["method"], **cells})
+    columns = (Column("method", "method"), *(Column(f"{k:g}", f"{k:g}", align="right") for k in levels))
+    return Table("capability", "Clients' own models by the clients' capability: mean (worst)", columns, table_rows)
+
+
+def _mean_std(value: Mapping[str, float]) -> str:
+    column = Column("mean", "", 3, "std")
+    return Table("", "", (column,), []).text(value, column)
+
+
+def conclude(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The best methods by the paired test, and the one that sends least, in a sentence or two."""
+    clauses = [text for key, model in MODEL_NAMES.items() if (text := _ahead(rows, key, model))]
+    sent = {row["method"]: row["mb_up"]["mean"] + row["mb_down"]["mean"] for row in rows if row["mb_up"]}
+    if sent := {name: size for name, size in sent.items() if size > 0}:
+        least = min(sent.values())
+        names = [name for name, size in sent.items() if size == least]
+        clauses.append(f"{' and '.join(names)} {'sends' if len(names) == 1 else 'send'} least ({least:.2f} MB)")
+    seeds = max(len(row["seeds"]) for row in rows)
+    note = "one seed: differences of a point or two may be chance" if seeds == 1 else f"{seeds} seeds"
+    return "; ".join(clauses) + f" ({note})."
+
+
+def _ahead(rows: Sequence[Mapping[str, Any]], key: str, model: str) -> str | None:
+    """The best method where the paired test finds one; else those that are level with the one ahead."""
+    there = [row for row in rows if row[key]]
+    found = ranking({row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in there},
+                    bool(there) and there[0]["metric"]["higher"])  # fmt: skip
+    if found is None:
+        return None if not there else f"{model}: {there[0][key]['mean']:.3f} ({there[0]['method']})"
+    verb = "best with" if not found.level else "no winner, ahead by the mean is"
+    return f"{model}: {verb} {found.first} ({found.mean:.3f}; {found.verdict})"
+
+
+def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> list[Table | str]:
+    """What each method would have served of one run's uploads."""
+    titles = {"error": "error, mean", "first": "first round", "last": "last round", "gauge": "factors moved"}
+    table_rows = [
+        {"method": row["method"], **{key: relative(row[key]) for key in titles}}
+        for row in sorted(rows, key=lambda row: row["error"])
+    ]
+    columns = (Column("method", "method"), *(Column(key, title, align="right") for key, title in titles.items()))
+    title = "The same uploads under every method: served against the exact mean, relative"
+    angles = "; ".join(f"{name} {value:.0f} degrees" for name, value in uploads.items() if name != "tail")
+    between = f"; between clients, {angles}" if angles else ""
+    return [
+        Table("oracle", title, columns, table_rows),
+        "factors moved: how far the served A and B lie from the clients' means, relative to these.",
+        f"of the uploads: {uploads['tail']:.1e} of the energy lies beyond the rank{between}.",
+    ]
 
 
 def final(run: Run) -> dict[str, float | None]:
     """A run's figures at its last evaluated round, and sums and means over its rounds."""
     scored = next((row for row in reversed(run.digest.rounds) if row["clients"] is not None), {})
     sums = {d: sum(mb for (way, _), mb in run.digest.bytes.items() if way == d) for d in ("up", "down")}
-    error = over(row["served"] for row in run.digest.rounds)
+    error = mean_std(row["served"] for row in run.digest.rounds)
     return {
         **{key: scored.get(key) for key in ("global", "clients", "worst")},
         "mb_up": sums["up"], "mb_down": sums["down"], "error": None if error is None else error.mean,
         "seconds": run.digest.seconds,
     }  # fmt: skip
-
-
-def _columns(runs: Sequence[Run], spread: bool) -> tuple[Column, ...]:
-    titles = {
-        "global": (f"global {metric_of(runs)}", 4), "clients": (f"clients' own {metric_of(runs)}", 4),
-        "worst": ("worst client", 4), "mb_up": ("MB up", 2), "mb_down": ("MB down", 2),
-        "error": ("aggregation error", 4), "seconds": ("seconds", 1),
-    }  # fmt: skip
-    return tuple(Column(key, title, n, f"{key}_std" if spread else None) for key, (title, n) in titles.items())
 
 
 def one_by_one(runs: Sequence[Run]) -> Table:
@@ -41,10 +114,11 @@ def one_by_one(runs: Sequence[Run]) -> Table:
         said = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
         count = run.digest.counted
         done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": count.get("quarantined", 0)}
-        done |= {"away": count.get("absent", 0), "over": whom(run)}
+        done |= {"away": count.get("absent", 0), "over": scored_clients(run)}
         rows.append({**said, **done, **final(run)})
+    figures = (replace(column, spread=None) for column in comparison.figure_columns(metric_of(runs), True))
     columns = (RUN, Column("run", "folder"), Column("seed", "seed", 0), Column("state", "state"),
-               Column("rounds", "rounds", 0), *_columns(runs, False),
+               Column("rounds", "rounds", 0), *figures,
                *([Column("epsilon", "ε", 3)] if any(row["epsilon"] is not None for row in rows) else []),
                *([Column("bad", "quarantined", 0)] if any(row["bad"] for row in rows) else []),
                *([Column("away", "turns missed", 0)] if any(row["away"] for row in rows) else []),
@@ -52,38 +126,34 @@ def one_by_one(runs: Sequence[Run]) -> Table:
     return Table("runs", "Runs", columns, rows, "Figures of the last evaluated round, never of the best one.")
 
 
-def whom(run: Run) -> str:
-    """Whom the mean over clients of the last evaluated round is over: ``all``, or ``2 of 3 clients``."""
-    scored = sum(value is not None for value in run.digest.each)
-    return "all" if scored == run.digest.of else f"{scored} of {run.digest.of} clients"
+def scored_clients(run: Run) -> str:
+    """The clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
+    scored = next((row["scored"] for row in reversed(run.digest.rounds) if row["scored"] is not None), 0)
+    return "all" if scored == run.digest.of else attendance.of_all(scored, run.digest.of)
 
 
 def methods(runs: Sequence[Run]) -> Table:
     """A row a label: mean and sample standard deviation over its seeds. Runs that diverged count in no figure."""
-    rows: list[dict[str, Any]] = []
-    for label, own in grouped(runs, lambda run: run.label).items():
+    rows = []
+    for label, own in group_by(runs, lambda run: run.label).items():
         finals = [final(run) for run in own if run.failure is None]
-        row: dict[str, Any] = {"label": label, "seeds": len(finals), "diverged": len(own) - len(finals)}
-        for key in FIGURES:
-            found = over(one[key] for one in finals)
-            row |= {} if found is None else {key: found.mean, f"{key}_std": found.std}
-        rows.append(row)
-    lost = [Column("diverged", "diverged", 0)] if any(row["diverged"] for row in rows) else []
-    columns = (RUN, Column("seeds", "seeds", 0), *lost, *_columns(runs, True))
+        row = {"method": label, "seeds": [run.seed for run in own], "diverged": len(own) - len(finals)}
+        row |= {"metric": {"name": runs[0].metric}, "over": any(scored_clients(run) != "all" for run in own)}
+        rows.append(row | {key: comparison.over_seeds(one[key] for one in finals) for key in FIGURES})
     note = (
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
     )
-    few = [f"{run.name}: {who}" for run in runs if (who := whom(run)) != "all"]
-    note += f" Clients' own figures are not over all clients in {'; '.join(few)}." if few else ""
-    return Table("methods", "Methods", columns, rows, note)
+    few = [f"{run.name}: {who}" for run in runs if (who := scored_clients(run)) != "all"]
+    note += f" Clients' own figures are not over all clients (*) in {'; '.join(few)}." if few else ""
+    return replace(comparison.table(rows, is_detailed=True), title="Methods", note=note)
 
 
 def tests(runs: Sequence[Run]) -> Table:
     """Every label against the first, by Student's paired test over the seeds that both have, corrected by Holm."""
     rows = []
     for model in MODELS:
-        found = {label: _by_seed(own, model) for label, own in grouped(runs, lambda run: run.label).items()}
+        found = {label: _by_seed(own, model) for label, own in group_by(runs, lambda run: run.label).items()}
         found = {label: values for label, values in found.items() if values}
         if not found:
             continue
@@ -105,3 +175,77 @@ def _by_seed(runs: Sequence[Run], model: str) -> Mapping[int, float]:
 
 def _number(p: float) -> float | None:
     return None if math.isnan(p) else p
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One against another over the same pairs."""
+
+    difference: float  # mean of one less the other
+    p: float  # two-sided; NaN where all differences are alike
+    pairs: int
+
+
+def paired(one: Mapping[K, float], other: Mapping[K, float]) -> Paired | None:
+    """Student's paired test over the keys that both have; None of fewer than two pairs."""
+    differences = [one[key] - other[key] for key in one if key in other]
+    if len(differences) < 2:
+        return None
+    return Paired(statistics.fmean(differences), p_value(differences), len(differences))
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Student's test of a mean of zero, two-sided."""
+    from scipy.stats import ttest_1samp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of differences that are all alike: it is then 0 or NaN, and shown
+        return float(ttest_1samp(differences, 0).pvalue)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p-values of several tests, corrected for their number; NaN is no test and stays."""
+    real = sorted((p, i) for i, p in enumerate(ps) if p == p)
+    found, least = list(ps), 0.0
+    for place, (p, i) in enumerate(real):
+        least = found[i] = max(least, min(1.0, p * (len(real) - place)))
+    return found
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Who is ahead by the mean, and whom the test does not tell from it; ``pairs`` are the fewest of any test."""
+
+    first: Hashable
+    mean: float
+    level: tuple[Hashable, ...]  # nobody: ``first`` is the best
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of the paired test on ``first``, for a sentence."""
+        if not self.level:
+            return f"paired test over {self.pairs} seeds, p (Holm) < {LEVEL:g}"
+        names = [str(name) for name in self.level]
+        many = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else _listed(names)
+        why = f"paired test over {self.pairs} seeds" if self.pairs > 1 else "one seed: no test"
+        return f"level with {many}; {why}"
+
+
+def ranking(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> Ranking | None:
+    """Of a name's figures by seed: who is ahead, and who is level with it. None of fewer than two names."""
+    means = {name: statistics.fmean(own.values()) for name, own in values.items() if own}
+    if len(means) < 2:
+        return None
+    first = (max if higher else min)(means, key=means.__getitem__)
+    others = [name for name in means if name != first]
+    found = {name: paired(values[first], values[name]) for name in others}
+    ps = holm([one.p for one in found.values() if one is not None])
+    p_values = dict(zip((name for name, one in found.items() if one is not None), ps))
+    level = tuple(name for name in others if not p_values.get(name, 1.0) < LEVEL)  # NaN is no difference
+    pairs = min((one.pairs if one is not None else 1) for one in found.values())
+    return Ranking(first, means[first], level, pairs)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

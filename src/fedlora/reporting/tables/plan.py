@@ -1,11 +1,9 @@
-"""What a run will take, as tables."""
+"""Tables of a plan: the costs of a run before it begins."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from fedlora.reporting.terminal import DASH, stdout
+from fedlora.runs.table import DASH, Column, Table, from_pairs
 from fedlora.security.privacy import Privacy
 
 ABILITIES = {
@@ -36,37 +34,34 @@ MEMORY = {
 }
 
 
-def plan(found: Mapping[str, Any]) -> None:
+def plan(found: Mapping[str, Any]) -> list[Table | str]:
     """One method's plan, in full."""
-    console = stdout()
-    console.print(_sizes(found))
-    if "privacy" in found:
-        console.print(_listed("Privacy of the whole run", Privacy.describe(found["privacy"])))
-    console.print(_traffic(found["bytes"]))
-    console.print(_listed("Memory (estimate), MB", ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())))
-    console.print(
-        _listed(f"{found['title']} supports", ((n, _word(found["options"][k])) for k, n in ABILITIES.items()))
-    )
-    for said in found["estimates"]:
-        console.print(said, markup=False)
+    privacy = [from_pairs("Privacy of the whole run", Privacy.describe(found["privacy"]))] if "privacy" in found else []
+    memory = ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())
+    abilities = ((name, _word(found["options"][key])) for key, name in ABILITIES.items())
+    return [
+        _sizes(found),
+        *privacy,
+        _traffic(found["bytes"]),
+        from_pairs("Memory (estimate), MB", memory),
+        from_pairs(f"{found['title']} supports", abilities),
+        *found["estimates"],
+    ]
 
 
-def plans(found: Sequence[Mapping[str, Any]]) -> None:
+def plans(found: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """A row a method, to compare them."""
-    table = Table(title="What a run takes")
-    table.add_column("method")
-    for name in (
+    titles = (
         "trainable", "MB up a client, round", "MB down", "MB up, run", "MB down, run", "MB client", "MB server",
         "TFLOP a client, round", "unequal ranks", "secure aggr.",
-    ):  # fmt: skip
-        table.add_column(name, justify="right", overflow="fold")
+    )  # fmt: skip
+    rows = []
     for one in found:
-        table.add_row(one["method"], *([one["problem"]] if "problem" in one else _cells(one)))
-    console = stdout()
-    console.print(table)
-    console.print(
-        "MB a client and round: a later round's mean. Memory is an estimate; bytes are exact unless marked (≤)."
-    )
+        cells = [one["problem"], *[""] * (len(titles) - 1)] if "problem" in one else _cells(one)
+        rows.append({"method": one["method"], **dict(zip(titles, cells))})
+    columns = (Column("method", "method"), *(Column(title, title, align="right") for title in titles))
+    note = "MB a client and round: a later round's mean. Memory is an estimate; bytes are exact unless marked (≤)."
+    return [Table("plans", "What a run takes", columns, rows), note]
 
 
 def _cells(one: Mapping[str, Any]) -> list[str]:
@@ -98,29 +93,21 @@ def _sizes(found: Mapping[str, Any]) -> Table:
         ("TFLOP a client, evaluation", f"{flops['evaluation'] / 1e12:.4f}"),
         ("TFLOP, whole run", f"{flops['run'] / 1e12:.4f}"),
     ]
-    return _listed(f"{found['title'] or found['method']}: before anything is spent", lines)
+    return from_pairs(f"{found['title'] or found['method']}: before anything is spent", lines)
 
 
 def _traffic(sizes: Mapping[str, Any]) -> Table:
-    exact = "" if sizes["exact"] else ", at most"
-    table = Table(title=f"Traffic{exact}, MB")
-    for name in ("direction", "kind", "a client, first round", "a client, later rounds", "whole run, all clients"):
-        table.add_column(name, justify="left" if name in ("direction", "kind") else "right")
+    rows = []
     for direction in ("up", "down"):
         each = sizes["client"][direction]
         for kind, size in sizes["run"][direction].items():
-            later = (_mb(each[when].get(kind, 0.0)) for when in ("first_round", "later_rounds"))
-            table.add_row(direction, kind, *later, _mb(size))
-    return table
-
-
-def _listed(title: str, rows: Any) -> Table:
-    table = Table(title=title, show_header=False)
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+            first, later = (_mb(each[when].get(kind, 0.0)) for when in ("first_round", "later_rounds"))
+            rows.append({"direction": direction, "kind": kind, "first": first, "later": later, "run": _mb(size)})
+    columns = (Column("direction", "direction"), Column("kind", "kind"),
+               Column("first", "a client, first round", align="right"),
+               Column("later", "a client, later rounds", align="right"),
+               Column("run", "whole run, all clients", align="right"))  # fmt: skip
+    return Table("traffic", f"Traffic{'' if sizes['exact'] else ', at most'}, MB", columns, rows)
 
 
 def _spread(values: Any) -> str:

@@ -1,34 +1,32 @@
-"""What a sweep came to."""
+"""The table of a sweep: its trials, and the choice for each method."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
-from fedlora.reporting.tables.paired import ranking
-from fedlora.reporting.terminal import DASH, stdout
+from fedlora.reporting.tables.comparison import ranking
+from fedlora.runs.table import DASH, Column, Table
 
 
-def sweep(found: Mapping[str, Any], folder: str) -> None:
-    """A row a trial, and what was chosen for each method."""
+def sweep(found: Mapping[str, Any]) -> list[Table | str]:
+    """A row a trial, and a sentence on the choice for each method."""
     metric = found["metric"]["name"].replace("_", " ") if found["metric"] else "figure"
     seeds = f", mean over {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else ""
-    table = Table(title=f"{metric.capitalize()} on validation rows ({found['validation']}) in the final round{seeds}")
-    for name in ("method", "trial", "values"):
-        table.add_column(name, overflow="fold")
-    table.add_column(metric, justify="right")
-    table.add_column("")
-    for row in found["methods"]:
-        for trial in row["trials"]:
-            value = DASH if trial["value"] is None else f"{trial['value']:.4f}"
-            table.add_row(row["method"], str(trial["trial"]), _values(trial["values"]), value, _remark(row, trial))
-    console = stdout()
-    console.print(table)
-    for row in found["methods"]:
-        console.print(_sentence(row, metric, found), markup=False)
+    title = f"{metric.capitalize()} on validation rows ({found['validation']}) in the final round{seeds}"
+    rows = [
+        {"method": row["method"], "trial": str(trial["trial"]), "values": _values(trial["values"]),
+         "value": trial["value"], "remark": _remark(row, trial)}
+        for row in found["methods"]
+        for trial in row["trials"]
+    ]  # fmt: skip
+    columns = (Column("method", "method"), Column("trial", "trial"), Column("values", "values"),
+               Column("value", metric, 4), Column("remark", "remark"))  # fmt: skip
+    return [Table("sweep", title, columns, rows), *(_sentence(row, metric, found) for row in found["methods"])]
+
+
+def next_command(found: Mapping[str, Any], folder: str) -> tuple[str, ...]:
+    """The command that compares the chosen settings; nothing where no trial was chosen."""
     chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
-    if chosen:
-        console.print(f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2", soft_wrap=True)
+    return (f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2",) if chosen else ()
 
 
 def _remark(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
@@ -54,7 +52,11 @@ def _standing(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     one = ranking({f"trial {k}": own for k, own in values.items()}, found["metric"]["higher"])
     trials = f"chosen of {len(row['trials'])} by the mean"
     return (
-        trials if one is None else f"{trials}; {one.said}" if one.level else f"best of {len(row['trials'])}; {one.said}"
+        trials
+        if one is None
+        else f"{trials}; {one.verdict}"
+        if one.level
+        else f"best of {len(row['trials'])}; {one.verdict}"
     )
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from fedlora.reporting.digest import PHASES
 from fedlora.reporting.load import Run
-from fedlora.reporting.table import Column, Table, grouped, over
 from fedlora.reporting.tables.by_round import RUN, metric_of
+from fedlora.runs.table import Column, Table, group_by, mean_std
 from fedlora.text import shown
 
 CLIENT = Column("client", "client")
@@ -20,7 +20,7 @@ DIRECTIONS = {"up": "up", "down": "down"}
 def clients(runs: Sequence[Run]) -> Table:
     """Every client's figure in the final round, mean over seeds, and those that ``fedlora personal`` took."""
     rows = []
-    for label, own in grouped(runs, lambda run: run.label).items():
+    for label, own in group_by(runs, lambda run: run.label).items():
         finals = [run.digest.each for run in own]
         rows += list(_each(label, MODEL[own[0].personal_method], finals))
         for key, what in SIDES.items():
@@ -38,14 +38,14 @@ def _side(run: Run, key: str) -> list[float | None]:
 
 def _each(label: str, model: str, finals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
     for client in range(max(map(len, finals), default=0)):
-        found = over(final[client] for final in finals if client < len(final))
+        found = mean_std(final[client] for final in finals if client < len(final))
         if found is not None:
             yield {"label": label, "model": model, "client": str(client), "value": found.mean, "seeds": found.n}
 
 
 def worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str, float]]]:
     """Label -> its worst clients with their figures, the worst first."""
-    groups = grouped(table.rows, lambda row: row["label"])
+    groups = group_by(table.rows, lambda row: row["label"])
     ordered = {k: sorted(own, key=lambda row: row["value"], reverse=not higher) for k, own in groups.items()}
     return {k: [(row["client"], row["value"]) for row in own[:many]] for k, own in ordered.items()}
 
@@ -68,9 +68,9 @@ def labels(runs: Sequence[Run]) -> Table:
 def sent(runs: Sequence[Run]) -> Table:
     """Megabytes up and down by part, of a whole run, mean over seeds."""
     rows = []
-    for label, own in grouped(runs, lambda run: run.label).items():
+    for label, own in group_by(runs, lambda run: run.label).items():
         for direction, part in sorted({key for run in own for key in run.digest.bytes}, reverse=True):
-            found = over(run.digest.bytes.get((direction, part), 0.0) for run in own)
+            found = mean_std(run.digest.bytes.get((direction, part), 0.0) for run in own)
             assert found is not None, "there are runs"
             rows.append({"label": label, "direction": direction, "part": shown(part, 60), "mb": found.mean})
     columns = (RUN, Column("direction", "direction"), Column("part", "part"), Column("mb", "MB", 3))
@@ -82,9 +82,9 @@ def sent(runs: Sequence[Run]) -> Table:
 def phases(runs: Sequence[Run]) -> Table:
     """Seconds of a whole run by phase, mean over seeds."""
     rows = []
-    for label, own in grouped(runs, lambda run: run.label).items():
+    for label, own in group_by(runs, lambda run: run.label).items():
         for phase in (*PHASES, "rest"):
-            found = over(run.digest.phases.get(phase) for run in own)
+            found = mean_std(run.digest.phases.get(phase) for run in own)
             if found is not None:
                 rows.append({"label": label, "phase": phase, "seconds": found.mean})
     columns = (RUN, Column("phase", "phase"), Column("seconds", "seconds", 2))

@@ -78,12 +78,12 @@ def traffic(f: Federation, groups: Iterable[Group]) -> Traffic:
     """Plays the rounds of a federation for each group of parts; its model, data and training are not looked at."""
     found = Traffic()
     for group in groups:
-        played = _played(f, group, _Moves())
+        played = play(f, group)
         if not isinstance(f.rules[group.part].adapter, Dense):
             short = replace(f, rounds=min(f.rounds, PROBED))
             first = [row for row in played.rows if row.round < short.rounds]
             for other in (_Moves(seed=1), _Moves(shrinks=True)):
-                played.varies |= _played(short, group, other).rows != first
+                played.varies |= play(short, group, other).rows != first
         found.rows += played.rows
         found.varies |= played.varies
         found.kept += played.kept
@@ -115,13 +115,14 @@ def _layer(model: Model, path: str) -> Layer:
     return part.adapter.init(*shape(cast(Any, part.module).base), 0)
 
 
-def _played(f: Federation, group: Group, trainer: "_Moves") -> Traffic:
+def play(f: Federation, group: Group, trainer: "_Moves | None" = None) -> Traffic:
+    """Play all rounds for one group of parts, with stand-ins for what training finds."""
     initial: Tree = {group.part: group.layer}
     own = replace(
         f, rules={group.part: f.rules[group.part]}, model=cast(Model, _Stand(initial)), data=None,
         attack=None,
     )  # fmt: skip
-    engine = Rehearsal(trainer=trainer)
+    engine = Rehearsal(trainer=trainer or _Moves())
     last = deque(engine.run(own), maxlen=1)[0]
     log = last.folds
     factors = [x for f in log.prefix.values() for x in f]
