@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from fedlora.cli import _completion as completing
-from fedlora.cli._options import Json, answer
+from fedlora.cli._options import Json, answer, say
 
 
 def methods(
@@ -21,7 +21,11 @@ def methods(
     from fedlora.reporting import terminal as tables
 
     if name is None:
+        from fedlora.methods import METHODS
+
         found = catalogue.entries()
+        for error in METHODS.errors():
+            say(f"fedlora: {error}")
         answer(as_json, found, lambda: tables.methods(found))
     else:
         one = catalogue.entry(name)

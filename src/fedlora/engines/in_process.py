@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedlora.engines import privacy as private
 from fedlora.engines.federation import Federation
@@ -24,6 +25,11 @@ class InProcess(Loop):
     _kept: dict[int, Tree] = field(default_factory=dict, init=False)
     _moments: dict[int, State | None] = field(default_factory=dict, init=False)
     _before: dict[int, tuple[Tree, State | None]] = field(default_factory=dict, init=False)  # this round's turns
+
+    @classmethod
+    def drive(cls, config, f, watch, observe, take):
+        with TemporaryDirectory(prefix="fedlora-") as place:
+            take(cls(watch, observe, Path(place) if config.engine.spill else None), f)
 
     def begin(self, f: Federation) -> Standing:
         self._kept, self._moments = {}, {}

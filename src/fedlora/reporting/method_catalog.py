@@ -5,11 +5,10 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.engines.base_updates import FoldLog
 from fedlora.engines.comm.channel import Channel
-from fedlora.methods._base import Method
+from fedlora.methods import METHODS, Method
 from fedlora.rounds import Received, client_turn, server_turn
 from fedlora.types import Tree, Turn, Work
 
@@ -85,7 +84,7 @@ def told(doc: str) -> dict[str, str]:
 
 def entry(name: str) -> dict[str, Any]:
     """One method as a JSON-able record."""
-    kind = methods.load(name)
+    kind = METHODS.load(name)
     said = told(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
         "name": name,
@@ -140,5 +139,5 @@ def settings(kind: type[Method]) -> dict[str, Any]:
 
 
 def entries() -> list[dict[str, Any]]:
-    """All methods that there are."""
-    return [entry(name) for name in methods.names()]
+    """All methods that can be loaded."""
+    return [entry(name) for name in METHODS.classes()]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora import tasks
 from fedlora.adapters import Dense
 from fedlora.engines import privacy as private
 from fedlora.engines.clients import Shard
@@ -20,6 +19,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, per_machine
+from fedlora.tasks import TASKS
 from fedlora.tasks._base import Data
 from fedlora.tasks.networks.pretrained import check_tokens, quantised
 from fedlora.training.device import Engine, checkpoint_activations
@@ -111,7 +111,7 @@ def head_rule(method: Method, dense: Dense) -> Method:
 
 def per_machine_settings(table: Table) -> list[str]:
     """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
-    kinds = {"task": tasks.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
+    kinds = {"task": TASKS.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
     return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine(kind)]
 
 

@@ -1,14 +1,6 @@
-"""One attack a file; the file's name is the attack's name. Found by looking in this folder, never listed."""
+"""Attacks, one a file. The file's name is the attack's name."""
 
-from fedlora import registry as finding
+from fedlora.registry import Registry
 from fedlora.security.attacks._base import Attack
 
-
-def names() -> list[str]:
-    """The names of all attacks."""
-    return finding.names(__path__)
-
-
-def load(name: str) -> type[Attack]:
-    """The attack's class by its name. ``ValueError`` names the nearest one."""
-    return finding.load(__name__, name, names(), Attack, "attack")
+ATTACKS = Registry(Attack, "attack", group="fedlora.attacks", package=__name__)

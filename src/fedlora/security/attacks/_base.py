@@ -23,7 +23,12 @@ SUCCESS = "success"  # the name of a judge's sum
 
 @dataclass(frozen=True)
 class Attack:
-    """The ``[attack]`` table: one attack, and who takes part in it from which round on."""
+    """The ``[attack]`` table: one attack, and who takes part in it from which round on.
+
+    An attack of another package is a frozen dataclass that defines one of ``taught``, ``sends`` and ``together``; its
+    own fields are further keys of the table and need defaults. ``taught`` and ``sends`` are called for attackers only,
+    ``together`` once a round with all uploads.
+    """
 
     share: float = 0.3  # of the clients, drawn from the seed
     clients: list[int] | None = None  # or these
