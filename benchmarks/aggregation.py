@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fedlora import methods
 from fedlora.adapters import LoRA
+from fedlora.methods import METHODS, for_finished_adapters
 from fedlora.methods._base import Method
 from fedlora.training.device import keep_memory
 from fedlora.types import Layer, Turn, Upload, Work
@@ -73,9 +73,9 @@ def one(m: int, n: int, r: int, K: int, names: Sequence[str]) -> dict[str, float
     floor = seconds(lambda: read_once(uploads))
     found = {"floor_ms": 1e3 * floor}
     for name in names:
-        method = replace(methods.load(name)(), adapter=adapter)
+        method = replace(METHODS.load(name)(), adapter=adapter)
         found[name] = seconds(lambda method=method: combined(method, start, uploads)) / floor
-    found["svd, one sweep"] = seconds(lambda: combined(methods.load("svd")(adapter, sweeps=1), start, uploads)) / floor
+    found["svd, one sweep"] = seconds(lambda: combined(METHODS.load("svd")(adapter, sweeps=1), start, uploads)) / floor
     return found
 
 
@@ -88,7 +88,7 @@ def whole_model(names: Sequence[str], weights: int = 16) -> dict[str, float]:
     floor = seconds(lambda: [read_once(uploads) for uploads in cohorts])
     found = {"floor_ms": 1e3 * floor, "GB a second": weights * 100 * 8192 * 16 * 4 / floor / 1e9}
     for name in names:
-        method = replace(methods.load(name)(), adapter=LoRA(16, 32.0))
+        method = replace(METHODS.load(name)(), adapter=LoRA(16, 32.0))
         took = seconds(lambda method=method: [combined(method, uploads[0].layer, uploads) for uploads in cohorts])
         found[name] = took / floor
     return found
@@ -114,7 +114,7 @@ def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
             ((product - target).square().sum() / target.square().sum()).backward()
             optimizer.step()
 
-    ours = {name: replace(methods.load(name)(), adapter=adapter) for name in ("flora-na", "flexlora", "fedex-lora")}
+    ours = {name: replace(METHODS.load(name)(), adapter=adapter) for name in ("flora-na", "flexlora", "fedex-lora")}
     mine = {name: seconds(lambda method=method: combined(method, start, uploads)) for name, method in ours.items()}
     began = time.perf_counter()
     torch.linalg.svd(mean_product(), full_matrices=False)
@@ -130,7 +130,7 @@ def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Shapes, ranks and clients; the largest cases at the paper's rank only."""
-    names = methods.for_finished_adapters()
+    names = list(for_finished_adapters())
     keep_memory()  # as fedlora's own commands do
     found: dict[str, Any] = {"multiples of reading the bytes": {}}
     for label, (m, n) in SHAPES.items():

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fedlora import methods
 from fedlora.files import load_tree
 from fedlora.flower.client_factory import simulated_app
 from fedlora.flower.client_store import Store
 from fedlora.flower.deploy.app_template import init
 from fedlora.flower.deploy.processes import Loopback
 from fedlora.flower.testing import MemoryGrid
+from fedlora.methods import METHODS
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, build
 from fedlora.runs.run import run
@@ -28,7 +28,7 @@ MODEL, CLIENTS, ROUNDS = "minilm-l3-h384-v8k", 3, 3
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Method -> engine -> whether shared leaves, each client's own, folds and scores are those of one process."""
     torch.set_num_threads(1)
-    configs = {name: build(table(models, data, name)) for name in methods.names()}
+    configs = {name: build(table(models, data, name)) for name in METHODS.names()}
     found: dict[str, dict[str, bool]] = {name: {} for name in configs}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)

@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from fedlora import methods, run
+from fedlora import run
 from fedlora.engines.checkpoint import Checkpoints
+from fedlora.methods import METHODS
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import build
 
@@ -18,7 +19,7 @@ CLIENTS, STEPS, ROUNDS = 10, 10, 4
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Seconds of each round with training and evaluation, and of its saving; and their ratio, which decides."""
-    return {method: _one(method, table(models, data)) for method in methods.names()}
+    return {method: _one(method, table(models, data)) for method in METHODS.names()}
 
 
 def table(models: Path, data: Path) -> dict[str, Any]:

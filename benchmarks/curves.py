@@ -93,7 +93,7 @@ def add(row: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measures what is missing, seed by seed."""
-    from fedlora import methods
+    from fedlora.methods import METHODS
 
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", default="0,1,2")
@@ -106,7 +106,7 @@ def main() -> None:
     for row in taken(asked.of, known) if asked.of else ():
         add(row)
     known = {(row["method"], row["seed"]) for row in read()}
-    for seed, name in itertools.product([int(seed) for seed in asked.seeds.split(",") if seed], methods.names()):
+    for seed, name in itertools.product([int(seed) for seed in asked.seeds.split(",") if seed], METHODS.names()):
         if (name, seed) not in known:
             add(measure(name, seed))
 

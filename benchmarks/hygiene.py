@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.engines.aggregation_error import errors
 from fedlora.files import Limits, decode_tree, encode_tree
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, client_turn, server_turn
 from fedlora.security.validation import UploadScreen, Validation
@@ -92,7 +92,7 @@ def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int, times: 
     """Prints rows of figures, one a method and shape."""
     for shape in shapes:
         for name in names:
-            kind = methods.load(name)
+            kind = METHODS.load(name)
             round_of = uploads(kind(kind.adapters[0].like(LoRA(r, 16.0))), *SHAPES[shape], K)
             about = {"weights": shape, "rank": r, "clients": K, "method": name}
             print(json.dumps({**about, **costs(*round_of, times)}), flush=True)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import fedlora
-from fedlora import methods
+from fedlora.methods import METHODS
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "0", "1"]
 TIMES = {"seconds", "began", "ended"}  # of a record: what the clock says
@@ -162,7 +162,7 @@ def jobs(folder: Path) -> Iterator[tuple[str, Callable[[Path], str]]]:
         return into
 
     for task, table in tables(folder).items():
-        for name in methods.names():
+        for name in METHODS.names():
             yield f"{task}/{name}", run(*settings(name), table=table)
     for variant, (name, *overrides) in VARIANTS.items():
         yield f"{variant}/{name}", run(*settings(name), *overrides)

@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import fedlora
+from fedlora.methods import METHODS
 from fedlora.runs.config import read
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.toml"))
@@ -16,7 +17,7 @@ TOY = ("rounds=2", "training.batch_size=4", "task.train_rows=90", "task.test_row
 
 def test_there_is_one_for_every_method():
     found = {read(path).table["method"]["name"] for path in EXAMPLES}
-    assert found == set(fedlora.methods.names())
+    assert found == set(METHODS.names())
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import methods, tasks
+from fedlora.methods import METHODS
+from fedlora.tasks import TASKS
 from fedlora.tasks._base import Supervised
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +203,7 @@ def test_the_core_writes_to_nothing():
 
 
 def test_no_branch_on_a_methods_name():
-    known = set(methods.names())
+    known = set(METHODS.names())
     for path in FILES:
         for node in nodes(path):
             if isinstance(node, ast.Compare | ast.MatchValue):
@@ -239,8 +240,8 @@ def test_public_things_are_explained():
 
 
 def test_every_method_names_its_source():
-    for name in methods.names():
-        kind = methods.load(name)
+    for name in METHODS.names():
+        kind = METHODS.load(name)
         assert kind.title, name
         assert kind.__doc__, name
 
@@ -255,8 +256,8 @@ def test_groups_of_tests_stay_whole(request):
 
 def test_every_file_that_counts_as_a_task_is_one():
     """A file of machinery whose name does not begin with ``_`` would be offered to users as a task."""
-    for name in tasks.names():
-        kind = tasks.load(name)
+    for name in TASKS.names():
+        kind = TASKS.load(name)
         assert issubclass(kind, Supervised) and isinstance(kind.quantizes, bool), name
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlora import methods
 from fedlora.adapters import LoRA
+from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.flora_na import FLoRANA
@@ -63,10 +63,10 @@ def test_the_order_of_leaves_has_no_influence_on_how_parts_are_grouped():
     assert alike(["a", "b"], lambda part: [layers[part]]) == [["a", "b"]]
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_replies_in_any_order_give_the_same_bits(name):
     """Over a network they arrive in any order, and sums of floating-point numbers depend on it."""
-    kind = methods.load(name)
+    kind = METHODS.load(name)
     world = World(kind(adapter=ADAPTERS[kind.adapters[0]][0]))
     uploads = []
     for client in range(3):

@@ -12,6 +12,7 @@ _WHERE = {
     "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema",
     "Heads": "fedlora.adapters", "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters",
     "Method": "fedlora.methods._base", "Model": "fedlora.training.model",
+    "Registry": "fedlora.registry",
     "Result": "fedlora.runs.run", "build": "fedlora.runs.config", "compare": "fedlora.runs.compare",
     "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run",
 }  # fmt: skip

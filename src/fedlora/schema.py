@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.registry import unknown
+from fedlora.registry import Registry, unknown
 
 Table = dict[str, Any]
 T = TypeVar("T")
@@ -128,6 +128,25 @@ def per_machine(cls: type) -> list[str]:
     return [f.name for f in fields(cls) if PER_MACHINE in getattr(hints[f.name], "__metadata__", ())]
 
 
+def load_class(registry: Registry[T], name: str) -> type[T]:
+    """Return ``registry.load(name)``, with a ``ConfigError`` where that is a ``ValueError``."""
+    try:
+        return registry.load(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def construct_named(registry: Registry[T], path: str, table: Mapping[str, Any]) -> T:
+    """Return an instance of the class that the table's ``name`` picks from a registry, with the table's other keys."""
+    name = table.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"[{path}] has no name; set {path}.name to a string.")
+    found: T = construct(
+        load_class(registry, name), path, {key: value for key, value in table.items() if key != "name"}
+    )
+    return found
+
+
 def typed(path: str, value: Any, kind: Any) -> Any:
     """The value, checked strictly against a type: ``"8"`` is no int, 8 is a float. ``ConfigError`` names the key."""
     if isinstance(value, float) and value != value:
@@ -143,6 +162,8 @@ def known(path: str, table: Table, allowed: list[str]) -> None:
     """``ConfigError`` where the table has a key that is not allowed; names the nearest."""
     for key in table:
         if key not in allowed:
+            if not allowed:
+                raise ConfigError(f"there is no setting '{path}.{key}'; {path} has none beside its name.")
             where = f"of {path}" if path else "of a configuration"
             raise ConfigError(unknown("setting", f"{path}.{key}" if path else key, allowed, f"settings {where}"))
 

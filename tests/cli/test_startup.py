@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fedlora import methods
 from fedlora.cli import _completion as completing
+from fedlora.methods import METHODS
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "pandas", "rich", "importlib.metadata")
 
@@ -43,7 +43,7 @@ def test_what_is_not_there_is_said():
 
 
 def test_methods_complete():
-    assert completing.names() == methods.names(), "without importing a method"
+    assert completing.names() == METHODS.names(), "without importing a method"
     assert completing.method("fedr") == ["fedrot-lora"]
     assert completing.methods("fedit,fedr") == ["fedit,fedrot-lora"]
     assert "fedit,fedit" not in completing.methods("fedit,") and "fedit,centralised" in completing.methods("fedit,")

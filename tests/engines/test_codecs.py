@@ -5,16 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.engines.comm import codecs
+from fedlora.engines.comm.codecs import CODECS
 from fedlora.engines.comm.codecs._base import Chain, from_lines, in_lines
 
-CHAINS = [[name] for name in codecs.names()] + [["top-k", name] for name in codecs.names() if name != "top-k"]
+CHAINS = [[name] for name in CODECS.names()] + [["top-k", name] for name in CODECS.names() if name != "top-k"]
 SHAPES = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple) | st.sampled_from([(3, 700), (700, 3), (1, 1)])
 SIZES = st.sampled_from([0.0, 1e-42, 1e-30, 1e-6, 1.0, 1e4])
 
 
 def chain(names, share=0.3):
-    return Chain(tuple(codecs.load(name)(**({"share": share} if name == "top-k" else {})) for name in names))
+    return Chain(tuple(CODECS.load(name)(**({"share": share} if name == "top-k" else {})) for name in names))
 
 
 def draws(seed=0):
@@ -28,9 +28,9 @@ def numbers(shape, size, seed):
 
 
 def test_the_codecs_are_the_files():
-    assert codecs.names() == ["bfloat16", "float16", "int4", "int8", "top-k"]
+    assert CODECS.names() == ["bfloat16", "float16", "int4", "int8", "top-k"]
     with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
-        codecs.load("bfloat")
+        CODECS.load("bfloat")
 
 
 @pytest.mark.parametrize("names", CHAINS, ids="+".join)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import methods
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.comm.encoding import OWED
 from fedlora.engines.in_process import InProcess
+from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import public
 from fedlora.runs.plan.plan import byte_plan, outline
@@ -99,7 +99,7 @@ def test_what_is_owed_of_a_leaf_waits_until_that_leaf_is_sent_again():
 
 
 def test_a_client_that_pruned_itself_says_its_shape():
-    method = methods.load("hetlora")()
+    method = METHODS.load("hetlora")()
     rule, shared = {"w": method}, {"w": method.adapter.init(24, 40, 0)}
     turn, t = Turn(0, 0, 8, seed=7), Transport(up="int8", error_feedback=True)
     sent = {"w": dict(method.adapter.leading(moved(shared)["w"], 3))}
@@ -211,10 +211,10 @@ def test_bytes_of_a_run(reference):
     assert found["down"] == {kind: size // 2 for kind, size in plain["down"].items()}
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_the_plan_is_exact(name):
     rough = [*COARSE, "transport.error_feedback=true"]
-    if not getattr(methods.load(name), "keeps_frame", True):
+    if not getattr(METHODS.load(name), "keeps_frame", True):
         rough = [COARSE[0], COARSE[2], "transport.down=int8"]
     made = config(*settings(name), *rough, "transport.folds=bfloat16", "rounds=4",
                   "clients.per_round=2", "evaluation.every=4", "evaluation.measure=false", "training.local_steps=1")  # fmt: skip

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import methods
 from fedlora.engines.in_process import InProcess
 from fedlora.files import load_tree
+from fedlora.methods import METHODS
 from fedlora.runs.config import ConfigError, build
 from tests.fixtures.federation import DEMO, HEAD, LORA, REFERENCE, TABLE, WEIGHTS, WIDTH, config, same, settings
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_same_config_and_seed_same_bits_and_uploads_on_disk_change_none(name, reference):
     """A run that is repeated with its uploads on disk; that figures of uploads are the same, too, test_bits looks at."""
     first = reference(name)

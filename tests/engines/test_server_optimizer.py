@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.rolora import RoLoRA
@@ -71,7 +71,7 @@ def test_plain_momentum_of_zero_is_the_method_itself():
         torch.testing.assert_close(after["A"], plain["A"])
 
 
-AVERAGING = [n for n in methods.names() if methods.load(n).combine is Method.combine and n not in ("flora-na", "local")]
+AVERAGING = [n for n in METHODS.names() if METHODS.load(n).combine is Method.combine and n not in ("flora-na", "local")]
 
 
 @pytest.mark.parametrize("name", AVERAGING)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fedlora
-from fedlora import methods
 from fedlora.export.aggregate import aggregate, method_for
 from fedlora.export.peft import export
+from fedlora.methods import METHODS
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import TABLE, TINY_VIT, WIDTH, config, settings
@@ -30,7 +30,7 @@ def opened(reference):
     return lambda name: RunFolder.open(reference(name).folder)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_every_methods_result_is_a_plain_lora(tmp_path, name, opened):
     run = opened(name)
     personal = run.config.method.personal

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedlora import methods
+from fedlora.methods import METHODS
 
 
 class Finished(NamedTuple):
@@ -45,7 +45,7 @@ def grid(tmp_path_factory):
     return run
 
 
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(f"grid of {n}")) for n in methods.names()])
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.xdist_group(f"grid of {n}")) for n in METHODS.names()])
 def name(request):
     """Every method in turn; the tests of one method run on one worker, which has its runs."""
     return request.param

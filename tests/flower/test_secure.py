@@ -7,15 +7,15 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora import methods
 from fedlora.flower.layout import means, size, vector
 from fedlora.flower.quorum import TooFewError
+from fedlora.methods import METHODS
 from fedlora.rounds import shares
 from fedlora.security.secure_aggregation import PHASES, ProtocolError
 from tests.fixtures.federation import REFERENCE
 from tests.fixtures.flower import HIDDEN, QUICK, TRAIN_ONLY, World, config, overrides
 
-SUMS = [name for name in methods.names() if methods.load(name).sums]
+SUMS = [name for name in METHODS.names() if METHODS.load(name).sums]
 SHORT = ("training.local_steps=1", TRAIN_ONLY)
 
 
@@ -157,7 +157,7 @@ def test_the_vector_and_its_layout_come_back():
         vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
 
 
-@pytest.mark.parametrize("name", [n for n in methods.names() if n not in SUMS])
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in SUMS])
 def test_a_method_whose_server_must_see_factors_is_refused_with_the_reason(name):
     with pytest.raises(ValueError, match="server must see every client's factors; take one of .*fedit"):
         config(*overrides(name), "flower.secure_aggregation=true")
@@ -175,9 +175,9 @@ def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
     from fedlora.methods._base import Method
 
     for name in SUMS:
-        kind = methods.load(name)
+        kind = METHODS.load(name)
         assert kind.combine is Method.combine and kind.combine_all is Method.combine_all, name
-    assert shares(methods.load("ravan")(), [3, 1]) == [0.5, 0.5]
+    assert shares(METHODS.load("ravan")(), [3, 1]) == [0.5, 0.5]
 
 
 def test_a_party_that_hides_its_uploads_sends_none_in_the_clear(tmp_path):

@@ -13,7 +13,6 @@ pytest.importorskip("ray", reason="needs the flower-simulation extra")
 from flwr.serverapp import ServerApp
 
 import fedlora
-from fedlora import methods
 from fedlora.engines.network_settings import Network
 from fedlora.flower.client import Base, Node
 from fedlora.flower.client_messages import client_app, handled
@@ -21,6 +20,7 @@ from fedlora.flower.client_store import Store
 from fedlora.flower.deploy.node_config import number
 from fedlora.flower.server import Federated
 from fedlora.flower.simulation import _play
+from fedlora.methods import METHODS
 from fedlora.runs.config import build
 from tests.fixtures.flower import agree, config, overrides, records_agree, same, trained
 
@@ -59,7 +59,7 @@ def several(tables, folder):
 def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tmp_path):
     """Two rounds of each method; hygiene, a robust rule, a codec with error feedback and client-level privacy in three."""
     hardened = {name: told for name, told in HARDENED.items() if OPACUS or name != "privacy"}
-    configs = {name: config(*overrides(name), *FOUR, "rounds=2") for name in methods.names()}
+    configs = {name: config(*overrides(name), *FOUR, "rounds=2") for name in METHODS.names()}
     configs |= {name: config(*told, *FOUR, "rounds=3") for name, told in hardened.items()}
     ends = {}
     server = ServerApp()

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import methods
-from fedlora.adapters import KINDS, LoRA
+from fedlora.adapters import ADAPTERS, LoRA
 from fedlora.files import save_json, write
+from fedlora.methods import METHODS
 from fedlora.reporting import citations as citing
 from fedlora.reporting.citations import Entry, cited, parsed
 from fedlora.reporting.method_catalog import reference
 from fedlora.runs.config import ConfigError, dumps
-from fedlora.security import attacks
-from fedlora.security import robust as defences
+from fedlora.security.attacks import ATTACKS
+from fedlora.security.robust import ROBUST_RULES
 from tests.fixtures.resume import small
 
 UNPUBLISHED = {"local", "svd"}
@@ -22,17 +22,17 @@ NEEDED = {"inproceedings": "booktitle", "article": "journal", "misc": "year"}
 
 def everything() -> dict[str, str]:
     """Where -> BibTeX text, of all that has any."""
-    found = {f"method {name}": reference(methods.load(name)).cite for name in methods.names()}
-    found |= {f"adapter {name}": (LoRA(use_rslora=True) if kind is LoRA else kind).cite for name, kind in KINDS.items()}
-    found |= {f"attack {name}": attacks.load(name).cite for name in attacks.names()}
-    found |= {f"robust {name}": defences.load(name).cite for name in defences.names()}
+    found = {f"method {name}": reference(METHODS.load(name)).cite for name in METHODS.names()}
+    found |= {f"adapter {name}": (LoRA(use_rslora=True) if kind is LoRA else kind).cite for name, kind in ADAPTERS.classes().items()}
+    found |= {f"attack {name}": ATTACKS.load(name).cite for name in ATTACKS.names()}
+    found |= {f"robust {name}": ROBUST_RULES.load(name).cite for name in ROBUST_RULES.names()}
     for table in (citing.PRIVACY, citing.ACCOUNTANTS, citing.OPTIMIZERS):
         found |= {f"setting {name}": text for name, text in table.items()}
     return found | {"secure aggregation": citing.SECURE_AGGREGATION}
 
 
 def test_every_published_method_says_what_to_cite():
-    silent = {name for name in methods.names() if not methods.load(name).cite}
+    silent = {name for name in METHODS.names() if not METHODS.load(name).cite}
     assert silent == UNPUBLISHED
 
 
@@ -61,8 +61,8 @@ def test_facts_are_those_of_the_docstrings():
     import inspect
     import sys
 
-    for name in set(methods.names()) - UNPUBLISHED:
-        kind = methods.load(name)
+    for name in set(METHODS.names()) - UNPUBLISHED:
+        kind = METHODS.load(name)
         text = " ".join((inspect.getdoc(sys.modules[kind.__module__]) or "").split())
         (entry,) = parsed(kind.cite)
         fields = dict(entry.fields)

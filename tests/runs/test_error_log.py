@@ -8,8 +8,8 @@ import click
 import pytest
 from typer.main import get_command
 
-from fedlora import methods
 from fedlora.cli import app
+from fedlora.methods import METHODS
 from fedlora.runs import error_log as crash
 from tests.fixtures.toml import TOML
 
@@ -80,7 +80,7 @@ def test_a_users_mistake_leaves_no_file(broken, tmp_path):
 
 def test_an_error_from_another_process_says_the_same(tmp_path):
     """Pickling loses the traceback."""
-    for call in (lambda: methods.load("fedditt"), lambda: [][0]):
+    for call in (lambda: METHODS.load("fedditt"), lambda: [][0]):
         error = _raised(call)
         crash.keep_traceback(error, tmp_path)
         there = pickle.loads(pickle.dumps(error))

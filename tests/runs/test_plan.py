@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fedlora import methods
 from fedlora.cli import app
+from fedlora.methods import METHODS
 from fedlora.reporting.tables import plan as plans
 from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
@@ -29,7 +29,7 @@ TABLE = {
     "training": {"local_steps": 1, "batch_size": 4},
     "evaluation": {"every": 3, "measure": False},
 }
-ANY_RANK = [name for name in methods.names() if methods.load(name).any_rank]
+ANY_RANK = [name for name in METHODS.names() if METHODS.load(name).any_rank]
 
 
 def wide(table, label):
@@ -47,7 +47,7 @@ def agree(table, label=None):
     return found, result
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_bytes_are_those_of_the_run(name):
     plan, result = agree(TABLE, name)
     for direction in ("up", "down"):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fedlora import methods
+from fedlora.methods import METHODS
 from fedlora.reporting.method_catalog import covered
 from fedlora.runs.compare import for_label, oracle
 from fedlora.runs.config import build, merged, overridden
@@ -52,9 +52,9 @@ def test_one_sentence(name, overrides, text):
     assert str(found.value).endswith(".") and "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", [n for n in methods.names() if n != "local"])
+@pytest.mark.parametrize("name", [n for n in METHODS.names() if n != "local"])
 def test_every_other_method_has_a_guarantee_one_way_or_the_other(name):
-    kind = methods.load(name)
+    kind = METHODS.load(name)
     assert made(name, *CLIENT, "privacy.noise_on=upload").privacy.by_client
     assert made(name, *EXAMPLE).privacy.by_example
     if kind.sums:
@@ -95,7 +95,7 @@ def test_a_comparison_gives_every_method_equal_weights_and_the_upper_line_no_cli
 
 
 def test_a_methods_page_says_what_is_covered():
-    said = {name: covered(methods.load(name)) for name in methods.names()}
+    said = {name: covered(METHODS.load(name)) for name in METHODS.names()}
     assert "noise on a round's sum or each upload, for A, clipped" in said["fedsa-lora"]
     assert "; B, parts trained in full stay with a client, uncovered" in said["fedsa-lora"]
     assert "for A, B and the parts trained in full, clipped" in said["rolora"] and "stay" not in said["rolora"]

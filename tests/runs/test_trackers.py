@@ -125,7 +125,7 @@ def test_each_tracker_has_the_names_of_who_was_missing(done):
 
 def test_who_missed_nobody_sends_no_text_and_means_over_fewer_are_in_it(tmp_path, monkeypatch):
     session = Flaky([])
-    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    monkeypatch.setattr(trackers.TRACKERS.load("tensorboard"), "open", lambda self, told: session)
     start = Start(small("fedit", "track.tensorboard=true"), None, [], print)
     clients = {"each": [0.5, 0.5, 0.5]}
     for records, text in (
@@ -164,7 +164,7 @@ class Flaky(trackers.Session):
 
 def test_a_round_that_a_tracker_does_not_take_is_sent_again_and_said_once(tmp_path, monkeypatch):
     session, said = Flaky([1, 1, 3]), []
-    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    monkeypatch.setattr(trackers.TRACKERS.load("tensorboard"), "open", lambda self, told: session)
     watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
     runs.run(small("fedit", "rounds=3", "track.tensorboard=true"), tmp_path / "run", watch)
     assert session.got == [1, 2, 3] and session.state == "finished", "the third was sent at the end"
@@ -176,7 +176,7 @@ def test_a_round_that_a_tracker_does_not_take_is_sent_again_and_said_once(tmp_pa
 
 def test_what_a_tracker_never_took_is_named(tmp_path, monkeypatch):
     session, said = Flaky([2] * 9), []
-    monkeypatch.setattr(trackers.load("tensorboard"), "open", lambda self, told: session)
+    monkeypatch.setattr(trackers.TRACKERS.load("tensorboard"), "open", lambda self, told: session)
     watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
     runs.run(small("fedit", "rounds=2", "track.tensorboard=true"), tmp_path / "run", watch)
     assert said[-1] == "tensorboard lacks the rounds 2; metrics.jsonl has them."
@@ -226,7 +226,7 @@ def test_reading_a_config_imports_no_tracker():
     import subprocess
 
     code = (
-        "import sys; from fedlora.runs import trackers; t = trackers.read({name: True for name in trackers.names()});"
+        "import sys; from fedlora.runs import trackers; t = trackers.read({name: True for name in trackers.TRACKERS.names()});"
         "print([m for m in ('tensorboard', 'mlflow', 'wandb', 'trackio') if m in sys.modules], sorted(t.trackers))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -12,8 +12,8 @@ from fedlora.engines.in_process import InProcess
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.rounds import Received, client_turn, received, server_turn
-from fedlora.security import attacks
-from fedlora.security import robust as defences
+from fedlora.security.attacks import ATTACKS
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.attacks._base import alter_upload, poison_task, success_rate
 from fedlora.security.attacks.backdoor import Backdoor
 from fedlora.security.attacks.label_flip import LabelFlip
@@ -80,7 +80,7 @@ def _product(rules, tree, part):
 
 
 def drawn(name, **settings):
-    return attacks.load(name)(clients=HOSTILE, **settings).prepare(None, "", K, 0)
+    return ATTACKS.load(name)(clients=HOSTILE, **settings).prepare(None, "", K, 0)
 
 
 HARM = {  # attack -> how far along the honest way a plain mean still gets, at most
@@ -99,8 +99,8 @@ def test_an_attack_harms_a_mean_and_a_rule_stops_it(name, method):
     rules, shared, uploads = round_of(method, drawn(name, **settings))
     along, aside = progress(rules, shared, uploads)
     assert aside > 0.5 and (most is None or along < most)
-    for rule in defences.names():
-        found, _ = reweigh_uploads(defences.load(rule)(), method, rules, shared, uploads, 2, 0)
+    for rule in ROBUST_RULES.names():
+        found, _ = reweigh_uploads(ROBUST_RULES.load(rule)(), method, rules, shared, uploads, 2, 0)
         along, aside = progress(rules, shared, found)
         if rule != "clip":  # which only makes an attacker's update as short as an honest one; here they have 42 %
             assert along > 0.5 and aside < 0.5, (rule, along, aside)
@@ -128,8 +128,8 @@ def test_a_rescaled_pair_is_invisible_to_every_rule_and_wrecks_the_mean_of_facto
     for a, b in zip(honest, uploads):
         torch.testing.assert_close(_product(rules, a.tree, "w"), _product(rules, b.tree, "w"), rtol=1e-3, atol=1e-4)
     assert progress(rules, shared, uploads)[1] > 1.0
-    found, record = reweigh_uploads(defences.load("multi-krum")(), rules["w"], rules, shared, uploads, 2, 0)
-    _, other = reweigh_uploads(defences.load("multi-krum")(), rules["w"], rules, shared, honest, 2, 0)
+    found, record = reweigh_uploads(ROBUST_RULES.load("multi-krum")(), rules["w"], rules, shared, uploads, 2, 0)
+    _, other = reweigh_uploads(ROBUST_RULES.load("multi-krum")(), rules["w"], rules, shared, honest, 2, 0)
     assert record == other, "the rule takes them for honest"
     assert progress(rules, shared, found)[1] > 1.0 or not set(record["kept"]) & set(HOSTILE)
     screen = UploadScreen(Validation(), rules, shared, {})
@@ -160,15 +160,15 @@ def test_to_first_order_the_update_is_reversed_and_both_factors_take_part():
 
 
 def test_who_attacks_and_from_when():
-    attack = attacks.load("nan")(share=0.3, start=3).prepare(None, "", 10, 7)
+    attack = ATTACKS.load("nan")(share=0.3, start=3).prepare(None, "", 10, 7)
     assert len(attack.attackers) == 3
-    assert attack.attackers == attacks.load("nan")(share=0.3).prepare(None, "", 10, 7).attackers
-    assert attack.attackers != attacks.load("nan")(share=0.3).prepare(None, "", 10, 8).attackers
+    assert attack.attackers == ATTACKS.load("nan")(share=0.3).prepare(None, "", 10, 7).attackers
+    assert attack.attackers != ATTACKS.load("nan")(share=0.3).prepare(None, "", 10, 8).attackers
     assert not any(attack.is_attack(Turn(1, k, 2)) for k in range(10))
     assert {k for k in range(10) if attack.is_attack(Turn(2, k, 2))} == attack.attackers
-    assert len(attacks.load("collude")().prepare(None, "", 9, 0).attackers) == 3
+    assert len(ATTACKS.load("collude")().prepare(None, "", 9, 0).attackers) == 3
     with pytest.raises(ValueError, match="names client 10, and clients are numbered 0 to 9"):
-        attacks.load("nan")(clients=[10]).prepare(None, "", 10, 0)
+        ATTACKS.load("nan")(clients=[10]).prepare(None, "", 10, 0)
 
 
 ROWS = Examples(
@@ -223,7 +223,7 @@ def test_what_is_sent_starts_from_what_the_client_held():
 
 
 def test_all_attacks_are_found():
-    assert attacks.names() == [
+    assert ATTACKS.names() == [
         "backdoor", "collude", "copy", "gaussian", "inner-product", "label-flip", "nan", "rescale", "scaling", "sign-flip",
     ]  # fmt: skip
 

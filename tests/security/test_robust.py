@@ -14,7 +14,7 @@ from fedlora.methods.ravan import Ravan
 from fedlora.methods.svd import BestRank
 from fedlora.rounds import Received, client_turn, server_turn
 from fedlora.runs.config import build
-from fedlora.security import robust as defences
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import UpdateGeometry, reweigh_uploads
 from fedlora.security.validation.update_norms import gram_matrix
 from fedlora.types import Turn
@@ -49,14 +49,14 @@ def test_where_a_factor_stays_with_its_client_the_other_counts_as_it_is():
     torch.testing.assert_close(gram_matrix(rules, shared, uploads), X @ X.T)
 
 
-@pytest.mark.parametrize("name", defences.names())
+@pytest.mark.parametrize("name", ROBUST_RULES.names())
 def test_no_client_changes_a_verdict_by_its_choice_of_factors(name):
     rules, shared, uploads = world(FedIT(LoRA(R, 6.0)), K=9)
     draws = torch.Generator().manual_seed(3)
     others = [
         turned(u, torch.eye(R) * (1 + k) + 0.2 * torch.randn(R, R, generator=draws)) for k, u in enumerate(uploads)
     ]
-    rule = defences.load(name)()
+    rule = ROBUST_RULES.load(name)()
     seen = [
         UpdateGeometry(gram_matrix(rules, shared, some), torch.arange(1, 10).double() / 45, 5)
         for some in (uploads, others)
@@ -86,16 +86,16 @@ def test_krum_and_multi_krum_by_hand():
     f, K = 3, 10
     by_hand = [sorted(float((a - b).square().sum()) for b in D)[1 : 1 + K - f - 2] for a in D]
     sums = torch.tensor([sum(x) for x in by_hand])
-    krum = defences.load("krum")().judge(seen).factors
+    krum = ROBUST_RULES.load("krum")().judge(seen).factors
     assert krum.nonzero().flatten().tolist() == [int(sums.argmin())]
-    multi = defences.load("multi-krum")().judge(seen).factors
+    multi = ROBUST_RULES.load("multi-krum")().judge(seen).factors
     assert set(multi.nonzero().flatten().tolist()) == set(sums.argsort()[: K - f].tolist())
 
 
 def test_the_geometric_median_is_the_point_of_least_distance():
     D, seen = cloud(bad=2)
     w = torch.arange(1, 11).double() / 55
-    c = defences.load("geometric-median")().judge(seen._replace(w=w)).factors * w
+    c = ROBUST_RULES.load("geometric-median")().judge(seen._replace(w=w)).factors * w
     assert float(c.sum()) == pytest.approx(1)
     z = (c @ D).clone().requires_grad_()
     total = (w * (D - z).norm(dim=1)).sum()
@@ -104,14 +104,14 @@ def test_the_geometric_median_is_the_point_of_least_distance():
 
 def test_trimmed_leaves_out_the_farthest():
     _, seen = cloud()
-    factors = defences.load("trimmed")().judge(seen).factors
+    factors = ROBUST_RULES.load("trimmed")().judge(seen).factors
     assert factors.tolist() == [1.0] * 7 + [0.0] * 3
 
 
 def test_median_of_means_takes_a_group_among_the_honest_means():
     for seed in range(20):
         _, seen = cloud(K=15, bad=3, seed=seed)
-        factors = defences.load("median-of-means")(attackers=0.2).judge(seen._replace(seed=seed)).factors
+        factors = ROBUST_RULES.load("median-of-means")(attackers=0.2).judge(seen._replace(seed=seed)).factors
         members = factors.nonzero().flatten().tolist()
         assert 2 <= len(members) <= 3
         assert not set(members) & {12, 13, 14}
@@ -119,26 +119,26 @@ def test_median_of_means_takes_a_group_among_the_honest_means():
 
 def test_clip_scales_the_update_and_nothing_else():
     _, seen = cloud(bad=2, far=9.0)
-    pulled = defences.load("clip")(limit=1.0).judge(seen).shrinkage
+    pulled = ROBUST_RULES.load("clip")(limit=1.0).judge(seen).shrinkage
     most = seen.norms.median()
     torch.testing.assert_close(pulled * seen.norms, seen.norms.clamp_max(most))
-    absolute = defences.load("clip")(norm=0.5).judge(seen).shrinkage
+    absolute = ROBUST_RULES.load("clip")(norm=0.5).judge(seen).shrinkage
     torch.testing.assert_close(absolute * seen.norms, torch.full_like(seen.norms, 0.5))
 
 
-@pytest.mark.parametrize("name", sorted(set(defences.names()) - {"clip"}))
+@pytest.mark.parametrize("name", sorted(set(ROBUST_RULES.names()) - {"clip"}))
 @pytest.mark.parametrize("far", [1e2, 1e6])
 def test_below_its_share_a_hostile_group_moves_nothing_far(name, far):
     D, seen = cloud(far=far, bad=2)
-    at = counted(defences.load(name)(attackers=0.2).judge(seen), D)
+    at = counted(ROBUST_RULES.load(name)(attackers=0.2).judge(seen), D)
     assert (at - 1).abs().max() < 1.0
     assert (D.mean(0) - 1).abs().max() > 10, "the plain mean is carried away"
 
 
 def test_beyond_half_every_rule_breaks():
     D, seen = cloud(K=10, bad=7, far=100.0)
-    for name in set(defences.names()) - {"clip"}:
-        assert (counted(defences.load(name)(attackers=0.3).judge(seen), D) - 1).abs().max() > 50, name
+    for name in set(ROBUST_RULES.names()) - {"clip"}:
+        assert (counted(ROBUST_RULES.load(name)(attackers=0.3).judge(seen), D) - 1).abs().max() > 50, name
 
 
 EXACT = {
@@ -163,7 +163,7 @@ def test_a_clipped_round_ends_at_the_mean_of_the_scaled_updates(case):
     w = torch.tensor([1.0] * 4 if method.weighting == "uniform" else [1.0, 2.0, 3.0, 4.0]).double()
     scale = (D.norm(dim=1).median() / D.norm(dim=1)).clamp_max(1.0)
     assert scale.min() < 0.9
-    found, record = reweigh_uploads(defences.load("clip")(), method, rules, shared, uploads, 0, 0)
+    found, record = reweigh_uploads(ROBUST_RULES.load("clip")(), method, rules, shared, uploads, 0, 0)
     served = server_turn(rules, shared, found)
     delta = method.adapter.delta({k: x.double() for k, x in served.shared["w"].items()}).dense()
     delta = delta + sum(f.dense().double() for f in served.folds.get("w", ()))
@@ -179,7 +179,7 @@ def test_who_is_left_out_leaves_no_trace():
         tree={p: {k: 50 * x for k, x in layer.items()} for p, layer in uploads[2].tree.items()}
     )
     found, record = reweigh_uploads(
-        defences.load("trimmed")(attackers=0.2), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0
+        ROBUST_RULES.load("trimmed")(attackers=0.2), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0
     )
     assert record["kept"] == [0, 1, 3, 4, 5]
     a, b = (server_turn(rules, shared, some).shared for some in (found, [u for u in uploads if u.turn.client != 2]))
@@ -188,7 +188,7 @@ def test_who_is_left_out_leaves_no_trace():
 
 def test_two_uploads_are_too_few():
     rules, shared, uploads = world(FedIT(LoRA(R, 6.0)), K=2)
-    found, record = reweigh_uploads(defences.load("krum")(), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0)
+    found, record = reweigh_uploads(ROBUST_RULES.load("krum")(), FedIT(LoRA(R, 6.0)), rules, shared, uploads, 0, 0)
     assert found == [] and record["why"] == "2 uploads; a robust aggregator needs 3"
 
 
@@ -222,4 +222,4 @@ def test_tables_survive_their_own_file():
 
 
 def test_the_rules_are_found_by_looking():
-    assert defences.names() == ["clip", "geometric-median", "krum", "median-of-means", "multi-krum", "trimmed"]
+    assert ROBUST_RULES.names() == ["clip", "geometric-median", "krum", "median-of-means", "multi-krum", "trimmed"]

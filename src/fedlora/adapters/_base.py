@@ -17,6 +17,11 @@ class Adapter(ABC):
     """A parametrisation ``leaves ↔ ΔW`` of one weight ``W (m n)``; it owns every scale, and holds no tensors.
 
     Leaves that are not ``trainable`` come from a seed, are equal at all parties and never travel.
+
+    An adapter of another package is a frozen dataclass that defines ``inputs``, ``outputs``, ``budget``, ``like``,
+    ``init`` and ``delta``; its fields are the ``[adapter]`` table. ``delta`` and ``forward`` must be differentiable,
+    and ``delta`` must take leaves with leading dimensions. ``forward`` is worth defining if it can be cheaper than two
+    products with the factors. A method takes the adapter if ``Method.adapters`` names the class or one that it extends.
     """
 
     cite = ""  # BibTeX of its paper

@@ -1,18 +1,13 @@
 """What the shell offers when Tab is pressed; nothing heavy is imported."""
 
-from importlib.util import find_spec
-
-from fedlora import registry
+from fedlora.registry import Registry
 
 SPECIAL = ["centralised"]  # what compare takes besides methods
 
 
 def names() -> list[str]:
-    """All methods, by their files' names and by the entry points of other packages."""
-    from importlib.metadata import entry_points
-
-    place = find_spec("fedlora").submodule_search_locations[0]
-    return sorted({*registry.names([f"{place}/methods"]), *(p.name for p in entry_points(group="fedlora.methods"))})
+    """All methods. ``METHODS`` has the same names, but importing it imports torch."""
+    return Registry(object, "method", group="fedlora.methods", package="fedlora.methods").names()
 
 
 def method(incomplete: str) -> list[str]:

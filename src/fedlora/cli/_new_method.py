@@ -5,8 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from fedlora import methods
 from fedlora.files import write
+from fedlora.methods import METHODS
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
@@ -29,7 +29,7 @@ def new_method(name: str, paper: str | None = None, root: Path = Path(".")) -> l
             )
     paths = [source / f"{module}.py", tests / f"test_{module}.py"]
     taken = next((path for path in paths if path.exists()), None)
-    if taken or name in methods.names():
+    if taken or name in METHODS.names():
         raise ValueError(f"there is a method {name!r} already{f' ({taken})' if taken else ''}; choose another name.")
     words = {
         "title": name, "module": module, "paper": paper or "https://",

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from fedlora.cli import _completion as completing
-from fedlora.cli._options import Json, answer
+from fedlora.cli._options import Json, answer, say
 
 
 def methods(
@@ -22,7 +22,11 @@ def methods(
     from fedlora.reporting.tables import methods as tables
 
     if name is None:
+        from fedlora.methods import METHODS
+
         found = catalogue.entries()
+        for error in METHODS.errors():
+            say(f"fedlora: {error}")
         answer(as_json, found, lambda: terminal.show(tables.methods(found)))
     else:
         one = catalogue.entry(name)

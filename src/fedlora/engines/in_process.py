@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedlora.engines.client_turn import ClientState, ClientTurn, ClientUpdate
 from fedlora.engines.federation import Federation
@@ -24,6 +25,11 @@ class InProcess(Loop):
     spill: Path | None = None  # a folder for a round's uploads, instead of memory
     _states: dict[int, ClientState] = field(default_factory=dict, init=False)
     _before: dict[int, ClientState] = field(default_factory=dict, init=False)  # this round's turns
+
+    @classmethod
+    def drive(cls, config, f, watch, observe, take):
+        with TemporaryDirectory(prefix="fedlora-") as place:
+            take(cls(watch, observe, Path(place) if config.engine.spill else None), f)
 
     def begin(self, f: Federation) -> ServerState:
         self._states = {}

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from fedlora.security.privacy import Stream
 from fedlora.security.privacy.client_level import private_turn
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
+from fedlora.registry import Registry
 from fedlora.seeds import derived
 from fedlora.tasks.metrics.scores import Scores, figures
 from fedlora.training.evaluation import Evaluator, summary
@@ -81,7 +82,15 @@ Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # uploads 
 
 @dataclass
 class Loop(ABC):
-    """Runs a federation round by round. An engine decides where the clients' turns run."""
+    """Runs a federation round by round; an engine says where the clients' turns run.
+
+    An engine of another package is a dataclass that extends this class and defines ``run_turns`` and ``score_clients``, or extends
+    ``InProcess`` and changes a part of it; ``[engine] name`` names it. Each upload must pass ``receive_upload``. Equal seeds
+    must give equal bits in every engine, so the result of a turn may depend on its arguments only. It has no settings
+    beside those of the ``[engine]`` table.
+    """
+
+    steps_here: ClassVar[bool] = True  # do clients train in this process, so that Ctrl-C can wait for a step's end?
 
     watch: Watch = lambda event: None
     observe: Observe | None = None
@@ -89,6 +98,17 @@ class Loop(ABC):
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
     screen: UploadScreen = field(init=False)  # of this round
+
+    @classmethod
+    def drive(
+        cls, config: Any, f: Federation, watch: Watch, observe: Observe | None, take: "Take"
+    ) -> Mapping[int, Tree] | None:
+        """Build the engine, and let ``take(engine, f)`` run all rounds with it.
+
+        ``config`` is the run's ``Config``. Returns each client's own tree at the end, or None if the last round has it.
+        """
+        take(cls(watch, observe), f)
+        return None
 
     @abstractmethod
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
@@ -271,6 +291,18 @@ class Loop(ABC):
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found
+
+
+Take = Callable[[Loop, Federation], None]  # runs all rounds of a federation with an engine
+ENGINES = Registry(
+    Loop,
+    "engine",
+    group="fedlora.engines",
+    listed={
+        "inprocess": "fedlora.engines.in_process:InProcess",
+        "flower-simulation": "fedlora.flower.simulation:Simulation",
+    },
+)
 
 
 def _named(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:

@@ -1,9 +1,8 @@
 """The ``[flower]`` table: how a server deals with parties that are late, away or wrong."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.methods._base import Method
+from fedlora.methods import METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,12 @@ class Network:
         if not 0 < self.secure_range < 2**20:
             raise ValueError(f"flower.secure_range is {self.secure_range}; it lies above 0 and below 2^20.")
 
-    def check(self, method: Method, cohort: int, able: Sequence[str]) -> None:
+    def check(self, method: Method, cohort: int) -> None:
         """``ValueError`` where uploads are to be hidden from a server that must see them, or among too few."""
         if not self.secure_aggregation:
             return
         if not method.sums:
+            able = [name for name, kind in METHODS.classes().items() if kind.sums]
             raise ValueError(
                 f"flower.secure_aggregation hides each upload in a sum, but {method.title}'s server must see every "
                 f"client's factors; take one of {', '.join(able)}, or leave secure_aggregation out."

@@ -1,17 +1,17 @@
 """Ways to give rows to clients, through flwr-datasets' partitioners."""
 
-import typing
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedlora.registry import unknown
+from fedlora.registry import Registry
+from fedlora.schema import construct_named
 from fedlora.seeds import derived
 from fedlora.tasks._base import Data, Examples
 
@@ -20,11 +20,35 @@ LISTED = 5  # values that a sentence names
 
 @dataclass(frozen=True)
 class Split(ABC):
-    """One rule; its fields are the keys of ``clients.split`` beside ``name``."""
+    """One rule of ``clients.split``; its fields are the keys of the table beside ``name``.
 
-    name: ClassVar[str]
+    A rule of another package is a frozen dataclass that defines ``rows``. Equal arguments must give equal rows, on
+    every machine: draw from ``seed`` only.
+    """
+
     own: ClassVar[bool] = False  # there is nothing to split: every party has its own rows
     hint: ClassVar[str] = "lower clients.count"  # what to do where the rows cannot be split so
+
+    @abstractmethod
+    def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
+        """The training rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
+
+        ``examples.kinds`` has the label that each row goes by, and ``examples.groups`` its value of the column that
+        ``column`` names, where a rule has a field of that name. Test rows follow from the labels of the training rows.
+        """
+
+    def left_out(self, train: Examples, test: Examples, count: int) -> str:
+        """A sentence on the rows that no client gets although they are there; empty where there are none."""
+        return ""
+
+    def __str__(self) -> str:
+        name = PARTITIONERS.name_of(type(self))
+        return ", ".join([repr(name), *(f"{key} = {value}" for key, value in asdict(self).items())])
+
+
+@dataclass(frozen=True)
+class FlowerSplit(Split):
+    """A rule of flwr-datasets: it gives all rows to clients."""
 
     @abstractmethod
     def partitioner(self, count: int, examples: Examples, seed: int) -> Any:
@@ -54,19 +78,10 @@ class Split(ABC):
             raise ValueError(f"splitting by {self} over {count} clients leaves {left} rows to nobody; {self.hint}.")
         return found
 
-    def left_out(self, train: Examples, test: Examples, count: int) -> str:
-        """A sentence on the rows that no client gets although they are there; empty where there are none."""
-        return ""
-
-    def __str__(self) -> str:
-        return ", ".join([repr(self.name), *(f"{key} = {value}" for key, value in asdict(self).items())])
-
 
 @dataclass(frozen=True)
-class Iid(Split):
+class Iid(FlowerSplit):
     """Equal shares at random."""
-
-    name = "iid"
 
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import IidPartitioner
@@ -75,12 +90,11 @@ class Iid(Split):
 
 
 @dataclass(frozen=True)
-class Dirichlet(Split):
+class Dirichlet(FlowerSplit):
     """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
 
     alpha: float = 0.5
     min_rows: int = 2  # drawn anew until every client has so many
-    name = "dirichlet"
     hint = (
         "raise clients.split.alpha, lower clients.split.min_rows or clients.count, or split by 'inner-dirichlet', "
         "which gives all clients the same number of rows"
@@ -97,14 +111,13 @@ class Dirichlet(Split):
 
 
 @dataclass(frozen=True)
-class InnerDirichlet(Split):
+class InnerDirichlet(FlowerSplit):
     """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
 
     Where a label has run out, clients take what is left of the others, in the proportions of their mixes.
     """
 
     alpha: float = 0.5
-    name = "inner-dirichlet"
     hint = "raise clients.split.alpha"
 
     def __post_init__(self):
@@ -119,11 +132,10 @@ class InnerDirichlet(Split):
 
 
 @dataclass(frozen=True)
-class Pathological(Split):
+class Pathological(FlowerSplit):
     """Every client has rows of so many labels only."""
 
     labels_per_client: int = 2
-    name = "pathological"
     hint = "every label needs a client and every client rows: change clients.split.labels_per_client or clients.count"
 
     def __post_init__(self):
@@ -147,10 +159,6 @@ class Column(Split):
     """The clients that the data itself knows: one a value of a column, those with the most rows first."""
 
     column: str
-    name = "column"
-
-    def partitioner(self, count, examples, seed):
-        raise AssertionError("a natural split is read off its column")
 
     def rows(self, examples, count, seed):
         owners = self._owners(examples)[:count]
@@ -184,11 +192,10 @@ class Column(Split):
 
 
 @dataclass(frozen=True)
-class Size(Split):
+class Size(FlowerSplit):
     """Random rows in given proportions, a client each."""
 
     sizes: list[float]
-    name = "size"
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) <= 0:
@@ -211,16 +218,19 @@ class Size(Split):
 class Own(Split):
     """Nothing is split: every party has its own rows on its own machine, and names them there."""
 
-    name = "own"
     own = True
 
-    def partitioner(self, count, examples, seed):
+    def rows(self, examples, count, seed):
         raise AssertionError("every party has its own rows")
 
 
-KINDS: dict[str, type[Split]] = {
-    kind.name: kind for kind in (Iid, Dirichlet, InnerDirichlet, Pathological, Column, Size, Own)
-}
+_HERE = {
+    "iid": Iid, "dirichlet": Dirichlet, "inner-dirichlet": InnerDirichlet, "pathological": Pathological,
+    "column": Column, "size": Size, "own": Own,
+}  # fmt: skip
+PARTITIONERS = Registry(
+    Split, "split", group="fedlora.partitioners", listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()}
+)
 
 
 def _positive(alpha: float) -> None:
@@ -232,8 +242,9 @@ def _labels(split: Split, examples: Examples) -> int:
     """How many labels there are to split by; ``ValueError`` where rows have none or one."""
     labels = len(examples.kinds.unique())
     if labels < 2:
+        name = PARTITIONERS.name_of(type(split))
         raise ValueError(
-            f"clients.split.name is {split.name!r}, which splits by label, but all rows have the same; set "
+            f"clients.split.name is {name!r}, which splits by label, but all rows have the same; set "
             "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
         )
     return labels
@@ -241,32 +252,12 @@ def _labels(split: Split, examples: Examples) -> int:
 
 def load(table: Mapping[str, Any]) -> Split:
     """The rule of a ``clients.split`` table. ``ValueError`` names what is wrong with it."""
-    name = table.get("name")
-    if name not in KINDS:
-        raise ValueError(unknown("split", str(name), KINDS, "splits (clients.split.name)"))
-    kind, values = KINDS[name], {key: value for key, value in table.items() if key != "name"}
-    own = {f.name: f for f in fields(kind)}
-    for key, value in values.items():
-        if key not in own:
-            raise ValueError(
-                f"there is no setting 'clients.split.{key}' for {name!r}; it has {', '.join(own) or 'none'}."
-            )
-        _check(key, value, typing.get_type_hints(kind)[key])
-    for f in own.values():
-        if f.default is MISSING and f.name not in values:
-            raise ValueError(f"clients.split.{f.name} is missing; the split {name!r} needs it.")
-    return kind(**values)
+    return construct_named(PARTITIONERS, "clients.split", table)
 
 
 def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
     """The table with the rule's defaults written out."""
     return {"name": table["name"], **asdict(load(table))}
-
-
-def _check(key: str, value: Any, kind: Any) -> None:
-    wanted = {float: (int, float), int: (int,), str: (str,)}.get(kind, (list,))
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise ValueError(f"clients.split.{key} is {value!r}; it should be a {getattr(kind, '__name__', 'list')}.")
 
 
 def apportioned(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.export.aggregation_errors import Report
 from fedlora.files import absent
 from fedlora.linalg.factors import total, truncate
 from fedlora.linalg.geometry import distances
 from fedlora.linalg.sums import CACHE_LIMIT
+from fedlora.methods import for_finished_adapters, load_for_finished_adapters
 from fedlora.methods._base import Method, mean, terms, weighted
 from fedlora.methods.fedit import FedIT
 from fedlora.runs.config import construct, overridden
@@ -38,7 +38,7 @@ class Combined:
 
 def method_for(name: str, settings: Sequence[str] = ()) -> Method:
     """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
-    kind = methods.load_for_finished_adapters(name)
+    kind = load_for_finished_adapters(name)
     made: Method = construct(kind, "method", overridden({}, settings), skip=("adapter",))
     return made
 
@@ -169,7 +169,7 @@ def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: in
     """The method with the parametrisation that the output has at this weight: the first adapter's scale."""
     ranks = [a.shapes[part][2] for a in adapters]
     if not method.any_rank and len(set(ranks)) > 1:
-        able = [name for name in methods.for_finished_adapters() if methods.load(name).any_rank]
+        able = [name for name, kind in for_finished_adapters().items() if kind.any_rank]
         raise ValueError(
             f"the adapters have ranks {sorted(set(ranks))} at {part!r}, and {method.title} needs one rank for "
             f"all; take one of {', '.join(able)}."

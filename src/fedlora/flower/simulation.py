@@ -23,60 +23,66 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedlora.engines.federation import Federation
-from fedlora.engines.loop import Observe, Watch
+from fedlora.engines.loop import Observe, Take, Watch
 from fedlora.flower.client_factory import simulated_app
 from fedlora.flower.client_store import Store
 from fedlora.flower.local_stores import Home
 from fedlora.flower.secure_server import served_by
+from fedlora.flower.server import Federated
 from fedlora.runs.config import Config, merged
-from fedlora.runs.run import Take
 
 NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
 ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
 
 
-def simulate(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
-    """Runs the federation's rounds into ``take``, and returns what each client keeps.
+class Simulation(Federated):
+    """The engine ``flower-simulation``: clients train in Ray actors."""
 
-    ``engine.threads`` is one client's; so many processors are given to each, and as many clients run at a time as
-    there are processors for. The bits are those of one process with as many threads.
-    """
-    threads = config.engine.threads or 1
-    table = merged(config.table, {"engine": {"threads": threads}})
-    failed: list[BaseException | None] = []
-    ended = threading.Event()
-    with TemporaryDirectory(prefix="fedlora-") as place:
-        home = Home(Store(Path(place) / NAME))
-        # All nodes are there from the start; until the first has loaded the model may take a while.
-        engine = served_by(config.flower)(
-            watch,
-            observe,
-            federation=f,
-            network=replace(config.flower, join_timeout=math.inf),
-            token=NAME,
-            home=home,
-        )
-        server = ServerApp()
+    steps_here = False
 
-        @server.main()
-        def main(grid: Grid, context: Context) -> None:
-            engine.grid = grid
+    @classmethod
+    def drive(cls, config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
+        """Runs the federation's rounds into ``take``, and returns what each client keeps.
+
+        ``engine.threads`` is one client's; so many processors are given to each, and as many clients run at a time as
+        there are processors for. The bits are those of one process with as many threads.
+        """
+        threads = config.engine.threads or 1
+        table = merged(config.table, {"engine": {"threads": threads}})
+        failed: list[BaseException | None] = []
+        ended = threading.Event()
+        with TemporaryDirectory(prefix="fedlora-") as place:
+            home = Home(Store(Path(place) / NAME))
+            # All nodes are there from the start; until the first has loaded the model may take a while.
+            engine = served_by(config.flower)(
+                watch,
+                observe,
+                federation=f,
+                network=replace(config.flower, join_timeout=math.inf),
+                token=NAME,
+                home=home,
+            )
+            server = ServerApp()
+
+            @server.main()
+            def main(grid: Grid, context: Context) -> None:
+                engine.grid = grid
+                try:
+                    take(engine, f)
+                except BaseException:
+                    failed.append(sys.exc_info()[1])  # Flower would only log it
+                    raise
+                finally:
+                    ended.set()
+
             try:
-                take(engine, f)
-            except BaseException:
-                failed.append(sys.exc_info()[1])  # Flower would only log it
-                raise
-            finally:
-                ended.set()
-
-        try:
-            _play(server, simulated_app(table, Path(place)), f.clients.members, threads)
-        except KeyboardInterrupt:
-            engine.stopped = True  # its thread ends at its next look, and what was finished is kept
-            ended.wait(ENDING)
-        if failed and failed[0] is not None:
-            raise failed[0]
-        return None if engine.at is None else {k: own.kept for k, own in home.client_states(engine.at).items()}
+                _play(server, simulated_app(table, Path(place)), f.clients.members, threads)
+            except KeyboardInterrupt:
+                engine.stopped = True  # its thread ends at its next look, and what was finished is kept
+                ended.wait(ENDING)
+            if failed and failed[0] is not None:
+                raise failed[0]
+            return None if engine.at is None else {k: own.kept for k, own in home.client_states(engine.at).items()}
 
 
 def _play(server: ServerApp, client, count: int, threads: int) -> None:

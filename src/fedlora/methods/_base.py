@@ -19,7 +19,11 @@ from fedlora.types import Layer, Outcome, Tree, Turn, Upload, Work
 
 @dataclass(frozen=True)
 class Method:
-    """Seven hooks with FedIT's defaults, and what the class claims of itself; ``tests/laws`` holds it to that."""
+    """Seven hooks with FedIT's defaults, and what the class claims of itself; ``tests/laws`` holds it to that.
+
+    A method of another package is a frozen dataclass; its fields are the ``[method]`` table and need defaults. Hooks
+    return new values and write to no argument.
+    """
 
     adapter: Adapter = field(default_factory=LoRA)
     weighting: Literal["examples", "uniform"] = "examples"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from fedlora import methods
+from fedlora.methods import METHODS
 from fedlora.registry import unknown
 from fedlora.reporting.method_catalog import reference
 from fedlora.runs.config import Config, ConfigError, build, read
@@ -66,9 +66,9 @@ def cited(what: str) -> list[Entry]:
     ``ConfigError`` where it is none of these.
     """
     place = Path(what).expanduser()
-    known = methods.names()
-    if what in known:
-        return unique([ours(), *parsed(_of(reference(methods.load(what))))])
+    known = METHODS.names()
+    if what in known or (":" in str(what) and not place.exists()):
+        return unique([ours(), *parsed(_of(reference(METHODS.load(what))))])
     if (place / COMPARISON).exists():
         configs = [build(row["table"]) for row in read_json(place / COMPARISON)["runs"]]
     elif (place / CONFIG).exists():

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora import tasks
 from fedlora.reporting.digest import Digest
 from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
 from fedlora.runs.folder import RunFolder, read_json
-from fedlora.schema import construct
+from fedlora.schema import construct_named
+from fedlora.tasks import TASKS
 from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.text import shown
 
@@ -142,5 +142,5 @@ def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tupl
     if summary is not None and summary.get("metric"):
         return str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
     about = table.get("task", {})
-    task = construct(tasks.load(str(about.get("name"))), "task", {k: v for k, v in about.items() if k != "name"})
+    task = construct_named(TASKS, "task", about)
     return task.metric, KNOWN[task.metric].higher

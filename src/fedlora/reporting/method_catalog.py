@@ -7,12 +7,11 @@ from typing import Any, cast
 
 import torch
 
-from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.engines.clients import Clients
 from fedlora.engines.federation import Federation
 from fedlora.engines.server_optimizer import ServerOptimizer
-from fedlora.methods._base import Method
+from fedlora.methods import METHODS, Method
 from fedlora.runs.plan.traffic import Group, play
 from fedlora.tasks._base import Shard
 from fedlora.training.evaluation import Evaluation
@@ -71,7 +70,7 @@ def parse_docstring(doc: str) -> dict[str, str]:
 
 def entry(name: str) -> dict[str, Any]:
     """One method as a JSON-able record."""
-    kind = methods.load(name)
+    kind = METHODS.load(name)
     parsed = parse_docstring(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
         "name": name,
@@ -126,5 +125,5 @@ def settings(kind: type[Method]) -> dict[str, Any]:
 
 
 def entries() -> list[dict[str, Any]]:
-    """All methods that there are."""
-    return [entry(name) for name in methods.names()]
+    """All methods that can be loaded."""
+    return [entry(name) for name in METHODS.classes()]

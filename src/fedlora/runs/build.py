@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora import tasks
 from fedlora.adapters import Dense
 from fedlora.engines.federation import Federation
 from fedlora.methods._base import Method
@@ -20,6 +19,7 @@ from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, per_machine
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks._base import Data, Shard
+from fedlora.tasks import TASKS
 from fedlora.tasks.networks.pretrained import check_tokens, quantised
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
@@ -111,7 +111,7 @@ def head_rule(method: Method, dense: Dense) -> Method:
 
 def per_machine_settings(table: Table) -> list[str]:
     """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
-    kinds = {"task": tasks.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
+    kinds = {"task": TASKS.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
     return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine(kind)]
 
 

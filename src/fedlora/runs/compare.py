@@ -8,18 +8,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedlora import methods
-from fedlora.adapters import KINDS, Adapter, LoRA
+from fedlora.adapters import ADAPTERS, LoRA
 from fedlora.engines.loop import Event, Watch
 from fedlora.files import save_json
-from fedlora.methods._base import Method
+from fedlora.methods import METHODS, Method, for_finished_adapters, load_for_finished_adapters
 from fedlora.registry import nearest
 from fedlora.runs.comparison import Cell, Compared, rows
-from fedlora.runs.config import Config, ConfigError, Table, build, construct, merged
+from fedlora.runs.config import Config, ConfigError, Table, build, merged
 from fedlora.runs.counterfactual import asked
 from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import check_same, run
+from fedlora.schema import construct_named
 from fedlora.text import plain_name
 
 CENTRALISED = "centralised"
@@ -59,32 +59,28 @@ def for_label(table: Table, label: str) -> Table:
 
 def _fitted(table: Table, method: str) -> Table:
     """The table under a method with its defaults, and with an adapter that the method is defined for."""
-    kind, given = methods.load(method), table.get("adapter", {"name": "lora"})
+    kind, given = METHODS.load(method), {"name": "lora", **table.get("adapter", {})}
     equal = {"weighting": "uniform"} if _by_client(table) else {}
-    own, name = {**table, "method": {"name": method, **equal}}, given.get("name", "lora")
-    if name in KINDS and not issubclass(KINDS[name], kind.adapters):
-        adapter = construct(KINDS[name], "adapter", {k: v for k, v in given.items() if k != "name"})
-        own["adapter"] = _as_table(kind.adapters[0].like(adapter))
+    own = {**table, "method": {"name": method, **equal}}
+    if not issubclass(ADAPTERS.load(given["name"]), kind.adapters):
+        adapter = kind.adapters[0].like(construct_named(ADAPTERS, "adapter", given))
+        values = {key: value for key, value in asdict(adapter).items() if value is not None}
+        own["adapter"] = {"name": ADAPTERS.name_of(type(adapter)), **values}
     return own
 
 
 def _method_of(label: str, every: Mapping[str, Any]) -> str:
     """The method's name behind a label."""
-    if label in methods.names() or label not in every:
+    if label in METHODS.names() or label not in every:
         return label
     found = every[label].get("method", {}).get("name") if isinstance(every[label], Mapping) else None
     if not isinstance(found, str) and not every[label]:
         return label  # which the list of methods is asked for
     if not isinstance(found, str):
-        near = nearest(label, methods.names())
+        near = nearest(label, METHODS.names())
         hint = f"; did you mean {near!r}? If not," if near else ";"
         raise ConfigError(f"[compare.{label}] is no method's name, and says none{hint} give it method.name.")
     return found
-
-
-def _as_table(adapter: Adapter) -> Table:
-    name = next(key for key, value in KINDS.items() if type(adapter) is value)
-    return {"name": name, **{k: v for k, v in asdict(adapter).items() if v is not None}}
 
 
 def _centralised(table: Table) -> Table:
@@ -150,7 +146,7 @@ def oracle(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    labels = labels or methods.for_finished_adapters()
+    labels = labels or list(for_finished_adapters())
     others = {label: replace(_asked(table, label), adapter=adapter) for label in labels}
     records = run(config, out, watch, lambda *round: asked(*round, others)).records
     found = [record["oracle"] for record in records]
@@ -164,7 +160,7 @@ def oracle(
 
 def _asked(table: Table, label: str) -> Method:
     """A method by its name with its defaults, or as ``[compare.LABEL]`` sets it."""
-    kind = methods.load_for_finished_adapters(_method_of(label, table.get("compare", {})))
+    kind = load_for_finished_adapters(_method_of(label, table.get("compare", {})))
     set_here = table.get("compare", {}).get(label, {}).get("method")
     return build(for_label(table, label)).method if set_here else kind()
 

@@ -1,24 +1,29 @@
 """What a configuration's sections must be to each other, however it was made: from TOML or in Python."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from fedlora import methods, tasks
-from fedlora.adapters import KINDS, Adapter
+from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines import partition as splits
+from fedlora.engines.loop import ENGINES
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
+from fedlora.registry import Registry
 from fedlora.runs import privacy_compatibility as refusals
 from fedlora.runs.sections import Sections
 from fedlora.schema import ConfigError, Table, construct, typed
-from fedlora.security import attacks
-from fedlora.security import robust as defences
+from fedlora.security.attacks import ATTACKS
+from fedlora.security.robust import ROBUST_RULES
+from fedlora.tasks import TASKS
 
 SECTIONS = (  # the dataclasses of a configuration, each a table of its own
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
     "hygiene", "robust", "attack", "transport", "checkpoint",
 )  # fmt: skip
-PACKAGES = {"task": tasks, "method": methods, "robust": defences, "attack": attacks}
+REGISTRIES: Mapping[str, Registry] = {
+    "task": TASKS, "adapter": ADAPTERS, "method": METHODS, "robust": ROBUST_RULES, "attack": ATTACKS,
+}  # fmt: skip
 
 
 def check(config: Sections) -> None:
@@ -30,9 +35,9 @@ def check(config: Sections) -> None:
     config.server.check(config.method)
     config.transport.check(config.method, config.flower.secure_aggregation)
     config.checkpoint.check(config.method.personal, config.method.title)
-    able = [name for name in methods.names() if methods.load(name).sums]
+    ENGINES.check(config.engine.name)
     for size in config.clients.staying_sizes:
-        config.flower.check(config.method, size, able)
+        config.flower.check(config.method, size)
     _check_trust(config)
     if config.engine.spill and config.evaluation.measure:
         raise ConfigError(
@@ -60,7 +65,7 @@ def _check_trust(config: Sections) -> None:
 
 def _check_quantised(config: Sections) -> None:
     if config.model.quantize is not None and not config.task.quantizes:
-        able = [other for other in tasks.names() if tasks.load(other).quantizes]
+        able = [other for other, kind in TASKS.classes().items() if kind.quantizes]
         name = config.table["task"]["name"]
         raise ConfigError(
             f"model.quantize is {config.model.quantize!r}, but {name!r} trains its base's head in full; leave it out, "
@@ -71,7 +76,7 @@ def _check_quantised(config: Sections) -> None:
 def _check_ranks(config: Sections, budgets: Sequence[int]) -> None:
     name = config.table["method"]["name"]
     if not config.method.any_rank and len(set(budgets)) > 1:
-        able = [other for other in methods.names() if methods.load(other).any_rank]
+        able = [other for other, kind in METHODS.classes().items() if kind.any_rank]
         key, instead = "ranks", "set one number"
         if config.clients.capability is not None:
             key, instead = "capability", 'take "rank" out of clients.capability_scales'
@@ -91,21 +96,11 @@ def _check_ranks(config: Sections, budgets: Sequence[int]) -> None:
 def check_adapter(method: type[Method], name: str, adapter: Adapter) -> None:
     """``ConfigError`` where a method is not defined for an adapter."""
     if not isinstance(adapter, method.adapters):
-        allowed = [key for key, value in KINDS.items() if issubclass(value, method.adapters)]
+        allowed = [key for key, value in ADAPTERS.classes().items() if issubclass(value, method.adapters)]
         raise ConfigError(
-            f"the method {name!r} is not defined for adapter.name = {adapter_name(type(adapter))!r}; "
+            f"the method {name!r} is not defined for adapter.name = {ADAPTERS.name_of(type(adapter))!r}; "
             f"set it to {' or '.join(map(repr, allowed))}."
         )
-
-
-def adapter_name(kind: type) -> str:
-    """What ``adapter.name`` says for a class of adapters. ``ConfigError`` where it says nothing."""
-    for name, own in KINDS.items():
-        if kind is own:
-            return name
-    raise ConfigError(
-        f"method.adapter is a {kind.__name__}; take one of {', '.join(k.__name__ for k in KINDS.values())}."
-    )
 
 
 def resolve(config: Sections) -> Table:
@@ -120,8 +115,8 @@ def resolve(config: Sections) -> Table:
         table = _as_table(value)
         extra = {"adapter": value.adapter} if section == "method" else {}
         construct(type(value), section, table, skip=("adapter",) if extra else (), **extra)
-        name = _name(section, type(value))
-        found[section] = table if name is None else {"name": name, **table}
+        registry = REGISTRIES.get(section)
+        found[section] = table if registry is None else {"name": registry.name_of(type(value)), **table}
     if config.track.trackers:
         found["track"] = config.track.table()
     if not config.privacy.on:
@@ -148,29 +143,3 @@ def _as_table(value: Any) -> Table:
             continue
         found[f.name] = item
     return found
-
-
-def _name(section: str, kind: type) -> str | None:
-    """The name that leads to a section's class; None where the section has but one class."""
-    if section == "adapter":
-        return adapter_name(kind)
-    if section not in PACKAGES:
-        return None
-    package = PACKAGES[section]
-    path = f"{kind.__module__}:{kind.__qualname__}"
-    names = [*package.names(), path] if section == "method" else package.names()
-    likely = kind.__module__.rpartition(".")[2].replace("_", "-")
-    for name in sorted(names, key=lambda name: (name != likely, name == path)):
-        if (name in (likely, path) or section == "method") and _leads_to(package, name, kind):
-            return name
-    raise ConfigError(
-        f"{section} is a {path}, which cannot be imported by name, so the run could not be repeated; "
-        + ("define it at the top of a module." if section == "method" else f"take one of {', '.join(names)}.")
-    )
-
-
-def _leads_to(package: Any, name: str, kind: type) -> bool:
-    try:
-        return package.load(name) is kind
-    except ValueError:
-        return False

@@ -9,25 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora import methods, tasks
-from fedlora.adapters import KINDS, Adapter
+from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Transport
 from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
 from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
-from fedlora.registry import unknown
+from fedlora.registry import Registry
 from fedlora.runs import compatibility, trackers
 from fedlora.runs.build import build_federation
 from fedlora.runs.compatibility import SECTIONS, check_adapter
 from fedlora.runs.sections import ModelTable, Sections
-from fedlora.schema import ConfigError, Table, construct, dumps, known, merged, overridden, read_table, typed
-from fedlora.security import attacks
-from fedlora.security import robust as defences
+from fedlora.schema import (
+    ConfigError,
+    Table,
+    construct,
+    construct_named,
+    dumps,
+    known,
+    load_class,
+    merged,
+    overridden,
+    read_table,
+    typed,
+)
+from fedlora.security.attacks import ATTACKS
 from fedlora.security.privacy import Privacy
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.validation import Validation
+from fedlora.tasks import TASKS
 from fedlora.training.device import Engine
 from fedlora.training.evaluation import Evaluation
 from fedlora.training.local import Training
@@ -72,7 +85,7 @@ def build(table: Table) -> Config:
     numbers = {key: typed(key, table[key], kind) for key, kind in top.items() if key in table}
     parts = {
         "model": construct(ModelTable, "model", _section(table, "model")),
-        "task": named("task", _section(table, "task"), tasks.load),
+        "task": construct_named(TASKS, "task", _section(table, "task")),
         "method": _method(_section(table, "method", {"name": "fedit"}), table.get("adapter")),
         "clients": construct(Clients, "clients", _section(table, "clients")),
         "training": construct(Training, "training", _section(table, "training")),
@@ -82,8 +95,8 @@ def build(table: Table) -> Config:
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
         "hygiene": construct(Validation, "hygiene", _section(table, "hygiene")),
-        "robust": _optional(table, "robust", defences.load),
-        "attack": _optional(table, "attack", attacks.load),
+        "robust": _optional(ROBUST_RULES, "robust", table),
+        "attack": _optional(ATTACKS, "attack", table),
         "transport": construct(Transport, "transport", _section(table, "transport")),
         "checkpoint": construct(CheckpointSettings, "checkpoint", _section(table, "checkpoint")),
         "track": trackers.read(_section(table, "track")),
@@ -124,7 +137,7 @@ def _method(table: Table, adapter_table: Any) -> Method:
     name = table.get("name", "fedit")
     if not isinstance(name, str):
         raise ConfigError(f"method.name is {name!r}; it must be a string.")
-    kind = methods.load(name)
+    kind = load_class(METHODS, name)
     adapter = _adapter(adapter_table) if adapter_table is not None else None
     if adapter is not None:
         check_adapter(kind, name, adapter)
@@ -136,22 +149,9 @@ def _method(table: Table, adapter_table: Any) -> Method:
 def _adapter(table: Any) -> Adapter:
     if not isinstance(table, dict):
         raise ConfigError(f'adapter is {table!r}; it is a table, e.g. adapter = {{ name = "lora", rank = 8 }}.')
-    return named("adapter", {"name": "lora", **table}, _adapter_kind)
+    return construct_named(ADAPTERS, "adapter", {"name": "lora", **table})
 
 
-def _adapter_kind(name: str) -> type[Adapter]:
-    if name not in KINDS:
-        raise ConfigError(unknown("adapter", name, KINDS, "adapters"))
-    return KINDS[name]
-
-
-def named(section: str, table: Table, load) -> Any:
-    """Builds the class that ``name`` picks from the rest of its table."""
-    if not isinstance(table.get("name"), str):
-        raise ConfigError(f"[{section}] has no name; set {section}.name to a string.")
-    return construct(load(table["name"]), section, {k: v for k, v in table.items() if k != "name"})
-
-
-def _optional(table: Table, section: str, load) -> Any:
-    """The same of a table that may be left out."""
-    return named(section, _section(table, section), load) if section in table else None
+def _optional(registry: Registry, section: str, table: Table) -> Any:
+    """The plug-in of a table that may be left out."""
+    return construct_named(registry, section, _section(table, section)) if section in table else None

@@ -1,6 +1,5 @@
 """A Config becomes a federation, is run, and leaves a folder."""
 
-import pkgutil
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,9 +15,8 @@ from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import PLACES, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
-from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import inputs
-from fedlora.engines.loop import Event, Loop, Observe, Watch
+from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json
 from fedlora.runs import attendance
@@ -53,7 +50,6 @@ class Result(Rounds):
     folder: Path | None = None
 
 
-Take = Callable[[Loop, Federation], None]
 # Lets ``take`` run an engine; returns what each client keeps, where the last round does not know it.
 Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
 
@@ -80,7 +76,7 @@ def run(
     """
     folder = None if out is None else Path(out).expanduser()
     told = telling(config, callbacks, folder)
-    stop = Stop(patient=drive is None and config.engine.name == "inprocess")
+    stop = Stop(patient=drive is None and _load_engine(config.engine.name).steps_here)
     with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
@@ -149,7 +145,7 @@ def _kept(
         for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
             start.say(note)
         try:
-            kept = (drive or _load_engine(config.engine.name))(config, f, watch, observe, keeper.take)
+            kept = (drive or _load_engine(config.engine.name).drive)(config, f, watch, observe, keeper.take)
         except KeyboardInterrupt:
             kept, keeper.interrupted = None, True
     last = keeper.last
@@ -241,22 +237,12 @@ def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
     return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
 
 
-def run_in_process(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
-    """Run all turns in this process."""
-    with TemporaryDirectory(prefix="fedlora-") as place:
-        take(InProcess(watch, observe, Path(place) if config.engine.spill else None), f)
-
-
-ENGINES = {"inprocess": f"{__name__}:run_in_process", "flower-simulation": "fedlora.flower.simulation:simulate"}
-
-
-def _load_engine(name: str) -> Drive:
-    """Import the engine of a name. ``ConfigError`` where a package that it needs is not installed."""
+def _load_engine(name: str) -> type[Loop]:
+    """The engine of a name. ``ConfigError`` where a package that it needs is missing."""
     try:
-        engine: Drive = pkgutil.resolve_name(ENGINES[name])
+        return ENGINES.load(name)
     except ImportError as error:
         raise ConfigError(
             f"engine.name is {name!r}, but {error.name} is not installed; install fedlora[{name}], or set engine.name "
             "to 'inprocess'."
         ) from error
-    return engine

@@ -65,23 +65,54 @@ class Task(Protocol):
     brings_head: ClassVar[bool]  # whether the checkpoint has the whole network, so that nothing on top is new
     metric: str  # the figure that is reported first, one of metrics.KNOWN
 
-    def load(self, model: str, seed: int, client_column: str | None = None) -> Data: ...
-    def network(self, model: str, labels: int, seed: int, **loading: Any) -> nn.Module: ...
-    def collate(self, examples: Examples, rows: Tensor) -> Batch: ...
-    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch: ...
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor: ...
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor: ...
-    def outputs(self, network: nn.Module, batch: Batch) -> Tensor: ...
-    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor: ...
-    def scores(self, outputs: Tensor, labels: Tensor) -> Scores: ...
-    def agreed(self) -> tuple[str, ...] | None: ...
-    def all_labels(self) -> tuple[str, ...]: ...
-    def probe(self, network: nn.Module) -> Batch: ...
-    def preprocessor(self, model: str) -> Any: ...
+    def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
+        """Both splits, encoded for ``model``; ``client_column`` is the column that goes into ``Examples.groups``."""
+
+    def network(self, model: str, labels: int, seed: int, **loading: Any) -> nn.Module:
+        """The pretrained network; new weights are drawn from ``seed``, and ``labels`` is 0 where rows have none."""
+
+    def collate(self, examples: Examples, rows: Tensor) -> Batch:
+        """Rows as keyword arguments of the network."""
+
+    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
+        """The same for a step of training."""
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch: a scalar, differentiable."""
+
+    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Each row's own loss (b,), whatever the other rows are."""
+
+    def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
+        """What is scored of a batch, one entry a row."""
+
+    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """``outputs`` of some rows, moved to ``device`` in batches."""
+
+    def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
+        """Sums of figures over rows, from what ``graded`` returned; ``metric`` is one of them or made of them."""
+
+    def agreed(self) -> tuple[str, ...] | None:
+        """The labels, if they are known without any rows; else None."""
+
+    def all_labels(self) -> tuple[str, ...]:
+        """The labels that the configuration names; empty: none."""
+
+    def probe(self, network: nn.Module) -> Batch:
+        """A small batch without labels that depends on nothing else, to compare two networks on."""
+
+    def preprocessor(self, model: str) -> Any:
+        """A tokenizer or processor to save beside the network; None: the model has none."""
 
 
 class Supervised(ABC):
-    """What all tasks on rows have in common."""
+    """The base class of tasks: what all tasks on rows have in common.
+
+    A task of another package is a frozen dataclass that extends this class, or ``Classification`` with its loss and
+    scores, and defines the rest of ``Task``. Its fields are the ``[task]`` table, and ``metric``, ``train_rows`` and
+    ``test_rows`` are among them. A setting in which the parties may differ, such as the place of the data, is annotated
+    ``schema.PerMachine``. Loading twice must give the same rows.
+    """
 
     peft: ClassVar[str | None] = None
     quantizes: ClassVar[bool] = False

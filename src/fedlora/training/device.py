@@ -22,7 +22,7 @@ LARGE = 32_768  # bytes; blocks from here on are a mapping of their own where me
 class Engine:
     """The ``[engine]`` table."""
 
-    name: Literal["inprocess", "flower-simulation"] = "inprocess"
+    name: str = "inprocess"  # or "flower-simulation", or an engine of another package
     device: PerMachine[str] = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: PerMachine[int | None] = None  # torch's threads; None leaves them as they are
     spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort

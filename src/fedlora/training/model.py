@@ -39,7 +39,7 @@ class Adapted(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x) + self.adapter.forward(x, self.leaves)
+        y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
         return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
 
 

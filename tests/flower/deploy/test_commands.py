@@ -77,7 +77,11 @@ def test_flower_that_is_not_installed_is_said(toml, tmp_path, capsys, monkeypatc
 
 def test_a_wrong_engine_is_said(toml, tmp_path, capsys, monkeypatch):
     code, text = said(capsys, monkeypatch, "run", toml, "--engine", "flower", "--out", tmp_path / "run")
-    assert code == 2 and "engine.name is 'flower'; it should be 'inprocess' or 'flower-simulation'" in text
+    assert (
+        code == 2
+        and "there is no engine 'flower'; did you mean 'flower-simulation'? The engines are flower-simulation, inprocess."
+        in text
+    )
 
 
 def test_a_node_may_say_what_is_its_own_machines_and_nothing_else():

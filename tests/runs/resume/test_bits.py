@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import methods
 from fedlora.files import load_tree
+from fedlora.methods import METHODS
 from fedlora.runs.config import ConfigError
 from tests.fixtures.federation import same
 from tests.fixtures.resume import alike, breaking, like_reference, small, stopped
@@ -16,7 +16,7 @@ from tests.fixtures.resume import alike, breaking, like_reference, small, stoppe
 ROUNDS = 4
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_every_method(name, tmp_path, reference):
     """Also: the same configuration has the same bits, files, figures and crossings again."""
     assert stopped(like_reference(name), tmp_path / "run", 2).summary["rounds"] == 2

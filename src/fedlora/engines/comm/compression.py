@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdate
-from fedlora.engines.comm import codecs
+from fedlora.engines.comm.codecs import CODECS
 from fedlora.engines.comm.codecs._base import Chain
 from fedlora.engines.comm.encoding import (
     CODED,
@@ -35,6 +35,7 @@ from fedlora.engines.comm.encoding import (
 )
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules, public, received
+from fedlora.schema import construct
 from fedlora.types import Factors, Layer, Tree, Turn
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,7 +67,9 @@ class Transport:
         if not self.max_upload_mb > 0:
             raise ValueError(f"transport.max_upload_mb is {self.max_upload_mb}; it must be a positive number.")
         if self.top_k is None and self._named:
-            raise ValueError("transport has the stage 'top-k', but not which share it keeps; set transport.top_k.")
+            raise ValueError(
+                f"transport has the stage {self._named[0]!r}, but not which share it keeps; set transport.top_k."
+            )
         lossy = [chain for chain in (self.upward, self.downward) if chain is not None]
         if self.error_feedback and not lossy:
             raise ValueError("transport.error_feedback has nothing to make up for; set transport.up or transport.down.")
@@ -108,7 +111,10 @@ class Transport:
         return self._chain(_listed(self.down))
 
     def _chain(self, names: Sequence[str]) -> Chain | None:
-        found = [codecs.load(name)(**({"share": self.top_k} if _takes_share(name) else {})) for name in names]
+        found = [
+            construct(CODECS.load(name), "transport", {"share": self.top_k} if _takes_share(name) else {})
+            for name in names
+        ]
         return Chain(tuple(found)) if found else None
 
     # ------------------------------------------------------------------------------------- up
@@ -237,7 +243,7 @@ def _listed(direction: str | list[str]) -> list[str]:
 
 
 def _takes_share(name: str) -> bool:
-    return "share" in {f.name for f in fields(codecs.load(name))}
+    return "share" in {f.name for f in fields(CODECS.load(name))}
 
 
 def _each(folds: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
-from fedlora.runs.config import construct, named
-from fedlora.security import robust as defences
+from fedlora.schema import construct, construct_named
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import RobustAggregator, reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
 from fedlora.seeds import derived
@@ -29,8 +29,8 @@ def rule(robust: str | Mapping[str, Any] | None, method: Method) -> RobustAggreg
         return None
     table = {"name": robust} if isinstance(robust, str) else dict(robust)
     if not isinstance(table.get("name"), str):
-        raise ValueError(f"robust names no rule; give one of {', '.join(defences.names())}.")
-    found: RobustAggregator = named("robust", table, defences.load)
+        raise ValueError(f"robust names no rule; give one of {', '.join(ROBUST_RULES.names())}.")
+    found: RobustAggregator = construct_named(ROBUST_RULES, "robust", table)
     found.check(method, hidden=False)
     return found
 

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message
 
-from fedlora import methods
 from fedlora.adapters import Dense, LoRA
 from fedlora.flower.strategy.peft_state import Adapter
-from fedlora.methods._base import Method
+from fedlora.methods import METHODS, Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.registry import name_or_nearest
@@ -103,14 +102,14 @@ def _made(name: str, options: str) -> Method:
             f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
             "see `fedlora methods`."
         )
-    near, subject = name_or_nearest("method", name, methods.names())
+    near, subject = name_or_nearest("method", name, METHODS.names())
     if near is not None and near not in applicable():
-        kinds = " or ".join(other.__name__ for other in methods.load(near).adapters)
+        kinds = " or ".join(other.__name__ for other in METHODS.load(near).adapters)
         raise ValueError(
             f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
             f"(`fedlora run`), or take one of {', '.join(applicable())}."
         )
-    kind = methods.load(name)
+    kind = METHODS.load(name)
     made: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
     penalty = made.penalty(_probe())
     if isinstance(penalty, torch.Tensor) or penalty != 0.0:
@@ -123,7 +122,7 @@ def _made(name: str, options: str) -> Method:
 
 def applicable() -> list[str]:
     """The methods that PEFT's LoRA can be trained with."""
-    return [name for name in methods.names() if LoRA in methods.load(name).adapters]
+    return [name for name, kind in METHODS.classes().items() if LoRA in kind.adapters]
 
 
 def needs_client(method: Method) -> bool:

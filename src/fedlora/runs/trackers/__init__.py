@@ -8,22 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedlora import registry as finding
-from fedlora.registry import unknown
+from fedlora.registry import Registry
 from fedlora.runs.trackers._base import Session, Told, Tracker
-from fedlora.schema import ConfigError, Table, construct
+from fedlora.schema import ConfigError, Table, construct, load_class
 
-__all__ = ["Session", "Told", "Track", "Tracker", "load", "names", "read"]
-
-
-def names() -> list[str]:
-    """The names that ``[track]`` may have."""
-    return finding.names(__path__)
+__all__ = ["TRACKERS", "Session", "Told", "Track", "Tracker", "read"]
 
 
-def load(name: str) -> type[Tracker]:
-    """The tracker's class by its name. ``ValueError`` names the nearest one."""
-    return finding.load(__name__, name, names(), Tracker, "tracker")
+TRACKERS = Registry(Tracker, "tracker", group="fedlora.trackers", package=__name__)
 
 
 @dataclass(frozen=True)
@@ -46,12 +38,11 @@ def read(table: Table) -> Track:
     """Checks ``[track]``. ``ConfigError`` for a tracker that is not known, or a setting that it does not have."""
     found: dict[str, Tracker] = {}
     for name, settings in table.items():
-        if name not in names():
-            raise ConfigError(unknown("tracker", name, names(), "trackers"))
+        kind = load_class(TRACKERS, name)
         if not isinstance(settings, bool | dict):
             raise ConfigError(f"track.{name} is {settings!r}; it should be true, false or a table of its settings.")
         if settings is not False:
-            found[name] = construct(load(name), f"track.{name}", settings if isinstance(settings, dict) else {})
+            found[name] = construct(kind, f"track.{name}", settings if isinstance(settings, dict) else {})
     return Track(found)
 
 

@@ -46,10 +46,14 @@ class Session(ABC):
 
 @dataclass(frozen=True)
 class Tracker(ABC):
-    """Settings of one tracker; the fields are the keys of its table."""
+    """Settings of one tracker; the fields are the keys of its table.
 
-    package: ClassVar[str]  # what is imported
-    extra: ClassVar[str]  # what pip is asked for
+    A tracker of another package is a frozen dataclass that defines ``open``, and imports what it needs there. Settings
+    are kept in the run's folder, so no field may hold a secret.
+    """
+
+    package: ClassVar[str] = ""  # that ``open`` imports; empty: none that could be missing
+    extra: ClassVar[str] = ""  # of fedlora, which installs it; empty: pip is asked for ``package``
 
     @abstractmethod
     def open(self, told: Told) -> Session:
@@ -57,10 +61,11 @@ class Tracker(ABC):
 
     def check(self, name: str) -> None:
         """``ConfigError`` where the package is not there."""
-        if find_spec(self.package) is None:
+        if self.package and find_spec(self.package) is None:
+            wanted = f"fedlora[{self.extra}]" if self.extra else self.package
             raise ConfigError(
-                f"[track] names {name!r}, but {self.package} is not installed; run `pip install "
-                f"'fedlora[{self.extra}]'`, or leave track.{name} out."
+                f"[track] names {name!r}, but {self.package} is not installed; run `pip install '{wanted}'`, or leave "
+                f"track.{name} out."
             )
 
     def refusals(self) -> tuple[type[Exception], ...]:

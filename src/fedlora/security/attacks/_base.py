@@ -24,7 +24,12 @@ SUCCESS = "success"  # the sum in the scores of a success task
 
 @dataclass(frozen=True)
 class Attack:
-    """The ``[attack]`` table: one attack, its clients, and the round in which it starts."""
+    """The ``[attack]`` table: one attack, and who takes part in it from which round on.
+
+    An attack of another package is a frozen dataclass that defines one of ``poison``, ``alter`` and ``alter_together``; its
+    own fields are further keys of the table and need defaults. ``poison`` and ``alter`` are called for attackers only,
+    ``alter_together`` once a round with all uploads.
+    """
 
     share: float = 0.3  # of the clients, drawn from the seed
     clients: list[int] | None = None  # or these clients

@@ -1,14 +1,6 @@
-"""Robust aggregators, one a file, named by the file. They are found in this folder; there is no list."""
+"""Robust aggregators, one a file. The file's name is the aggregator's name."""
 
-from fedlora import registry as finding
+from fedlora.registry import Registry
 from fedlora.security.robust._base import RobustAggregator
 
-
-def names() -> list[str]:
-    """The names of all robust aggregators."""
-    return finding.names(__path__)
-
-
-def load(name: str) -> type[RobustAggregator]:
-    """Loads an aggregator's class by its name. ``ValueError`` names the nearest one."""
-    return finding.load(__name__, name, names(), RobustAggregator, "robust aggregator")
+ROBUST_RULES = Registry(RobustAggregator, "robust aggregator", group="fedlora.robust", package=__name__)
