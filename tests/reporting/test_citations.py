@@ -23,7 +23,10 @@ NEEDED = {"inproceedings": "booktitle", "article": "journal", "misc": "year"}
 def everything() -> dict[str, str]:
     """Where -> BibTeX text, of all that has any."""
     found = {f"method {name}": reference(METHODS.load(name)).cite for name in METHODS.names()}
-    found |= {f"adapter {name}": (LoRA(use_rslora=True) if kind is LoRA else kind).cite for name, kind in ADAPTERS.classes().items()}
+    found |= {
+        f"adapter {name}": (LoRA(use_rslora=True) if kind is LoRA else kind).cite
+        for name, kind in ADAPTERS.classes().items()
+    }
     found |= {f"attack {name}": ATTACKS.load(name).cite for name in ATTACKS.names()}
     found |= {f"robust {name}": ROBUST_RULES.load(name).cite for name in ROBUST_RULES.names()}
     for table in (citing.PRIVACY, citing.ACCOUNTANTS, citing.OPTIMIZERS):

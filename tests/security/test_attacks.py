@@ -13,10 +13,10 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.rounds import Received, client_turn, received, server_turn
 from fedlora.security.attacks import ATTACKS
-from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.attacks._base import alter_upload, poison_task, success_rate
 from fedlora.security.attacks.backdoor import Backdoor
 from fedlora.security.attacks.label_flip import LabelFlip
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation
 from fedlora.tasks._base import Examples

@@ -17,13 +17,13 @@ from fedlora.engines.comm.channel import Channel, Ledger
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compact, total
+from fedlora.registry import Registry
 from fedlora.rounds import Received, Rules, Served, public, server_turn
 from fedlora.security.attacks._base import success_rate
 from fedlora.security.privacy import Stream
 from fedlora.security.privacy.client_level import private_turn
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
-from fedlora.registry import Registry
 from fedlora.seeds import derived
 from fedlora.tasks.metrics.scores import Scores, figures
 from fedlora.training.evaluation import Evaluator, summary

@@ -18,8 +18,8 @@ from fedlora.methods.local import Local
 from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, per_machine
 from fedlora.security.privacy import per_sample_gradients
-from fedlora.tasks._base import Data, Shard
 from fedlora.tasks import TASKS
+from fedlora.tasks._base import Data, Shard
 from fedlora.tasks.networks.pretrained import check_tokens, quantised
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
