@@ -79,7 +79,7 @@ class ClientTurn:
 
     @cached_property
     def _stream(self) -> Stream:
-        return Stream(self.federation.key if self.key is None else self.key).of("client", self.turn.client)
+        return Stream(self.federation.key if self.key is None else self.key).child("client", self.turn.client)
 
     def _protect(self, shared: Tree, sent: Tree) -> Tree:
         """Clips the change and adds noise, if the client level asks for noise here rather than at the server."""

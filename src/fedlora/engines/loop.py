@@ -240,13 +240,13 @@ class Loop(ABC):
         if f.attack is not None and (forged := f.attack.alter_together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
             uploads |= {k: found for k, u in forged.items() if (found := self.receive_upload(u)) is not None}
-        before = set(self.screen.bad)
-        good = {u.turn.client: u for u in self.screen.judged([uploads[k] for k in sorted(uploads)], f.planned_steps)}
-        for client in sorted(self.screen.bad.keys() - before):
+        before = set(self.screen.rejected)
+        good = {u.turn.client: u for u in self.screen.compare([uploads[k] for k in sorted(uploads)], f.planned_steps)}
+        for client in sorted(self.screen.rejected.keys() - before):
             self._report_quarantine(uploads[client].turn)
-        self.screen.settle()
-        if len(self.screen.bad) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
-            client, bad = min(self.screen.bad.items())
+        self.screen.record_conduct()
+        if len(self.screen.rejected) > 1 and not good and f.attack is None:  # one bad client alone must not end a run
+            client, bad = min(self.screen.rejected.items())
             raise FloatingPointError(
                 f"every upload of round {at.number + 1} was quarantined (client {client}: {bad.reason}); lower "
                 "training.learning_rate, or set training.max_grad_norm."

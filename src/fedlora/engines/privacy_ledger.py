@@ -106,7 +106,7 @@ class PrivacyLedger:
         pairs = self.worst(self.after(rounds))
         if not pairs:
             return {"privacy": {"epsilon": None, "delta": None}}
-        epsilon = self.privacy.largest(self.noise_multiplier, pairs, self.delta)
+        epsilon = self.privacy.largest_epsilon(self.noise_multiplier, pairs, self.delta)
         return {"privacy": {"epsilon": _finite(epsilon), "delta": self.delta}}
 
     def spent_line(self, rounds: int) -> str:
