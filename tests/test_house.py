@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts.pages import house
 
 from fedlora.methods import METHODS
 from fedlora.tasks import TASKS
@@ -17,20 +18,7 @@ from fedlora.tasks._base import Supervised
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedlora"
 FILES = sorted(SOURCE.rglob("*.py"))
-LAYERS = [  # packages and files of src/fedlora from the ground up: imports go to a lower line only
-    {"types", "seeds", "text", "files", "registry", "schema", "linalg"},
-    {"adapters"},
-    {"methods"},
-    {"rounds"},
-    {"tasks"},
-    {"training"},
-    {"security"},
-    {"engines"},
-    {"runs"},
-    {"flower", "export", "reporting", "code_eval"},
-    {"cli"},
-    {"__main__", "__init__"},
-]
+LAYERS = [*map(set, house.LAYERS), {"__main__", "__init__"}]  # from the ground up: imports go to a lower layer only
 CORE = {"types", "seeds", "linalg", "adapters", "methods", "rounds"}  # pure functions of tensors
 OUTSIDE = {"torch", "jaxtyping"}  # what they may import beside the standard library
 

@@ -3,15 +3,16 @@
     python -m scripts.pages            # writes what differs
     python -m scripts.pages --check    # writes nothing; exit status 1 and the files' names where something differs
 
-Generated whole: docs/methods/*.md, docs/figures/methods/*.svg, docs/cli.md. In the other pages only the figures between
-``<!-- = ... -->`` and ``<!-- . -->`` are filled in (see scripts/pages/measured.py); their text is written by hand.
+Generated whole: docs/methods/*.md, docs/figures/methods/*.svg, docs/figures/house.svg, docs/cli.md. In the other pages
+only the figures between ``<!-- = ... -->`` and ``<!-- . -->`` are filled in (see scripts/pages/measured.py); their text
+is written by hand.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from scripts.pages import command_line, curves, measured, methods
+from scripts.pages import command_line, curves, house, measured, methods
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -20,7 +21,7 @@ def made(docs: Path = DOCS) -> dict[Path, str]:
     """Every generated file and its text. ``ValueError`` where a page asks for a figure that is not there."""
     found = measured.Results.read(docs)
     drawn = curves.read(docs)
-    files = {docs / "cli.md": command_line.page()}
+    files = {docs / "cli.md": command_line.page(), docs / "figures" / "house.svg": house.figure()}
     files |= {docs / "methods" / name: text for name, text in methods.pages(found, drawn).items()}
     files |= {docs / "figures" / "methods" / name: text for name, text in curves.figures(drawn).items()}
     for path in sorted(docs.rglob("*.md")):

@@ -84,10 +84,10 @@ Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # uploads 
 class Loop(ABC):
     """Runs a federation round by round; an engine says where the clients' turns run.
 
-    An engine of another package is a dataclass that extends this class and defines ``run_turns`` and ``score_clients``, or extends
-    ``InProcess`` and changes a part of it; ``[engine] name`` names it. Each upload must pass ``receive_upload``. Equal seeds
-    must give equal bits in every engine, so the result of a turn may depend on its arguments only. It has no settings
-    beside those of the ``[engine]`` table.
+    An engine of another package is a dataclass that extends this class and defines ``run_turns`` and ``score_clients``,
+    or extends ``InProcess`` and changes a part of it; ``[engine] name`` names it. Each upload must pass
+    ``receive_upload``. Equal seeds must give equal bits in every engine, so the result of a turn may depend on its
+    arguments only. It has no settings beside those of the ``[engine]`` table.
     """
 
     steps_here: ClassVar[bool] = True  # do clients train in this process, so that Ctrl-C can wait for a step's end?

@@ -26,9 +26,9 @@ SUCCESS = "success"  # the sum in the scores of a success task
 class Attack:
     """The ``[attack]`` table: one attack, and who takes part in it from which round on.
 
-    An attack of another package is a frozen dataclass that defines one of ``poison``, ``alter`` and ``alter_together``; its
-    own fields are further keys of the table and need defaults. ``poison`` and ``alter`` are called for attackers only,
-    ``alter_together`` once a round with all uploads.
+    An attack of another package is a frozen dataclass that defines one of ``poison``, ``alter`` and ``alter_together``;
+    its own fields are further keys of the table and need defaults. ``poison`` and ``alter`` are called for attackers
+    only, ``alter_together`` once a round with all uploads.
     """
 
     share: float = 0.3  # of the clients, drawn from the seed

@@ -55,10 +55,10 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class RobustAggregator(ABC):
-    """The ``[robust]`` table: one robust aggregator. ``attackers`` is the share of a round's uploads that may be hostile.
+    """The ``[robust]`` table: one robust aggregator. ``attackers`` is the share of uploads that may be hostile.
 
-    An aggregator of another package is a frozen dataclass that defines ``judge``; its own fields are further keys of the table
-    and need defaults. ``judge`` depends on its argument only.
+    An aggregator of another package is a frozen dataclass that defines ``judge``; its own fields are further keys of
+    the table and need defaults. ``judge`` depends on its argument only.
     """
 
     attackers: float = 0.3
