@@ -118,7 +118,7 @@ def test_below_the_threshold_the_round_begins_again(tmp_path):
     [done] = world.run()
     assert done.record["cohort"] == [0, 1, 2, 3]
     texts = [e.text for e in world.events if e.kind == "waiting"]
-    assert len(texts) == 2 and "2 of 4 clients sent their 'masked' message" in texts[0]
+    assert len(texts) == 2 and "2 of 4 clients sent their 'mask' message" in texts[0]
     assert "2 of 4 clients can take part, and it needs 3" in texts[1]
     plain = World(tmp_path / "b", "rounds=1", "clients.count=4", *SHORT).run()[0]
     assert close(plain.shared, done.shared, 1e-5)

@@ -18,7 +18,7 @@ from fedlora.linalg.geometry import (
 )
 from fedlora.linalg.sums import Term
 from fedlora.types import Factors
-from tests.linalg.test_sums import dense, drawn
+from tests.fixtures.terms import dense, drawn
 
 
 def updates(K=5, stack=(), seed=0, shared=None):

@@ -17,21 +17,7 @@ from fedlora.linalg.sums import (
     truncated_svd,
     widen,
 )
-
-
-def drawn(K=7, m=40, n=33, r=3, spread=0.5, seed=0, many=(), dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*many, *shape, generator=g, dtype=torch.float64)
-
-    U, V = normal(m, r), normal(r, n)
-    terms = [Term(0.5 + k, U + spread * normal(m, r), V + spread * normal(r, n)) for k in range(K)]
-    return [t._replace(U=t.U.to(dtype), V=t.V.to(dtype)) for t in terms]
-
-
-def dense(terms):
-    return sum(t.c * t.U @ t.V for t in terms)
+from tests.fixtures.terms import dense, drawn
 
 
 @pytest.mark.parametrize("many", [(), (2,), (2, 3)])

@@ -96,7 +96,7 @@ class Masked(Federated):
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]
         layout = layout_of(f.rules, at.shared, turns)
-        claims = f.hygiene.capped([self._directory.rows[k] for k in cohort])
+        claims = f.hygiene.cap_examples([self._directory.rows[k] for k in cohort])
         weights = dict(zip(cohort, shares(f.method, claims)))
         if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
             return super()._ask(cohort, set())
