@@ -22,7 +22,6 @@ from fedlora.text import shown
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
-NOTES = "__metadata__"  # in the header of a safetensors file
 
 
 SIZES = {  # bytes a number, by safetensors' names of dtypes
@@ -31,7 +30,7 @@ SIZES = {  # bytes a number, by safetensors' names of dtypes
 }  # fmt: skip
 DIMENSIONS = 8
 NAME = 512  # characters of a tensor's name
-METADATA = "__metadata__"
+METADATA = "__metadata__"  # the notes in a header
 
 
 class RefusedHeaderError(ValueError):
@@ -175,7 +174,7 @@ def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str]) -> bytes:
     data = save(tensors, dict(notes))
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header = {NOTES: dict(sorted(header.pop(NOTES).items())), **header}
+    header = {METADATA: dict(sorted(header.pop(METADATA).items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text + data[start:]
