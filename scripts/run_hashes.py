@@ -115,12 +115,16 @@ def numbers(value: Any) -> Iterator[str]:
         yield repr(float(value))
 
 
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The bits of a tensor, without its shape."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
 def file_digest(path: Path) -> str:
     """Of the tensors of a file, in the order of their names."""
     found = hashlib.sha256()
     for _, tensor in sorted(load_file(path).items()):
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor_bytes(tensor))
     return found.hexdigest()
 
 
@@ -146,7 +150,7 @@ def over_flower(folder: Path, name: str) -> str:
     for done in World(folder, *settings(name)).run():
         for _, layer in sorted(done.shared.items()):
             for _, tensor in sorted(layer.items()):
-                found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+                found.update(tensor_bytes(tensor))
         found.update(" ".join(sorted(numbers(done.record))).encode())
     return found.hexdigest()[:24]
 

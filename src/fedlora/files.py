@@ -31,8 +31,6 @@ SIZES = {  # bytes a number, by safetensors' names of dtypes
 DIMENSIONS = 8
 NAME = 512  # characters of a tensor's name
 METADATA = "__metadata__"  # the notes in a header
-
-
 SUFFIX = ".safetensors"
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
 

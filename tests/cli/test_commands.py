@@ -125,6 +125,7 @@ def test_methods(cli):
     found = {one["name"]: one for one in json.loads(cli("methods", "--json").stdout)}
     assert found["ffa-lora"]["claims"] == {
         "exact": True,
+        "lossy": False,
         "any_rank": False,
         "personal": False,
         "secure_aggregation": True,

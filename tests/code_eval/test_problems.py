@@ -14,9 +14,8 @@ import pytest
 
 from fedlora.code_eval import sandbox
 from fedlora.code_eval.grade import answers, grade, rows
-from fedlora.code_eval.problems import Problem, figures, graded, mbpp, pass_at_k, problems
-from tests.fixtures.sandbox import living, sleeping, until
-from tests.fixtures.sandbox import pytestmark as on_landlock
+from fedlora.code_eval.problems import Problem, figures, mbpp, pass_at_k, problems, run_answers
+from tests.fixtures.sandbox import living, on_landlock, sleeping, until
 
 PROMPT = 'from math import floor\n\n\ndef half(x: int) -> int:\n    """ Half of x.\n    >>> half(4)\n    2\n    """\n'
 HALF = Problem("T/0", PROMPT, "assert half(4) == 2 and half(5) == 2\n", PROMPT, "half")
@@ -245,6 +244,6 @@ def test_gold_solutions_pass_and_wrong_ones_do_not(shared, name, every):
     assert len(everything) == {"humaneval": 164, "mbpp": 500}[name]
     found = everything[::every]
     asked = problems(found, name)
-    verdicts = graded(asked, {p.task_id: [row[gold], *wrong] for p, row in zip(asked, found)}, workers=2)
+    verdicts = run_answers(asked, {p.task_id: [row[gold], *wrong] for p, row in zip(asked, found)}, workers=2)
     assert [(v.task_id, v.sample) for v in verdicts] == [(p.task_id, sample) for p in asked for sample in range(3)]
     assert [v for v in verdicts if v.passed != (v.sample == 0)] == []

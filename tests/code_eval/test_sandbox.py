@@ -15,7 +15,9 @@ import pytest
 
 from fedlora.code_eval import folder, sandbox
 from fedlora.code_eval.sandbox import Sandbox, SandboxError
-from tests.fixtures.sandbox import living, sleeping, until
+from tests.fixtures.sandbox import living, on_landlock, sleeping, until
+
+pytestmark = on_landlock
 
 ADDS = "def add(a, b):\n    return a + b\n"
 TEST = "assert add(1, 2) == 3"

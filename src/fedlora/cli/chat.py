@@ -34,14 +34,14 @@ def chat(
         typer.echo(talk.say(prompt, writing))
     elif sys.stdin.isatty():
         say("Type a prompt and Return; Ctrl-D ends.")
-        for line in _typed():
-            _answered(talk, line, writing)
+        for line in _read_lines():
+            _print_answer(talk, line, writing)
     else:
         for line in sys.stdin:
             typer.echo(talk.say(line.rstrip("\n"), writing))
 
 
-def _typed() -> Iterator[str]:
+def _read_lines() -> Iterator[str]:
     import readline  # noqa: F401 - input() has a history and can be edited then
 
     while True:
@@ -54,8 +54,8 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _answered(talk, line: str, writing) -> None:
-    """A prompt that is too long does not end the conversation."""
+def _print_answer(talk, line: str, writing) -> None:
+    """Print the answer to a line; a prompt that is too long is reported and does not end the conversation."""
     try:
         typer.echo(talk.say(line, writing))
     except ValueError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.code_eval.problems import Problem, Verdict, figures, graded, problems
+from fedlora.code_eval.problems import Problem, Verdict, figures, problems, run_answers
 from fedlora.code_eval.sandbox import Sandbox
 from fedlora.files import writable, write
 from fedlora.registry import nearest
@@ -87,7 +87,7 @@ def grade(
     given = answers(predictions, known)
     figures(known, [_unrun(task, i) for task, texts in given.items() for i in range(len(texts))], ks)  # enough for k?
     place = writable(out or _beside(Path(predictions).expanduser()))
-    verdicts = graded(known, given, sandbox, workers, done)
+    verdicts = run_answers(known, given, sandbox, workers, done)
     lines = (json.dumps(vars(v)) + "\n" for v in verdicts)
     write(place, "".join(lines).encode())
     return {

@@ -28,14 +28,14 @@ class Verdict:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
-        answer = self._token if error is None else "-" + self._said(kind, error, trace)
+        answer = self._token if error is None else "-" + self._describe_error(kind, error, trace)
         for flush in self._flushes:
             with suppress(OSError, ValueError):  # closed by the program
                 flush()
         self._write(answer.encode("utf-8", "replace")[:2000])
         self._exit(0)
 
-    def _said(self, kind: type | None, error: BaseException, trace: types.TracebackType | None) -> str:
+    def _describe_error(self, kind: type | None, error: BaseException, trace: types.TracebackType | None) -> str:
         """The error as Python's last line has it, and the test that met it."""
         line = ""
         while trace is not None:

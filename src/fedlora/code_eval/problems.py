@@ -43,7 +43,7 @@ class Problem:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the answer's own escapes
             if not self.context or self._complete(text):
-                return _quiet(_longest(f"{self.context}\n{text}" if self.context else _unworded(text)))
+                return _quiet(_longest(f"{self.context}\n{text}" if self.context else _strip_preamble(text)))
             # Tokenizers and chat models drop the first line's indentation, or every line's.
             tries = [f"{self.context}{body}" for body in (text, f"    {text}", textwrap.indent(text, "    "))]
             return _quiet(_longest(next((t for t in tries if _tree(t) is not None), tries[0]), len(self.context)))
@@ -100,7 +100,7 @@ class Verdict:
     seconds: float
 
 
-def graded(
+def run_answers(
     found: Iterable[Problem],
     answers: Mapping[str, Sequence[str]],
     sandbox: Sandbox | None = None,
@@ -166,7 +166,7 @@ def _code(answer: str, entry: str | None) -> str:
     return (wanted or sorted(blocks, key=len, reverse=True) or [text])[0]
 
 
-def _unworded(text: str) -> str:
+def _strip_preamble(text: str) -> str:
     """Without the words that a chat model says before its code."""
     begin = re.search(r"^(?:(?:async def|def|class|import) \w|from [\w.]+ import |@\w)", text, re.MULTILINE)
     return text[begin.start() :] if _tree(text) is None and begin else text
@@ -174,12 +174,12 @@ def _unworded(text: str) -> str:
 
 def _tree(text: str) -> ast.Module | None:
     try:
-        return _parsed(text)
+        return _parse(text)
     except FAULTS:
         return None
 
 
-def _parsed(text: str) -> ast.Module:
+def _parse(text: str) -> ast.Module:
     tree = ast.parse(text)
     compile(tree, "<answer>", "exec")  # sees more, such as a return outside of a function; nothing is run
     return tree
@@ -190,7 +190,7 @@ def _longest(text: str, least: int = 0) -> str:
     lines = text.split("\n")
     while lines and len(cut := "\n".join(lines)) >= least:
         try:
-            _parsed(cut)
+            _parse(cut)
         except FAULTS as error:
             at = getattr(error, "lineno", None) or len(lines)
             del lines[max(0, min(at, len(lines)) - 1) :]

@@ -77,15 +77,17 @@ class Sandbox:
         with folder.fresh() as own, tempfile.TemporaryFile() as request:
             request.write(json.dumps(task).encode())
             request.seek(0)
-            process, seen = self._watched(own, request, stopped)
-        return self._judged(process, seen, token, time.monotonic() - began)
+            process, seen = self._run_script(own, request, stopped)
+        return self._judge(process, seen, token, time.monotonic() - began)
 
     def _task(self) -> dict:
         limits = {"cpu": self.seconds, "memory": self.memory_mb * MIB, "file": self.disk_mb * MIB, "descriptors": 64}
         return {"readable": readable(), "packages": packages(), "limits": limits, "parent": os.getpid()}
 
-    def _watched(self, own: str, request: IO[bytes], stopped: Callable[[], bool]) -> tuple[subprocess.Popen, "_Seen"]:
-        """Starts the script and stays until it is dead and buried."""
+    def _run_script(
+        self, own: str, request: IO[bytes], stopped: Callable[[], bool]
+    ) -> tuple[subprocess.Popen, "_Seen"]:
+        """Starts the script, watches it, and returns once it has ended or was killed."""
         verdict, answers = os.pipe()
         try:
             process = subprocess.Popen(
@@ -134,7 +136,7 @@ class Sandbox:
         full = used > self.disk_mb * MIB or entries > ENTRIES
         return f"left more than {self.disk_mb} MB or {ENTRIES} files" if full else ""
 
-    def _judged(self, process: subprocess.Popen, seen: "_Seen", token: str, seconds: float) -> Ran:
+    def _judge(self, process: subprocess.Popen, seen: "_Seen", token: str, seconds: float) -> Ran:
         output = seen.output[: self.output_kb * 1024].decode("utf-8", "replace")
         answer, status = bytes(seen.answer), process.returncode
         if not answer.startswith(b"+"):
@@ -146,10 +148,10 @@ class Sandbox:
             text = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
             why = "".join(c if c.isprintable() else "?" for c in text)  # a terminal would obey some
         else:
-            why = seen.over or self._ended(status)
+            why = seen.over or self._explain_status(status)
         return Ran(False, output, why, seconds)
 
-    def _ended(self, status: int) -> str:
+    def _explain_status(self, status: int) -> str:
         if status == -signal.SIGXCPU:
             return f"used more than {self.seconds} s of processor time"
         if status == -signal.SIGKILL:

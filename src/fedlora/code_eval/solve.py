@@ -35,7 +35,7 @@ def solve(
         raise ValueError(f"--samples is {samples}, but at --temperature 0 all are alike; raise it, e.g. to 0.8.")
     place = writable(out)
     there = _there(place)
-    asked = {problem.task_id: _asked(talk, problem, worded) for problem in known}
+    asked = {problem.task_id: _encode_prompt(talk, problem, worded) for problem in known}
     fits = [p for p in known if len(asked[p.task_id]) + writing.max_new_tokens <= talk.room]
     if not fits:
         raise ValueError(
@@ -47,7 +47,7 @@ def solve(
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place, "a", encoding="utf-8") as file:
         for some in _batches(sorted(jobs, key=lambda job: (job[1], len(asked[job[0].task_id]))), batch_size):
-            for (problem, _), text in zip(some, _written(talk, some, asked, writing, worded), strict=True):
+            for (problem, _), text in zip(some, _generate_answers(talk, some, asked, writing, worded), strict=True):
                 file.write(json.dumps({"task_id": problem.task_id, "completion": text}) + "\n")
             file.flush()
             done(len(some))
@@ -69,14 +69,14 @@ def _there(place: Path) -> dict[str, int]:
     return {task: tasks.count(task) for task in dict.fromkeys(tasks)}
 
 
-def _asked(talk: Chat, problem: Problem, worded: bool) -> list[int]:
+def _encode_prompt(talk: Chat, problem: Problem, worded: bool) -> list[int]:
     if not worded:
         return tokens([problem.prompt], talk.tokenizer, True)[0]
     text = talk.prompt([{"role": "user", "content": problem.prompt}])
     return tokens([text], talk.tokenizer, talk.wording is not None)[0]
 
 
-def _written(talk: Chat, some, asked, writing: Writing, worded: bool) -> list[str]:
+def _generate_answers(talk: Chat, some, asked, writing: Writing, worded: bool) -> list[str]:
     """The answers of one batch, each from a seed that its task and sample settle."""
     stops = () if worded else STOPS["humaneval" if some[0][0].context else "mbpp"]
     how = Writing(writing.max_new_tokens, writing.temperature, writing.top_p, writing.stop or stops)
