@@ -13,12 +13,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from fedlora import methods
 from fedlora.adapters import LoRA
 from fedlora.engines.aggregation_error import errors
-from fedlora.files import Limits, flat, nested, read_header
+from fedlora.files import Limits, decode_tree, encode_tree
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, client_turn, server_turn
 from fedlora.security.validation import Gate, Hygiene
@@ -86,8 +85,7 @@ def looked_at(rules: Rules, shared: Tree, sent: Sequence[Received]) -> None:
 
 def read(content: bytes) -> Tree:
     """An upload as it comes over a network, in memory of its own."""
-    read_header(content, Limits(2**31, 100_000, 2**24))
-    return nested(load(content))
+    return decode_tree(content, Limits(2**31, 100_000, 2**24))
 
 
 def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int, times: int) -> None:
@@ -102,7 +100,7 @@ def measure(names: Sequence[str], shapes: Sequence[str], r: int, K: int, times: 
 
 def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, Tree], times: int) -> dict[str, float]:
     """Seconds of each, and the gate's share of combining alone, and of aggregation as a user runs it."""
-    served, came = server_turn(rules, shared, sent), [save(flat(u.tree)) for u in sent]
+    served, came = server_turn(rules, shared, sent), [encode_tree(u.tree) for u in sent]
     found = seconds(
         {
             "combine": lambda: server_turn(rules, shared, sent),

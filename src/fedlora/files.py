@@ -15,23 +15,20 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from fedlora.text import shown
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
-NOTES = "__metadata__"  # in the header of a safetensors file
-
-
 SIZES = {  # bytes a number, by safetensors' names of dtypes
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 DIMENSIONS = 8
 NAME = 512  # characters of a tensor's name
-METADATA = "__metadata__"
+METADATA = "__metadata__"  # the notes in a header
 
 
 class RefusedHeaderError(ValueError):
@@ -165,48 +162,60 @@ def _covers(spans: list[tuple[int, int]], size: int) -> None:
         raise RefusedHeaderError(f"its tensors end after {at} of {size} bytes; it is cut off, or longer than it says")
 
 
-def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
-    """Writes every leaf as ``part/leaf``, float32 as it is."""
-    write(path, serialize(flat(tree), {"format": "pt", **(about or {})}))
+def flatten(tree: Tree) -> dict[str, Tensor]:
+    """``part/leaf`` -> leaf, the very tensors of the tree."""
+    return {f"{part}{SEPARATOR}{leaf}": x for part, layer in tree.items() for leaf, x in layer.items()}
 
 
-def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str]) -> bytes:
+def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tree of leaves that ``flatten`` named. Parts without leaves are lost."""
+    tree: dict[str, dict[str, Tensor]] = {}
+    for key, x in leaves.items():
+        part, _, leaf = key.rpartition(SEPARATOR)
+        tree.setdefault(part, {})[leaf] = x
+    return tree
+
+
+def encode_tree(tree: Tree, notes: Mapping[str, str] | None = None) -> bytes:
+    """A tree as the bytes of a safetensors file: the one form of trees on disk and in messages."""
+    # Cloned, since safetensors refuses tensors that share memory.
+    leaves = {key: x.detach().cpu().clone().contiguous() for key, x in flatten(tree).items()}
+    return serialize(leaves, notes)
+
+
+def decode_tree(source: bytes | Path, limits: Limits = FILES) -> dict[str, dict[str, Tensor]]:
+    """The tree that ``encode_tree`` wrote, from its bytes or its file. Its header is checked before a tensor is made.
+
+    Each leaf has memory of its own: safetensors gives views at any offset, and the last bits of a factorisation depend
+    on the alignment. Raises ``RefusedHeaderError``, ``SafetensorError`` or, for a file, ``OSError``.
+    """
+    read_header(source, limits)
+    leaves = load(source) if isinstance(source, bytes) else load_file(source)
+    return unflatten({key: x.clone() for key, x in leaves.items()})
+
+
+def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
     """A safetensors file whose bytes follow from its content: safetensors itself orders notes by chance."""
-    data = save(tensors, dict(notes))
+    data = save(tensors, dict(notes or {}) or None)
+    if not notes:
+        return data
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    header = {NOTES: dict(sorted(header.pop(NOTES).items())), **header}
+    header = {METADATA: dict(sorted(header.pop(METADATA).items())), **header}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 
-def flat(tree: Tree) -> dict[str, Tensor]:
-    """``part/leaf`` -> tensor, fit for safetensors."""
-    return {
-        f"{part}{SEPARATOR}{leaf}": x.detach().cpu().clone().contiguous()  # cloned: safetensors refuses shared memory
-        for part, layer in tree.items()
-        for leaf, x in layer.items()
-    }
-
-
-def nested(leaves: Mapping[str, Tensor]) -> Tree:
-    """The tree whose leaves ``flat`` names, in memory of its own.
-
-    Safetensors gives views at any offset, and the last bits of a factorisation depend on where a tensor begins.
-    """
-    tree: dict[str, dict[str, Tensor]] = {}
-    for key, value in leaves.items():
-        part, _, leaf = key.rpartition(SEPARATOR)
-        tree.setdefault(part, {})[leaf] = value.clone()
-    return tree
+def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
+    """Writes a tree as a safetensors file, every leaf in its own dtype."""
+    write(path, encode_tree(tree, {"format": "pt", **(about or {})}))
 
 
 def load_tree(path: Path) -> Tree:
     """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
     try:
-        read_header(path)
-        return nested(load_file(path))
+        return decode_tree(path)
     except (RefusedHeaderError, SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read, the run was cut off or edited: {error}; run it anew."

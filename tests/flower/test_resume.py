@@ -9,7 +9,8 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import torch
 
 import fedlora
-from fedlora.engines.checkpoint import config_digest, unfolded
+from fedlora.engines.base_updates import folds_from_tree
+from fedlora.engines.checkpoint import config_digest
 from fedlora.files import load_tree
 from fedlora.flower.client_store import Store
 from fedlora.flower.serve import serve
@@ -110,7 +111,7 @@ def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_fi
     assert len({s.base for s in stores}) == 1
     for number, name in enumerate(stores[0].folds):
         (file,) = (tmp_path / "run" / "checkpoints" / "folds").glob(f"{number:06d}-*.safetensors")
-        ours = unfolded(load_tree(file))
+        ours = folds_from_tree(load_tree(file))
         theirs = Store(tmp_path / "nodes" / token).fold(name)
         assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
 

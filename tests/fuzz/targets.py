@@ -12,8 +12,8 @@ from safetensors.torch import save
 from fedlora.adapters import Dense
 from fedlora.engines.checkpoint import FORM, Checkpoints
 from fedlora.engines.comm.compression import Transport
-from fedlora.engines.verified_files import packed, seal
-from fedlora.files import flat, load_tree, read_header, upload_limits
+from fedlora.engines.verified_files import encode_state, write_verified
+from fedlora.files import encode_tree, load_tree, read_header, upload_limits
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.runs.config import read
@@ -42,7 +42,7 @@ def trees():
 
 
 def contents():
-    return [save(flat(tree), {"format": "pt", "about": "{}"}) for tree in trees()]
+    return [encode_tree(tree, {"format": "pt", "about": "{}"}) for tree in trees()]
 
 
 def header() -> Target:
@@ -79,7 +79,7 @@ def upload(transport: Transport) -> Target:
     def one(seed: int) -> bytes:
         sent = {part: {leaf: x + 0.1 for leaf, x in layer.items()} for part, layer in shared.items()}
         found = transport.sent(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
-        return save(flat(found.crosses))
+        return encode_tree(found.crosses)
 
     def look(data: bytes) -> None:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
@@ -161,10 +161,10 @@ def adapter_settings(place: Path) -> Target:
 def checkpoint(place: Path) -> Target:
     kept = Checkpoints(place / "checkpoints", "config", "accuracy")
     said = {"form": FORM, "config": "config", "private": {"0": None}, "folds": [], "inputs": {}, "number": 3}
-    sound = [packed(trees()[0], said)]
+    sound = [encode_state(trees()[0], said)]
 
     def look(data: bytes) -> None:
-        name = seal(kept.folder, "000003", data)  # even where the name tells its digest
+        name = write_verified(kept.folder, "000003", data)  # even where the name tells its digest
         try:
             kept.newest()
         finally:

@@ -3,10 +3,26 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fedlora.linalg.factors import compacted, total
-from fedlora.types import Factors
+from fedlora.types import Factors, Tree
 
 Folds = Mapping[str, tuple[Factors, ...]]  # of one round: part -> what is added to its base weight
+
+
+def folds_to_tree(folds: Folds) -> dict[str, Mapping[str, Tensor]]:
+    """One round's folds as a tree: part ``PART/i`` with the leaves ``U`` and ``V``."""
+    return {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
+
+
+def folds_from_tree(tree: Tree) -> Folds:
+    """The folds that ``folds_to_tree`` was given."""
+    found: dict[str, dict[int, Factors]] = {}
+    for key, factors in tree.items():
+        part, _, place = key.rpartition("/")
+        found.setdefault(part, {})[int(place)] = Factors(**factors)
+    return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
 
 
 @dataclass

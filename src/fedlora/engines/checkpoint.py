@@ -13,17 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.base_updates import FoldLog, Folds
+from fedlora.engines.base_updates import FoldLog, Folds, folds_from_tree, folds_to_tree
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import compare_inputs, inputs
 from fedlora.engines.loop import Loop, Private, Round, Standing
 from fedlora.engines.retention import Retention
 from fedlora.engines.snapshot import Snapshot, private_leaves, privates_of, put_back
-from fedlora.engines.verified_files import ENDING, RefusedError, about, packed, seal, unpacked, unseal
+from fedlora.engines.verified_files import (
+    ENDING,
+    RefusedError,
+    decode_state,
+    encode_state,
+    read_about,
+    read_verified,
+    write_verified,
+)
 from fedlora.files import digest, swept
 from fedlora.text import plain_name
-from fedlora.types import Factors, Tree
+from fedlora.types import Tree
 
 FOLDER, FOLDS, FORM = "checkpoints", "folds", 2
 PLACES = ("task.data", "model.name", "model.start")  # settings that say where a file or a folder is
@@ -94,7 +102,7 @@ class Checkpoints:
             "form": FORM, "config": self.config, "made": self._made, "folds": self._folds, "private": files,
             "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
-        name = seal(self.folder, stem, packed(tree, {**said, **own}))
+        name = write_verified(self.folder, stem, encode_state(tree, {**said, **own}))
         if self.best is not None and self.best["round"] == snapshot.number:
             self.best["file"] = name
         self._last = None
@@ -103,15 +111,15 @@ class Checkpoints:
     def _fold(self, log: FoldLog) -> None:
         """Each round's folds are on disk before they are summed with others."""
         for number in range(len(self._folds), len(log)):
-            content = packed(folded(log.entries[number - log.start]), {})
-            name = seal(self.folder / FOLDS, f"{number:06d}", content)
+            content = encode_state(folds_to_tree(log.entries[number - log.start]), {})
+            name = write_verified(self.folder / FOLDS, f"{number:06d}", content)
             self._folds.append((name, log.start))
 
     def _private(self, stem: str, snapshot: Snapshot) -> None:
         found = snapshot.privates or {}
         fresh = {client: own for client, own in found.items() if not _same(self._written.get(client), own)}
         tree = private_leaves(fresh)
-        name = seal(self.folder, stem, packed(tree, {})) if tree else None
+        name = write_verified(self.folder, stem, encode_state(tree, {})) if tree else None
         self._files |= dict.fromkeys(fresh, name)
         self._written |= fresh
 
@@ -120,7 +128,7 @@ class Checkpoints:
         found = [path for path in _states(self.folder) if path.name == newest or _number(path) < number]
         kept = {path.name for path in found[-self.retention.keep :]}
         kept |= {self.best["file"]} if self.best else set()
-        belong = {str(f) for name in kept for f in (about(self.folder / name).get("private") or {}).values()}
+        belong = {str(f) for name in kept for f in (read_about(self.folder / name).get("private") or {}).values()}
         for path in self.folder.glob(f"*{ENDING}"):
             if path.name not in kept | belong:
                 path.unlink(missing_ok=True)
@@ -185,7 +193,7 @@ class Checkpoints:
             return None
         found: dict[int, Private] = {int(client): Private({part: {} for part in f.rules}) for client in files}
         for name in sorted({name for name in files.values() if name is not None}):
-            tree, _ = unpacked(unseal(self.folder / name))
+            tree, _ = decode_state(read_verified(self.folder / name))
             own = privates_of(tree, f.rules, f.model.device)
             found |= {client: private for client, private in own.items() if files[str(client)] == name}
         return dict(sorted(found.items()))
@@ -205,14 +213,14 @@ class Checkpoints:
     def _refold(self, log: FoldLog, names: list) -> Iterator[Folds]:
         """Lets a log grow as it once did, fold by fold."""
         for name, start in names:
-            tree, _ = unpacked(unseal(self.folder / FOLDS / name))
-            log.append(unfolded(tree))
+            tree, _ = decode_state(read_verified(self.folder / FOLDS / name))
+            log.append(folds_from_tree(tree))
             yield log.entries[-1]
             log.settle(start)
 
     def _sound(self, path: Path) -> Saved:
         """The checkpoint of a file, if it and all that belongs to it are as they were written."""
-        tree, said = unpacked(unseal(path))
+        tree, said = decode_state(read_verified(path))
         try:
             if said["form"] != FORM:
                 raise RefusedError(f"{path.name} was written by another version of fedlora")
@@ -221,9 +229,9 @@ class Checkpoints:
             if said["config"] != self.config:
                 raise RefusedError(f"{path.name} {FOREIGN}")
             for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
-                unseal(self.folder / plain_name(name, "a file of a checkpoint"))
+                read_verified(self.folder / plain_name(name, "a file of a checkpoint"))
             for name, _ in said["folds"]:
-                unseal(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
+                read_verified(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
         except RefusedError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -239,7 +247,7 @@ def check_unchanged(run: Path, f: Federation) -> None:
     """
     for place in (run / FOLDER, run.absolute().parent / FOLDER):
         for path in reversed(_states(place)):
-            before = about(path).get("inputs")
+            before = read_about(path).get("inputs")
             if isinstance(before, dict):
                 return compare_inputs(run, before, inputs(f))
     raise ValueError(
@@ -259,20 +267,6 @@ def _same(a: Private | None, b: Private) -> bool:
 
 def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
-
-
-def folded(folds: Folds) -> dict[str, Mapping]:
-    """One round's folds as a tree: part ``PART/i`` with the leaves ``U`` and ``V``."""
-    return {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
-
-
-def unfolded(tree: Mapping[str, Mapping]) -> Folds:
-    """The folds that ``folded`` wrote."""
-    found: dict[str, dict[int, Factors]] = {}
-    for key, factors in tree.items():
-        part, _, place = key.rpartition("/")
-        found.setdefault(part, {})[int(place)] = Factors(**factors)
-    return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
 
 
 def config_digest(table: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlora.engines.comm.channel import Crossing, Knowledge
 from fedlora.engines.loop import Private, Standing
-from fedlora.engines.verified_files import moved
+from fedlora.engines.verified_files import to_device
 from fedlora.training.local import State
 from fedlora.types import Tree
 
@@ -76,7 +76,7 @@ class Snapshot:
 
 def put_back(at: Standing, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
     """Sets a fresh standing to a snapshot's leaves and plain values; its folds are the caller's."""
-    saved = moved({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
+    saved = to_device({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
     first = at.shared
     # A leaf with its first values stays the very object, so that nobody is sent it.
     at.shared = {
@@ -109,7 +109,7 @@ def private_leaves(privates: Mapping[int, Private]) -> dict[str, Mapping[str, Te
 def privates_of(tree: Tree, parts: Iterable[str], device: torch.device) -> dict[int, Private]:
     """What ``private_leaves`` wrote, by client; one that keeps no leaf is not among them."""
     groups: dict[int, dict[str, dict[str, Any]]] = {}
-    for key, layer in moved(tree, device).items():
+    for key, layer in to_device(tree, device).items():
         client, group, part = key.split("/", 2)
         groups.setdefault(int(client), {"kept": {}, "moments": {}})[group][part] = layer
     return {

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from fedlora.files import SEPARATOR, Header, flat, nested, read_header, serialize, write
+from fedlora.files import Header, decode_tree, encode_tree, flatten, read_header, unflatten, write
 from fedlora.types import Tree
 
 ENDING = ".safetensors"
@@ -25,35 +24,34 @@ class RefusedError(ValueError):
     """A file that is not what was written; the text says why."""
 
 
-def packed(tree: Tree, about: Mapping[str, Any]) -> bytes:
-    """A tree and what is to be said of it, as the bytes of a safetensors file."""
-    leaves = {f"{part}{SEPARATOR}{leaf}": x for part, layer in tree.items() for leaf, x in layer.items()}
-    orders = {key: order for key, x in leaves.items() if (order := _order(x)) is not None}
-    return serialize(flat(tree), {"format": "pt", "about": json.dumps({**about, "orders": orders})})
+def encode_state(tree: Tree, about: Mapping[str, Any]) -> bytes:
+    """A tree with its leaves' layouts in memory, and plain values beside it, as the bytes of a safetensors file."""
+    orders = {key: order for key, x in flatten(tree).items() if (order := _order(x)) is not None}
+    return encode_tree(tree, {"format": "pt", "about": json.dumps({**about, "orders": orders})})
 
 
-def unpacked(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tree that ``packed`` was given, in main memory of its own, and what was said of it."""
+def decode_state(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tree that ``encode_state`` was given, in main memory of its own, and the values beside it."""
     try:
-        about = _about(content)
-        leaves = load(content)
+        about = _about(read_header(content))
+        leaves = flatten(decode_tree(content))
         for key, order in about.pop("orders").items():
             back = sorted(range(len(order)), key=order.__getitem__)
             leaves[key] = leaves[key].permute(order).contiguous().permute(back)
     except BROKEN as error:
         raise RefusedError(f"it holds no tree of leaves ({error})") from error
-    return {part: dict(layer) for part, layer in nested(leaves).items()}, about
+    return unflatten(leaves), about
 
 
-def seal(folder: Path, stem: str, content: bytes) -> str:
+def write_verified(folder: Path, stem: str, content: bytes) -> str:
     """Writes ``STEM-DIGEST.safetensors``, and returns that name."""
     name = f"{stem}-{_digest(content)}{ENDING}"
     write(folder / name, content)
     return name
 
 
-def unseal(path: Path) -> bytes:
-    """The content of a sealed file. ``RefusedError`` where it is missing, or not what its name says."""
+def read_verified(path: Path) -> bytes:
+    """The content of such a file. ``RefusedError`` where it is missing, or not what its name says."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -63,19 +61,15 @@ def unseal(path: Path) -> bytes:
     return content
 
 
-def about(path: Path) -> dict[str, Any]:
-    """What a file says of itself, without its leaves and unchecked; nothing where it cannot be read."""
+def read_about(path: Path) -> dict[str, Any]:
+    """The values beside a file's tree, unverified; empty where the file cannot be read."""
     try:
-        return _told(read_header(path))
+        return _about(read_header(path))
     except (OSError, *BROKEN):
         return {}
 
 
-def _about(content: bytes) -> dict[str, Any]:
-    return _told(read_header(content))
-
-
-def _told(header: Header) -> dict[str, Any]:
+def _about(header: Header) -> dict[str, Any]:
     found = json.loads(header.metadata["about"])
     if not isinstance(found, dict):
         raise ValueError("its notes are no table")
@@ -94,6 +88,6 @@ def _order(x: Tensor) -> list[int] | None:
     return order if x.permute(order).is_contiguous() else None
 
 
-def moved(tree: Tree, device: torch.device) -> dict[str, dict[str, Tensor]]:
+def to_device(tree: Tree, device: torch.device) -> dict[str, dict[str, Tensor]]:
     """The tree on a device."""
     return {part: {leaf: x.to(device) for leaf, x in layer.items()} for part, layer in tree.items()}

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-
-from fedlora.engines.base_updates import Folds
-from fedlora.engines.checkpoint import folded, unfolded
+from fedlora.engines.base_updates import Folds, folds_from_tree, folds_to_tree
 from fedlora.engines.snapshot import moment_layers, moments_of
-from fedlora.files import flat, load_about, load_tree, save_json, save_tree, write
+from fedlora.files import encode_tree, load_about, load_tree, save_json, save_tree, write
 from fedlora.security.privacy import key_of
 from fedlora.training.local import State
 from fedlora.types import Tree
@@ -124,7 +121,7 @@ class Store:
 
     def add(self, folds: Folds) -> str:
         """Writes one round's folds, and returns their name."""
-        content = save(flat(folded(folds)))
+        content = encode_tree(folds_to_tree(folds))
         name = hashlib.blake2b(content, digest_size=16).hexdigest()
         if not self._fold(name).exists():
             write(self._fold(name), content)
@@ -132,7 +129,7 @@ class Store:
 
     def fold(self, name: str) -> Folds:
         """The folds of that name."""
-        return unfolded(load_tree(self._fold(name)))
+        return folds_from_tree(load_tree(self._fold(name)))
 
     def _rows(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.rows.json"

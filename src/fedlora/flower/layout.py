@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.files import SEPARATOR
+from fedlora.files import flatten, unflatten
 from fedlora.rounds import Rules
 from fedlora.security.validation.expected import expected
 from fedlora.types import Tree, Turn
@@ -17,16 +17,14 @@ def layout_of(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
     """Every leaf that a client of these turns may send."""
     found: dict[str, tuple[int, ...]] = {}
     for turn in turns:
-        tree = expected(rules, shared, turn).sent
-        found |= {
-            f"{part}{SEPARATOR}{leaf}": tuple(x.shape) for part, layer in tree.items() for leaf, x in layer.items()
-        }
+        sent = expected(rules, shared, turn).sent
+        found |= {name: tuple(x.shape) for name, x in flatten(sent).items()}
     return found
 
 
 def vector(layout: Layout, sent: Tree) -> Tensor:
     """``(d,)`` float32: every leaf's numbers in the layout's order, then a one for each leaf that was sent."""
-    own = {f"{part}{SEPARATOR}{leaf}": x.float() for part, layer in sent.items() for leaf, x in layer.items()}
+    own = {name: x.float() for name, x in flatten(sent).items()}
     strange = [name for name, x in own.items() if layout.get(name) != tuple(x.shape)]
     if strange:
         raise ValueError(f"this party would send {strange[0]!r}, which is not in the round's layout.")
@@ -45,14 +43,12 @@ def means(layout: Layout, mean: Tensor, least: float) -> Tree:
     ``least`` is the smallest share that a client can have in that mean.
     """
     there = mean[mean.numel() - len(layout) :]
-    tree: dict[str, dict[str, Tensor]] = {}
+    leaves: dict[str, Tensor] = {}
     at = 0
     for (name, shape), present in zip(layout.items(), there.tolist()):
         numbers = torch.Size(shape).numel()
-        part, _, leaf = name.rpartition(SEPARATOR)
-        layer = tree.setdefault(part, {})
         if present > least / 2:
             everyone = abs(present - 1) < 1e-6
-            layer[leaf] = mean[at : at + numbers].reshape(shape) / (1.0 if everyone else present)
+            leaves[name] = mean[at : at + numbers].reshape(shape) / (1.0 if everyone else present)
         at += numbers
-    return tree
+    return unflatten(leaves)

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora.engines.base_updates import Folds
-from fedlora.engines.checkpoint import folded
+from fedlora.engines.base_updates import Folds, folds_to_tree
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Private, Standing
 from fedlora.files import digest
@@ -22,7 +21,7 @@ class Bases:
 
     def add(self, folds: Folds) -> None:
         """One more fold."""
-        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folded(folds)}))
+        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folds_to_tree(folds)}))
 
     def __getitem__(self, number: int) -> str:
         return self.names[number]

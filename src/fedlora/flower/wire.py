@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from fedlora.engines.base_updates import Folds
-from fedlora.engines.checkpoint import folded, unfolded
+from fedlora.engines.base_updates import Folds, folds_from_tree, folds_to_tree
 from fedlora.engines.comm.channel import Delivery
 from fedlora.engines.loop import Round
-from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, flat, nested, read_header
+from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree
 from fedlora.types import Tree
 
 MESSAGE = Limits(2**31, 100_000, 2**24)  # of what the server sends; uploads have a limit of their own
@@ -56,7 +54,7 @@ class UnreadableError(ValueError):
 
 def pack(tree: Tree) -> ArrayRecord:
     """One array of bytes."""
-    content = save(flat(tree))
+    content = encode_tree(tree)
     return ArrayRecord({LEAVES: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
 
 
@@ -68,8 +66,7 @@ def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
     if (array.dtype, tuple(array.shape)) != ("uint8", (len(array.data),)):
         raise UnreadableError(f"the array is told to be {array.dtype} {tuple(array.shape)} of {len(array.data)} bytes.")
     try:
-        read_header(array.data, limits)
-        return nested(load(array.data))
+        return decode_tree(array.data, limits)
     except RefusedHeaderError as error:
         raise UnreadableError(f"the arrays are no tree of leaves: {error}.") from error
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -78,7 +75,9 @@ def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
 
 def pack_folds(rounds: Sequence[Folds]) -> ArrayRecord:
     """Several rounds of folds, numbered from 0."""
-    trees = {f"{i}{SEPARATOR}{key}": factors for i, one in enumerate(rounds) for key, factors in folded(one).items()}
+    trees = {
+        f"{i}{SEPARATOR}{key}": factors for i, one in enumerate(rounds) for key, factors in folds_to_tree(one).items()
+    }
     return pack(trees)
 
 
@@ -90,7 +89,7 @@ def unpack_folds(record: ArrayRecord) -> list[Folds]:
         if not number.isdecimal() or factors.keys() != {"U", "V"} or not rest.rpartition("/")[2].isdecimal():
             raise UnreadableError("the arrays are no folds.")
         found.setdefault(int(number), {})[rest] = factors
-    return [unfolded(found[number]) for number in sorted(found)]
+    return [folds_from_tree(found[number]) for number in sorted(found)]
 
 
 def asked(order: Order, leaves: Tree, folds: Sequence[Folds]) -> RecordDict:

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fedlora.flower import load
 from fedlora.flower.strategy.order import applicable
 from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, fold_arrays
+from fedlora.flower.wire import unpack
 from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Factors
 from tests.fixtures.flower_strategy import Federation, gap, initial, mean, strategy, three, weights
@@ -139,8 +140,8 @@ def test_fedsa_keeps_b_and_the_head_at_the_node(monkeypatch):
         for (_, ended), (began, _) in pairwise(heads):
             assert torch.equal(ended[head], began[head])
             assert not torch.equal(began[head], heads[0][0][head])
-    kept = world.grid._contexts[2].state["fedlora.kept"]
-    assert {key.rpartition("|")[2] for key in kept} == {"B", "weight"}
+    kept = unpack(world.grid._contexts[2].state["fedlora.kept"])
+    assert {leaf for layer in kept.values() for leaf in layer} == {"B", "weight"}
 
 
 def test_fedrot_sends_the_same_product_in_other_factors(monkeypatch):

@@ -117,13 +117,13 @@ def test_a_record_beyond_the_checkpoint_and_one_that_was_cut_off_are_taken_back(
 
 
 def test_other_first_values_are_refused(broken, monkeypatch):
-    real = sealed.unpacked
+    real = sealed.decode_state
 
     def other(content):
         tree, about = real(content)
         return tree, {**about, "made": "0" * 32} if "made" in about else about
 
-    monkeypatch.setattr("fedlora.engines.checkpoint.unpacked", other)
+    monkeypatch.setattr("fedlora.engines.checkpoint.decode_state", other)
     with pytest.raises(ValueError, match="made with other first values of the adapters than this machine draws"):
         fedlora.resume(broken)
 

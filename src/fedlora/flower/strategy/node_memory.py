@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.flower.strategy.order import Order
 from fedlora.flower.strategy.peft_state import fold_arrays, folds_of
+from fedlora.flower.wire import pack, unpack
 from fedlora.linalg.factors import compacted, total
 from fedlora.types import Factors, Tree
 
@@ -46,16 +45,13 @@ class Node:
 
     def kept(self) -> Tree:
         """The leaves that stay here."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        for key, array in cast(ArrayRecord, self.state[KEPT]).items():
-            part, _, leaf = key.rpartition("|")
-            found.setdefault(part, {})[leaf] = torch.from_numpy(np.array(array.numpy()))
-        return found
+        record = cast(ArrayRecord, self.state[KEPT])
+        return unpack(record) if record else {}
 
     def keep(self, tree: Tree) -> None:
         """Leaves for this client's next turn; those it kept before and did not touch now stay, too."""
-        own = {f"{part}|{leaf}": Array(x.cpu().numpy()) for part, layer in tree.items() for leaf, x in layer.items()}
-        self.state[KEPT] = ArrayRecord({**cast(ArrayRecord, self.state[KEPT]), **own})
+        before = self.kept()
+        self.state[KEPT] = pack({part: {**before.get(part, {}), **tree.get(part, {})} for part in {**before, **tree}})
 
     def folds(self, order: Order, message: str, sent: ArrayRecord | None) -> dict[str, Factors]:
         """Everything folded so far: part -> ``U (m p)`` and ``V (p n)``. The same message again changes nothing.
