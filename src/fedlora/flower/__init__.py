@@ -12,7 +12,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to a
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 _WHERE = {
-    "client_app": "fedlora.flower.deploy.proxy", "server_app": "fedlora.flower.serve",
+    "client_app": "fedlora.flower.deploy.client_process", "server_app": "fedlora.flower.serve",
     "FedLoRA": "fedlora.flower.strategy.strategy", "receive": "fedlora.flower.strategy.client",
     "send": "fedlora.flower.strategy.client", "load": "fedlora.flower.strategy.client",
 }  # fmt: skip
