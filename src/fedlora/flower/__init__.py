@@ -1,4 +1,8 @@
-"""Flower for users: a federation as an app, its processes and keys, and a strategy for apps that are there already.
+"""Federations over Flower's messages.
+
+The modules here are the engine: a server that is a Flower strategy, and clients that answer its messages. ``deploy``
+has the processes and certificates of a deployment, ``strategy`` a strategy for Flower and PEFT apps that are there
+already.
 
 Names are loaded when they are first used: a client app's process lives for one message, and imports no torch, and a
 server app needs no PEFT.
