@@ -146,7 +146,7 @@ def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
         save_tree(
             store._path(0), {"leaves/p": {"A": torch.zeros(1)}}, {"about": json.dumps({**about, "folds": [name]})}
         )
-        with pytest.raises(ValueError, match="no state of a party"):
+        with pytest.raises(ValueError, match="no state of a client"):
             store.load(0)
 
 

@@ -101,4 +101,4 @@ def test_weights_of_another_app_may_be_fractions():
     assert Hygiene().capped([0.001, 0.002, 0.003, 9.0]) == [0.001, 0.002, 0.003, pytest.approx(0.25)]
     assert Hygiene().capped([1, 2, 10**12]) == [1, 2, 200]
     guard = Guard(read_limits(None), read_rule(None, FedIT()), FedIT(), 0)
-    assert guard.allowed([3, 2], 0) == [3, 2]
+    assert guard.filter_nodes([3, 2], 0) == [3, 2]
