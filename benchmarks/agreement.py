@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.fixtures.memory_grid import MemoryGrid
 
 from fedlora.files import load_tree
-from fedlora.flower.client_factory import simulated_app
-from fedlora.flower.client_store import Store
-from fedlora.flower.deploy.app_template import init
-from fedlora.flower.deploy.processes import Loopback
-from fedlora.flower.testing import MemoryGrid
+from fedlora.flower.client_messages import build_simulated_app
+from fedlora.flower.client_store import ClientStore
+from fedlora.flower.deploy.app_template import write_app
+from fedlora.flower.deploy.local import Loopback
 from fedlora.methods import METHODS
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, build
@@ -67,7 +67,7 @@ Ended = tuple[Path, Callable[[int], Tree]]  # a run's folder, and what a client 
 def _grid(config: Config, place: Path) -> Ended:
     from fedlora.flower.serve import serve
 
-    grid = MemoryGrid(simulated_app(config.table, place), {10 + k: {"client": k} for k in range(CLIENTS)})
+    grid = MemoryGrid(build_simulated_app(config.table, place), {10 + k: {"client": k} for k in range(CLIENTS)})
     serve(replace(config, flower=replace(config.flower, poll=0.001)), grid, place / "run")
     return place / "run", _own(place / "run", lambda client: place)
 
@@ -82,14 +82,14 @@ def _deployment(configs: dict[str, Config], place: Path) -> Iterable[tuple[str, 
     with Loopback(nodes, place / "logs") as flower:
         for name, config in configs.items():
             folder = place / name
-            if flower.run(init(place / f"app-{name}", config, folder), watch=lambda line: None):
+            if flower.run(write_app(place / f"app-{name}", config, folder), watch=lambda line: None):
                 raise ChildProcessError(f"{name}: {flower.outcome}")
             yield name, (folder, _own(folder, lambda client: place / str(client)))
 
 
 def _own(folder: Path, states: Callable[[int], Path]) -> Callable[[int], Tree]:
     token = json.loads((folder / "run.json").read_text())["run"]
-    return lambda client: Store(states(client) / token).load(client).settled(ROUNDS - 1).kept
+    return lambda client: ClientStore(states(client) / token).load(client).resolve_pending(ROUNDS - 1).kept
 
 
 def _same(folder: Path, kept: Callable[[int], Tree], here: Path, ours: Any) -> bool:

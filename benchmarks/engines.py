@@ -127,17 +127,18 @@ def _memory(asked: dict[str, Any]) -> list[Mapping[str, Any]]:
 
 def memory(asked: dict[str, Any], post: Callable[[Any], Any] = lambda message: message) -> tuple[list, list]:
     """A run on the grid in memory: its records and its ledger's rows; ``post`` sees each message."""
-    from fedlora.flower.client_factory import simulated_app
-    from fedlora.flower.server import Federated
-    from fedlora.flower.testing import MemoryGrid
+    from tests.fixtures.memory_grid import MemoryGrid
+
+    from fedlora.flower.client_messages import build_simulated_app
+    from fedlora.flower.server import FlowerLoop
     from fedlora.runs.config import build
 
     config = build(asked)
     federation = config.federation()
     nodes = {2 + client: {"client": client} for client in range(federation.clients.count)}
     with TemporaryDirectory(prefix="fedlora-") as place:
-        grid = MemoryGrid(simulated_app(config.table, Path(place)), nodes, post)
-        engine = Federated(federation=federation, network=config.flower, grid=grid)
+        grid = MemoryGrid(build_simulated_app(config.table, Path(place)), nodes, post)
+        engine = FlowerLoop(federation=federation, network=config.flower, grid=grid)
         rounds = list(engine.run(federation))
     return [done.record for done in rounds], rounds[-1].ledger.rows
 

@@ -77,16 +77,16 @@ def _loopback(asked: dict[str, Any], insecure: bool = True) -> dict[str, Any]:
 
     By request; with TLS nobody can tell these apart, and they stand under one name.
     """
-    from fedlora.flower.deploy.app_template import init
-    from fedlora.flower.deploy.local import nodes
+    from fedlora.flower.deploy.app_template import write_app
+    from fedlora.flower.deploy.local import build_node_configs
     from fedlora.runs.config import build
     from fedlora.runs.folder import RunFolder
 
     config = build(asked)
     with TemporaryDirectory(prefix="fedlora-") as place:
         out = Path(place) / "run"
-        parties = {f"client-{k}": own for k, own in enumerate(nodes(config, out, None))}
-        app = init(Path(place) / "federation", config, out)
+        parties = {f"client-{k}": own for k, own in enumerate(build_node_configs(config, out, None))}
+        app = write_app(Path(place) / "federation", config, out)
         with _watched()(parties, Path(place) / "logs", insecure=insecure) as flower:
             time.sleep(2)
             idle, _ = _during(flower.proxy, lambda: time.sleep(IDLE))
@@ -125,7 +125,7 @@ def _during(proxy: "Proxy", work: Any) -> tuple[Counter, float]:
 
 
 def _watched() -> type:
-    from fedlora.flower.deploy.processes import Loopback
+    from fedlora.flower.deploy.local import Loopback
 
     class Watched(Loopback):
         """A loopback whose node ``CLIENT`` goes through the proxy."""

@@ -139,14 +139,14 @@ def test_a_pickle_is_refused(tmp_path):
 
 
 def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
-    from fedlora.flower.client_store import Store
+    from fedlora.flower.client_store import ClientStore
 
-    store, about = Store(tmp_path), {"pending": 0, "counted": 0, "folded": 1, "base": ""}
+    store, about = ClientStore(tmp_path), {"pending": 0, "counted": 0, "folded": 1, "base": ""}
     for name in ("../../secret", "a" * 31, "/etc/passwd"):
         save_tree(
             store._path(0), {"leaves/p": {"A": torch.zeros(1)}}, {"about": json.dumps({**about, "folds": [name]})}
         )
-        with pytest.raises(ValueError, match="no state of a party"):
+        with pytest.raises(ValueError, match="no state of a client"):
             store.load(0)
 
 
@@ -185,10 +185,10 @@ def test_an_array_of_numpys_is_looked_at_first():
     pytest.importorskip("flwr", reason="needs the flower extra")
     from flwr.app import Array
 
-    from fedlora.flower.strategy.peft_state import tensor
+    from fedlora.flower.strategy.peft_state import read_tensor
 
     good = Array(np.arange(6, dtype=np.float32).reshape(2, 3))
-    assert tensor("k", good).shape == (2, 3)
+    assert read_tensor("k", good).shape == (2, 3)
     stream = io.BytesIO()  # numpy would make 4 TB of this
     told = {"descr": "<f4", "fortran_order": False, "shape": (2**20, 2**20)}
     np.lib.format.write_array_header_1_0(stream, told)
@@ -201,7 +201,7 @@ def test_an_array_of_numpys_is_looked_at_first():
         (b"\x80\x04", (1,)),
     ):
         with pytest.raises(ValueError, match="cannot be read"):
-            tensor("k", Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=data))
+            read_tensor("k", Array(dtype="float32", shape=shape, stype="numpy.ndarray", data=data))
 
 
 def test_a_pattern_that_python_warns_of_is_read_in_silence(tmp_path):

@@ -123,7 +123,8 @@ def test_the_grid_has_the_bits_of_one_process(config, tmp_path, name, settings):
 
 def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.flower.client_factory import base, own_table
+    from fedlora.flower.client_messages import load_base
+    from fedlora.flower.deploy.node_config import apply_node_config
 
     made = config("clients.split={name='own'}")
     with pytest.raises(ValueError, match="every party has its own data on its own machine"):
@@ -134,8 +135,8 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = {key: value for key, value in made.table["task"].items() if key != "text"}
     node = {"client": 1, "task.data": str(tmp_path), "task.prompt": "{who}:", "task.response": " {says}"}
-    own = own_table({**made.table, "task": table}, node)
-    party = base(json.dumps(own), 1).federation
+    own = apply_node_config({**made.table, "task": table}, node)
+    party = load_base(json.dumps(own), 1).federation
     assert len(party.shards[1].train) == 6 and party.label_names == ()
     assert "fedlora: 3 of 6 training rows were cut to 48 tokens" in capsys.readouterr().err
 

@@ -14,16 +14,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 import fedlora
 from fedlora.engines.network_settings import Network
-from fedlora.flower import node_directory as directory
+from fedlora.flower import node_registry
 from fedlora.flower import wire as records
-from fedlora.flower.client_store import Store
-from fedlora.flower.node_directory import GONE
+from fedlora.flower.client import digest_start
+from fedlora.flower.client_store import ClientStore
+from fedlora.flower.node_registry import GONE
 from fedlora.flower.quorum import TooFewError
 from fedlora.rounds import Received, server_turn
 from fedlora.runs.build import fingerprint
 from fedlora.types import Factors
 from tests.fixtures.federation import REFERENCE, WIDTH
-from tests.fixtures.flower import QUICK, TRAIN_ONLY, World, agree, config, made, overrides, same
+from tests.fixtures.flower import QUICK, TRAIN_ONLY, World, agree, config, overrides, same
 
 IMPATIENT = replace(QUICK, round_timeout=0.05)
 SHORT = (TRAIN_ONLY, "training.local_steps=1")
@@ -223,7 +224,7 @@ def test_a_turn_that_did_not_count_leaves_no_trace_at_the_party(name, tmp_path):
     before = None
     for done in world.server.run(world.federation):
         if done.number == 0:
-            before = Store(tmp_path / "run").load(1).settled(0).kept
+            before = ClientStore(tmp_path / "run").load(1).resolve_pending(0).kept
     assert same(world.kept(1), before)
     assert any(before.values()) == (name == "fedsa-lora")
 
@@ -280,7 +281,7 @@ def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
     rounds = world.run()
     assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
     assert rounds[1].record["absent"] == {1: "its node is not connected"}
-    store = Store(tmp_path / "run")
+    store = ClientStore(tmp_path / "run")
     folds = [store.load(client).folds for client in range(3)]
     assert folds[0] == folds[1] == folds[2] and len(folds[0]) == 5
     world.base.bring_to(folds[1], store)
@@ -305,7 +306,7 @@ def test_a_node_that_joins_late_is_taken_in(tmp_path):
 @pytest.mark.parametrize("answers", [True, False])
 def test_the_first_round_waits_for_a_party_that_is_still_loading(answers, tmp_path, monkeypatch):
     """Longer than for one that is not connected, since a large model takes its time; and not for ever."""
-    monkeypatch.setattr(directory, "PATIENCE", 600.0 if answers else 0.2)
+    monkeypatch.setattr(node_registry, "PATIENCE", 600.0 if answers else 0.2)
     hellos, looks = [], []
 
     def post(message):
@@ -384,20 +385,20 @@ def test_a_node_with_a_wrong_number_is_left_out(tmp_path):
 def test_a_node_with_another_pretrained_model_is_left_out(tmp_path):
     world = World(tmp_path, "rounds=1", network=replace(QUICK, min_clients=1))
     other = config("seed=5").federation()
-    assert made(other) != made(world.federation)
+    assert digest_start(other) != digest_start(world.federation)
     weight = next(p for p in other.model.network.parameters() if p.ndim == 2)
-    before = made(other)
+    before = digest_start(other)
     weight.data[0, 0] += 1
-    assert made(other) != before, "the pretrained weights are part of it"
+    assert digest_start(other) != before, "the pretrained weights are part of it"
     world.base = type(world.base)(other)
     world.grid.leave(11)
     world.grid.leave(12)
     world.server.network = replace(QUICK, join_timeout=0.02)
-    world.server.directory = None
+    world.server.registry = None
     at = world.server.begin(world.federation)
     world.server.at = at
-    world.server._directory.wait(0.02)
-    assert not world.server._directory.here()
+    world.server._registry.wait(0.02)
+    assert not world.server._registry.connected_clients()
     assert "does not make the same start" in world.events[-1].text
 
 
@@ -472,7 +473,7 @@ def test_a_late_client_that_stays_connected_is_asked_again(tmp_path):
 
 
 def test_a_number_that_is_free_again_is_taken_and_a_lost_hello_is_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "PATIENCE", 0.05)
+    monkeypatch.setattr(node_registry, "PATIENCE", 0.05)
     hellos = []
 
     def post(message):
@@ -515,12 +516,12 @@ def test_an_order_of_an_earlier_round_is_refused(tmp_path):
 def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
     world = World(tmp_path, "method.name=fedex-lora", *SHORT, "rounds=1")
     world.run()
-    model, store = world.base.federation.model, Store(tmp_path / "run")
+    model, store = world.base.federation.model, ClientStore(tmp_path / "run")
     held = store.load(0)
     world.base.bring_to(held.folds, store)
     before = {p: x.module.base.weight.clone() for p, x in model.parts.items() if hasattr(x.module, "base")}
     good, bad = list(before)[:2]
-    name = store.add(
+    name = store.add_folds(
         {
             good: (Factors(torch.ones(WIDTH, 1), torch.ones(1, WIDTH)),),
             bad: (Factors(torch.ones(5, 1), torch.ones(1, 7)),),
@@ -536,8 +537,8 @@ def test_a_party_with_another_configuration_is_left_out(tmp_path):
     world = World(tmp_path, "rounds=1", network=replace(QUICK, join_timeout=0.02))
     world.base = type(world.base)(config("rounds=1", "training.learning_rate=0.5").federation())
     world.server.at = world.server.begin(world.federation)
-    world.server._directory.wait(0.02)
-    assert not world.server._directory.here()
+    world.server._registry.wait(0.02)
+    assert not world.server._registry.connected_clients()
     assert "its configuration, its pretrained model" in world.events[-1].text
     for own in ("engine.threads=2", "task.data=/elsewhere", "task.label=y", "model.name=/models/vit"):
         assert config(own).table != config().table

@@ -13,17 +13,16 @@ import datasets
 from PIL import Image
 
 import fedlora
-from fedlora.flower import client_factory as parties
-from fedlora.flower.client_factory import own_table
-from fedlora.flower.client_messages import client_app, handled, prepend_client
-from fedlora.flower.client_store import Store
-from fedlora.flower.deploy.node_config import number
+from fedlora.flower import client_messages as parties
+from fedlora.flower.client_messages import build_client_app, handle_message, prepend_client
+from fedlora.flower.client_store import ClientStore
+from fedlora.flower.deploy.node_config import apply_node_config, read_client
 from fedlora.flower.serve import serve
-from fedlora.flower.server import Federated
-from fedlora.flower.testing import MemoryGrid
+from fedlora.flower.server import FlowerLoop
 from fedlora.runs.config import build, merged
 from tests.fixtures.federation import TABLE, TINY_VIT
 from tests.fixtures.flower import QUICK, SERVED, DiedError, World, dying, same, trained
+from tests.fixtures.memory_grid import MemoryGrid
 
 NAMES = [str(i) for i in range(10)]
 SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})
@@ -62,18 +61,18 @@ def test_own_files_give_the_bits_of_one_data_set_that_is_split(tmp_path, monkeyp
         }
         for k, place in enumerate(places)
     }  # fmt: skip
-    monkeypatch.setattr(parties, "base", lru_cache(parties.base.__wrapped__))
+    monkeypatch.setattr(parties, "load_base", lru_cache(parties.load_base.__wrapped__))
 
     def turns(kind, content, context):
-        return handled(kind, content, lambda run: parties.party(table, context.node_config, run))
+        return handle_message(kind, content, lambda run: parties.load_node(table, context.node_config, run))
 
     f = build(table).federation(combines=True)
     assert f.data is None and not f.shards, "the server has no data"
-    server = Federated(federation=f, network=QUICK, grid=MemoryGrid(client_app(turns), nodes))
+    server = FlowerLoop(federation=f, network=QUICK, grid=MemoryGrid(build_client_app(turns), nodes))
     rounds = list(server.run(f))
     assert same(rounds[-1].shared, here.shared)
     for client, kept in here.kept.items():
-        theirs = Store(tmp_path / f"state-{client}" / "run").load(client).settled(1).kept
+        theirs = ClientStore(tmp_path / f"state-{client}" / "run").load(client).resolve_pending(1).kept
         assert same(trained(theirs), trained(kept))
     assert rounds[-1].record["clients"]["each"] == here.records[-1]["clients"]["each"]
     assert "global" not in rounds[-1].record
@@ -88,14 +87,14 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
     node = {"client": 0, "state": str(tmp_path / "s"), "task.data": str(tmp_path / "a"), "task.label": "lable"}
 
     def turns(kind, content, context):
-        return handled(kind, content, lambda run: parties.party(table, context.node_config, run))
+        return handle_message(kind, content, lambda run: parties.load_node(table, context.node_config, run))
 
     f = build(table).federation(combines=True)
     told = []
-    server = Federated(told.append, federation=f, network=QUICK, grid=MemoryGrid(client_app(turns), {10: node}))
+    server = FlowerLoop(told.append, federation=f, network=QUICK, grid=MemoryGrid(build_client_app(turns), {10: node}))
     server.at = server.begin(f)
-    server._directory.refresh()
-    server._directory.refresh()
+    server._registry.refresh()
+    server._registry.refresh()
     assert [e.text for e in told] == [
         "node 10 is left out: it could not load its model and data (ValueError); its own log says why"
     ]
@@ -106,7 +105,7 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     """FedSA: the server's folder has no party's B, and says so; the party's state has all that its model needs."""
     pytest.importorskip("peft")
     from fedlora.export.peft import export
-    from fedlora.flower.deploy.client_result import result
+    from fedlora.flower.deploy.client_result import write_result
     from fedlora.runs.folder import RunFolder
 
     for name in ("fedsa-lora", "fedex-lora"):
@@ -114,7 +113,7 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
         world = World(tmp_path / name / "state", *own)
         serve(world.config, world.grid, tmp_path / name / "server")
         here = fedlora.run(world.config, tmp_path / name / "here")
-        result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")
+        write_result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")
         found = export(RunFolder.open(tmp_path / name / "mine"), tmp_path / name / "adapter", 1)
         wanted = export(RunFolder.open(here.folder), tmp_path / name / "wanted", 1)
         assert found["difference"] < 1e-4
@@ -124,7 +123,7 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     with pytest.raises(fedlora.ConfigError, match="client 1's own part of FedSA-LoRA lies on its own machine"):
         export(RunFolder.open(tmp_path / "fedsa-lora" / "server"), tmp_path / "no", 1)
     with pytest.raises(fedlora.ConfigError, match="has no state of client 2 in the run 'nope'"):
-        result(world.config, tmp_path / name / "state", 2, tmp_path / "nothing", "nope")
+        write_result(world.config, tmp_path / name / "state", 2, tmp_path / "nothing", "nope")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -163,21 +162,21 @@ def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1, **
     nodes = {
         10 + k: {"client": k, "state": str(tmp_path / f"s-{k}"), "task.data": str(p)} for k, p in enumerate(places)
     }
-    bases = lru_cache(parties.base.__wrapped__)
-    monkeypatch.setattr(parties, "base", bases)
+    bases = lru_cache(parties.load_base.__wrapped__)
+    monkeypatch.setattr(parties, "load_base", bases)
 
     def turns(kind, content, context):
         node = context.node_config
-        found = handled(kind, content, lambda run: parties.party(table, node, run))
-        return prepend_client(kind, found, lambda: number(node))
+        found = handle_message(kind, content, lambda run: parties.load_node(table, node, run))
+        return prepend_client(kind, found, lambda: read_client(node))
 
     def taught(client):
         """The label of each training row, by its name."""
-        base = bases(json.dumps(own_table(table, nodes[10 + client])), client)
+        base = bases(json.dumps(apply_node_config(table, nodes[10 + client])), client)
         data = base.federation.data
         return [data.label_names[i] for i in data.train.labels.tolist()]
 
-    return build(table), MemoryGrid(client_app(turns), nodes), taught
+    return build(table), MemoryGrid(build_client_app(turns), nodes), taught
 
 
 def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_path, monkeypatch):
@@ -203,13 +202,13 @@ def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_
 
 
 def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, monkeypatch):
-    from fedlora.flower.deploy.client_result import result
+    from fedlora.flower.deploy.client_result import write_result
 
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)])
     config = replace(config, checkpoint=replace(config.checkpoint, best="clients"))
     maps = serve(config, grid, tmp_path / "run").summary["label_maps"]
     for client in (0, 1):
-        found = result(config, tmp_path / f"s-{client}", client, tmp_path / f"mine-{client}")
+        found = write_result(config, tmp_path / f"s-{client}", client, tmp_path / f"mine-{client}")
         assert found == json.loads((tmp_path / f"mine-{client}" / "summary.json").read_text())
         assert found["labels"] == LABELS and found["label_maps"] == [maps[client]]
     assert json.loads((tmp_path / "run" / "best" / "summary.json").read_text())["label_maps"] == maps
@@ -217,11 +216,11 @@ def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, mo
 
 
 def test_what_a_party_writes_where_one_data_set_is_split_has_the_runs_map(tmp_path):
-    from fedlora.flower.deploy.client_result import result
+    from fedlora.flower.deploy.client_result import write_result
 
     world = World(tmp_path / "state", "rounds=1", *SERVED)
     maps = serve(world.config, world.grid, tmp_path / "run").summary["label_maps"]
-    assert result(world.config, tmp_path / "state", 1, tmp_path / "mine")["label_maps"] == maps
+    assert write_result(world.config, tmp_path / "state", 1, tmp_path / "mine")["label_maps"] == maps
 
 
 def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path, monkeypatch, capfd):
@@ -328,7 +327,7 @@ CHANGED = {  # what a party's rows become, and what its own log says
 
 def another_session(monkeypatch):
     """Nodes that are started again: model and data are loaded anew."""
-    monkeypatch.setattr(parties, "base", lru_cache(parties.base.__wrapped__))
+    monkeypatch.setattr(parties, "load_base", lru_cache(parties.load_base.__wrapped__))
 
 
 @pytest.mark.parametrize("what", CHANGED)

@@ -77,8 +77,8 @@ def test_a_server_cannot_choose_where_a_party_writes(tmp_path):
     world = World(tmp_path / "nodes", "rounds=1", token="../../outside")
     world.server.network = type(world.server.network)(join_timeout=0.02, poll=0.01)
     world.server.at = world.server.begin(world.federation)
-    world.server._directory.wait(0.02)
-    assert not world.server._directory.here()
+    world.server._registry.wait(0.02)
+    assert not world.server._registry.connected_clients()
     assert not list(tmp_path.rglob("outside*"))
 
 

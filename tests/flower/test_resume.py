@@ -12,7 +12,7 @@ import fedlora
 from fedlora.engines.base_updates import folds_from_tree
 from fedlora.engines.checkpoint import config_digest
 from fedlora.files import load_tree
-from fedlora.flower.client_store import Store
+from fedlora.flower.client_store import ClientStore
 from fedlora.flower.serve import serve
 from fedlora.runs.config import ConfigError
 from tests.fixtures.federation import REFERENCE
@@ -106,13 +106,13 @@ def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_fi
     result = serve(world.config, world.grid, tmp_path / "run", watch)
     assert [r["cohort"] for r in result.records] == [[0, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
     token = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
-    stores = [Store(tmp_path / "nodes" / token).load(client) for client in range(3)]
+    stores = [ClientStore(tmp_path / "nodes" / token).load(client) for client in range(3)]
     assert stores[0].folds == stores[1].folds == stores[2].folds
     assert len({s.base for s in stores}) == 1
     for number, name in enumerate(stores[0].folds):
         (file,) = (tmp_path / "run" / "checkpoints" / "folds").glob(f"{number:06d}-*.safetensors")
         ours = folds_from_tree(load_tree(file))
-        theirs = Store(tmp_path / "nodes" / token).fold(name)
+        theirs = ClientStore(tmp_path / "nodes" / token).load_folds(name)
         assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
 
 

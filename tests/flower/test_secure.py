@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora.flower.layout import means, size, vector
 from fedlora.flower.quorum import TooFewError
+from fedlora.flower.wire import from_vector, to_vector, vector_size
 from fedlora.methods import METHODS
 from fedlora.rounds import shares
 from fedlora.security.secure_aggregation import PHASES, ProtocolError
@@ -36,7 +36,7 @@ def test_a_round_is_the_plain_round_within_the_stated_error(name, tmp_path, grid
 @pytest.mark.parametrize("score", ["random", "weight", "gradient"])
 def test_clients_that_train_different_heads_are_averaged_head_by_head(score, tmp_path):
     settings = [*overrides("ravan"), f"method.score={score}", "clients.ranks=1", "rounds=1", "clients.count=4", *SHORT]
-    plain, masked = World(tmp_path / "plain", *settings), World(tmp_path / "masked", *settings, network=HIDDEN)
+    plain, masked = World(tmp_path / "plain", *settings), World(tmp_path / "mask", *settings, network=HIDDEN)
     a, b = plain.run(), masked.run()
     assert close(a[0].shared, b[0].shared, 1e-5)
     names = {leaf for layer in a[0].shared.values() for leaf in layer if leaf.startswith("H")}
@@ -92,7 +92,7 @@ def test_a_client_that_drops_out_at_any_step_is_named_and_the_others_are_average
 
     network = replace(HIDDEN, round_timeout=0.05, secure_threshold=3)
     settings = ["rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT]
-    masked = World(tmp_path / "masked", *settings, network=network, post=post)
+    masked = World(tmp_path / "mask", *settings, network=network, post=post)
     plain = World(tmp_path / "plain", *settings, network=replace(QUICK, join_timeout=0.02))
     if phase != "unmask":
         plain.grid.leave(12)
@@ -149,12 +149,12 @@ def test_a_replayed_and_an_altered_message_are_refused(tmp_path):
 def test_the_vector_and_its_layout_come_back():
     layout = {"a.b/A": (2, 3), "a.b/B": (4,), "c/s": ()}
     sent = {"a.b": {"A": torch.randn(2, 3)}, "c": {"s": torch.tensor(2.0)}}
-    x = vector(layout, sent)
-    assert x.numel() == size(layout) == 6 + 4 + 1 + 3
-    back = means(layout, x * 0.25, 0.25)
+    x = to_vector(layout, sent)
+    assert x.numel() == vector_size(layout) == 6 + 4 + 1 + 3
+    back = from_vector(layout, x * 0.25, 0.25)
     assert back["a.b"].keys() == {"A"} and torch.allclose(back["a.b"]["A"], sent["a.b"]["A"])
     with pytest.raises(ValueError, match="not in the round's layout"):
-        vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
+        to_vector({"a.b/A": (2, 3)}, {"a.b": {"A": torch.ones(3, 2)}})
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS.names() if n not in SUMS])
@@ -182,14 +182,14 @@ def test_every_method_that_claims_to_sum_combines_as_the_mean_does():
 
 def test_a_party_that_hides_its_uploads_sends_none_in_the_clear(tmp_path):
     """A server whose configuration says otherwise, or that leaves the protocol out, gets nothing."""
-    from fedlora.flower.server import Federated
+    from fedlora.flower.server import FlowerLoop
 
     world = World(tmp_path, "rounds=1", "clients.count=4", network=HIDDEN)
-    world.server = Federated(
+    world.server = FlowerLoop(
         world.events.append, federation=world.federation, network=replace(QUICK, retry=100.0), grid=world.grid
     )
     world.server.at = world.server.begin(world.federation)
-    world.server._enter(world.server.at)
+    world.server._begin_turns(world.server.at)
     world.server._ask([0, 1, 2, 3], set())
     assert not world.server.replies
     assert all("ValueError" in why for why in world.server.absent.values()) and len(world.server.absent) == 4
@@ -200,9 +200,9 @@ def test_a_party_holds_the_server_to_its_own_terms(terms, tmp_path):
     world = World(tmp_path, "rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT, network=HIDDEN)
     world.server.network = replace(HIDDEN, **terms)
     world.server.at = world.server.begin(world.federation)
-    world.server._enter(world.server.at)
+    world.server._begin_turns(world.server.at)
     with pytest.raises(ValueError, match="0 of 5 clients sent their 'advertise' message"):
-        world.server._summed(world.federation, world.server.at, [0, 1, 2, 3, 4])
+        world.server._run_session(world.federation, world.server.at, [0, 1, 2, 3, 4])
 
 
 def test_fewer_than_the_threshold_are_waited_for(tmp_path):
@@ -228,13 +228,13 @@ def test_a_second_sum_of_a_round_over_other_clients_is_refused_by_the_parties(tm
     world = World(tmp_path, *settings, network=replace(HIDDEN, secure_threshold=3))
     f, server = world.federation, world.server
     server.at = server.begin(f)
-    server._enter(server.at)
-    server._summed(f, server.at, [0, 1, 2, 3, 4])
+    server._begin_turns(server.at)
+    server._run_session(f, server.at, [0, 1, 2, 3, 4])
     first = server.mean.tree
-    server._summed(f, server.at, [0, 1, 2, 3, 4])
+    server._run_session(f, server.at, [0, 1, 2, 3, 4])
     assert close(first, server.mean.tree, 1e-6)
     with pytest.raises(ValueError, match="0 of 4 clients sent their 'unmask' message"):
-        server._summed(f, server.at, [0, 1, 2, 4])
+        server._run_session(f, server.at, [0, 1, 2, 4])
 
 
 def test_fewer_clients_than_the_threshold_needs_are_said_to_be_void_at_the_start(tmp_path):

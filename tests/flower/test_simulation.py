@@ -15,10 +15,10 @@ from flwr.serverapp import ServerApp
 import fedlora
 from fedlora.engines.network_settings import Network
 from fedlora.flower.client import Base, Node
-from fedlora.flower.client_messages import client_app, handled
-from fedlora.flower.client_store import Store
-from fedlora.flower.deploy.node_config import number
-from fedlora.flower.server import Federated
+from fedlora.flower.client_messages import build_client_app, handle_message
+from fedlora.flower.client_store import ClientStore
+from fedlora.flower.deploy.node_config import read_client
+from fedlora.flower.server import FlowerLoop
 from fedlora.flower.simulation import _play
 from fedlora.methods import METHODS
 from fedlora.runs.config import build
@@ -49,10 +49,10 @@ def several(tables, folder):
     texts = {name: json.dumps(table) for name, table in tables.items()}
 
     def turns(kind, content, context):
-        client = number(context.node_config)
-        return handled(kind, content, lambda run: Node(base(texts[run]), client, Store(folder / run)))
+        client = read_client(context.node_config)
+        return handle_message(kind, content, lambda run: Node(base(texts[run]), client, ClientStore(folder / run)))
 
-    return client_app(turns)
+    return build_client_app(turns)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tm
     @server.main()
     def main(grid, context):
         for name, one in configs.items():
-            engine = Federated(federation=one.federation(), network=NETWORK, token=name, grid=grid)
+            engine = FlowerLoop(federation=one.federation(), network=NETWORK, token=name, grid=grid)
             ends[name] = list(engine.run(engine.federation)), dict(engine.at.counted)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -78,7 +78,7 @@ def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tm
         assert same(rounds[-1].shared, here.shared), name
         assert records_agree(rounds, json.loads(json.dumps(here.records), object_hook=whole)), name
         for client, kept in here.kept.items():
-            theirs = Store(tmp_path / name).load(client).settled(counted.get(client, -1)).kept
+            theirs = ClientStore(tmp_path / name).load(client).resolve_pending(counted.get(client, -1)).kept
             assert same(trained(theirs), trained(kept)), (name, client)
     assert ends["hygiene"][0][1].record["quarantined"].keys() == {1} and 1 in ends["hygiene"][0][2].record["absent"]
     assert len(ends["robust"][0][-1].record["robust"]["kept"]) == 1, "the rule chose"

@@ -8,7 +8,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.engines.clients import DROPPED
-from fedlora.flower.client_store import Store
+from fedlora.flower.client_store import ClientStore
 from tests.fixtures.flower import HIDDEN, QUICK, TRAIN_ONLY, World, config, counting, records_agree, same, trained
 
 UNEQUAL = [
@@ -52,7 +52,7 @@ def test_a_dropped_clients_node_keeps_the_state_that_it_had(tmp_path):
     world = World(
         tmp_path, "method.name=fedsa-lora", *UNEQUAL, "clients.capability_scales=['steps']", "evaluation.every=4"
     )
-    f, store, before, gone = world.federation, Store(tmp_path / "run"), {}, 0
+    f, store, before, gone = world.federation, ClientStore(tmp_path / "run"), {}, 0
     for done in world.server.run(f):
         if done.number == 3:
             break  # the evaluation of the last round brings everybody up to date

@@ -173,14 +173,14 @@ def checkpoint(place: Path) -> Target:
 
 
 def party_state(place: Path) -> Target:
-    from fedlora.flower.client_store import Holding, Store
+    from fedlora.flower.client_store import ClientStore, StoredState
 
-    store, tree = Store(place / "state"), trees()[0]
+    store, tree = ClientStore(place / "state"), trees()[0]
     path = store._path(0)
     sound = []
     for holding in (
-        Holding(leaves=tree, kept=tree, pending=3),
-        Holding(folds=("0" * 32,), folded=1, base="x", trained=tree),
+        StoredState(leaves=tree, kept=tree, pending=3),
+        StoredState(folds=("0" * 32,), folded=1, base="x", trained=tree),
     ):
         store.save(0, holding)
         sound.append(path.read_bytes())
@@ -188,7 +188,7 @@ def party_state(place: Path) -> Target:
     def look(data: bytes) -> None:
         path.write_bytes(data)
         for name in store.load(0).folds:
-            assert store._fold(name).resolve().parent == (store.folder / "folds").resolve()
+            assert store._fold_path(name).resolve().parent == (store.folder / "folds").resolve()
 
     return Target(sound, look)
 

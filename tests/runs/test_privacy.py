@@ -140,10 +140,10 @@ def test_hidden_sums_have_the_clients_noise_in_them(tmp_path):
 
 def test_a_party_keeps_its_secret_key_for_a_run(tmp_path):
     pytest.importorskip("flwr", reason="needs the flower extra")
-    from fedlora.flower.client_store import Store
+    from fedlora.flower.client_store import ClientStore
 
-    store = Store(tmp_path / "run")
-    assert store.key(1) == Store(tmp_path / "run").key(1) != store.key(2)
+    store = ClientStore(tmp_path / "run")
+    assert store.key(1) == ClientStore(tmp_path / "run").key(1) != store.key(2)
     assert len(store.key(1)) == 32 and (tmp_path / "run" / "clients" / "1.key").stat().st_mode & 0o077 == 0
 
 

@@ -200,12 +200,12 @@ def test_impossible_sums_are_refused_and_strange_ones_harm_nobody(told):
     draws = torch.Generator().manual_seed(0)
     sums = TASK.scores(torch.randn(30, 1, generator=draws), torch.randn(30, generator=draws)).sums
     said = {"round": 1, **{f"{k}.sum": v[0] for k, v in sums.items()}, **{f"{k}.count": v[1] for k, v in sums.items()}}
-    assert checks.scores(said, 1, "pearson").sums == sums
+    assert checks.read_scores(said, 1, "pearson").sums == sums
     with pytest.raises(checks.RefusedError):
-        checks.scores({**said, **told}, 1, "pearson")
+        checks.read_scores({**said, **told}, 1, "pearson")
     for name in ("x", "xx", "xy"):
         for value in (1e300, -1e300, 0.0):
-            figures(checks.scores({**said, f"{name}.sum": value}, 1, "pearson"))
+            figures(checks.read_scores({**said, f"{name}.sum": value}, 1, "pearson"))
 
 
 BAD = {

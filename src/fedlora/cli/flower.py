@@ -53,7 +53,7 @@ def init(
 ) -> None:
     """Write a complete Flower app of a configuration, ready for `flwr run`."""
     _extra()
-    from fedlora.flower.deploy.app_template import init as write
+    from fedlora.flower.deploy.app_template import write_app as write
     from fedlora.runs.config import read
 
     made = write(folder, read(config, override or []), out)
@@ -104,7 +104,7 @@ def result(
 ) -> None:
     """Write what this party holds after a run as a run's folder; nothing leaves the machine."""
     _extra()
-    from fedlora.flower.deploy.client_result import result as write
+    from fedlora.flower.deploy.client_result import write_result as write
     from fedlora.runs.config import read
 
     found = write(read(config, override or []), state, client, out, run)
@@ -134,10 +134,10 @@ def certs(
 ) -> None:
     """Make a CA, the server's TLS certificate and a key for each party, and say what goes to whom."""
     _extra()
-    from fedlora.flower.deploy.certificates import certificates
+    from fedlora.flower.deploy.certificates import create_certificates
 
     called, reached = names(parties), names(hosts)
-    made = certificates(folder, called, reached, days)
+    made = create_certificates(folder, called, reached, days)
     typer.echo(_handout(made, called, reached).strip("\n"))
     say(f"Valid for {days} days. The keys are written once and nowhere else.")
 

@@ -1,4 +1,8 @@
-"""Flower for users: a federation as an app, its processes and keys, and a strategy for apps that are there already.
+"""Federations over Flower's messages.
+
+The modules here are the engine: a server that is a Flower strategy, and clients that answer its messages. ``deploy``
+has the processes and certificates of a deployment, ``strategy`` a strategy for Flower and PEFT apps that are there
+already.
 
 Names are loaded when they are first used: a client app's process lives for one message, and imports no torch, and a
 server app needs no PEFT.
@@ -12,7 +16,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to a
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 _WHERE = {
-    "client_app": "fedlora.flower.deploy.proxy", "server_app": "fedlora.flower.serve",
+    "client_app": "fedlora.flower.deploy.client_process", "server_app": "fedlora.flower.serve",
     "FedLoRA": "fedlora.flower.strategy.strategy", "receive": "fedlora.flower.strategy.client",
     "send": "fedlora.flower.strategy.client", "load": "fedlora.flower.strategy.client",
 }  # fmt: skip

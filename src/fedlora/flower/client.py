@@ -1,4 +1,4 @@
-"""A party: what it does with a message. Nothing of Flower's here beyond the records."""
+"""A client of a federation over messages: joins, trains, evaluates. Only the records are Flower's."""
 
 import json
 import sys
@@ -16,29 +16,28 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import changes, model_settings, rows
 from fedlora.engines.network_settings import Network
 from fedlora.files import digest
-from fedlora.flower.client_store import Holding, Store
-from fedlora.flower.wire import Order
+from fedlora.flower.client_store import ClientStore, StoredState, select_leaves
+from fedlora.flower.wire import Order, overlay
 from fedlora.methods._base import pick
-from fedlora.rounds import Rules, public
 from fedlora.tasks.data.labels import READINGS
 from fedlora.training.evaluation import Evaluator
 from fedlora.types import Tree
 
 
 class StaleError(ValueError):
-    """The party does not hold what the message builds on; it must be sent everything."""
+    """The client does not hold what the message builds on; it must be sent everything."""
 
 
 class DroppedError(ValueError):
-    """The party is one that the seed lets drop out of this round: it does nothing with its order."""
+    """The seed lets this client drop out of this round: it does nothing with its order."""
 
 
 class ChangedRowsError(ValueError):
-    """The party's rows are not those that it began the run with. The text may hold labels: it stays here."""
+    """The client's rows are not those that it began the run with. The text may hold labels, so it stays here."""
 
 
 class Answer(NamedTuple):
-    """What leaves a party: figures, the digest of what it holds, and after a turn what the method sends."""
+    """A client's answer: metrics, the digest of the leaves that it holds, and after a turn the upload."""
 
     metrics: dict[str, int | float]
     holds: str
@@ -47,50 +46,50 @@ class Answer(NamedTuple):
 
 @dataclass
 class Base:
-    """The process's one base model, and the folds that are in it now; parties in one process may differ in them."""
+    """The process's one base model, and the folds that are in it now; clients in one process may differ in them."""
 
     federation: Federation
     applied: tuple[str, ...] = ()
     evaluator: Evaluator = field(init=False)
     initial: Tree = field(init=False)
-    made: str = field(init=False)  # a digest of what comes from the seed and of the pretrained weights
+    start: str = field(init=False)  # a digest of the leaves from the seed and of the pretrained weights
 
     def __post_init__(self):
         f = self.federation
-        self.evaluator, self.initial, self.made = f.evaluator(), f.model.initial(f.seed), made(f)
+        self.evaluator, self.initial, self.start = f.evaluator(), f.model.initial(f.seed), digest_start(f)
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """Digests of this machine's rows, and how their labels are read, for the party's own disk only."""
+        """Digests of this machine's rows, and how their labels are read, for the client's own disk only."""
         f = self.federation
         return {**rows(f), "reading": "" if f.data is None else f.data.reading}
 
-    def bring_to(self, folds: tuple[str, ...], store: Store) -> None:
+    def bring_to(self, folds: tuple[str, ...], store: ClientStore) -> None:
         """Folds what is missing; starts from the pretrained weights where other folds are in them."""
         model = self.federation.model
         if self.applied != folds[: len(self.applied)]:
-            self._unfolded()
+            self._unfold()
         for name in folds[len(self.applied) :]:
             try:
-                model.fold(store.fold(name))
+                model.fold(store.load_folds(name))
             except BaseException:
-                self._unfolded()  # half of it may be in the base
+                self._unfold()  # half of it may be in the base
                 raise
             self.applied = (*self.applied, name)
 
-    def _unfolded(self) -> None:
+    def _unfold(self) -> None:
         self.federation.model.unfold()
         self.applied = ()
 
 
 @dataclass
 class Node:
-    """Party number ``client`` of a federation, with its state under ``store``."""
+    """Client number ``client`` of a federation, with its state in ``store``."""
 
     base: Base
     client: int
-    store: Store
-    network: Network = field(default_factory=Network)  # what this party's own configuration agrees to
+    store: ClientStore
+    network: Network = field(default_factory=Network)  # the terms of this client's own configuration
     step_done: Callable[[], None] = lambda: None
 
     @property
@@ -108,7 +107,7 @@ class Node:
         held = self.store.load(self.client)
         reading = READINGS.index("" if f.data is None else f.data.reading)
         metrics = {"client": self.client, "examples": count, "folded": held.folded, "labels": reading}
-        return Answer(metrics, f"{self.base.made} {held.base}")
+        return Answer(metrics, f"{self.base.start} {held.base}")
 
     def train(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate], sharing: int = 0) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted.
@@ -138,9 +137,9 @@ class Node:
         return Answer({"round": order.round, "examples": count, "loss": loss}, holds, update.sent)
 
     def evaluate(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> Answer:
-        """Sums and counts of each score, on the party's own test rows.
+        """Sums and counts of each score, on the client's own test rows.
 
-        What came along is kept; the last turn stays pending, since a server that dies now may ask for it once more.
+        The delivery is kept; the last turn stays pending, since a server that dies now may ask for it once more.
         """
         self._check_rows(begins=True)
         before = self.store.load(self.client)
@@ -154,8 +153,8 @@ class Node:
         return Answer(metrics, holds)
 
     def _check_rows(self, begins: bool = False) -> None:
-        """Raises ``ChangedRowsError`` where the rows are not those of the party's first turn; ``begins``: it is one."""
-        before = self.store.rows(self.client)
+        """``ChangedRowsError`` where the rows are not those of the first turn; ``begins``: this may be the first."""
+        before = self.store.load_rows(self.client)
         if before is None and begins:
             self.store.save_rows(self.client, self.base.rows)
         found = changes(before, self.base.rows) if before is not None else []
@@ -166,30 +165,30 @@ class Node:
             )
 
     def _received(
-        self, before: Holding, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]
-    ) -> tuple[Holding, Tree, str]:
+        self, before: StoredState, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]
+    ) -> tuple[StoredState, Tree, str]:
         """The state ``before`` with what came along, the server's tree, and its digest, which is the server's."""
-        held = before.settled(order.counted)
+        held = before.resolve_pending(order.counted)
         held = replace(held, leaves={}) if order.full else held
-        held = self._caught_up(held, order, folds)
+        held = self._catch_up(held, order, folds)
         f = self.federation
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
-        shared = laid_over(start, held.leaves)
-        holds = digest(visible(f.rules, shared, rank))
+        shared = overlay(start, held.leaves)
+        holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:  # else it had these leaves already, and its reply was lost
             leaves = f.transport.heard(leaves, shared)
             known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
-            held = replace(held, leaves=laid_over(held.leaves, known))
-            shared = laid_over(start, held.leaves)
-            holds = digest(visible(f.rules, shared, rank))
+            held = replace(held, leaves=overlay(held.leaves, known))
+            shared = overlay(start, held.leaves)
+            holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:
-            raise StaleError("what this party holds is not what the server thinks it holds.")
+            raise StaleError("what this client holds is not what the server thinks it holds.")
         self.base.bring_to(held.folds, self.store)
         return held, shared, holds
 
-    def _caught_up(self, held: Holding, order: Order, folds: Sequence[BaseUpdate]) -> Holding:
-        """With the folds that it lacks, on the base that they were made for; those it has already are not folded again.
+    def _catch_up(self, held: StoredState, order: Order, folds: Sequence[BaseUpdate]) -> StoredState:
+        """Adds the folds that the client lacks, on the base that they were made for; those it has are not folded again.
 
         A base is known by its number of folds and the server's name for it: a round that a server ran twice may have
         folded something else the second time.
@@ -199,25 +198,16 @@ class Node:
         if order.first == 0:
             held = replace(held, folds=(), folded=0, base="")
         if (held.folded, held.base) != (order.first, order.before):
-            raise StaleError(f"this party has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add(self.federation.transport.widened(some)) for some in folds]
+            raise StaleError(f"this client has {held.folded} folds; the message has those from {order.first} on.")
+        names = [self.store.add_folds(self.federation.transport.widened(some)) for some in folds]
         return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
 
 
-def visible(rules: Rules, shared: Tree, rank: int) -> dict[str, dict]:
-    """The trainable leaves of the server's tree as a party of this budget holds them."""
-    found = {}
-    for part, rule in rules.items():
-        layer = rule.adapter.leading(public(shared[part]), rank)
-        found[part] = dict(pick(layer, rule.adapter.trainable & set(layer)))
-    return found
-
-
-def made(f: Federation) -> str:
-    """A digest of what every party must have alike: configuration, leaves from the seed, and the pretrained model.
+def digest_start(f: Federation) -> str:
+    """A digest of all that every client must have alike: configuration, leaves from the seed, and the pretrained model.
 
     Of the model it has what its config.json sets, and of each weight up to 1,024 values, in bfloat16, the coarsest
-    precision that a party may hold it in.
+    precision that a client may hold it in.
     """
     sample = {"leaves": {"": torch.frombuffer(bytearray(digest(f.model.initial(f.seed)).encode()), dtype=torch.uint8)}}
     for name, x in f.model.network.state_dict().items():
@@ -226,8 +216,3 @@ def made(f: Federation) -> str:
             sample[name] = {str(tuple(x.shape)): values[:: max(1, len(values) // 1024)][:1024].bfloat16()}
     settings = json.dumps(model_settings(f.model.network))
     return digest(sample | {"configuration": dict.fromkeys((f.fingerprint, settings), torch.zeros(0))})
-
-
-def laid_over(tree: Tree, other: Tree) -> dict[str, dict]:
-    """``tree`` with the leaves of ``other`` in their places."""
-    return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}

@@ -1,6 +1,6 @@
-"""What a party keeps on its own disk between messages: its private state, the leaves it was sent, the folds.
+"""A client's own disk between messages: its private state, the leaves it was sent, the folds.
 
-One file a party, replaced whole, mode 0600 in a folder of mode 0700. A turn's outcome is kept beside the state before
+One file a client, replaced whole, mode 0600 in a folder of mode 0700. A turn's outcome is kept beside the state before
 it until the server says whether the upload counted: a reply that was lost, late or refused leaves no trace, and a
 round that is run again after a crash starts from what it started from.
 """
@@ -13,21 +13,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedlora.engines.base_updates import BaseUpdate, folds_from_tree, folds_to_tree
+from fedlora.engines.federation import Federation
+from fedlora.engines.loop import ClientState, ServerState
 from fedlora.engines.snapshot import moment_layers, moments_of
-from fedlora.files import encode_tree, load_about, load_tree, save_json, save_tree, write
+from fedlora.files import digest, encode_tree, load_about, load_tree, save_json, save_tree, write
+from fedlora.methods._base import pick
+from fedlora.rounds import Rules, public
 from fedlora.security.privacy import key_of
 from fedlora.training.local import State
 from fedlora.types import Tree
 
 NAME = re.compile(r"[0-9a-f]{32}")  # of a fold's file: nothing else becomes a path
-TOLD = ("pending", "counted", "folds", "folded", "base")
+VALUES = ("pending", "counted", "folds", "folded", "base")
 PARTS = ("leaves", "kept", "trained", "moments", "trained_moments")
 
 
 @dataclass(frozen=True)
-class Holding:
-    """A party's state. ``trained`` is the outcome of its turn in round ``pending``, which may not have counted."""
+class StoredState:
+    """A client's state. ``trained`` is the outcome of its turn in round ``pending``, which may not have counted."""
 
     leaves: Tree = field(default_factory=dict)  # as sent by the server, where they differ from what the seed gives
     kept: Tree = field(default_factory=dict)
@@ -35,13 +42,13 @@ class Holding:
     trained: Tree = field(default_factory=dict)
     trained_moments: State | None = None
     pending: int = -1
-    counted: int = -1  # the last round that this party's upload went into, as the server last said
+    counted: int = -1  # the last round that this client's upload went into, as the server last said
     folds: tuple[str, ...] = ()  # names of the fold files, in order; together they are ``folded`` folds
     folded: int = 0
     base: str = ""  # the server's name for the base with these folds in it
 
-    def settled(self, counted: int) -> "Holding":
-        """With the pending turn taken over if its upload counted, and dropped if not."""
+    def resolve_pending(self, counted: int) -> "StoredState":
+        """Takes over the pending turn if its upload counted, and drops it if not."""
         done = replace(self, trained={}, trained_moments=None, pending=-1)
         if self.pending < 0 or counted != self.pending:
             return done
@@ -49,10 +56,10 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Store:
-    """A folder with ``clients/K.safetensors`` and ``folds/NAME.safetensors``; parties in one folder share the folds.
+class ClientStore:
+    """A folder with ``clients/K.safetensors`` and ``folds/NAME.safetensors``; clients in one folder share the folds.
 
-    ``clients/K.rows.json`` has the digests of the rows that the party began the run with; they never leave this disk.
+    ``clients/K.rows.json`` has the digests of the rows that the client began the run with; they never leave this disk.
 
     A fold file's name is its content's digest, so the same fold is there once.
     """
@@ -63,45 +70,45 @@ class Store:
         for folder in (self.folder, self.folder / "clients", self.folder / "folds"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def load(self, client: int) -> Holding:
-        """The party's state, or an empty one. ``ValueError`` where the file is broken."""
+    def load(self, client: int) -> StoredState:
+        """The client's state, or an empty one. ``ValueError`` where the file is broken."""
         path = self._path(client)
         if not path.exists():
-            return Holding()
+            return StoredState()
         groups: dict[str, dict] = {name: {} for name in PARTS}
         for key, layer in load_tree(path).items():
             name, _, part = key.partition("/")
             groups.setdefault(name, {})[part] = layer
         about = load_about(path)
-        if groups.keys() != set(PARTS) or about.keys() != set(TOLD) or not all(map(NAME.fullmatch, about["folds"])):
-            raise ValueError(f"{str(path)!r} holds no state of a party, it was edited; remove the run's folder.")
+        if groups.keys() != set(PARTS) or about.keys() != set(VALUES) or not all(map(NAME.fullmatch, about["folds"])):
+            raise ValueError(f"{str(path)!r} holds no state of a client, it was edited; remove the run's folder.")
         moments = {name: moments_of(groups.pop(name)) for name in ("moments", "trained_moments")}
-        return Holding(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
+        return StoredState(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
 
-    def save(self, client: int, holding: Holding) -> None:
-        """Replaces the party's state; a crash leaves the old one."""
+    def save(self, client: int, holding: StoredState) -> None:
+        """Replaces the client's state; a crash leaves the old one."""
         tree: dict[str, Mapping] = {}
         for name in PARTS:
             value = getattr(holding, name) or {}
             layers = moment_layers(value) if name.endswith("moments") else value
             tree |= {f"{name}/{part}": layer for part, layer in layers.items() if layer}
-        about = {name: getattr(holding, name) for name in TOLD}
+        about = {name: getattr(holding, name) for name in VALUES}
         save_tree(self._path(client), tree, {"about": json.dumps(about)})
 
-    def secret(self, client: int) -> Path:
-        """Where its side of a secure aggregation lies between two messages."""
+    def secret_path(self, client: int) -> Path:
+        """The file with the client's side of a secure aggregation between two messages."""
         return self.folder / "clients" / f"{client}.secret"
 
     def key(self, client: int) -> bytes:
-        """What the party's draws for privacy come from in this run: a turn that is asked for twice is noised alike."""
+        """The key of the client's draws for privacy in this run: a turn that is asked for twice gets the same noise."""
         path = self.folder / "clients" / f"{client}.key"
         if not path.exists():
             write(path, key_of(None))
         return path.read_bytes()
 
-    def rows(self, client: int) -> dict[str, Any] | None:
-        """What ``save_rows`` wrote; None before the party's first turn. ``ValueError`` where the file is broken."""
-        path = self._rows(client)
+    def load_rows(self, client: int) -> dict[str, Any] | None:
+        """What ``save_rows`` wrote; None before the client's first turn. ``ValueError`` where the file is broken."""
+        path = self._rows_path(client)
         if not path.exists():
             return None
         try:
@@ -110,32 +117,95 @@ class Store:
                 raise ValueError("it holds no table")
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{str(path)!r} does not say which rows this party began the run with, it was edited ({error}); remove "
-                "the run's folder."
+                f"{str(path)!r} does not say which rows this client began the run with, it was edited ({error}); "
+                "remove the run's folder."
             ) from error
         return found
 
     def save_rows(self, client: int, rows: Mapping[str, Any]) -> None:
-        """Keeps the digests of the party's rows, as ``inputs.rows`` makes them."""
-        save_json(self._rows(client), rows)
+        """Keeps the digests of the client's rows, as ``inputs.rows`` makes them."""
+        save_json(self._rows_path(client), rows)
 
-    def add(self, folds: BaseUpdate) -> str:
+    def add_folds(self, folds: BaseUpdate) -> str:
         """Writes one round's folds, and returns their name."""
         content = encode_tree(folds_to_tree(folds))
         name = hashlib.blake2b(content, digest_size=16).hexdigest()
-        if not self._fold(name).exists():
-            write(self._fold(name), content)
+        if not self._fold_path(name).exists():
+            write(self._fold_path(name), content)
         return name
 
-    def fold(self, name: str) -> BaseUpdate:
+    def load_folds(self, name: str) -> BaseUpdate:
         """The folds of that name."""
-        return folds_from_tree(load_tree(self._fold(name)))
+        return folds_from_tree(load_tree(self._fold_path(name)))
 
-    def _rows(self, client: int) -> Path:
+    def _rows_path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.rows.json"
 
     def _path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.safetensors"
 
-    def _fold(self, name: str) -> Path:
+    def _fold_path(self, name: str) -> Path:
         return self.folder / "folds" / f"{name}.safetensors"
+
+
+def select_leaves(rules: Rules, shared: Tree, rank: int) -> dict[str, dict[str, Tensor]]:
+    """The trainable leaves of the server's tree as a client of this rank holds them."""
+    found = {}
+    for part, rule in rules.items():
+        layer = rule.adapter.leading(public(shared[part]), rank)
+        found[part] = dict(pick(layer, rule.adapter.trainable & set(layer)))
+    return found
+
+
+@dataclass
+class BaseNames:
+    """A name for the base after each fold, which no other folds have."""
+
+    names: list[str] = field(default_factory=lambda: [""])  # number of folds -> the base's name
+
+    def add(self, folds: BaseUpdate) -> None:
+        """Names the base after one more round's folds."""
+        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folds_to_tree(folds)}))
+
+    def __getitem__(self, number: int) -> str:
+        return self.names[number]
+
+
+@dataclass
+class LocalClients:
+    """The clients of a run whose state is all on this machine, as in a simulation.
+
+    A run goes on from what its checkpoint says of them.
+    """
+
+    store: ClientStore
+    _folds: list[str] = field(default_factory=list)
+    _read: dict[int, tuple[int, ClientState]] = field(default_factory=dict)
+
+    def client_states(self, at: ServerState) -> dict[int, ClientState]:
+        """Each client's private state after the last round that its upload went into."""
+        for client, number in at.counted.items():
+            if self._read.get(client, (-1, None))[0] != number:
+                held = self.store.load(client).resolve_pending(number)
+                self._read[client] = number, ClientState(held.kept, held.moments)
+        return {client: self._read[client][1] for client in sorted(at.counted)}
+
+    def add_folds(self, folds: BaseUpdate) -> None:
+        """Adds folds that clients hold, or will be sent."""
+        self._folds.append(self.store.add_folds(folds))
+
+    def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState], bases: BaseNames) -> None:
+        """Gives each client what it is known to hold; leaves that it lacks are sent before they are looked at."""
+        for client in range(f.clients.members):
+            own = states.get(client, ClientState({}))
+            seen = at.channel.folds_seen(client)
+            leaves = select_leaves(f.rules, at.shared, f.budgets[client]) if at.channel.knows(client) else {}
+            counted = at.counted.get(client, -1)
+            self.store.save(
+                client,
+                StoredState(
+                    leaves, own.kept, own.moments, counted=counted, folds=tuple(self._folds[:seen]), folded=seen,
+                    base=bases[seen],
+                ),
+            )  # fmt: skip
+            self._read[client] = counted, own

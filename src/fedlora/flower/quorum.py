@@ -6,11 +6,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from fedlora.engines.loop import Event, Watch
-from fedlora.flower.node_directory import Directory
+from fedlora.flower.node_registry import NodeRegistry
 
 
 class TooFewError(ValueError):
-    """Fewer parties than a round needs can take part, and none was mended in time."""
+    """Fewer clients than a round needs can take part, and none was repaired in time."""
 
 
 @dataclass
@@ -18,12 +18,12 @@ class Quorum:
     """Checks in one round whether enough clients can still take part.
 
     A client that is not connected can still come. A node that is left out, and a connected client that failed when it
-    was last asked, must be mended first.
+    was last asked, must be repaired first.
     """
 
-    directory: Directory
+    registry: NodeRegistry
     number: int  # of the round, from 0
-    seconds: float  # that parties have to be mended
+    seconds: float  # that clients have to be repaired
     watch: Watch
     reasons: Mapping[int, str]  # client -> why it failed, as the round notes it
     failed: set[int] = field(default_factory=set)  # clients that failed when they were last asked
@@ -32,9 +32,9 @@ class Quorum:
     def check(self, least: int, able: AbstractSet[int], answered: AbstractSet[int] = frozenset()) -> None:
         """``TooFewError`` where fewer than ``least`` of the clients that are ``able`` can take part, for too long."""
         self.failed -= answered
-        here = self.directory.here() & able
+        here = self.registry.connected_clients() & able
         ready = answered | (here - self.failed)
-        possible = len(ready) + max(0, len(able - here - ready) - len(self.directory.unable()))
+        possible = len(ready) + max(0, len(able - here - ready) - len(self.registry.left_out()))
         if possible >= least:
             self.since = None
         else:
@@ -47,8 +47,8 @@ class Quorum:
             text = f"{why}; the run ends if this lasts for {self.seconds:g} seconds (flower.repair_timeout)"
             self.watch(Event("waiting", self.number, text=text))
         elif time.monotonic() - self.since > self.seconds:
-            failed = sorted(self.failed & self.directory.here())
-            left = [f"node {node} ({said})" for node, said in self.directory.unable().items()]
+            failed = sorted(self.failed & self.registry.connected_clients())
+            left = [f"node {node} ({said})" for node, said in self.registry.left_out().items()]
             left += [f"client {client} ({self.reasons.get(client, 'its upload was refused')})" for client in failed]
             raise TooFewError(
                 f"round {self.number + 1} cannot be finished: {why}; left out: {', '.join(left) or 'nobody'}. The "

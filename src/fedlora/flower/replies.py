@@ -1,46 +1,47 @@
-"""What a reply must be before its upload is looked at; the upload itself is for hygiene, as in every engine."""
+"""Checks of a reply before its upload is looked at; the upload itself is screened as in every engine."""
 
 import math
 from collections.abc import Mapping
 
 import torch
 
-from fedlora.engines.federation import Federation
 from fedlora.flower.wire import UnreadableError
+from fedlora.rounds import Rules
 from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks.metrics.scores import KNOWN, Scores, possible
 from fedlora.text import shown
 from fedlora.types import Tree
 
-__all__ = ["MALFORMED", "RefusedError", "figures", "holding", "mean", "scores", "told"]
-
 # What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
 
-def told(error: BaseException) -> str:
-    """Why a reply is left out, fit for a log whatever the party wrote into it."""
-    if isinstance(error, RefusedError | UnreadableError):
+def describe_error(error: BaseException, worded: tuple[type[Exception], ...] = (RefusedError, UnreadableError)) -> str:
+    """Why a reply is left out, fit for a log whatever the client wrote into it.
+
+    Errors of the kinds ``worded`` have a sentence of ours as their text; all others mean that a record is malformed.
+    """
+    if isinstance(error, worded):
         return shown(error)
     return f"its reply is malformed ({type(error).__name__}: {shown(error)})"
 
 
-def mean(f: Federation, found: Tree) -> Tree:
-    """A round's mean, with every part of the model: leaves that nobody sent are missing."""
+def check_mean(rules: Rules, found: Tree) -> Tree:
+    """Checks a round's mean, and returns it with every part of the model: leaves that nobody sent are missing."""
     for layer in found.values():
         for leaf, x in layer.items():
             if not bool(torch.isfinite(x).all()):
                 raise RefusedError(f"the mean of {leaf!r} is not finite")
-    return {part: found.get(part, {}) for part in f.rules}
+    return {part: found.get(part, {}) for part in rules}
 
 
-def holding(expected: str, said: Mapping[str, object]) -> None:
-    """``RefusedError`` where a party does not hold what it was sent."""
+def check_holds(expected: str, said: Mapping[str, object]) -> None:
+    """``RefusedError`` where a client does not hold what it was sent."""
     if said.get("holds") != expected:
         raise RefusedError("it does not hold what it was sent")
 
 
-def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
+def read_figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
     """Rows and loss of a turn. ``RefusedError`` where they are of another round, or no numbers."""
     if metrics.get("round") != number:
         raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {number}")
@@ -52,7 +53,7 @@ def figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
     return rows, loss
 
 
-def scores(metrics: Mapping[str, object], number: int, metric: str) -> Scores:
+def read_scores(metrics: Mapping[str, object], number: int, metric: str) -> Scores:
     """A client's sums and counts. ``RefusedError`` where they are of another round, or no numbers."""
     if metrics.get("round") != number:
         raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {number}")

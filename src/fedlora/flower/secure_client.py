@@ -1,7 +1,7 @@
-"""A party's side of secure aggregation: its upload leaves masked, and only the sum of all can be read.
+"""A client's side of secure aggregation: its upload leaves masked, and only the sum of all can be read.
 
-What it sends is one vector: every leaf that anybody sends this round, zeros where it has none, and for each leaf a one
-where it has it. So the server can take each leaf's mean over those who trained it, and cannot tell who that was.
+It sends one vector: every leaf that any client sends this round, zeros where it has none, and for each leaf a one
+where it has it. So the server can take each leaf's mean over the clients that trained it, and cannot tell which did.
 """
 
 import json
@@ -12,39 +12,38 @@ from torch import Tensor
 
 from fedlora.files import write
 from fedlora.flower.client import Node
-from fedlora.flower.layout import Layout, vector
-from fedlora.flower.wire import HOLDS, METRICS, ORDER, order_of
+from fedlora.flower.wire import HOLDS, METRICS, ORDER, decode_layout, decode_order, to_vector
 from fedlora.security.secure_aggregation import PHASES, Client, Message, Session, default_threshold
 
-PHASE, SESSION, TOLD, SAID, LAYOUT = "phase", "session", "told", "said", "layout"
+PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "told", "said", "layout"  # names of records
 
 
-def answer(node: Node, content: RecordDict) -> RecordDict:
-    """One of the four messages of a session. The party's keys lie on its disk between them, and no longer."""
+def answer_phase(node: Node, content: RecordDict) -> RecordDict:
+    """Answers one of the four messages of a session. The client's keys are on its disk between them, and no longer."""
     if content[ORDER]["client"] != node.client:
         raise ValueError(f"a message for client {content[ORDER]['client']} came to client {node.client}.")
-    phase, found, place = content[PHASE][PHASE], RecordDict(), node.store.secret(node.client)
+    phase, reply, place = content[PHASE][PHASE], RecordDict(), node.store.secret_path(node.client)
     if phase not in PHASES:
         raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
-    told = Message(**content[TOLD]) if TOLD in content else None
+    request = Message(**content[REQUEST]) if REQUEST in content else None
     if phase == "advertise":
-        client = Client(agreed(node, Session.of(content[SESSION]), content[ORDER]), node.client)
-        said = client.advertise()
+        client = Client(check_session(node, Session.of(content[SESSION]), content[ORDER]), node.client)
+        response = client.advertise()
     else:
         client = Client.from_bytes(place.read_bytes())
         if phase == "unmask":
-            _only_sum(node, client, told)
-        given = (_turn(node, content, found, client.session.threshold),) if phase == "mask" else ()
-        said = getattr(client, str(phase))(told, *given)
+            _check_one_sum(node, client, request)
+        vector = (_train(node, content, reply, client.session.threshold),) if phase == "mask" else ()
+        response = getattr(client, str(phase))(request, *vector)
     write(place, client.to_bytes())  # before the message leaves: a client set back could be made to answer twice
     if phase == "unmask":
         place.unlink()
-    found[SAID] = ConfigRecord(said.record())
-    return found
+    reply[RESPONSE] = ConfigRecord(response.record())
+    return reply
 
 
-def agreed(node: Node, session: Session, order: Mapping[str, object]) -> Session:
-    """The session, if its terms are those of this party's own configuration; ``ValueError`` where they are not."""
+def check_session(node: Node, session: Session, order: Mapping[str, object]) -> Session:
+    """Returns the session. ``ValueError`` where its terms are not those of this client's own configuration."""
     threshold = node.network.secure_threshold or default_threshold(len(session.numbers))
     if session.threshold < threshold or session.range != node.network.secure_range:
         raise ValueError(
@@ -56,10 +55,10 @@ def agreed(node: Node, session: Session, order: Mapping[str, object]) -> Session
     return session
 
 
-def _only_sum(node: Node, client: Client, told: Message) -> None:
+def _check_one_sum(node: Node, client: Client, request: Message) -> None:
     """Refuses to unmask a second sum of one round over other clients: the difference of the two would be uploads."""
-    place = node.store.secret(node.client).with_suffix(".sums")
-    now = [client.session.round, *sorted(client.survivors(told))]
+    place = node.store.secret_path(node.client).with_suffix(".sums")
+    now = [client.session.round, *sorted(client.survivors(request))]
     before = json.loads(place.read_text()) if place.exists() else None
     if before is not None and before[0] == now[0] and before != now:
         raise ValueError(
@@ -69,18 +68,9 @@ def _only_sum(node: Node, client: Client, told: Message) -> None:
     write(place, json.dumps(now).encode())
 
 
-def _turn(node: Node, content: RecordDict, found: RecordDict, threshold: int) -> Tensor:
-    """Trains, notes the figures, and returns the vector to be masked."""
-    order, leaves, folds = order_of(content)
+def _train(node: Node, content: RecordDict, reply: RecordDict, threshold: int) -> Tensor:
+    """Trains, puts the metrics into the reply, and returns the vector to be masked."""
+    order, leaves, folds = decode_order(content)
     done = node.train(order, leaves, folds, threshold)
-    found[METRICS], found[HOLDS] = MetricRecord(done.metrics), ConfigRecord({HOLDS: done.holds})
-    names, ranks = content[LAYOUT]["names"], content[LAYOUT]["ranks"]
-    sizes = iter(content[LAYOUT]["sizes"])
-    return vector({name: tuple(next(sizes) for _ in range(rank)) for name, rank in zip(names, ranks)}, done.sent or {})
-
-
-def layout_record(layout: Layout) -> ConfigRecord:
-    """The layout as lists."""
-    shapes = list(layout.values())
-    sizes = [size for shape in shapes for size in shape]
-    return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})
+    reply[METRICS], reply[HOLDS] = MetricRecord(done.metrics), ConfigRecord({HOLDS: done.holds})
+    return to_vector(decode_layout(content[LAYOUT]), done.sent or {})

@@ -1,4 +1,4 @@
-"""The server app of a configuration: runs it over Flower, keeps it in a folder, and goes on from there when asked."""
+"""The server app of a configuration: runs it over Flower into a folder, and resumes it from there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Observe, Watch
 from fedlora.files import save_json
-from fedlora.flower.secure_server import served_by
+from fedlora.flower.secure_server import select_loop
 from fedlora.runs.config import Config, ConfigError, read
 from fedlora.runs.file_names import TOKEN
 from fedlora.runs.folder import read_json
@@ -24,8 +24,8 @@ OLD = "checkpoint.safetensors"  # version 0.1 kept a run's state there
 def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
     """A ``ServerApp`` that runs the federation of a TOML file into the folder ``out`` of the run's configuration.
 
-    Where that folder holds the beginning of this run, it goes on from the last finished round. ``callbacks`` are
-    told of the run on the server.
+    Where that folder holds the beginning of this run, it resumes after the last finished round. ``callbacks`` are
+    called on the server.
     """
     app = ServerApp()
 
@@ -41,15 +41,15 @@ def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
 def serve(
     config: Config, grid: Grid, out: Path, watch: Watch = lambda event: None, callbacks: Sequence[Any] = ()
 ) -> Result:
-    """The federation's rounds over a grid, kept in ``out`` as ``fedlora run`` would, with a checkpoint a round.
+    """Runs a federation's rounds over a grid into ``out`` as ``fedlora run`` would, with a checkpoint a round.
 
     ``ConfigError`` where ``out`` holds another run, or this one finished, or somebody else is at work there; it stays
     as it was.
     """
 
     def drive(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
-        engine = served_by(config.flower)
-        take(engine(watch, observe, federation=f, network=config.flower, token=_token(out), grid=grid), f)
+        engine = select_loop(config.flower)
+        take(engine(watch, observe, federation=f, network=config.flower, token=_load_token(out), grid=grid), f)
 
     if (out / OLD).exists():
         raise ConfigError(
@@ -59,8 +59,8 @@ def serve(
     return run(config, out, watch, drive=drive, again=(out / TOKEN).exists(), callbacks=callbacks)
 
 
-def _token(out: Path) -> str:
-    """The run's own name: parties keep their state under it, so a folder that is gone on with keeps its own."""
+def _load_token(out: Path) -> str:
+    """The run's own name, made where there is none. Clients keep their state under it, so a resumed run keeps it."""
     path = out / TOKEN
     if path.exists():
         return str(read_json(path)["run"])

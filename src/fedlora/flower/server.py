@@ -1,11 +1,12 @@
-"""The server: rounds over a Flower grid, with whoever is there.
+"""The server: rounds over a Flower grid, with the clients that are connected.
 
-A round asks its cohort; who errs, is late or is gone is named and left out, and the weights of the others are
-renormalised. With fewer than ``min_clients`` good uploads the round waits, asks who comes back, and keeps what it has.
+A round asks its cohort. A client that fails, is late or is gone is named and left out, and the weights of the others
+are renormalised. With fewer than ``min_clients`` good uploads the round waits, asks the clients that come back, and
+keeps the uploads that it has.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -18,60 +19,60 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Loop, Reply, Round, ServerState
 from fedlora.engines.network_settings import Network
 from fedlora.files import digest, upload_limits
-from fedlora.flower import replies as checks
-from fedlora.flower.client import made, visible
+from fedlora.flower.client import digest_start
 from fedlora.flower.client_messages import STALE
-from fedlora.flower.exchange import answered
-from fedlora.flower.local_stores import Bases, Home
-from fedlora.flower.node_directory import GONE, Directory
+from fedlora.flower.client_store import BaseNames, LocalClients, select_leaves
+from fedlora.flower.node_registry import GONE, NodeRegistry
 from fedlora.flower.quorum import Quorum
-from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Asked, Order, asked, reported, unpack
+from fedlora.flower.replies import MALFORMED, check_holds, describe_error, read_figures, read_scores
+from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, unpack
 from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
+from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks._base import Scores
 from fedlora.tasks.data.labels import NAME, positions
 from fedlora.training.evaluation import Evaluator
 
 
 @dataclass
-class Federated(Loop, Strategy):
-    """A Flower strategy made of a federation; ``start`` runs it, and so does ``run`` once there is a grid."""
+class FlowerLoop(Loop, Strategy):
+    """The round loop of a federation as a Flower strategy: ``start`` runs it, as does ``run`` once there is a grid."""
 
     federation: Federation = field(kw_only=True)
     network: Network = field(default_factory=Network, kw_only=True)
-    token: str = field(default="run", kw_only=True)  # of this run: parties keep their state under it
+    token: str = field(default="run", kw_only=True)  # of this run: clients keep their state under it
     grid: Grid | None = field(default=None, kw_only=True)
-    home: Home | None = field(default=None, kw_only=True)  # the parties' state, where it is on this machine
-    directory: Directory | None = field(default=None, init=False)
+    local: LocalClients | None = field(default=None, kw_only=True)  # where their state is on this machine
+    registry: NodeRegistry | None = field(default=None, init=False)
     at: ServerState | None = field(default=None, init=False)
     replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
     results: dict[int, Scores] = field(default_factory=dict, init=False)
     _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
-    stopped: bool = field(default=False, init=False)  # set by another thread: the next pause raises KeyboardInterrupt
-    _bases: Bases = field(default_factory=Bases, init=False)
+    stopped: bool = field(default=False, init=False)  # set by another thread
+    _bases: BaseNames = field(default_factory=BaseNames, init=False)
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
-    _orders: dict[int, Asked] = field(default_factory=dict, init=False)  # node -> its last order
-    _sent: dict[str, Asked] = field(default_factory=dict, init=False)  # message id -> that order
+    _orders: dict[int, SentOrder] = field(default_factory=dict, init=False)  # node -> its last order
+    _sent: dict[str, SentOrder] = field(default_factory=dict, init=False)  # message id -> that order
 
     # ------------------------------------------------------------------------------ as an engine
     def begin(self, f: Federation) -> ServerState:
         self._connect(f)
-        self._bases = Bases()
+        self._bases = BaseNames()
         return super().begin(f)
 
     def _connect(self, f: Federation) -> None:
         assert self.grid is not None, "start(grid) first"
-        self.directory = Directory(
-            self.grid, f.clients.members, self.token, made(f), self._told, self._described, self.network.retry,
+        self.registry = NodeRegistry(
+            self.grid, f.clients.members, self.token, digest_start(f), self._report, self._describe, self.network.retry,
             self._pause,
         )  # fmt: skip
 
     def readings(self) -> Mapping[int, str]:
-        return {} if self.directory is None or not self.federation.clients.own_data else self.directory.readings
+        return {} if self.registry is None or not self.federation.clients.own_data else self.registry.readings
 
-    def _described(self, reading: str) -> str:
-        """How a party with data of its own reads its labels, after the word that it joined."""
+    def _describe(self, reading: str) -> str:
+        """How a client with data of its own reads its labels, for the line that says that it joined."""
         f = self.federation
         if not reading or not f.clients.own_data:
             return ""
@@ -86,19 +87,19 @@ class Federated(Loop, Strategy):
         return served
 
     def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
-        return None if self.home is None else self.home.client_states(at)
+        return None if self.local is None else self.local.client_states(at)
 
     def on_base_update(self, folds: BaseUpdate) -> None:
         self._bases.add(folds)
-        if self.home is not None:
-            self.home.on_base_update(folds)
+        if self.local is not None:
+            self.local.add_folds(folds)
 
     def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
-        if self.home is not None and states is not None:
-            self.home.restore(f, at, states, self._bases)
+        if self.local is not None and states is not None:
+            self.local.restore(f, at, states, self._bases)
 
     def is_measured(self, f: Federation) -> bool:
-        return f.evaluation.measure and not f.method.personal  # what a party keeps, nobody here can measure
+        return f.evaluation.measure and not f.method.personal  # nobody here can measure what a client keeps
 
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
@@ -106,38 +107,42 @@ class Federated(Loop, Strategy):
         return super().run(f, at)
 
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
-        began = self._enter(at)
-        order, wanted = self._wanted(f, at)
+        began = self._begin_turns(at)
+        order, wanted = self._order(f, at)
         least, tried = min(self.network.min_clients, wanted), set[int]()
         while True:
             self._quorum.check(least, set(order), self.replies.keys())
-            self._ask([k for k in order if k in self._directory.here() - tried][: wanted - len(self.replies)], tried)
+            here = self._registry.connected_clients() - tried
+            self._ask([client for client in order if client in here][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:
-                return self._left(f, at, began)
+                return self._end_turns(f, at, began)
             self._wait(least, tried, set(order))
 
-    def _wanted(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
-        """Who may train, in order, and how many are to. Who is drawn to drop out gets an order and has no stand-in."""
-        out_of_it = excluded_clients(f.hygiene, at.conduct)  # they get no order, and have no stand-in either
-        if out := sorted(set(f.clients.dropped(at.number, f.seed)) & self._directory.here() - out_of_it):
-            self._ask(out, set())
-        order = [c for c in f.order(at.number) if c not in self.absent.keys() | out_of_it]
-        return order, len(set(f.clients.staying(at.number, f.cohort_seed)) - out_of_it)
+    def _order(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
+        """The clients that may train, in order, and how many of them are wanted.
 
-    def _enter(self, at: ServerState) -> float:
-        """A round begins; the first one waits for all parties. Returns when that was."""
+        A client that is drawn to drop out gets an order, and no other takes its place.
+        """
+        excluded = excluded_clients(f.hygiene, at.conduct)  # they get no order, and no other takes their place
+        if dropped := sorted(set(f.clients.dropped(at.number, f.seed)) & self._registry.connected_clients() - excluded):
+            self._ask(dropped, set())
+        order = [client for client in f.order(at.number) if client not in self.absent.keys() | excluded]
+        return order, len(set(f.clients.staying(at.number, f.cohort_seed)) - excluded)
+
+    def _begin_turns(self, at: ServerState) -> float:
+        """Begins a round; the first one waits for all clients. Returns the time of the beginning."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
-        self._quorum = Quorum(self._directory, at.number, self.network.repair_timeout, self.watch, self.absent)
+        self._quorum = Quorum(self._registry, at.number, self.network.repair_timeout, self.watch, self.absent)
         if at.number == self._first:
-            self._directory.wait(self.network.join_timeout)
+            self._registry.wait(self.network.join_timeout)
         else:
-            self._directory.refresh()
+            self._registry.refresh()
         return began
 
-    def _left(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
-        """The turns are over: the cohort's members that are missing are named."""
+    def _end_turns(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
+        """Ends the turns of a round, and names the cohort's members that are missing."""
         for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
-            self._lost(client, self.absent.get(client, GONE))
+            self._lose(client, self.absent.get(client, GONE))
         self.clock["train"] += time.perf_counter() - began
         return [self.replies[client] for client in sorted(self.replies)]
 
@@ -145,11 +150,11 @@ class Federated(Loop, Strategy):
         self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
     ) -> Mapping[int, Scores]:
         self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
-        self._directory.refresh()
+        self._registry.refresh()
         orders = self.configure_evaluate(number + 1, None, None, self.grid)
-        self.aggregate_evaluate(number + 1, self._exchange(list(orders)))
+        self.aggregate_evaluate(number + 1, self._send_and_receive(list(orders)))
         for client in sorted(set(range(f.clients.members)) - self.results.keys() - self.unscored.keys()):
-            self._lost(client, GONE)
+            self._lose(client, GONE)
         return dict(sorted(self.results.items()))
 
     # --------------------------------------------------------------------- as a Flower strategy
@@ -158,10 +163,10 @@ class Federated(Loop, Strategy):
         timeout: float = 3600, train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None, evaluate_fn=None,
     ) -> Result:  # fmt: skip
-        """Runs the federation to its end. What it starts from, and how long it runs, is in the federation."""
+        """Runs the federation to its end. Its first values and its number of rounds are the federation's own."""
         self.grid, result = grid, Result()
         for done in self.run(self.federation):
-            reported(result, done)
+            add_round(result, done)
         return result
 
     def configure_train(
@@ -174,65 +179,67 @@ class Federated(Loop, Strategy):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
         """Takes in the uploads that are sound; ``run`` combines them."""
         for reply in replies:
-            self._taken(reply, self._upload)
+            self._take_in(reply, self._take_upload)
         return None, None
 
     def configure_evaluate(self, server_round: int, arrays, config, grid) -> Iterable[Message]:
         """Each connected client's order to score what it holds after a round."""
-        return [self._message(client, server_round - 1, "evaluate") for client in sorted(self._directory.here())]
+        return [
+            self._message(client, server_round - 1, "evaluate") for client in sorted(self._registry.connected_clients())
+        ]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]):
         """Takes in the scores that are sound."""
         for reply in replies:
-            self._taken(reply, self._score)
+            self._take_in(reply, self._take_scores)
 
     def summary(self) -> None:
-        """What a run is, is in its folder."""
+        """Prints nothing: a run's folder describes it."""
 
     @property
-    def _directory(self) -> Directory:
-        if self.directory is None:
+    def _registry(self) -> NodeRegistry:
+        if self.registry is None:
             self._connect(self.federation)
-        assert self.directory is not None
-        return self.directory
+        assert self.registry is not None
+        return self.registry
 
     def _ask(self, clients: list[int], tried: set[int]) -> None:
-        """One attempt, and a second for those that turn out to hold something else than the server thought."""
+        """Asks clients for a turn, and once more those that hold something else than the server thought."""
         tried |= set(clients)
         self._quorum.failed |= set(clients)  # until they have answered
         for _ in range(2):
             messages = list(self.configure_train(self._round + 1, None, None, self.grid, clients))
-            self.aggregate_train(self._round + 1, self._exchange(messages))
+            self.aggregate_train(self._round + 1, self._send_and_receive(messages))
             clients = [client for client in clients if self.absent.get(client) == STALE]
             if not clients:
                 return
 
     def _wait(self, least: int, tried: set[int], able: set[int]) -> None:
-        """Until one is here that has not been asked, one is back, or it is time to ask the others once more."""
-        gone = tried - self._directory.here()
+        """Waits until a client is connected that was not asked, one is back, or it is time to ask the others again."""
+        gone = tried - self._registry.connected_clients()
         text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
         self.watch(Event("waiting", self._round, text=text))
         again = time.monotonic() + self.network.retry
-        while not (self._directory.here() & able) - tried:
+        while not (self._registry.connected_clients() & able) - tried:
             self._quorum.check(least, able, self.replies.keys())
             self._pause()
-            self._directory.refresh()
-            back = gone & self._directory.here() - self.replies.keys()
+            self._registry.refresh()
+            back = gone & self._registry.connected_clients() - self.replies.keys()
             self._quorum.failed -= back
-            gone |= tried - self._directory.here()
+            gone |= tried - self._registry.connected_clients()
             tried -= back if time.monotonic() < again else tried - self.replies.keys()
 
     def _pause(self) -> None:
-        """Between two looks."""
+        """Sleeps between two looks. Raises ``KeyboardInterrupt`` where another thread has stopped the loop."""
         time.sleep(self.network.poll)
         if self.stopped:
             raise KeyboardInterrupt
 
     def _message(self, client: int, number: int, kind: str, with_leaves: bool = True) -> Message:
         f, at = self.federation, self.at
-        own = visible(f.rules, at.shared, f.budgets[client])
+        own = select_leaves(f.rules, at.shared, f.budgets[client])
         if not at.channel.knows(client):
-            count, base = self._directory.folded.pop(client, (0, ""))
+            count, base = self._registry.folded.pop(client, (0, ""))
             there = at.folds.start <= count <= len(at.folds) and self._bases[count] == base
             at.channel.forget(client, count if there else 0)
         delivery = at.channel.compute_delta(client, at.shared, at.folds, own)
@@ -242,42 +249,56 @@ class Federated(Loop, Strategy):
         )  # fmt: skip
         if with_leaves:
             at.channel.deliver(number, client, delivery)
-        node = self._directory.nodes[client]
-        self._orders[node] = Asked(node, client, order, delivery if with_leaves else None)
-        content = asked(order, delivery.leaves, delivery.folds) if with_leaves else asked(order, {}, [])
+        node = self._registry.nodes[client]
+        self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
+        content = encode_order(order, delivery.leaves, delivery.folds) if with_leaves else encode_order(order, {}, [])
         return Message(content, node, kind, group_id=str(number + 1))
 
-    def _exchange(self, messages: list[Message]) -> list[Message]:
-        """Sends, and collects what is answered in time; the silent are named."""
+    def _send_and_receive(self, messages: list[Message]) -> list[Message]:
+        """Sends messages, and returns the replies within ``round_timeout``; clients that did not answer are named."""
         assert self.grid is not None, "start(grid) first"
         pushed = set(self.grid.push_messages(messages))  # a message has its id from then on
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
-        nodes = {key: asked.node for key, asked in self._sent.items()}
-        found, silent = answered(self.grid, pushed, nodes, self.network.round_timeout, self._pause)
-        for key, why in silent.items():
-            self._lost(self._sent[key].client, why)
-        return found
+        for key in self._sent.keys() - pushed:
+            self._lose(self._sent[key].client, "its node cannot be reached")
+        waiting, replies = pushed & self._sent.keys(), list[Message]()
+        end = time.monotonic() + self.network.round_timeout
+        while waiting and time.monotonic() < end:
+            for reply in self.grid.pull_messages(list(waiting)):
+                if reply.metadata.reply_to_message_id in waiting:
+                    waiting.discard(reply.metadata.reply_to_message_id)
+                    replies.append(reply)
+            # A node that is not connected any more: started again, it will know nothing of the message.
+            connected = set(self.grid.get_node_ids())
+            for key in [key for key in waiting if self._sent[key].node not in connected]:
+                waiting.discard(key)
+                self._lose(self._sent[key].client, "its node was gone while it was asked")
+            if waiting:
+                self._pause()
+        for key in waiting:
+            self._lose(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
+        return replies
 
-    def _taken(self, reply: Message, take) -> None:
-        """One reply: what it says is noted, or why it is left out."""
+    def _take_in(self, reply: Message, take: Callable[[int, Order, Message], None]) -> None:
+        """Takes in one reply, or notes why it is left out."""
         _, client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
         try:
             if reply.has_error():
-                raise checks.RefusedError(reply.error.reason or "its app failed")
+                raise RefusedError(reply.error.reason or "its app failed")
             take(client, order, reply)
-        except checks.MALFORMED as error:
-            text = checks.told(error)
+        except MALFORMED as error:
+            text = describe_error(error)
             if text == STALE:
                 self.at.channel.forget(client)
-            self._lost(client, text)
+            self._lose(client, text)
         else:
             if delivery is not None:
                 self.at.channel.holds(client, delivery)
             self._blamed.pop(client, None)
 
-    def _upload(self, client: int, order: Order, reply: Message) -> None:
-        checks.holding(order.holds, reply.content[HOLDS])
-        rows, loss = checks.figures(reply.content[METRICS], order.round)
+    def _take_upload(self, client: int, order: Order, reply: Message) -> None:
+        check_holds(order.holds, reply.content[HOLDS])
+        rows, loss = read_figures(reply.content[METRICS], order.round)
         f, turn = self.federation, self.federation.turn(order.round, client)
         crossed = unpack(reply.content[LEAVES], upload_limits(f.transport.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
@@ -289,14 +310,14 @@ class Federated(Loop, Strategy):
         if (found := self.receive_upload(upload)) is not None:
             self.replies[client] = Reply(found, loss)
 
-    def _score(self, client: int, order: Order, reply: Message) -> None:
-        checks.holding(order.holds, reply.content[HOLDS])
-        self.results[client] = checks.scores(reply.content[METRICS], order.round, self.federation.task.metric)
+    def _take_scores(self, client: int, order: Order, reply: Message) -> None:
+        check_holds(order.holds, reply.content[HOLDS])
+        self.results[client] = read_scores(reply.content[METRICS], order.round, self.federation.task.metric)
 
-    def _lost(self, client: int, why: str) -> None:
+    def _lose(self, client: int, why: str) -> None:
         if why not in (self._blamed.get(client), self.absent.get(client)):  # said once a round
             self.watch(Event("absent", self._round, client, text=why))
         self._blamed[client] = why
 
-    def _told(self, client: int | None, text: str) -> None:
+    def _report(self, client: int | None, text: str) -> None:
         self.watch(Event("node", self._round, client, text=text))

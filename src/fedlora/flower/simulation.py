@@ -24,18 +24,17 @@ from flwr.simulation import run_simulation
 
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Observe, Take, Watch
-from fedlora.flower.client_factory import simulated_app
-from fedlora.flower.client_store import Store
-from fedlora.flower.local_stores import Home
-from fedlora.flower.secure_server import served_by
-from fedlora.flower.server import Federated
+from fedlora.flower.client_messages import build_simulated_app
+from fedlora.flower.client_store import ClientStore, LocalClients
+from fedlora.flower.secure_server import select_loop
+from fedlora.flower.server import FlowerLoop
 from fedlora.runs.config import Config, merged
 
 NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
 ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
 
 
-class Simulation(Federated):
+class Simulation(FlowerLoop):
     """The engine ``flower-simulation``: clients train in Ray actors."""
 
     steps_here = False
@@ -52,15 +51,15 @@ class Simulation(Federated):
         failed: list[BaseException | None] = []
         ended = threading.Event()
         with TemporaryDirectory(prefix="fedlora-") as place:
-            home = Home(Store(Path(place) / NAME))
+            local = LocalClients(ClientStore(Path(place) / NAME))
             # All nodes are there from the start; until the first has loaded the model may take a while.
-            engine = served_by(config.flower)(
+            engine = select_loop(config.flower)(
                 watch,
                 observe,
                 federation=f,
                 network=replace(config.flower, join_timeout=math.inf),
                 token=NAME,
-                home=home,
+                local=local,
             )
             server = ServerApp()
 
@@ -76,13 +75,13 @@ class Simulation(Federated):
                     ended.set()
 
             try:
-                _play(server, simulated_app(table, Path(place)), f.clients.members, threads)
+                _play(server, build_simulated_app(table, Path(place)), f.clients.members, threads)
             except KeyboardInterrupt:
                 engine.stopped = True  # its thread ends at its next look, and what was finished is kept
                 ended.wait(ENDING)
             if failed and failed[0] is not None:
                 raise failed[0]
-            return None if engine.at is None else {k: own.kept for k, own in home.client_states(engine.at).items()}
+            return None if engine.at is None else {k: own.kept for k, own in local.client_states(engine.at).items()}
 
 
 def _play(server: ServerApp, client, count: int, threads: int) -> None:

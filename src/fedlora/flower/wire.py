@@ -1,46 +1,53 @@
-"""Trees and orders as Flower's records, and back.
+"""Trees, orders and answers as Flower's records, and back.
 
-A tree goes as one array of bytes in safetensors form: any dtype (Flower's own arrays refuse bfloat16), no pickle, and
-one object on the wire instead of two for each leaf.
+A tree is sent as one array of bytes in safetensors form: any dtype (Flower's own arrays refuse bfloat16), no pickle,
+and one object on the wire instead of two for each leaf. With secure aggregation an upload is one vector instead; its
+layout says which leaves it holds.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdate, folds_from_tree, folds_to_tree
 from fedlora.engines.comm.channel import Delivery
 from fedlora.engines.loop import Round
-from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree
-from fedlora.types import Tree
+from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree, flatten, unflatten
+from fedlora.rounds import Rules
+from fedlora.security.validation.expected import build_upload_spec
+from fedlora.types import Tree, Turn
 
 MESSAGE = Limits(2**31, 100_000, 2**24)  # of what the server sends; uploads have a limit of their own
 STYPE = "safetensors"  # how an array of ours is written, where Flower would write npy
 LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
 
+Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
+
 
 @dataclass(frozen=True)
 class Order:
-    """What a message asks of a party, beside the leaves and folds that it brings."""
+    """What a message asks of a client, beside the leaves and folds that it brings."""
 
     run: str  # the run's own token: a resumed run keeps it, another run never has it
     round: int  # from 0
     client: int
-    full: bool  # the leaves are those that differ from what the seed gives, not from what the party holds
+    full: bool  # the leaves are those that differ from what the seed gives, not from those that the client holds
     first: int  # number of the first fold that comes along
-    after: int  # folds that the party holds then
+    after: int  # folds that the client holds then
     before: str  # the name of the base with the folds before ``first`` in it
     base: str  # and with those before ``after``
-    holds: str  # digest of the leaves that the party holds then
-    counted: int = -1  # the last round that this party's upload went into
+    holds: str  # digest of the leaves that the client holds then
+    counted: int = -1  # the last round that this client's upload went into
 
 
-class Asked(NamedTuple):
-    """What a message asked of a client, and what it brought along."""
+class SentOrder(NamedTuple):
+    """An order that went to a client, and the delivery that it brought along."""
 
     node: int
     client: int
@@ -73,6 +80,11 @@ def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
         raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
 
 
+def overlay(tree: Tree, other: Tree) -> dict[str, dict]:
+    """Replaces leaves of ``tree`` by those that ``other`` has in their places."""
+    return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}
+
+
 def pack_folds(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
     """Several rounds of folds, numbered from 0."""
     trees = {
@@ -92,8 +104,8 @@ def unpack_folds(record: ArrayRecord) -> list[BaseUpdate]:
     return [folds_from_tree(found[number]) for number in sorted(found)]
 
 
-def asked(order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> RecordDict:
-    """What goes down; empty records are left out."""
+def encode_order(order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> RecordDict:
+    """The content of a message to a client; empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
     if leaves:
         content[LEAVES] = pack(leaves)
@@ -102,27 +114,23 @@ def asked(order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> RecordDict
     return content
 
 
-def order_of(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
-    """What a party is asked, and what came along."""
-    order = Order(**_typed(content[ORDER]))
+def decode_order(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
+    """The order, the leaves and the folds of a message to a client."""
+    order = Order(**{name: content[ORDER][name] for name in Order.__dataclass_fields__})
     leaves = unpack(content[LEAVES]) if LEAVES in content else {}
     return order, leaves, unpack_folds(content[FOLDS]) if FOLDS in content else []
 
 
-def _typed(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in Order.__dataclass_fields__}
-
-
-def answered(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:
-    """What goes up."""
+def encode_answer(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:
+    """The content of a client's reply."""
     content = RecordDict({METRICS: MetricRecord(dict(metrics)), HOLDS: ConfigRecord({HOLDS: holds})})
     if sent is not None:
         content[LEAVES] = pack(sent)
     return content
 
 
-def reported(result: Result, done: Round) -> None:
-    """Adds a finished round to what Flower's own ``start`` returns."""
+def add_round(result: Result, done: Round) -> None:
+    """Adds a finished round to the result that Flower's own ``start`` returns."""
     result.arrays = pack(done.shared)
     result.train_metrics_clientapp[done.number + 1] = MetricRecord(
         {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
@@ -132,3 +140,57 @@ def reported(result: Result, done: Round) -> None:
         result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
     if "global" in done.record:
         result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))
+
+
+def build_layout(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
+    """Every leaf that a client of these turns may send, known before it has trained."""
+    found: dict[str, tuple[int, ...]] = {}
+    for turn in turns:
+        sent = build_upload_spec(rules, shared, turn).sent
+        found |= {name: tuple(x.shape) for name, x in flatten(sent).items()}
+    return found
+
+
+def to_vector(layout: Layout, sent: Tree) -> Tensor:
+    """``(d,)`` float32: every leaf's numbers in the layout's order, then a one for each leaf that was sent."""
+    own = {name: x.float() for name, x in flatten(sent).items()}
+    strange = [name for name, x in own.items() if layout.get(name) != tuple(x.shape)]
+    if strange:
+        raise ValueError(f"this client would send {strange[0]!r}, which is not in the round's layout.")
+    values = [own.get(name, torch.zeros(shape)).cpu().reshape(-1) for name, shape in layout.items()]
+    return torch.cat([*values, torch.tensor([float(name in own) for name in layout])])
+
+
+def vector_size(layout: Layout) -> int:
+    """``d``: the length of the vector of ``to_vector``."""
+    return sum(torch.Size(shape).numel() + 1 for shape in layout.values())
+
+
+def from_vector(layout: Layout, mean: Tensor, least: float) -> Tree:
+    """Each leaf's mean over the clients that sent it, from the mean of all vectors; without leaves that nobody sent.
+
+    ``least`` is the smallest share that a client can have in that mean.
+    """
+    there = mean[mean.numel() - len(layout) :]
+    leaves: dict[str, Tensor] = {}
+    at = 0
+    for (name, shape), present in zip(layout.items(), there.tolist()):
+        numbers = torch.Size(shape).numel()
+        if present > least / 2:
+            everyone = abs(present - 1) < 1e-6
+            leaves[name] = mean[at : at + numbers].reshape(shape) / (1.0 if everyone else present)
+        at += numbers
+    return unflatten(leaves)
+
+
+def encode_layout(layout: Layout) -> ConfigRecord:
+    """The layout as three flat lists, since a record holds no nested ones."""
+    shapes = list(layout.values())
+    sizes = [size for shape in shapes for size in shape]
+    return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})
+
+
+def decode_layout(record: Mapping[str, Any]) -> Layout:
+    """The layout that ``encode_layout`` was given."""
+    sizes = iter(record["sizes"])
+    return {name: tuple(next(sizes) for _ in range(rank)) for name, rank in zip(record["names"], record["ranks"])}

@@ -16,12 +16,12 @@ import httpx
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora.flower.deploy.certificates import certificates, party
+from fedlora.flower.deploy.certificates import add_party, create_certificates
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return certificates(tmp_path_factory.mktemp("tls") / "made", ["a", "hospital-b"])
+    return create_certificates(tmp_path_factory.mktemp("tls") / "made", ["a", "hospital-b"])
 
 
 class Server:
@@ -66,7 +66,7 @@ def handshake(port, ca, name="127.0.0.1"):
 
 
 def test_python_and_httpx_trust_the_server_and_no_other_ca(made, tmp_path):
-    other = certificates(tmp_path / "other", ["a"])
+    other = create_certificates(tmp_path / "other", ["a"])
     with Server(made / "server") as server:
         assert handshake(server.port, made / "parties" / "a" / "ca.crt") == "TLSv1.3"
         assert handshake(server.port, made / "ca.crt", "localhost") == "TLSv1.3"
@@ -85,7 +85,7 @@ def test_openssl_verifies(made, tmp_path):
         return subprocess.run([*command, "-CAfile", ca, made / "server" / "server.pem"], capture_output=True).returncode
 
     assert verify(made / "ca.crt") == 0
-    assert verify(certificates(tmp_path / "other", ["a"]) / "ca.crt") != 0
+    assert verify(create_certificates(tmp_path / "other", ["a"]) / "ca.crt") != 0
 
 
 def test_what_lies_where_and_who_may_read_it(made):
@@ -113,27 +113,27 @@ def test_a_partys_key_is_what_flower_reads(made, tmp_path):
 
 
 def test_a_party_joins_later(tmp_path):
-    made = certificates(tmp_path / "made", ["a"])
+    made = create_certificates(tmp_path / "made", ["a"])
     before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
-    own = party(made, "late")
+    own = add_party(made, "late")
     assert sorted(path.name for path in own.iterdir()) == ["ca.crt", "late.key", "late.key.pub"]
     assert (own / "ca.crt").read_bytes() == before[made / "ca.crt"]
     assert (made / "server" / "keys" / "late.key.pub").is_file()
     assert all(path.read_bytes() == content for path, content in before.items())
     with pytest.raises(ValueError, match="'late' has its key in .* already; choose another name"):
-        party(made, "late")
+        add_party(made, "late")
     with pytest.raises(ValueError, match="no ca.crt; name a folder"):
-        party(tmp_path, "b")
+        add_party(tmp_path, "b")
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_done(tmp_path):
-    made = certificates(tmp_path / "made", ["a"])
+    made = create_certificates(tmp_path / "made", ["a"])
     key = (made / "ca.key").read_bytes()
     with pytest.raises(ValueError, match="exists already .* never overwritten"):
-        certificates(made, ["a"])
+        create_certificates(made, ["a"])
     assert (made / "ca.key").read_bytes() == key
     (tmp_path / "empty").mkdir()
-    assert (certificates(tmp_path / "empty", ["a"]) / "ca.crt").is_file()
+    assert (create_certificates(tmp_path / "empty", ["a"]) / "ca.crt").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "made"]
 
 
@@ -151,7 +151,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_done(tmp_path):
 )
 def test_mistakes_are_one_sentence(change, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
-        certificates(tmp_path / "made", **{"parties": ["a"], **change})
+        create_certificates(tmp_path / "made", **{"parties": ["a"], **change})
     assert not list(tmp_path.iterdir())
 
 

@@ -10,9 +10,8 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 from typer.testing import CliRunner
 
 from fedlora import cli
-from fedlora.flower.client_factory import own_table
-from fedlora.flower.deploy.local import nodes
-from fedlora.flower.deploy.node_config import state_folder
+from fedlora.flower.deploy.local import build_node_configs
+from fedlora.flower.deploy.node_config import apply_node_config, state_folder
 from fedlora.runs.config import ConfigError, build, dumps, read
 from tests.fixtures.federation import TABLE
 
@@ -86,12 +85,12 @@ def test_a_wrong_engine_is_said(toml, tmp_path, capsys, monkeypatch):
 
 def test_a_node_may_say_what_is_its_own_machines_and_nothing_else():
     own = {"client": 1, "state": "x", "task.data": "mine.csv", "task.text": "first, second", "engine.threads": 2}
-    found = own_table({**TABLE, "task": {**TABLE["task"], "name": "text-classification"}}, own)
+    found = apply_node_config({**TABLE, "task": {**TABLE["task"], "name": "text-classification"}}, own)
     assert found["task"]["data"] == "mine.csv" and found["task"]["text"] == ["first", "second"]
     assert found["engine"] == {"threads": 2} and found["clients"] == TABLE["clients"]
     for key in ("training.learning_rate", "task.daat", "method.name"):
         with pytest.raises(ConfigError, match=f"there is no setting '{key}'"):
-            own_table(TABLE, {"client": 0, key: 1})
+            apply_node_config(TABLE, {"client": 0, key: 1})
     with pytest.raises(ConfigError, match="client = None; start the node with its number, from 0"):
         state_folder({})
     assert state_folder({"client": 3}).name == "client-3"
@@ -101,14 +100,14 @@ def test_parties_of_a_file(tmp_path):
     path = tmp_path / "parties.toml"
     path.write_text('[[party]]\nclient = 1\ntask.data = "b.csv"\n[[party]]\nclient = 0\n"task.data" = "a.csv"\n')
     config = build({**TABLE, "clients": {"count": 2}})
-    found = nodes(config, tmp_path / "out", path)
+    found = build_node_configs(config, tmp_path / "out", path)
     assert [(own["client"], own["task.data"]) for own in found] == [(1, "b.csv"), (0, "a.csv")]
     assert found[0]["state"].endswith("out/nodes/0")
     with pytest.raises(ConfigError, match=r"has 2 \[\[party\]\] tables, but clients.count is 3"):
-        nodes(build(TABLE), tmp_path / "out", path)
+        build_node_configs(build(TABLE), tmp_path / "out", path)
     path.write_text("[[party]]\nclient = 1\n[[party]]\nclient = 1\n")
     with pytest.raises(ConfigError, match=r"the parties are clients \[1, 1\]; each of 0 to 1 is needed"):
-        nodes(config, tmp_path / "out", path)
+        build_node_configs(config, tmp_path / "out", path)
 
 
 OWN = {**TABLE, "clients": {"count": 2, "split": {"name": "own"}}}

@@ -17,9 +17,9 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import fedlora
 from fedlora import cli
 from fedlora.files import load_tree
-from fedlora.flower.client_store import Store
-from fedlora.flower.deploy import control, local, processes
-from fedlora.flower.deploy.certificates import certificates
+from fedlora.flower.client_store import ClientStore
+from fedlora.flower.deploy import local, processes
+from fedlora.flower.deploy.certificates import create_certificates
 from fedlora.schema import dumps
 from tests.fixtures.flower import agree, config, same, trained
 from tests.fixtures.flower_deployment import (
@@ -59,8 +59,8 @@ def nodes(place):
 def flower(place, nodes):
     programs = write_programs(place / "programs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "scripts", lambda: programs)
-        with processes.Loopback(nodes, place / "logs", deadline=SECONDS) as running:
+        patch.setattr(local, "find_commands", lambda: programs)
+        with local.Loopback(nodes, place / "logs", deadline=SECONDS) as running:
             yield running
             folder = running.folder
     assert left(folder) == [] and not folder.exists()
@@ -77,7 +77,7 @@ def records_of(folder):
 
 def kept(nodes, folder, client):
     run = json.loads((folder / "run.json").read_text())["run"]
-    return Store(Path(nodes[f"party-{client}"]["state"]) / run).load(client)
+    return ClientStore(Path(nodes[f"party-{client}"]["state"]) / run).load(client)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_node_that_is_killed_in_its_turn_is_named_and_comes_back(flower, place
     assert flower.ids["party-2"] == number, "the node of a registered key keeps its number"
     assert len(records[2]["clients"]["each"]) == 3, "who is back is scored with what it has on its disk"
     for client in (0, 1):
-        own = kept(nodes, out, client).settled(2).kept
+        own = kept(nodes, out, client).resolve_pending(2).kept
         assert any(layer.keys() == {"B"} for layer in own.values()) and "classifier" in trained(own)
         state = Path(nodes[f"party-{client}"]["state"])
         assert list(state.rglob("*.safetensors")) and open_to_others(state) == []
@@ -195,7 +195,7 @@ def test_a_party_that_is_killed_for_good_is_in_the_summary_the_closing_table_and
     one = config("rounds=5", "flower.min_clients=2", *EDGES)
     out, toml, failed = place / "two-of-three", place / "two-of-three.toml", []
     toml.write_text(dumps(one.table))
-    monkeypatch.setattr(local, "init", lambda folder, config, out: write_app(folder, config, out, held=((2, 2),)))
+    monkeypatch.setattr(local, "write_app", lambda folder, config, out: write_app(folder, config, out, held=((2, 2),)))
     monkeypatch.setattr(local, "Loopback", lambda *_, **__: contextmanager(lambda: (yield flower))())
 
     def kill():
@@ -276,7 +276,7 @@ def test_a_run_without_end_is_stopped_when_its_time_is_over(flower, tiny, monkey
 
         cancel = start
 
-    monkeypatch.setattr(control.threading, "Timer", Timer)
+    monkeypatch.setattr(processes.threading, "Timer", Timer)
 
     def watch(line):
         if line.startswith("TEXT"):
@@ -300,7 +300,7 @@ def test_an_app_that_cannot_start_is_a_sentence(flower, tiny, tmp_path):
 def test_strangers_are_refused(flower, tmp_path):
     with pytest.raises(ChildProcessError, match=r"mallory ended with status 1; .*Failed to activate SuperNode"):
         flower.add("mallory", {"client": 3}, register=False)
-    other = certificates(tmp_path / "other", ["c"])
+    other = create_certificates(tmp_path / "other", ["c"])
     shutil.copytree(other / "parties" / "c", flower.keys / "parties" / "c")
     with pytest.raises(ChildProcessError, match=r"c ended with status 1; .*CERTIFICATE_VERIFY_FAILED"):
         flower.add("c", {"client": 4})

@@ -13,7 +13,7 @@ import datasets
 import tomli_w
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from fedlora.flower.client_factory import own_table
+from fedlora.flower.deploy.node_config import apply_node_config
 from fedlora.runs.config import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("flower")]
@@ -70,7 +70,7 @@ def test_parties_with_numbers_texts_and_a_classlabel_train_on_the_same_labels(ta
     assert "note: flower.min_clients is 2; flower.secure_aggregation needs 4 clients" in done.stderr
     for client, party in enumerate(parties):
         task = {f"task.{key}": value for key, value in party["task"].items()}
-        data = build(own_table(table, {"client": client, **task})).federation(client).data
+        data = build(apply_node_config(table, {"client": client, **task})).federation(client).data
         assert [data.label_names[i] for i in data.train.labels.tolist()] == LABELS, party
         assert f"round 1, client {client}: joined; its labels are matched by name" in done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -10,20 +10,20 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora.flower.deploy import processes
-from fedlora.flower.deploy.certificates import certificates
-from fedlora.flower.deploy.environment import tail
-from fedlora.flower.deploy.processes import Loopback
+from fedlora.flower.deploy import local, processes
+from fedlora.flower.deploy.certificates import create_certificates
+from fedlora.flower.deploy.local import Loopback
+from fedlora.flower.deploy.processes import tail
 from tests.fixtures.flower_deployment import SECONDS, left, wait_until, write_programs, write_tiny
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for left processes in /proc")
 
 CHILD = """
 import pathlib, sys
-from fedlora.flower.deploy import processes
+from fedlora.flower.deploy import local
 programs, logs, app = sys.argv[1:]
-processes.scripts = lambda: pathlib.Path(programs)
-with processes.Loopback({"a": {"client": 0}}, logs, insecure=True, deadline=600.0) as flower:
+local.find_commands = lambda: pathlib.Path(programs)
+with local.Loopback({"a": {"client": 0}}, logs, insecure=True, deadline=600.0) as flower:
     print(flower.folder, flush=True)
     flower.run(app, {"ask": True}, lambda line: None)
 """
@@ -67,8 +67,8 @@ def test_a_signal_leaves_no_process(tmp_path):
 @pytest.mark.xdist_group("flower")
 def test_an_exception_leaves_no_process_and_a_busy_port_is_told(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr(processes, "ports", lambda count: [taken.getsockname()[1]] * count)
-        monkeypatch.setattr(processes, "answers", lambda port: False)
+        monkeypatch.setattr(local, "find_free_ports", lambda count: [taken.getsockname()[1]] * count)
+        monkeypatch.setattr(local, "is_listening", lambda port: False)
         flower = Loopback({"a": {}}, tmp_path / "logs", insecure=True, deadline=SECONDS)
         with pytest.raises(
             ChildProcessError, match=r"superlink ended with status \d+; its log, .*address already in use"
@@ -82,8 +82,8 @@ def test_mistakes_are_one_sentence(tmp_path):
         Loopback({"a": {"x": [1]}}, tmp_path)
     with pytest.raises(ValueError, match="a process is named 'superlink' already"):
         Loopback({"superlink": {}}, tmp_path)
-    keys = certificates(tmp_path / "keys", ["a"])
-    with pytest.raises(ValueError, match="has no key for b; make one with certs.party"):
+    keys = create_certificates(tmp_path / "keys", ["a"])
+    with pytest.raises(ValueError, match="has no key for b; make one with certs.add_party"):
         Loopback({"a": {}, "b": {}}, tmp_path / "logs", certificates=keys).__enter__()
     assert list(tmp_path.glob("fedlora-flower-*")) == []
 
@@ -92,9 +92,9 @@ def test_a_killed_node_starts_again_when_the_superlink_has_missed_it(tmp_path, m
     """Until then the SuperLink would refuse its key."""
     seen = iter(["online", "online", "offline"])
     flower, happened = Loopback({"a": {}}, tmp_path), []
-    flower.family, flower.ids = processes.Family({}), {"a": 7}
+    flower.group, flower.ids = processes.ProcessGroup({}), {"a": 7}
     monkeypatch.setattr(flower, "nodes", lambda: {"a": next(seen)})
-    monkeypatch.setattr(processes.time, "sleep", happened.append)
+    monkeypatch.setattr(local.time, "sleep", happened.append)
     monkeypatch.setattr(flower, "_launch", lambda name: happened.append(name))
     monkeypatch.setattr(flower, "_wait", happened.append)
     flower.start("a")

@@ -12,8 +12,8 @@ pytest.importorskip("peft", reason="needs the peft extra")
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
-from fedlora.flower.testing import MemoryGrid
 from tests.fixtures.flower_strategy import three
+from tests.fixtures.memory_grid import MemoryGrid
 from tests.flower.flowertune_app.after import client_app as client_after
 from tests.flower.flowertune_app.after import server_app as server_after
 from tests.flower.flowertune_app.before import client_app as client_before

@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from peft import get_peft_model_state_dict
 
 from fedlora.flower import FedLoRA, load, receive, send
-from fedlora.flower.testing import MemoryGrid, identify
 from tests.fixtures.flower_strategy import Federation, gap, initial, mean, spoiled, strategy, three
+from tests.fixtures.memory_grid import MemoryGrid, identify
 from tests.flower.flowertune_app import task
 from tests.flower.flowertune_app.before import client_app as plain_app
 

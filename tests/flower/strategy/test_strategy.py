@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
-from fedlora.flower.strategy.order import applicable
-from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, fold_arrays
+from fedlora.flower.strategy.instructions import list_methods
+from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, encode_folds
 from fedlora.flower.wire import unpack
 from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Factors
@@ -278,8 +278,8 @@ def test_a_base_that_keeps_its_weights_transposed(monkeypatch):
 
 
 def test_only_methods_for_lora_are_offered():
-    assert {"fedit", "flora", "fedex-lora", "svd"} <= set(applicable())
-    assert not {"fed-sb", "ravan", "feddpa"} & set(applicable())
+    assert {"fedit", "flora", "fedex-lora", "svd"} <= set(list_methods())
+    assert not {"fed-sb", "ravan", "feddpa"} & set(list_methods())
     assert weights(task.get_model())
 
 
@@ -311,8 +311,8 @@ def test_a_model_that_was_compiled_first_is_the_same_model():
     key = "transformer.h.0.attn.c_attn"
     arrays = ArrayRecord(get_peft_model_state_dict(plain))
     folds = {key: Factors(torch.ones(24, 1), torch.ones(1, 8))}
-    load(compiled, ArrayRecord({**arrays, **fold_arrays(folds)}))
-    load(plain, ArrayRecord({**arrays, **fold_arrays(folds)}))
+    load(compiled, ArrayRecord({**arrays, **encode_folds(folds)}))
+    load(plain, ArrayRecord({**arrays, **encode_folds(folds)}))
     mine, theirs = (
         {strip_wrappers(key): x for key, x in made.state_dict().items() if "original_module" not in key}
         for made in (compiled, plain)

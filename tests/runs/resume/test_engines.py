@@ -6,15 +6,14 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
 from fedlora.flower.client import Base, Node
-from fedlora.flower.client_messages import client_app, handled
-from fedlora.flower.client_store import Store
-from fedlora.flower.local_stores import Home
-from fedlora.flower.server import Federated
-from fedlora.flower.testing import MemoryGrid
+from fedlora.flower.client_messages import build_client_app, handle_message
+from fedlora.flower.client_store import ClientStore, LocalClients
+from fedlora.flower.server import FlowerLoop
 from fedlora.runs.resume import continued
 from fedlora.runs.run import run
 from tests.fixtures.federation import same
 from tests.fixtures.flower import QUICK, agree
+from tests.fixtures.memory_grid import MemoryGrid
 from tests.fixtures.resume import alike, breaking, ledger, lines, small, stopped, trees
 
 METHODS = ["fedit", "fedsa-lora", "fedex-lora", "ravan"]
@@ -25,14 +24,14 @@ def on_a_grid(settings, folder, nodes, again=False, watch=lambda event: None):
     """What the simulation does, on the grid without processes."""
 
     def drive(config, f, watch, observe, take):
-        store = Store(nodes / "run")
+        store = ClientStore(nodes / "run")
         base = Base(config.federation())
 
         def turns(kind, content, context):
-            return handled(kind, content, lambda run: Node(base, int(context.node_config["client"]), store))
+            return handle_message(kind, content, lambda run: Node(base, int(context.node_config["client"]), store))
 
-        grid = MemoryGrid(client_app(turns), {10 + k: {"client": k} for k in range(f.clients.members)})
-        engine = Federated(watch, observe, federation=f, network=QUICK, grid=grid, home=Home(store))
+        grid = MemoryGrid(build_client_app(turns), {10 + k: {"client": k} for k in range(f.clients.members)})
+        engine = FlowerLoop(watch, observe, federation=f, network=QUICK, grid=grid, local=LocalClients(store))
         take(engine, f)
         return {k: own.kept for k, own in engine.client_states(engine.at).items()}
 

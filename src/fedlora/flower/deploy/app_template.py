@@ -12,7 +12,7 @@ PYPROJECT = {
     "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
     "project": {"version": "1.0.0", "license": "Apache-2.0", "dependencies": []},
 }
-CLIENT = '''"""This federation's client app; what a party's own machine has is said by its node's configuration."""
+CLIENT = '''"""This federation's client app; settings of a client's own machine are in its node's configuration."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ app = server_app(Path(__file__).with_name("config.toml"))
 '''
 
 
-def init(folder: str | Path, config: Config, out: str | Path | None = None) -> Path:
+def write_app(folder: str | Path, config: Config, out: str | Path | None = None) -> Path:
     """Writes the app into a new folder: ``pyproject.toml`` and a package with both apps and ``config.toml``.
 
     ``out`` is where the server will keep the run; ``flwr run -c 'out="..."'`` sets another. Dependencies are empty:

@@ -1,11 +1,11 @@
 """Certificates for a Flower deployment: a CA, the server's TLS certificate, and a key pair for each party.
 
-TLS shows the parties that the server is theirs; a party's key pair (registered once with the server) shows the server
-that the node is a party's. Node keys are no certificates: Flower compares the public key with those registered.
+TLS proves to the parties that the server is theirs; a party's key pair (registered once with the server) proves to the
+server that the node is a party's. Node keys are no certificates: Flower compares the public key with those registered.
 
     folder/ca.crt ca.key               the CA; ca.key stays with whoever runs this, offline
     folder/server/                     ca.crt server.pem server.key, and in keys/ the parties' public keys to register
-    folder/parties/NAME/               ca.crt NAME.key NAME.key.pub: what this party gets, and nothing else
+    folder/parties/NAME/               ca.crt NAME.key NAME.key.pub: all that this party gets
 """
 
 import ipaddress
@@ -29,23 +29,23 @@ HOST = re.compile(
 LONGEST = 36500  # days
 
 
-def certificates(
+def create_certificates(
     folder: str | Path, parties: Sequence[str], hosts: Sequence[str] = ("127.0.0.1", "localhost"), days: int = 365
 ) -> Path:
-    """Everything that a server and its parties need, in a new folder that appears whole or not at all.
+    """Creates the keys and certificates of a server and its parties, in a new folder that appears whole or not at all.
 
     ``hosts`` are the names and addresses under which the parties reach the server.
     """
-    names, people = _hosts(hosts), party_names(parties)
+    names, people = _parse_hosts(hosts), check_party_names(parties)
     if not 1 <= days <= LONGEST:
         raise ValueError(f"days is {days}; certificates are valid for 1 to {LONGEST} days, e.g. 365.")
-    target = _absent(folder)
+    target = _check_absent(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))  # 0700
     try:
         _issue(made, names, days)
         for name in people:
-            _keys(made, name)
+            _write_keys(made, name)
         os.rename(made, target)  # an empty folder is replaced, anything else is refused
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -53,23 +53,23 @@ def certificates(
     return target
 
 
-def party(folder: str | Path, name: str) -> Path:
-    """One more party for a server that has its certificates: its folder, to hand out."""
+def add_party(folder: str | Path, name: str) -> Path:
+    """Adds a party to a server that has its certificates. Returns its folder, to hand out."""
     target = Path(folder).expanduser()
     if not (target / "ca.crt").is_file():
         raise ValueError(f"{str(target)!r} has no ca.crt; name a folder that `fedlora flower certs` wrote.")
-    (name,) = party_names([name])
+    (name,) = check_party_names([name])
     if (target / "parties" / name).exists():
         raise ValueError(f"the party {name!r} has its key in {str(target)!r} already; choose another name.")
-    return _keys(target, name)
+    return _write_keys(target, name)
 
 
 def _issue(folder: Path, hosts: list[x509.GeneralName], days: int) -> None:
     """The CA and, signed by it, the server's certificate."""
     until = datetime.now(UTC) + timedelta(days=days)
     ca_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    ca = _authority(ca_key, until)
-    server = _server(key, ca, ca_key, hosts, until)
+    ca = _create_ca(ca_key, until)
+    server = _create_server_certificate(key, ca, ca_key, hosts, until)
     pem = ca.public_bytes(serialization.Encoding.PEM)
     _write(folder / "ca.crt", pem, 0o644)
     _write(folder / "ca.key", _pem(ca_key))
@@ -78,10 +78,10 @@ def _issue(folder: Path, hosts: list[x509.GeneralName], days: int) -> None:
     _write(folder / "server" / "server.key", _pem(key))
 
 
-def _authority(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certificate:
+def _create_ca(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certificate:
     name = _name(f"fedlora CA {x509.random_serial_number():x}"[:26])  # two CAs are never taken for one another
     return (
-        _certificate(name, name, key.public_key(), until)
+        _begin_certificate(name, name, key.public_key(), until)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
@@ -89,7 +89,7 @@ def _authority(key: ec.EllipticCurvePrivateKey, until: datetime) -> x509.Certifi
     )
 
 
-def _server(
+def _create_server_certificate(
     key: ec.EllipticCurvePrivateKey,
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
@@ -98,7 +98,7 @@ def _server(
 ) -> x509.Certificate:
     issuer = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return (
-        _certificate(_name("fedlora server"), ca.subject, key.public_key(), until)
+        _begin_certificate(_name("fedlora server"), ca.subject, key.public_key(), until)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -108,7 +108,7 @@ def _server(
     )
 
 
-def _certificate(
+def _begin_certificate(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime
 ) -> x509.CertificateBuilder:
     return (
@@ -135,7 +135,7 @@ def _usage(**allowed: bool) -> x509.KeyUsage:
     return x509.KeyUsage(**{use: allowed.get(use, False) for use in every})
 
 
-def _keys(folder: Path, name: str) -> Path:
+def _write_keys(folder: Path, name: str) -> Path:
     """A party's folder; its public key also goes to the server's."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
@@ -166,13 +166,13 @@ def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
         os.fsync(file.fileno())
 
 
-def _hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
+def _parse_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
     if not hosts:
         raise ValueError("no host is named; name the server's addresses, e.g. 127.0.0.1 or fl.example.org.")
-    return [_host(text) for text in dict.fromkeys(hosts)]
+    return [_parse_host(text) for text in dict.fromkeys(hosts)]
 
 
-def _host(text: str) -> x509.GeneralName:
+def _parse_host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
@@ -181,7 +181,7 @@ def _host(text: str) -> x509.GeneralName:
     raise ValueError(f"{text!r} is neither an IP address nor a host name; write e.g. 10.0.0.5 or fl.example.org.")
 
 
-def party_names(parties: Sequence[str]) -> list[str]:
+def check_party_names(parties: Sequence[str]) -> list[str]:
     """The names, each of which can name a file and a process. ``ValueError`` otherwise."""
     if not parties:
         raise ValueError("no party is named; name each one, e.g. hospital-a,hospital-b.")
@@ -193,7 +193,7 @@ def party_names(parties: Sequence[str]) -> list[str]:
     return list(parties)
 
 
-def _absent(folder: str | Path) -> Path:
+def _check_absent(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{str(path)!r} exists already and is not empty; keys are never overwritten: name another.")

@@ -1,260 +1,259 @@
-"""A whole Flower deployment on this machine's loopback: a SuperLink, SuperNodes, TLS and registered node keys.
+"""Processes on this machine: their environment and logs, groups that end together, and the ``flwr`` command.
 
-    with Loopback({"a": {"rows": "a.csv"}, "b": {"rows": "b.csv"}}, logs="logs") as flower:
-        status = flower.run("app", {"rounds": 3})  # 0 where the run completed
-
-Each node is a process with its own key, port and configuration, as on a machine of its own; everything is stopped when
-the block is left, however it is left.
+Flower's servers start others (``flower-superexec``, and a ``flwr-serverapp`` or ``flwr-clientapp`` for each message),
+some in sessions of their own. Each carries a mark in its environment, by which it is found on Linux, orphans too;
+elsewhere the groups of those started here are stopped, and Flower's own watch over their parent ends the rest.
 """
 
-import math
+import json
 import os
 import re
+import secrets
 import shutil
+import signal
+import socket
 import subprocess
-import tempfile
+import sys
+import sysconfig
+import threading
 import time
-from collections.abc import Callable, Container, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-import tomli_w
+import fedlora
 
-from fedlora.flower.deploy import certificates as certs
-from fedlora.flower.deploy.control import COMMAND, CONNECTION, Control
-from fedlora.flower.deploy.environment import HOST, answers, environment, plain, ports, scripts, tail
-from fedlora.flower.deploy.process_group import Family, guarded, undisturbed
+HOST = "127.0.0.1"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+LAST = 12  # lines of a log that an error shows
+FRAME = re.compile(r"\s+\S.*|Traceback \(most recent call last\):|KeyboardInterrupt|During handling of .*|The above .*")
+MARK = "FEDLORA_LOOPBACK"
+PROCESSES = Path("/proc")
+STEP = 0.05  # seconds between two looks
+CONNECTION = "loopback"  # the name of the SuperLink in Flower's own config.toml
+COMMAND = "flwr"
+AWAY = 30.0  # seconds that a SuperLink may be unreachable while a run's end is waited for
+STARTED = re.compile(r"Successfully started run (\d+)")
 
-SUPERLINK = "superlink"
-LAPSE = 70.0  # seconds; Flower holds a node for alive until two heartbeats, of 30 seconds, are due
-ONLINE = re.compile(r"SuperNode ID: (\d+)")
-Value = str | int | float | bool
+
+def find_commands() -> Path:
+    """The folder with Flower's commands, which is that of this interpreter's."""
+    for folder in (sysconfig.get_path("scripts"), str(Path(sys.executable).parent)):
+        if shutil.which("flower-superlink", path=folder):
+            return Path(folder)
+    raise ValueError("Flower's commands are not installed with this Python; run `pip install 'fedlora[flower]'`.")
 
 
-class Loopback:
-    """SuperLink and SuperNodes as processes; ``nodes`` maps each node's name to its node configuration.
+def build_environment(home: Path, commands: Path, poll: float) -> dict[str, str]:
+    """The processes' environment: Flower finds its own commands by PATH, and an app must find this fedlora."""
+    own = str(Path(fedlora.__file__).parents[1])
+    installed = own in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY", os.environ.get("no_proxy")), HOST, "localhost"]))
+    places = dict.fromkeys([*known, *([] if installed else [own])])
+    return {
+        **os.environ,
+        **({"PYTHONPATH": os.pathsep.join(places)} if places else {}),
+        "PATH": os.pathsep.join([str(commands), os.environ.get("PATH", os.defpath)]),
+        "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_USAGE_STATS_ENABLED": "0",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(poll), "NO_PROXY": direct, "no_proxy": direct,
+        "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "TERMINAL_WIDTH": "1000",
+    }  # fmt: skip
 
-    ``logs`` is where each process writes its log; ``certificates`` are those of ``certs.certificates`` with a key for
-    each node, made for the occasion where none are named. ``poll`` is how often Flower's executors look for work.
-    """
 
-    def __init__(
-        self,
-        nodes: Mapping[str, Mapping[str, Value]],
-        logs: str | Path,
-        *,
-        insecure: bool = False,
-        certificates: str | Path | None = None,
-        deadline: float = 180.0,
-        poll: float = 0.2,
-    ):
-        self.configs = {name: _checked(f"the node {name!r}", config) for name, config in nodes.items()}
-        for name in certs.party_names(list(self.configs)):
-            _free(name, ())
-        self.logs, self.insecure, self.deadline = Path(logs).absolute(), insecure, deadline
-        self.certificates = None if certificates is None else Path(certificates).absolute()
-        self.poll = poll
-        self.ids: dict[str, int] = {}
-        self.outcome = ""  # the last run's final status, in Flower's words
+def find_free_ports(count: int) -> list[int]:
+    """Ports that are free, held all at once so that none comes twice."""
+    held = [socket.create_server((HOST, 0)) for _ in range(count)]
+    free = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return free
 
-    def __enter__(self) -> "Loopback":
-        self.scripts = scripts()
-        self.folder = Path(tempfile.mkdtemp(prefix="fedlora-flower-"))
-        self.family = Family(environment(self.folder / "home", self.scripts, self.poll))
-        self.control = Control(self.family, self.scripts / COMMAND)
-        self._undo = guarded()
+
+def is_listening(port: int) -> bool:
+    """Whether a process listens on the port."""
+    try:
+        socket.create_connection((HOST, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def strip_colours(text: str) -> str:
+    """Removes a terminal's colours."""
+    return COLOUR.sub("", text)
+
+
+def tail(lines: list[str]) -> str:
+    """The last lines of a log, without chatter and the frames of tracebacks where other lines are there."""
+    filled = [line for line in lines if not re.fullmatch(r"\s*|\s*[╭╰].*", line)]
+    grave = [line for line in filled if not line.startswith("INFO")]
+    reasons = [line for line in grave if not FRAME.fullmatch(line)]
+    return " | ".join(line.strip("│ \t") for line in (reasons or grave or filled)[-LAST:]) or "(nothing)"
+
+
+class ProcessGroup:
+    """Starts processes with a mark, finds them and their descendants, and ends them all."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = dict(environment)
+        self.token = secrets.token_hex(8)
+        self.started: list[tuple[str, subprocess.Popen]] = []
+
+    def start(self, member: str, command: list[str], **options) -> subprocess.Popen:
+        """One process under a member's name; ``options`` are Popen's."""
+        environment = {**self.environment, **options.pop("env", {}), MARK: self._mark(member)}
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options
+        )
+        self.started.append((member, process))
+        return process
+
+    def alive(self, member: str | None = None) -> list[int]:
+        """The processes of one member, or of all, with those that they started."""
+        own = {process.pid for name, process in self.started if process.poll() is None and member in (None, name)}
+        return sorted(own | set(self._find_marked(member)))
+
+    def stop(self, member: str | None = None, grace: float = 3.0) -> None:
+        """Asks, then kills; returns when none is left."""
+        self._send(member, signal.SIGTERM)
+        if not self._wait_for_end(member, grace):
+            self.kill(member)
+
+    def kill(self, member: str | None = None) -> None:
+        """Kills without asking, as a power cut would."""
+        until = time.monotonic() + 10
+        while self.alive(member) and time.monotonic() < until:
+            self._send(member, signal.SIGKILL)
+            self._wait_for_end(member, 4 * STEP)
+
+    def _mark(self, member: str) -> str:
+        return f"{self.token}:{member}:"
+
+    def _find_marked(self, member: str | None) -> Iterator[int]:
+        mark = f"{MARK}={self.token}:{'' if member is None else member + ':'}".encode()
+        for folder in PROCESSES.glob("[0-9]*"):
+            with suppress(OSError):  # ended meanwhile, or another user's
+                if any(entry.startswith(mark) for entry in (folder / "environ").read_bytes().split(b"\0")):
+                    yield int(folder.name)
+
+    def _send(self, member: str | None, number: signal.Signals) -> None:
+        own = {process.pid for _, process in self.started}
+        for pid in self.alive(member):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, number) if pid in own else os.kill(pid, number)
+
+    def _wait_for_end(self, member: str | None, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self.alive(member):
+            if time.monotonic() > until:
+                return False
+            time.sleep(STEP)
+        return True
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def unwind_on_signals() -> Callable[[], None]:
+    """Lets SIGTERM and SIGHUP unwind the stack as Ctrl-C does. Returns a function that undoes this."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def undo() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    return undo
+
+
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Ignores signals meanwhile, so that a second Ctrl-C does not cut the cleaning short."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class FlwrCommand:
+    """The ``flwr`` command: one process of the group a question, JSON as its answer."""
+
+    def __init__(self, group: ProcessGroup, program: Path):
+        self.group, self.program = group, program
+
+    def stream(
+        self, arguments: list[str], watch: Callable[[str], None], timeout: float | None
+    ) -> tuple[int | None, int, list[str]]:
+        """Returns the run's number, the exit status of ``flwr run``, and its last lines; ``watch`` gets every line."""
+        number, lines = None, []
+        process = self._flwr(*arguments)
+        timer = threading.Timer(timeout or 0, process.terminate)
+        if timeout is not None:
+            timer.start()
         try:
-            self._prepare()
-            self._superlink()
-            if not self.insecure:
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    list(pool.map(self.register, self.configs))
-            self._wait({name: self._launch(name) for name in self.configs})
-        except BaseException:
-            self.close()
-            raise
-        return self
+            for raw in process.stdout:
+                line = strip_colours(raw.rstrip("\r\n"))
+                lines = [*lines[-LAST:], line]
+                if number is None and (found := STARTED.search(line)):
+                    number = int(found[1])
+                watch(line)
+        finally:
+            timer.cancel()
+            process.stdout.close()
+        return number, process.wait(), lines
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def wait_for_end(self, number: int, until: float) -> str:
+        """Waits for the run's final status; the log's stream may end before the run does."""
+        while not (run := self._state(number))["status"].startswith("finished"):
+            if time.monotonic() >= until:
+                with suppress(ChildProcessError):  # it may finish meanwhile
+                    self.call("stop", str(number), CONNECTION)
+            time.sleep(0.5)
+        details = run["status-details"]
+        return run["status"] if details in ("", "N/A") else f"{run['status']}: {details}"
 
-    def close(self) -> None:
-        """Stops every process and removes the temporary folder; the logs stay."""
-        with undisturbed():
-            self.family.stop()
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._undo()
+    def _state(self, number: int) -> dict[str, str]:
+        """The run's entry in Flower's list. A SuperLink that is being restarted is given time to come back."""
+        until = time.monotonic() + AWAY
+        while True:
+            try:
+                return self.call("list", CONNECTION, "--run-id", str(number))["runs"][0]
+            except ChildProcessError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
 
-    def run(
-        self,
-        app: str | Path,
-        config: Mapping[str, Value] | None = None,
-        watch: Callable[[str], None] = print,
-        timeout: float | None = None,
-    ) -> int:
-        """Runs an app's folder, each line of its log to ``watch``: 0 where it completed, 1 otherwise.
+    def _flwr(self, *arguments: str, **options) -> subprocess.Popen:
+        command = [str(self.program), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options}
+        return self.group.start(COMMAND, command, text=True, encoding="utf-8", errors="replace", **pipes)
 
-        ``config`` overrides the app's own ``[tool.flwr.app.config]``, and may hold only keys that stand there. What
-        became of the run stands in ``outcome``. After ``timeout`` seconds the run is stopped.
-        """
-        command = ["run", str(app), CONNECTION, "--stream"]
-        if config:
-            command += ["-c", str(self._toml(f"run-{len(self.family.started)}", _checked("the run", config)))]
-        until = math.inf if timeout is None else time.monotonic() + timeout
-        number, code, lines = self.control.stream(command, watch, timeout)
-        if number is None:
-            raise ChildProcessError(f"Flower did not start the run (exit status {code}): {tail(lines)}")
-        self.outcome = self.control.finished(number, until)
-        return 0 if self.outcome.startswith("finished:completed") else 1
-
-    def nodes(self) -> dict[str, str]:
-        """Each node's state as the SuperLink sees it: registered, online, offline or, where it has none, unknown.
-
-        A node that was killed is offline only when two of its heartbeats are due, up to a minute later.
-        """
-        found = self.control.call("supernode", "list", CONNECTION)["nodes"]
-        states = {int(node["node-id"]): node["status"] for node in found}
-        return {name: states.get(self.ids.get(name, 0), "unknown") for name in self.configs}
-
-    def add(self, name: str, config: Mapping[str, Value], register: bool = True) -> None:
-        """One more node while the others are at work; its key is made where the certificates have none for it."""
-        (name,) = certs.party_names([name])
-        _free(name, self.configs)
-        self.configs[name] = _checked(f"the node {name!r}", config)
-        self.ports[name] = ports(1)[0]
-        if not self.insecure and not (self.keys / "parties" / name).exists():
-            certs.party(self.keys, name)
-        if not self.insecure and register:
-            self.register(name)
-        self.start(name)
-
-    def register(self, name: str) -> None:
-        """Tells the SuperLink a node's public key."""
-        answer = self.control.call("supernode", "register", f"{self._key(name)}.pub", CONNECTION)
-        self.ids[name] = int(answer["node-id"])
-
-    def start(self, name: str) -> None:
-        """Starts a node (again), and returns when the SuperLink has it.
-
-        The SuperLink refuses a key whose node it holds for alive: after a kill that is so for up to a minute.
-        """
-        self._known(name)
-        if self.family.alive(name):
-            raise ValueError(f"the node {name!r} runs already; kill it first.")
-        until = time.monotonic() + LAPSE
-        while not self.insecure and name in self.ids and self.nodes()[name] == "online" and time.monotonic() < until:
-            time.sleep(1)
-        self._wait({name: self._launch(name)})
-
-    def kill(self, name: str) -> None:
-        """SIGKILL to a node and all that it started, as a power cut would be."""
-        self._known(name)
-        self.family.kill(name)
-
-    def stop(self, name: str) -> None:
-        """Stops a node in order: it signs off, is offline at once, and may start again at once."""
-        self._known(name)
-        self.family.stop(name)
-
-    def restart_superlink(self) -> None:
-        """Stops the SuperLink and starts it with the same database and port; the nodes find it again."""
-        self.family.stop(SUPERLINK)
-        self._superlink()
-
-    def _key(self, name: str) -> Path:
-        return self.keys / "parties" / name / f"{name}.key"
-
-    def _known(self, name: str) -> None:
-        if name not in self.configs:
-            raise ValueError(f"no node is named {name!r}; there are {', '.join(self.configs)}.")
-
-    def _prepare(self) -> None:
-        """Ports, keys, logs and what ``flwr`` reads."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        first, *rest = ports(1 + len(self.configs))
-        self.port, self.ports = first, dict(zip(self.configs, rest, strict=True))
-        self.keys = self.certificates or self.folder / "certificates"
-        if not self.insecure:
-            self._certified()
-        trust = {"insecure": True} if self.insecure else {"root-certificates": str(self.keys / "ca.crt")}
-        table = {"default": CONNECTION, CONNECTION: {"address": f"{HOST}:{self.port}", **trust}}
-        home = self.folder / "home"
-        home.mkdir()
-        (home / "config.toml").write_text(tomli_w.dumps({"superlink": table}))
-
-    def _certified(self) -> None:
-        """A key for each node: made here, or those of the folder that was named."""
-        if self.certificates is None:
-            certs.certificates(self.keys, list(self.configs), [HOST, "localhost"])
-        elif lost := [name for name in self.configs if not self._key(name).is_file()]:
-            raise ValueError(f"{str(self.keys)!r} has no key for {', '.join(lost)}; make one with certs.party.")
-
-    def _superlink(self) -> None:
-        server = self.keys / "server"
-        tls = [
-            "--ssl-ca-certfile", str(server / "ca.crt"), "--ssl-certfile", str(server / "server.pem"),
-            "--ssl-keyfile", str(server / "server.key"), "--enable-supernode-auth",
-        ]  # fmt: skip
-        own = ["--host", HOST, "--port", str(self.port), "--database", str(self.folder / "state.db")]
-        command = ["flower-superlink", *(["--insecure"] if self.insecure else tls), *own]
-        process, _ = self._logged(SUPERLINK, command)
-        self._until(SUPERLINK, process, lambda: answers(self.port), "did not listen")
-
-    def _launch(self, name: str) -> tuple[subprocess.Popen, int]:
-        key = str(self._key(name))
-        ca = str(self._key(name).parent / "ca.crt")
-        secure = ["--root-certificates", ca, "--auth-supernode-private-key", key]
-        own = ["--superlink", f"{HOST}:{self.port}", "--host", HOST, "--port", str(self.ports[name])]
-        if self.configs[name]:
-            own += ["--node-config", str(self._toml(f"node-{name}", self.configs[name]))]
-        command = ["flower-supernode", *(["--insecure"] if self.insecure else secure), *own]
-        return self._logged(name, command, env={"FLWR_HOME": str(self.folder / f"home-{name}")})
-
-    def _logged(self, name: str, command: list[str], **options) -> tuple[subprocess.Popen, int]:
-        """A process and the place in its log where it begins: a second start is written after the first."""
-        with (self.logs / f"{name}.log").open("ab") as log:
-            place = log.tell()
-            command[0] = str(self.scripts / command[0])
-            return self.family.start(name, command, stdout=log, stderr=subprocess.STDOUT, **options), place
-
-    def _wait(self, launched: dict[str, tuple[subprocess.Popen, int]]) -> None:
-        """Until each node has its number from the SuperLink."""
-        for name, (process, place) in launched.items():
-
-            def online(name: str = name, place: int = place) -> bool:
-                if found := ONLINE.search(self._log(name, place)):
-                    self.ids[name] = int(found[1])
-                return bool(found)
-
-            self._until(name, process, online, "was not admitted by the SuperLink")
-
-    def _until(self, name: str, process: subprocess.Popen, ready: Callable[[], bool], what: str) -> None:
-        until = time.monotonic() + self.deadline
-        while not ready():
-            if (code := process.poll()) is not None or time.monotonic() > until:
-                how = f"ended with status {code}" if code is not None else f"{what} within {self.deadline:g} seconds"
-                self.family.stop(name)
-                lines = tail(self._log(name).splitlines())
-                raise ChildProcessError(f"{name} {how}; its log, {self.logs / name}.log, ends: {lines}")
-            time.sleep(0.1)
-
-    def _log(self, name: str, place: int = 0) -> str:
-        return plain((self.logs / f"{name}.log").read_bytes()[place:].decode(errors="replace"))
-
-    def _toml(self, name: str, config: Mapping[str, Value]) -> Path:
-        path = self.folder / f"{name}.toml"
-        path.write_text(tomli_w.dumps(config))
-        return path
+    def call(self, *arguments: str) -> dict:
+        """Runs a ``flwr`` command, and returns its answer."""
+        with self._flwr(*arguments, "--format", "json", stderr=subprocess.PIPE) as process:
+            answer, words = process.communicate()
+        found = _parse_json(answer)
+        if not found.get("success"):
+            what = found.get("error-message") or tail((answer + words).splitlines())
+            raise ChildProcessError(f"`flwr {' '.join(arguments)}` failed: {' '.join(what.split())}")
+        return found
 
 
-def _checked(whose: str, config: Mapping[str, Value]) -> dict[str, Value]:
-    for key, value in config.items():
-        if not isinstance(value, str | int | float | bool):
-            kind = type(value).__name__
-            raise ValueError(f"{whose} has {key} of type {kind}; Flower takes text, numbers, true and false.")
-    return dict(config)
-
-
-def _free(name: str, taken: Container[str]) -> None:
-    if name in taken or name in (SUPERLINK, COMMAND):
-        raise ValueError(f"a process is named {name!r} already; choose another name for the node.")
+def _parse_json(text: str) -> dict:
+    start = text.find("{")
+    try:
+        return json.loads(text[start:]) if start >= 0 else {}
+    except json.JSONDecodeError:
+        return {}

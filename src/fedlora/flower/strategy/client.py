@@ -13,11 +13,10 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from fedlora.flower.strategy.node_memory import Node
-from fedlora.flower.strategy.order import FOLDS, Order, trained
-from fedlora.flower.strategy.peft_base import fold, lora_layers
-from fedlora.flower.strategy.peft_state import MARK, Adapter, split, tensor
-from fedlora.flower.strategy.replies import mark
+from fedlora.flower.strategy.instructions import FOLDS, Instructions, select_trained
+from fedlora.flower.strategy.node_memory import NodeMemory
+from fedlora.flower.strategy.peft_base import find_lora_layers, fold
+from fedlora.flower.strategy.peft_state import MARK, Adapter, encode_mark, read_tensor, split_arrays
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules, public
 from fedlora.types import Layer, Tree, Turn, Work
@@ -27,42 +26,45 @@ def receive(model: Any, message: Message, context: Context) -> Any:
     """Brings a PEFT model to where this client's turn starts, and returns it.
 
     It takes the place of ``set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())``, before
-    the optimiser is made: it cuts the factors to the model's own rank, puts what the node kept in their place, adds
-    the folds that the base lacks, and freezes what the method does not train in this round. Without a fedlora
-    strategy at the server it only sets the state dict. ``ValueError`` where model and message do not fit together.
+    the optimiser is made: it cuts the factors to the model's own rank, restores the leaves that the node kept, adds
+    the folds that the base lacks, and freezes the leaves that the method does not train in this round. Without a
+    fedlora strategy at the server it only sets the state dict. ``ValueError`` where model and message do not fit.
     """
-    order = Order.read(message)
-    if order is None:
-        return load(model, _only(message))
-    visit = Visit(model, message, context, order)
-    fold(model, visit.node.folds(order, message.metadata.message_id, message.content.array_records.get(FOLDS)))
-    set_state(model, {key: visit.held[part][leaf] for (part, leaf), key in visit.own.keys.items()})
+    instructions = Instructions.read(message)
+    if instructions is None:
+        return load(model, _find_arrays(message))
+    turn = ModelTurn(model, message, context, instructions)
+    fold(
+        model,
+        turn.node.update_folds(instructions, message.metadata.message_id, message.content.array_records.get(FOLDS)),
+    )
+    set_state(model, {key: turn.held[part][leaf] for (part, leaf), key in turn.own.keys.items()})
     if message.metadata.message_type.startswith("train"):
-        visit.freeze()
+        turn.freeze()
     return model
 
 
 def send(model: Any, message: Message, context: Context) -> ArrayRecord:
-    """What goes up after training; what the method leaves with the client is kept in ``context.state``.
+    """Returns the upload after training; leaves that stay with the client are kept in ``context.state``.
 
     It takes the place of ``ArrayRecord(get_peft_model_state_dict(model))``. ``ValueError`` where ``receive`` was not
     called for this message, or where a leaf moved that the method freezes.
     """
-    order = Order.read(message)
-    if order is None:
-        return ArrayRecord(get_peft_model_state_dict(_peft(model), adapter_name=_active(model)))
-    visit = Visit(model, message, context, order)
-    if visit.node.message != message.metadata.message_id:
+    instructions = Instructions.read(message)
+    if instructions is None:
+        return ArrayRecord(get_peft_model_state_dict(_check_peft(model), adapter_name=_active_adapter(model)))
+    turn = ModelTurn(model, message, context, instructions)
+    if turn.node.message != message.metadata.message_id:
         raise ValueError(
             "fedlora.flower.send was called for a message that receive has not seen; call "
             "fedlora.flower.receive(model, msg, context) before training."
         )
-    sent, stays = visit.sent()
-    visit.node.keep(stays)
+    sent, stays = turn.finish()
+    turn.node.save(stays)
     arrays = {
-        visit.shared.keys[part, leaf]: Array(x.numpy()) for part, layer in sent.items() for leaf, x in layer.items()
+        turn.shared.keys[part, leaf]: Array(x.numpy()) for part, layer in sent.items() for leaf, x in layer.items()
     }
-    return ArrayRecord({**arrays, MARK: mark(order.round, order.last)})
+    return ArrayRecord({**arrays, MARK: encode_mark(instructions.round, instructions.last)})
 
 
 def load(model: Any, arrays: ArrayRecord) -> Any:
@@ -71,10 +73,10 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
     It takes the place of ``set_peft_model_state_dict(model, arrays.to_torch_state_dict())`` wherever the server
     evaluates or saves. ``merge_and_unload`` afterwards has both. ``ValueError`` where the two do not fit together.
     """
-    plain, folds = split(arrays)
-    own = Adapter.of(get_peft_model_state_dict(_peft(model), adapter_name=_active(model)))
-    found = Adapter.of({key: tensor(key, array) for key, array in plain.items()})
-    _fit(own, found)
+    plain, folds = split_arrays(arrays)
+    own = Adapter.of(get_peft_model_state_dict(_check_peft(model), adapter_name=_active_adapter(model)))
+    found = Adapter.of({key: read_tensor(key, array) for key, array in plain.items()})
+    _check_fit(own, found)
     mine, theirs = (sorted(set(adapter.ranks().values())) for adapter in (own, found))
     if own.ranks() != found.ranks():
         raise ValueError(
@@ -87,36 +89,36 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
 
 
 @dataclass
-class Visit:
+class ModelTurn:
     """One message at one node, for one model."""
 
     model: Any
     message: Message
     context: Context
-    order: Order
+    instructions: Instructions
 
     @cached_property
-    def node(self) -> Node:
-        """What the node remembers."""
-        return Node.of(self.context.state, self.order)
+    def node(self) -> NodeMemory:
+        """The node's memory."""
+        return NodeMemory.of(self.context.state, self.instructions)
 
     @cached_property
     def own(self) -> Adapter:
         """The model's adapter as it is now."""
-        return Adapter.of(get_peft_model_state_dict(_peft(self.model), adapter_name=_active(self.model)))
+        return Adapter.of(get_peft_model_state_dict(_check_peft(self.model), adapter_name=_active_adapter(self.model)))
 
     @cached_property
     def shared(self) -> Adapter:
         """The server's adapter, as it arrived."""
-        arrays = self.message.content[self.order.arrays]
-        found = Adapter.of({key: tensor(key, array) for key, array in arrays.items()})
-        _fit(self.own, found)
+        arrays = self.message.content[self.instructions.arrays]
+        found = Adapter.of({key: read_tensor(key, array) for key, array in arrays.items()})
+        _check_fit(self.own, found)
         return found
 
     @cached_property
     def rules(self) -> Rules:
-        """Which rule looks after which part."""
-        rules = self.order.recipe.rules(self.shared)
+        """The rule of each part."""
+        rules = self.instructions.recipe.rules(self.shared)
         ranks, needed = self.own.ranks(), self.shared.ranks()
         for part, rank in ranks.items():
             if rank != needed[part] and not (rules[part].any_rank and rank < needed[part]):
@@ -129,56 +131,56 @@ class Visit:
 
     @cached_property
     def starts(self) -> Tree:
-        """Where the turn starts, in the server's scale."""
-        kept = self.node.kept()
+        """The leaves at the turn's start, in the server's scale."""
+        kept = self.node.load()
         return {
             p: public(r.receive(self.shared.tree[p], kept.get(p, {}), self._turn(p))) for p, r in self.rules.items()
         }
 
     @cached_property
     def held(self) -> Tree:
-        """Where the turn starts, as the model holds it: in its own scale, and padded with zeros to its own rank.
+        """The leaves at the turn's start as the model holds them: in its scale, and padded with zeros to its rank.
 
         A padded rank has no gradient, since each of its factors is multiplied by the other's zeros.
         """
-        return {part: self._widened(part, layer) for part, layer in self.starts.items()}
+        return {part: self._widen(part, layer) for part, layer in self.starts.items()}
 
-    def sent(self) -> tuple[Tree, Tree]:
-        """What goes up and what stays, by the method's hooks."""
+    def finish(self) -> tuple[Tree, Tree]:
+        """Returns the upload and the leaves that stay, by the method's hooks."""
         work = {}
         for part, start in self.starts.items():
-            moves = self._trained(part)
+            moves = self._select_trained(part)
             for leaf in start.keys() - moves:
-                self._unmoved(part, leaf)
-            work[part] = Work(start, self._narrowed(part, self.own.tree[part]), moves)
+                self._check_unmoved(part, leaf)
+            work[part] = Work(start, self._narrow(part, self.own.tree[part]), moves)
         sent = {part: rule.send(work[part], self._turn(part)) for part, rule in self.rules.items()}
         stays = {part: rule.keep(work[part], sent[part], self._turn(part)) for part, rule in self.rules.items()}
         return sent, stays
 
     def freeze(self) -> None:
         """Lets the factors be trained that the method trains in this round, and no others."""
-        name = _active(self.model)
+        name = _active_adapter(self.model)
         for part, layer in self._layers.items():
             for leaf, module in (("A", layer.lora_A), ("B", layer.lora_B)):
-                module[name].weight.requires_grad_(leaf in self._trained(part))
+                module[name].weight.requires_grad_(leaf in self._select_trained(part))
 
-    def _trained(self, part: str) -> frozenset[str]:
-        return trained(self.rules[part], self.starts[part], self._turn(part))
+    def _select_trained(self, part: str) -> frozenset[str]:
+        return select_trained(self.rules[part], self.starts[part], self._turn(part))
 
     @cached_property
     def _layers(self) -> dict[str, LoraLayer]:
-        layers = lora_layers(self.model)
+        layers = find_lora_layers(self.model)
         return {part: layers[part] for part in self.own.adapted}
 
     def _turn(self, part: str) -> Turn:
         rank = self.own.tree[part]["A"].shape[0] if part in self.own.adapted else 0
-        return Turn(self.order.round, self.context.node_id, rank, self.order.seed)
+        return Turn(self.instructions.round, self.context.node_id, rank, self.instructions.seed)
 
     def _ratio(self, part: str, rank: int) -> float:
         """From the server's ``B`` of a rank to the model's: the updates ``s B A`` are what must be equal."""
-        return _scale(self.rules[part], rank) / self._layers[part].scaling[_active(self.model)]
+        return _scale(self.rules[part], rank) / self._layers[part].scaling[_active_adapter(self.model)]
 
-    def _widened(self, part: str, layer: Layer) -> Layer:
+    def _widen(self, part: str, layer: Layer) -> Layer:
         if part not in self.own.adapted:
             return layer
         own, rank = self.own.tree[part], layer["A"].shape[0]
@@ -186,16 +188,16 @@ class Visit:
         A[:rank], B[:, :rank] = layer["A"], layer["B"] * self._ratio(part, rank)
         return {"A": A, "B": B}
 
-    def _narrowed(self, part: str, layer: Layer) -> Layer:
+    def _narrow(self, part: str, layer: Layer) -> Layer:
         if part not in self.own.adapted:
             return layer
         rank = self.starts[part]["A"].shape[0]
         B = layer["B"][:, :rank] / self._ratio(part, rank)
         return {"A": layer["A"][:rank].contiguous(), "B": B.contiguous()}
 
-    def _unmoved(self, part: str, leaf: str) -> None:
+    def _check_unmoved(self, part: str, leaf: str) -> None:
         layer, now = self._layers[part], self.own.tree[part][leaf]
-        precision = getattr(layer, f"lora_{leaf}")[_active(self.model)].weight.dtype
+        precision = getattr(layer, f"lora_{leaf}")[_active_adapter(self.model)].weight.dtype
         if not torch.equal(now, self.held[part][leaf].to(precision).float()):
             raise ValueError(
                 f"{leaf} of {part!r} is not where this turn began, though {self.rules[part].title} freezes it in this "
@@ -206,7 +208,7 @@ class Visit:
 
 def set_state(model: Any, state: dict[str, Tensor]) -> None:
     """PEFT's setter, which says nothing of keys it does not know. ``ValueError`` names one."""
-    unknown = set_peft_model_state_dict(model, state, adapter_name=_active(model)).unexpected_keys
+    unknown = set_peft_model_state_dict(model, state, adapter_name=_active_adapter(model)).unexpected_keys
     if unknown:
         raise ValueError(
             f"PEFT does not know {unknown[0]!r} of its own state dict; report this with your PEFT version."
@@ -217,7 +219,7 @@ def _scale(rule: Method, rank: int) -> float:
     return float(rule.adapter.scale(rank))  # type: ignore[attr-defined]
 
 
-def _fit(own: Adapter, found: Adapter) -> None:
+def _check_fit(own: Adapter, found: Adapter) -> None:
     """The model and what arrived have the same parts and leaves, with the same outer shapes."""
     odd = sorted(own.keys.keys() ^ found.keys.keys())
     if odd:
@@ -240,7 +242,7 @@ def _outer(x: Tensor, leaf: str, adapted: bool) -> tuple[int, ...]:
     return tuple(x.shape) if not adapted else (x.shape[1] if leaf == "A" else x.shape[0],)
 
 
-def _peft(model: Any) -> PeftModel:
+def _check_peft(model: Any) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"the model is a {type(model).__name__}; give fedlora.flower what PEFT's get_peft_model returns."
@@ -248,14 +250,14 @@ def _peft(model: Any) -> PeftModel:
     return model
 
 
-def _active(model: Any) -> str:
-    name = _peft(model).active_adapter
+def _active_adapter(model: Any) -> str:
+    name = _check_peft(model).active_adapter
     if not isinstance(name, str):
         raise ValueError(f"the adapters {name!r} are active at once; call model.set_adapter with one of them.")
     return name
 
 
-def _only(message: Message) -> ArrayRecord:
+def _find_arrays(message: Message) -> ArrayRecord:
     records = list(message.content.array_records.values())
     if len(records) != 1:
         raise ValueError(f"the message holds {len(records)} records of arrays where one is needed.")

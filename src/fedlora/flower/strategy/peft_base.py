@@ -1,4 +1,4 @@
-"""What a method folds, put into the base of a PEFT model: each fold once, however often the model is used."""
+"""Base updates in the base of a PEFT model: each is added once, however often the model is used."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from fedlora.types import Factors
 OWN = "_fedlora_fold"  # on a base layer: the sum of the folds that it has
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by the part's name."""
     return {
         strip_wrappers(path).removeprefix(PREFIX): module
@@ -22,12 +22,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def fold(model: nn.Module, folds: Mapping[str, Factors]) -> None:
-    """Brings the base to the pretrained weights plus ``folds``; what an earlier call had added is taken into account.
+    """Brings the base to the pretrained weights plus ``folds``; folds of an earlier call are taken out again.
 
     Weights in float32 or float64 are changed in place. Those in less, or quantised, would lose a small update: there
     the fold stays beside the weight, as a forward hook, and is no part of what ``merge_and_unload`` saves.
     """
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     missing = sorted(folds.keys() - layers.keys())
     if missing:
         raise ValueError(
@@ -37,13 +37,13 @@ def fold(model: nn.Module, folds: Mapping[str, Factors]) -> None:
     for part, layer in layers.items():
         base, new = layer.get_base_layer(), folds.get(part)
         old: Factors | None = getattr(base, OWN, None)
-        if not _same(old, new):
+        if not _is_same(old, new):
             _check(part, base, layer, new)
             _change(base, layer, old, new)
             setattr(base, OWN, new)
 
 
-def _same(old: Factors | None, new: Factors | None) -> bool:
+def _is_same(old: Factors | None, new: Factors | None) -> bool:
     if old is None or new is None:
         return old is new
     return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(old, new))
@@ -64,7 +64,7 @@ def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors
     weight = getattr(base, "weight", None)  # some quantised layers have none
     if weight is None or weight.dtype not in (torch.float32, torch.float64):
         if not hasattr(base, OWN):
-            base.register_forward_hook(_beside)
+            base.register_forward_hook(_add_fold)
         return
     for sign, factors in ((-1, old), (1, new)):
         if factors is not None:
@@ -73,7 +73,7 @@ def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors
             base.weight.add_((U @ V).T if layer.fan_in_fan_out else U @ V, alpha=sign)
 
 
-def _beside(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_fold(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     factors: Factors | None = getattr(base, OWN, None)
     if factors is None:
         return output

@@ -1,5 +1,10 @@
-"""PEFT's state dict as a tree of parts and leaves, and folds beside it, under names of one record of arrays."""
+"""PEFT's state dict as a tree of parts and leaves, and folds beside it, in one record of arrays.
 
+Replies and results are read by PEFT itself, too, so they keep its keys and Flower's own array format. This is why they
+are not written as ``fedlora.flower.wire`` writes trees.
+"""
+
+import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,16 +14,20 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from fedlora.flower.strategy.npy import check_npy
+from fedlora.files import RefusedHeaderError
+from fedlora.text import shown
 from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
 from fedlora.types import Factors, Layer, Tree
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
-MARK = "fedlora.turn"  # [round, folds held]: that `send` made a reply, and when
-UNREADABLE = (ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError)
+MARK = "fedlora.turn"  # [round, folds held]: in a reply that `send` made
+NUMBERS = "fiub"  # kinds of numpy's dtypes that are numbers
+UNREADABLE = (  # by numpy
+    ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, RecursionError,
+)  # fmt: skip
 
 
-def place(key: str) -> tuple[str, str, bool]:
+def parse_key(key: str) -> tuple[str, str, bool]:
     """The part and the leaf that a key of PEFT's state dict names, and whether it is a factor of a LoRA.
 
     ``ValueError`` where what the key holds is no part of ``s B A`` and no module trained in full.
@@ -40,11 +49,11 @@ def place(key: str) -> tuple[str, str, bool]:
     return part, leaf, False
 
 
-def placed(keys: Iterable[str]) -> dict[tuple[str, str], str]:
-    """Where each key belongs: (part, leaf) -> key. ``ValueError`` for keys that cannot be combined or come twice."""
+def parse_keys(keys: Iterable[str]) -> dict[tuple[str, str], str]:
+    """(part, leaf) -> the key that names it. ``ValueError`` for keys that cannot be combined or come twice."""
     found: dict[tuple[str, str], str] = {}
     for key in keys:
-        part, leaf, _ = place(key)
+        part, leaf, _ = parse_key(key)
         if (part, leaf) in found:
             raise ValueError(
                 f"the arrays hold {found[part, leaf]!r} and {key!r}, two adapters on one weight; send one adapter."
@@ -55,7 +64,7 @@ def placed(keys: Iterable[str]) -> dict[tuple[str, str], str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a model's PEFT state dict says: float32 leaves by part, the parts with factors, and the original keys."""
+    """A model's PEFT state dict: float32 leaves by part, the parts with factors, and the original keys."""
 
     tree: Tree  # part -> A (r n) and B (m r), or the parameters of a module trained in full
     adapted: frozenset[str]
@@ -63,14 +72,14 @@ class Adapter:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Adapter":
-        """From a state dict. ``ValueError`` says in a sentence what cannot be combined."""
-        keys = placed(tensors)
+        """From a state dict. ``ValueError`` names a key that cannot be combined."""
+        keys = parse_keys(tensors)
         tree: dict[str, dict[str, Tensor]] = {}
         for (part, leaf), key in keys.items():
             tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
-        adapted = frozenset(place(key)[0] for key in keys.values() if place(key)[2])
+        adapted = frozenset(parse_key(key)[0] for key in keys.values() if parse_key(key)[2])
         for part in adapted:
-            _pair(part, tree[part])
+            _check_pair(part, tree[part])
         if not adapted:
             raise ValueError(
                 "the arrays hold no LoRA factors (keys ending in lora_A.weight); send what PEFT's "
@@ -83,7 +92,7 @@ class Adapter:
         return {part: self.tree[part]["A"].shape[0] for part in self.adapted}
 
 
-def _pair(part: str, layer: Layer) -> None:
+def _check_pair(part: str, layer: Layer) -> None:
     shapes = {leaf: tuple(x.shape) for leaf, x in sorted(layer.items())}
     fits = shapes.keys() == {"A", "B"} and all(len(s) == 2 for s in shapes.values())
     if not fits or shapes["A"][0] != shapes["B"][1]:
@@ -93,8 +102,30 @@ def _pair(part: str, layer: Layer) -> None:
         )
 
 
-def tensor(key: str, array: Array) -> Tensor:
-    """An array that crossed, as float32. ``ValueError`` where it cannot be read or holds no finite numbers."""
+def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
+    """Checks the header of an array in numpy's format against the record's shape and the bytes that follow.
+
+    Raises ``RefusedHeaderError``; numpy itself would make the array that a header asks for before it looks for bytes.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        header_shape, _, dtype = read(stream)
+    except UNREADABLE as error:
+        raise RefusedHeaderError(f"it is no array in numpy's format ({type(error).__name__})") from error
+    size = dtype.itemsize
+    for count in header_shape:
+        size *= count
+    if dtype.kind not in NUMBERS or tuple(header_shape) != tuple(shape) or size != len(data) - stream.tell():
+        raise RefusedHeaderError(
+            f"it says {shown(tuple(shape), 60)}, its header {shown(header_shape, 60)} of {dtype.kind}{dtype.itemsize}, "
+            f"and it has {len(data) - stream.tell()} bytes"
+        )
+
+
+def read_tensor(key: str, array: Array) -> Tensor:
+    """A received array as float32. ``ValueError`` where it cannot be read or holds no finite numbers."""
     try:
         check_npy(array.data, tuple(array.shape))
         value = array.numpy()
@@ -108,24 +139,39 @@ def tensor(key: str, array: Array) -> Tensor:
     return found
 
 
-def split(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
-    """The adapter's arrays, and what lies beside them: part -> the update of its base weight."""
+def split_arrays(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
+    """The adapter's arrays, and the folds beside them: part -> the update of its base weight."""
     plain = {key: array for key, array in arrays.items() if not key.startswith(FOLD)}
-    return plain, folds_of(arrays)
+    return plain, read_folds(arrays)
 
 
-def folds_of(arrays: Mapping[str, Array]) -> dict[str, Factors]:
+def read_folds(arrays: Mapping[str, Array]) -> dict[str, Factors]:
     """The folds among arrays, float32."""
     parts = [key[len(FOLD) : -2] for key in arrays if key.startswith(FOLD) and key.endswith(".U")]
     return {
-        part: Factors(*(tensor(key, arrays[key]) for key in (f"{FOLD}{part}.U", f"{FOLD}{part}.V"))) for part in parts
+        part: Factors(*(read_tensor(key, arrays[key]) for key in (f"{FOLD}{part}.U", f"{FOLD}{part}.V")))
+        for part in parts
     }
 
 
-def fold_arrays(folds: Mapping[str, Factors]) -> dict[str, Array]:
-    """Folds as arrays: two a part."""
+def encode_folds(folds: Mapping[str, Factors]) -> dict[str, Array]:
+    """Base updates as arrays: two a part."""
     return {
         f"{FOLD}{part}.{side}": Array(getattr(factors, side).contiguous().numpy())
         for part, factors in folds.items()
         for side in "UV"
     }
+
+
+def encode_mark(round: int, folds: int) -> Array:
+    """The mark that ``send`` puts beside the leaves: the round (from 0) and the number of folds that the node holds."""
+    return Array(torch.tensor([round, folds]).numpy())
+
+
+def read_mark(mark: Array) -> tuple[int, int]:
+    """The round and the number of folds of a reply's mark."""
+    try:
+        round, folds = (int(x) for x in mark.numpy())
+    except UNREADABLE as error:
+        raise ValueError(f"its {MARK!r} cannot be read") from error
+    return round, folds

@@ -13,10 +13,18 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdateLog
-from fedlora.flower.strategy.guard import Guard, limits, rule
-from fedlora.flower.strategy.order import FOLDS, RECORD, Order, Recipe, folds, needs_client
-from fedlora.flower.strategy.peft_state import Adapter, fold_arrays, split, tensor
-from fedlora.flower.strategy.replies import Desk, alike, weight
+from fedlora.flower.replies import MALFORMED, describe_error
+from fedlora.flower.strategy.instructions import FOLDS, RECORD, Instructions, Recipe, changes_base, needs_client
+from fedlora.flower.strategy.peft_state import Adapter, encode_folds, read_tensor, split_arrays
+from fedlora.flower.strategy.replies import (
+    Guard,
+    ReplyChecks,
+    check_error,
+    read_limits,
+    read_rule,
+    read_weight,
+    select_alike,
+)
 from fedlora.rounds import Received, Rules, Served, public, server_turn
 from fedlora.seeds import derived
 from fedlora.types import Tree, Turn
@@ -53,12 +61,12 @@ class FedLoRA(FedAvg):
     ) -> None:
         super().__init__(**fedavg)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
-        self.method = self.recipe.made()
-        self.guard = Guard(limits(hygiene), rule(robust, self.method), self.method, seed)
+        self.method = self.recipe.build()
+        self.guard = Guard(read_limits(hygiene), read_rule(robust, self.method), self.method, seed)
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = BaseUpdateLog()
-        self._known: dict[int, int] = {}  # node -> how many folds its last reply told of
+        self._known: dict[int, int] = {}  # node -> the number of folds that its last reply said it holds
         self._series, self._round = "", 0
         self._asked: frozenset[int] = frozenset()
         self._arrays = ArrayRecord()  # as it was given or returned last
@@ -69,26 +77,26 @@ class FedLoRA(FedAvg):
         LOG.info("\t└──> fedlora: %s %s", self.method.title, dict(self.recipe.method_options) or "")
         if self.needs_client:
             LOG.info("\t\t├── clients must call fedlora.flower.receive and fedlora.flower.send")
-        if folds(self.method):
+        if changes_base(self.method):
             LOG.info("\t\t└── it changes the base: load results with fedlora.flower.load")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with an order for its node and the folds that it lacks."""
+        """``FedAvg``'s messages, each with instructions for its node and the folds that it lacks."""
         self._open(server_round, arrays)
         messages = list(super().configure_train(server_round, self._plain, config, grid))
-        there = set(self.guard.allowed([m.metadata.dst_node_id for m in messages], server_round - 1))
+        there = set(self.guard.filter_nodes([m.metadata.dst_node_id for m in messages], server_round - 1))
         messages = [message for message in messages if message.metadata.dst_node_id in there]
         self._asked = frozenset(message.metadata.dst_node_id for message in messages)
-        return self._ordered(messages, server_round - 1)
+        return self._add_instructions(messages, server_round - 1)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with an order for its node and the folds that it lacks."""
-        plain = ArrayRecord(split(arrays)[0])
-        return self._ordered(list(super().configure_evaluate(server_round, plain, config, grid)), server_round)
+        """``FedAvg``'s messages, each with instructions for its node and the folds that it lacks."""
+        plain = ArrayRecord(split_arrays(arrays)[0])
+        return self._add_instructions(list(super().configure_evaluate(server_round, plain, config, grid)), server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -98,7 +106,7 @@ class FedLoRA(FedAvg):
         if not self._asked:
             return None, None
         self._forget(replies)
-        good = self._passed(server_round - 1, replies)
+        good = self._screen(server_round - 1, replies)
         LOG.info("aggregate_train: %s good replies of %s", len(good), len(self._asked))
         if len(good) < max(1, self.min_train_nodes):
             LOG.warning(
@@ -107,8 +115,10 @@ class FedLoRA(FedAvg):
             )  # fmt: skip
             return self._arrays, None
         self._known |= {node: len(self._log) for node, (_, content) in good.items()}
-        self._arrays = self._combined(server_round, [received for received, _ in good.values()])
-        metrics = self.train_metrics_aggr_fn(alike(content for _, content in good.values()), self.weighted_by_key)
+        self._arrays = self._combine(server_round, [received for received, _ in good.values()])
+        metrics = self.train_metrics_aggr_fn(
+            select_alike(content for _, content in good.values()), self.weighted_by_key
+        )
         return self._arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -118,23 +128,24 @@ class FedLoRA(FedAvg):
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
-                if reply.has_error():
-                    raise ValueError(f"it reports {reply.error.reason!r}")
-                weight(reply.content, self.weighted_by_key)
+                check_error(reply)
+                read_weight(reply.content, self.weighted_by_key)
                 good.setdefault(node, reply.content)
-            except ValueError as error:
-                LOG.warning("evaluation %s: node %s is left out: %s.", server_round, node, error)
-        return self.evaluate_metrics_aggr_fn(alike(good.values()), self.weighted_by_key) if good else None
+            except MALFORMED as error:
+                LOG.warning(
+                    "evaluation %s: node %s is left out: %s.", server_round, node, describe_error(error, (ValueError,))
+                )
+        return self.evaluate_metrics_aggr_fn(select_alike(good.values()), self.weighted_by_key) if good else None
 
     def _open(self, server_round: int, arrays: ArrayRecord) -> None:
         """Reads the arrays of a round; a start from other arrays than this strategy's last begins anew."""
-        plain, begun = split(arrays)
+        plain, begun = split_arrays(arrays)
         self._plain = ArrayRecord(plain)
-        self._shared = Adapter.of({key: tensor(key, array) for key, array in plain.items()})
+        self._shared = Adapter.of({key: read_tensor(key, array) for key, array in plain.items()})
         self._rules: Rules = self.recipe.rules(self._shared)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
-            self.guard.begin()
+            self.guard.reset()
             self._log = BaseUpdateLog(begun, 1, []) if begun else BaseUpdateLog()
             self._check_start()
         self._round, self._arrays = server_round, arrays
@@ -155,21 +166,23 @@ class FedLoRA(FedAvg):
                     f"{part!r}; take another method, or merge the adapter into the base first."
                 )
 
-    def _ordered(self, messages: Sequence[Message], round: int) -> list[Message]:
-        made: dict[int, ArrayRecord] = {}  # what is missing -> one record for all nodes that miss it
+    def _add_instructions(self, messages: Sequence[Message], round: int) -> list[Message]:
+        records: dict[int, ArrayRecord] = {}  # first missing fold -> one record for all nodes that lack it
         for message in messages:
             node = message.metadata.dst_node_id
             first = self._known.get(node, 0)
             first = first if first >= self._log.start else 0
-            if first not in made:
+            if first not in records:
                 missed = (
                     {part: f[0] for part, f in self._log.missing_sum(first).items()} if first < len(self._log) else {}
                 )
-                made[first] = ArrayRecord(fold_arrays(missed))
+                records[first] = ArrayRecord(encode_folds(missed))
             seed = derived(self.recipe.seed, "turn", round, node)
-            order = Order(self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log))
-            more: dict[str, Any] = {FOLDS: made[first]} if made[first] else {}
-            message.content = RecordDict({**message.content, RECORD: order.record(), **more})
+            instructions = Instructions(
+                self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
+            )
+            more: dict[str, Any] = {FOLDS: records[first]} if records[first] else {}
+            message.content = RecordDict({**message.content, RECORD: instructions.record(), **more})
         return list(messages)
 
     def _forget(self, replies: Sequence[Message]) -> None:
@@ -178,16 +191,16 @@ class FedLoRA(FedAvg):
             if reply.has_error():
                 self._known.pop(reply.metadata.src_node_id, None)
 
-    def _desk(self, round: int) -> Desk:
-        return Desk(
+    def _reply_checks(self, round: int) -> ReplyChecks:
+        return ReplyChecks(
             self._rules, self._shared, round, self._asked, self.weighted_by_key, self.method.any_rank,
             self.needs_client, len(self._log),
         )  # fmt: skip
 
-    def _passed(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
-        """The replies that are as they must be, each by itself and beside the others."""
-        good = self._desk(round).judged(replies)
-        uploads = self.guard.passed(self._rules, self._shared.tree, round, {node: u for node, (u, _) in good.items()})
+    def _screen(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
+        """Selects the replies that pass the checks, each by itself and beside the others."""
+        good = self._reply_checks(round).select_good(replies)
+        uploads = self.guard.screen(self._rules, self._shared.tree, round, {node: u for node, (u, _) in good.items()})
         return {node: (uploads[node], content) for node, (_, content) in good.items() if node in uploads}
 
     @property
@@ -195,33 +208,33 @@ class FedLoRA(FedAvg):
         """Round -> node -> why its upload was quarantined."""
         return self.guard.quarantined
 
-    def _combined(self, server_round: int, uploads: Sequence[Received]) -> ArrayRecord:
+    def _combine(self, server_round: int, uploads: Sequence[Received]) -> ArrayRecord:
         try:
-            uploads = self.guard.counted(self._rules, self._shared.tree, server_round - 1, uploads)
+            uploads = self.guard.apply_rule(self._rules, self._shared.tree, server_round - 1, uploads)
             if not uploads:
                 raise ValueError("a robust rule needs 3 good replies.")
             served = server_turn(self._rules, self._shared.tree, uploads)
-            _finite(served)
-            written = self._written(served.shared)
+            _check_finite(served)
+            written = self._to_arrays(served.shared)
         except (ValueError, torch.linalg.LinAlgError) as error:
             LOG.warning("round %s cannot be combined, the model stays as it was: %s", server_round, error)
             return self._arrays
         if served.folds:
             self._log.append(served.folds)
             self._log.settle(max(self._log.start, len(self._log) - LOGGED))
-        return ArrayRecord({**written, **fold_arrays(self._log.total())})
+        return ArrayRecord({**written, **encode_folds(self._log.total())})
 
-    def _written(self, shared: Tree) -> dict[str, Array]:
+    def _to_arrays(self, shared: Tree) -> dict[str, Array]:
         """The adapter under the keys and in the precision that it had; what did not move stays bit for bit."""
         found: dict[str, Array] = {}
         for (part, leaf), key in self._shared.keys.items():
             old, new = self._plain[key], shared[part][leaf]
             moved = new is not self._shared.tree[part][leaf]
-            found[key] = Array(_as(new, old.numpy().dtype, key)) if moved else old
+            found[key] = Array(_cast(new, old.numpy().dtype, key)) if moved else old
         return found
 
 
-def _as(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
+def _cast(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         found = x.contiguous().numpy().astype(dtype)
     if not np.isfinite(found).all():
@@ -229,7 +242,7 @@ def _as(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
     return found
 
 
-def _finite(served: Served) -> None:
+def _check_finite(served: Served) -> None:
     tensors = [x for layer in served.shared.values() for x in layer.values()]
     tensors += [x for factors in served.folds.values() for f in factors for x in f]
     if not all(bool(x.isfinite().all()) for x in tensors):

@@ -1,4 +1,7 @@
-"""Messages between two parties, and the state of a party between two phases, as bytes."""
+"""What crosses the wire between two parties, and what a party keeps between two phases, as bytes.
+
+These are tables of integers and sealed bytes and no trees, so they are not written as ``fedlora.files`` writes trees.
+"""
 
 import json
 from collections.abc import Iterable, Mapping

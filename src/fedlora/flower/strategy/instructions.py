@@ -1,4 +1,4 @@
-"""What the server orders of a client beside the adapter: which method, which round, which folds."""
+"""The server's instructions to a client, sent beside the adapter: the method, the round, the folds."""
 
 import json
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from fedlora.runs.config import construct
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Layer, Turn, Upload, Work
 
-RECORD, FOLDS = "fedlora", "fedlora.folds"  # of a message: the order, and the arrays of folds that the node lacks
+RECORD, FOLDS = "fedlora", "fedlora.folds"  # of a message: the instructions, and the folds that the node lacks
 PROTOCOL = 1
 PROBE = LoRA(rank=1, alpha=1.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What does not change in a run: the method by its name with its settings, and the scale that ``B`` travels in."""
+    """The constants of a run: the method by its name with its settings, and the scale of ``B`` in messages."""
 
     method: str
     lora_alpha: float
@@ -40,10 +40,10 @@ class Recipe:
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha is {self.lora_alpha!r}; give the number in the server's LoraConfig.")
 
-    def made(self) -> Method:
-        """The method. ``ValueError`` says what it cannot do in somebody else's training loop."""
+    def build(self) -> Method:
+        """The method. ``ValueError`` where it cannot work in somebody else's training loop."""
         try:
-            return _made(self.method, json.dumps(dict(self.method_options)))
+            return _build(self.method, json.dumps(dict(self.method_options)))
         except TypeError as error:
             raise ValueError(
                 f"method_options holds what no message can carry ({error}); give numbers, strings and booleans."
@@ -51,7 +51,7 @@ class Recipe:
 
     def rules(self, adapter: Adapter) -> Rules:
         """Which rule looks after which part: the method, with each part's own rank and scale, and one for heads."""
-        method = self.made()
+        method = self.build()
         heads = FedIT if method.shares_head else Local
         return {
             part: replace(method, adapter=self._lora(part, layer["A"].shape[0]))
@@ -66,8 +66,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Order:
-    """One message's order."""
+class Instructions:
+    """The instructions of one message."""
 
     recipe: Recipe
     round: int  # from 0
@@ -78,13 +78,13 @@ class Order:
     last: int = 0  # up to this one
 
     def record(self) -> ConfigRecord:
-        """As it crosses."""
+        """As a record of the message."""
         rest = {key: value for key, value in vars(self).items() if key != "recipe"}
         return ConfigRecord({**rest, "recipe": json.dumps(asdict(self.recipe)), "protocol": PROTOCOL})
 
     @classmethod
-    def read(cls, message: Message) -> "Order | None":
-        """A message's order; None where the server's strategy is not fedlora's."""
+    def read(cls, message: Message) -> "Instructions | None":
+        """A message's instructions; None where the server's strategy is not fedlora's."""
         if RECORD not in message.content:
             return None
         found = dict(message.content[RECORD])
@@ -96,31 +96,31 @@ class Order:
 
 
 @lru_cache(maxsize=64)
-def _made(name: str, options: str) -> Method:
+def _build(name: str, options: str) -> Method:
     if ":" in name:
         raise ValueError(
             f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
             "see `fedlora methods`."
         )
     near, subject = name_or_nearest("method", name, METHODS.names())
-    if near is not None and near not in applicable():
+    if near is not None and near not in list_methods():
         kinds = " or ".join(other.__name__ for other in METHODS.load(near).adapters)
         raise ValueError(
             f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
-            f"(`fedlora run`), or take one of {', '.join(applicable())}."
+            f"(`fedlora run`), or take one of {', '.join(list_methods())}."
         )
     kind = METHODS.load(name)
-    made: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
-    penalty = made.penalty(_probe())
+    method: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
+    penalty = method.penalty(_probe())
     if isinstance(penalty, torch.Tensor) or penalty != 0.0:
         raise ValueError(
-            f"{made.title} adds a penalty to the loss with these method_options, which a training loop of your own "
+            f"{method.title} adds a penalty to the loss with these method_options, which a training loop of your own "
             "does not; leave it out, or run it with fedlora's own engine (`fedlora run`)."
         )
-    return made
+    return method
 
 
-def applicable() -> list[str]:
+def list_methods() -> list[str]:
     """The methods that PEFT's LoRA can be trained with."""
     return [name for name, kind in METHODS.classes().items() if LoRA in kind.adapters]
 
@@ -132,10 +132,10 @@ def needs_client(method: Method) -> bool:
         return True
     shared = _probe()
     start = replace(method, adapter=PROBE).receive(shared, {}, Turn(0, 0, 1))
-    return folds(method) or not all(torch.equal(start[leaf], shared[leaf]) for leaf in "AB")
+    return changes_base(method) or not all(torch.equal(start[leaf], shared[leaf]) for leaf in "AB")
 
 
-def folds(method: Method) -> bool:
+def changes_base(method: Method) -> bool:
     """Whether a round with these settings adds something to the base."""
     rule = replace(method, adapter=PROBE)
     uploads = [
@@ -145,18 +145,18 @@ def folds(method: Method) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def sends(rule: Method, round: int) -> frozenset[str]:
-    """The leaves that a client sends in a round, by letting the rule work on a weight of one number."""
+def select_sent(rule: Method, round: int) -> frozenset[str]:
+    """Selects the leaves that a client sends in a round, by letting the rule work on a weight of one number."""
     dense = isinstance(rule.adapter, Dense)
     rule = rule if dense else replace(rule, adapter=PROBE)
     layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else _probe(1)
     turn = Turn(round, 0, 1)
     start = public(rule.receive(layer, {}, turn))
-    return frozenset(rule.send(Work(start, start, trained(rule, start, turn)), turn))
+    return frozenset(rule.send(Work(start, start, select_trained(rule, start, turn)), turn))
 
 
-def trained(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
-    """The leaves to train. ``ValueError`` where the method asks for a gradient first."""
+def select_trained(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
+    """Selects the leaves to train. ``ValueError`` where the method asks for a gradient first."""
     return rule.trains(start, turn, _no_gradient)
 
 

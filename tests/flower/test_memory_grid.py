@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedlora.flower.testing import MemoryGrid
+from tests.fixtures.memory_grid import MemoryGrid
 
 
 def app():

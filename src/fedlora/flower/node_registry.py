@@ -1,4 +1,4 @@
-"""Which node is which client: asked of every node that appears, before it is sent anything else."""
+"""Which node is which client: every node that appears is asked before it is sent anything else."""
 
 import math
 from collections.abc import Callable
@@ -19,15 +19,15 @@ LOADING = "is connected and still loading its model and data"
 
 
 @dataclass
-class Directory:
+class NodeRegistry:
     """Client number -> node id, as the nodes say, each checked against what this server makes from the seed."""
 
     grid: Grid
     count: int  # clients of the federation
     run: str
-    made: str  # what every party must make from the seed
-    tell: Callable[[int | None, str], None]  # client, what happened
-    describe: Callable[[str], str] = lambda reading: ""  # what to say of how a party reads its labels
+    start: str  # the digest of all that every client must have alike
+    report: Callable[[int | None, str], None]  # client, what happened
+    describe: Callable[[str], str] = lambda reading: ""  # how a client reads its labels, in words
     retry: float = 10.0  # seconds until a node that could not say who it is, or was refused, is asked again
     pause: Callable[[], None] = lambda: sleep(0.1)  # between two looks
     nodes: dict[int, int] = field(default_factory=dict)
@@ -36,12 +36,12 @@ class Directory:
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, where it has any
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
     since: dict[str, float] = field(default_factory=dict)  # message id -> when it was asked
-    told: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
+    reasons: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
     resting: dict[int, float] = field(default_factory=dict)  # nodes that failed to answer, and until when to let them
     connected: set[int] = field(default_factory=set)
 
     def refresh(self) -> None:
-        """Looks who is there, asks who is new, and takes in what has been answered."""
+        """Looks which nodes are connected, asks the new ones, and takes in their answers."""
         self.connected = set(self.grid.get_node_ids())
         now = monotonic()
         for key in [key for key, then in self.since.items() if now - then > PATIENCE]:
@@ -59,66 +59,66 @@ class Directory:
         for reply in self.grid.pull_messages(list(self.asked)) if self.asked else ():
             node = self.asked.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
-                self._introduced(node, reply)
+                self._register(node, reply)
 
-    def here(self) -> set[int]:
+    def connected_clients(self) -> set[int]:
         """The clients whose nodes are connected."""
         return {client for client, node in self.nodes.items() if node in self.connected}
 
-    def unable(self) -> dict[int, str]:
+    def left_out(self) -> dict[int, str]:
         """The connected nodes that are left out, and why."""
         left = self.connected - set(self.nodes.values())
-        return {node: why for node in sorted(left) if (why := self.told.get(node, LOADING)) != LOADING}
+        return {node: why for node in sorted(left) if (why := self.reasons.get(node, LOADING)) != LOADING}
 
     def wait(self, seconds: float) -> None:
-        """Until all clients are here: at most so many seconds, and ``PATIENCE`` more for those that still load.
+        """Waits until all clients are connected: at most ``seconds``, and ``PATIENCE`` more for those that still load.
 
         Where every client that is missing is left out, it lasts until they have been asked once more.
         """
         end, last = monotonic() + seconds, math.inf
         self.refresh()
-        while len(self.here()) < self.count and (now := monotonic()) <= last:
-            if now >= end and not (now < end + PATIENCE and self._loading()):
+        while len(self.connected_clients()) < self.count and (now := monotonic()) <= last:
+            if now >= end and not (now < end + PATIENCE and self._is_loading()):
                 return
-            hopeless = len(self.here()) + len(self.unable()) >= self.count
+            hopeless = len(self.connected_clients()) + len(self.left_out()) >= self.count
             last = min(last, now + 2 * self.retry) if hopeless else math.inf
             self.pause()
             self.refresh()
 
-    def _loading(self) -> bool:
-        """Whether a connected node was asked and has never answered, a large model on a slow disk; it is told once."""
+    def _is_loading(self) -> bool:
+        """Whether a connected node was asked and has never answered. Each such node is reported once."""
         asked = self.connected & set(self.asked.values())
-        found = sorted(node for node in asked if self.told.get(node, LOADING) == LOADING)
+        found = sorted(node for node in asked if self.reasons.get(node, LOADING) == LOADING)
         for node in found:
-            if node not in self.told:
-                self.tell(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")
-            self.told[node] = LOADING
+            if node not in self.reasons:
+                self.report(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")
+            self.reasons[node] = LOADING
         return bool(found)
 
-    def _introduced(self, node: int, reply: Message) -> None:
+    def _register(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            return self._left_out(node, shown(reply.error.reason))
+            return self._leave_out(node, shown(reply.error.reason))
         said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
         if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
-            return self._left_out(node, "it did not say who it is")
-        made, _, base = str(held.get(HOLDS)).partition(" ")
-        client, why = said.get("client"), self._objection(node, said, made)
+            return self._leave_out(node, "it did not say who it is")
+        start, _, base = str(held.get(HOLDS)).partition(" ")
+        client, why = said.get("client"), self._find_objection(node, said, start)
         if why is not None or type(client) is not int:
-            return self._left_out(node, str(why))
-        self.told.pop(node, None)
+            return self._leave_out(node, str(why))
+        self.reasons.pop(node, None)
         self.nodes[client], self.rows[client] = node, said["examples"]
         self.folded[client] = said["folded"], base
         if reading := READINGS[said["labels"]]:
             self.readings[client] = reading
-        self.tell(client, f"joined{self.describe(reading)}")
+        self.report(client, f"joined{self.describe(reading)}")
 
-    def _left_out(self, node: int, why: str) -> None:
-        """Told once, and asked again after a while: its number may be free then, or its machine in order."""
-        if self.told.get(node) != why:
-            self.tell(None, f"node {node} is left out: {why}")
-        self.told[node], self.resting[node] = why, monotonic() + self.retry
+    def _leave_out(self, node: int, why: str) -> None:
+        """Reports it once, and asks again after a while: its number may be free then, or its machine in order."""
+        if self.reasons.get(node) != why:
+            self.report(None, f"node {node} is left out: {why}")
+        self.reasons[node], self.resting[node] = why, monotonic() + self.retry
 
-    def _objection(self, node: int, said: MetricRecord, made: str) -> str | None:
+    def _find_objection(self, node: int, said: MetricRecord, start: str) -> str | None:
         client, rows, folded = (said.get(key) for key in ("client", "examples", "folded"))
         if type(client) is not int or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
@@ -130,7 +130,7 @@ class Directory:
         other = self.nodes.get(client)
         if other is not None and other != node and other in self.connected:
             return f"it calls itself client {client}, which node {other} is already"
-        if made != self.made:
+        if start != self.start:
             return (
                 f"client {client} does not make the same start; its configuration, its pretrained model or its version "
                 "of torch differs from the server's"
