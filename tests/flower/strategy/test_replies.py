@@ -98,7 +98,7 @@ def test_settings_that_do_not_fit_are_said_at_once(settings, words):
 
 
 def test_weights_of_another_app_may_be_fractions():
-    assert Validation().capped([0.001, 0.002, 0.003, 9.0]) == [0.001, 0.002, 0.003, pytest.approx(0.25)]
-    assert Validation().capped([1, 2, 10**12]) == [1, 2, 200]
+    assert Validation().cap_examples([0.001, 0.002, 0.003, 9.0]) == [0.001, 0.002, 0.003, pytest.approx(0.25)]
+    assert Validation().cap_examples([1, 2, 10**12]) == [1, 2, 200]
     guard = Guard(read_limits(None), read_rule(None, FedIT()), FedIT(), 0)
     assert guard.filter_nodes([3, 2], 0) == [3, 2]
