@@ -51,7 +51,7 @@ def table(models: Path, data: Path, name: str) -> dict[str, Any]:
         "rounds": ROUNDS,
         "model": {"name": str(models / MODEL)},
         "task": {"name": "text-classification", "data": str(data / "banking77"), "train_rows": 600, "test_rows": 200},
-        "clients": {"count": CLIENTS, "split": {"name": "dirichlet", "alpha": 0.5}},
+        "clients": {"count": CLIENTS, "partition": {"name": "dirichlet", "alpha": 0.5}},
         "adapter": {"name": "lora", "rank": 4, "alpha": 8},
         "training": {"local_steps": 3, "learning_rate": 5e-3},
         "evaluation": {"every": ROUNDS},

@@ -27,7 +27,7 @@ from fedlora.security.attacks._base import poison_task
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"
 BASE = ("clients.count=20", "evaluation.measure=false", "engine.threads=1")
-OPEN = "hygiene={norm_limit=1e30, factor_limit=1e30}"  # what is no number is refused all the same
+OPEN = "validation={norm_limit=1e30, factor_limit=1e30}"  # what is no number is refused all the same
 SHARES = (0.3, 0.1)
 NONE = "none"
 ATTACKS: dict[str, str] = {
@@ -46,7 +46,7 @@ ATTACKS: dict[str, str] = {
 }
 DEFENCES: dict[str, tuple[str, ...]] = {
     "no limits": (OPEN,),
-    "hygiene": (),
+    "validation": (),
     "krum": ("robust={name='krum'}",),
     "multi-krum": ("robust={name='multi-krum'}",),
     "multi-krum, no limits": ("robust={name='multi-krum'}", OPEN),

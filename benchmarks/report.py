@@ -23,7 +23,7 @@ PARTS = [f"vit.encoder.layer.{i}.attention.{name}_proj" for i in range(12) for n
 def record(draw: random.Random, round: int, clients: int) -> dict[str, Any]:
     """A round's record, of the form and size that a run of ViT leaves."""
     own = [draw.random() for _ in range(clients)]
-    figures = ("served", "fedit", "best", "drift", "likeness A", "likeness B")
+    figures = ("served", "fedit", "best", "drift", "cosine A", "cosine B")
     return {
         "round": round, "cohort": list(range(clients)), "loss": {str(k): x for k, x in enumerate(own)},
         "weights": {part: {name: draw.random() for name in figures} for part in PARTS},

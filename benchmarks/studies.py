@@ -52,9 +52,9 @@ class Study:
 
 
 SKEWS = {
-    "Dirichlet 0.5": "clients.split.alpha=0.5",
-    "Dirichlet 0.1": "clients.split.alpha=0.1",
-    "inner Dirichlet 0.1": "clients.split={name='inner-dirichlet', alpha=0.1}",
+    "Dirichlet 0.5": "clients.partition.alpha=0.5",
+    "Dirichlet 0.1": "clients.partition.alpha=0.1",
+    "inner Dirichlet 0.1": "clients.partition={name='inner-dirichlet', alpha=0.1}",
 }
 
 
@@ -78,7 +78,7 @@ ALONE = ("clients.count=1", "rounds=3", "evaluation.every=3", "training.local_st
 WRITING = ("fedit", "local", "fedex-lora", "flexlora", "flora-na", "svd", "fedsa-lora")
 PRIVATE = ("fedit", "ffa-lora", "fedsa-lora", "ravan")
 # Noise grows with the numbers that are sent, so few are; at the client level it falls with the size of a cohort.
-SMALL = ("clients.split={name='iid'}", "adapter.rank=2", "adapter.alpha=4")
+SMALL = ("clients.partition={name='iid'}", "adapter.rank=2", "adapter.alpha=4")
 BY_CLIENT = (
     "privacy.level=client", "clients.count=800", "clients.sampling=poisson", "clients.rate=0.1",
     "rounds=20", "evaluation.every=20", "training.local_steps=1", *SMALL,

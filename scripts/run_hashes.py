@@ -40,8 +40,8 @@ VARIANTS = {  # of the run on pictures: a method, and settings
     "heads": ("ravan", "clients.ranks=[1,2,2]"),
     "example privacy": ("fedit", "privacy.level=example", "privacy.noise_multiplier=1.0"),
     "client privacy": ("ffa-lora", "privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform"),
-    "int8": ("fedsa-lora", "transport.up=int8"),
-    "top-k": ("fedit", "transport={up='top-k', top_k=0.2}"),
+    "int8": ("fedsa-lora", "compression.up=int8"),
+    "top-k": ("fedit", "compression={up='top-k', top_k=0.2}"),
     "krum": ("fedit", "clients.count=4", "robust.name=krum", "attack={name='sign-flip', clients=[1]}"),
     "trimmed": ("fedex-lora", "robust={name='trimmed', attackers=0.34}"),
     "server optimiser": ("fedit", "server.optimizer=adam", "clients.per_round=2"),
@@ -88,7 +88,7 @@ def write_rows(folder: Path) -> None:
 def tables(folder: Path) -> dict[str, dict[str, Any]]:
     """The configurations, without a method."""
     rest = {key: value for key, value in TABLE.items() if key not in ("model", "task")}
-    split = {"clients": {"count": 3, "split": {"name": "iid"}}}
+    split = {"clients": {"count": 3, "partition": {"name": "iid"}}}
     words = {"data": str(folder)}
     return {
         "images": TABLE,

@@ -30,7 +30,7 @@ def test_it_opens_with_its_command(path):
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if "banking77" in p.read_text()], ids=lambda path: path.stem)
 def test_on_real_text(path, shared):
     places = [f"model.name={shared}/models/minilm-l3-h384-v8k", f"task.data={shared}/data/banking77"]
-    rows = [] if "concept" in path.stem else ["clients.split={name='iid'}"]
+    rows = [] if "concept" in path.stem else ["clients.partition={name='iid'}"]
     toy = [*TOY, "training.local_steps=1", "clients.count=3", "evaluation.every=2"]
     result = fedlora.run(read(path, [*toy, *places, *rows]))
     assert result.summary["rounds"] == 2
@@ -89,7 +89,7 @@ def test_own_pictures(shared, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((picture * 15).astype("uint8")).save(folder / f"{i}.png")
     path = next(p for p in EXAMPLES if p.stem.startswith("images"))
-    places = [f"model.name={shared}/models/vit-mini-cifar10", f"task.data={tmp_path}", "clients.split={name='iid'}"]
+    places = [f"model.name={shared}/models/vit-mini-cifar10", f"task.data={tmp_path}", "clients.partition={name='iid'}"]
     result = fedlora.run(read(path, [*TOY, *places, "training.local_steps=2", "clients.count=3"]))
     assert result.summary["labels"] == list("0123456789")
 

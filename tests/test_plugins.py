@@ -31,9 +31,9 @@ def table(names, rounds=2):
         "task": {"name": names["task"]},
         "method": {"name": names["method"], "step": 0.75},
         "adapter": {"name": names["adapter"], "rank": 3},
-        "clients": {"count": 5, "split": {"name": names["partitioner"], "first": 0}},
+        "clients": {"count": 5, "partition": {"name": names["partitioner"], "first": 0}},
         "training": {"local_steps": 2, "batch_size": 8, "learning_rate": 1e-2},
-        "transport": {"up": names["codec"]},
+        "compression": {"up": names["codec"]},
         "attack": {"name": names["attack"], "clients": [1]},
         "robust": {"name": names["robust"]},
         "track": {names["tracker"]: True},
@@ -67,8 +67,8 @@ def test_its_folder_repeats_and_goes_on(names, tmp_path):
     written = read(tmp_path / "whole" / "config.toml")
     sections = {k: written.table[k]["name"] for k in ("task", "method", "adapter", "attack", "robust", "engine")}
     assert sections == {key: names[key] for key in sections}
-    assert written.table["clients"]["split"] == {"name": names["partitioner"], "first": 0}
-    assert written.table["transport"]["up"] == names["codec"] and list(written.table["track"]) == [names["tracker"]]
+    assert written.table["clients"]["partition"] == {"name": names["partitioner"], "first": 0}
+    assert written.table["compression"]["up"] == names["codec"] and list(written.table["track"]) == [names["tracker"]]
     fedlora.run(replace(written, rounds=1), tmp_path / "run")
     again = fedlora.resume(tmp_path / "run", rounds=3)
     assert same(again.shared, whole.shared)

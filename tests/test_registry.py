@@ -9,7 +9,7 @@ from fedlora.adapters import ADAPTERS, LoRA
 from fedlora.engines.comm.codecs import CODECS
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import ENGINES
-from fedlora.engines.partition import PARTITIONERS, Split
+from fedlora.engines.partition import PARTITIONERS, Partitioner
 from fedlora.methods import METHODS, Method
 from fedlora.methods.fedit import FedIT
 from fedlora.registry import Registry
@@ -33,14 +33,14 @@ MISSPELT = {
 }  # fmt: skip
 SETTINGS = {
     "method": lambda name: {"method": {"name": name}}, "adapter": lambda name: {"adapter": {"name": name}},
-    "task": lambda name: {"task": {"name": name}}, "partitioner": lambda name: {"clients": {"split": {"name": name}}},
-    "codec": lambda name: {"transport": {"up": name}}, "attack": lambda name: {"attack": {"name": name}},
+    "task": lambda name: {"task": {"name": name}}, "partitioner": lambda name: {"clients": {"partition": {"name": name}}},
+    "codec": lambda name: {"compression": {"up": name}}, "attack": lambda name: {"attack": {"name": name}},
     "robust": lambda name: {"robust": {"name": name}}, "tracker": lambda name: {"track": {name: True}},
     "engine": lambda name: {"engine": {"name": name}},
 }  # fmt: skip
 MODULE = """
 from dataclasses import dataclass
-from fedlora.engines.partition import Split
+from fedlora.engines.partition import Partitioner
 from fedlora.methods.fedit import FedIT
 from fedlora.tasks._base import Supervised
 
@@ -49,7 +49,7 @@ VALUE = 3
 class Plain:
     pass
 
-class Unfinished(Split):
+class Unfinished(Partitioner):
     pass
 
 class Undecorated(Supervised):
@@ -124,7 +124,7 @@ def test_a_class_of_another_kind_is_said(kind):
         (METHODS, "others:Mine.x.y", "the method 'others:Mine.x.y' could not be loaded: .* has no attribute 'x'."),
         (METHODS, "others:", "the method 'others:' could not be loaded: "),
         (METHODS, "others:VALUE", "the method 'others:VALUE' is not a fedlora.methods.Method; name a class that"),
-        (PARTITIONERS, "others:Unfinished", "'others:Unfinished' does not define rows, which Split asks for."),
+        (PARTITIONERS, "others:Unfinished", "'others:Unfinished' does not define rows, which Partitioner asks for."),
         (TASKS, "others:Undecorated", "'others:Undecorated' is no dataclass; write @dataclass"),
     ],
 )
@@ -186,7 +186,7 @@ def test_what_is_not_used_is_not_imported(package):
 def test_no_package_takes_a_name_of_ours(package):
     package("[fedlora.methods]\nfedit = others:Mine\n[fedlora.codecs]\nfloat32 = others:Mine\n")
     assert METHODS.load("fedit") is FedIT and METHODS.name_of(FedIT) == "fedit"
-    assert build({**TABLE, "transport": {"up": "float32"}}).transport.upward is None
+    assert build({**TABLE, "compression": {"up": "float32"}}).compression.upward is None
 
 
 def test_a_class_that_no_name_leads_to():
@@ -205,7 +205,7 @@ def test_a_registry_of_ones_own(package):
     package()
     kinds = Registry(Method, "rule", group="others.rules", listed={"mine": "others:Mine"})
     assert kinds.names() == ["mine"] and kinds.load("mine").title == "Mine"
-    wrong = Registry(Split, "rule", group="others.rules", package="fedlora.engines")
+    wrong = Registry(Partitioner, "rule", group="others.rules", package="fedlora.engines")
     with pytest.raises(
         ValueError, match="fedlora.engines.partition defines 9 rules; a rule's file defines exactly one"
     ):

@@ -10,7 +10,7 @@ from typing import Any
 _WHERE = {
     "Callback": "fedlora.runs.callbacks", "CallbackError": "fedlora.runs.callbacks",
     "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema",
-    "Heads": "fedlora.adapters", "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters",
+    "MultiHead": "fedlora.adapters", "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters",
     "Method": "fedlora.methods._base", "Model": "fedlora.training.model",
     "Registry": "fedlora.registry",
     "Result": "fedlora.runs.run", "build": "fedlora.runs.config", "compare": "fedlora.runs.compare",

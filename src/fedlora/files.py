@@ -297,7 +297,7 @@ def _verified_name(stem: str, content: bytes) -> str:
     return f"{stem}-{hashlib.blake2b(content, digest_size=16).hexdigest()}{SUFFIX}"
 
 
-class Spilled(Mapping[str, Layer]):
+class OffloadedTree(Mapping[str, Layer]):
     """A tree on disk: a part is read when it is asked for, and let go with what was made of it."""
 
     def __init__(self, path: Path, tree: Tree):

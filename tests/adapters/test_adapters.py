@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedlora.adapters import DualLoRA, Heads, LoRA, VeRA
+from fedlora.adapters import DualLoRA, LoRA, MultiHead, VeRA
 
-ADAPTERS = [LoRA(3, 5), LoRA(3, 5, use_rslora=True), VeRA(6), Heads(2, 3), Heads(3, 2, basis="normal")]
+ADAPTERS = [LoRA(3, 5), LoRA(3, 5, use_rslora=True), VeRA(6), MultiHead(2, 3), MultiHead(3, 2, basis="normal")]
 M, N = 7, 11
 
 
@@ -54,8 +54,8 @@ def test_vera_holds_one_pair_for_all_weights_of_a_shape():
     [
         (LoRA, {"alpha": 0.0}, "alpha"), (LoRA, {"alpha": -4.0}, "alpha"), (LoRA, {"alpha": float("inf")}, "alpha"),
         (DualLoRA, {"alpha": 0.0}, "alpha"), (LoRA, {"rank": 0}, "rank"), (VeRA, {"rank": 0}, "rank"),
-        (VeRA, {"d_initial": 0.0}, "d_initial"), (Heads, {"head_rank": -1}, "head_rank"),
-        (Heads, {"lora_rank": 0}, "lora_rank"), (Heads, {"heads": 0}, "heads"),
+        (VeRA, {"d_initial": 0.0}, "d_initial"), (MultiHead, {"head_rank": -1}, "head_rank"),
+        (MultiHead, {"lora_rank": 0}, "lora_rank"), (MultiHead, {"heads": 0}, "heads"),
     ],
 )  # fmt: skip
 def test_numbers_with_which_nothing_could_be_learnt_are_refused(kind, settings, key):

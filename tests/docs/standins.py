@@ -14,7 +14,7 @@ QUICK = f"""\
 rounds = 1
 model = {{ name = "{TINY_VIT}" }}
 task = {{ name = "image-classification", data = "digits", train_rows = 90, test_rows = 40 }}
-clients = {{ count = 3, split = {{ name = "dirichlet", alpha = 1.0 }} }}
+clients = {{ count = 3, partition = {{ name = "dirichlet", alpha = 1.0 }} }}
 adapter = {{ name = "lora", rank = 2, alpha = 4 }}
 training = {{ local_steps = 1, batch_size = 8, learning_rate = 5e-3 }}
 """

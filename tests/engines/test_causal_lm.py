@@ -37,7 +37,7 @@ def config(shared, roles):
             "rounds": 2,
             "model": {"name": str(shared / "models" / "stories260k-llama")},
             "task": {"name": "causal-lm", "data": str(roles), "text": "text", "max_length": 48},
-            "clients": {"count": 3, "split": {"name": "column", "column": "role"}},
+            "clients": {"count": 3, "partition": {"name": "column", "column": "role"}},
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
@@ -126,7 +126,7 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     from fedlora.flower.client_messages import load_base
     from fedlora.flower.deploy.node_config import apply_node_config
 
-    made = config("clients.split={name='own'}")
+    made = config("clients.partition={name='own'}")
     with pytest.raises(ValueError, match="every party has its own data on its own machine"):
         made.federation()
     assert made.federation(combines=True).data is None

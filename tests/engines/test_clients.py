@@ -57,13 +57,13 @@ def test_two_labels_over_many_clients_can_be_skewed_with_equal_shares(labels):
     rows = Examples({}, torch.tensor(labels)[d.train.labels], d.train.lengths)
     skew = {}
     for alpha in (0.1, 100.0):
-        many = Clients(50, split={"name": "inner-dirichlet", "alpha": alpha})
-        counts = [rows.labels[part].unique(return_counts=True)[1] for part in many.splitter.rows(rows, 50, 0)]
+        many = Clients(50, partition={"name": "inner-dirichlet", "alpha": alpha})
+        counts = [rows.labels[part].unique(return_counts=True)[1] for part in many.partitioner.rows(rows, 50, 0)]
         assert {int(n.sum()) for n in counts} == {12}
         skew[alpha] = sum(float(n.max()) / 12 for n in counts) / 50
     assert skew[0.1] > skew[100.0] + 0.1, "small alpha, one label most of all"
     with pytest.raises(ValueError, match="cannot be split by 'dirichlet'.* or split by 'inner-dirichlet'"):
-        Clients(50, split={"name": "dirichlet", "alpha": 0.1}).shards(d, 0)
+        Clients(50, partition={"name": "dirichlet", "alpha": 0.1}).shards(d, 0)
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])
@@ -90,13 +90,13 @@ def test_which_of_its_labels_a_small_client_is_scored_on_goes_by_lot():
 def test_clients_by_a_column():
     owners = tuple("abc"[i % 3] if i < 540 else "d" for i in range(600))
     d = data(groups=owners, test_groups=tuple("abcd"[i % 4] for i in range(200)))
-    shards = Clients(4, split={"name": "column", "column": "who"}).shards(d, 0)
+    shards = Clients(4, partition={"name": "column", "column": "who"}).shards(d, 0)
     assert [len(s.train) for s in shards] == [180, 180, 180, 60]
     assert [{owners[i] for i in s.train.tolist()} for s in shards] == [{"a"}, {"b"}, {"c"}, {"d"}]
     assert all({"abcd"[i % 4] for i in s.test.tolist()} == {name} for s, name in zip(shards, "abcd"))
     with pytest.raises(ValueError, match="column 'who' has only 4 values; lower clients.count"):
-        Clients(5, split={"name": "column", "column": "who"}).shards(d, 0)
-    without = Clients(4, split={"name": "column", "column": "who"}).shards(data(groups=owners), 0)
+        Clients(5, partition={"name": "column", "column": "who"}).shards(d, 0)
+    without = Clients(4, partition={"name": "column", "column": "who"}).shards(data(groups=owners), 0)
     assert all(len(s.test) > 0 for s in without), "a test split without the column is shared out by labels"
 
 
@@ -106,7 +106,9 @@ def test_rows_of_a_columns_other_values_are_said():
     d = data(groups=owners, test_groups=tests)
 
     def left(count, d=d):
-        return Clients(count, split={"name": "column", "column": "who"}).splitter.left_out(d.train, d.test, count)
+        return Clients(count, partition={"name": "column", "column": "who"}).partitioner.left_out(
+            d.train, d.test, count
+        )
 
     assert left(2) == (
         "3 of the 5 values of column 'who' have no client, and their 240 of 600 training rows and 120 of 200 test rows "
@@ -116,7 +118,7 @@ def test_rows_of_a_columns_other_values_are_said():
     assert left(4, data(groups=owners)) == "" and left(4, data(groups=owners, test_groups=owners[::3])) == ""
     many = data(groups=tuple(str(i % 50) for i in range(600)))
     assert "their 564 of 600 training rows are unused: '11' (12), " in left(3, many) and ", ...; " in left(3, many)
-    assert Clients(2).splitter.left_out(d.train, d.test, 2) == ""
+    assert Clients(2).partitioner.left_out(d.train, d.test, 2) == ""
 
 
 def test_permuted_labels_differ_and_cover():
@@ -157,14 +159,14 @@ def test_cohorts():
 @pytest.mark.parametrize(
     "clients,sentence",
     [
-        (lambda: Clients(5, split={"name": "pathological", "labels_per_client": 1}), "leaves .* rows to nobody"),
-        (lambda: Clients(5, split={"name": "pathological", "labels_per_client": 9}), "but there are 6 labels"),
-        (lambda: Clients(5, split={"name": "size", "sizes": [1, 2]}), "has 2 numbers, but clients.count is 5"),
-        (lambda: Clients(300, split={"name": "dirichlet", "alpha": 0.01}), "cannot be split by 'dirichlet'.*raise"),
+        (lambda: Clients(5, partition={"name": "pathological", "labels_per_client": 1}), "leaves .* rows to nobody"),
+        (lambda: Clients(5, partition={"name": "pathological", "labels_per_client": 9}), "but there are 6 labels"),
+        (lambda: Clients(5, partition={"name": "size", "sizes": [1, 2]}), "has 2 numbers, but clients.count is 5"),
+        (lambda: Clients(300, partition={"name": "dirichlet", "alpha": 0.01}), "cannot be split by 'dirichlet'.*raise"),
         (lambda: Clients(700), "clients.count is 700, but there are only 600"),
         (
-            lambda: Clients(5, split={"name": "size", "sizes": [1000, 1000, 1000, 1000, 1]}),
-            "client 4 gets no row of 600 by clients.split.sizes",
+            lambda: Clients(5, partition={"name": "size", "sizes": [1000, 1000, 1000, 1000, 1]}),
+            "client 4 gets no row of 600 by clients.partition.sizes",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_new_clients_are_never_asked():
         ({"straggler_work": 0.0}, "clients.straggler_work is 0.0; it is a share, above 0 and up to 1"),
         ({"new": 5}, "clients.new is 5; it lies between 0 and below clients.count, 5"),
         ({"new": 2, "per_round": 4}, "clients.per_round is 4; it lies between 1 and clients.count less clients.new, 3"),
-        ({"new": 1, "split": {"name": "own"}}, "clients.new holds out clients of a split"),
+        ({"new": 1, "partition": {"name": "own"}}, "clients.new holds out clients of a split"),
     ],
 )
 def test_mistakes(settings, sentence):
@@ -252,5 +252,10 @@ def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tm
     assert for_label(table, "centralised")["training"]["local_steps"] == 2 + 4 + 6 + 8
     drops = {**table, "rounds": 4, "clients": {"count": 4, "dropout": 0.25}}
     assert for_label(drops, "centralised")["training"]["local_steps"] == 3 * 8
-    heads = {**table, "clients": {"count": 4}, "adapter": {"name": "heads", "heads": 2}, "method": {"name": "ravan"}}
+    heads = {
+        **table,
+        "clients": {"count": 4},
+        "adapter": {"name": "multihead", "heads": 2},
+        "method": {"name": "ravan"},
+    }
     assert fedlora.runs.config.build(for_label(heads, "centralised")).method.adapter.rank == 8

@@ -8,17 +8,17 @@ import torch
 import fedlora
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.engines.comm.encoding import OWED
 from fedlora.engines.in_process import InProcess
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import public
-from fedlora.runs.plan.plan import byte_plan, outline
+from fedlora.runs.plan.plan import build_meta_model, byte_plan
 from fedlora.types import Turn
 from tests.fixtures.federation import HEAD, LORA, REFERENCE, WEIGHTS, config, same, settings
 
-COARSE = ["transport.up=['top-k', 'int4']", "transport.down=['top-k', 'int8']", "transport.top_k=0.2"]
+COARSE = ["compression.up=['top-k', 'int4']", "compression.down=['top-k', 'int8']", "compression.top_k=0.2"]
 TURN = Turn(0, 0, 2, seed=7)
 
 
@@ -36,16 +36,16 @@ def moved(shared, by=1.0, seed=0):
 @pytest.mark.parametrize(
     "setting,said",
     [
-        (["transport.up=int9"], "there is no codec 'int9'; did you mean 'int8'?"),
-        (["transport.up=top-k"], "set transport.top_k"),
-        (["transport.top_k=1.5"], "above 0 and below 1"),
-        (["transport.up=['int8', 'top-k']", "transport.top_k=0.1"], "cannot follow"),
-        (["transport.error_feedback=true"], "nothing to make up for"),
-        (["transport.up=int8", "flower.secure_aggregation=true"], "cannot be added"),
-        (["transport.up=int8", "transport.error_feedback=true", "method.name=flora"], "other coordinates"),
-        (["transport.down=int4", "method.name=flexlora"], "other coordinates"),
-        (["transport.folds=int8"], "transport.folds"),
-        (["transport.max_upload_mb=0"], "positive"),
+        (["compression.up=int9"], "there is no codec 'int9'; did you mean 'int8'?"),
+        (["compression.up=top-k"], "set compression.top_k"),
+        (["compression.top_k=1.5"], "above 0 and below 1"),
+        (["compression.up=['int8', 'top-k']", "compression.top_k=0.1"], "cannot follow"),
+        (["compression.error_feedback=true"], "nothing to make up for"),
+        (["compression.up=int8", "flower.secure_aggregation=true"], "cannot be added"),
+        (["compression.up=int8", "compression.error_feedback=true", "method.name=flora"], "other coordinates"),
+        (["compression.down=int4", "method.name=flexlora"], "other coordinates"),
+        (["compression.base_updates=int8"], "compression.base_updates"),
+        (["compression.max_upload_mb=0"], "positive"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(setting, said):
@@ -54,9 +54,9 @@ def test_what_cannot_be_is_said_in_a_sentence(setting, said):
 
 
 def test_a_share_alone_thins_uploads():
-    t = Transport(up="int8", top_k=0.1)
+    t = Compression(up="int8", top_k=0.1)
     assert [type(s).__name__ for s in t.upward.stages] == ["TopK", "Int8"] and t.downward is None
-    t = Transport(up="int8", down=["top-k", "int8"], top_k=0.1)
+    t = Compression(up="int8", down=["top-k", "int8"], top_k=0.1)
     assert len(t.upward.stages) == 1 and len(t.downward.stages) == 2, "named where it is meant"
 
 
@@ -64,7 +64,7 @@ def test_a_share_alone_thins_uploads():
 @pytest.mark.parametrize("up", ["bfloat16", "int8", "int4"])
 def test_the_server_has_what_the_client_thinks_it_has(up):
     rule, shared = rules()
-    t, sent = Transport(up=up, top_k=0.3, error_feedback=True), moved(shared)
+    t, sent = Compression(up=up, top_k=0.3, error_feedback=True), moved(shared)
     crosses, decoded, stays = t.sent(rule, shared, {}, TURN, sent, {"w": {}})
     assert same(t.arrived(rule, shared, TURN, crosses), decoded)
     for leaf in "AB":
@@ -75,9 +75,9 @@ def test_the_server_has_what_the_client_thinks_it_has(up):
 def test_nothing_is_encoded_where_nothing_is_set():
     rule, shared = rules()
     sent, stays = moved(shared), {"w": {}}
-    found = Transport(down="int8").sent(rule, shared, {}, TURN, sent, stays)
+    found = Compression(down="int8").sent(rule, shared, {}, TURN, sent, stays)
     assert found.crosses is sent and found.decoded is sent and found.stays is stays
-    assert Transport(up="int8").said(shared, sent, 1) is sent
+    assert Compression(up="int8").said(shared, sent, 1) is sent
 
 
 def test_a_small_change_of_a_large_leaf_crosses_well():
@@ -85,13 +85,13 @@ def test_a_small_change_of_a_large_leaf_crosses_well():
     rule, shared = rules()
     shared = {"w": {leaf: x + 100.0 for leaf, x in shared["w"].items()}}
     sent = moved(shared, by=1e-3)
-    decoded = Transport(up="int8").sent(rule, shared, {}, TURN, sent, {"w": {}}).decoded
+    decoded = Compression(up="int8").sent(rule, shared, {}, TURN, sent, {"w": {}}).decoded
     assert (decoded["w"]["A"] - sent["w"]["A"]).abs().max() < 1e-4
 
 
 def test_what_is_owed_of_a_leaf_waits_until_that_leaf_is_sent_again():
     rule, shared = rules()
-    t = Transport(up="int4", error_feedback=True)
+    t = Compression(up="int4", error_feedback=True)
     sent = moved(shared)
     first = t.sent(rule, shared, {}, TURN, {"w": {"A": sent["w"]["A"]}}, {"w": {}}).stays
     second = t.sent(rule, shared, first, replace(TURN, seed=8), {"w": {"B": sent["w"]["B"]}}, {"w": {}}).stays
@@ -101,7 +101,7 @@ def test_what_is_owed_of_a_leaf_waits_until_that_leaf_is_sent_again():
 def test_a_client_that_pruned_itself_says_its_shape():
     method = METHODS.load("hetlora")()
     rule, shared = {"w": method}, {"w": method.adapter.init(24, 40, 0)}
-    turn, t = Turn(0, 0, 8, seed=7), Transport(up="int8", error_feedback=True)
+    turn, t = Turn(0, 0, 8, seed=7), Compression(up="int8", error_feedback=True)
     sent = {"w": dict(method.adapter.leading(moved(shared)["w"], 3))}
     crosses, decoded, stays = t.sent(rule, shared, {}, turn, sent, {"w": {}})
     assert crosses["w"]["A@shape"].tolist() == [3, 40] and not stays["w"]
@@ -113,7 +113,7 @@ def test_a_client_that_pruned_itself_says_its_shape():
 
 def test_an_upload_that_is_no_encoding_is_refused():
     rule, shared = rules()
-    t = Transport(up="int8")
+    t = Compression(up="int8")
     crosses = t.sent(rule, shared, {}, TURN, moved(shared), {"w": {}}).crosses
     for name, x in crosses["w"].items():
         with pytest.raises(ValueError, match=r"is|has"):
@@ -142,19 +142,19 @@ def descent(t, rounds=200, rate=0.05):
 
 def test_error_feedback_makes_up_for_what_top_k_cuts():
     """Only a tenth crosses: without feedback the clients' largest changes cancel, and the mean stays where it is."""
-    plain = descent(Transport(top_k=0.1))
-    fed = descent(Transport(top_k=0.1, error_feedback=True))  # each still pulls to its own goal: near, not at rest
+    plain = descent(Compression(top_k=0.1))
+    fed = descent(Compression(top_k=0.1, error_feedback=True))  # each still pulls to its own goal: near, not at rest
     assert fed < plain / 4, (fed, plain)
 
 
 def test_error_feedback_makes_up_for_what_int4_rounds():
-    assert descent(Transport(up="int4", error_feedback=True)) < descent(Transport(up="int4")) / 2
+    assert descent(Compression(up="int4", error_feedback=True)) < descent(Compression(up="int4")) / 2
 
 
 def test_error_feedback_makes_up_for_what_the_server_cuts():
-    cut = descent(Transport(down=["top-k", "int8"], top_k=0.1))
-    fed = descent(Transport(down=["top-k", "int8"], top_k=0.1, error_feedback=True))
-    assert descent(Transport()) < 1e-3
+    cut = descent(Compression(down=["top-k", "int8"], top_k=0.1))
+    fed = descent(Compression(down=["top-k", "int8"], top_k=0.1, error_feedback=True))
+    assert descent(Compression()) < 1e-3
     assert cut > 1 and fed < 1e-2, (fed, cut)
 
 
@@ -162,7 +162,7 @@ def test_error_feedback_makes_up_for_what_the_server_cuts():
 @pytest.mark.parametrize("down,coarse", [("bfloat16", False), ("int8", False), ("int4", True)])
 def test_what_is_served_is_what_clients_hold_whatever_they_missed(down, coarse):
     _, shared = rules()
-    t, initial = Transport(down=down, error_feedback=True), shared
+    t, initial = Compression(down=down, error_feedback=True), shared
     channel = Channel(shared, frozenset(), t)
     holds = dict.fromkeys(range(3), shared)
     for number in range(6):
@@ -190,7 +190,7 @@ def test_what_is_served_is_what_clients_hold_whatever_they_missed(down, coarse):
 def test_a_channel_set_up_anew_never_sends_a_difference_to_what_nobody_holds():
     """After a crash the server has its tree, and nobody is known: version and held must not match by chance."""
     _, shared = rules()
-    t, initial = Transport(down="int4"), shared
+    t, initial = Compression(down="int4"), shared
     for number in range(3):
         shared = t.said(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     channel = Channel(initial, frozenset(), t)
@@ -204,7 +204,7 @@ def test_bytes_of_a_run(reference):
     plain = reference("fedit").summary["bytes"]
     assert plain["up"] == {"adapter": 12 * LORA, "head": 12 * HEAD}
     few = ("training.local_steps=1", "evaluation={every = 4, measure = false}")
-    found = fedlora.run(config(*REFERENCE, *few, "transport.up=int8", "transport.down=bfloat16")).summary["bytes"]
+    found = fedlora.run(config(*REFERENCE, *few, "compression.up=int8", "compression.down=bfloat16")).summary["bytes"]
     scales = WEIGHTS * 4 * 4  # weights, ranks of A and B, bytes
     assert found["up"]["adapter"] == 12 * (LORA // 4 + scales)
     assert found["up"]["head"] == 12 * (HEAD // 4 + 10 * 4 + 4)
@@ -213,18 +213,18 @@ def test_bytes_of_a_run(reference):
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_the_plan_is_exact(name):
-    rough = [*COARSE, "transport.error_feedback=true"]
+    rough = [*COARSE, "compression.error_feedback=true"]
     if not getattr(METHODS.load(name), "keeps_frame", True):
-        rough = [COARSE[0], COARSE[2], "transport.down=int8"]
-    made = config(*settings(name), *rough, "transport.folds=bfloat16", "rounds=4",
+        rough = [COARSE[0], COARSE[2], "compression.down=int8"]
+    made = config(*settings(name), *rough, "compression.base_updates=bfloat16", "rounds=4",
                   "clients.per_round=2", "evaluation.every=4", "evaluation.measure=false", "training.local_steps=1")  # fmt: skip
-    plan = byte_plan(outline(made))
+    plan = byte_plan(build_meta_model(made))
     assert plan["exact"] and plan["run"] == fedlora.run(made).summary["bytes"]
 
 
 def test_folds_are_rounded_before_anybody_folds_them():
     own = ("method.name=fedex-lora", "rounds=3", "clients.per_round=2", "evaluation.every=3")
-    rounds = list(InProcess().run(config(*own, "transport.folds=bfloat16").federation()))
+    rounds = list(InProcess().run(config(*own, "compression.base_updates=bfloat16").federation()))
     entry = rounds[-1].folds.entries[-1]
     assert all(torch.equal(x, x.bfloat16().float()) for several in entry.values() for g in several for x in g)
     plain = fedlora.run(config(*own)).records
@@ -233,6 +233,6 @@ def test_folds_are_rounded_before_anybody_folds_them():
 
 def test_other_draws_in_every_round_and_for_every_client():
     rule, shared = rules()
-    t, sent = Transport(up="int8"), moved(shared)
+    t, sent = Compression(up="int8"), moved(shared)
     found = [t.sent(rule, shared, {}, Turn(0, k, 8, seed=k), sent, {"w": {}}).decoded["w"]["A"] for k in range(3)]
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])

@@ -17,7 +17,7 @@ from tests.fixtures.federation import DEMO, HEAD, LORA, REFERENCE, TABLE, WEIGHT
 def test_same_config_and_seed_same_bits_and_uploads_on_disk_change_none(name, reference):
     """A run that is repeated with its uploads on disk; that figures of uploads are the same, too, test_bits looks at."""
     first = reference(name)
-    disk = ("engine.spill=true", "evaluation.measure=false")
+    disk = ("engine.offload=true", "evaluation.measure=false")
     second = fedlora.run(config(*settings(name), *REFERENCE, *disk))
     assert same(first.shared, second.shared)
     assert first.kept.keys() == second.kept.keys()
@@ -73,7 +73,11 @@ def test_a_client_that_was_away_gets_only_what_it_lacks():
 
 def test_private_heads_reach_what_a_shared_one_cannot():
     """Every client calls the digits by names of its own; a B or a head that leaks from client to client shows."""
-    shift = ("clients.permute_labels=true", "clients.split={name = 'iid'}", "evaluation={every = 4, measure = false}")
+    shift = (
+        "clients.permute_labels=true",
+        "clients.partition={name = 'iid'}",
+        "evaluation={every = 4, measure = false}",
+    )
     full = ("task.train_rows=600", "rounds=4", "training={local_steps = 15, batch_size = 16, learning_rate = 1e-2}")
     personal, shared = (
         fedlora.run(config(f"method.name={name}", *shift, *full, table=DEMO)).summary["final"]["clients"]["mean"]
@@ -276,14 +280,14 @@ def test_clients_of_unequal_rank(name):
 
 def test_measures_need_the_uploads_in_memory():
     with pytest.raises(ConfigError, match="set evaluation.measure = false"):
-        config("engine.spill=true")
+        config("engine.offload=true")
 
 
 def test_a_run_says_likeness_phases_and_rows(reference):
     result = reference("ffa-lora")
     first = result.records[0]
     for figures in first["weights"].values():
-        assert figures["likeness A"] == pytest.approx(1) and -1 <= figures["likeness B"] < 0.99, "A is frozen"
+        assert figures["cosine A"] == pytest.approx(1) and -1 <= figures["cosine B"] < 0.99, "A is frozen"
     assert {"train", "combine", "measure", "evaluate"} < first["seconds"].keys()
     parts = sum(seconds for phase, seconds in first["seconds"].items() if phase != "total")
     assert first["seconds"]["combine"] > 0 and parts <= first["seconds"]["total"]

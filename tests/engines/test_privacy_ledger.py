@@ -12,7 +12,7 @@ pytest.importorskip("opacus", reason="needs the dp extra")
 from fedlora.security.privacy import accounting
 
 LONG = {"rounds": 12, "task": {"train_rows": 200, "test_rows": 40}}
-LONG |= {"clients": {"count": 20, "per_round": 6, "split": {"name": "dirichlet", "alpha": 1.0}}}
+LONG |= {"clients": {"count": 20, "per_round": 6, "partition": {"name": "dirichlet", "alpha": 1.0}}}
 ROWS = ("privacy.level=example", "privacy.noise_multiplier=1.0", "privacy.accountant=rdp", "training.batch_size=2")
 UNEQUAL = ("clients.stragglers=0.5", "training.local_steps=6", "clients.capability=bell", "clients.capability_scales=['steps']")  # fmt: skip
 

@@ -250,7 +250,7 @@ def trained(tmp_path):
             (data / f"{part}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
         table = {**TABLE, "rounds": 1, "model": {"name": str(base)}}
         table["task"] = {"name": "text-classification", "data": str(data), "label_names": list(labels)}
-        table["clients"] = {"count": 2, "split": {"name": "iid"}}
+        table["clients"] = {"count": 2, "partition": {"name": "iid"}}
         fedlora.run(config(*overrides, "evaluation={every = 9, measure = false}", table=table), tmp_path / name)
         return RunFolder.open(tmp_path / name)
 

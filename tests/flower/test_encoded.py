@@ -28,10 +28,10 @@ from tests.fixtures.flower import (
     trained,
 )  # fmt: skip
 
-FINE = ["transport.up=int8", "transport.down=bfloat16", "transport.error_feedback=true"]
-COARSE = ["transport.up=['top-k', 'int4']", "transport.down=['top-k', 'int8']", "transport.top_k=0.2",
-          "transport.error_feedback=true"]  # fmt: skip
-FOLDING = ["transport.up=float16", "transport.down=int8", "transport.folds=bfloat16"]
+FINE = ["compression.up=int8", "compression.down=bfloat16", "compression.error_feedback=true"]
+COARSE = ["compression.up=['top-k', 'int4']", "compression.down=['top-k', 'int8']", "compression.top_k=0.2",
+          "compression.error_feedback=true"]  # fmt: skip
+FOLDING = ["compression.up=float16", "compression.down=int8", "compression.base_updates=bfloat16"]
 SHORT = ["rounds=3", "training.local_steps=1", "evaluation.measure=false"]
 RUNS = [
     ("fedit", FINE), ("fedit", COARSE), ("fedsa-lora", COARSE), ("rolora", COARSE), ("fedex-lora", FOLDING),
@@ -83,13 +83,13 @@ def test_an_upload_with_a_false_code_is_left_out(tmp_path):
             message.content["leaves"] = pack(tree)
         return message
 
-    world = World(tmp_path, "rounds=1", "transport.up=int8", post=post)
+    world = World(tmp_path, "rounds=1", "compression.up=int8", post=post)
     (done,) = world.run()
     assert done.record["cohort"] == [0, 2] and "codes" in done.record["quarantined"][1]
 
 
 def test_an_upload_beyond_the_limit_is_left_out(tmp_path):
-    world = World(tmp_path, "rounds=1", "transport.max_upload_mb=0.001")
+    world = World(tmp_path, "rounds=1", "compression.max_upload_mb=0.001")
     world.server._wait = lambda *found: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         world.run()
@@ -121,7 +121,7 @@ def test_a_server_that_dies_goes_on_with_the_same_bits(how, tmp_path):
 
 
 def test_what_is_served_may_be_encoded_where_uploads_are_hidden(tmp_path):
-    settings = ["rounds=2", "training.local_steps=1", "transport.down=int8"]
+    settings = ["rounds=2", "training.local_steps=1", "compression.down=int8"]
     rounds = World(tmp_path, *settings, network=HIDDEN).run()
     assert rounds[-1].record["cohort"] == [0, 1, 2] and "absent" not in rounds[-1].record
     plain = fedlora.run(config(*settings))

@@ -198,7 +198,12 @@ def test_a_bad_upload_is_left_out_by_name_and_the_others_are_weighted_anew(tmp_p
             return FAULTS[faults[number]][0](message)
         return message
 
-    settings = ["evaluation.measure=false", "training.local_steps=1", f"rounds={len(FAULTS) + 2}", "hygiene.strikes=0"]
+    settings = [
+        "evaluation.measure=false",
+        "training.local_steps=1",
+        f"rounds={len(FAULTS) + 2}",
+        "validation.strikes=0",
+    ]
     world = World(tmp_path, *settings, network=IMPATIENT, post=post)
     seen = []
     world.server.observe = lambda rules, shared, uploads: seen.append((shared, list(uploads))) or {}

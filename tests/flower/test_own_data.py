@@ -52,7 +52,7 @@ def test_own_files_give_the_bits_of_one_data_set_that_is_split(tmp_path, monkeyp
         own_files(tmp_path / f"hospital-{k}", shard, train, test, names[k])
         for k, shard in enumerate(config.federation().shards)
     ]
-    table = {**SPLIT, "clients": {"count": 3, "split": {"name": "own"}}}
+    table = {**SPLIT, "clients": {"count": 3, "partition": {"name": "own"}}}
     table["task"] = {"name": "image-classification", "data": "each party's own", "label_names": NAMES}
     nodes = {
         10 + k: {
@@ -83,7 +83,7 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
     (tmp_path / "a").mkdir()
     rows.to_parquet(tmp_path / "a" / "train.parquet")
     rows.to_parquet(tmp_path / "a" / "test.parquet")
-    table = {**SPLIT, "clients": {"count": 2, "split": {"name": "own"}}, "rounds": 1}
+    table = {**SPLIT, "clients": {"count": 2, "partition": {"name": "own"}}, "rounds": 1}
     node = {"client": 0, "state": str(tmp_path / "s"), "task.data": str(tmp_path / "a"), "task.label": "lable"}
 
     def turns(kind, content, context):
@@ -155,7 +155,7 @@ def scans(folder, kind, order=LABELS):
 def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1, **flower):
     """The configuration of parties with such files, and their grid."""
     places = [scans(tmp_path / f"party-{k}", *kind) for k, kind in enumerate(kinds)]
-    table = {**TABLE, "rounds": rounds, "clients": {"count": len(kinds), "split": {"name": "own"}}}
+    table = {**TABLE, "rounds": rounds, "clients": {"count": len(kinds), "partition": {"name": "own"}}}
     table["task"] = {"name": "image-classification", "data": "own", "label_names": label_names}
     table["training"] = {"local_steps": 1, "batch_size": 4}
     table["flower"] = {"poll": 0.001, "join_timeout": 0.5, "retry": 0.05, "min_clients": 1} | flower

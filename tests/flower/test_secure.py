@@ -91,7 +91,7 @@ def test_a_client_that_drops_out_at_any_step_is_named_and_the_others_are_average
         return None if gone and message.content["said"]["phase"] == phase else message
 
     network = replace(HIDDEN, round_timeout=0.05, secure_threshold=3)
-    settings = ["rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT]
+    settings = ["rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT]
     masked = World(tmp_path / "mask", *settings, network=network, post=post)
     plain = World(tmp_path / "plain", *settings, network=replace(QUICK, join_timeout=0.02))
     if phase != "unmask":
@@ -197,7 +197,7 @@ def test_a_party_that_hides_its_uploads_sends_none_in_the_clear(tmp_path):
 
 @pytest.mark.parametrize("terms", [{"secure_threshold": 3}, {"secure_range": 8.0}])
 def test_a_party_holds_the_server_to_its_own_terms(terms, tmp_path):
-    world = World(tmp_path, "rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT, network=HIDDEN)
+    world = World(tmp_path, "rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT, network=HIDDEN)
     world.server.network = replace(HIDDEN, **terms)
     world.server.at = world.server.begin(world.federation)
     world.server._begin_turns(world.server.at)
@@ -207,7 +207,7 @@ def test_a_party_holds_the_server_to_its_own_terms(terms, tmp_path):
 
 def test_fewer_than_the_threshold_are_waited_for(tmp_path):
     network = replace(HIDDEN, secure_threshold=4, join_timeout=0.02)
-    world = World(tmp_path, "rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT, network=network)
+    world = World(tmp_path, "rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT, network=network)
     world.grid.leave(10)
     world.grid.leave(11)
 
@@ -224,7 +224,7 @@ def test_fewer_than_the_threshold_are_waited_for(tmp_path):
 
 def test_a_second_sum_of_a_round_over_other_clients_is_refused_by_the_parties(tmp_path):
     """Two sums that differ by one client would show what it sent; the same sum again is harmless."""
-    settings = ("rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT, "evaluation.every=1")
+    settings = ("rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT, "evaluation.every=1")
     world = World(tmp_path, *settings, network=replace(HIDDEN, secure_threshold=3))
     f, server = world.federation, world.server
     server.at = server.begin(f)
@@ -271,7 +271,7 @@ def test_a_round_that_cannot_be_summed_ends_instead_of_beginning_anew_for_ever(p
 def test_the_next_session_of_a_round_is_without_the_clients_that_failed(phase, tmp_path):
     """Two of five are silent, and four are needed to the end: the other three can have a session of their own."""
     network = replace(HIDDEN, round_timeout=0.05, repair_timeout=30.0)
-    settings = ("rounds=1", "clients.count=5", "clients.split={name='iid'}", *SHORT)
+    settings = ("rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT)
     [done] = World(tmp_path / "a", *settings, network=network, post=silent(phase, 1, 4)).run()
     assert done.record["cohort"] == [0, 2, 3]
     world = World(tmp_path / "b", *settings)

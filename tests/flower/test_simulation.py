@@ -27,12 +27,12 @@ from tests.fixtures.flower import agree, config, overrides, records_agree, same,
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("flower"), pytest.mark.filterwarnings("ignore")]
 
 NETWORK = Network(join_timeout=600.0, poll=0.03, retry=0.3)  # Ray's actors take some time to start
-FOUR = ("clients={count=4, split={name='dirichlet', alpha=0.5}}", "engine.threads=1", "training.local_steps=2",
+FOUR = ("clients={count=4, partition={name='dirichlet', alpha=0.5}}", "engine.threads=1", "training.local_steps=2",
         "evaluation={every=3, measure=false}")  # fmt: skip
 HARDENED = {
-    "hygiene": ("method.name=fedsa-lora", "attack={name='nan', clients=[1], start=2}", "hygiene.strikes=1"),
+    "validation": ("method.name=fedsa-lora", "attack={name='nan', clients=[1], start=2}", "validation.strikes=1"),
     "robust": ("attack={name='sign-flip', clients=[2], scale=3.0}", "robust={name='krum'}"),
-    "codec": ("transport={up=['top-k', 'int8'], top_k=0.3, down='int4', error_feedback=true}",),
+    "codec": ("compression={up=['top-k', 'int8'], top_k=0.3, down='int4', error_feedback=true}",),
     "privacy": ("privacy={level='client', noise_multiplier=0.5, clip=0.1}", "method.weighting=uniform"),
 }  # fmt: skip
 OPACUS = importlib.util.find_spec("opacus") is not None  # of the dp extra
@@ -57,7 +57,7 @@ def several(tables, folder):
 
 @pytest.mark.slow
 def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tmp_path):
-    """Two rounds of each method; hygiene, a robust rule, a codec with error feedback and client-level privacy in three."""
+    """Two rounds of each method; validation, a robust rule, a codec with error feedback and client-level privacy in three."""
     hardened = {name: told for name, told in HARDENED.items() if OPACUS or name != "privacy"}
     configs = {name: config(*overrides(name), *FOUR, "rounds=2") for name in METHODS.names()}
     configs |= {name: config(*told, *FOUR, "rounds=3") for name, told in hardened.items()}
@@ -80,7 +80,9 @@ def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tm
         for client, kept in here.kept.items():
             theirs = ClientStore(tmp_path / name).load(client).resolve_pending(counted.get(client, -1)).kept
             assert same(trained(theirs), trained(kept)), (name, client)
-    assert ends["hygiene"][0][1].record["quarantined"].keys() == {1} and 1 in ends["hygiene"][0][2].record["absent"]
+    assert (
+        ends["validation"][0][1].record["quarantined"].keys() == {1} and 1 in ends["validation"][0][2].record["absent"]
+    )
     assert len(ends["robust"][0][-1].record["robust"]["kept"]) == 1, "the rule chose"
     assert not OPACUS or ends["privacy"][0][-1].record["privacy"]["epsilon"] > 0
 

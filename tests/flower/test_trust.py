@@ -14,7 +14,7 @@ MINE = "evaluation={every=9, measure=false}"
 CASES = {
     "stopped at the door, then left out": (
         "attack={name='nan', clients=[1], start=2}",
-        "hygiene.strikes=1",
+        "validation.strikes=1",
         "rounds=3",
     ),
     "too large beside the others": ("attack={name='scaling', clients=[1], scale=100.0}", "method.name=fedsa-lora"),
@@ -43,7 +43,7 @@ def test_engines_agree_on_hostile_clients(case, tmp_path):
 
 
 def test_a_client_that_is_left_out_stays_out_when_the_server_goes_on(tmp_path):
-    settings = ("attack={name='nan', clients=[1]}", "hygiene.strikes=1", MINE, "rounds=3")
+    settings = ("attack={name='nan', clients=[1]}", "validation.strikes=1", MINE, "rounds=3")
     world = World(tmp_path / "nodes", *settings)
     checkpoints = Checkpoints(tmp_path / "run", "config", "accuracy")
     checkpoints.begin(world.federation)

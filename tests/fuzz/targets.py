@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from fedlora.adapters import Dense
 from fedlora.engines.checkpoint import FORM, Checkpoints
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.files import encode_state, encode_tree, load_tree, read_header, upload_limits, write_verified
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
@@ -63,7 +63,7 @@ def tree_file(place: Path) -> Target:
     return Target(contents(), look)
 
 
-def upload(transport: Transport) -> Target:
+def upload(compression: Compression) -> Target:
     """An upload on its way to the aggregate: what is taken has the leaves' shapes and plain numbers."""
     from flwr.app import Array, ArrayRecord
 
@@ -77,14 +77,14 @@ def upload(transport: Transport) -> Target:
 
     def one(seed: int) -> bytes:
         sent = {part: {leaf: x + 0.1 for leaf, x in layer.items()} for part, layer in shared.items()}
-        found = transport.sent(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
+        found = compression.sent(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
         return encode_tree(found.crosses)
 
     def look(data: bytes) -> None:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
         try:
             screen = UploadScreen(Validation(), rules, shared, {})
-            sent = transport.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
+            sent = compression.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
             found = screen.check(Received(turn, 10, sent))
             if found is None:
                 raise ValueError(screen.rejected[0].reason)
@@ -207,7 +207,7 @@ train_rows = 90
 [clients]
 count = 5
 per_round = 2
-split = { name = "dirichlet", alpha = 0.5 }
+partition = { name = "dirichlet", alpha = 0.5 }
 [method]
 name = "svd"
 sweeps = 2
@@ -217,7 +217,7 @@ rank = 4
 [training]
 local_steps = 2
 learning_rate = 5e-3
-[transport]
+[compression]
 up = ["top-k", "int8"]
 down = "bfloat16"
 top_k = 0.1
@@ -265,10 +265,10 @@ def targets(place: Path | None = None) -> dict[str, Callable[[], Target]]:
     except ImportError:
         return found
     return found | {
-        "upload": lambda: upload(Transport()),
-        "upload in int8": lambda: upload(Transport(up="int8")),
-        "upload in top-k and int4": lambda: upload(Transport(up="int4", top_k=0.3)),
-        "upload in few places": lambda: upload(Transport(top_k=0.02)),
+        "upload": lambda: upload(Compression()),
+        "upload in int8": lambda: upload(Compression(up="int8")),
+        "upload in top-k and int4": lambda: upload(Compression(up="int4", top_k=0.3)),
+        "upload in few places": lambda: upload(Compression(top_k=0.02)),
         "folds": fold_message,
         "party state": lambda: party_state(place),
     }

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.files import RefusedHeaderError, read_header
 from fedlora.runs.config import build
 from tests.fuzz.playing import MEMORY, Found, Target, memory, one, play
@@ -101,7 +101,7 @@ def uploads(**setting) -> Target:
     pytest.importorskip("flwr", reason="needs the flower extra")
     from tests.fuzz.targets import upload
 
-    return upload(Transport(**setting))
+    return upload(Compression(**setting))
 
 
 @pytest.mark.parametrize("setting", [{}, {"up": "int8"}, {"up": "int4", "top_k": 0.3}, {"top_k": 0.02}], ids=str)
@@ -126,7 +126,7 @@ TABLES = {
     "model": ["name", "targets", "head", "quantize"], "task": ["name", "data", "train_rows"],
     "method": ["name", "sweeps", "residual_rank"], "adapter": ["name", "rank", "alpha"],
     "training": ["local_steps", "learning_rate", "batch_size"], "server": ["optimizer", "beta1"],
-    "transport": ["up", "down", "folds", "top_k", "error_feedback", "max_upload_mb", "odd"],
+    "compression": ["up", "down", "folds", "top_k", "error_feedback", "max_upload_mb", "odd"],
     "flower": ["min_clients", "secure_range"], "evaluation": ["every"], "odd": ["x"],
 }  # fmt: skip
 SECTIONS = st.sampled_from(sorted(TABLES)).flatmap(

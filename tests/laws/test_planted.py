@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from fedlora.adapters import Heads, LoRA
+from fedlora.adapters import LoRA, MultiHead
 from fedlora.linalg.factors import total, truncate
 from fedlora.methods._base import Method, mean
 from fedlora.methods.fedex_lora import FedExLoRA
@@ -93,7 +93,7 @@ PLANTED = [
 
 
 def broken_laws(kind: type[Method]) -> list[str]:
-    adapter = Heads(2, 2) if Heads in kind.adapters else LoRA(2, 3.0)
+    adapter = MultiHead(2, 2) if MultiHead in kind.adapters else LoRA(2, 3.0)
     broken = []
     for law in LAWS:
         try:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.adapters import Heads, LoRA
+from fedlora.adapters import LoRA, MultiHead
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import Received, server_turn
 from fedlora.types import Turn, Work
 
-ADAPTER = Heads(4, 3)
+ADAPTER = MultiHead(4, 3)
 M, N = 14, 17
 
 
@@ -88,18 +88,18 @@ def test_bases():
     assert torch.equal(made["constant"]["A"][:3], made["constant"]["A"][3:6])
     assert torch.linalg.matrix_rank(made["shared_subspace"]["A"]) == 3
     assert torch.linalg.matrix_rank(made["normal"]["A"]) == 12
-    wide = Heads(4, 16, basis="normal").init(512, 256, 0)
+    wide = MultiHead(4, 16, basis="normal").init(512, 256, 0)
     assert float(wide["A"].var() * 256) == pytest.approx(1, rel=0.05), "variance 1/n; N(0, 1) is far too large"
     assert float(wide["B"].var() * 512) == pytest.approx(1, rel=0.05)
 
 
 def test_gram_schmidt_needs_room():
     with pytest.raises(ValueError, match=r"heads \* head_rank <= min\(m, n\), but 4 \* 5 = 20 is more than 14.*lower"):
-        Heads(4, 5).init(14, 17, 0)
+        MultiHead(4, 5).init(14, 17, 0)
 
 
 def test_the_budget_matches_a_lora():
-    adapter = Heads.like(LoRA(8))
+    adapter = MultiHead.like(LoRA(8))
     m, n = 384, 1536
     r = adapter.size(m, n)
     assert adapter.heads * r * r <= (m + n) * 8 < adapter.heads * (r + 1) ** 2

@@ -77,7 +77,7 @@ def test_facts_are_those_of_the_docstrings():
 def test_a_run_cites_all_that_it_used(tmp_path):
     config = small(
         "fedex-lora", "adapter={name='lora',use_rslora=true}", "robust={name='krum'}", "attack={name='sign-flip'}",
-        "transport={up=['top-k','int8'],top_k=0.1}",
+        "compression={up=['top-k','int8'],top_k=0.1}",
     )  # fmt: skip
     write(tmp_path / "config.toml", dumps(config.table).encode())
     keys = [entry.key for entry in cited(str(tmp_path))]

@@ -8,7 +8,7 @@ import pytest
 from fedlora.reporting import words
 from fedlora.reporting.figures import thin
 from fedlora.reporting.load import runs
-from fedlora.reporting.tables import by_round as byround
+from fedlora.reporting.tables import by_round as by_round
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
 from fedlora.reporting.tables.comparison import conclude, holm, paired
@@ -16,7 +16,7 @@ from tests.fixtures.run_folders import HOSTILE, METHODS, value, write_comparison
 
 
 def test_curves_are_means_over_seeds_with_a_deviation(tmp_path):
-    table = byround.curves(runs([write_comparison(tmp_path / "c")]))
+    table = by_round.curves(runs([write_comparison(tmp_path / "c")]))
     rows = [r for r in table.rows if r["label"] == "svd" and r["model"] == "global" and r["round"] == 2]
     (row,) = rows
     values = [value(1, seed, 2) for seed in (0, 1, 2)]
@@ -33,15 +33,15 @@ def test_bytes_time_and_errors_add_up(tmp_path):
     }  # fmt: skip
     seconds = {r["phase"]: r["seconds"] for r in totals.phases(found).rows}
     assert seconds == {"train": 4.0, "combine": 1.0, "measure": 1.0, "evaluate": 1.0, "rest": 1.0}
-    served = [r["error"] for r in byround.errors(found).rows if r["measure"] == byround.MEASURES["served"]]
+    served = [r["error"] for r in by_round.errors(found).rows if r["measure"] == by_round.MEASURES["served"]]
     assert served == pytest.approx([0.15, 0.075, 0.05, 0.0375])
-    layers = {(r["part"], r["round"]): r["error"] for r in byround.layers(found).rows}
+    layers = {(r["part"], r["round"]): r["error"] for r in by_round.layers(found).rows}
     assert layers["vit.layers.1.q", 2] == pytest.approx(0.1) and len(layers) == 8
-    assert {r["factor"]: r["cosine"] for r in byround.likeness(found).rows} == pytest.approx({"A": 0.9, "B": 0.3})
+    assert {r["factor"]: r["cosine"] for r in by_round.likeness(found).rows} == pytest.approx({"A": 0.9, "B": 0.3})
 
 
 def test_a_map_of_many_rounds_has_few_columns_that_are_means(tmp_path):
-    table = byround.layers(runs([write_run(tmp_path / "r", rounds=90, parts=1)]))
+    table = by_round.layers(runs([write_run(tmp_path / "r", rounds=90, parts=1)]))
     assert len(table.rows) == 30 and [table.rows[0]["round"], table.rows[0]["until"]] == [1, 3]
     assert table.rows[0]["error"] == pytest.approx(mean([0.1, 0.1 / 2, 0.1 / 3]))
     assert table.rows[-1]["until"] == 90
@@ -95,8 +95,8 @@ def test_faults_are_counted_and_named(tmp_path):
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
     more = {"global": {"accuracy": float("nan")}, "privacy": {"epsilon": float("inf"), "delta": 1e-5}}
     found = runs([write_run(tmp_path / "r", more=more)])
-    assert not [r for r in byround.curves(found).rows if r["model"] == "global"]
-    assert byround.epsilon(found).rows == []
+    assert not [r for r in by_round.curves(found).rows if r["model"] == "global"]
+    assert by_round.epsilon(found).rows == []
 
 
 def test_seeds_share_a_label_and_nothing_else_does(tmp_path):

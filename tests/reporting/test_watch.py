@@ -15,7 +15,7 @@ from fedlora.engines.loop import Event
 from fedlora.reporting import watch as watching
 from fedlora.runs import progress_writer as pulse
 from fedlora.runs.callbacks import Start
-from fedlora.runs.progress_file import Following, Standing, lives, me, replace
+from fedlora.runs.progress_file import ProgressReader, RunStatus, lives, me, replace
 from tests.fixtures.resume import small
 from tests.fixtures.terminal import on_pty
 
@@ -54,7 +54,7 @@ def text_of(at, width=100, height=30, name="runs/a"):
 
 
 def test_what_is_shown():
-    at = Standing("running", PROGRESS, [record(1, quarantined={"2": "nan"}), record(2)])
+    at = RunStatus("running", PROGRESS, [record(1, quarantined={"2": "nan"}), record(2)])
     text = text_of(at, 150)
     assert (
         "runs/a, FedIT" in text
@@ -96,7 +96,7 @@ def test_what_is_shown():
 
 @pytest.mark.parametrize("width", [20, 32, 48, 80])
 def test_a_narrow_terminal_shows_what_fits_and_cuts_no_figure(width):
-    text = text_of(Standing("running", PROGRESS, [record(1), record(2)]), width)
+    text = text_of(RunStatus("running", PROGRESS, [record(1), record(2)]), width)
     assert max(map(len, text.splitlines())) <= width
     row = next(line for line in text.splitlines() if re.match(r" *2 +\d", line))
     assert all(re.fullmatch(r"[\d.e+-]+|–", cell) for cell in row.split())
@@ -106,20 +106,20 @@ def test_a_narrow_terminal_shows_what_fits_and_cuts_no_figure(width):
 
 
 def test_many_rounds_leave_the_head_on_the_screen():
-    at = Standing("running", {**PROGRESS, "rounds": 300}, [record(n) for n in range(1, 201)])
+    at = RunStatus("running", {**PROGRESS, "rounds": 300}, [record(n) for n in range(1, 201)])
     assert len(text_of(at, 80, 24).splitlines()) <= 24
     assert re.search(r"^ *200 ", text_of(at, 80, 24), re.M)
 
 
 def test_hostile_names_are_text():
     said = {**PROGRESS, "title": "[red]x[/red]\x1b[2J", "said": ["client 1: \x1b]0;owned\x07[link=http://x]y[/link]"]}
-    text = text_of(Standing("running", said, [record(1)]), 120, name="runs/\x1b[31m[b]a")
+    text = text_of(RunStatus("running", said, [record(1)]), 120, name="runs/\x1b[31m[b]a")
     assert "\x1b" not in text and "\x07" not in text
     assert "[red]x[/red]" in text and "[link=http://x]y[/link]" in text and "[b]a" in text
 
 
 def test_states(tmp_path):
-    following = Following(tmp_path / "run")
+    following = ProgressReader(tmp_path / "run")
     assert following.look().state == "waiting"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
@@ -140,7 +140,7 @@ def test_states(tmp_path):
 
 
 def test_metrics_are_read_once_and_anew_where_a_run_goes_on(tmp_path):
-    path, following = tmp_path / "metrics.jsonl", Following(tmp_path)
+    path, following = tmp_path / "metrics.jsonl", ProgressReader(tmp_path)
     path.write_text(json.dumps(record(1)) + "\n" + '{"round": 2, "cut')
     assert [r["round"] for r in following.look().records] == [1]
     with open(path, "a") as file:
@@ -153,17 +153,17 @@ def test_metrics_are_read_once_and_anew_where_a_run_goes_on(tmp_path):
 
 
 def test_time_left():
-    at = Standing("running", PROGRESS, [record(1, seconds={"total": 4.0}), record(2, seconds={"total": 8.0})])
+    at = RunStatus("running", PROGRESS, [record(1, seconds={"total": 4.0}), record(2, seconds={"total": 8.0})])
     assert watching.remaining(at, NOW) == 12 and watching.remaining(at, NOW + 5) == 7
     assert watching.remaining(at, NOW + 50) == 0
-    assert watching.remaining(Standing("running", PROGRESS, []), NOW) is None
+    assert watching.remaining(RunStatus("running", PROGRESS, []), NOW) is None
     assert [watching.span(s) for s in (8, 100, 7000)] == ["8 s", "2 min", "1:57 h"]
 
 
 def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(pulse, "replace", lambda path, value: written.append(value))
-    one = pulse.Pulse(tmp_path, every=3600.0)
+    one = pulse.ProgressWriter(tmp_path, every=3600.0)
     one._now, one._written = {"form": 1}, time.monotonic()
     for client in range(1000):
         one.on_event(Event("step", 0, client))
@@ -177,13 +177,13 @@ def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
 
 def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
     """Client 2 dies in round 3, client 0 is quarantined there; in round 4 client 0 is back."""
-    one = pulse.Pulse(tmp_path, every=0.0)
+    one = pulse.ProgressWriter(tmp_path, every=0.0)
     one._now = deepcopy({**PROGRESS, "rounds": 5})
     records = [record(n, clients={"mean": 0.5, "each": [0.5, 0.5, 0.5]}) for n in (1, 2)]
 
     def shown():
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-        return " ".join(text_of(Following(tmp_path).look(), 150).split())
+        return " ".join(text_of(ProgressReader(tmp_path).look(), 150).split())
 
     one.on_event(Event("step", 2, 0))
     assert "left out" not in shown().partition("seconds")[0] and "mean over" not in shown()
@@ -211,11 +211,11 @@ def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
 
 
 def test_many_that_are_left_out_are_counted(tmp_path):
-    one = pulse.Pulse(tmp_path, every=0.0)
+    one = pulse.ProgressWriter(tmp_path, every=0.0)
     one._now = deepcopy(PROGRESS)
     for client in range(500):
         one.on_event(Event("absent", 0, client))
-    text = " ".join(text_of(Following(tmp_path).look(), 150).split())
+    text = " ".join(text_of(ProgressReader(tmp_path).look(), 150).split())
     assert "client 7 since round 1, away: dropped out (clients.dropout); and 492 more clients" in text
     assert len((tmp_path / "progress.json").read_text()) < 2000
 
@@ -223,8 +223,8 @@ def test_many_that_are_left_out_are_counted(tmp_path):
 def test_a_run_that_goes_on_knows_who_was_left_out_before(tmp_path):
     made = small("fedit")
     before = [record(1, absent={"1": "late"}), record(2, absent={"1": "late"})]
-    pulse.Pulse(tmp_path).on_start(Start(made, tmp_path, before, print))
-    assert Following(tmp_path).look().progress["missing"] == {
+    pulse.ProgressWriter(tmp_path).on_start(Start(made, tmp_path, before, print))
+    assert ProgressReader(tmp_path).look().progress["missing"] == {
         "count": 1,
         "first": ["client 1 since round 1, away: late"],
     }

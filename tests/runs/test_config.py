@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fedlora
-from fedlora.adapters import Dense, Heads, LoRA
+from fedlora.adapters import Dense, LoRA, MultiHead
 from fedlora.engines.clients import Clients
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
@@ -38,7 +38,7 @@ def test_the_resolved_table_builds_the_same_config():
     again = build(tomllib.loads(dumps(config.table)))
     assert again.table == config.table
     assert config.table["training"]["local_steps"] == 10
-    assert config.table["clients"]["split"] == {"name": "dirichlet", "alpha": 0.3, "min_rows": 2}
+    assert config.table["clients"]["partition"] == {"name": "dirichlet", "alpha": 0.3, "min_rows": 2}
     assert config.table["adapter"]["name"] == "heads", "a method brings the adapter it is defined for"
 
 
@@ -52,15 +52,15 @@ def test_overrides():
 
 
 def test_another_name_starts_its_table_anew():
-    table = {"split": {"name": "dirichlet", "alpha": 0.3}}
-    assert merged(table, {"split": {"name": "iid"}}) == {"split": {"name": "iid"}}
-    assert merged(table, {"split": {"alpha": 1.0}}) == {"split": {"name": "dirichlet", "alpha": 1.0}}
+    table = {"partition": {"name": "dirichlet", "alpha": 0.3}}
+    assert merged(table, {"partition": {"name": "iid"}}) == {"partition": {"name": "iid"}}
+    assert merged(table, {"partition": {"alpha": 1.0}}) == {"partition": {"name": "dirichlet", "alpha": 1.0}}
 
 
 def test_another_model_or_engine_keeps_the_rest_of_its_table():
     """Their names are values like any other: no key depends on them."""
     own = {"name": "a", "targets": ["q"], "head": [], "start": "s", "overlay": True}
-    engine = {"name": "inprocess", "threads": 1, "device": "cpu", "spill": True}
+    engine = {"name": "inprocess", "threads": 1, "device": "cpu", "offload": True}
     table = {"model": own, "engine": engine, "method": {"name": "fedit", "weighting": "uniform"}}
     found = overridden(table, ["model.name=b", "engine.name=flower-simulation", "method.name=fedsa-lora"])
     assert found == {
@@ -137,8 +137,8 @@ MISTAKES = {
         with_(method__name="ravan", adapter__name="lora"), r"'ravan' is not defined for adapter.name = 'lora'.*'heads'",
     ),
     "unknown split": (with_(clients__split='{name = "dirichle"}'), r"no split 'dirichle'; did you mean 'dirichlet'"),
-    "wrong split key": (with_(clients__split='{name = "iid", alpha = 1}'), r"no setting 'clients.split.alpha'; clients.split has none beside its name"),
-    "missing split key": (with_(clients__split='{name = "column"}'), r"clients.split.column is missing"),
+    "wrong split key": (with_(clients__split='{name = "iid", alpha = 1}'), r"no setting 'clients.partition.alpha'; clients.partition has none beside its name"),
+    "missing split key": (with_(clients__split='{name = "column"}'), r"clients.partition.column is missing"),
     "alpha": (with_(clients__split='{name = "dirichlet", alpha = 0}'), r"alpha is 0.0; a Dirichlet split needs a positive"),
     "unequal ranks": (with_(clients__ranks="[2, 4]"), r"ranks \[2, 4\], but 'fedit' needs one rank.*'local' or 'ravan'"),
     "another rank": (with_(clients__ranks=4), r"clients.ranks is 4, but adapter.rank is 8"),
@@ -164,7 +164,7 @@ def test_mistakes_are_said_in_one_sentence(table, sentence):
 LATER = {
     "client without data": (with_(clients__count=2000), r"clients.count is 2000, but there are only 1347 training rows"),
     "gram-schmidt": (
-        with_(method__name="ravan", adapter='{name = "heads", heads = 8, head_rank = 20}'), r"8 \* 20 = 160 is more than 96",
+        with_(method__name="ravan", adapter='{name = "multihead", heads = 8, head_rank = 20}'), r"8 \* 20 = 160 is more than 96",
     ),
     "missing model": (with_(model__name='"./nowhere"'), r"no model folder './nowhere'"),
     "missing data": (with_(task__data='"./nothing.csv"'), r"no data at './nothing.csv'"),
@@ -235,13 +235,13 @@ def test_a_method_of_ones_own_is_named_by_its_module():
         ({"seed": None}, "seed is None; it should be a valid integer"),
         ({"model": "demo-vit"}, "model is 'demo-vit'; it should be an object of its settings"),
         ({"method": FedIT}, "method is <class .*FedIT.*; it should be an object"),
-        ({"method": FedIT(Heads(2, 4))}, "'fedit' is not defined for adapter.name = 'heads'; set it to 'lora'"),
+        ({"method": FedIT(MultiHead(2, 4))}, "'fedit' is not defined for adapter.name = 'heads'; set it to 'lora'"),
         ({"method": FedIT(Dense())}, "'fedit' is not defined for adapter.name = 'fedlora.adapters._dense:Dense'; set it to 'lora' or 'vera'"),
         ({"method": type("Local", (FedIT,), {})(LoRA(2))}, "cannot be imported by name"),
         ({"training": Training(local_steps=2.5)}, "training.local_steps is 2.5; it should be a valid integer"),
         ({"task": ImageClassification(data=Path("digits"))}, "task.data is PosixPath.'digits'.; it should be a valid str"),
         ({"clients": Clients(count=3, ranks=[1, 2, 2])}, "clients.ranks gives the clients ranks"),
-        ({"engine": Engine(spill=True)}, "engine.spill keeps uploads on disk"),
+        ({"engine": Engine(spill=True)}, "engine.offload keeps uploads on disk"),
     ],
 )  # fmt: skip
 def test_mistakes_of_python_are_said_before_anything_is_trained(others, sentence):

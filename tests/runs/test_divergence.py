@@ -22,7 +22,7 @@ TABLE = {
 
 @pytest.mark.parametrize("method", ["fedit", "svd", "flora-na", "ravan"])
 def test_one_step_is_enough(method):
-    table = {**TABLE, "adapter": {"name": "heads", "head_rank": 4}} if method == "ravan" else TABLE
+    table = {**TABLE, "adapter": {"name": "multihead", "head_rank": 4}} if method == "ravan" else TABLE
     with pytest.raises(FloatingPointError, match="every upload of round 1 was quarantined.*; lower training.learning"):
         fedlora.run(build(for_label(table, method)))
 

@@ -159,8 +159,8 @@ def test_mistakes(runs, tmp_path):
             personal(RunFolder.open(copy))
     (copy / "summary.json").write_text(json.dumps(summary))
     text = (copy / "config.toml").read_text()
-    with pytest.raises(ConfigError, match="clients.split is 'own', so the rows lie on the parties' machines"):
-        (copy / "config.toml").write_text(dumps(config("clients.split={name = 'own'}").table))
+    with pytest.raises(ConfigError, match="clients.partition is 'own', so the rows lie on the parties' machines"):
+        (copy / "config.toml").write_text(dumps(config("clients.partition={name = 'own'}").table))
         personal(RunFolder.open(copy))
     (copy / "config.toml").write_text(text.replace('data = "digits"', 'data = "./gone.csv"'))
     with pytest.raises(ValueError, match="there is no data at './gone.csv'"):

@@ -16,7 +16,7 @@ from fedlora.reporting.tables import plan as plans
 from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
-from fedlora.runs.plan.plan import byte_plan, outline, planned, problems
+from fedlora.runs.plan.plan import build_meta_model, byte_plan, planned, problems
 from fedlora.runs.run import run
 from tests.fixtures.federation import TINY_VIT
 
@@ -41,7 +41,7 @@ def agree(table, label=None):
     """The plan's bytes and the run's; returns both plan and run."""
     table = wide(table, label)
     config = build(for_label(table, label) if label else table)
-    found, result = byte_plan(outline(config)), run(config)
+    found, result = byte_plan(build_meta_model(config)), run(config)
     assert found["exact"]
     assert found["run"] == result.summary["bytes"]
     return found, result
@@ -191,11 +191,11 @@ def test_a_pooler_that_the_checkpoint_lacks_is_trained(shared, tmp_path):
         "clients": {"count": 2},
         "rounds": 1,
     }  # fmt: skip
-    before = outline(build(table)).federation.heads
+    before = build_meta_model(build(table)).federation.heads
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "pooler" not in k}
     (folder / "model.safetensors").unlink()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    after = outline(build(table)).federation.heads
+    after = build_meta_model(build(table)).federation.heads
     assert before == {"classifier"} and after == {"classifier", "bert.pooler.dense"}
     assert after == build(table).federation().heads
 
@@ -216,7 +216,7 @@ def test_a_head_that_the_checkpoint_brings_is_not_trained(shared, tmp_path):
         table = {**TABLE, "model": {"name": str(model)}, "task": task, "clients": {"count": 2}, "rounds": 2}
         for label in ("fedit", "flora"):
             agree(table, label)
-        assert outline(build(table)).federation.heads == build(table).federation().heads == frozenset()
+        assert build_meta_model(build(table)).federation.heads == build(table).federation().heads == frozenset()
     asked = {**task, "metric": "exact_match", "max_new_tokens": 4}
     said = " ".join(planned({**table, "task": asked, "model": {**table["model"], "quantize": "4bit"}})[0]["estimates"])
     assert "Answers are generated" in said and "model.quantize" in said
@@ -229,7 +229,7 @@ def test_all_that_is_wrong_is_said_at_once():
     for words in ("rounds is 0", "clients.count is -1", "'training.lr'", "evaluation.every is 0"):
         assert sum(words in sentence for sentence in found) == 1
     assert problems(TABLE) == []
-    heads = {**TABLE, "adapter": {"name": "heads"}, "method": {"name": "ravan"}, "rounds": -1}
+    heads = {**TABLE, "adapter": {"name": "multihead"}, "method": {"name": "ravan"}, "rounds": -1}
     assert problems(heads) == ["rounds is -1; a run needs at least 1."], "sections are judged with those they need"
     assert "needs one rank" in problems({**TABLE, "clients": {"count": 2, "ranks": [1, 2]}})[0]
     both = problems({**TABLE, "adapter": {"rank": 0}, "clients": {"count": 0}})
@@ -252,7 +252,7 @@ def test_a_hub_id_that_is_not_here_is_one_sentence():
 
 def test_parties_with_own_data_are_planned_without_rows():
     task = {**TABLE["task"], "label_names": [str(i) for i in range(10)]}
-    own = {**TABLE, "task": task, "clients": {"count": 3, "split": {"name": "own"}}}
+    own = {**TABLE, "task": task, "clients": {"count": 3, "partition": {"name": "own"}}}
     found = planned(own)[0]
     assert found["rows"]["train"] is None and found["flops"]["training"] > 0
     assert any("No rows are here" in said for said in found["estimates"])

@@ -24,7 +24,7 @@ pytest.importorskip("opacus", reason="needs the dp extra")
 CLIENT = ("privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform")
 EXAMPLE = ("privacy.level=example", "privacy.noise_multiplier=1.0")
 SMALL = {"rounds": 1, "task": {"train_rows": 60, "test_rows": 30}, "training": {"local_steps": 1, "batch_size": 4}}
-SMALL |= {"clients": {"split": {"name": "iid"}}}
+SMALL |= {"clients": {"partition": {"name": "iid"}}}
 
 
 def config(name, *overrides):
@@ -149,7 +149,7 @@ def test_a_party_keeps_its_secret_key_for_a_run(tmp_path):
 
 def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
     f = config("fedit", *EXAMPLE).federation()
-    own = replace(f.clients, split={"name": "own"})
+    own = replace(f.clients, partition={"name": "own"})
     server, party = (replace(f, clients=own, shards=rows) for rows in ({}, {1: f.shards[1]}))
     assert server.privacy_ledger.spent(1) == {"privacy": {"epsilon": None, "delta": None}}
     said = server.privacy_ledger.report(1)["privacy"]

@@ -246,7 +246,7 @@ def test_validation_rows_are_the_datas_own_unless_asked_otherwise(tmp_path):
     assert sweeping.validation_split({**table, "task": {**task, "test_split": "validation"}}, None) == "train * 0.1"
     with pytest.raises(ConfigError, match="--holdout is 1.5"):
         sweeping.validation_split(table, 1.5)
-    own = {**table, "task": {**task, "label_names": ["0", "1"]}, "clients": {"count": 2, "split": {"name": "own"}}}
+    own = {**table, "task": {**task, "label_names": ["0", "1"]}, "clients": {"count": 2, "partition": {"name": "own"}}}
     with pytest.raises(ConfigError, match="no validation data"):
         sweeping.validation_split(own, None)
 

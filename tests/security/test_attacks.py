@@ -121,7 +121,7 @@ def test_what_the_door_stops_of_itself(name):
 
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.01}, {"how": "rotate"}], ids=["larger B", "larger A", "turned"])
 def test_a_rescaled_pair_is_invisible_to_every_rule_and_wrecks_the_mean_of_factors(settings):
-    """The reason why hygiene looks at factors: products say that nothing happened."""
+    """The reason why validation looks at factors: products say that nothing happened."""
     attack = drawn("rescale", **settings)
     rules, shared, honest = round_of(FedIT(LoRA(R, 4.0)))
     _, _, uploads = round_of(FedIT(LoRA(R, 4.0)), attack)
@@ -234,7 +234,7 @@ FLIP = "attack={name='label-flip', clients=[1]}"
 def flipped(*settings):
     return config(
         "method.name=fedsa-lora", FLIP, "rounds=1", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1",
-        "clients.split={name='iid'}", *settings,
+        "clients.partition={name='iid'}", *settings,
     )  # fmt: skip
 
 
@@ -258,10 +258,10 @@ def test_turns_taken_from_another_run_are_the_bits_of_ones_own(monkeypatch):
     turns, trained = {}, []
     whole = InProcess.train
     monkeypatch.setattr(InProcess, "train", lambda *args: (trained.append(args[1].turn), whole(*args))[1])
-    open_door, krum = "hygiene={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
+    open_door, krum = "validation={norm_limit=1e30, factor_limit=1e30}", "robust={name='krum'}"
     base = ("rounds=2", "clients.count=4", "task.train_rows=60", "task.test_rows=30", "training.local_steps=1")
     counts = []
-    several = [("sign-flip", open_door), ("sign-flip", "hygiene={}"), ("sign-flip", krum)]
+    several = [("sign-flip", open_door), ("sign-flip", "validation={}"), ("sign-flip", krum)]
     for attack, defence in [*several, ("label-flip", open_door), ("scaling", open_door), ("scaling", krum)]:
         made = config(*base, f"attack={{name='{attack}', clients=[1]}}", defence)
         alone = fedlora.run(made)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedlora.adapters import Heads, LoRA, LoRASB, VeRA
+from fedlora.adapters import LoRA, LoRASB, MultiHead, VeRA
 from fedlora.methods.fedex_lora import FedExLoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedsa_lora import FedSALoRA
@@ -26,7 +26,7 @@ CASES = {
     "one factor": (FFALoRA(LoRA(R, 6.0)), {}),
     "unequal ranks": (FlexLoRA(LoRA(R, 6.0)), {"ranks": [1, 3, 2, 3, 1]}),
     "fresh starts": (FLoRA(LoRA(R, 6.0)), {}),
-    "heads, some each": (Ravan(Heads(3, 2)), {"ranks": [1, 3, 2, 3, 1]}),
+    "heads, some each": (Ravan(MultiHead(3, 2)), {"ranks": [1, 3, 2, 3, 1]}),
     "cores": (FedIT(LoRASB(3)), {}),
     "vectors": (FedIT(VeRA(4)), {}),
 }
@@ -146,7 +146,7 @@ EXACT = {
     "fedex": FedExLoRA(LoRA(R, 6.0)),
     "flora": FLoRA(LoRA(R, 6.0)),
     "ffa": FFALoRA(LoRA(R, 6.0)),
-    "ravan": Ravan(Heads(3, 2)),
+    "ravan": Ravan(MultiHead(3, 2)),
 }
 
 
@@ -203,7 +203,7 @@ REFUSED = {
     "no pair": ({"attack": {"name": "rescale"}, "method": {"name": "ravan"}}, "pair of LoRA factors"),
     "no text": ({"attack": {"name": "backdoor"}}, "puts a word into texts"),
     "no uploads": ({"attack": {"name": "copy"}, "flower": {"secure_aggregation": True}}, "hides these"),
-    "hygiene": ({"hygiene": {"norm_limit": 1.0}}, "hygiene.norm_limit is 1.0"),
+    "validation": ({"validation": {"norm_limit": 1.0}}, "validation.norm_limit is 1.0"),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.adapters import Dense, Heads, LoRA
+from fedlora.adapters import Dense, LoRA, MultiHead
 from fedlora.files import load_tree
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.flexlora import FlexLoRA
@@ -71,7 +71,7 @@ BAD = {
     "beyond float32's squares": (put("w", "A", one(1e30)), "no finite numbers"),
     "an update too large": (
         put("head", "weight", lambda x: 1 + 600 * (x - 1)),
-        "times the round's median, above hygiene.norm_limit",
+        "times the round's median, above validation.norm_limit",
     ),
     "another's update": (None, "it sent what client 0 had sent before"),
     "a rescaled pair": (lambda t: t.update(_pair(t, 100.0)), "the pair is rescaled or turned"),
@@ -176,7 +176,7 @@ NAN = "attack={name='nan', clients=[1], start=2}"
 def test_a_run_quarantines_says_so_and_keeps_the_file(tmp_path):
     events = []
     out = tmp_path / "run"
-    settings = ("rounds=5", NAN, "hygiene.strikes=2", "evaluation.every=5", "hygiene.keep_files=1")
+    settings = ("rounds=5", NAN, "validation.strikes=2", "evaluation.every=5", "validation.keep_files=1")
     result = fedlora.run(config(*settings), out, events.append)
     assert [r["cohort"] for r in result.records] == [[0, 1, 2], [0, 2], [0, 2], [0, 2], [0, 2]]
     assert [set(r.get("quarantined", ())) for r in result.records] == [set(), {1}, {1}, set(), set()]
@@ -201,7 +201,7 @@ def test_a_turn_that_did_not_count_leaves_no_trace_at_the_client():
 
 def test_uploads_on_disk_are_judged_alike():
     settings = ("rounds=2", "attack={name='scaling', clients=[1], scale=100.0}", "evaluation.measure=false")
-    there, here = (fedlora.run(config(*settings, f"engine.spill={spill}")) for spill in ("true", "false"))
+    there, here = (fedlora.run(config(*settings, f"engine.offload={spill}")) for spill in ("true", "false"))
     assert same(there.shared, here.shared)
     assert there.summary["quarantined"] == here.summary["quarantined"]
     assert "norm" in here.summary["quarantined"]["1"]["1"]
@@ -262,7 +262,7 @@ def test_products_are_looked_at_only_where_somebody_moved_far(monkeypatch):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_honest_clients_that_differ_much_are_let_in(optimizer):
     """Few labels each, rows and steps that differ tenfold: what honest federations look like."""
-    unequal = "clients={count=6, split={name='dirichlet', alpha=0.1}}"
+    unequal = "clients={count=6, partition={name='dirichlet', alpha=0.1}}"
     rate = "training.learning_rate=0.05" if optimizer == "sgd" else "training.learning_rate=0.005"
     how = (f"training={{local_epochs=1, batch_size=4, optimizer='{optimizer}'}}", rate)
     result = fedlora.run(build(overridden(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"])))
@@ -278,7 +278,7 @@ def test_what_is_expected_is_made_once_for_turns_that_are_alike(monkeypatch):
     assert len(through(UploadScreen(Validation(), rules, shared, {}), uploads)) == 6
     assert len(asked) == 1, "FedIT's hooks read nothing of a turn"
     for score, times in (("random", 6), ("weight", 6)):
-        ravan = {"w": Ravan(Heads(heads=4, head_rank=2), score=score)}
+        ravan = {"w": Ravan(MultiHead(heads=4, head_rank=2), score=score)}
         wanted = expected.UploadSpecs(ravan, {"w": ravan["w"].adapter.init(9, 9, 0)})
         turns = [Turn(0, k, 2, seed=k) for k in range(6)]
         asked.clear()

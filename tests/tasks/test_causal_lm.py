@@ -282,7 +282,7 @@ def test_splits_go_by_a_category(tmp_path, model):
 def test_a_split_by_label_needs_one(tmp_path, model, split):
     from fedlora.engines.clients import Clients
 
-    clients = Clients(2, split={"name": split})
+    clients = Clients(2, partition={"name": split})
     with pytest.raises(
         ValueError, match=f"'{split}', which splits by label, but all rows have the same; set task.label"
     ):

@@ -41,7 +41,7 @@ def world(tmp_path):
         tokenizer.save_pretrained(tmp_path / "model")
         return config(
             f"task={{name='text-classification', data='{tmp_path / 'data.csv'}', text={text!r}}}",
-            f"model.name='{tmp_path / 'model'}'", "rounds=1", "training.local_steps=1", "clients.split={name='iid'}",
+            f"model.name='{tmp_path / 'model'}'", "rounds=1", "training.local_steps=1", "clients.partition={name='iid'}",
         )  # fmt: skip
 
     return build

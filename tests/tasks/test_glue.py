@@ -60,7 +60,7 @@ def table(model, name, data, **more):
         "rounds": 1,
         "model": {"name": model},
         "task": {"name": "glue", "subset": name, "data": data, "max_length": 24},
-        "clients": {"count": 2, "split": {"name": "iid"}},
+        "clients": {"count": 2, "partition": {"name": "iid"}},
         "adapter": {"name": "lora", "rank": 2},
         "training": {"local_steps": 2, "batch_size": 8, "learning_rate": 5e-3, "precision": "float32"},
         "evaluation": {"measure": False},
@@ -179,7 +179,7 @@ def test_the_order_of_labels_is_glues_where_they_are_words(model, tmp_path):
 
 
 def test_a_party_that_has_its_own_rows_needs_no_label_names(model):
-    table_ = table(model, "rte", "none", clients={"count": 2, "split": {"name": "own"}})
+    table_ = table(model, "rte", "none", clients={"count": 2, "partition": {"name": "own"}})
     assert build(table_).federation(combines=True).label_names == ("entailment", "not_entailment")
 
 

@@ -174,7 +174,7 @@ def config(model, data, name="fedit", rounds=3, **more):
             "model": {"name": model, "targets": EVERYWHERE},
             "task": {"name": "seq2seq", "data": data, "source": "classify : {text}", "target": "answer", "label": "kind",
                      "max_new_tokens": 4},
-            "clients": {"count": 3, "split": {"name": "dirichlet", "alpha": 0.5}},
+            "clients": {"count": 3, "partition": {"name": "dirichlet", "alpha": 0.5}},
             "adapter": {"name": "lora", "rank": 8, "alpha": 16},
             "method": {"name": name},
             "training": {"local_steps": 15, "learning_rate": 1e-2},

@@ -51,7 +51,7 @@ def config(places, method="fedit", **more):
             "rounds": 2,
             "model": {"name": model},
             "task": {"name": "glue", "subset": "stsb", "data": data, "max_length": 24},
-            "clients": {"count": 3, "split": {"name": "dirichlet", "alpha": 1.0}},
+            "clients": {"count": 3, "partition": {"name": "dirichlet", "alpha": 1.0}},
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "method": {"name": method},
             "training": {"local_steps": 2, "batch_size": 8, "learning_rate": 5e-3, "precision": "float32"},
@@ -108,7 +108,7 @@ def test_bins_are_of_like_size_and_equal_numbers_share_one(values, bins):
 @pytest.mark.shared
 def test_splits_by_label_go_by_the_numbers(places):
     federation = config(
-        places, clients={"count": 10, "split": {"name": "pathological", "labels_per_client": 2}}
+        places, clients={"count": 10, "partition": {"name": "pathological", "labels_per_client": 2}}
     ).federation()
     train = federation.data.train
     assert train.labels.dtype == torch.float32 and train.strata.dtype == torch.int64

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from fedlora.adapters import Heads, LoRA, VeRA
+from fedlora.adapters import LoRA, MultiHead, VeRA
 from fedlora.training.model import Model
 from fedlora.types import Factors
 from tests.fixtures.networks import FAMILIES, network
@@ -106,7 +106,7 @@ def peft_gradients(tree, theirs, adapter):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-@pytest.mark.parametrize("adapter", [LoRA(4, 8), VeRA(8), Heads(2, 5)], ids=["lora", "vera", "heads"])
+@pytest.mark.parametrize("adapter", [LoRA(4, 8), VeRA(8), MultiHead(2, 5)], ids=["lora", "vera", "heads"])
 def test_folding_the_update_is_running_it(family, adapter):
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(2))
     model = Model.attach(

@@ -17,19 +17,18 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods with their claims and costs, or show one."""
-    from fedlora.reporting import method_catalog as catalogue
-    from fedlora.reporting import terminal
+    from fedlora.reporting import method_catalog, terminal
     from fedlora.reporting.tables import methods as tables
 
     if name is None:
         from fedlora.methods import METHODS
 
-        found = catalogue.entries()
+        found = method_catalog.entries()
         for error in METHODS.errors():
             say(f"fedlora: {error}")
         answer(as_json, found, lambda: terminal.show(tables.methods(found)))
     else:
-        one = catalogue.entry(name)
+        one = method_catalog.entry(name)
         answer(as_json, one, lambda: terminal.show(*tables.method(one)))
 
 

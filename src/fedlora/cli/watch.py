@@ -16,9 +16,9 @@ def watch(
     """Show a run under way: rounds, clients, loss, accuracy, error, bytes, time left. Ends with the run."""
     from fedlora.reporting import watch as watching
     from fedlora.reporting.terminal import Plain
-    from fedlora.runs.progress_file import Following
+    from fedlora.runs.progress_file import ProgressReader
 
-    console, following = Plain(), Following(folder.expanduser())
+    console, following = Plain(), ProgressReader(folder.expanduser())
     try:
         if console.is_terminal:
             at = watching.live(following, console, every)

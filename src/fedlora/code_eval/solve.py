@@ -73,7 +73,7 @@ def _encode_prompt(talk: Chat, problem: Problem, worded: bool) -> list[int]:
     if not worded:
         return tokens([problem.prompt], talk.tokenizer, True)[0]
     text = talk.prompt([{"role": "user", "content": problem.prompt}])
-    return tokens([text], talk.tokenizer, talk.wording is not None)[0]
+    return tokens([text], talk.tokenizer, talk.template is not None)[0]
 
 
 def _generate_answers(talk: Chat, some, asked, writing: Writing, worded: bool) -> list[str]:

@@ -22,7 +22,7 @@ STACK = 128  # uploads of one weight handled in one batch: more would only hold 
 def errors(
     rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
 ) -> dict[str, dict[str, float]]:
-    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``likeness A``, ``likeness B``, and the
+    """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``cosine A``, ``cosine B``, and the
     method's own notes.
 
     ``before`` is what the cohort was sent and ``kept`` what each client kept of the round: with its upload, that is

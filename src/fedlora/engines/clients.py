@@ -16,7 +16,7 @@ from fedlora.engines.cohort import (
     scale_down,
 )
 from fedlora.engines.partition import (
-    Split,
+    Partitioner,
     apportioned,
     draw_label_order,
     draw_test_rows,
@@ -39,7 +39,7 @@ class Clients:
     sampling: Literal["fixed", "poisson"] = "fixed"  # so many a round, or each by itself with probability rate
     rate: float | None = None  # poisson only
     ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
-    split: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see partition.py
+    partition: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see partition.py
     permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
     new: int = 0  # so many of the count, the last ones, never take part; `fedlora personal` scores them
     capability: str | list[float] | dict[str, float] | None = None  # a profile, see cohort.py; None: all are equal
@@ -59,9 +59,9 @@ class Clients:
         if self.per_round is not None and not 1 <= self.per_round <= self.members:
             less = f" less clients.new, {self.members}" if self.new else f", {self.count}"
             raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count{less}.")
-        self.splitter  # noqa: B018 - a wrong split is said at once
+        self.partitioner  # noqa: B018 - a wrong partition is reported at once
         if self.new and self.own_data:
-            raise ValueError("clients.new holds out clients of a split, and clients.split is 'own'; leave it out.")
+            raise ValueError("clients.new holds out clients of a partition, and clients.partition is 'own'; leave it out.")
         self._check_sampling()
         self._check_shares()
         self._check_capability()
@@ -133,19 +133,19 @@ class Clients:
         return max(1, cohort - math.ceil(gone)), max(1, cohort - math.floor(gone))
 
     @property
-    def splitter(self) -> Split:
-        """The rule that ``split`` names."""
-        return load(self.split)
+    def partitioner(self) -> Partitioner:
+        """The partitioner that ``partition`` names."""
+        return load(self.partition)
 
     @property
     def client_column(self) -> str | None:
-        """The column that tells the clients apart, where the split goes by one."""
-        return getattr(self.splitter, "column", None)
+        """The column that tells the clients apart, where the partition goes by one."""
+        return getattr(self.partitioner, "column", None)
 
     @property
     def own_data(self) -> bool:
         """Whether every party brings data of its own, on its own machine."""
-        return self.splitter.own
+        return self.partitioner.own
 
     def shards(self, data: Data, seed: int) -> list[Shard]:
         """Every client's rows; training rows are disjoint, test rows follow their training labels.
@@ -155,11 +155,11 @@ class Clients:
         if self.count > len(data.train):
             rows = len(data.train)
             raise ValueError(f"clients.count is {self.count}, but there are only {rows} training rows; lower it.")
-        train = self.splitter.rows(data.train, self.count, derived(seed, "split"))
+        train = self.partitioner.rows(data.train, self.count, derived(seed, "split"))
         for client, rows in enumerate(train):
             if len(rows) == 0:
                 raise ValueError(
-                    f"client {client} got no training rows; lower clients.count, or split more evenly (clients.split)."
+                    f"client {client} got no training rows; lower clients.count, or make clients.partition more even."
                 )
         tests = None if self.client_column is None else select_own_test_rows(data, train)
         tests = tests or draw_test_rows(data, train, seed)

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from fedlora.adapters import Dense
 from fedlora.engines.clients import Clients
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.engines.privacy_ledger import PrivacyLedger
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
@@ -44,10 +44,10 @@ class Federation:
     seed: int
     label_names: tuple[str, ...] = ()
     fingerprint: str = ""  # of the configuration, without the settings of a single party
-    hygiene: Validation = field(default_factory=Validation)
+    validation: Validation = field(default_factory=Validation)
     robust: RobustAggregator | None = None
     attack: Attack | None = None
-    transport: Transport = field(default_factory=Transport)
+    compression: Compression = field(default_factory=Compression)
     privacy: Privacy = field(default_factory=Privacy)
 
     @cached_property
@@ -105,7 +105,7 @@ class Federation:
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
-        lost = self.clients.splitter.left_out(self.data.train, self.data.test, self.clients.count)
+        lost = self.clients.partitionter.left_out(self.data.train, self.data.test, self.clients.count)
         return (*caution, *self.data.notes, *([lost] if lost else []))
 
     def label_map(self, reading: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from fedlora.engines.client_turn import ClientState, ClientTurn, ClientUpdate
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Loop, Reply, ServerState
-from fedlora.files import Spilled
+from fedlora.files import OffloadedTree
 from fedlora.rounds import Received, received
 from fedlora.security.validation import excluded_clients
 from fedlora.training.evaluation import Evaluator
@@ -29,7 +29,7 @@ class InProcess(Loop):
     @classmethod
     def drive(cls, config, f, watch, observe, take):
         with TemporaryDirectory(prefix="fedlora-") as place:
-            take(cls(watch, observe, Path(place) if config.engine.spill else None), f)
+            take(cls(watch, observe, Path(place) if config.engine.offload else None), f)
 
     def begin(self, f: Federation) -> ServerState:
         self._states = {}
@@ -55,7 +55,7 @@ class InProcess(Loop):
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
         replies = []
         for client in f.cohort(at.number):
-            if client in excluded_clients(f.hygiene, at.conduct):
+            if client in excluded_clients(f.validation, at.conduct):
                 continue
             state, turn = self._states.get(client, NEW), f.turn(at.number, client)
             own = received(f.rules, at.shared, state.kept, turn)
@@ -71,8 +71,8 @@ class InProcess(Loop):
             upload = self.receive_upload(Received(turn, len(f.shards[client].train), update.decoded))
             if upload is None:
                 continue
-            if self.spill is not None:
-                upload = upload._replace(tree=Spilled(self.spill / f"{client}.safetensors", upload.tree))
+            if self.offload is not None:
+                upload = upload._replace(tree=OffloadedTree(self.offload / f"{client}.safetensors", upload.tree))
             replies.append(Reply(upload, update.loss))
         return replies
 

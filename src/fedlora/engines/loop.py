@@ -177,7 +177,7 @@ class Loop(ABC):
     def begin(self, f: Federation) -> ServerState:
         """Returns the state before the first round."""
         shared = f.model.initial(f.seed)
-        return ServerState(0, shared, BaseUpdateLog(), Channel(shared, f.heads, f.transport))
+        return ServerState(0, shared, BaseUpdateLog(), Channel(shared, f.heads, f.compression))
 
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         """Yields one ``Round`` after another, from the start or from ``at``; the caller may stop at any round."""
@@ -186,7 +186,7 @@ class Loop(ABC):
         while at.number < f.rounds:
             number, began, before = at.number, time.perf_counter(), at.shared
             self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self.screen = UploadScreen(f.hygiene, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
+            self.screen = UploadScreen(f.validation, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
             self._drop(f, at)
             replies = self._screen(f, at, self.run_turns(f, at))
             uploads, judged = reweigh_uploads(
@@ -231,7 +231,7 @@ class Loop(ABC):
         for client in f.clients.dropped(at.number, f.seed):
             self.absent[client] = DROPPED
             self.watch(Event("absent", at.number, client))  # without a text: the configuration asks for it
-        for client in sorted(excluded_clients(f.hygiene, at.conduct) & set(f.cohort(at.number))):
+        for client in sorted(excluded_clients(f.validation, at.conduct) & set(f.cohort(at.number))):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
     def _screen(self, f: Federation, at: ServerState, replies: list[Reply]) -> list[Reply]:
@@ -263,11 +263,11 @@ class Loop(ABC):
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, self.aggregate(f, at, uploads))
-        at.shared = f.transport.said(at.shared, served.shared, derived(f.seed, "down", at.number))
+        at.shared = f.compression.said(at.shared, served.shared, derived(f.seed, "down", at.number))
         if served.folds:
             # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
             folds = {part: (compact(total(factors)),) for part, factors in served.folds.items()}
-            at.folds.append(f.transport.rounded(folds))
+            at.folds.append(f.compression.rounded(folds))
             at.folds.settle(at.channel.held_by_all(f.clients.members))
             f.model.fold(at.folds.entries[-1])
         at.number += 1

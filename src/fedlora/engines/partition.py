@@ -19,8 +19,8 @@ LISTED = 5  # values that a sentence names
 
 
 @dataclass(frozen=True)
-class Split(ABC):
-    """One rule of ``clients.split``; its fields are the keys of the table beside ``name``.
+class Partitioner(ABC):
+    """One rule of ``clients.partition``; its fields are the keys of the table beside ``name``.
 
     A rule of another package is a frozen dataclass that defines ``rows``. Equal arguments must give equal rows, on
     every machine: draw from ``seed`` only.
@@ -47,7 +47,7 @@ class Split(ABC):
 
 
 @dataclass(frozen=True)
-class FlowerSplit(Split):
+class FlowerPartitioner(Partitioner):
     """A rule of flwr-datasets: it gives all rows to clients."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class FlowerSplit(Split):
 
 
 @dataclass(frozen=True)
-class Iid(FlowerSplit):
+class Iid(FlowerPartitioner):
     """Equal shares at random."""
 
     def partitioner(self, count, examples, seed):
@@ -90,13 +90,13 @@ class Iid(FlowerSplit):
 
 
 @dataclass(frozen=True)
-class Dirichlet(FlowerSplit):
+class Dirichlet(FlowerPartitioner):
     """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
 
     alpha: float = 0.5
     min_rows: int = 2  # drawn anew until every client has so many
     hint = (
-        "raise clients.split.alpha, lower clients.split.min_rows or clients.count, or split by 'inner-dirichlet', "
+        "raise clients.partition.alpha, lower clients.partition.min_rows or clients.count, or use 'inner-dirichlet', "
         "which gives all clients the same number of rows"
     )
 
@@ -111,14 +111,14 @@ class Dirichlet(FlowerSplit):
 
 
 @dataclass(frozen=True)
-class InnerDirichlet(FlowerSplit):
+class InnerDirichlet(FlowerPartitioner):
     """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
 
     Where a label has run out, clients take what is left of the others, in the proportions of their mixes.
     """
 
     alpha: float = 0.5
-    hint = "raise clients.split.alpha"
+    hint = "raise clients.partition.alpha"
 
     def __post_init__(self):
         _positive(self.alpha)
@@ -132,15 +132,17 @@ class InnerDirichlet(FlowerSplit):
 
 
 @dataclass(frozen=True)
-class Pathological(FlowerSplit):
+class Pathological(FlowerPartitioner):
     """Every client has rows of so many labels only."""
 
     labels_per_client: int = 2
-    hint = "every label needs a client and every client rows: change clients.split.labels_per_client or clients.count"
+    hint = (
+        "every label needs a client and every client rows: change clients.partition.labels_per_client, or clients.count"
+    )
 
     def __post_init__(self):
         if self.labels_per_client < 1:
-            raise ValueError(f"clients.split.labels_per_client is {self.labels_per_client}; it must be at least 1.")
+            raise ValueError(f"clients.partition.labels_per_client is {self.labels_per_client}; it must be at least 1.")
 
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import PathologicalPartitioner
@@ -148,14 +150,14 @@ class Pathological(FlowerSplit):
         labels = _labels(self, examples)
         if self.labels_per_client > labels:
             raise ValueError(
-                f"clients.split.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
+                f"clients.partition.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
             )
         # Dealt out in turn: client k has labels k, k + 1, ..., so that every label finds a client where it can.
         return PathologicalPartitioner(count, "label", self.labels_per_client, "deterministic", True, seed)
 
 
 @dataclass(frozen=True)
-class Column(Split):
+class Column(Partitioner):
     """The clients that the data itself knows: one a value of a column, those with the most rows first."""
 
     column: str
@@ -192,30 +194,30 @@ class Column(Split):
 
 
 @dataclass(frozen=True)
-class Size(FlowerSplit):
+class Size(FlowerPartitioner):
     """Random rows in given proportions, a client each."""
 
     sizes: list[float]
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) <= 0:
-            raise ValueError(f"clients.split.sizes is {self.sizes}; it needs a positive number for each client.")
+            raise ValueError(f"clients.partition.sizes is {self.sizes}; it needs a positive number for each client.")
 
     def partitioner(self, count, examples, seed):
         from flwr_datasets.partitioner import SizePartitioner
 
         if len(self.sizes) != count:
-            raise ValueError(f"clients.split.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
+            raise ValueError(f"clients.partition.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
         counts = apportioned(self.sizes, len(examples))
         if 0 in counts:
             raise ValueError(
-                f"client {counts.index(0)} gets no row of {len(examples)} by clients.split.sizes; raise its share."
+                f"client {counts.index(0)} gets no row of {len(examples)} by clients.partition.sizes; raise its share."
             )
         return SizePartitioner(counts)
 
 
 @dataclass(frozen=True)
-class Own(Split):
+class Own(Partitioner):
     """Nothing is split: every party has its own rows on its own machine, and names them there."""
 
     own = True
@@ -229,30 +231,30 @@ _HERE = {
     "column": Column, "size": Size, "own": Own,
 }  # fmt: skip
 PARTITIONERS = Registry(
-    Split, "split", group="fedlora.partitioners", listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()}
+    Partitioner, "partitioner", group="fedlora.partitioners", listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()}
 )
 
 
 def _positive(alpha: float) -> None:
     if not alpha > 0:
-        raise ValueError(f"clients.split.alpha is {alpha}; a Dirichlet split needs a positive one.")
+        raise ValueError(f"clients.partition.alpha is {alpha}; a Dirichlet split needs a positive one.")
 
 
-def _labels(split: Split, examples: Examples) -> int:
+def _labels(partitioner: Partitioner, examples: Examples) -> int:
     """How many labels there are to split by; ``ValueError`` where rows have none or one."""
     labels = len(examples.kinds.unique())
     if labels < 2:
-        name = PARTITIONERS.name_of(type(split))
+        name = PARTITIONERS.name_of(type(partitioner))
         raise ValueError(
-            f"clients.split.name is {name!r}, which splits by label, but all rows have the same; set "
+            f"clients.partition.name is {name!r}, which splits by label, but all rows have the same; set "
             "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
         )
     return labels
 
 
-def load(table: Mapping[str, Any]) -> Split:
-    """The rule of a ``clients.split`` table. ``ValueError`` names what is wrong with it."""
-    return construct_named(PARTITIONERS, "clients.split", table)
+def load(table: Mapping[str, Any]) -> Partitioner:
+    """The rule of a ``clients.partition`` table. ``ValueError`` names what is wrong with it."""
+    return construct_named(PARTITIONERS, "clients.partition", table)
 
 
 def resolved(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Node:
         shared = overlay(start, held.leaves)
         holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:  # else it had these leaves already, and its reply was lost
-            leaves = f.transport.heard(leaves, shared)
+            leaves = f.compression.heard(leaves, shared)
             known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
             held = replace(held, leaves=overlay(held.leaves, known))
             shared = overlay(start, held.leaves)
@@ -199,7 +199,7 @@ class Node:
             held = replace(held, folds=(), folded=0, base="")
         if (held.folded, held.base) != (order.first, order.before):
             raise StaleError(f"this client has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add_folds(self.federation.transport.widened(some)) for some in folds]
+        names = [self.store.add_folds(self.federation.compression.widened(some)) for some in folds]
         return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
 
 

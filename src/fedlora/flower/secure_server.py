@@ -105,7 +105,7 @@ class SecureFlowerLoop(FlowerLoop):
         self.replies = {}
         turns = [f.turn(at.number, client) for client in cohort]
         layout = build_layout(f.rules, at.shared, turns)
-        claims = f.hygiene.cap_examples([self._registry.rows[k] for k in cohort])
+        claims = f.validation.cap_examples([self._registry.rows[k] for k in cohort])
         weights = dict(zip(cohort, shares(f.method, claims)))
         if not layout:  # nobody sends anything: there is nothing to hide, and nothing to wait for but the turns
             return super()._ask(cohort, set())

@@ -123,7 +123,7 @@ class FlowerLoop(Loop, Strategy):
 
         A client that is drawn to drop out gets an order, and no other takes its place.
         """
-        excluded = excluded_clients(f.hygiene, at.conduct)  # they get no order, and no other takes their place
+        excluded = excluded_clients(f.validation, at.conduct)  # they get no order, and no other takes their place
         if dropped := sorted(set(f.clients.dropped(at.number, f.seed)) & self._registry.connected_clients() - excluded):
             self._ask(dropped, set())
         order = [client for client in f.order(at.number) if client not in self.absent.keys() | excluded]
@@ -300,10 +300,10 @@ class FlowerLoop(Loop, Strategy):
         check_holds(order.holds, reply.content[HOLDS])
         rows, loss = read_figures(reply.content[METRICS], order.round)
         f, turn = self.federation, self.federation.turn(order.round, client)
-        crossed = unpack(reply.content[LEAVES], upload_limits(f.transport.max_upload_mb))
+        crossed = unpack(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
         try:
-            upload = Received(turn, rows, f.transport.arrived(f.rules, self.at.shared, turn, crossed))
+            upload = Received(turn, rows, f.compression.arrived(f.rules, self.at.shared, turn, crossed))
         except ValueError as error:
             return self.refuse_upload(Received(turn, rows, crossed), str(error))
         self.at.channel.collect(order.round, client, upload.tree, crossed)

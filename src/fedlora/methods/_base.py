@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapters import Adapter, Heads, LoRA, VeRA
+from fedlora.adapters import Adapter, LoRA, MultiHead, VeRA
 from fedlora.linalg.sums import Lazy, Term
 from fedlora.types import Layer, Outcome, Tree, Turn, Upload, Work
 
@@ -153,4 +153,4 @@ def weighted(weights: Sequence[float], values: Iterable[Tensor], name: str) -> T
     return found
 
 
-__all__ = ["Adapter", "Heads", "LoRA", "Method", "VeRA", "mean", "pick", "terms", "weighted"]
+__all__ = ["Adapter", "LoRA", "Method", "MultiHead", "VeRA", "mean", "pick", "terms", "weighted"]

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from fedlora.adapters import Adapter, Heads
+from fedlora.adapters import Adapter, MultiHead
 from fedlora.adapters._base import generator
 from fedlora.methods._base import Method, pick
 
@@ -28,7 +28,7 @@ class Ravan(Method):
     because the server never sends one.
     """
 
-    adapter: Adapter = field(default_factory=Heads)
+    adapter: Adapter = field(default_factory=MultiHead)
     weighting: Literal["examples", "uniform"] = "uniform"
     score: Literal["random", "weight", "gradient"] = "random"
     train_scales: bool = True
@@ -37,7 +37,7 @@ class Ravan(Method):
     cite = """@inproceedings{raje2025ravan, title = {{Ravan}: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning},
       author = {Raje and others}, booktitle = {NeurIPS}, year = {2025}, eprint = {2506.05568},
       archiveprefix = {arXiv}}"""
-    adapters = (Heads,)
+    adapters = (MultiHead,)
     exact = True
     any_rank = True
 

@@ -96,7 +96,7 @@ def used(config: Config) -> Iterator[str]:
         yield ACCOUNTANTS[config.privacy.accountant]
     if config.flower.secure_aggregation:
         yield SECURE_AGGREGATION
-    for chain in (config.transport.upward, config.transport.downward):
+    for chain in (config.compression.upward, config.compression.downward):
         yield from (_of(stage) for stage in (() if chain is None else chain.stages))
 
 

@@ -13,7 +13,7 @@ from fedlora.text import shown
 BINS = 40  # columns of a heat map over rounds
 FAULTS = 2000  # of a run that are kept in words; all are counted
 ERRORS = ("served", "fedit", "best")
-BY_ROUND = (*ERRORS, "drift", "likeness A", "likeness B")
+BY_ROUND = (*ERRORS, "drift", "cosine A", "cosine B")
 PHASES = ("train", "combine", "measure", "evaluate")
 TEXT = 200  # characters of a reason
 

@@ -13,7 +13,7 @@ import altair as alt
 from fedlora.files import write
 from fedlora.reporting import charts
 from fedlora.reporting.load import Run
-from fedlora.reporting.tables import by_round as byround
+from fedlora.reporting.tables import by_round as by_round
 from fedlora.reporting.tables import totals
 from fedlora.reporting.tables.comparison import scored_clients
 from fedlora.runs.table import Column, Table, group_by, mean_std
@@ -54,16 +54,16 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
 
 def curves(runs: Sequence[Run]) -> Iterator[Figure]:
     """The metric by round, by megabyte and by second, of the shared and of the clients' own models."""
-    table, metric, every = byround.curves(runs), byround.metric_of(runs), named(runs)
+    table, metric, every = by_round.curves(runs), by_round.metric_of(runs), named(runs)
     axes = {"round": ("round", "round", False), "megabyte": ("mb", MEGABYTES, True),
             "second": ("seconds", "seconds, all phases", False)}  # fmt: skip
-    for model, what in byround.MODELS.items():
+    for model, what in by_round.MODELS.items():
         rows = [row for row in table.rows if row["model"] == model]
         for name, (x, x_title, log) in axes.items():
             some = [row for row in rows if not log or row[x] > 0]
             gone = "; what sent nothing has no place on this scale" if len(some) < len(rows) else ""
             spread = " Band: a standard deviation over seeds." if any(row["seeds"] > 1 for row in some) else ""
-            few = byround.fewer(runs) if model == "clients" else ""
+            few = by_round.fewer(runs) if model == "clients" else ""
             caption = f"{what[0].upper()}{what[1:]}{gone}.{spread}{few}"
             draw = partial(charts.band, x=x, x_title=x_title, y="value", y_title=metric, log=log, every=every)
             why = f"No round of these runs has been evaluated for the {what} yet." if model == "clients" else (
@@ -83,14 +83,14 @@ def draw_comparison(runs: Sequence[Run], out: Path) -> list[Path]:
     import vl_convert
 
     whole = [run for run in runs if run.failure is None]
-    rows = byround.curves(whole).rows if whole else []
+    rows = by_round.curves(whole).rows if whole else []
     axes = {"round": ("round", "round", False), "megabyte": ("mb", f"{MEGABYTES} (log scale)", True)}
     spread = ", mean ± standard deviation over seeds" if any(row["seeds"] > 1 for row in rows) else ""
     written = []
     for name, (x, title, is_log) in axes.items() if rows else ():
         panels = {what: [row for row in rows if row["model"] == model and (not is_log or row[x] > 0)]
-                  for model, what in reversed(byround.MODELS.items())}  # fmt: skip
-        chart = charts.panels(panels, x, title, "value", f"{byround.metric_of(whole)}{spread}", is_log, named(whole))
+                  for model, what in reversed(by_round.MODELS.items())}  # fmt: skip
+        chart = charts.panels(panels, x, title, "value", f"{by_round.metric_of(whole)}{spread}", is_log, named(whole))
         spec = {**chart.to_dict(validate=False), **_missing(whole), "config": charts.screen_config()}
         path = out / f"{whole[0].metric}-by-{name}"
         svg = vl_convert.vegalite_to_svg(spec)
@@ -119,31 +119,31 @@ def clients(runs: Sequence[Run]) -> Iterator[Figure]:
     fewer = f"Scored were only {'; '.join(few[:LINES])}." if few else ""
     caption = f"{table.note}{left} The worst clients: {lowest}.{' ' * bool(fewer)}{fewer}"
     why = "No client's own score is in these runs: no round has been evaluated, or scores stay with the clients."
-    figure = _one("clients", table, rows, caption, why, partial(charts.strip, y_title=byround.metric_of(runs)))
+    figure = _one("clients", table, rows, caption, why, partial(charts.strip, y_title=by_round.metric_of(runs)))
     yield replace(figure, remark=fewer)
 
 
 def errors(runs: Sequence[Run]) -> Iterator[Figure]:
     """The aggregation error: of each method, and of all methods on the same uploads."""
-    table = byround.errors(runs)
+    table = by_round.errors(runs)
     why = ("These runs have no aggregation errors: they need evaluation.measure = true, and uploads that the server "
            "sees; [privacy] leaves them out unless privacy.figures is true.")  # fmt: skip
     labels = list(dict.fromkeys(row["label"] for row in table.rows))
     measure = f"{labels[0]}: " if len(labels) == 1 else ""
-    rows = table.rows if measure else [r for r in table.rows if r["measure"] == byround.MEASURES["served"]]
+    rows = table.rows if measure else [r for r in table.rows if r["measure"] == by_round.MEASURES["served"]]
     by = "measure" if measure else "label"
     draw = partial(
         charts.band, x="round", x_title="round", y="error", y_title="relative error", by=by, every=named(runs)
     )
     yield _lines("errors", table.title, f"{measure}{table.note}", table, rows, draw, why, False, by)
-    asked = byround.oracle(runs)
+    asked = by_round.oracle(runs)
     ask = "To see what every method makes of the same uploads, run fedlora compare CONFIG --oracle."
     yield _lines("oracle", asked.title, asked.note, asked, asked.rows, partial(draw, by="label"), ask, False)
 
 
 def layers(runs: Sequence[Run]) -> Iterator[Figure]:
     """The error by weight and round, a map for each method."""
-    table = byround.layers(runs)
+    table = by_round.layers(runs)
     groups = group_by(table.rows, lambda row: row["label"])
     if not groups:
         yield Figure("layers", table.title, "These runs hold no aggregation errors by weight.", table)
@@ -170,12 +170,12 @@ def _some_parts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
 
 def drift(runs: Sequence[Run]) -> Iterator[Figure]:
     """Client drift, and the likeness of A and of B."""
-    table = byround.drift(runs)
+    table = by_round.drift(runs)
     why = "These runs hold no client drift: evaluation.measure was off, or uploads were not to be seen."
     over_rounds = partial(charts.band, x="round", x_title="round", every=named(runs))
     draw = partial(over_rounds, y="drift", y_title="client drift")
     yield _lines("drift", table.title, table.note, table, table.rows, draw, why, False)
-    alike = byround.likeness(runs)
+    alike = by_round.likeness(runs)
     why = ("These runs hold no likeness of A and B: their adapters are no pairs of one rank, uploads were not to be "
            "seen, or an older fedlora wrote them; fedlora similarity RUN looks at a finished run.")  # fmt: skip
     for leaf in "AB":
@@ -201,7 +201,7 @@ def label_rows(runs: Sequence[Run]) -> Iterator[Figure]:
 
 def spent(runs: Sequence[Run]) -> Iterator[Figure]:
     """Bytes by part, time by phase, faults, epsilon."""
-    sent, time, lost, privacy = totals.sent(runs), totals.phases(runs), totals.faults(runs), byround.epsilon(runs)
+    sent, time, lost, privacy = totals.sent(runs), totals.phases(runs), totals.faults(runs), by_round.epsilon(runs)
     few = list(dict.fromkeys(row["label"] for row in time.rows))[: 2 * LINES]
     left = f" The first {len(few)} methods." if len({run.label for run in runs}) > len(few) else ""
     mb, seconds = ([row for row in table.rows if row["label"] in few] for table in (sent, time))

@@ -10,7 +10,7 @@ from fedlora.files import write
 from fedlora.reporting.charts import MM, paper_config, with_rows
 from fedlora.reporting.figures import Figure, figures
 from fedlora.reporting.load import Run
-from fedlora.reporting.tables import by_round as byround
+from fedlora.reporting.tables import by_round as by_round
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
 from fedlora.runs.table import Table
@@ -29,9 +29,9 @@ LATEX = {
 
 def tables(runs: Sequence[Run]) -> list[Table]:
     """All tables of these runs that have a row."""
-    make = (standing.methods, standing.tests, standing.one_by_one, byround.curves, totals.clients, byround.errors,
-            byround.oracle, byround.layers, byround.drift, byround.likeness, totals.labels, totals.sent,
-            totals.phases, totals.faults, byround.epsilon)  # fmt: skip
+    make = (standing.methods, standing.tests, standing.one_by_one, by_round.curves, totals.clients, by_round.errors,
+            by_round.oracle, by_round.layers, by_round.drift, by_round.likeness, totals.labels, totals.sent,
+            totals.phases, totals.faults, by_round.epsilon)  # fmt: skip
     return [table for one in make if (table := one(runs)).rows]
 
 

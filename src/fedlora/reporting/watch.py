@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.runs.attendance import by_name, means, scored
-from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, Following, Standing
+from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, ProgressReader, RunStatus
 from fedlora.runs.record import figures
 from fedlora.text import shown
 
@@ -55,11 +55,11 @@ def columns(metric: str) -> list[tuple[str, Cell]]:
     ]
 
 
-def _rows(at: Standing) -> list[dict[str, float]]:
+def _rows(at: RunStatus) -> list[dict[str, float]]:
     return [{"round": record["round"], **figures(record)} for record in at.records]
 
 
-def remaining(at: Standing, now: float) -> float | None:
+def remaining(at: RunStatus, now: float) -> float | None:
     """Seconds until the last round ends, if the rest goes as the last rounds went; None before there is one."""
     lately = [s for record in at.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
     if not lately or at.state != RUNNING:
@@ -75,7 +75,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{timedelta(minutes=round(seconds / 60))!s}"[:-3] + " h"
 
 
-def picture(at: Standing, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
+def picture(at: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
     """What a terminal of so many columns and lines shows of a run."""
     metric = str(at.progress.get("metric", "accuracy"))
     said_of_it = list(_head(at, name, now))
@@ -102,7 +102,7 @@ def _line(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _head(at: Standing, name: str, now: float) -> Iterator[str]:
+def _head(at: RunStatus, name: str, now: float) -> Iterator[str]:
     yield ", ".join([shown(name), *([shown(at.progress["title"])] if "title" in at.progress else [])])
     if at.state == WAITING:
         yield "waiting for the run to begin; Ctrl-C leaves"
@@ -114,7 +114,7 @@ def _head(at: Standing, name: str, now: float) -> Iterator[str]:
         yield _times(at, now)
 
 
-def attending(at: Standing) -> Iterator[str]:
+def attending(at: RunStatus) -> Iterator[str]:
     """Who is left out now, and whom the means over clients of the rounds are over; nothing where all are there."""
     found, of = at.progress.get("missing") or {}, at.progress.get("clients", 0)
     if count := found.get("count"):
@@ -125,7 +125,7 @@ def attending(at: Standing) -> Iterator[str]:
         yield f"clients' own models: {text}"
 
 
-def now_doing(at: Standing) -> str:
+def now_doing(at: RunStatus) -> str:
     """Where a run stands, in a line."""
     said, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
     if at.over:
@@ -137,7 +137,7 @@ def now_doing(at: Standing) -> str:
     return f"{done}; {where}, {said['answered']} of {said['cohort']} clients answered{loss}"
 
 
-def _times(at: Standing, now: float) -> str:
+def _times(at: RunStatus, now: float) -> str:
     until = at.progress["at"] if at.over else now
     left = remaining(at, now)
     return f"{span(until - at.progress['began'])} so far" + ("" if left is None else f", about {span(left)} left")
@@ -186,11 +186,11 @@ def row_line(record: Mapping[str, Any], rounds: int, metric: str) -> str:
     return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
 
 
-def live(following: Following, console: Console, every: float) -> Standing:
+def live(following: ProgressReader, console: Console, every: float) -> RunStatus:
     """Draws until the run is over, and leaves the last picture standing."""
     name, wide = str(following.folder), console.encoding.startswith("utf")
 
-    def drawn(at: Standing) -> RenderableType:
+    def drawn(at: RunStatus) -> RenderableType:
         return picture(at, name, console.width, console.height, time.time(), wide)
 
     at = following.look()
@@ -207,7 +207,7 @@ def live(following: Following, console: Console, every: float) -> Standing:
     return at
 
 
-def lines(following: Following, say: Callable[[str], None], every: float) -> Standing:
+def lines(following: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
     """A line for each finished round and for whatever was said, until the run is over."""
     told, heard, state = 0, list[str](), ""
     while True:

@@ -45,10 +45,10 @@ def _setting(table: Mapping[str, Any], adapters: str) -> str:
     count, asked, epochs = clients.get("count", 10), clients.get("per_round"), training.get("local_epochs")
     cohort = f", {asked} of them a round," if asked and asked != count else ""
     work = f"{epochs} epochs" if epochs else f"{training.get('local_steps', 10)} steps"
-    split = clients.get("split", {"name": "iid"})
-    said = [f"{key} {_short(split[key])}" for key in ("alpha", "column", "labels_per_client") if key in split]
+    partition = clients.get("partition", {"name": "iid"})
+    said = [f"{key} {_short(partition[key])}" for key in ("alpha", "column", "labels_per_client") if key in partition]
     rows = _short(task.get("name", "a task")) + (f" ({_short(task['data'])})" if task.get("data") else "")
-    how = f"rows split by {_short(split.get('name', 'iid'))}{f' ({said[0]})' if said else ''}"
+    how = f"rows split by {_short(partition.get('name', 'iid'))}{f' ({said[0]})' if said else ''}"
     who = f"{count} {'client' if count == 1 else 'clients'}{cohort}"
     model = _short(table.get("model", {}).get("name", "a model"))
     return f"{who} trained {adapters}adapters of {model} for {rows}, {how}, in {table.get('rounds')} rounds of {work}"

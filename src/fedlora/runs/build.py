@@ -30,7 +30,7 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
     """Load the model and the data, and build the federation that an engine runs.
 
     ``party`` is the client that this machine is, and ``combines`` says that no client trains here; both matter
-    only where every party has data of its own (``clients.split``).
+    only where every party has data of its own (``clients.partition``).
     """
     device = config.engine.prepare()
     data, shards = load_rows(config, party, combines)
@@ -51,9 +51,9 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
     found = Federation(
         rules, config.method, model, config.task, data, config.clients, shards, budgets,
         training, config.evaluation, config.server, config.rounds, config.seed, names, fingerprint(config.table),
-        config.hygiene, config.robust,
+        config.validation, config.robust,
         config.attack and config.attack.prepare(config.task, config.model.name, config.clients.members, config.seed),
-        config.transport,
+        config.compression,
         config.privacy,
     )  # fmt: skip
     if found.privacy.by_example:
@@ -78,8 +78,8 @@ def load_rows(
     _label_names(config)
     if party is None and not combines:
         raise ConfigError(
-            "clients.split is 'own': every party has its own data on its own machine; run it with "
-            "`fedlora flower`, or set clients.split to a way to split one data set."
+            "clients.partition is 'own': every party has its own data on its own machine; run it with "
+            "`fedlora flower`, or set clients.partition to a partition of one data set."
         )
     if party is None:
         return None, {}
@@ -91,7 +91,7 @@ def _label_names(config: Sections) -> Sequence[str]:
     names = config.task.agreed()
     if names is None:
         raise ConfigError(
-            "clients.split is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
+            "clients.partition is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
         )
     return names
 
@@ -118,7 +118,7 @@ def per_machine_settings(table: Table) -> list[str]:
 def fingerprint(table: Table) -> str:
     """Digest the settings that all parties must have alike: not those of a machine, nor those of the server alone."""
     own = {*per_machine_settings(table), "training.precision"}  # a machine's precision is what it is fast at
-    apart = ("engine", "compare", "checkpoint", "hygiene", "robust", "track")
+    apart = ("engine", "compare", "checkpoint", "validation", "robust", "track")
     left = {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
         for section, value in table.items()

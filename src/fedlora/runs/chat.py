@@ -11,7 +11,7 @@ from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.causal_lm import CausalLM, context_length
 from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.templates import Wording, needs_template, rendered
+from fedlora.tasks.data.templates import PromptTemplate, needs_template, rendered
 from fedlora.tasks.data.tokens import tokens
 from fedlora.tasks.networks.generation import Writing, generate
 from fedlora.training.device import Engine
@@ -25,7 +25,7 @@ class Chat:
 
     model: Model
     tokenizer: Any
-    wording: Wording | None  # the templates that the run was trained on; None: the tokenizer's chat template
+    template: PromptTemplate | None  # the templates that the run was trained on; None: the tokenizer's chat template
     room: int  # tokens that the model reads at most
     seed: int = 0
     system: str | None = None
@@ -46,8 +46,8 @@ class Chat:
             raise ConfigError(
                 f"{config.method.title} ends with a model for each client and none for all; name one with --client K."
             )
-        tree, wording, tokenizer = run.tree(client), _wording(config, task), task.preprocessor(config.model.name)
-        if wording is None:
+        tree, template, tokenizer = run.tree(client), _wording(config, task), task.preprocessor(config.model.name)
+        if template is None:
             needs_template(tokenizer)
         elif system is not None:
             raise ConfigError(
@@ -56,13 +56,13 @@ class Chat:
         model, note = _loaded(run)
         model.load(tree)
         model.fold({part: (f,) for part, f in run.folds.items()})
-        return cls(model, tokenizer, wording, context_length(config.model.name), seed, system, note=note)
+        return cls(model, tokenizer, template, context_length(config.model.name), seed, system, note=note)
 
     def say(self, text: str, writing: Writing) -> str:
         """The answer. ``ValueError`` where there is no room for it within what the model reads."""
         turns = [*self.turns, {"role": "user", "content": text}]
         prompt = self.prompt(turns)
-        ids = tokens([prompt], self.tokenizer, self.wording is not None)[0]
+        ids = tokens([prompt], self.tokenizer, self.template is not None)[0]
         if not ids:
             raise ValueError("the prompt is empty; write something.")
         if len(ids) + writing.max_new_tokens > self.room:
@@ -73,26 +73,26 @@ class Chat:
         with self.model.running():
             answer = generate(self.model.network, self.tokenizer, [ids], writing, self.seed)[0]
         self.seed += 1  # the same words are not drawn twice
-        if self.wording is None:
+        if self.template is None:
             self.turns = [*turns, {"role": "assistant", "content": answer}]
         return answer
 
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
         """What the model is given, as text."""
-        if self.wording is not None:
-            return self.wording.asked(turns[-1]["content"])
+        if self.template is not None:
+            return self.template.asked(turns[-1]["content"])
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return rendered([*system, *turns], self.tokenizer, "this conversation", ask=True)
 
 
-def _wording(config: Config, task: CausalLM) -> Wording | None:
+def _wording(config: Config, task: CausalLM) -> PromptTemplate | None:
     """As the configuration names it, or else as the data's columns do."""
     named = (task.prompt, task.messages, task.text)
     if any(name is not None for name in named):
-        return task.wording([])
+        return task.template([])
     where = (task.data, task.data_config, task.train_split, [task.test_split])
     train, _ = source.splits(*where, config.seed, source.text_format(task))
-    return task.wording(train.column_names)
+    return task.template(train.column_names)
 
 
 def _loaded(run: RunFolder) -> tuple[Model, str]:

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fedlora.adapters import ADAPTERS, Adapter
-from fedlora.engines import partition as splits
+from fedlora.engines import partition
 from fedlora.engines.loop import ENGINES
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
@@ -19,7 +19,7 @@ from fedlora.tasks import TASKS
 
 SECTIONS = (  # the dataclasses of a configuration, each a table of its own
     "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
-    "hygiene", "robust", "attack", "transport", "checkpoint",
+    "validation", "robust", "attack", "compression", "checkpoint",
 )  # fmt: skip
 REGISTRIES: Mapping[str, Registry] = {
     "task": TASKS, "adapter": ADAPTERS, "method": METHODS, "robust": ROBUST_RULES, "attack": ATTACKS,
@@ -33,15 +33,16 @@ def check(config: Sections) -> None:
     check_adapter(type(config.method), config.table["method"]["name"], config.method.adapter)
     _check_quantised(config)
     config.server.check(config.method)
-    config.transport.check(config.method, config.flower.secure_aggregation)
+    config.compression.check(config.method, config.flower.secure_aggregation)
     config.checkpoint.check(config.method.personal, config.method.title)
     ENGINES.check(config.engine.name)
     for size in config.clients.staying_sizes:
         config.flower.check(config.method, size)
     _check_trust(config)
-    if config.engine.spill and config.evaluation.measure:
+    if config.engine.offload and config.evaluation.measure:
         raise ConfigError(
-            "engine.spill keeps uploads on disk, and the error measures need them all; set evaluation.measure = false."
+            "engine.offload keeps uploads on disk, but the error measures need them all; set "
+            "evaluation.measure = false."
         )
     config.engine.chosen()  # a device that is not there is said before anything is loaded
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
@@ -123,7 +124,7 @@ def resolve(config: Sections) -> Table:
         del found["privacy"]
     if config.training.local_epochs is None:
         found["training"]["local_steps"] = config.training.steps(1)
-    found["clients"]["split"] = splits.resolved(config.clients.split)
+    found["clients"]["partition"] = partition.resolved(config.clients.partition)
     return found
 
 

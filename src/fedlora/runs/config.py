@@ -12,7 +12,7 @@ from typing import Any
 from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.engines.federation import Federation
 from fedlora.engines.network_settings import Network
 from fedlora.engines.server_optimizer import ServerOptimizer
@@ -94,10 +94,10 @@ def build(table: Table) -> Config:
         "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
         "engine": construct(Engine, "engine", _section(table, "engine")),
         "flower": construct(Network, "flower", _section(table, "flower")),
-        "hygiene": construct(Validation, "hygiene", _section(table, "hygiene")),
+        "validation": construct(Validation, "validation", _section(table, "validation")),
         "robust": _optional(ROBUST_RULES, "robust", table),
         "attack": _optional(ATTACKS, "attack", table),
-        "transport": construct(Transport, "transport", _section(table, "transport")),
+        "compression": construct(Compression, "compression", _section(table, "compression")),
         "checkpoint": construct(CheckpointSettings, "checkpoint", _section(table, "checkpoint")),
         "track": trackers.read(_section(table, "track")),
     }

@@ -6,14 +6,14 @@ from typing import Any
 
 from fedlora.runs.callbacks import Callback, Callbacks, End
 from fedlora.runs.config import Config
-from fedlora.runs.progress_writer import Pulse
+from fedlora.runs.progress_writer import ProgressWriter
 from fedlora.runs.trackers._callback import Tracking
 
 
 def callbacks(config: Config, own: Sequence[Any], folder: Path | None) -> Callbacks:
     """All of them. ``ConfigError`` for an object that is no callback, or a tracker that is not installed."""
     config.track.check()
-    built: list[Callback] = [] if folder is None else [Pulse(folder)]
+    built: list[Callback] = [] if folder is None else [ProgressWriter(folder)]
     if config.track.trackers:
         built.append(Tracking(config.track.trackers))
     return Callbacks(own, built)

@@ -110,8 +110,8 @@ def personal(run: RunFolder, steps: int = 20, watch: Watch = lambda event: None)
     config = run.config
     if config.clients.own_data:
         raise ConfigError(
-            "clients.split is 'own', so the rows lie on the parties' machines; `fedlora personal` needs a run whose "
-            "rows are all here."
+            "clients.partition is 'own', so the rows are on the clients' machines; `fedlora personal` needs a run "
+            "whose rows are all here."
         )
     if not run.summary["rounds"]:
         raise ConfigError(f"{str(run.path)!r} has no finished round; run it to the end of one.")
@@ -152,5 +152,5 @@ def _trained(
 def _here(table: Table, label: str, rounds: int) -> Table:
     """In this process, and evaluated at the end only."""
     own = for_label({key: value for key, value in table.items() if key != "flower"}, label)
-    engine = {**own.get("engine", {}), "name": "inprocess", "spill": False}
+    engine = {**own.get("engine", {}), "name": "inprocess", "offload": False}
     return {**own, "engine": engine, "evaluation": {**own.get("evaluation", {}), "every": rounds, "measure": False}}

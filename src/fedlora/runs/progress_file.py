@@ -68,7 +68,7 @@ def lives(said: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """What was found at one look."""
 
     state: str  # "waiting", "loading", "running" or one of OVER
@@ -82,7 +82,7 @@ class Standing:
 
 
 @dataclass
-class Following:
+class ProgressReader:
     """One run's folder, looked at again and again; only what was added is read."""
 
     folder: Path
@@ -90,18 +90,18 @@ class Following:
     _read: int = field(default=0, init=False)  # bytes of the metrics that were taken
     _file: int = field(default=0, init=False)  # which file that was: a run that goes on writes a new one
 
-    def look(self) -> Standing:
+    def look(self) -> RunStatus:
         """Where the run stands now. ``ValueError`` for a folder of several runs."""
         if (self.folder / COMPARISON).exists():
             raise ValueError(f"{str(self.folder)!r} is a comparison; name the folder of one of its runs.")
         said = read(self.folder / PROGRESS)
         records = self._metrics()
         if said is None or said.get("form") != 1:
-            return Standing(self._without(), {}, records)
+            return RunStatus(self._without(), {}, records)
         state = said.get("state", RUNNING)
         if state == RUNNING and not lives(said):
             state = LOST
-        return Standing(state, said, records)
+        return RunStatus(state, said, records)
 
     def _without(self) -> str:
         """The state of a run that keeps no such file: it has not begun, or is of an earlier version."""

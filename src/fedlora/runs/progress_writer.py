@@ -21,7 +21,7 @@ LONG = 400  # characters of one of them
 
 
 @dataclass
-class Pulse(Callback):
+class ProgressWriter(Callback):
     """Keeps the file of one run."""
 
     folder: Path

@@ -23,13 +23,13 @@ from fedlora.security.validation import Validation, quarantine
 
 
 @dataclass
-class Keeper:
+class RunRecorder:
     """The records of a run, in ``metrics.jsonl`` where there is a folder, and a checkpoint with them."""
 
     folder: Path | None
     checkpoints: Checkpoints | None = None
     stop: Stop = field(default_factory=Stop)
-    hygiene: Validation = field(default_factory=Validation)
+    validation: Validation = field(default_factory=Validation)
     records: list[RoundRecord] = field(default_factory=list)
     last: Round | None = None  # the last finished one, of this process or of the one before
     saved: Saved | None = None  # where the run goes on from
@@ -76,7 +76,7 @@ class Keeper:
         at = self._restored(engine, f)
         try:
             for self.last in explain_overflow(engine.run(f, at)):
-                quarantine.save_rejected(self.folder, self.last.record["round"], self.last.bad, self.hygiene)
+                quarantine.save_rejected(self.folder, self.last.record["round"], self.last.bad, self.validation)
                 self._line(self.last.record)
                 last = self.last.number + 1 >= f.rounds
                 self.readings = {**self.readings, **engine.readings()}

@@ -30,7 +30,7 @@ from fedlora.runs.interrupt import Stop, alone, saying_full
 from fedlora.runs.notify import callbacks as telling
 from fedlora.runs.notify import ended
 from fedlora.runs.record import DIRECTIONS, errors_over_weights
-from fedlora.runs.recorder import Keeper
+from fedlora.runs.recorder import RunRecorder
 from fedlora.runs.result import Rounds
 from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.types import Tree
@@ -80,32 +80,32 @@ def run(
     with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
-            keeper = _keeper(config, federation, folder, stop, again)
-            keeper.told = told
+            recorder = _keeper(config, federation, folder, stop, again)
+            recorder.told = told
         with stop.listening() if drive is None else nullcontext():
-            result = _kept(config, federation, keeper, stop.watched(told.watched(watch)), observe, drive)
-    if stop.asked and not keeper.interrupted:  # too late to stop this run, but not whatever would come after it
+            result = _kept(config, federation, recorder, stop.watched(told.watched(watch)), observe, drive)
+    if stop.asked and not recorder.interrupted:  # too late to stop this run, but not whatever would come after it
         raise KeyboardInterrupt
     return result
 
 
-def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool) -> Keeper:
+def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool) -> RunRecorder:
     """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
     if folder is None:
-        return Keeper(None, stop=stop, hygiene=config.hygiene)
+        return RunRecorder(None, stop=stop, validation=config.validation)
     table, run = _table_to_repeat(config, f), RunFolder(folder)
-    keeper = Keeper(folder, _checkpoints(config, f, folder, table), stop, config.hygiene)
+    recorder = RunRecorder(folder, _checkpoints(config, f, folder, table), stop, config.validation)
     if again:
-        keeper.find()
-        if keeper.saved is None and run.has_summary and run.records:
+        recorder.find()
+        if recorder.saved is None and run.has_summary and run.records:
             raise ConfigError(f"{str(folder)!r} holds rounds, but no checkpoint; run it anew in another folder.")
-        if keeper.saved is not None and (run.is_finished(config.rounds) or keeper.saved.number > config.rounds):
+        if recorder.saved is not None and (run.is_finished(config.rounds) or recorder.saved.number > config.rounds):
             raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
     run.remove_partial_files()
     run.write_config(table)
     if (rows := holdings(f)) is not None:
         save_json(folder / ROWS, rows)
-    return keeper
+    return recorder
 
 
 def check_same(config: Config, folder: Path) -> None:
@@ -136,61 +136,61 @@ def _with_absolute_paths(table: Table) -> Table:
 
 
 def _kept(
-    config: Config, f: Federation, keeper: Keeper, watch: Watch, observe: Observe | None, drive: Drive | None
+    config: Config, f: Federation, recorder: RunRecorder, watch: Watch, observe: Observe | None, drive: Drive | None
 ) -> Result:
     """The rounds, and what they leave."""
-    refused = keeper.checkpoints.refused if keeper.checkpoints else []
-    start = Start(config, keeper.folder, keeper.records, lambda text: watch(Event("note", 0, text=text)))
-    with keeper.told.running(start), keeper.writing():
+    refused = recorder.checkpoints.refused if recorder.checkpoints else []
+    start = Start(config, recorder.folder, recorder.records, lambda text: watch(Event("note", 0, text=text)))
+    with recorder.told.running(start), recorder.writing():
         for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
             start.say(note)
         try:
-            kept = (drive or _load_engine(config.engine.name).drive)(config, f, watch, observe, keeper.take)
+            kept = (drive or _load_engine(config.engine.name).drive)(config, f, watch, observe, recorder.take)
         except KeyboardInterrupt:
-            kept, keeper.interrupted = None, True
-    last = keeper.last
+            kept, recorder.interrupted = None, True
+    last = recorder.last
     shared = last.shared if last else f.model.initial(config.seed)
     kept = kept if kept is not None else last.kept if last else {}
     summary = {
-        **summarise(config, keeper.records, keeper.interrupted, keeper.seconds),
-        **_of_rows(f, keeper),
+        **summarise(config, recorder.records, recorder.interrupted, recorder.seconds),
+        **_of_rows(f, recorder),
         "folds": len(last.folds) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
-        **({"resumed": keeper.resumed} if keeper.resumed else {}),
+        **({"resumed": recorder.resumed} if recorder.resumed else {}),
         **({"refused": refused} if refused else {}),
     }
-    folder = keeper.folder
-    if folder is not None and (last is not None or not keeper.records):  # else it was broken off before a new round
-        summary |= _left_best(config, f, keeper, watch)
+    folder = recorder.folder
+    if folder is not None and (last is not None or not recorder.records):  # else it was broken off before a new round
+        summary |= _left_best(config, f, recorder, watch)
         RunFolder(folder).write_result(shared, kept, last.folds if last else BaseUpdateLog(), summary)
-    keeper.told.ended(ended(summary))
-    return Result(summary, keeper.records, shared, kept, folder)
+    recorder.told.ended(ended(summary))
+    return Result(summary, recorder.records, shared, kept, folder)
 
 
-def _of_rows(f: Federation, keeper: Keeper) -> dict[str, Any]:
+def _of_rows(f: Federation, recorder: RunRecorder) -> dict[str, Any]:
     """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
     notes = {"notes": list(f.notes)} if f.notes else {}
-    return {**f.privacy_ledger.report(len(keeper.records)), **labels(f, keeper.readings), **notes}
+    return {**f.privacy_ledger.report(len(recorder.records)), **labels(f, recorder.readings), **notes}
 
 
-def _left_best(config: Config, f: Federation, keeper: Keeper, watch: Watch) -> dict[str, Any]:
+def _left_best(config: Config, f: Federation, recorder: RunRecorder, watch: Watch) -> dict[str, Any]:
     """The best round's model as a run's folder of its own, ``best``; what the summary says of it."""
-    assert keeper.folder is not None and keeper.checkpoints is not None
+    assert recorder.folder is not None and recorder.checkpoints is not None
     try:
-        found = keeper.checkpoints.best_model(f)
+        found = recorder.checkpoints.best_model(f)
     except RefusedFileError as error:
         watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
         return {}
     if found is None:
         return {}
     shared, states, folds = found
-    about = {k: v for k, v in keeper.checkpoints.best.items() if k != "file"}
-    until = keeper.records[: about["round"]]
-    run = RunFolder(keeper.folder)
+    about = {k: v for k, v in recorder.checkpoints.best.items() if k != "file"}
+    until = recorder.records[: about["round"]]
+    run = RunFolder(recorder.folder)
     run.best.write_config(run.table)
     run.best.write_records(until)
     summary = {
-        **summarise(config, until, False, keeper.seconds), **_of_rows(f, keeper), "folds": len(folds),
+        **summarise(config, until, False, recorder.seconds), **_of_rows(f, recorder), "folds": len(folds),
         "kept": bool(states), "best": about,
     }  # fmt: skip
     run.best.write_result(shared, {client: own.kept for client, own in states.items()}, folds, summary)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.engines.network_settings import Network
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
@@ -49,10 +49,10 @@ class Sections:
     privacy: Privacy = field(default_factory=Privacy)
     engine: Engine = field(default_factory=Engine)
     flower: Network = field(default_factory=Network)
-    hygiene: Validation = field(default_factory=Validation)
+    validation: Validation = field(default_factory=Validation)
     robust: RobustAggregator | None = None
     attack: Attack | None = None
-    transport: Transport = field(default_factory=Transport)
+    compression: Compression = field(default_factory=Compression)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     track: Track = field(default_factory=Track)
     rounds: int = 20

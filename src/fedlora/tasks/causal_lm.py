@@ -13,8 +13,8 @@ from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.few_shot import BETWEEN, Asked, asked, golds, prompts_of, shots
 from fedlora.tasks.data.templates import (
     MESSAGES,
-    Stretch,
-    Wording,
+    PromptTemplate,
+    Segment,
     chosen,
     columns,
     conversations,
@@ -118,7 +118,7 @@ class CausalLM(Supervised):
             notes += (ask.note + ".",) if ask.note else ()
         return Data(first, last, (), notes)
 
-    def wording(self, there: list[str]) -> Wording | None:
+    def template(self, there: list[str]) -> PromptTemplate | None:
         """The templates of rows with these columns; None for chat messages."""
         named = self.prompt or self.text
         if self.messages is not None or (named is None and MESSAGES in there):
@@ -128,8 +128,8 @@ class CausalLM(Supervised):
     def _completed(self, train: Any, test: Any) -> tuple[Any, Any]:
         """Both splits with all columns of the prompt: a key that no row of one of them has is empty there."""
         there = list(dict.fromkeys([*train.column_names, *test.column_names]))
-        wording = self.wording(there)
-        named = columns(wording.prompt) if wording is not None else []
+        template = self.template(there)
+        named = columns(template.prompt) if template is not None else []
         for name in (name for name in named if name in there):
             train, test = (
                 split if name in split.column_names else split.add_column(name, [None] * len(split))
@@ -137,21 +137,21 @@ class CausalLM(Supervised):
             )
         return train, test
 
-    def _worded(self, split: Any, tokenizer: Any) -> list[list[Stretch]]:
-        wording = self.wording(split.column_names)
-        if wording is None:
+    def _worded(self, split: Any, tokenizer: Any) -> list[list[Segment]]:
+        template = self.template(split.column_names)
+        if template is None:
             return conversations(split, self.messages or MESSAGES, tokenizer, self.drop_unlearnable)
-        return wording.rows(split, self.drop_unlearnable)
+        return template.rows(split, self.drop_unlearnable)
 
     def _learnable(
         self, split: Any, tokenizer: Any, what: str
-    ) -> tuple[Any, list[list[Stretch]], list[Tokens], list[str]]:
+    ) -> tuple[Any, list[list[Segment]], list[Tokens], list[str]]:
         """The rows with something to learn: as they lie, in words and in tokens; and notes on the others."""
         rows, count = self._worded(split, tokenizer), len(split)
         if self.drop_unlearnable:
             kept = [any(learnt and text.strip() for text, learnt in row) for row in rows]
             split, rows = selected(kept, split, rows)
-        special = self.wording(split.column_names) is not None  # a chat template writes its own start token
+        special = self.template(split.column_names) is not None  # a chat template writes its own start token
         made = encoded(rows, tokenizer, special) if rows else []
         how = (self.max_length, self.truncation_side, tokenizer.bos_token_id, what)
         if self.drop_unlearnable:
@@ -183,18 +183,18 @@ class CausalLM(Supervised):
                 f"task.max_new_tokens is {self.max_new_tokens}, but the model reads at most {context} tokens, prompt "
                 "included; lower it."
             )
-        wording = self.wording(test.column_names)
-        if wording is not None and not columns(wording.prompt):
+        template = self.template(test.column_names)
+        if template is not None and not columns(template.prompt):
             raise ValueError(
                 "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
             )
-        if wording is None and self.shots:
+        if template is None and self.shots:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
         train, test_rows = rows
         both = [[0] * len(part) if of is None else of.tolist() for part, of in zip(rows, kinds)]
         before = shots(train, *both, self.shots, seed) if self.shots else [""] * len(test_rows)
         answers = golds(test, test_rows, self.answer_column, self.answer)
-        return asked(test_rows, answers, before, tokenizer, room, wording is None)
+        return asked(test_rows, answers, before, tokenizer, room, template is None)
 
     def agreed(self) -> tuple[str, ...] | None:
         """A row has no label."""

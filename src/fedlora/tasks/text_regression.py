@@ -16,7 +16,7 @@ class TextRegression(Regression, Texts):
     """The ``[task]`` table of text regression; ``label`` is the column of the number."""
 
     metric: str = "pearson"  # or "spearman" or "mse"
-    bins: int = 10  # of equally many training rows: what clients.split takes for labels
+    bins: int = 10  # of equally many training rows: what clients.partition takes for labels
 
     def __post_init__(self):
         super().__post_init__()

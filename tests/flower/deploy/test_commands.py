@@ -110,7 +110,7 @@ def test_parties_of_a_file(tmp_path):
         build_node_configs(config, tmp_path / "out", path)
 
 
-OWN = {**TABLE, "clients": {"count": 2, "split": {"name": "own"}}}
+OWN = {**TABLE, "clients": {"count": 2, "partition": {"name": "own"}}}
 
 
 def test_parties_with_data_of_their_own_need_labels_and_flower():

@@ -34,7 +34,7 @@ def table(tmp_path):
     return {
         "rounds": 1, "model": {"name": str(tmp_path / "bert"), "targets": ["query", "value"]},
         "task": {"name": "text-classification", "data": "own", "label_names": STARS, "train_split": "all", "test_split": "all"},
-        "method": {"name": "fedit"}, "clients": {"count": 4, "split": {"name": "own"}},
+        "method": {"name": "fedit"}, "clients": {"count": 4, "partition": {"name": "own"}},
         "training": {"local_steps": 1, "batch_size": 4}, "evaluation": {"measure": False},
         "flower": {"min_clients": 4, "repair_timeout": 2.0, "retry": 1.0, "poll": 0.1},
     }  # fmt: skip

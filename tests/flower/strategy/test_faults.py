@@ -147,7 +147,7 @@ def train_config():
     "method, options, words",
     [
         ("fed-sb", {}, "adapter of kind LoRASB, which PEFT's LoRA is not; run it with fedlora's own engine"),
-        ("ravan", {}, "adapter of kind Heads"),
+        ("ravan", {}, "adapter of kind MultiHead"),
         ("feddpa", {}, "adapter of kind DualLoRA"),
         ("fedt", {}, "did you mean 'fedit'"),
         ("os:path", {}, "name an installed method"),

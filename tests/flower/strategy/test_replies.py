@@ -1,4 +1,4 @@
-"""The strategy beside hostile nodes: hygiene names and leaves them out, a robust rule outvotes them."""
+"""The strategy beside hostile nodes: validation names and leaves them out, a robust rule outvotes them."""
 
 import logging
 
@@ -33,11 +33,11 @@ def factor(by, leaf="lora_B"):
 @pytest.mark.parametrize("method", ["fedit", "fedex-lora"])
 def test_an_absurd_upload_is_quarantined_and_the_rest_go_on(monkeypatch, caplog, method):
     world = Federation(monkeypatch, FIVE, post=spoiled(3, factor(1e3)))
-    made = strategy(method, fraction_evaluate=0.0, hygiene={})
+    made = strategy(method, fraction_evaluate=0.0, validation={})
     with caplog.at_level(logging.WARNING, "flwr"):
         world.run(made)
     assert list(made.quarantined) == [1] and list(made.quarantined[1]) == [3]
-    assert "above hygiene.norm_limit" in made.quarantined[1][3]
+    assert "above validation.norm_limit" in made.quarantined[1][3]
     assert "node 3 is left out, its upload is quarantined: its update's norm is" in caplog.text
     clean = Federation(monkeypatch, {node: about for node, about in FIVE.items() if node != 3})
     clean.run(strategy(method, fraction_evaluate=0.0))
@@ -46,7 +46,7 @@ def test_an_absurd_upload_is_quarantined_and_the_rest_go_on(monkeypatch, caplog,
 
 def test_a_node_that_does_so_again_and_again_is_not_asked_any_more(monkeypatch, caplog):
     world = Federation(monkeypatch, FIVE, post=spoiled(3, factor(1e3)))
-    made = strategy("fedit", fraction_evaluate=0.0, hygiene={"strikes": 1})
+    made = strategy("fedit", fraction_evaluate=0.0, validation={"strikes": 1})
     with caplog.at_level(logging.WARNING, "flwr"):
         world.run(made, rounds=2)
     assert "round 2: node 3 is left out: it was quarantined in 1 rounds" in caplog.text
@@ -86,8 +86,8 @@ def test_a_rule_without_three_replies_changes_nothing(monkeypatch, caplog):
         ({"robust": "krumm"}, "did you mean 'krum'"),
         ({"robust": {"attackers": 0.2}}, "robust names no rule"),
         ({"robust": {"name": "krum", "attackers": 0.5}}, "robust.attackers is 0.5"),
-        ({"hygiene": {"norm_limit": 0.5}}, "hygiene.norm_limit is 0.5"),
-        ({"hygiene": {"keep_files": 3}}, "there is no setting 'hygiene.keep_files'"),
+        ({"validation": {"norm_limit": 0.5}}, "validation.norm_limit is 0.5"),
+        ({"validation": {"keep_files": 3}}, "there is no setting 'validation.keep_files'"),
         ({"method": "hetlora", "robust": "clip"}, "gives weights of its own"),
     ],
 )

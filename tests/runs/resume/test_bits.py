@@ -39,9 +39,9 @@ SETTINGS = {  # what a run has to know again: a method, and settings that have t
         "checkpoint.every=3",
     ),
     "unequal clients, and uploads on disk": (
-        "hetlora", "clients.capability=uniform", "clients.stragglers=0.5", "engine.spill=true", "evaluation.measure=false",
+        "hetlora", "clients.capability=uniform", "clients.stragglers=0.5", "engine.offload=true", "evaluation.measure=false",
     ),
-    "what a copying client overheard": ("fedit", "attack={name='copy', clients=[1], victim=0}", "hygiene.strikes=0"),
+    "what a copying client overheard": ("fedit", "attack={name='copy', clients=[1], victim=0}", "validation.strikes=0"),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_run_names_resume_and_other_folders_are_refused(tmp_path, broken_off):
 
 
 def test_a_users_file_holds_plain_leaves_and_the_checkpoint_the_notes(tmp_path):
-    settings = small("fedit", f"rounds={ROUNDS}", "transport={down='int4', error_feedback=true}")
+    settings = small("fedit", f"rounds={ROUNDS}", "compression={down='int4', error_feedback=true}")
     result = fedlora.run(settings, tmp_path / "whole")
     assert any(leaf.startswith("_owed.") for layer in result.shared.values() for leaf in layer), "there are notes"
     left = load_tree(tmp_path / "whole" / "shared.safetensors")

@@ -28,7 +28,7 @@ def relative(*more):
     """A configuration with relative paths."""
     return config(
         "task={name='image-classification', data='data', image_shape=[8, 8, 1]}", "model.name=model",
-        "training.local_steps=1", "clients.split={name='iid'}", "rounds=3", *more,
+        "training.local_steps=1", "clients.partition={name='iid'}", "rounds=3", *more,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedlora.adapters import Dense, Heads, LoRA
+from fedlora.adapters import Dense, LoRA, MultiHead
 from fedlora.methods._base import pick
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.fedsa_lora import FedSALoRA
@@ -126,7 +126,7 @@ def test_the_noise_on_a_sum_does_not_depend_on_who_sent():
         (FedIT(ADAPTER, "uniform"), {"A", "B"}),
         (FedSALoRA(ADAPTER, "uniform"), {"A"}),
         (RoLoRA(ADAPTER, "uniform"), {"B"}),
-        (Ravan(Heads(2, 2)), {"H0", "H1"}),
+        (Ravan(MultiHead(2, 2)), {"H0", "H1"}),
     ],
 )
 def test_what_is_covered_is_what_is_sent(rule, sent):

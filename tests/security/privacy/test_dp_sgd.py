@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fedlora.adapters import Adapter, Heads, LoRA, LoRASB, VeRA
+from fedlora.adapters import Adapter, LoRA, LoRASB, MultiHead, VeRA
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.local import Local
@@ -18,7 +18,7 @@ from fedlora.training.model import Model
 from fedlora.types import Turn
 from tests.fixtures.private_task import Toy
 
-ADAPTERS = [LoRA(rank=2), VeRA(rank=3), Heads(heads=2, head_rank=2), LoRASB(core_rank=2)]
+ADAPTERS = [LoRA(rank=2), VeRA(rank=3), MultiHead(heads=2, head_rank=2), LoRASB(core_rank=2)]
 
 
 class Tiny(nn.Module):

@@ -1,4 +1,4 @@
-"""Privacy beside hygiene and robust rules: no client's upload may decide about another's."""
+"""Privacy beside validation and robust rules: no client's upload may decide about another's."""
 
 import pytest
 import torch

@@ -335,7 +335,7 @@ def test_rows_that_belong_to_nobody_are_said_in_a_run(tmp_path):
     split = rows(["a", "b"] * 9).add_column("who", ["x", "y", "z"] * 6)
     table = {
         **small(saved(tmp_path / "d", split)),
-        "clients": {"count": 2, "split": {"name": "column", "column": "who"}},
+        "clients": {"count": 2, "partition": {"name": "column", "column": "who"}},
     }
     notes = fedlora.run(config(table=table)).summary["notes"]
     assert "their 6 of 18 training rows and 6 of 18 test rows are unused: 'z' (6); clients.count is 2." in notes[0]

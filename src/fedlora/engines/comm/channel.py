@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog
-from fedlora.engines.comm.compression import Transport
+from fedlora.engines.comm.compression import Compression
 from fedlora.engines.comm.encoding import SAID
 from fedlora.rounds import public
 from fedlora.types import Tree
@@ -71,7 +71,7 @@ class Channel:
 
     initial: Tree
     heads: frozenset[str]  # the parts trained in full
-    transport: Transport = field(default_factory=Transport)
+    compression: Compression = field(default_factory=Compression)
     ledger: Ledger = field(default_factory=Ledger)
     _versions: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)
     _held: dict[int, dict[tuple[str, str], int]] = field(default_factory=dict)
@@ -93,13 +93,13 @@ class Channel:
             if had == version:
                 continue
             mine = leaves.setdefault(part, {})[leaf] = _smaller(whole, own.get(part, {}).get(leaf))
-            coded = self.transport.crossing(shared[part], leaf, had, version)
+            coded = self.compression.crossing(shared[part], leaf, had, version)
             cut = mine.numel() < whole.numel()  # and an encoding is of the whole leaf
             crossing.setdefault(part, {}).update({leaf: mine} if cut or coded is None else coded)
         seen = self.folds_seen(client)
         # The update of a round was rounded before it was applied; a sum of several was not, and is sent as it is.
         lone = {id(entry) for entry in log.entries}
-        folds = [self.transport.narrowed(x) if id(x) in lone else x for x in log.missing(seen)]
+        folds = [self.compression.narrowed(x) if id(x) in lone else x for x in log.missing(seen)]
         return Delivery(crossing, leaves, folds, seen, len(log), versions)
 
     def deliver(self, round: int, client: int, delivery: Delivery) -> None:

@@ -1,4 +1,4 @@
-"""The ``[transport]`` table: encodes leaves and base updates. If it is empty, they are sent unchanged.
+"""The ``[compression]`` table: encodes leaves and base updates. If it is empty, they are sent unchanged.
 
 Up goes the difference between a leaf and the one that its client's turn began with, which the server can make itself:
 what ``receive`` makes of the server's tree without anything that the client kept. A leaf of another shape than there
@@ -51,8 +51,8 @@ class Crossed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Transport:
-    """The ``[transport]`` table. Adapters and heads are encoded alike; base updates have a precision of their own."""
+class Compression:
+    """The ``[compression]`` table. Adapters and heads are encoded alike; base updates have a precision of their own."""
 
     up: str | list[str] = "float32"  # a codec, or "top-k" and a codec for what it keeps
     down: str | list[str] = "float32"
@@ -65,32 +65,34 @@ class Transport:
 
     def __post_init__(self) -> None:
         if not self.max_upload_mb > 0:
-            raise ValueError(f"transport.max_upload_mb is {self.max_upload_mb}; it must be a positive number.")
+            raise ValueError(f"compression.max_upload_mb is {self.max_upload_mb}; it must be a positive number.")
         if self.top_k is None and self._named:
             raise ValueError(
-                f"transport has the stage {self._named[0]!r}, but not which share it keeps; set transport.top_k."
+                f"compression has the stage {self._named[0]!r}, but not which share it keeps; set compression.top_k."
             )
         lossy = [chain for chain in (self.upward, self.downward) if chain is not None]
         if self.error_feedback and not lossy:
-            raise ValueError("transport.error_feedback has nothing to make up for; set transport.up or transport.down.")
+            raise ValueError(
+                "compression.error_feedback has nothing to make up for; set compression.up or compression.down."
+            )
 
     def check(self, method: Method, secure: bool) -> None:
         """``ValueError`` where these settings and the method or the protocol exclude each other."""
         if secure and self.upward is not None:
             raise ValueError(
-                f"transport.up is {self.up!r}, but flower.secure_aggregation adds up masked fixed-point numbers, and "
-                "codes with scales or places of their own cannot be added; leave transport.up and top_k out."
+                f"compression.up is {self.up!r}, but flower.secure_aggregation adds up masked fixed-point numbers, and "
+                "codes with scales or places of their own cannot be added; leave compression.up and top_k out."
             )
         if method.keeps_frame:
             return
         if self.error_feedback:
             raise ValueError(
-                f"transport.error_feedback adds what one round lost to the next, but {method.title} begins each round "
+                f"compression.error_feedback adds what one round lost to the next, but {method.title} begins each round "
                 "in other coordinates; leave error_feedback out, or take a method that averages."
             )
         if self.downward is not None and self.downward.coarse:
             raise ValueError(
-                f"transport.down is {self.down!r}, which sends changes only, but {method.title} serves other "
+                f"compression.down is {self.down!r}, which sends changes only, but {method.title} serves other "
                 "coordinates each round; take int8, bfloat16 or float16."
             )
 
@@ -112,7 +114,7 @@ class Transport:
 
     def _chain(self, names: Sequence[str]) -> Chain | None:
         found = [
-            construct(CODECS.load(name), "transport", {"share": self.top_k} if _takes_share(name) else {})
+            construct(CODECS.load(name), "compression", {"share": self.top_k} if _takes_share(name) else {})
             for name in names
         ]
         return Chain(tuple(found)) if found else None
@@ -253,6 +255,6 @@ def _each(folds: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:
 def _narrow(x: Tensor, kind: torch.dtype) -> Tensor:
     if kind == torch.float16 and not x.is_meta and bool((x.abs() > LARGEST).any()):
         raise ValueError(
-            "transport.folds is 'float16', and a fold holds numbers beyond 65504; set it to 'bfloat16' or 'float32'."
+            "compression.base_updates is 'float16', and a fold holds numbers beyond 65504; set it to 'bfloat16' or 'float32'."
         )
     return x.to(kind)

@@ -1,6 +1,6 @@
 """Checks of a round's replies, one by one and beside each other. A reply that fails is left out by name.
 
-Beside each other, uploads pass fedlora's hygiene and, where one is named, a robust rule.
+Beside each other, uploads pass fedlora's validation and, where one is named, a robust rule.
 """
 
 from collections import Counter
@@ -158,8 +158,8 @@ def _form(content: RecordDict) -> tuple[tuple[str, int], ...]:
 
 
 def read_limits(table: Mapping[str, Any] | None) -> Validation:
-    """The settings of ``[hygiene]``; those of files do not apply, since a strategy has no folder."""
-    found: Validation = construct(Validation, "hygiene", dict(table or {}), ("keep_files", "keep_mb"))
+    """The settings of ``[validation]``; those of files do not apply, since a strategy has no folder."""
+    found: Validation = construct(Validation, "validation", dict(table or {}), ("keep_files", "keep_mb"))
     return found
 
 

@@ -39,7 +39,7 @@ class FedLoRA(FedAvg):
     ``lora_alpha``, ``use_rslora`` and ``alpha_pattern`` are those of the server's ``LoraConfig``; clients that call
     ``fedlora.flower.receive`` and ``send`` may have a scale of their own. ``r`` is the largest rank (None: that of the
     initial arrays). ``method_options`` are the settings of the method's table in fedlora's TOML. All arguments of
-    ``FedAvg`` keep their meaning. ``hygiene`` holds settings of fedlora's table of that name, which is always on, and
+    ``FedAvg`` keep their meaning. ``validation`` holds settings of fedlora's table of that name, which is always on, and
     ``robust`` the name of a robust rule, or its table; ``quarantined`` says of each round which nodes were left out and
     why. The arrays of a result hold what a method folded, too, under keys that begin with
     ``fedlora.fold.``: ``fedlora.flower.load(model, arrays)`` takes both. ``ValueError`` says what cannot be done.
@@ -55,14 +55,14 @@ class FedLoRA(FedAvg):
         alpha_pattern: Mapping[str, float] | None = None,
         method_options: Mapping[str, Any] | None = None,
         seed: int = 0,
-        hygiene: Mapping[str, Any] | None = None,
+        validation: Mapping[str, Any] | None = None,
         robust: str | Mapping[str, Any] | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
         self.method = self.recipe.build()
-        self.guard = Guard(read_limits(hygiene), read_rule(robust, self.method), self.method, seed)
+        self.guard = Guard(read_limits(validation), read_rule(robust, self.method), self.method, seed)
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = BaseUpdateLog()

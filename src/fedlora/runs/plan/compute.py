@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.engines.federation import Federation
 from fedlora.runs.plan.footprint import Cost, interpolated
-from fedlora.runs.plan.meta_model import Outline
+from fedlora.runs.plan.meta_model import MetaModel
 from fedlora.seeds import derived
 from fedlora.tasks._base import Examples
 from fedlora.training.local import batches
@@ -78,7 +78,7 @@ class Measured:
         return {"training": self.each, "evaluation": self.evaluating, "run": run}
 
 
-def measured(o: Outline, shapes: Shapes) -> Measured:
+def measured(o: MetaModel, shapes: Shapes) -> Measured:
     """The dearest batch of training and of evaluation, and what a client's turn takes on average."""
     f, bench = o.federation, o.bench
     trained = _trained(o)
@@ -101,7 +101,7 @@ def measured(o: Outline, shapes: Shapes) -> Measured:
     return Measured(most, score, total / shapes.turns, evaluating)
 
 
-def _scored(o: Outline) -> tuple[Cost, float]:
+def _scored(o: MetaModel) -> tuple[Cost, float]:
     """The widest batch of an evaluation, and what a client's evaluation takes on average."""
     f = o.federation
     assert f.data is not None
@@ -120,7 +120,7 @@ def _scored(o: Outline) -> tuple[Cost, float]:
     return max((cost for _, _, cost in costs), key=lambda cost: cost.peak), statistics.fmean(own)
 
 
-def _trained(o: Outline) -> list[dict[str, frozenset[str]]]:
+def _trained(o: MetaModel) -> list[dict[str, frozenset[str]]]:
     """What a client with all resources trains in the first two rounds, once where that is the same."""
     f, found = o.federation, []
     first = f.budgets.index(max(f.budgets))
@@ -134,11 +134,11 @@ def _trained(o: Outline) -> list[dict[str, frozenset[str]]]:
     return [found[0]] if found[0] == found[-1] else found
 
 
-def _standing(o: Outline, path: str) -> str:
+def _standing(o: MetaModel, path: str) -> str:
     return next(group.part for group in o.groups if group.layer is o.bench.tree[path])
 
 
-def _stand_in(o: Outline) -> dict[str, Tensor]:
+def _stand_in(o: MetaModel) -> dict[str, Tensor]:
     """A batch of rows that nobody here has seen, each as long as the task lets it be."""
     probe = o.config.task.probe(o.federation.model.network)
     rows, width = o.federation.training.batch_size, getattr(o.config.task, "max_length", None)

@@ -26,7 +26,7 @@ from fedlora.types import Tree
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """A federation whose network has no weights, and what stands for its parts."""
 
     config: Config
@@ -36,7 +36,7 @@ class Outline:
     bench: Bench
 
 
-def outline(config: Config) -> Outline:
+def build_meta_model(config: Config) -> MetaModel:
     """The federation of a configuration, with data but without weights."""
     device = config.engine.chosen()
     data, shards = load_rows(config, None, True)
@@ -52,14 +52,14 @@ def outline(config: Config) -> Outline:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     f = Federation(
         rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
-        config.evaluation, config.server, config.rounds, config.seed, names, transport=config.transport,
+        config.evaluation, config.server, config.rounds, config.seed, names, compression=config.compression,
         privacy=config.privacy,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tree = whole(model, groups, rules)
     faked(network, fake, device)
     model.device = device
-    return Outline(config, f, groups, fake, Bench(model, config.task, training, fake, tree))
+    return MetaModel(config, f, groups, fake, Bench(model, config.task, training, fake, tree))
 
 
 class _Known(dict[int, Any]):

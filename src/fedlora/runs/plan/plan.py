@@ -9,7 +9,7 @@ from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, ConfigError, Table, build
 from fedlora.runs.plan.compute import WATCHED, Measured, Shapes, measured
 from fedlora.runs.plan.footprint import weight_bytes
-from fedlora.runs.plan.meta_model import Outline, outline
+from fedlora.runs.plan.meta_model import MetaModel, build_meta_model
 from fedlora.runs.plan.traffic import Traffic, traffic
 from fedlora.training.model import Adapted, Model
 
@@ -74,7 +74,7 @@ def _plan_of(table: Table, label: str | None) -> dict[str, Any]:
 
 def plan(config: Config) -> dict[str, Any]:
     """One run's plan, JSON-able. ``ValueError`` says what the run would stop at."""
-    o = outline(config)
+    o = build_meta_model(config)
     crossing = traffic(o.federation, o.groups)
     shapes = Shapes.of(o.federation)
     work = measured(o, shapes)
@@ -107,7 +107,7 @@ def options(config: Config, crossing: Traffic) -> dict[str, Any]:
     }
 
 
-def _numbers(o: Outline) -> dict[str, Any]:
+def _numbers(o: MetaModel) -> dict[str, Any]:
     model, f = o.federation.model, o.federation
     sums = {"adapter": 0, "head": 0}
     for path, part in model.parts.items():
@@ -142,7 +142,7 @@ def _rows(f: Federation) -> dict[str, Any]:
     }
 
 
-def byte_plan(o: Outline, crossing: Traffic | None = None) -> dict[str, Any]:
+def byte_plan(o: MetaModel, crossing: Traffic | None = None) -> dict[str, Any]:
     """Bytes of the run by direction and kind, as its summary will have them, and of one client's round."""
     f = o.federation
     crossing = crossing or traffic(f, o.groups)
@@ -160,7 +160,7 @@ def byte_plan(o: Outline, crossing: Traffic | None = None) -> dict[str, Any]:
     }
 
 
-def _memory(o: Outline, crossing: Traffic, spent: Measured) -> dict[str, Any]:
+def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
     f, model = o.federation, o.federation.model
     weights = weight_bytes(model)
     stored = {x.untyped_storage()._cdata: x for part in model.parts.values() for x in part.leaves.values()}
@@ -199,7 +199,7 @@ def _kept_base(model: Model) -> int:
     return sum(x.numel() * x.element_size() for x in parts)
 
 
-def _estimates(o: Outline, crossing: Traffic, shapes: Shapes) -> list[str]:
+def _estimates(o: MetaModel, crossing: Traffic, shapes: Shapes) -> list[str]:
     """What of the plan is no exact figure, and why."""
     said = [
         "Memory counts tensors. Python, its libraries and the data come on top (about 600 MB), and gaps between "

@@ -140,14 +140,14 @@ class UploadScreen:
         for client, size in norms.items():
             if middle > 0 and size > limits.norm_limit * middle * more[client]:
                 times = f"{size / middle:.3g}"
-                bad[client] = f"its update's norm is {times} times the round's median, above hygiene.norm_limit"
+                bad[client] = f"its update's norm is {times} times the round's median, above validation.norm_limit"
         explained = {k: max(more[k], norms[k] / middle) if middle > 0 else more[k] for k in uploads}
         for side in (0, 1):
             for client, far in self._turned_factors(explained, side).items():
                 bad.setdefault(
                     client,
                     f"its {SIDES[side]} factors moved {far:.3g} times as far as the median's, and its update did not: "
-                    "the pair is rescaled or turned (hygiene.factor_limit)",
+                    "the pair is rescaled or turned (validation.factor_limit)",
                 )
         return bad
 

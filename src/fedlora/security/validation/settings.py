@@ -1,4 +1,4 @@
-"""The ``[hygiene]`` table: limits of an upload, and the number of times that a client may fail."""
+"""The ``[validation]`` table: limits of an upload, and the number of times that a client may fail."""
 
 import math
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class Validation:
     def __post_init__(self):
         for key in ("norm_limit", "factor_limit"):
             if not getattr(self, key) > 1:
-                raise ValueError(f"hygiene.{key} is {getattr(self, key)}; it is a number of medians above 1.")
+                raise ValueError(f"validation.{key} is {getattr(self, key)}; it is a number of medians above 1.")
         if self.most_examples is not None and self.most_examples < 1:
-            raise ValueError(f"hygiene.most_examples is {self.most_examples}; it must be at least 1 row.")
+            raise ValueError(f"validation.most_examples is {self.most_examples}; it must be at least 1 row.")
         for key in ("strikes", "keep_files", "keep_mb"):
             if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"hygiene.{key} is {getattr(self, key)}; it cannot be negative or infinite.")
+                raise ValueError(f"validation.{key} is {getattr(self, key)}; it cannot be negative or infinite.")
 
     def cap_examples(self, claims: Sequence[Claim]) -> list[Claim]:
         """Caps the numbers of rows that clients of a round claim; another app may weigh by fractions."""

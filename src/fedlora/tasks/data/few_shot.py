@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.seeds import derived
 from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.templates import Stretch
+from fedlora.tasks.data.templates import Segment
 from fedlora.tasks.data.tokens import tokens
 from fedlora.tasks.metrics.answers import Kind, number
 
@@ -34,7 +34,7 @@ class Asked:
 
 
 def asked(
-    rows: Sequence[Sequence[Stretch]],
+    rows: Sequence[Sequence[Segment]],
     golds: Sequence[str],
     before: Sequence[str],
     tokenizer: Any,
@@ -66,7 +66,7 @@ def prompts_of(features: Mapping[str, Tensor], rows: Tensor) -> list[list[int]]:
 
 
 def shots(
-    train: Sequence[Sequence[Stretch]], kinds: Sequence[int], wanted: Sequence[int], count: int, seed: int
+    train: Sequence[Sequence[Segment]], kinds: Sequence[int], wanted: Sequence[int], count: int, seed: int
 ) -> list[str]:
     """For each test row, ``count`` solved examples: training rows of its kind, drawn from the seed, one draw a kind.
 
@@ -88,7 +88,7 @@ def shots(
     return [made[kind] for kind in wanted]
 
 
-def golds(split: Any, rows: Sequence[Sequence[Stretch]], name: str | None, kind: Kind) -> list[str]:
+def golds(split: Any, rows: Sequence[Sequence[Segment]], name: str | None, kind: Kind) -> list[str]:
     """The right answers: a column's, or the responses themselves. ``ValueError`` names a row without a number."""
     if name is None:
         found = [row[-1][0] for row in rows]

@@ -194,4 +194,4 @@ def groups(split: Any, name: str | None, what: str) -> tuple[str, ...] | None:
     """Each row's value of the natural client column; the test split may do without one."""
     if name is None or (what == "test" and name not in split.column_names):
         return None
-    return tuple(map(str, named(split, name, "clients.split.column")))
+    return tuple(map(str, named(split, name, "clients.partition.column")))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.tasks.data import rows as source
 
-Stretch = tuple[str, bool]  # some text, and whether it is learnt
+Segment = tuple[str, bool]  # some text, and whether it is learnt
 # Columns of public sets, tried in this order where nothing is named: what is asked, and what is answered.
 USUAL = (
     ("### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n", "{response}"),  # Dolly
@@ -27,7 +27,7 @@ MESSAGES, TEXT = "messages", "text"
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptTemplate:
     """Templates for a prompt and its response; ``response`` alone for plain text."""
 
     prompt: str
@@ -40,7 +40,7 @@ class Wording:
         if not columns(self.response):
             raise ValueError(f"{self.keys[1]} is {self.response!r}, which names no column; write {{column}}.")
 
-    def rows(self, split: Any, blank: bool = False) -> list[list[Stretch]]:
+    def rows(self, split: Any, blank: bool = False) -> list[list[Segment]]:
         """Each row's prompt and response; ``blank`` lets responses be empty.
 
         ``ValueError`` names a column that is not there or holds no text.
@@ -61,17 +61,17 @@ class Wording:
         return fill(self.prompt, {name: text if name == names[0] else "" for name in names}) if names else text
 
 
-def chosen(there: Sequence[str], prompt: str | None, response: str | None, text: str | None) -> Wording:
+def chosen(there: Sequence[str], prompt: str | None, response: str | None, text: str | None) -> PromptTemplate:
     """What is named, or else the first of the usual names that the data has."""
     if text is not None:
-        return Wording("", template(text), ("task.prompt", "task.text"))
+        return PromptTemplate("", template(text), ("task.prompt", "task.text"))
     if prompt is not None and response is not None:
-        return Wording(template(prompt, "\n"), template(response))
+        return PromptTemplate(template(prompt, "\n"), template(response))
     for usual in USUAL:
         if set(columns(usual[0] + usual[1])) <= set(there):
-            return Wording(*usual)
+            return PromptTemplate(*usual)
     if TEXT in there:
-        return Wording("", "{text}", ("task.prompt", "task.text"))
+        return PromptTemplate("", "{text}", ("task.prompt", "task.text"))
     raise ValueError(
         f"no prompt and response were found among {', '.join(there)}; set task.prompt and task.response, "
         "task.messages or task.text to some of them."
@@ -160,7 +160,7 @@ def left_out(count: int, kept: int, what: str, advice: str) -> str:
     return f"{count - kept} of {count} {what} rows were left out: nothing is left to learn in them." * (kept < count)
 
 
-def conversations(split: Any, name: str, tokenizer: Any, blank: bool = False) -> list[list[Stretch]]:
+def conversations(split: Any, name: str, tokenizer: Any, blank: bool = False) -> list[list[Segment]]:
     """Each row's messages in the tokenizer's chat template; what assistants say is learnt.
 
     ``blank`` lets a row have nothing to learn: it has no text then.
@@ -184,7 +184,7 @@ def needs_template(tokenizer: Any) -> None:
         )
 
 
-def _stretches(messages: Any, tokenizer: Any, where: str, blank: bool) -> list[Stretch]:
+def _stretches(messages: Any, tokenizer: Any, where: str, blank: bool) -> list[Segment]:
     form = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
@@ -196,7 +196,7 @@ def _stretches(messages: Any, tokenizer: Any, where: str, blank: bool) -> list[S
             f"{where} has no message by 'assistant' that answers another, so nothing to learn; drop it, or set "
             "task.drop_unlearnable = true."
         )
-    done, found = "", list[Stretch]()
+    done, found = "", list[Segment]()
     for i in turns:
         before, after = rendered(messages[:i], tokenizer, where, True), rendered(messages[: i + 1], tokenizer, where)
         if not (before.startswith(done) and after.startswith(before)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.tasks._base import Batch, Examples
-from fedlora.tasks.data.templates import Stretch
+from fedlora.tasks.data.templates import Segment
 
 IGNORED = -100  # cross_entropy's ignore_index
 Side = Literal["left", "right"]
@@ -23,7 +23,7 @@ class Tokens:
     learnt: list[bool]
 
 
-def encoded(rows: Sequence[Sequence[Stretch]], tokenizer: Any, special: bool) -> list[Tokens]:
+def encoded(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool) -> list[Tokens]:
     """Tokens of each row; the end token is learnt after a last stretch that is.
 
     A prompt has the tokens that it has by itself, as when an answer to it is generated; what follows has those that
@@ -55,7 +55,7 @@ def tokens(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
     return [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in found]
 
 
-def _finish(row: Tokens, one: Sequence[Stretch], tokenizer: Any) -> None:
+def _finish(row: Tokens, one: Sequence[Segment], tokenizer: Any) -> None:
     last = row.ids[max((i + 1 for i, learnt in enumerate(row.learnt) if not learnt), default=0) :]
     end = tokenizer.eos_token_id
     if one[-1][1] and end is not None and end not in last:  # a chat template may have ended the turn itself

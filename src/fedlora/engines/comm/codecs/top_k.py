@@ -33,7 +33,7 @@ class TopK(Codec):
 
     def __post_init__(self):
         if not 0 < self.share < 1:
-            raise ValueError(f"transport.top_k is {self.share}; it is the share that is kept, above 0 and below 1.")
+            raise ValueError(f"compression.top_k is {self.share}; it is the share that is kept, above 0 and below 1.")
 
     def form(self, shape):
         n = torch.Size(shape).numel()

@@ -1,6 +1,6 @@
 """What it costs the server to look at every upload, and to compare them all, beside combining them.
 
-``python -m benchmarks.hygiene`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
+``python -m benchmarks.validation`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
 the aggregation errors that a round measures unless told not to, of reading the uploads as they come over a network, of
 the screen, and of a robust aggregator's inner products. Aggregation as a user runs it is the first three together.
 """
@@ -76,7 +76,7 @@ def seconds(works: Mapping[str, Callable[[], Any]], times: int) -> dict[str, flo
 
 
 def looked_at(rules: Rules, shared: Tree, sent: Sequence[Received]) -> None:
-    """All that hygiene does in a round."""
+    """All that validation does in a round."""
     screen = UploadScreen(Validation(), rules, shared, {})
     good = screen.compare([u for u in sent if screen.check(u) is not None], lambda upload: 1)
     screen.record_conduct()
@@ -106,7 +106,7 @@ def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, 
             "combine": lambda: server_turn(rules, shared, sent),
             "measure": lambda: errors(rules, shared, sent, kept, served),
             "read": lambda: [read(content) for content in came],
-            "hygiene": lambda: looked_at(rules, shared, sent),
+            "validation": lambda: looked_at(rules, shared, sent),
             "inner products": lambda: gram_matrix(rules, shared, sent),
         },
         times,
@@ -114,8 +114,8 @@ def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, 
     whole = found["combine"] + found["measure"] + found["read"]
     return {
         **found,
-        "share of combining": found["hygiene"] / found["combine"],
-        "share of all": found["hygiene"] / whole,
+        "share of combining": found["validation"] / found["combine"],
+        "share of all": found["validation"] / whole,
     }
 
 

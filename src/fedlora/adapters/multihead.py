@@ -17,7 +17,7 @@ Basis = Literal["gram_schmidt", "normal", "constant", "shared_subspace"]
 
 
 @dataclass(frozen=True)
-class Heads(Adapter):
+class MultiHead(Adapter):
     """``ΔW = Σ_i s_i B_i H_i A_i``; ``B_i (m r)``, ``A_i (r n)`` frozen, ``H_i (r r)`` from 0 and ``s_i`` from 1.
 
     Leaves: ``A (h·r n)`` and ``B (m h·r)`` hold the heads' outer factors side by side, so that the forward pass is

@@ -1,6 +1,6 @@
-"""Accuracy against megabytes for each codec: one federation, the same seeds, and only ``[transport]`` differs.
+"""Accuracy against megabytes for each codec: one federation, the same seeds, and only ``[compression]`` differs.
 
-``python -m benchmarks.transport --models DIR --data DIR --minutes 60`` runs what is missing and stops in time; what
+``python -m benchmarks.compression --models DIR --data DIR --minutes 60`` runs what is missing and stops in time; what
 was finished is never run again. ``--table`` prints what there is. ``-o KEY=VALUE`` lays settings over all runs, and
 ``--results`` names another folder: short trials do not belong among the results.
 """
@@ -21,25 +21,27 @@ from fedlora.runs.config import build, overridden
 
 STUDY = Study("fedrot-lora/banking77-small.toml", ())
 METHODS = {"fedit": 2e-2, "fedex-lora": 2e-2, "fedsa-lora": 6e-3}  # the rates that the studies on Banking77 chose
-FEEDBACK = "transport.error_feedback=true"
+FEEDBACK = "compression.error_feedback=true"
 FORMS: dict[str, tuple[str, ...]] = {
     "float32": (),
-    "bfloat16 both ways": ("transport.up=bfloat16", "transport.down=bfloat16"),
-    "float16 both ways": ("transport.up=float16", "transport.down=float16"),
-    "int8 up": ("transport.up=int8",),
-    "int8 both ways": ("transport.up=int8", "transport.down=int8"),
-    "int8 both ways, feedback": ("transport.up=int8", "transport.down=int8", FEEDBACK),
-    "int4 up, int8 down": ("transport.up=int4", "transport.down=int8"),
-    "int4 up, int8 down, feedback": ("transport.up=int4", "transport.down=int8", FEEDBACK),
-    "top 10 % up, int8 down": ("transport.top_k=0.1", "transport.down=int8"),
-    "top 10 % up, int8 down, feedback": ("transport.top_k=0.1", "transport.down=int8", FEEDBACK),
+    "bfloat16 both ways": ("compression.up=bfloat16", "compression.down=bfloat16"),
+    "float16 both ways": ("compression.up=float16", "compression.down=float16"),
+    "int8 up": ("compression.up=int8",),
+    "int8 both ways": ("compression.up=int8", "compression.down=int8"),
+    "int8 both ways, feedback": ("compression.up=int8", "compression.down=int8", FEEDBACK),
+    "int4 up, int8 down": ("compression.up=int4", "compression.down=int8"),
+    "int4 up, int8 down, feedback": ("compression.up=int4", "compression.down=int8", FEEDBACK),
+    "top 10 % up, int8 down": ("compression.top_k=0.1", "compression.down=int8"),
+    "top 10 % up, int8 down, feedback": ("compression.top_k=0.1", "compression.down=int8", FEEDBACK),
     "top 10 % in int8 up, int8 down, feedback": (
-        "transport.top_k=0.1", "transport.up=int8", "transport.down=int8", FEEDBACK,
+        "compression.top_k=0.1", "compression.up=int8", "compression.down=int8", FEEDBACK,
     ),
     "top 1 % in int8 up, int8 down, feedback": (
-        "transport.top_k=0.01", "transport.up=int8", "transport.down=int8", FEEDBACK,
+        "compression.top_k=0.01", "compression.up=int8", "compression.down=int8", FEEDBACK,
     ),
-    "bfloat16 both ways and folds": ("transport.up=bfloat16", "transport.down=bfloat16", "transport.folds=bfloat16"),
+    "bfloat16 both ways and base updates": (
+        "compression.up=bfloat16", "compression.down=bfloat16", "compression.base_updates=bfloat16",
+    ),
 }  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def main() -> None:
     options.add_argument("-o", dest="overrides", action="append", default=[], help="a setting of all runs: key=value")
     options.add_argument("--table", action="store_true", help="print what there is, and run nothing")
     asked, began = options.parse_args(), time.monotonic()
-    book = Book.of("transport", asked.results)
+    book = Book.of("compression", asked.results)
     if asked.table:
         return printed(book)
     if asked.models is None or asked.data is None:
