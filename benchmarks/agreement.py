@@ -26,7 +26,7 @@ MODEL, CLIENTS, ROUNDS = "minilm-l3-h384-v8k", 3, 3
 
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
-    """Method -> engine -> whether shared leaves, each client's own, folds and scores are those of one process."""
+    """Method -> engine -> whether shared leaves, each client's own, base updates and scores are those of one process"""
     torch.set_num_threads(1)
     configs = {name: build(table(models, data, name)) for name in METHODS.names()}
     found: dict[str, dict[str, bool]] = {name: {} for name in configs}
@@ -93,7 +93,10 @@ def _own(folder: Path, states: Callable[[int], Path]) -> Callable[[int], Tree]:
 
 
 def _same(folder: Path, kept: Callable[[int], Tree], here: Path, ours: Any) -> bool:
-    names = ["shared.safetensors", *(["folds.safetensors"] if (here / "folds.safetensors").exists() else [])]
+    names = [
+        "shared.safetensors",
+        *(["base_update.safetensors"] if (here / "base_update.safetensors").exists() else []),
+    ]
     trees = [(load_tree(folder / name), load_tree(here / name)) for name in names]
     trees += [(_trained(kept(client)), _trained(tree)) for client, tree in ours.items()]
     ends = [json.loads((place / "summary.json").read_text())["final"] for place in (folder, here)]

@@ -1,7 +1,7 @@
 """What it costs the server to look at every upload, and to compare them all, beside combining them.
 
-``python -m benchmarks.validation`` prints, for each method on the same uploads, processor seconds of ``server_turn``, of
-the aggregation errors that a round measures unless told not to, of reading the uploads as they come over a network, of
+``python -m benchmarks.validation`` prints, for each method on the same uploads, processor seconds of ``server_turn``,
+of the aggregation errors that a round measures by default, of reading the uploads as they come over a network, of
 the screen, and of a robust aggregator's inner products. Aggregation as a user runs it is the first three together.
 """
 

@@ -144,7 +144,9 @@ def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
     store, about = ClientStore(tmp_path), {"pending": 0, "counted": 0, "folded": 1, "base": ""}
     for name in ("../../secret", "a" * 31, "/etc/passwd"):
         save_tree(
-            store._path(0), {"leaves/p": {"A": torch.zeros(1)}}, {"about": json.dumps({**about, "folds": [name]})}
+            store._path(0),
+            {"leaves/p": {"A": torch.zeros(1)}},
+            {"about": json.dumps({**about, "base_updates": [name]})},
         )
         with pytest.raises(ValueError, match="no state of a client"):
             store.load(0)

@@ -76,6 +76,8 @@ def test_replies_in_any_order_give_the_same_bits(name):
     one, other = (server_turn(world.rules, world.shared, some) for some in (uploads, uploads[::-1]))
     for part, layer in one.shared.items():
         assert all(torch.equal(x, other.shared[part][leaf]) for leaf, x in layer.items()), part
-    assert one.folds.keys() == other.folds.keys()
-    for part, folds in one.folds.items():
-        assert all(torch.equal(a, b) for f, g in zip(folds, other.folds[part], strict=True) for a, b in zip(f, g)), part
+    assert one.base_updates.keys() == other.base_updates.keys()
+    for part, base_updates in one.base_updates.items():
+        assert all(
+            torch.equal(a, b) for f, g in zip(base_updates, other.base_updates[part], strict=True) for a, b in zip(f, g)
+        ), part

@@ -30,7 +30,7 @@ class Served(NamedTuple):
     """What the server makes of a round."""
 
     shared: Tree
-    folds: Mapping[str, tuple[Factors, ...]]  # only the parts that fold something
+    base_updates: Mapping[str, tuple[Factors, ...]]  # only the parts that fold something
     notes: Mapping[str, Mapping[str, float]]  # part -> the method's own figures
 
 
@@ -78,7 +78,7 @@ def server_turn(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Serv
         outcomes |= _combined(rule, [part for part in rules if rules[part] == rule], shared, uploads)
     return Served(
         {part: outcomes[part].layer for part in rules},
-        {part: outcomes[part].fold for part in rules if outcomes[part].fold},
+        {part: outcomes[part].base_update for part in rules if outcomes[part].base_update},
         {part: {k: float(v) for k, v in outcomes[part].notes.items()} for part in rules if outcomes[part].notes},
     )
 
@@ -182,8 +182,8 @@ def stacked(layers: Sequence[Layer]) -> dict[str, Tensor]:
 def _row(outcome: Outcome, i: int, start: Layer, before: Layer) -> Outcome:
     """One part's outcome. A leaf the method passed on stays the same object: the channel need not send it again."""
     layer = {leaf: x[i].clone() for leaf, x in outcome.layer.items() if x is not start.get(leaf)}
-    fold = tuple(Factors(f.U[i], f.V[i]) for f in outcome.fold)
-    return Outcome({**before, **layer}, fold, {name: x[i] for name, x in outcome.notes.items()})
+    base_update = tuple(Factors(f.U[i], f.V[i]) for f in outcome.base_update)
+    return Outcome({**before, **layer}, base_update, {name: x[i] for name, x in outcome.notes.items()})
 
 
 def _once(make: Callable[[], Tree]) -> Callable[[], Tree]:

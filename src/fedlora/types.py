@@ -56,5 +56,5 @@ class Outcome:
     """
 
     layer: Layer
-    fold: tuple[Factors, ...] = ()
+    base_update: tuple[Factors, ...] = ()
     notes: Mapping[str, Tensor] = field(default_factory=dict)

@@ -137,11 +137,11 @@ def test_unfolding_brings_back_the_pretrained_bits(overlay):
 
 
 def test_an_overlay_is_the_same_base():
-    folds = [Factors(*(x.float() for x in drawn(seed, 30, 48, 48, 0.01))) for seed in range(4)]
+    base_updates = [Factors(*(x.float() for x in drawn(seed, 30, 48, 48, 0.01))) for seed in range(4)]
     logits = []
     for overlay in (False, True):
         model, part = attached(overlay=overlay)
-        for f in folds:
+        for f in base_updates:
             model.fold({part: (f,)})
         logits.append(model.network(torch.arange(3, 12)[None]).logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
@@ -174,7 +174,7 @@ class Int8(nn.Linear):
         return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
 
 
-def test_a_quantised_base_takes_folds_as_an_overlay():
+def test_a_quantised_base_takes_base_updates_as_an_overlay():
     net = network("bert")
     attention = net.bert.encoder.layer[0].attention.self
     attention.query = Int8(attention.query)

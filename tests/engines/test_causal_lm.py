@@ -76,7 +76,7 @@ def test_by_role(by_role, tmp_path, name):
     told = run.summary["notes"]
     assert len(told) == 2 and "training rows were cut to 48 tokens on the right" in told[0]
     if name == "flora":
-        assert run.summary["folds"] == 3
+        assert run.summary["base_updates"] == 3
     found = export(RunFolder.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
     assert found["difference"] < 1e-4
 

@@ -18,7 +18,7 @@ def data(rows=600, labels=6, groups=None, test_groups=None):
     return Data(split(rows, groups), split(rows // 3, test_groups), tuple(map(str, range(labels))))
 
 
-SPLITS = [
+PARTITIONS = [
     {"name": "iid"},
     {"name": "dirichlet", "alpha": 0.3},
     {"name": "pathological", "labels_per_client": 2},
@@ -27,9 +27,9 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])
-def test_every_row_has_one_owner_and_the_seed_decides(split):
-    d, clients = data(), Clients(5, split=split)
+@pytest.mark.parametrize("partition", PARTITIONS, ids=lambda s: s["name"])
+def test_every_row_has_one_owner_and_the_seed_decides(partition):
+    d, clients = data(), Clients(5, partition=partition)
     before = torch.random.get_rng_state(), numpy.random.get_state()[1].tolist()
     shards = clients.shards(d, 0)
     assert torch.equal(torch.cat([s.train for s in shards]).sort().values, torch.arange(600))
@@ -40,14 +40,16 @@ def test_every_row_has_one_owner_and_the_seed_decides(split):
     assert before[1] == numpy.random.get_state()[1].tolist()
 
 
-def test_what_the_splits_promise():
+def test_what_the_partitions_promise():
     d = data()
     assert [len(s.train) for s in Clients(5).shards(d, 0)] == [120] * 5
-    sizes = [len(s.train) for s in Clients(5, split=SPLITS[3]).shards(d, 0)]
+    sizes = [len(s.train) for s in Clients(5, partition=PARTITIONS[3]).shards(d, 0)]
     assert sizes == [60, 60, 120, 120, 240]
-    for shard in Clients(5, split=SPLITS[2]).shards(d, 0):
+    for shard in Clients(5, partition=PARTITIONS[2]).shards(d, 0):
         assert len(d.train.labels[shard.train].unique()) == 2
-    counts = [torch.bincount(d.train.labels[s.train], minlength=6) for s in Clients(5, split=SPLITS[1]).shards(d, 0)]
+    counts = [
+        torch.bincount(d.train.labels[s.train], minlength=6) for s in Clients(5, partition=PARTITIONS[1]).shards(d, 0)
+    ]
     assert max(float(c.max() / c.sum()) for c in counts) > 0.4, "alpha 0.3 is skewed"
 
 
@@ -62,14 +64,14 @@ def test_two_labels_over_many_clients_can_be_skewed_with_equal_shares(labels):
         assert {int(n.sum()) for n in counts} == {12}
         skew[alpha] = sum(float(n.max()) / 12 for n in counts) / 50
     assert skew[0.1] > skew[100.0] + 0.1, "small alpha, one label most of all"
-    with pytest.raises(ValueError, match="cannot be split by 'dirichlet'.* or split by 'inner-dirichlet'"):
+    with pytest.raises(ValueError, match="cannot be split by 'dirichlet'.* or use 'inner-dirichlet'"):
         Clients(50, partition={"name": "dirichlet", "alpha": 0.1}).shards(d, 0)
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=lambda s: s["name"])
-def test_test_rows_follow_the_training_labels(split):
+@pytest.mark.parametrize("partition", PARTITIONS, ids=lambda s: s["name"])
+def test_test_rows_follow_the_training_labels(partition):
     d = data(rows=3000)
-    for shard in Clients(5, split=split).shards(d, 0):
+    for shard in Clients(5, partition=partition).shards(d, 0):
         assert len(shard.test.unique()) == len(shard.test)
         there = [torch.bincount(y, minlength=6) for y in (d.train.labels[shard.train], d.test.labels[shard.test])]
         shares = [x / x.sum() for x in there]

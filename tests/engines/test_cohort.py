@@ -108,7 +108,7 @@ def test_new_clients_are_never_asked():
         ({"straggler_work": 0.0}, "clients.straggler_work is 0.0; it is a share, above 0 and up to 1"),
         ({"new": 5}, "clients.new is 5; it lies between 0 and below clients.count, 5"),
         ({"new": 2, "per_round": 4}, "clients.per_round is 4; it lies between 1 and clients.count less clients.new, 3"),
-        ({"new": 1, "partition": {"name": "own"}}, "clients.new holds out clients of a split"),
+        ({"new": 1, "partition": {"name": "own"}}, "clients.new holds out clients of a partition"),
     ],
 )
 def test_mistakes(settings, sentence):

@@ -222,13 +222,13 @@ def test_the_plan_is_exact(name):
     assert plan["exact"] and plan["run"] == fedlora.run(made).summary["bytes"]
 
 
-def test_folds_are_rounded_before_anybody_folds_them():
+def test_base_updates_are_rounded_before_anybody_base_updates_them():
     own = ("method.name=fedex-lora", "rounds=3", "clients.per_round=2", "evaluation.every=3")
     rounds = list(InProcess().run(config(*own, "compression.base_updates=bfloat16").federation()))
-    entry = rounds[-1].folds.entries[-1]
+    entry = rounds[-1].base_updates.entries[-1]
     assert all(torch.equal(x, x.bfloat16().float()) for several in entry.values() for g in several for x in g)
     plain = fedlora.run(config(*own)).records
-    assert rounds[1].record["bytes"]["down"]["fold"] < plain[1]["bytes"]["down"]["fold"]
+    assert rounds[1].record["bytes"]["down"]["base_update"] < plain[1]["bytes"]["down"]["base_update"]
 
 
 def test_other_draws_in_every_round_and_for_every_client():

@@ -201,7 +201,7 @@ def test_vera_runs_end_to_end(name):
 
 
 def test_unequal_heads():
-    ravan = ("method.name=ravan", "adapter={name = 'heads', heads = 4, head_rank = 4}", "clients.ranks=[1, 2, 4]")
+    ravan = ("method.name=ravan", "adapter={name = 'multihead', heads = 4, head_rank = 4}", "clients.ranks=[1, 2, 4]")
     result = fedlora.run(config(*ravan))
     up = {}
     assert result.summary["final"]["clients"]["mean"] > 0
@@ -215,7 +215,7 @@ def test_drift_against_a_dense_oracle(name, size):
     from fedlora.engines.aggregation_error import errors
     from fedlora.rounds import Received, server_turn
 
-    extra = ["adapter={name = 'heads', heads = 2, head_rank = 4}"] if name == "ravan" else []
+    extra = ["adapter={name = 'multihead', heads = 2, head_rank = 4}"] if name == "ravan" else []
     f = config(f"method.name={name}", *extra).federation()
     start, adapter = f.model.initial(0), f.method.adapter
     g = torch.Generator().manual_seed(0)
@@ -272,7 +272,7 @@ def test_clients_of_unequal_rank(name):
     up, down = ([r["bytes"][d] for r in result.records] for d in ("up", "down"))
     assert [x["adapter"] for x in up] == [7 * one] * 2
     if name == "flora":  # nothing but the stack, to each of three
-        assert "adapter" not in down[1] and down[1]["fold"] == 3 * 7 * one
+        assert "adapter" not in down[1] and down[1]["base_update"] == 3 * 7 * one
     else:
         assert down[1]["adapter"] == 7 * one
     assert result.summary["final"]["clients"]["mean"] > 0.2
@@ -283,7 +283,7 @@ def test_measures_need_the_uploads_in_memory():
         config("engine.offload=true")
 
 
-def test_a_run_says_likeness_phases_and_rows(reference):
+def test_a_run_says_similarity_phases_and_rows(reference):
     result = reference("ffa-lora")
     first = result.records[0]
     for figures in first["weights"].values():

@@ -192,7 +192,7 @@ def test_a_start_whose_base_has_two_names_goes_on_under_the_other(tmp_path, open
     assert again.summary["rounds"] == 2
 
 
-def test_folds_come_to_no_more_than_the_weights_sides(tmp_path, opened):
+def test_base_updates_come_to_no_more_than_the_weights_sides(tmp_path, opened):
     found = export(opened("flora"), tmp_path / "out")
     assert found["ranks"] == [WIDTH] and found["difference"] < 1e-4, "4 rounds of three clients at rank 2 are 24"
 
@@ -204,7 +204,7 @@ def test_veras_vectors_are_multiplied_in(tmp_path, name):
     assert found["ranks"] == [16] and found["difference"] < 1e-4
 
 
-@pytest.mark.parametrize("name", ["folds.safetensors", "shared.safetensors"])
+@pytest.mark.parametrize("name", ["base_update.safetensors", "shared.safetensors"])
 def test_a_run_that_lost_a_file(tmp_path, name, reference):
     shutil.copytree(reference("flora").folder, tmp_path / "run")
     file = tmp_path / "run" / name

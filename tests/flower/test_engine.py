@@ -19,9 +19,9 @@ def test_the_same_bits_as_in_one_process(name, grid, reference):
     for client, kept in here.kept.items():
         assert same(trained(world.kept(client)), trained(kept)), f"client {client}"
     assert records_agree(rounds, here.records)
-    folds, theirs = rounds[-1].folds.total(), world.base.federation.model.parts
-    assert bool(folds) == bool(here.summary["folds"])
-    for part in folds:
+    base_updates, theirs = rounds[-1].base_updates.total(), world.base.federation.model.parts
+    assert bool(base_updates) == bool(here.summary["base_updates"])
+    for part in base_updates:
         mine = world.federation.model.parts[part].module.base.weight
         assert torch.equal(mine, theirs[part].module.base.weight), "the base weights with every fold in them"
 
@@ -61,7 +61,7 @@ SETTINGS = {
     "moments of what is sent": ("fedit", ["training.keep_optimizer=true", "clients.per_round=2"]),
     "the server's own moments, and a schedule": ("fedit", ["server.optimizer=adam", "training.schedule=linear"]),
     "the server's moments of a part": ("fedsa-lora", ["server.optimizer=adam", "training.schedule=linear"]),
-    "folds beside the base": ("fedex-lora", ["model.overlay=true", "clients.per_round=2"]),
+    "base updates beside the base": ("fedex-lora", ["model.overlay=true", "clients.per_round=2"]),
 }
 
 

@@ -254,7 +254,7 @@ def test_below_the_minimum_the_round_waits_says_so_and_goes_on_when_a_client_is_
 
 
 @pytest.mark.parametrize("name", ["fedsa-lora", "fedex-lora", "feddpa", "hetlora"])
-def test_private_state_and_folds_survive_a_restart_of_every_node(name, tmp_path, reference):
+def test_private_state_and_base_updates_survive_a_restart_of_every_node(name, tmp_path, reference):
     pruning = ["method.decay=0.9"] if name == "hetlora" else []  # then it keeps a rank
     world = World(tmp_path, *overrides(name), *pruning, *REFERENCE)
 
@@ -287,9 +287,9 @@ def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
     assert [r.record["cohort"] for r in rounds] == [[0, 1, 2], [0, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
     assert rounds[1].record["absent"] == {1: "its node is not connected"}
     store = ClientStore(tmp_path / "run")
-    folds = [store.load(client).folds for client in range(3)]
-    assert folds[0] == folds[1] == folds[2] and len(folds[0]) == 5
-    world.base.bring_to(folds[1], store)
+    base_updates = [store.load(client).base_updates for client in range(3)]
+    assert base_updates[0] == base_updates[1] == base_updates[2] and len(base_updates[0]) == 5
+    world.base.bring_to(base_updates[1], store)
     for part, mine in world.federation.model.parts.items():
         if hasattr(mine.module, "base"):
             theirs = world.base.federation.model.parts[part].module.base.weight
@@ -424,9 +424,9 @@ def test_any_dtype_crosses(dtype):
     assert same(back, tree) and back["a.b"]["A"].dtype == dtype
 
 
-def test_folds_cross_in_order():
+def test_base_updates_cross_in_order():
     draws = [{"x.y": (Factors(torch.randn(3, i + 1), torch.randn(i + 1, 2)),)} for i in range(12)]
-    back = records.unpack_folds(records.pack_folds(draws))
+    back = records.unpack_base_updates(records.pack_base_updates(draws))
     assert all(torch.equal(a["x.y"][0].U, b["x.y"][0].U) for a, b in zip(back, draws, strict=True))
 
 
@@ -523,18 +523,18 @@ def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
     world.run()
     model, store = world.base.federation.model, ClientStore(tmp_path / "run")
     held = store.load(0)
-    world.base.bring_to(held.folds, store)
+    world.base.bring_to(held.base_updates, store)
     before = {p: x.module.base.weight.clone() for p, x in model.parts.items() if hasattr(x.module, "base")}
     good, bad = list(before)[:2]
-    name = store.add_folds(
+    name = store.add_base_update(
         {
             good: (Factors(torch.ones(WIDTH, 1), torch.ones(1, WIDTH)),),
             bad: (Factors(torch.ones(5, 1), torch.ones(1, 7)),),
         }
     )
     with pytest.raises(RuntimeError):
-        world.base.bring_to((*held.folds, name), store)
-    world.base.bring_to(held.folds, store)
+        world.base.bring_to((*held.base_updates, name), store)
+    world.base.bring_to(held.base_updates, store)
     assert all(torch.equal(model.parts[p].module.base.weight, x) for p, x in before.items())
 
 

@@ -109,7 +109,7 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     from fedlora.runs.folder import RunFolder
 
     for name in ("fedsa-lora", "fedex-lora"):
-        own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' folds with rounding
+        own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' base updates with rounding
         world = World(tmp_path / name / "state", *own)
         serve(world.config, world.grid, tmp_path / name / "server")
         here = fedlora.run(world.config, tmp_path / name / "here")

@@ -9,7 +9,7 @@ pytest.importorskip("flwr", reason="needs the flower extra")
 import torch
 
 import fedlora
-from fedlora.engines.base_updates import folds_from_tree
+from fedlora.engines.base_updates import base_update_from_tree
 from fedlora.engines.checkpoint import config_digest
 from fedlora.files import load_tree
 from fedlora.flower.client_store import ClientStore
@@ -92,7 +92,7 @@ def test_a_finished_run_another_configuration_and_a_foreign_folder_are_refused(t
     assert len(serve(longer.config, longer.grid, tmp_path / "run").records) == 2
 
 
-def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_first(tmp_path):
+def test_base_updates_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_first(tmp_path):
     """Round 2 is folded and sent, then the server dies; it runs again without client 1, which returns in round 3."""
     world = World(tmp_path / "nodes", "method.name=fedex-lora", "rounds=4", *SERVED, "flower.join_timeout=0.05")
     with pytest.raises(DiedError):
@@ -107,12 +107,12 @@ def test_folds_of_a_round_that_is_run_again_with_others_are_not_taken_for_the_fi
     assert [r["cohort"] for r in result.records] == [[0, 1, 2], [0, 2], [0, 1, 2], [0, 1, 2]]
     token = json.loads((tmp_path / "run" / "run.json").read_text())["run"]
     stores = [ClientStore(tmp_path / "nodes" / token).load(client) for client in range(3)]
-    assert stores[0].folds == stores[1].folds == stores[2].folds
+    assert stores[0].base_updates == stores[1].base_updates == stores[2].base_updates
     assert len({s.base for s in stores}) == 1
-    for number, name in enumerate(stores[0].folds):
-        (file,) = (tmp_path / "run" / "checkpoints" / "folds").glob(f"{number:06d}-*.safetensors")
-        ours = folds_from_tree(load_tree(file))
-        theirs = ClientStore(tmp_path / "nodes" / token).load_folds(name)
+    for number, name in enumerate(stores[0].base_updates):
+        (file,) = (tmp_path / "run" / "checkpoints" / "base_updates").glob(f"{number:06d}-*.safetensors")
+        ours = base_update_from_tree(load_tree(file))
+        theirs = ClientStore(tmp_path / "nodes" / token).load_base_update(name)
         assert all(torch.equal(f.U, theirs[p][i].U) for p, several in ours.items() for i, f in enumerate(several))
 
 

@@ -19,7 +19,7 @@ CASES = {
     ),
     "too large beside the others": ("attack={name='scaling', clients=[1], scale=100.0}", "method.name=fedsa-lora"),
     "outvoted": ("attack={name='sign-flip', clients=[1], scale=8.0}", "robust={name='trimmed', attackers=0.4}"),
-    "pulled back, where folds are made": (
+    "pulled back, where base updates are made": (
         "attack={name='gaussian', clients=[1]}",
         "robust={name='clip'}",
         "method.name=flora",

@@ -24,8 +24,8 @@ OWN = {
     "fedit": ["clients.capability_scales=['steps']"],
     "fedsa-lora": ["clients.capability_scales=['steps']", "training.keep_optimizer=true"],
     "hetlora": ["adapter.rank=4", BOTH],
-    "ravan": ["adapter={name = 'heads', heads = 4, head_rank = 4}", BOTH],
-    "flora": [BOTH, "clients.per_round=3"],  # at a rank at which three folds are smaller than the weight
+    "ravan": ["adapter={name = 'multihead', heads = 4, head_rank = 4}", BOTH],
+    "flora": [BOTH, "clients.per_round=3"],  # at a rank at which three base updates are smaller than the weight
 }
 
 

@@ -98,22 +98,22 @@ def upload(compression: Compression) -> Target:
     return Target([one(3), one(4)], look)
 
 
-def fold_message() -> Target:
+def base_update_message() -> Target:
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.flower.wire import STYPE, pack_folds, unpack_folds
+    from fedlora.flower.wire import STYPE, pack_base_updates, unpack_base_updates
     from fedlora.types import Factors
 
-    folds = [
+    base_updates = [
         {"layer.0": (Factors(numbers(5, 2), numbers(2, 6)),)},
         {"layer.0": (Factors(numbers(5, 1), numbers(1, 6)),)},
     ]
 
     def look(data: bytes) -> None:
         array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
-        unpack_folds(ArrayRecord({"leaves": array}))
+        unpack_base_updates(ArrayRecord({"leaves": array}))
 
-    return Target([pack_folds(folds)["leaves"].data], look)
+    return Target([pack_base_updates(base_updates)["leaves"].data], look)
 
 
 def adapter_weights(place: Path) -> Target:
@@ -159,7 +159,7 @@ def adapter_settings(place: Path) -> Target:
 
 def checkpoint(place: Path) -> Target:
     kept = Checkpoints(place / "checkpoints", "config", "accuracy")
-    said = {"form": FORM, "config": "config", "private": {"0": None}, "folds": [], "inputs": {}, "number": 3}
+    said = {"form": FORM, "config": "config", "private": {"0": None}, "base_updates": [], "inputs": {}, "number": 3}
     sound = [encode_state(trees()[0], said)]
 
     def look(data: bytes) -> None:
@@ -180,15 +180,15 @@ def party_state(place: Path) -> Target:
     sound = []
     for holding in (
         StoredState(leaves=tree, kept=tree, pending=3),
-        StoredState(folds=("0" * 32,), folded=1, base="x", trained=tree),
+        StoredState(base_updates=("0" * 32,), folded=1, base="x", trained=tree),
     ):
         store.save(0, holding)
         sound.append(path.read_bytes())
 
     def look(data: bytes) -> None:
         path.write_bytes(data)
-        for name in store.load(0).folds:
-            assert store._fold_path(name).resolve().parent == (store.folder / "folds").resolve()
+        for name in store.load(0).base_updates:
+            assert store._base_update_path(name).resolve().parent == (store.folder / "base_updates").resolve()
 
     return Target(sound, look)
 
@@ -269,6 +269,6 @@ def targets(place: Path | None = None) -> dict[str, Callable[[], Target]]:
         "upload in int8": lambda: upload(Compression(up="int8")),
         "upload in top-k and int4": lambda: upload(Compression(up="int4", top_k=0.3)),
         "upload in few places": lambda: upload(Compression(top_k=0.02)),
-        "folds": fold_message,
+        "base_updates": base_update_message,
         "party state": lambda: party_state(place),
     }

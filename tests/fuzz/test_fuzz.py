@@ -126,7 +126,7 @@ TABLES = {
     "model": ["name", "targets", "head", "quantize"], "task": ["name", "data", "train_rows"],
     "method": ["name", "sweeps", "residual_rank"], "adapter": ["name", "rank", "alpha"],
     "training": ["local_steps", "learning_rate", "batch_size"], "server": ["optimizer", "beta1"],
-    "compression": ["up", "down", "folds", "top_k", "error_feedback", "max_upload_mb", "odd"],
+    "compression": ["up", "down", "base_updates", "top_k", "error_feedback", "max_upload_mb", "odd"],
     "flower": ["min_clients", "secure_range"], "evaluation": ["every"], "odd": ["x"],
 }  # fmt: skip
 SECTIONS = st.sampled_from(sorted(TABLES)).flatmap(

@@ -38,13 +38,13 @@ class FedExUnscaled(FedExLoRA):
     def combine(self, shared, uploads):
         averaged = mean(uploads)
         parts = [Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]
-        return Outcome({**shared, **averaged}, fold=(total([*parts, Factors(-averaged["B"], averaged["A"])]),))
+        return Outcome({**shared, **averaged}, base_update=(total([*parts, Factors(-averaged["B"], averaged["A"])]),))
 
 
 @dataclass(frozen=True)
 class FLoRAUnscaled(FLoRA):
     def combine(self, shared, uploads):
-        return Outcome(shared, fold=(total([Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]),))
+        return Outcome(shared, base_update=(total([Factors(u.weight * u.layer["B"], u.layer["A"]) for u in uploads]),))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ RSLORA = [False, True]
 def test_flora_stacks_clients_of_any_rank(seed, rslora):
     c = Cohort.drawn(seed, r=6, ranks=[2, 6, 3, 1])
     method = FLoRA(LoRA(6, 5.0, rslora))
-    (fold,) = c.outcome(method).folds["weight"]
-    torch.testing.assert_close(fold.dense(), c.update(5.0, rslora))
-    assert fold.U.shape[-1] == 2 + 6 + 3 + 1
+    (base_update,) = c.outcome(method).base_updates["weight"]
+    torch.testing.assert_close(base_update.dense(), c.update(5.0, rslora))
+    assert base_update.U.shape[-1] == 2 + 6 + 3 + 1
     assert c.outcome(method).shared["weight"]["A"] is c.start["A"], "the shared leaves stay, so nothing of them travels"
 
 
@@ -41,11 +41,11 @@ def test_fedex_is_fedit_and_its_residual(seed, rslora):
     torch.testing.assert_close(c.ends_at(method), c.update(5.0, rslora))
     served, plain = c.served(method), c.served(FedIT(method.adapter))
     assert torch.equal(served["A"], plain["A"]) and torch.equal(served["B"], plain["B"])
-    (fold,) = c.outcome(method).folds["weight"]
+    (base_update,) = c.outcome(method).base_updates["weight"]
     s = c.scales(5.0, rslora)[0]
     A, B = (sum(w * x for w, x in zip(c.w, xs)) for xs in (c.A, c.B))
-    torch.testing.assert_close(fold.dense(), s * (c.exact - B @ A))
-    assert fold.U.shape[-1] <= 5 * 3
+    torch.testing.assert_close(base_update.dense(), s * (c.exact - B @ A))
+    assert base_update.U.shape[-1] <= 5 * 3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -65,10 +65,10 @@ def test_the_residual_of_tiny_changes_does_not_cancel():
     single = Cohort(
         [A.float() for A in c.A], [B.float() for B in c.B], c.examples, {k: x.float() for k, x in c.start.items()}
     )
-    (fold,) = single.outcome(FedExLoRA(LoRA(3, 3.0))).folds["weight"]
+    (base_update,) = single.outcome(FedExLoRA(LoRA(3, 3.0))).base_updates["weight"]
     A, B = (sum(w * x.double() for w, x in zip(c.w, xs)) for xs in (single.A, single.B))
     exact = sum(w * (Bk.double() - B) @ (Ak.double() - A) for w, Bk, Ak in zip(c.w, single.B, single.A))
-    assert float((fold.dense().double() - exact).norm() / exact.norm()) < 1e-2
+    assert float((base_update.dense().double() - exact).norm() / exact.norm()) < 1e-2
 
 
 @pytest.mark.parametrize(

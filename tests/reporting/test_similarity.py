@@ -55,6 +55,6 @@ def test_the_command(folder):
     assert "A change" in CliRunner().invoke(app, ["similarity", str(folder)]).stdout
 
 
-def test_a_shared_model_has_no_likeness(reference):
+def test_a_shared_model_has_no_similarity(reference):
     with pytest.raises(ConfigError, match="all hold the shared model"):
         similarity(reference("fedit").folder)

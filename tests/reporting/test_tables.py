@@ -37,7 +37,9 @@ def test_bytes_time_and_errors_add_up(tmp_path):
     assert served == pytest.approx([0.15, 0.075, 0.05, 0.0375])
     layers = {(r["part"], r["round"]): r["error"] for r in by_round.layers(found).rows}
     assert layers["vit.layers.1.q", 2] == pytest.approx(0.1) and len(layers) == 8
-    assert {r["factor"]: r["cosine"] for r in by_round.likeness(found).rows} == pytest.approx({"A": 0.9, "B": 0.3})
+    assert {r["factor"]: r["cosine"] for r in by_round.cosine_similarity(found).rows} == pytest.approx(
+        {"A": 0.9, "B": 0.3}
+    )
 
 
 def test_a_map_of_many_rounds_has_few_columns_that_are_means(tmp_path):

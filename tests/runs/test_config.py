@@ -34,7 +34,7 @@ def with_(**overrides):
 
 
 def test_the_resolved_table_builds_the_same_config():
-    config = build(with_(method__name='"ravan"', clients__split='{name = "dirichlet", alpha = 0.3}'))
+    config = build(with_(method__name='"ravan"', clients__partition='{name = "dirichlet", alpha = 0.3}'))
     again = build(tomllib.loads(dumps(config.table)))
     assert again.table == config.table
     assert config.table["training"]["local_steps"] == 10
@@ -136,10 +136,10 @@ MISTAKES = {
     "adapter of another kind": (
         with_(method__name="ravan", adapter__name="lora"), r"'ravan' is not defined for adapter.name = 'lora'.*'heads'",
     ),
-    "unknown split": (with_(clients__split='{name = "dirichle"}'), r"no split 'dirichle'; did you mean 'dirichlet'"),
-    "wrong split key": (with_(clients__split='{name = "iid", alpha = 1}'), r"no setting 'clients.partition.alpha'; clients.partition has none beside its name"),
-    "missing split key": (with_(clients__split='{name = "column"}'), r"clients.partition.column is missing"),
-    "alpha": (with_(clients__split='{name = "dirichlet", alpha = 0}'), r"alpha is 0.0; a Dirichlet split needs a positive"),
+    "unknown split": (with_(clients__partition='{name = "dirichle"}'), r"no split 'dirichle'; did you mean 'dirichlet'"),
+    "wrong split key": (with_(clients__partition='{name = "iid", alpha = 1}'), r"no setting 'clients.partition.alpha'; clients.partition has none beside its name"),
+    "missing split key": (with_(clients__partition='{name = "column"}'), r"clients.partition.column is missing"),
+    "alpha": (with_(clients__partition='{name = "dirichlet", alpha = 0}'), r"alpha is 0.0; a Dirichlet split needs a positive"),
     "unequal ranks": (with_(clients__ranks="[2, 4]"), r"ranks \[2, 4\], but 'fedit' needs one rank.*'local' or 'ravan'"),
     "another rank": (with_(clients__ranks=4), r"clients.ranks is 4, but adapter.rank is 8"),
     "rank too high": (with_(method__name="local", clients__ranks=9), r"gives a client 9; it lies between 1 and .* 8"),
@@ -235,13 +235,13 @@ def test_a_method_of_ones_own_is_named_by_its_module():
         ({"seed": None}, "seed is None; it should be a valid integer"),
         ({"model": "demo-vit"}, "model is 'demo-vit'; it should be an object of its settings"),
         ({"method": FedIT}, "method is <class .*FedIT.*; it should be an object"),
-        ({"method": FedIT(MultiHead(2, 4))}, "'fedit' is not defined for adapter.name = 'heads'; set it to 'lora'"),
+        ({"method": FedIT(MultiHead(2, 4))}, "'fedit' is not defined for adapter.name = 'multihead'; set it to 'lora'"),
         ({"method": FedIT(Dense())}, "'fedit' is not defined for adapter.name = 'fedlora.adapters._dense:Dense'; set it to 'lora' or 'vera'"),
         ({"method": type("Local", (FedIT,), {})(LoRA(2))}, "cannot be imported by name"),
         ({"training": Training(local_steps=2.5)}, "training.local_steps is 2.5; it should be a valid integer"),
         ({"task": ImageClassification(data=Path("digits"))}, "task.data is PosixPath.'digits'.; it should be a valid str"),
         ({"clients": Clients(count=3, ranks=[1, 2, 2])}, "clients.ranks gives the clients ranks"),
-        ({"engine": Engine(spill=True)}, "engine.offload keeps uploads on disk"),
+        ({"engine": Engine(offload=True)}, "engine.offload keeps uploads on disk"),
     ],
 )  # fmt: skip
 def test_mistakes_of_python_are_said_before_anything_is_trained(others, sentence):

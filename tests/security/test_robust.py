@@ -166,7 +166,7 @@ def test_a_clipped_round_ends_at_the_mean_of_the_scaled_updates(case):
     found, record = reweigh_uploads(ROBUST_RULES.load("clip")(), method, rules, shared, uploads, 0, 0)
     served = server_turn(rules, shared, found)
     delta = method.adapter.delta({k: x.double() for k, x in served.shared["w"].items()}).dense()
-    delta = delta + sum(f.dense().double() for f in served.folds.get("w", ()))
+    delta = delta + sum(f.dense().double() for f in served.base_updates.get("w", ()))
     start = method.adapter.delta(shared["w"]).dense().double()
     expected = (w / w.sum() * scale) @ D
     torch.testing.assert_close((delta - start).reshape(-1), expected, rtol=1e-3, atol=1e-4)

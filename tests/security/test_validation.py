@@ -201,7 +201,7 @@ def test_a_turn_that_did_not_count_leaves_no_trace_at_the_client():
 
 def test_uploads_on_disk_are_judged_alike():
     settings = ("rounds=2", "attack={name='scaling', clients=[1], scale=100.0}", "evaluation.measure=false")
-    there, here = (fedlora.run(config(*settings, f"engine.offload={spill}")) for spill in ("true", "false"))
+    there, here = (fedlora.run(config(*settings, f"engine.offload={offload}")) for offload in ("true", "false"))
     assert same(there.shared, here.shared)
     assert there.summary["quarantined"] == here.summary["quarantined"]
     assert "norm" in here.summary["quarantined"]["1"]["1"]

@@ -228,9 +228,9 @@ def test_a_merged_model_needs_nothing_else(finished, tmp_path):
     assert own.decode(said[0], skip_special_tokens=True) == "green"
 
 
-def test_folds_reach_a_t5(model, data):
+def test_base_updates_reach_a_t5(model, data):
     found = run(config(model, data, "flora", 1, training={"local_steps": 2, "learning_rate": 1e-2}))
-    assert found.summary["folds"] == 1 and found.records[0]["global"]["nll"] > 0
+    assert found.summary["base_updates"] == 1 and found.records[0]["global"]["nll"] > 0
 
 
 QUESTION = {"question": "what is red", "context": "fire is red"}

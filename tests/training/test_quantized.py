@@ -152,5 +152,5 @@ def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     assert not base.weight.is_floating_point() and shape(base) == (64, 64)
     run = fedlora.run(config, tmp_path / "run")
     found = [record["global"]["perplexity"] for record in run.records]
-    assert found[1] < found[0] and run.summary["folds"] == 2
+    assert found[1] < found[0] and run.summary["base_updates"] == 2
     assert export(RunFolder.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4

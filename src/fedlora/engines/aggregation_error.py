@@ -27,7 +27,7 @@ def errors(
 
     ``before`` is what the cohort was sent and ``kept`` what each client kept of the round: with its upload, that is
     its trained weight. ``served`` is missing for a personal method, which serves no weight of its own; ``fedit``,
-    ``best`` and the likeness of factors for adapters that are not a pair ``B A`` of one rank.
+    ``best`` and the cosine similarity of factors for adapters that are not a pair ``B A`` of one rank.
     """
     found: dict[str, dict[str, float]] = {}
     for rule in dict.fromkeys(rules.values()):
@@ -40,7 +40,7 @@ def errors(
         }
         after = {part: served.shared[part] for part in parts}
         weights = weights_of(rule, uploads)
-        forms = {part: [*ends[part], after[part], _fold_shapes(served, part)] for part in parts}
+        forms = {part: [*ends[part], after[part], _base_update_shapes(served, part)] for part in parts}
         most = max(1, STACK // len(uploads))
         for group in (g[i : i + most] for g in alike(parts, forms.__getitem__) for i in range(0, len(g), most)):
             found |= _group(rule, group, ends, weights, after, served)
@@ -52,8 +52,8 @@ def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) 
     return {**rule.adapter.leading(before, upload.turn.rank), **public(kept), **upload.tree[part]}
 
 
-def _fold_shapes(served: Served, part: str) -> Layer:
-    return {f"{i}{side}": x for i, f in enumerate(served.folds.get(part, ())) for side, x in zip("UV", f)}
+def _base_update_shapes(served: Served, part: str) -> Layer:
+    return {f"{i}{side}": x for i, f in enumerate(served.base_updates.get(part, ())) for side, x in zip("UV", f)}
 
 
 def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, float]]:
@@ -66,8 +66,11 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
     deltas = [Factors(f.U, w * f.V) if same else scale(f, w) for f, w in zip(plain, weights)]
     candidates: dict[str, Factors] = {}
     if not rule.personal:
-        folds = [_batch([served.folds[p][i] for p in group]) for i in range(len(served.folds.get(group[0], ())))]
-        candidates["served"] = total([rule.adapter.delta(stacked([after[part] for part in group])), *folds])
+        base_updates = [
+            _batch([served.base_updates[p][i] for p in group])
+            for i in range(len(served.base_updates.get(group[0], ())))
+        ]
+        candidates["served"] = total([rule.adapter.delta(stacked([after[part] for part in group])), *base_updates])
     pairs = isinstance(rule.adapter, LoRA) and len({tuple(c["A"].shape) for c in clients}) == 1
     if pairs:
         uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
@@ -76,7 +79,7 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
     norm = figures.pop("norm")
     figures["drift"] = ratio(spread(plain, weights, norm), norm)
     if pairs and len(clients) > 1:
-        figures |= {f"likeness {leaf}": mean_cosine([client[leaf] for client in clients]) for leaf in "AB"}
+        figures |= {f"cosine {leaf}": mean_cosine([client[leaf] for client in clients]) for leaf in "AB"}
     return {part: {name: float(x[i]) for name, x in figures.items()} for i, part in enumerate(group)}
 
 

@@ -11,12 +11,12 @@ from fedlora.types import Factors, Tree
 BaseUpdate = Mapping[str, tuple[Factors, ...]]  # of one round: part -> low-rank terms that are added to its base weight
 
 
-def folds_to_tree(folds: BaseUpdate) -> dict[str, Mapping[str, Tensor]]:
+def base_update_to_tree(base_updates: BaseUpdate) -> dict[str, Mapping[str, Tensor]]:
     """One round's base update as a tree: part ``PART/i`` with the leaves ``U`` and ``V``."""
-    return {f"{part}/{i}": f._asdict() for part, several in folds.items() for i, f in enumerate(several)}
+    return {f"{part}/{i}": f._asdict() for part, several in base_updates.items() for i, f in enumerate(several)}
 
 
-def folds_from_tree(tree: Tree) -> BaseUpdate:
+def base_update_from_tree(tree: Tree) -> BaseUpdate:
     """The base update that ``folds_to_tree`` was given."""
     found: dict[str, dict[int, Factors]] = {}
     for key, factors in tree.items():
@@ -42,9 +42,9 @@ class BaseUpdateLog:
         """The number of base updates so far."""
         return self.start + len(self.entries)
 
-    def append(self, folds: BaseUpdate) -> None:
+    def append(self, base_updates: BaseUpdate) -> None:
         """Adds the base update of a round."""
-        self.entries.append(folds)
+        self.entries.append(base_updates)
 
     def missing_sum(self, seen: int) -> dict[str, tuple[Factors, ...]]:
         """Returns the sum of the updates after the first ``seen``, as one term a weight.
@@ -53,7 +53,7 @@ class BaseUpdateLog:
         """
         if 0 < seen < self.start:
             raise ValueError(
-                f"the first {self.start} folds are kept as one; a party with {seen} of them must start anew."
+                f"the first {self.start} base updates are kept as one; a party with {seen} of them must start anew."
             )
         return _summed([*([self._first()] if seen < self.start else []), *self._since(seen)])
 
@@ -91,7 +91,7 @@ def _rank(factors: Sequence[Factors]) -> int:
 
 def _summed(several: Sequence[BaseUpdate]) -> dict[str, tuple[Factors, ...]]:
     parts: dict[str, list[Factors]] = {}
-    for folds in several:
-        for part, factors in folds.items():
+    for base_updates in several:
+        for part, factors in base_updates.items():
             parts.setdefault(part, []).extend(factors)
     return {part: (compact(total(factors)),) for part, factors in parts.items()}

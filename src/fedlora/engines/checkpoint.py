@@ -2,8 +2,8 @@
 
 A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and the names of the files that
 belong to it), ``private-NUMBER-DIGEST.safetensors`` (the states of the clients that trained since the one before) and
-``folds/NUMBER-DIGEST.safetensors`` (one round's base update). Every file is written once, and the server's state comes
-last, so a crash at any moment leaves the checkpoint before.
+``base_updates/NUMBER-DIGEST.safetensors`` (one round's base update). Every file is written once, and the server's state
+comes last, so a crash at any moment leaves the checkpoint before.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog, folds_from_tree, folds_to_tree
+from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog, base_update_from_tree, base_update_to_tree
 from fedlora.engines.client_turn import ClientState
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.federation import Federation
@@ -36,7 +36,7 @@ from fedlora.tasks.metrics.scores import KNOWN
 from fedlora.text import plain_name
 from fedlora.types import Tree
 
-FOLDER, FOLDS, FORM = "checkpoints", "folds", 2
+FOLDER, BASE_UPDATES, FORM = "checkpoints", "base_updates", 2
 PLACES = ("task.data", "model.name", "model.start")  # settings that say where a file or a folder is
 FOREIGN = "holds a run of another configuration"
 STATES = f"[0-9]*-{'[0-9a-f]' * 32}{SUFFIX}"
@@ -107,7 +107,7 @@ class Checkpoints:
     refused: list[str] = field(default_factory=list, init=False)
     best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
     _made: str = field(default="", init=False)  # a digest of the leaves that every party draws from the seed
-    _folds: list[tuple[str, int]] = field(
+    _base_updates: list[tuple[str, int]] = field(
         default_factory=list, init=False
     )  # file, and the number of updates that were one sum then
     _files: dict[int, str | None] = field(default_factory=dict, init=False)  # client -> the file of its state
@@ -118,12 +118,12 @@ class Checkpoints:
     def begin(self, f: Federation) -> None:
         """Prepares the folder, before the first round and on resume."""
         self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
-        for folder in (self.folder, self.folder / FOLDS):
+        for folder in (self.folder, self.folder / BASE_UPDATES):
             swept(folder)
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
         """Writes the base update of a finished round, and the state if that is due."""
-        self._fold(done.folds)
+        self._write_base_update(done.base_updates)
         self._last = Snapshot.take(done.state, engine.client_states(done.state))
         value = self.settings.score(done.record, self.metric)
         better = self.settings.is_better(value, self.best and self.best["value"], self.metric)
@@ -142,7 +142,8 @@ class Checkpoints:
         tree, said = snapshot.leaves()
         files = None if snapshot.states is None else self._files
         own = {
-            "form": FORM, "config": self.config, "made": self._made, "folds": self._folds, "private": files,
+            "form": FORM, "config": self.config, "made": self._made, "private": files,
+            "base_updates": self._base_updates,
             "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
         name = write_verified(self.folder, stem, encode_state(tree, {**said, **own}))
@@ -151,12 +152,12 @@ class Checkpoints:
         self._last = None
         self._prune(name, snapshot.number)
 
-    def _fold(self, log: BaseUpdateLog) -> None:
+    def _write_base_update(self, log: BaseUpdateLog) -> None:
         """Writes each base update before it is summed with others."""
-        for number in range(len(self._folds), len(log)):
-            content = encode_state(folds_to_tree(log.entries[number - log.start]), {})
-            name = write_verified(self.folder / FOLDS, f"{number:06d}", content)
-            self._folds.append((name, log.start))
+        for number in range(len(self._base_updates), len(log)):
+            content = encode_state(base_update_to_tree(log.entries[number - log.start]), {})
+            name = write_verified(self.folder / BASE_UPDATES, f"{number:06d}", content)
+            self._base_updates.append((name, log.start))
 
     def _private(self, stem: str, snapshot: Snapshot) -> None:
         found = snapshot.states or {}
@@ -175,8 +176,8 @@ class Checkpoints:
         for path in self.folder.glob(f"*{SUFFIX}"):
             if path.name not in kept | belong:
                 path.unlink(missing_ok=True)
-        current = {name for name, _ in self._folds}
-        for path in (self.folder / FOLDS).glob(f"*{SUFFIX}"):
+        current = {name for name, _ in self._base_updates}
+        for path in (self.folder / BASE_UPDATES).glob(f"*{SUFFIX}"):
             if path.name not in current:
                 path.unlink(missing_ok=True)
 
@@ -214,10 +215,10 @@ class Checkpoints:
                 f"{saved.name} was made with other first values of the adapters than this machine draws from the same "
                 "seed; go on with the version of torch that the run began with."
             )
-        self._folds = [(str(name), int(start)) for name, start in said["folds"]]
-        for folds in self._refold(at.folds, self._folds):
-            f.model.fold(folds)
-            engine.on_base_update(folds)
+        self._base_updates = [(str(name), int(start)) for name, start in said["base_updates"]]
+        for base_updates in self._reapply_base_updates(at.base_updates, self._base_updates):
+            f.model.fold(base_updates)
+            engine.on_base_update(base_updates)
         restore_state(at, saved.tree, said, f.model.device)
         self._written = self.client_states(saved, f) or {}
         self._files = {int(client): name for client, name in (said["private"] or {}).items()}
@@ -248,16 +249,16 @@ class Checkpoints:
         saved = self._sound(self.folder / self.best["file"])
         first = f.model.initial(f.seed)
         at = ServerState(0, first, BaseUpdateLog(), Channel(first, f.heads))
-        for _ in self._refold(at.folds, saved.about["folds"]):
+        for _ in self._reapply_base_updates(at.base_updates, saved.about["base_updates"]):
             pass
         restore_state(at, saved.tree, saved.about, f.model.device)
-        return at.shared, self.client_states(saved, f) or {}, at.folds
+        return at.shared, self.client_states(saved, f) or {}, at.base_updates
 
-    def _refold(self, log: BaseUpdateLog, names: list) -> Iterator[BaseUpdate]:
+    def _reapply_base_updates(self, log: BaseUpdateLog, names: list) -> Iterator[BaseUpdate]:
         """Rebuilds a log update by update, summing when the run did, and yields each update."""
         for name, start in names:
-            tree, _ = decode_state(read_verified(self.folder / FOLDS / name))
-            log.append(folds_from_tree(tree))
+            tree, _ = decode_state(read_verified(self.folder / BASE_UPDATES / name))
+            log.append(base_update_from_tree(tree))
             yield log.entries[-1]
             log.settle(start)
 
@@ -273,8 +274,8 @@ class Checkpoints:
                 raise RefusedFileError(f"{path.name} {FOREIGN}")
             for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
                 read_verified(self.folder / plain_name(name, "a file of a checkpoint"))
-            for name, _ in said["folds"]:
-                read_verified(self.folder / FOLDS / plain_name(name, "a file of a checkpoint"))
+            for name, _ in said["base_updates"]:
+                read_verified(self.folder / BASE_UPDATES / plain_name(name, "a file of a checkpoint"))
         except RefusedFileError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

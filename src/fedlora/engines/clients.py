@@ -61,7 +61,9 @@ class Clients:
             raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count{less}.")
         self.partitioner  # noqa: B018 - a wrong partition is reported at once
         if self.new and self.own_data:
-            raise ValueError("clients.new holds out clients of a partition, and clients.partition is 'own'; leave it out.")
+            raise ValueError(
+                "clients.new holds out clients of a partition, and clients.partition is 'own'; leave it out."
+            )
         self._check_sampling()
         self._check_shares()
         self._check_capability()

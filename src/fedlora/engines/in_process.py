@@ -22,7 +22,7 @@ NEW = ClientState({})  # of a client before its first turn
 class InProcess(Loop):
     """Runs all clients of a federation in this process."""
 
-    spill: Path | None = None  # a folder for a round's uploads, instead of memory
+    offload: Path | None = None  # a folder for a round's uploads, instead of memory
     _states: dict[int, ClientState] = field(default_factory=dict, init=False)
     _before: dict[int, ClientState] = field(default_factory=dict, init=False)  # this round's turns
 
@@ -59,7 +59,7 @@ class InProcess(Loop):
                 continue
             state, turn = self._states.get(client, NEW), f.turn(at.number, client)
             own = received(f.rules, at.shared, state.kept, turn)
-            delivery = at.channel.compute_delta(client, at.shared, at.folds, own)
+            delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
             at.channel.deliver(at.number, client, delivery)
             if client in self.absent:
                 continue  # nothing is known to have arrived, so the next delivery has all of it again

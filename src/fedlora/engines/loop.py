@@ -55,7 +55,7 @@ class ServerState:
 
     number: int  # of the next round, from 0
     shared: Tree
-    folds: BaseUpdateLog
+    base_updates: BaseUpdateLog
     channel: Channel
     counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
     conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see security/validation/screen.py
@@ -69,7 +69,7 @@ class Round:
     number: int  # from 0
     shared: Tree
     kept: Mapping[int, Tree]  # each client's own tree, if this machine has it
-    folds: BaseUpdateLog  # all of the run so far
+    base_updates: BaseUpdateLog  # all of the run so far
     record: RoundRecord
     ledger: Ledger
     state: ServerState
@@ -154,7 +154,7 @@ class Loop(ABC):
         """Returns each client's own state between two rounds; None if that is not on this machine."""
         return None
 
-    def on_base_update(self, folds: BaseUpdate) -> None:
+    def on_base_update(self, base_updates: BaseUpdate) -> None:
         """Called for each base update that is re-applied on resume, in order."""
         return None
 
@@ -216,8 +216,8 @@ class Loop(ABC):
             record["bytes"] = _bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
-            folds = replace(at.folds, entries=list(at.folds.entries))  # as they are now
-            yield Round(number, at.shared, dict(self.kept_trees()), folds, record, at.channel.ledger, at, bad)
+            base_updates = replace(at.base_updates, entries=list(at.base_updates.entries))  # as they are now
+            yield Round(number, at.shared, dict(self.kept_trees()), base_updates, record, at.channel.ledger, at, bad)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -264,12 +264,12 @@ class Loop(ABC):
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, self.aggregate(f, at, uploads))
         at.shared = f.compression.said(at.shared, served.shared, derived(f.seed, "down", at.number))
-        if served.folds:
+        if served.base_updates:
             # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
-            folds = {part: (compact(total(factors)),) for part, factors in served.folds.items()}
-            at.folds.append(f.compression.rounded(folds))
-            at.folds.settle(at.channel.held_by_all(f.clients.members))
-            f.model.fold(at.folds.entries[-1])
+            base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}
+            at.base_updates.append(f.compression.rounded(base_updates))
+            at.base_updates.settle(at.channel.held_by_all(f.clients.members))
+            f.model.fold(at.base_updates.entries[-1])
         at.number += 1
         return served
 

@@ -231,7 +231,10 @@ _HERE = {
     "column": Column, "size": Size, "own": Own,
 }  # fmt: skip
 PARTITIONERS = Registry(
-    Partitioner, "partitioner", group="fedlora.partitioners", listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()}
+    Partitioner,
+    "partitioner",
+    group="fedlora.partitioners",
+    listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()},
 )
 
 

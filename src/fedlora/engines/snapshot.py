@@ -17,7 +17,7 @@ from fedlora.engines.loop import ServerState
 from fedlora.training.local import State
 from fedlora.types import Tree
 
-APART = ("shared", "folds", "channel", "overheard")  # fields of a server state that are not plain values
+APART = ("shared", "base_updates", "channel", "overheard")  # fields of a server state that are not plain values
 
 
 class Key(NamedTuple):
@@ -35,7 +35,7 @@ class Snapshot:
     plain: Mapping[str, Any]  # the other fields of the server state
     knowledge: Knowledge
     ledger: list[Crossing]
-    folds: int
+    base_updates: int
     states: Mapping[int, ClientState] | None  # None: they are on the clients' own machines
     overheard: Mapping[int, Tree]
 
@@ -47,7 +47,7 @@ class Snapshot:
         ledger = list(at.channel.ledger.rows)
         held = None if states is None else dict(states)
         known = at.channel.known(at.shared)
-        return cls(at.shared, copied, known, ledger, len(at.folds), held, dict(at.overheard))
+        return cls(at.shared, copied, known, ledger, len(at.base_updates), held, dict(at.overheard))
 
     @property
     def number(self) -> int:
@@ -67,7 +67,7 @@ class Snapshot:
         numbers = {"versions": torch.tensor(list(versions.values())), "held": held, "ledger": ledger}
         about = {
             "plain": self.plain, "leaves": {part: list(layer) for part, layer in self.shared.items()},
-            "keys": keys, "held": rows, "folds_seen": self.knowledge.folds_seen, "words": words,
+            "keys": keys, "held": rows, "folds_seen": self.knowledge.base_updates_seen, "words": words,
             "overheard": list(self.overheard),
         }  # fmt: skip
         heard = {f"overheard/{k}/{part}": layer for k, tree in self.overheard.items() for part, layer in tree.items()}

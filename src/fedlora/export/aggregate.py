@@ -31,7 +31,7 @@ class Combined:
 
     layer: Layer
     rest: Layer | None  # the update that the method folds, as factors of the output's scale
-    folds: int | None  # the rank of what the method folds
+    base_updates: int | None  # the rank of what the method folds
     alpha: float
     figures: Mapping[str, float]
 
@@ -116,14 +116,14 @@ def _fits(method: Method, found: Combined, rank: int | None, exact: bool, residu
         raise ValueError("--exact writes the sum of all ranks, so --rank has no place beside it; keep one of them.")
     if rank is not None and own < rank:
         raise ValueError(f"--rank is {rank}, but {method.title} makes no more than rank {own} of these; lower it.")
-    if found.folds is None and (exact or residual):
+    if found.base_updates is None and (exact or residual):
         raise ValueError(
             f"{method.title} leaves nothing over for {'--exact' if exact else '--residual'}; leave it out, or take "
             "--method fedex-lora or flora."
         )
-    if found.folds is not None and not (exact or residual):
+    if found.base_updates is not None and not (exact or residual):
         raise ValueError(
-            f"{method.title} leaves a residual of rank {found.folds} that its adapter cannot hold; add "
+            f"{method.title} leaves a residual of rank {found.base_updates} that its adapter cannot hold; add "
             "--residual DIR for a second adapter, or --exact for one adapter of the sum of the ranks."
         )
 
@@ -240,8 +240,8 @@ def _judged(
     layer: Layer = {leaf: made.layer[leaf] for leaf in "AB"}
     if rank is not None and layer["A"].shape[-2] > rank:
         layer = lora.split(truncate(lora.delta(layer), rank))
-    rest = lora.split(total(made.fold)) if made.fold else None
-    folds = None if rest is None else rest["A"].shape[-2]
+    rest = lora.split(total(made.base_update)) if made.base_update else None
+    base_updates = None if rest is None else rest["A"].shape[-2]
     if exact and rest is not None:  # one adapter of the sum of the ranks
         both = [lora.delta(x) for x in (layer, rest) if bool(x["B"].any())] or [lora.delta(layer)]
         layer, rest = lora.split(total(both)), None
@@ -250,7 +250,7 @@ def _judged(
     if len({u.turn.rank for u in uploads}) == 1:
         figures["fedit"] = [lora.term(mean(uploads), 1.0)]
     norm, errors = distances(terms(lora, uploads), list(figures.values()))
-    return Combined(layer, rest, folds, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
+    return Combined(layer, rest, base_updates, lora.alpha, {"norm": norm, **dict(zip(figures, errors))})
 
 
 def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
     final, sent, metric = summary.get("final", {}), summary["bytes"], summary["metric"]["name"]
     rows = [
         ("method", f"{summary['title']} (`{summary['method']}`)"),
-        ("clients", f"{summary['clients']}, split {config.clients.partitionter}"),
+        ("clients", f"{summary['clients']}, split {config.clients.partitioner}"),
         ("rounds", str(summary["rounds"]) + (" (interrupted)" if summary["interrupted"] else "")),
         ("seed", str(summary["seed"])),
         (

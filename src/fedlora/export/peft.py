@@ -42,7 +42,7 @@ def export(
     """
     tree, folder = run.tree(client), absent(out)
     model = attach_adapters(run.config, run.network())
-    whole = updates(model, tree, run.folds)
+    whole = updates(model, tree, run.base_updates)
     cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
     about = {"client": client, "error": _cut_off(whole, cut), "ranks": sorted({f.V.shape[-2] for f in cut.values()})}
     heads = {part: tree[part] for part in model.parts if part not in whole}
@@ -64,13 +64,13 @@ def export(
     return {"folder": str(folder), **about, "difference": away}
 
 
-def updates(model: Model, tree: Tree, folds: Mapping[str, Factors]) -> dict[str, Factors]:
+def updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors]) -> dict[str, Factors]:
     """All that separates each adapted weight from the pretrained one: the adapter's update and what was folded."""
     found = {}
     for part, p in model.parts.items():
         if not isinstance(p.adapter, Dense):
             own = p.adapter.delta(tree[part])
-            both = [f for f in (own, folds.get(part)) if f is not None and bool(f.U.any())]
+            both = [f for f in (own, base_updates.get(part)) if f is not None and bool(f.U.any())]
             found[part] = compact(total(both)) if both else own
     return found
 
@@ -88,7 +88,7 @@ def _layers(
 ) -> tuple[dict[str, Layer], LoRA | None]:
     """Each weight's factors, and the run's own LoRA; None: factors with their scale inside."""
     adapter = run.config.method.adapter
-    if isinstance(adapter, LoRA) and not run.folds and not truncated:
+    if isinstance(adapter, LoRA) and not run.base_updates and not truncated:
         return {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
     return {part: {"A": f.V, "B": f.U} for part, f in cut.items()}, None
 
@@ -157,10 +157,10 @@ def _write_merged(run: RunFolder, folder: Path, cut: Mapping[str, Factors], head
 
 
 def _played(run: RunFolder, model: Model, tree: Tree, instead: Mapping[str, Factors] | None) -> nn.Module:
-    """The run's own model; or with other updates in the place of its adapters and folds."""
+    """The run's own model; or with other updates in the place of its adapters and base updates."""
     if instead is None:
         model.load(tree)
-        model.fold({part: (f,) for part, f in run.folds.items()})
+        model.fold({part: (f,) for part, f in run.base_updates.items()})
     else:
         blank = model.initial(run.config.seed)
         model.load({part: blank[part] if part in instead else tree[part] for part in model.parts})

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Base:
-    """The process's one base model, and the folds that are in it now; clients in one process may differ in them."""
+    """The base model of the process, and the base updates in it, which differ between clients of one process."""
 
     federation: Federation
     applied: tuple[str, ...] = ()
@@ -64,14 +64,14 @@ class Base:
         f = self.federation
         return {**rows(f), "reading": "" if f.data is None else f.data.reading}
 
-    def bring_to(self, folds: tuple[str, ...], store: ClientStore) -> None:
-        """Folds what is missing; starts from the pretrained weights where other folds are in them."""
+    def bring_to(self, base_updates: tuple[str, ...], store: ClientStore) -> None:
+        """Folds what is missing; starts from the pretrained weights where other base updates are in them."""
         model = self.federation.model
-        if self.applied != folds[: len(self.applied)]:
+        if self.applied != base_updates[: len(self.applied)]:
             self._unfold()
-        for name in folds[len(self.applied) :]:
+        for name in base_updates[len(self.applied) :]:
             try:
-                model.fold(store.load_folds(name))
+                model.fold(store.load_base_update(name))
             except BaseException:
                 self._unfold()  # half of it may be in the base
                 raise
@@ -97,7 +97,7 @@ class Node:
         return self.base.federation
 
     def hello(self) -> Answer:
-        """Who this is: its number and rows, how it reads labels, its number of folds, and what it makes from the seed.
+        """Who this is: number, rows, reading of labels, number of base updates, and a digest of the first leaves.
 
         The reading is that of a column, by name or by position, and says nothing of any row.
         """
@@ -106,10 +106,15 @@ class Node:
         count = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
         held = self.store.load(self.client)
         reading = READINGS.index("" if f.data is None else f.data.reading)
-        metrics = {"client": self.client, "examples": count, "folded": held.folded, "labels": reading}
+        metrics = {
+            "client": self.client,
+            "examples": count,
+            "base_updates_held": held.base_updates_held,
+            "labels": reading,
+        }
         return Answer(metrics, f"{self.base.start} {held.base}")
 
-    def train(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate], sharing: int = 0) -> Answer:
+    def train(self, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate], sharing: int = 0) -> Answer:
         """One turn. Its outcome is kept as pending until the server says that it counted.
 
         ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
@@ -121,7 +126,7 @@ class Node:
         before = self.store.load(self.client)
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
-        holding, shared, holds = self._received(before, order, leaves, folds)
+        holding, shared, holds = self._received(before, order, leaves, base_updates)
         key = self.store.key(self.client) if f.privacy.secret else None
         turn = ClientTurn(f, f.turn(order.round, self.client), self.step_done, key, sharing)
         update = turn.run(shared, ClientState(holding.kept, holding.moments))
@@ -136,15 +141,15 @@ class Node:
         loss = 0.0 if f.privacy.hides_figures else update.loss
         return Answer({"round": order.round, "examples": count, "loss": loss}, holds, update.sent)
 
-    def evaluate(self, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> Answer:
+    def evaluate(self, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> Answer:
         """Sums and counts of each score, on the client's own test rows.
 
         The delivery is kept; the last turn stays pending, since a server that dies now may ask for it once more.
         """
         self._check_rows(begins=True)
         before = self.store.load(self.client)
-        holding, shared, holds = self._received(before, order, leaves, folds)
-        arrived = {name: getattr(holding, name) for name in ("leaves", "folds", "folded", "base")}
+        holding, shared, holds = self._received(before, order, leaves, base_updates)
+        arrived = {name: getattr(holding, name) for name in ("leaves", "base_updates", "base_updates_held", "base")}
         self.store.save(self.client, replace(before, counted=order.counted, **arrived))
         scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, holding.kept)
         metrics: dict[str, int | float] = {"round": order.round}
@@ -165,12 +170,12 @@ class Node:
             )
 
     def _received(
-        self, before: StoredState, order: Order, leaves: Tree, folds: Sequence[BaseUpdate]
+        self, before: StoredState, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]
     ) -> tuple[StoredState, Tree, str]:
         """The state ``before`` with what came along, the server's tree, and its digest, which is the server's."""
         held = before.resolve_pending(order.counted)
         held = replace(held, leaves={}) if order.full else held
-        held = self._catch_up(held, order, folds)
+        held = self._catch_up(held, order, base_updates)
         f = self.federation
         rank = f.budgets[self.client]
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
@@ -184,23 +189,25 @@ class Node:
             holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:
             raise StaleError("what this client holds is not what the server thinks it holds.")
-        self.base.bring_to(held.folds, self.store)
+        self.base.bring_to(held.base_updates, self.store)
         return held, shared, holds
 
-    def _catch_up(self, held: StoredState, order: Order, folds: Sequence[BaseUpdate]) -> StoredState:
-        """Adds the folds that the client lacks, on the base that they were made for; those it has are not folded again.
+    def _catch_up(self, held: StoredState, order: Order, base_updates: Sequence[BaseUpdate]) -> StoredState:
+        """Adds the base updates that the client lacks, on the base that they were made for. None is added twice.
 
-        A base is known by its number of folds and the server's name for it: a round that a server ran twice may have
-        folded something else the second time.
+        A base is known by its number of base updates and the server's name for it: a round that a server ran twice may
+        have had another base update the second time.
         """
-        if (held.folded, held.base) == (order.after, order.base):
+        if (held.base_updates_held, held.base) == (order.after, order.base):
             return held
         if order.first == 0:
-            held = replace(held, folds=(), folded=0, base="")
-        if (held.folded, held.base) != (order.first, order.before):
-            raise StaleError(f"this client has {held.folded} folds; the message has those from {order.first} on.")
-        names = [self.store.add_folds(self.federation.compression.widened(some)) for some in folds]
-        return replace(held, folds=(*held.folds, *names), folded=order.after, base=order.base)
+            held = replace(held, base_updates=(), base_updates_held=0, base="")
+        if (held.base_updates_held, held.base) != (order.first, order.before):
+            raise StaleError(
+                f"this client has {held.base_updates_held} base updates; the message has those from {order.first} on."
+            )
+        names = [self.store.add_base_update(self.federation.compression.widened(some)) for some in base_updates]
+        return replace(held, base_updates=(*held.base_updates, *names), base_updates_held=order.after, base=order.base)
 
 
 def digest_start(f: Federation) -> str:

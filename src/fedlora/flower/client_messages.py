@@ -100,11 +100,11 @@ def _answer(kind: str, content: RecordDict, node: "Node") -> RecordDict:
 def _take_turn(kind: str, content: RecordDict, node: "Node") -> "Answer":
     from fedlora.flower.wire import decode_order
 
-    order, leaves, folds = decode_order(content)
+    order, leaves, base_updates = decode_order(content)
     if order.client != node.client:
         raise ValueError(f"a message for client {order.client} came to client {node.client}.")
     turn = node.train if kind == "train" else node.evaluate
-    return turn(order, leaves, folds)
+    return turn(order, leaves, base_updates)
 
 
 @lru_cache(maxsize=1)

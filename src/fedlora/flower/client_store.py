@@ -1,4 +1,4 @@
-"""A client's own disk between messages: its private state, the leaves it was sent, the folds.
+"""A client's own disk between messages: its private state, the leaves it was sent, the base updates.
 
 One file a client, replaced whole, mode 0600 in a folder of mode 0700. A turn's outcome is kept beside the state before
 it until the server says whether the upload counted: a reply that was lost, late or refused leaves no trace, and a
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.engines.base_updates import BaseUpdate, folds_from_tree, folds_to_tree
+from fedlora.engines.base_updates import BaseUpdate, base_update_from_tree, base_update_to_tree
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import ClientState, ServerState
 from fedlora.engines.snapshot import moment_layers, moments_of
@@ -28,7 +28,7 @@ from fedlora.training.local import State
 from fedlora.types import Tree
 
 NAME = re.compile(r"[0-9a-f]{32}")  # of a fold's file: nothing else becomes a path
-VALUES = ("pending", "counted", "folds", "folded", "base")
+VALUES = ("pending", "counted", "base_updates", "base_updates_held", "base")
 PARTS = ("leaves", "kept", "trained", "moments", "trained_moments")
 
 
@@ -43,9 +43,9 @@ class StoredState:
     trained_moments: State | None = None
     pending: int = -1
     counted: int = -1  # the last round that this client's upload went into, as the server last said
-    folds: tuple[str, ...] = ()  # names of the fold files, in order; together they are ``folded`` folds
-    folded: int = 0
-    base: str = ""  # the server's name for the base with these folds in it
+    base_updates: tuple[str, ...] = ()  # names of their files, in order
+    base_updates_held: int = 0
+    base: str = ""  # the server's name for the base with these base updates in it
 
     def resolve_pending(self, counted: int) -> "StoredState":
         """Takes over the pending turn if its upload counted, and drops it if not."""
@@ -57,7 +57,8 @@ class StoredState:
 
 @dataclass(frozen=True)
 class ClientStore:
-    """A folder with ``clients/K.safetensors`` and ``folds/NAME.safetensors``; clients in one folder share the folds.
+    """A folder with ``clients/K.safetensors`` and ``base_updates/NAME.safetensors``; clients in one folder
+    share the base updates.
 
     ``clients/K.rows.json`` has the digests of the rows that the client began the run with; they never leave this disk.
 
@@ -67,7 +68,7 @@ class ClientStore:
     folder: Path
 
     def __post_init__(self):
-        for folder in (self.folder, self.folder / "clients", self.folder / "folds"):
+        for folder in (self.folder, self.folder / "clients", self.folder / "base_updates"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self, client: int) -> StoredState:
@@ -80,10 +81,14 @@ class ClientStore:
             name, _, part = key.partition("/")
             groups.setdefault(name, {})[part] = layer
         about = load_about(path)
-        if groups.keys() != set(PARTS) or about.keys() != set(VALUES) or not all(map(NAME.fullmatch, about["folds"])):
+        if (
+            groups.keys() != set(PARTS)
+            or about.keys() != set(VALUES)
+            or not all(map(NAME.fullmatch, about["base_updates"]))
+        ):
             raise ValueError(f"{str(path)!r} holds no state of a client, it was edited; remove the run's folder.")
         moments = {name: moments_of(groups.pop(name)) for name in ("moments", "trained_moments")}
-        return StoredState(**groups, **moments, **{**about, "folds": tuple(about["folds"])})
+        return StoredState(**groups, **moments, **{**about, "base_updates": tuple(about["base_updates"])})
 
     def save(self, client: int, holding: StoredState) -> None:
         """Replaces the client's state; a crash leaves the old one."""
@@ -126,17 +131,17 @@ class ClientStore:
         """Keeps the digests of the client's rows, as ``inputs.rows`` makes them."""
         save_json(self._rows_path(client), rows)
 
-    def add_folds(self, folds: BaseUpdate) -> str:
-        """Writes one round's folds, and returns their name."""
-        content = encode_tree(folds_to_tree(folds))
+    def add_base_update(self, base_updates: BaseUpdate) -> str:
+        """Writes one round's base updates, and returns their name."""
+        content = encode_tree(base_update_to_tree(base_updates))
         name = hashlib.blake2b(content, digest_size=16).hexdigest()
-        if not self._fold_path(name).exists():
-            write(self._fold_path(name), content)
+        if not self._base_update_path(name).exists():
+            write(self._base_update_path(name), content)
         return name
 
-    def load_folds(self, name: str) -> BaseUpdate:
-        """The folds of that name."""
-        return folds_from_tree(load_tree(self._fold_path(name)))
+    def load_base_update(self, name: str) -> BaseUpdate:
+        """The base updates of that name."""
+        return base_update_from_tree(load_tree(self._base_update_path(name)))
 
     def _rows_path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.rows.json"
@@ -144,8 +149,8 @@ class ClientStore:
     def _path(self, client: int) -> Path:
         return self.folder / "clients" / f"{client}.safetensors"
 
-    def _fold_path(self, name: str) -> Path:
-        return self.folder / "folds" / f"{name}.safetensors"
+    def _base_update_path(self, name: str) -> Path:
+        return self.folder / "base_updates" / f"{name}.safetensors"
 
 
 def select_leaves(rules: Rules, shared: Tree, rank: int) -> dict[str, dict[str, Tensor]]:
@@ -159,13 +164,13 @@ def select_leaves(rules: Rules, shared: Tree, rank: int) -> dict[str, dict[str, 
 
 @dataclass
 class BaseNames:
-    """A name for the base after each fold, which no other folds have."""
+    """A name for the base after each fold, which no other base updates have."""
 
-    names: list[str] = field(default_factory=lambda: [""])  # number of folds -> the base's name
+    names: list[str] = field(default_factory=lambda: [""])  # number of base updates -> the base's name
 
-    def add(self, folds: BaseUpdate) -> None:
-        """Names the base after one more round's folds."""
-        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **folds_to_tree(folds)}))
+    def add(self, base_updates: BaseUpdate) -> None:
+        """Names the base after one more round's base updates."""
+        self.names.append(digest({"before": {self.names[-1]: torch.zeros(0)}, **base_update_to_tree(base_updates)}))
 
     def __getitem__(self, number: int) -> str:
         return self.names[number]
@@ -179,7 +184,7 @@ class LocalClients:
     """
 
     store: ClientStore
-    _folds: list[str] = field(default_factory=list)
+    _base_updates: list[str] = field(default_factory=list)
     _read: dict[int, tuple[int, ClientState]] = field(default_factory=dict)
 
     def client_states(self, at: ServerState) -> dict[int, ClientState]:
@@ -190,22 +195,22 @@ class LocalClients:
                 self._read[client] = number, ClientState(held.kept, held.moments)
         return {client: self._read[client][1] for client in sorted(at.counted)}
 
-    def add_folds(self, folds: BaseUpdate) -> None:
-        """Adds folds that clients hold, or will be sent."""
-        self._folds.append(self.store.add_folds(folds))
+    def add_base_update(self, base_updates: BaseUpdate) -> None:
+        """Adds base updates that clients hold, or will be sent."""
+        self._base_updates.append(self.store.add_base_update(base_updates))
 
     def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState], bases: BaseNames) -> None:
         """Gives each client what it is known to hold; leaves that it lacks are sent before they are looked at."""
         for client in range(f.clients.members):
             own = states.get(client, ClientState({}))
-            seen = at.channel.folds_seen(client)
+            seen = at.channel.base_updates_seen(client)
             leaves = select_leaves(f.rules, at.shared, f.budgets[client]) if at.channel.knows(client) else {}
             counted = at.counted.get(client, -1)
             self.store.save(
                 client,
                 StoredState(
-                    leaves, own.kept, own.moments, counted=counted, folds=tuple(self._folds[:seen]), folded=seen,
-                    base=bases[seen],
+                    leaves, own.kept, own.moments, counted=counted, base_updates=tuple(self._base_updates[:seen]),
+                    base_updates_held=seen, base=bases[seen],
                 ),
             )  # fmt: skip
             self._read[client] = counted, own

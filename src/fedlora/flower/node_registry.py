@@ -31,7 +31,9 @@ class NodeRegistry:
     retry: float = 10.0  # seconds until a node that could not say who it is, or was refused, is asked again
     pause: Callable[[], None] = lambda: sleep(0.1)  # between two looks
     nodes: dict[int, int] = field(default_factory=dict)
-    folded: dict[int, tuple[int, str]] = field(default_factory=dict)  # client -> its folds, and its base's name
+    base_updates_held: dict[int, tuple[int, str]] = field(
+        default_factory=dict
+    )  # client -> its base updates, and its base's name
     rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, where it has any
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
@@ -107,7 +109,7 @@ class NodeRegistry:
             return self._leave_out(node, str(why))
         self.reasons.pop(node, None)
         self.nodes[client], self.rows[client] = node, said["examples"]
-        self.folded[client] = said["folded"], base
+        self.base_updates_held[client] = said["base_updates_held"], base
         if reading := READINGS[said["labels"]]:
             self.readings[client] = reading
         self.report(client, f"joined{self.describe(reading)}")
@@ -119,11 +121,11 @@ class NodeRegistry:
         self.reasons[node], self.resting[node] = why, monotonic() + self.retry
 
     def _find_objection(self, node: int, said: MetricRecord, start: str) -> str | None:
-        client, rows, folded = (said.get(key) for key in ("client", "examples", "folded"))
+        client, rows, base_updates_held = (said.get(key) for key in ("client", "examples", "base_updates_held"))
         if type(client) is not int or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
-        if type(rows) is not int or rows < 1 or type(folded) is not int:
-            return f"client {client} says that it has {rows!r} training rows and {folded!r} folds"
+        if type(rows) is not int or rows < 1 or type(base_updates_held) is not int:
+            return f"client {client} says that it has {rows!r} training rows and {base_updates_held!r} base updates"
         reading = said.get("labels")
         if type(reading) is not int or not 0 <= reading < len(READINGS):
             return f"client {client} does not say how it reads its labels; its version of fedlora differs"

@@ -70,7 +70,7 @@ def _check_one_sum(node: Node, client: Client, request: Message) -> None:
 
 def _train(node: Node, content: RecordDict, reply: RecordDict, threshold: int) -> Tensor:
     """Trains, puts the metrics into the reply, and returns the vector to be masked."""
-    order, leaves, folds = decode_order(content)
-    done = node.train(order, leaves, folds, threshold)
+    order, leaves, base_updates = decode_order(content)
+    done = node.train(order, leaves, base_updates, threshold)
     reply[METRICS], reply[HOLDS] = MetricRecord(done.metrics), ConfigRecord({HOLDS: done.holds})
     return to_vector(decode_layout(content[LAYOUT]), done.sent or {})

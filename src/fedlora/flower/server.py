@@ -82,17 +82,17 @@ class FlowerLoop(Loop, Strategy):
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = super()._combine(f, at, uploads)
-        if served.folds:
-            self._bases.add(at.folds.entries[-1])
+        if served.base_updates:
+            self._bases.add(at.base_updates.entries[-1])
         return served
 
     def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
         return None if self.local is None else self.local.client_states(at)
 
-    def on_base_update(self, folds: BaseUpdate) -> None:
-        self._bases.add(folds)
+    def on_base_update(self, base_updates: BaseUpdate) -> None:
+        self._bases.add(base_updates)
         if self.local is not None:
-            self.local.add_folds(folds)
+            self.local.add_base_update(base_updates)
 
     def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
         if self.local is not None and states is not None:
@@ -172,7 +172,7 @@ class FlowerLoop(Loop, Strategy):
     def configure_train(
         self, server_round: int, arrays, config, grid, clients: Iterable[int] = ()
     ) -> Iterable[Message]:
-        """Each client's order for a round, with the leaves and folds that it lacks."""
+        """Each client's order for a round, with the leaves and base updates that it lacks."""
         assert self.at is not None
         return [self._message(client, server_round - 1, "train") for client in clients]
 
@@ -239,10 +239,10 @@ class FlowerLoop(Loop, Strategy):
         f, at = self.federation, self.at
         own = select_leaves(f.rules, at.shared, f.budgets[client])
         if not at.channel.knows(client):
-            count, base = self._registry.folded.pop(client, (0, ""))
-            there = at.folds.start <= count <= len(at.folds) and self._bases[count] == base
+            count, base = self._registry.base_updates_held.pop(client, (0, ""))
+            there = at.base_updates.start <= count <= len(at.base_updates) and self._bases[count] == base
             at.channel.forget(client, count if there else 0)
-        delivery = at.channel.compute_delta(client, at.shared, at.folds, own)
+        delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
         order = Order(
             self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
             self._bases[delivery.first], self._bases[delivery.after], digest(own), at.counted.get(client, -1),
@@ -251,7 +251,9 @@ class FlowerLoop(Loop, Strategy):
             at.channel.deliver(number, client, delivery)
         node = self._registry.nodes[client]
         self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
-        content = encode_order(order, delivery.leaves, delivery.folds) if with_leaves else encode_order(order, {}, [])
+        content = (
+            encode_order(order, delivery.leaves, delivery.base_updates) if with_leaves else encode_order(order, {}, [])
+        )
         return Message(content, node, kind, group_id=str(number + 1))
 
     def _send_and_receive(self, messages: list[Message]) -> list[Message]:

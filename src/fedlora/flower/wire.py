@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedlora.engines.base_updates import BaseUpdate, folds_from_tree, folds_to_tree
+from fedlora.engines.base_updates import BaseUpdate, base_update_from_tree, base_update_to_tree
 from fedlora.engines.comm.channel import Delivery
 from fedlora.engines.loop import Round
 from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree, flatten, unflatten
@@ -25,22 +25,22 @@ from fedlora.types import Tree, Turn
 
 MESSAGE = Limits(2**31, 100_000, 2**24)  # of what the server sends; uploads have a limit of their own
 STYPE = "safetensors"  # how an array of ours is written, where Flower would write npy
-LEAVES, FOLDS, ORDER, METRICS, HOLDS = "leaves", "folds", "order", "metrics", "holds"
+LEAVES, BASE_UPDATES, ORDER, METRICS, HOLDS = "leaves", "base_updates", "order", "metrics", "holds"
 
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a message asks of a client, beside the leaves and folds that it brings."""
+    """What a message asks of a client, beside the leaves and base updates that it brings."""
 
     run: str  # the run's own token: a resumed run keeps it, another run never has it
     round: int  # from 0
     client: int
     full: bool  # the leaves are those that differ from what the seed gives, not from those that the client holds
     first: int  # number of the first fold that comes along
-    after: int  # folds that the client holds then
-    before: str  # the name of the base with the folds before ``first`` in it
+    after: int  # base updates that the client holds then
+    before: str  # the name of the base with the base updates before ``first`` in it
     base: str  # and with those before ``after``
     holds: str  # digest of the leaves that the client holds then
     counted: int = -1  # the last round that this client's upload went into
@@ -85,40 +85,42 @@ def overlay(tree: Tree, other: Tree) -> dict[str, dict]:
     return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}
 
 
-def pack_folds(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
-    """Several rounds of folds, numbered from 0."""
+def pack_base_updates(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
+    """Several rounds of base updates, numbered from 0."""
     trees = {
-        f"{i}{SEPARATOR}{key}": factors for i, one in enumerate(rounds) for key, factors in folds_to_tree(one).items()
+        f"{i}{SEPARATOR}{key}": factors
+        for i, one in enumerate(rounds)
+        for key, factors in base_update_to_tree(one).items()
     }
     return pack(trees)
 
 
-def unpack_folds(record: ArrayRecord) -> list[BaseUpdate]:
-    """The folds that ``pack_folds`` wrote, in order."""
+def unpack_base_updates(record: ArrayRecord) -> list[BaseUpdate]:
+    """The base updates that ``pack_folds`` wrote, in order."""
     found: dict[int, dict[str, Mapping]] = {}
     for key, factors in unpack(record).items():
         number, _, rest = key.partition(SEPARATOR)
         if not number.isdecimal() or factors.keys() != {"U", "V"} or not rest.rpartition("/")[2].isdecimal():
-            raise UnreadableError("the arrays are no folds.")
+            raise UnreadableError("the arrays are no base updates.")
         found.setdefault(int(number), {})[rest] = factors
-    return [folds_from_tree(found[number]) for number in sorted(found)]
+    return [base_update_from_tree(found[number]) for number in sorted(found)]
 
 
-def encode_order(order: Order, leaves: Tree, folds: Sequence[BaseUpdate]) -> RecordDict:
+def encode_order(order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> RecordDict:
     """The content of a message to a client; empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
     if leaves:
         content[LEAVES] = pack(leaves)
-    if folds:
-        content[FOLDS] = pack_folds(folds)
+    if base_updates:
+        content[BASE_UPDATES] = pack_base_updates(base_updates)
     return content
 
 
 def decode_order(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
-    """The order, the leaves and the folds of a message to a client."""
+    """The order, the leaves and the base updates of a message to a client."""
     order = Order(**{name: content[ORDER][name] for name in Order.__dataclass_fields__})
     leaves = unpack(content[LEAVES]) if LEAVES in content else {}
-    return order, leaves, unpack_folds(content[FOLDS]) if FOLDS in content else []
+    return order, leaves, unpack_base_updates(content[BASE_UPDATES]) if BASE_UPDATES in content else []
 
 
 def encode_answer(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:

@@ -45,8 +45,10 @@ class FedExLoRA(Method):
     def combine(self, shared, uploads):
         averaged = mean(uploads)
         residual = Lazy(len(uploads), lambda k: self._centred(uploads[k], averaged))
-        fold = stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
-        return Outcome({**shared, **averaged}, fold=(fold,))
+        base_update = (
+            stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
+        )
+        return Outcome({**shared, **averaged}, base_update=(base_update,))
 
     def _centred(self, upload, averaged):
         return self.adapter.term({leaf: upload.layer[leaf] - averaged[leaf] for leaf in "AB"}, upload.weight)

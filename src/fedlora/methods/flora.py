@@ -41,4 +41,4 @@ class FLoRA(Method):
         return self.adapter.leading(fresh, turn.rank)
 
     def combine(self, shared, uploads):
-        return Outcome(shared, fold=(stack(terms(self.adapter, uploads)),))
+        return Outcome(shared, base_update=(stack(terms(self.adapter, uploads)),))

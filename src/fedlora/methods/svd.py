@@ -63,7 +63,7 @@ class BestRank(Method):
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
             return Outcome(layer)
-        return Outcome(layer, fold=(stack([*exact, Term(-s, B, A)]),))
+        return Outcome(layer, base_update=(stack([*exact, Term(-s, B, A)]),))
 
     def _wide(self, upload, rank):
         return upload._replace(layer=self.adapter.padded(upload.layer, rank))

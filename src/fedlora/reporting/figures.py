@@ -169,19 +169,21 @@ def _some_parts(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], s
 
 
 def drift(runs: Sequence[Run]) -> Iterator[Figure]:
-    """Client drift, and the likeness of A and of B."""
+    """Client drift, and the cosine similarity of A and of B."""
     table = by_round.drift(runs)
     why = "These runs hold no client drift: evaluation.measure was off, or uploads were not to be seen."
     over_rounds = partial(charts.band, x="round", x_title="round", every=named(runs))
     draw = partial(over_rounds, y="drift", y_title="client drift")
     yield _lines("drift", table.title, table.note, table, table.rows, draw, why, False)
-    alike = by_round.likeness(runs)
-    why = ("These runs hold no likeness of A and B: their adapters are no pairs of one rank, uploads were not to be "
+    alike = by_round.cosine_similarity(runs)
+    why = ("These runs hold no cosine similarity of A and B: their adapters are no pairs of one rank, uploads were not to be "
            "seen, or an older fedlora wrote them; fedlora similarity RUN looks at a finished run.")  # fmt: skip
     for leaf in "AB":
         rows = [row for row in alike.rows if row["factor"] == leaf]
         cosine = partial(over_rounds, y="cosine", y_title="cosine")
-        yield _lines(f"likeness-{leaf}", f"Likeness of the clients' {leaf}", alike.note, alike, rows, cosine, why, True)
+        yield _lines(
+            f"cosine-{leaf}", f"Cosine similarity of the clients' {leaf}", alike.note, alike, rows, cosine, why, True
+        )
 
 
 def label_rows(runs: Sequence[Run]) -> Iterator[Figure]:

@@ -30,7 +30,7 @@ LATEX = {
 def tables(runs: Sequence[Run]) -> list[Table]:
     """All tables of these runs that have a row."""
     make = (standing.methods, standing.tests, standing.one_by_one, by_round.curves, totals.clients, by_round.errors,
-            by_round.oracle, by_round.layers, by_round.drift, by_round.likeness, totals.labels, totals.sent,
+            by_round.oracle, by_round.layers, by_round.drift, by_round.cosine_similarity, totals.labels, totals.sent,
             totals.phases, totals.faults, by_round.epsilon)  # fmt: skip
     return [table for one in make if (table := one(runs)).rows]
 

@@ -26,7 +26,7 @@ from fedlora.text import shown
 ROWS = 500  # of a table in the page
 CONFIGS = 12  # configurations that are written out; the others lie in their folders
 TITLES = {  # the first figure of each section
-    "global-by-round": "Over time", "clients": "Clients", "errors": "Aggregation", "drift": "Drift and likeness",
+    "global-by-round": "Over time", "clients": "Clients", "errors": "Aggregation", "drift": "Drift and similarity",
     "labels": "Data", "bytes": "Cost and faults",
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class Chat:
             )
         model, note = _loaded(run)
         model.load(tree)
-        model.fold({part: (f,) for part, f in run.folds.items()})
+        model.fold({part: (f,) for part, f in run.base_updates.items()})
         return cls(model, tokenizer, template, context_length(config.model.name), seed, system, note=note)
 
     def say(self, text: str, writing: Writing) -> str:

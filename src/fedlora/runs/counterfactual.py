@@ -63,8 +63,8 @@ def _served(method: Method, parts, before: Tree, uploads, ends, weights) -> dict
     for p in parts:
         exact = [method.adapter.term(x, w) for x, w in zip(ends[p], weights)]
         layer = served.shared[p]
-        folds = [Term(1.0, *f) for f in served.folds.get(p, ())]
-        norm, (error,) = distances(exact, [[method.adapter.term(layer, 1.0), *folds]])
+        base_updates = [Term(1.0, *f) for f in served.base_updates.get(p, ())]
+        norm, (error,) = distances(exact, [[method.adapter.term(layer, 1.0), *base_updates]])
         lost, whole = lost + (error * norm) ** 2, whole + norm**2
         moved += _moved(layer, ends[p], weights) / len(parts) if equal else 0.0
     return {"error": (lost / whole) ** 0.5 if whole else 0.0, **({"gauge": moved} if equal else {})}

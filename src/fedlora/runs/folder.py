@@ -17,7 +17,18 @@ from fedlora.files import load_tree, save_json, save_tree, swept, write
 from fedlora.rounds import public, received
 from fedlora.runs.build import head_rule
 from fedlora.runs.config import Config, read
-from fedlora.runs.file_names import BEST, CLIENTS, COMPARISON, CONFIG, FOLDS, METRICS, PERSONAL, ROWS, SHARED, SUMMARY
+from fedlora.runs.file_names import (
+    BASE_UPDATES,
+    BEST,
+    CLIENTS,
+    COMPARISON,
+    CONFIG,
+    METRICS,
+    PERSONAL,
+    ROWS,
+    SHARED,
+    SUMMARY,
+)
 from fedlora.runs.interrupt import FULL
 from fedlora.runs.result import Rounds
 from fedlora.schema import ConfigError, Table, dumps, read_table
@@ -25,7 +36,7 @@ from fedlora.text import shown
 from fedlora.types import Factors, Tree, Turn
 
 NEEDED = (  # of a summary
-    "labels", "metric", "folds", "method", "title", "bytes", "errors", "rounds", "seed", "versions",
+    "labels", "metric", "base_updates", "method", "title", "bytes", "errors", "rounds", "seed", "versions",
 )  # fmt: skip
 LONGEST = 2**26  # characters of one round's record
 
@@ -50,7 +61,7 @@ class RunFolder(Rounds):
             raise ConfigError(
                 f"{str(run.path / SUMMARY)!r} has no {odd[0]!r}; it was edited, or is not of this version."
             )
-        _ = run.folds, run.shared, run.config
+        _ = run.base_updates, run.shared, run.config
         return run
 
     # ---------------------------------------------------------------------------------- settings and figures
@@ -125,11 +136,11 @@ class RunFolder(Rounds):
         return {part: public(layer) for part, layer in load_tree(self.path / SHARED).items()}
 
     @cached_property
-    def folds(self) -> Mapping[str, Factors]:
+    def base_updates(self) -> Mapping[str, Factors]:
         """The sum of all updates of the base, part by part."""
-        if not self.summary["folds"]:
+        if not self.summary["base_updates"]:
             return {}
-        return {part: Factors(leaves["U"], leaves["V"]) for part, leaves in load_tree(self.path / FOLDS).items()}
+        return {part: Factors(leaves["U"], leaves["V"]) for part, leaves in load_tree(self.path / BASE_UPDATES).items()}
 
     def clients(self) -> list[int]:
         """The numbers of the clients that took part."""
@@ -230,12 +241,12 @@ class RunFolder(Rounds):
         write(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def write_result(
-        self, shared: Tree, kept: Mapping[int, Tree], folds: BaseUpdateLog, summary: Mapping[str, Any]
+        self, shared: Tree, kept: Mapping[int, Tree], base_updates: BaseUpdateLog, summary: Mapping[str, Any]
     ) -> None:
         """Write the model and, last, the summary."""
         save_tree(self.path / SHARED, {part: public(layer) for part, layer in shared.items()})
-        if len(folds):
-            save_tree(self.path / FOLDS, {part: f._asdict() for part, f in folds.total().items()})
+        if len(base_updates):
+            save_tree(self.path / BASE_UPDATES, {part: f._asdict() for part, f in base_updates.total().items()})
         for client, tree in kept.items():
             if any(tree.values()):
                 save_tree(self.client_file(client), tree)

@@ -34,7 +34,7 @@ By = dict[int, Scores]  # client -> what a model scores on its test rows
 
 @dataclass
 class Sides:
-    """One run's federation, loaded again, with its folds in the base; ``steps`` are those of the fine-tuning.
+    """One run's federation, loaded again, with its base updates in the base; ``steps`` are those of the fine-tuning.
 
     ``ValueError`` where its data or its model have changed since.
     """
@@ -47,7 +47,7 @@ class Sides:
     def __post_init__(self):
         self.f = self.run.config.federation()
         check_unchanged(self.run.path, self.f)
-        self.f.model.fold({part: (factors,) for part, factors in self.run.folds.items()})
+        self.f.model.fold({part: (factors,) for part, factors in self.run.base_updates.items()})
         self.evaluator = self.f.evaluator()
 
     def everyones(self, clients: Iterable[int]) -> By | None:

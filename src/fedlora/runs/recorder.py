@@ -115,7 +115,7 @@ class RunRecorder:
             return None
         at = self.checkpoints.load(self.saved, f, engine)
         kept = {client: private.kept for client, private in (engine.client_states(at) or {}).items()}
-        self.last = Round(at.number - 1, at.shared, kept, at.folds, self.records[-1], at.channel.ledger, at)
+        self.last = Round(at.number - 1, at.shared, kept, at.base_updates, self.records[-1], at.channel.ledger, at)
         return at
 
     def _line(self, record: RoundRecord) -> None:

@@ -67,7 +67,7 @@ def run(
 
     ``out`` is a new folder: ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line a round, as it
     happens), ``summary.json``, ``shared.safetensors``,
-    ``clients/K.safetensors`` and, where the method folds, ``folds.safetensors``. Raises ``ConfigError`` for a
+    ``clients/K.safetensors`` and, where the method folds, ``base_update.safetensors``. Raises ``ConfigError`` for a
     folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
     ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
     this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
@@ -154,7 +154,7 @@ def _kept(
     summary = {
         **summarise(config, recorder.records, recorder.interrupted, recorder.seconds),
         **_of_rows(f, recorder),
-        "folds": len(last.folds) if last else 0,
+        "base_updates": len(last.base_updates) if last else 0,
         "kept": drive is None,  # whether this folder has what clients keep for themselves
         **({"resumed": recorder.resumed} if recorder.resumed else {}),
         **({"refused": refused} if refused else {}),
@@ -162,7 +162,7 @@ def _kept(
     folder = recorder.folder
     if folder is not None and (last is not None or not recorder.records):  # else it was broken off before a new round
         summary |= _left_best(config, f, recorder, watch)
-        RunFolder(folder).write_result(shared, kept, last.folds if last else BaseUpdateLog(), summary)
+        RunFolder(folder).write_result(shared, kept, last.base_updates if last else BaseUpdateLog(), summary)
     recorder.told.ended(ended(summary))
     return Result(summary, recorder.records, shared, kept, folder)
 
@@ -183,17 +183,17 @@ def _left_best(config: Config, f: Federation, recorder: RunRecorder, watch: Watc
         return {}
     if found is None:
         return {}
-    shared, states, folds = found
+    shared, states, base_updates = found
     about = {k: v for k, v in recorder.checkpoints.best.items() if k != "file"}
     until = recorder.records[: about["round"]]
     run = RunFolder(recorder.folder)
     run.best.write_config(run.table)
     run.best.write_records(until)
     summary = {
-        **summarise(config, until, False, recorder.seconds), **_of_rows(f, recorder), "folds": len(folds),
+        **summarise(config, until, False, recorder.seconds), **_of_rows(f, recorder), "base_updates": len(base_updates),
         "kept": bool(states), "best": about,
     }  # fmt: skip
-    run.best.write_result(shared, {client: own.kept for client, own in states.items()}, folds, summary)
+    run.best.write_result(shared, {client: own.kept for client, own in states.items()}, base_updates, summary)
     return {"best": about}
 
 

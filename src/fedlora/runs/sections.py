@@ -32,7 +32,9 @@ class ModelTable:
     start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
     same_base: PerMachine[bool | None] = None  # true: the base of ``start`` is this model, whatever it is called there
     quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
-    overlay: bool | None = None  # keep folds beside the base weights; None: where these are multiplied in bfloat16
+    overlay: bool | None = (
+        None  # keep base updates beside the base weights; None: where these are multiplied in bfloat16
+    )
 
 
 @dataclass(frozen=True)

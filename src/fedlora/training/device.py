@@ -25,7 +25,7 @@ class Engine:
     name: str = "inprocess"  # or "flower-simulation", or an engine of another package
     device: PerMachine[str] = "auto"  # "cpu", "cuda", "cuda:1"; auto: CUDA where there is one
     threads: PerMachine[int | None] = None  # torch's threads; None leaves them as they are
-    spill: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
+    offload: bool = False  # keep a round's uploads in temporary files: memory does not grow with the cohort
     # Freed memory (Linux, glibc): fast, small or as it comes.
     allocator: PerMachine[Literal["keep", "return", "system"]] = "keep"
 

@@ -46,7 +46,7 @@ class Evaluator:
     shards: Mapping[int, Shard] | Sequence[Shard]
     batch_size: int = 256
     _tree: Tree | None = None
-    _folded: int = -1
+    _base_version: int = -1
     _outputs: Tensor | None = None
     _known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
 
@@ -63,8 +63,8 @@ class Evaluator:
 
     @torch.no_grad()  # not inference mode: loading may make new parameters, which must be fit for training
     def _on(self, tree: Tree, rows: Tensor) -> Tensor:
-        if self._tree is None or self._folded != self.model.folded or not _same(tree, self._tree):
-            self._tree, self._folded, self._outputs = tree, self.model.folded, None
+        if self._tree is None or self._base_version != self.model.base_version or not _same(tree, self._tree):
+            self._tree, self._base_version, self._outputs = tree, self.model.base_version, None
             self._known = torch.zeros(len(self.test), dtype=torch.bool)
         missing = rows[~self._known[rows]]
         if len(missing):

@@ -31,7 +31,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
         self.leaves = nn.ParameterDict()
-        self.overlay: Factors | None = None  # folds that the base weight itself cannot take
+        self.overlay: Factors | None = None  # base updates that the base weight itself cannot take
 
     @property
     def weight(self) -> Tensor:
@@ -77,7 +77,7 @@ class Model:
         self._initial = {p: _copies(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
         self._started: dict[str, Factors] = {}  # updates that adapters begin with
         self.started: Tree = {}  # all that ``start`` was given
-        self.folded = 0  # how often the base has changed
+        self.base_version = 0  # how often the base has changed
         self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that no training moves, as last loaded
 
     @classmethod
@@ -94,9 +94,9 @@ class Model:
         """Freezes ``network``, wraps the target weights and frees the head.
 
         ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision. ``overlay``
-        keeps folds beside the base weights instead of in them, for a base that is quantised or shared with others;
-        None: where the weights are multiplied in bfloat16.
-        Raises ``ValueError`` where a pattern matches nothing, or a weight is named as both.
+        keeps base updates beside the base weights instead of in them, for a base that is quantised or shared with
+        others; None: where the weights are multiplied in bfloat16. Raises ``ValueError`` where a pattern matches
+        nothing, or a weight is named as both.
         """
         whole = trained_in_full(network, head)
         chosen = adapted(network, targets, whole)
@@ -207,10 +207,10 @@ class Model:
         return {path: _copies(part.leaves) for path, part in self.parts.items()}
 
     @torch.no_grad()
-    def fold(self, folds: Mapping[str, Sequence[Factors]]) -> None:
+    def fold(self, base_updates: Mapping[str, Sequence[Factors]]) -> None:
         """Adds updates to base weights, or to their overlays; orientation was settled at attachment."""
-        self.folded += 1
-        for path, factors in folds.items():
+        self.base_version += 1
+        for path, factors in base_updates.items():
             module = self.parts[path].module
             if not isinstance(module, Adapted):
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
@@ -226,7 +226,7 @@ class Model:
     @torch.no_grad()
     def unfold(self) -> None:
         """The pretrained base again, bit for bit."""
-        self.folded += 1
+        self.base_version += 1
         for path, part in self.parts.items():
             if isinstance(part.module, Adapted):
                 part.module.overlay = None

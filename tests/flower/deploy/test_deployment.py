@@ -82,7 +82,7 @@ def kept(nodes, folder, client):
 
 @pytest.fixture(scope="module")
 def folded(place):
-    """FedEx, for its folds: a configuration, and the folder of its run in this process."""
+    """FedEx, for its base updates: a configuration, and the folder of its run in this process."""
     one = config("method.name=fedex-lora", "rounds=2", "evaluation.every=2", *EDGES)
     fedlora.run(one, place / "here")
     return one, place / "here"
@@ -90,7 +90,7 @@ def folded(place):
 
 def has_the_bits(there, here):
     assert same(load_tree(there / "shared.safetensors"), load_tree(here / "shared.safetensors"))
-    assert same(load_tree(there / "folds.safetensors"), load_tree(here / "folds.safetensors"))
+    assert same(load_tree(there / "base_update.safetensors"), load_tree(here / "base_update.safetensors"))
     theirs, ours = records_of(there), records_of(here)
     assert [r["round"] for r in theirs] == [1, 2]
     assert [r["loss"] for r in theirs] == [r["loss"] for r in ours]

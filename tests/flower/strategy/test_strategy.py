@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
 from fedlora.flower.strategy.instructions import list_methods
-from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, encode_folds
+from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, encode_base_updates
 from fedlora.flower.wire import unpack
 from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Factors
@@ -44,7 +44,7 @@ def factors(record, leaf):
     ],
 )
 def test_exact_methods_end_every_round_at_the_mean_of_the_clients_weights(monkeypatch, method, head):
-    """The oracle is the dense weighted mean of ``W + scaling B A``, folds included, of each client after training."""
+    """The oracle is the dense weighted mean of ``W + scaling B A``, base updates included, of each client after training."""
     config = {"head": head}
     world = Federation(monkeypatch, three(**config), server=config)
     world.run(strategy(method), rounds=3, arrays=initial(**config))
@@ -205,7 +205,7 @@ def test_a_node_that_lost_its_state_reports_and_is_sent_everything(monkeypatch):
     world.post = forget
     world.run(strategy("flora", fraction_evaluate=0.0), rounds=4)
     assert [m.error.reason for m in world.messages if m.has_error()] == [
-        "ValueError: this node holds 0 folds, and the message begins after 1; it has lost what it kept, and the server "
+        "ValueError: this node holds 0 base updates, and the message begins after 1; it has lost what it kept, and the server "
         "will send all of them next time."
     ]
     assert len(world.trained) == 3 + 3 + 2 + 3
@@ -310,9 +310,9 @@ def test_a_model_that_was_compiled_first_is_the_same_model():
     plain, compiled = model(False, 1), model(True, 2)
     key = "transformer.h.0.attn.c_attn"
     arrays = ArrayRecord(get_peft_model_state_dict(plain))
-    folds = {key: Factors(torch.ones(24, 1), torch.ones(1, 8))}
-    load(compiled, ArrayRecord({**arrays, **encode_folds(folds)}))
-    load(plain, ArrayRecord({**arrays, **encode_folds(folds)}))
+    base_updates = {key: Factors(torch.ones(24, 1), torch.ones(1, 8))}
+    load(compiled, ArrayRecord({**arrays, **encode_base_updates(base_updates)}))
+    load(plain, ArrayRecord({**arrays, **encode_base_updates(base_updates)}))
     mine, theirs = (
         {strip_wrappers(key): x for key, x in made.state_dict().items() if "original_module" not in key}
         for made in (compiled, plain)

@@ -34,7 +34,7 @@ SETTINGS = {  # what a run has to know again: a method, and settings that have t
         "fedit", "training.keep_optimizer=true", "training.optimizer=sgd", "training.precision=bf16", "clients.per_round=2",
     ),
     "yogi and one client a round": ("fedit", "server.optimizer=yogi", "clients.per_round=1"),
-    "cohorts, folds, and checkpoints that are seldom": (
+    "cohorts, base updates, and checkpoints that are seldom": (
         "fedex-lora", "clients.count=4", "clients.per_round=2", "clients.dropout=0.3", "evaluation.every=3",
         "checkpoint.every=3",
     ),

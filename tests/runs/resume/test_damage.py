@@ -58,7 +58,7 @@ def gone(path):
 
 
 @pytest.mark.parametrize("damage", [cut, emptied, altered, gone], ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("what", ["[0-9]*", "private-*", "folds/*"])
+@pytest.mark.parametrize("what", ["[0-9]*", "private-*", "base_updates/*"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(damage, what, broken, runs):
     newest = sorted((broken / "checkpoints").glob(what))[-1]
     damage(newest)
@@ -164,7 +164,7 @@ def test_the_best_round_is_kept_and_left_as_a_folder(by, tmp_path):
     assert result.summary["best"] == {"round": best, "by": by, "value": max(values)}
     assert numbers(tmp_path / "run") == sorted({best, 5})
     fedlora.run(small(NAME, f"rounds={best}", *own), tmp_path / "short")
-    for file in ("shared", "folds"):
+    for file in ("shared", "base_updates"):
         theirs, ours = (
             load_tree(place / f"{file}.safetensors") for place in (tmp_path / "short", tmp_path / "run/best")
         )

@@ -12,7 +12,7 @@ from fedlora.engines.comm.encoding import SAID
 from fedlora.rounds import public
 from fedlora.types import Tree
 
-Kind = Literal["adapter", "head", "fold"]
+Kind = Literal["adapter", "head", "base_update"]
 
 
 class Crossing(NamedTuple):
@@ -47,7 +47,7 @@ class Delivery:
 
     leaves: Tree  # only the leaves that changed, as they cross
     held: Tree  # the same leaves as the client then holds them
-    folds: list[BaseUpdate]  # in order
+    base_updates: list[BaseUpdate]  # in order
     first: int  # number of base updates that the client holds before them
     after: int  # and with them
     versions: dict[tuple[str, str], int] = field(repr=False)
@@ -58,7 +58,7 @@ class Knowledge(NamedTuple):
 
     versions: dict[tuple[str, str], int]  # of each leaf, the newest; 0: as every party makes it from the seed
     held: dict[int, dict[tuple[str, str], int]]  # client -> the versions that it has
-    folds_seen: dict[int, int]
+    base_updates_seen: dict[int, int]
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Channel:
     ledger: Ledger = field(default_factory=Ledger)
     _versions: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)
     _held: dict[int, dict[tuple[str, str], int]] = field(default_factory=dict)
-    _folds_seen: dict[int, int] = field(default_factory=dict)
+    _base_updates_seen: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self):
         self._note(self.initial)
@@ -96,47 +96,53 @@ class Channel:
             coded = self.compression.crossing(shared[part], leaf, had, version)
             cut = mine.numel() < whole.numel()  # and an encoding is of the whole leaf
             crossing.setdefault(part, {}).update({leaf: mine} if cut or coded is None else coded)
-        seen = self.folds_seen(client)
+        seen = self.base_updates_seen(client)
         # The update of a round was rounded before it was applied; a sum of several was not, and is sent as it is.
         lone = {id(entry) for entry in log.entries}
-        folds = [self.compression.narrowed(x) if id(x) in lone else x for x in log.missing(seen)]
-        return Delivery(crossing, leaves, folds, seen, len(log), versions)
+        base_updates = [self.compression.narrowed(x) if id(x) in lone else x for x in log.missing(seen)]
+        return Delivery(crossing, leaves, base_updates, seen, len(log), versions)
 
     def deliver(self, round: int, client: int, delivery: Delivery) -> None:
         """Counts what goes down to a client."""
         self._write(round, client, "down", self._leaves(delivery.held, delivery.leaves))
-        factors = (side for folds in delivery.folds for layers in folds.values() for f in layers for side in f)
-        self._write(round, client, "down", (("fold", side.numel(), _size([side])) for side in factors))
+        factors = (
+            side
+            for base_updates in delivery.base_updates
+            for layers in base_updates.values()
+            for f in layers
+            for side in f
+        )
+        self._write(round, client, "down", (("base_update", side.numel(), _size([side])) for side in factors))
 
     def holds(self, client: int, delivery: Delivery) -> None:
         """The client has what was delivered."""
-        self._held[client], self._folds_seen[client] = delivery.versions, delivery.after
+        self._held[client], self._base_updates_seen[client] = delivery.versions, delivery.after
 
     def knows(self, client: int) -> bool:
         """Whether the client has been seen to hold anything."""
         return client in self._held
 
-    def forget(self, client: int, folds: int = 0) -> None:
-        """Notes that the client has only the leaves from the seed and the first ``folds`` base updates."""
+    def forget(self, client: int, base_updates: int = 0) -> None:
+        """Notes that the client has only the leaves from the seed and the first ``base_updates`` base updates."""
         self._held.pop(client, None)
-        self._folds_seen[client] = folds
+        self._base_updates_seen[client] = base_updates
 
     def known(self, shared: Tree) -> Knowledge:
         """All that later deliveries depend on, beside the tree itself."""
-        return Knowledge(self._note(shared), dict(self._held), dict(self._folds_seen))
+        return Knowledge(self._note(shared), dict(self._held), dict(self._base_updates_seen))
 
     def recall(self, shared: Tree, known: Knowledge) -> None:
         """Goes on from what was known of a tree with these leaves."""
         self._versions = {(part, leaf): (shared[part][leaf], n) for (part, leaf), n in known.versions.items()}
-        self._held, self._folds_seen = dict(known.held), dict(known.folds_seen)
+        self._held, self._base_updates_seen = dict(known.held), dict(known.base_updates_seen)
 
-    def folds_seen(self, client: int) -> int:
+    def base_updates_seen(self, client: int) -> int:
         """Returns the number of base updates that the client holds."""
-        return self._folds_seen.get(client, 0)
+        return self._base_updates_seen.get(client, 0)
 
     def held_by_all(self, clients: int) -> int:
         """Returns the number of base updates that all of so many clients hold."""
-        return min(self.folds_seen(client) for client in range(clients))
+        return min(self.base_updates_seen(client) for client in range(clients))
 
     def collect(self, round: int, client: int, sent: Tree, crossed: Tree | None = None) -> None:
         """A client's upload, and what of it crossed where that is something else."""

@@ -56,7 +56,7 @@ class Compression:
 
     up: str | list[str] = "float32"  # a codec, or "top-k" and a codec for what it keeps
     down: str | list[str] = "float32"
-    folds: Literal["float32", "bfloat16", "float16"] = (
+    base_updates: Literal["float32", "bfloat16", "float16"] = (
         "float32"  # base updates are rounded to this before anybody applies them
     )
     error_feedback: bool = False  # what encoding loses is added to what is encoded next
@@ -87,8 +87,8 @@ class Compression:
             return
         if self.error_feedback:
             raise ValueError(
-                f"compression.error_feedback adds what one round lost to the next, but {method.title} begins each round "
-                "in other coordinates; leave error_feedback out, or take a method that averages."
+                f"compression.error_feedback adds the loss of one round to the next, but {method.title} begins each "
+                "round in other coordinates; leave error_feedback out, or take a method that averages."
             )
         if self.downward is not None and self.downward.coarse:
             raise ValueError(
@@ -225,18 +225,18 @@ class Compression:
         return found
 
     # ---------------------------------------------------------------------------- base updates
-    def rounded(self, folds: BaseUpdate) -> BaseUpdate:
+    def rounded(self, base_updates: BaseUpdate) -> BaseUpdate:
         """Rounds a base update as all parties will apply it. Raises ``ValueError`` if float16 cannot hold it."""
-        return self.widened(self.narrowed(folds)) if self.folds in NARROW else folds
+        return self.widened(self.narrowed(base_updates)) if self.base_updates in NARROW else base_updates
 
-    def narrowed(self, folds: BaseUpdate) -> BaseUpdate:
+    def narrowed(self, base_updates: BaseUpdate) -> BaseUpdate:
         """Casts a rounded base update to the dtype in which it is sent."""
-        kind = NARROW.get(self.folds)
-        return folds if kind is None else _each(folds, lambda x: _narrow(x, kind))
+        kind = NARROW.get(self.base_updates)
+        return base_updates if kind is None else _each(base_updates, lambda x: _narrow(x, kind))
 
-    def widened(self, folds: BaseUpdate) -> BaseUpdate:
+    def widened(self, base_updates: BaseUpdate) -> BaseUpdate:
         """Casts a received base update to float32."""
-        return _each(folds, lambda x: x.float() if x.dtype in NARROW.values() else x)
+        return _each(base_updates, lambda x: x.float() if x.dtype in NARROW.values() else x)
 
 
 def _listed(direction: str | list[str]) -> list[str]:
@@ -248,13 +248,14 @@ def _takes_share(name: str) -> bool:
     return "share" in {f.name for f in fields(CODECS.load(name))}
 
 
-def _each(folds: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:
-    return {part: tuple(Factors(change(f.U), change(f.V)) for f in several) for part, several in folds.items()}
+def _each(base_updates: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:
+    return {part: tuple(Factors(change(f.U), change(f.V)) for f in several) for part, several in base_updates.items()}
 
 
 def _narrow(x: Tensor, kind: torch.dtype) -> Tensor:
     if kind == torch.float16 and not x.is_meta and bool((x.abs() > LARGEST).any()):
         raise ValueError(
-            "compression.base_updates is 'float16', and a fold holds numbers beyond 65504; set it to 'bfloat16' or 'float32'."
+            "compression.base_updates is 'float16', and a base update has numbers beyond 65504; set it to 'bfloat16' "
+            "or 'float32'."
         )
     return x.to(kind)

@@ -31,15 +31,16 @@ def write_result(
     held = store.load(client)
     f = config.federation(combines=True)
     shared = overlay(f.model.initial(f.seed), held.leaves)
-    folds = _load_folds(store, held)
+    base_updates = _load_base_updates(store, held)
     summary = {
-        **summarise(config, [], False, 0.0), **labels(f, _reading(store, client, f)), "folds": len(folds), "kept": True,
+        **summarise(config, [], False, 0.0), **labels(f, _reading(store, client, f)), "kept": True,
+        "base_updates": len(base_updates),
         "rounds": held.counted + 1, "client": client,
     }  # fmt: skip
     place = RunFolder(folder)
     place.write_config(config.table)
     place.write_records([])
-    place.write_result(shared, {client: held.resolve_pending(held.counted).kept}, folds, summary)
+    place.write_result(shared, {client: held.resolve_pending(held.counted).kept}, base_updates, summary)
     return summary
 
 
@@ -60,8 +61,8 @@ def _reading(store: ClientStore, client: int, f: Federation) -> dict[int, str]:
     return {client: reading} if reading in READINGS and reading else {}
 
 
-def _load_folds(store: ClientStore, held: StoredState) -> BaseUpdateLog:
+def _load_base_updates(store: ClientStore, held: StoredState) -> BaseUpdateLog:
     log = BaseUpdateLog()
-    for name in held.folds:
-        log.append(store.load_folds(name))
+    for name in held.base_updates:
+        log.append(store.load_base_update(name))
     return log

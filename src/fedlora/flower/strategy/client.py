@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from fedlora.flower.strategy.instructions import FOLDS, Instructions, select_trained
+from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions, select_trained
 from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import find_lora_layers, fold
 from fedlora.flower.strategy.peft_state import MARK, Adapter, encode_mark, read_tensor, split_arrays
@@ -27,7 +27,7 @@ def receive(model: Any, message: Message, context: Context) -> Any:
 
     It takes the place of ``set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())``, before
     the optimiser is made: it cuts the factors to the model's own rank, restores the leaves that the node kept, adds
-    the folds that the base lacks, and freezes the leaves that the method does not train in this round. Without a
+    the base updates that the base lacks, and freezes the leaves that the method does not train in this round. Without a
     fedlora strategy at the server it only sets the state dict. ``ValueError`` where model and message do not fit.
     """
     instructions = Instructions.read(message)
@@ -36,7 +36,9 @@ def receive(model: Any, message: Message, context: Context) -> Any:
     turn = ModelTurn(model, message, context, instructions)
     fold(
         model,
-        turn.node.update_folds(instructions, message.metadata.message_id, message.content.array_records.get(FOLDS)),
+        turn.node.receive_base_updates(
+            instructions, message.metadata.message_id, message.content.array_records.get(BASE_UPDATES)
+        ),
     )
     set_state(model, {key: turn.held[part][leaf] for (part, leaf), key in turn.own.keys.items()})
     if message.metadata.message_type.startswith("train"):
@@ -73,7 +75,7 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
     It takes the place of ``set_peft_model_state_dict(model, arrays.to_torch_state_dict())`` wherever the server
     evaluates or saves. ``merge_and_unload`` afterwards has both. ``ValueError`` where the two do not fit together.
     """
-    plain, folds = split_arrays(arrays)
+    plain, base_updates = split_arrays(arrays)
     own = Adapter.of(get_peft_model_state_dict(_check_peft(model), adapter_name=_active_adapter(model)))
     found = Adapter.of({key: read_tensor(key, array) for key, array in plain.items()})
     _check_fit(own, found)
@@ -83,7 +85,7 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
             f"the model has ranks {mine} and the arrays {theirs}, or others at some weights; "
             "make the model with the server's LoraConfig."
         )
-    fold(model, folds)
+    fold(model, base_updates)
     set_state(model, {key: found.tree[part][leaf] for (part, leaf), key in own.keys.items()})
     return model
 

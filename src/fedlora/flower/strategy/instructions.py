@@ -1,4 +1,4 @@
-"""The server's instructions to a client, sent beside the adapter: the method, the round, the folds."""
+"""The server's instructions to a client, sent beside the adapter: the method, the round, the base updates."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,10 @@ from fedlora.runs.config import construct
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Layer, Turn, Upload, Work
 
-RECORD, FOLDS = "fedlora", "fedlora.folds"  # of a message: the instructions, and the folds that the node lacks
+RECORD, BASE_UPDATES = (
+    "fedlora",
+    "fedlora.base_updates",
+)  # of a message: the instructions, and the base updates that the node lacks
 PROTOCOL = 1
 PROBE = LoRA(rank=1, alpha=1.0)
 
@@ -74,7 +77,7 @@ class Instructions:
     seed: int  # of this client in this round
     series: str  # names the run: what a node kept of another one does not count
     arrays: str  # the record that holds the adapter
-    first: int = 0  # the folds that come along are those after the first so many,
+    first: int = 0  # the base updates that come along are those after the first so many,
     last: int = 0  # up to this one
 
     def record(self) -> ConfigRecord:
@@ -126,7 +129,7 @@ def list_methods() -> list[str]:
 
 
 def needs_client(method: Method) -> bool:
-    """Whether clients must call ``receive`` and ``send``: the method does something there, or folds."""
+    """Whether clients must call ``receive`` and ``send``: the method does something there, or changes the base."""
     hooks = ("trains", "send", "keep")
     if method.personal or any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks):
         return True
@@ -141,7 +144,7 @@ def changes_base(method: Method) -> bool:
     uploads = [
         Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
     ]
-    return bool(rule.combine_all({"": _probe()}, {"": uploads})[""].fold)
+    return bool(rule.combine_all({"": _probe()}, {"": uploads})[""].base_update)
 
 
 @lru_cache(maxsize=1024)

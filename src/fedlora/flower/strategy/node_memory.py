@@ -1,4 +1,4 @@
-"""A node's memory between rounds, in Flower's ``context.state``: its private leaves, and the folds it has received."""
+"""A node's memory between rounds, in Flower's ``context.state``: its private leaves, and its base updates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import cast
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.flower.strategy.instructions import Instructions
-from fedlora.flower.strategy.peft_state import encode_folds, read_folds
+from fedlora.flower.strategy.peft_state import encode_base_updates, read_base_updates
 from fedlora.flower.wire import overlay, pack, unpack
 from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree
@@ -32,7 +32,7 @@ class NodeMemory:
 
     @property
     def seen(self) -> int:
-        """The number of folds that the node has received."""
+        """The number of base updates that the node has received."""
         return self._count("seen")
 
     @property
@@ -52,23 +52,26 @@ class NodeMemory:
         """Saves private leaves for this client's next turn; those saved before and not touched now stay."""
         self.state[KEPT] = pack(overlay(self.load(), tree))
 
-    def update_folds(self, instructions: Instructions, message: str, sent: ArrayRecord | None) -> dict[str, Factors]:
-        """Takes in a message's folds. Returns the sum of all so far: part -> ``U (m p)`` and ``V (p n)``.
+    def receive_base_updates(
+        self, instructions: Instructions, message: str, sent: ArrayRecord | None
+    ) -> dict[str, Factors]:
+        """Takes in a message's base updates. Returns the sum of all so far: part -> ``U (m p)`` and ``V (p n)``.
 
-        The same message again changes nothing. The folds of the last message stay apart from those before: the server
-        counts a fold as received only when a reply says so, so the next message may begin where the last one did.
+        The same message again changes nothing. The base updates of the last message stay apart from those before: the
+        server counts a fold as received only when a reply says so, so the next message may begin where the last one
+        did.
         """
-        settled, recent = (read_folds(cast(ArrayRecord, self.state[name])) for name in (SETTLED, RECENT))
-        received = {0: {}, self._count("settled"): settled, self.seen: add_folds(settled, recent)}
+        settled, recent = (read_base_updates(cast(ArrayRecord, self.state[name])) for name in (SETTLED, RECENT))
+        received = {0: {}, self._count("settled"): settled, self.seen: add_base_update(settled, recent)}
         if instructions.first == 0:
             received[0] = {}
         if instructions.first not in received:
             raise ValueError(
-                f"this node holds {self.seen} folds, and the message begins after {instructions.first}; it has lost "
-                "what it kept, and the server will send all of them next time."
+                f"this node holds {self.seen} base updates, and the message begins after {instructions.first}; it has "
+                "lost what it kept, and the server will send all of them next time."
             )
-        settled, recent = received[instructions.first], read_folds(sent or {})
-        self.state[SETTLED], self.state[RECENT] = (ArrayRecord(encode_folds(x)) for x in (settled, recent))
+        settled, recent = received[instructions.first], read_base_updates(sent or {})
+        self.state[SETTLED], self.state[RECENT] = (ArrayRecord(encode_base_updates(x)) for x in (settled, recent))
         self.state[STATE] = ConfigRecord(
             {
                 "series": instructions.series,
@@ -77,13 +80,13 @@ class NodeMemory:
                 "message": message,
             }
         )
-        return add_folds(settled, recent)
+        return add_base_update(settled, recent)
 
 
-def add_folds(*several: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The sum of folds, part by part."""
+def add_base_update(*several: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The sum of base updates, part by part."""
     parts: dict[str, list[Factors]] = {}
-    for folds in several:
-        for part, factors in folds.items():
+    for base_updates in several:
+        for part, factors in base_updates.items():
             parts.setdefault(part, []).append(factors)
     return {part: compact(total(factors)) for part, factors in parts.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedlora.training.peft_keys import PREFIX, strip_wrappers
 from fedlora.types import Factors
 
-OWN = "_fedlora_fold"  # on a base layer: the sum of the folds that it has
+OWN = "_fedlora_fold"  # on a base layer: the sum of the base updates that it has
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -21,21 +21,21 @@ def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def fold(model: nn.Module, folds: Mapping[str, Factors]) -> None:
-    """Brings the base to the pretrained weights plus ``folds``; folds of an earlier call are taken out again.
+def fold(model: nn.Module, base_updates: Mapping[str, Factors]) -> None:
+    """Sets the base to the pretrained weights plus ``base_updates``, which replace those of an earlier call.
 
     Weights in float32 or float64 are changed in place. Those in less, or quantised, would lose a small update: there
     the fold stays beside the weight, as a forward hook, and is no part of what ``merge_and_unload`` saves.
     """
     layers = find_lora_layers(model)
-    missing = sorted(folds.keys() - layers.keys())
+    missing = sorted(base_updates.keys() - layers.keys())
     if missing:
         raise ValueError(
             f"the server folds into {missing[0]!r}, which this model does not adapt; make the model with the server's "
             "target_modules."
         )
     for part, layer in layers.items():
-        base, new = layer.get_base_layer(), folds.get(part)
+        base, new = layer.get_base_layer(), base_updates.get(part)
         old: Factors | None = getattr(base, OWN, None)
         if not _is_same(old, new):
             _check(part, base, layer, new)
@@ -64,7 +64,7 @@ def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors
     weight = getattr(base, "weight", None)  # some quantised layers have none
     if weight is None or weight.dtype not in (torch.float32, torch.float64):
         if not hasattr(base, OWN):
-            base.register_forward_hook(_add_fold)
+            base.register_forward_hook(_add_base_update)
         return
     for sign, factors in ((-1, old), (1, new)):
         if factors is not None:
@@ -73,7 +73,7 @@ def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors
             base.weight.add_((U @ V).T if layer.fan_in_fan_out else U @ V, alpha=sign)
 
 
-def _add_fold(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _add_base_update(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     factors: Factors | None = getattr(base, OWN, None)
     if factors is None:
         return output

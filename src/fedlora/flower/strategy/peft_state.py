@@ -1,4 +1,4 @@
-"""PEFT's state dict as a tree of parts and leaves, and folds beside it, in one record of arrays.
+"""PEFT's state dict as a tree of parts and leaves, and base updates beside it, in one record of arrays.
 
 Replies and results are read by PEFT itself, too, so they keep its keys and Flower's own array format. This is why they
 are not written as ``fedlora.flower.wire`` writes trees.
@@ -20,7 +20,7 @@ from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
 from fedlora.types import Factors, Layer, Tree
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
-MARK = "fedlora.turn"  # [round, folds held]: in a reply that `send` made
+MARK = "fedlora.turn"  # [round, base updates held]: in a reply that `send` made
 NUMBERS = "fiub"  # kinds of numpy's dtypes that are numbers
 UNREADABLE = (  # by numpy
     ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, RecursionError,
@@ -140,13 +140,13 @@ def read_tensor(key: str, array: Array) -> Tensor:
 
 
 def split_arrays(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
-    """The adapter's arrays, and the folds beside them: part -> the update of its base weight."""
+    """The adapter's arrays, and the base updates beside them: part -> the update of its base weight."""
     plain = {key: array for key, array in arrays.items() if not key.startswith(FOLD)}
-    return plain, read_folds(arrays)
+    return plain, read_base_updates(arrays)
 
 
-def read_folds(arrays: Mapping[str, Array]) -> dict[str, Factors]:
-    """The folds among arrays, float32."""
+def read_base_updates(arrays: Mapping[str, Array]) -> dict[str, Factors]:
+    """The base updates among arrays, float32."""
     parts = [key[len(FOLD) : -2] for key in arrays if key.startswith(FOLD) and key.endswith(".U")]
     return {
         part: Factors(*(read_tensor(key, arrays[key]) for key in (f"{FOLD}{part}.U", f"{FOLD}{part}.V")))
@@ -154,24 +154,24 @@ def read_folds(arrays: Mapping[str, Array]) -> dict[str, Factors]:
     }
 
 
-def encode_folds(folds: Mapping[str, Factors]) -> dict[str, Array]:
+def encode_base_updates(base_updates: Mapping[str, Factors]) -> dict[str, Array]:
     """Base updates as arrays: two a part."""
     return {
         f"{FOLD}{part}.{side}": Array(getattr(factors, side).contiguous().numpy())
-        for part, factors in folds.items()
+        for part, factors in base_updates.items()
         for side in "UV"
     }
 
 
-def encode_mark(round: int, folds: int) -> Array:
-    """The mark that ``send`` puts beside the leaves: the round (from 0) and the number of folds that the node holds."""
-    return Array(torch.tensor([round, folds]).numpy())
+def encode_mark(round: int, base_updates: int) -> Array:
+    """The mark that ``send`` puts beside the leaves: the round (from 0) and the node's number of base updates."""
+    return Array(torch.tensor([round, base_updates]).numpy())
 
 
 def read_mark(mark: Array) -> tuple[int, int]:
-    """The round and the number of folds of a reply's mark."""
+    """The round and the number of base updates of a reply's mark."""
     try:
-        round, folds = (int(x) for x in mark.numpy())
+        round, base_updates = (int(x) for x in mark.numpy())
     except UNREADABLE as error:
         raise ValueError(f"its {MARK!r} cannot be read") from error
-    return round, folds
+    return round, base_updates

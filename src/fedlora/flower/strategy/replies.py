@@ -39,7 +39,7 @@ class ReplyChecks:
     weight: str  # the metric that holds a reply's number of examples
     any_rank: bool
     needs_mark: bool  # must `send` have made the reply?
-    folds: int  # the number of folds that the nodes were sent
+    base_updates: int  # the number of base updates that the nodes were sent
 
     def select_good(self, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
         """The good replies by node; each other one is named in the log with what is wrong."""
@@ -77,10 +77,10 @@ class ReplyChecks:
                 raise ValueError(f"{title} works at the client, too, and its app does not use fedlora.flower.send")
             return
         found = read_mark(mark)
-        if found != (self.round, self.folds):
+        if found != (self.round, self.base_updates):
             raise ValueError(
-                f"it answers for round {found[0] + 1} with {found[1]} folds, where round {self.round + 1} with "
-                f"{self.folds} was asked for"
+                f"it answers for round {found[0] + 1} with {found[1]} base updates, where round {self.round + 1} with "
+                f"{self.base_updates} was asked for"
             )
 
     def _tree(self, arrays: Mapping[str, Array]) -> dict[str, dict[str, Tensor]]:

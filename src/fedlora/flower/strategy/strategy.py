@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.flower.replies import MALFORMED, describe_error
-from fedlora.flower.strategy.instructions import FOLDS, RECORD, Instructions, Recipe, changes_base, needs_client
-from fedlora.flower.strategy.peft_state import Adapter, encode_folds, read_tensor, split_arrays
+from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
+from fedlora.flower.strategy.peft_state import Adapter, encode_base_updates, read_tensor, split_arrays
 from fedlora.flower.strategy.replies import (
     Guard,
     ReplyChecks,
@@ -30,7 +30,7 @@ from fedlora.seeds import derived
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
-LOGGED = 16  # folds that are kept one by one; a node that lacks more is sent the sum of all
+LOGGED = 16  # base updates that are kept one by one; a node that lacks more is sent the sum of all
 
 
 class FedLoRA(FedAvg):
@@ -39,10 +39,10 @@ class FedLoRA(FedAvg):
     ``lora_alpha``, ``use_rslora`` and ``alpha_pattern`` are those of the server's ``LoraConfig``; clients that call
     ``fedlora.flower.receive`` and ``send`` may have a scale of their own. ``r`` is the largest rank (None: that of the
     initial arrays). ``method_options`` are the settings of the method's table in fedlora's TOML. All arguments of
-    ``FedAvg`` keep their meaning. ``validation`` holds settings of fedlora's table of that name, which is always on, and
-    ``robust`` the name of a robust rule, or its table; ``quarantined`` says of each round which nodes were left out and
-    why. The arrays of a result hold what a method folded, too, under keys that begin with
-    ``fedlora.fold.``: ``fedlora.flower.load(model, arrays)`` takes both. ``ValueError`` says what cannot be done.
+    ``FedAvg`` keep their meaning. ``validation`` holds settings of fedlora's table of that name, which is always on,
+    and ``robust`` the name of a robust rule, or its table; ``quarantined`` says of each round which nodes were left out
+    and why. The arrays of a result hold what a method folded, too, under keys that begin with ``fedlora.fold.``:
+    ``fedlora.flower.load(model, arrays)`` takes both. ``ValueError`` says what cannot be done.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FedLoRA(FedAvg):
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = BaseUpdateLog()
-        self._known: dict[int, int] = {}  # node -> the number of folds that its last reply said it holds
+        self._known: dict[int, int] = {}  # node -> the number of base updates that its last reply said it holds
         self._series, self._round = "", 0
         self._asked: frozenset[int] = frozenset()
         self._arrays = ArrayRecord()  # as it was given or returned last
@@ -83,7 +83,7 @@ class FedLoRA(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with instructions for its node and the folds that it lacks."""
+        """``FedAvg``'s messages, each with instructions for its node and the base updates that it lacks."""
         self._open(server_round, arrays)
         messages = list(super().configure_train(server_round, self._plain, config, grid))
         there = set(self.guard.filter_nodes([m.metadata.dst_node_id for m in messages], server_round - 1))
@@ -94,7 +94,7 @@ class FedLoRA(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with instructions for its node and the folds that it lacks."""
+        """``FedAvg``'s messages, each with instructions for its node and the base updates that it lacks."""
         plain = ArrayRecord(split_arrays(arrays)[0])
         return self._add_instructions(list(super().configure_evaluate(server_round, plain, config, grid)), server_round)
 
@@ -176,12 +176,12 @@ class FedLoRA(FedAvg):
                 missed = (
                     {part: f[0] for part, f in self._log.missing_sum(first).items()} if first < len(self._log) else {}
                 )
-                records[first] = ArrayRecord(encode_folds(missed))
+                records[first] = ArrayRecord(encode_base_updates(missed))
             seed = derived(self.recipe.seed, "turn", round, node)
             instructions = Instructions(
                 self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
             )
-            more: dict[str, Any] = {FOLDS: records[first]} if records[first] else {}
+            more: dict[str, Any] = {BASE_UPDATES: records[first]} if records[first] else {}
             message.content = RecordDict({**message.content, RECORD: instructions.record(), **more})
         return list(messages)
 
@@ -219,10 +219,10 @@ class FedLoRA(FedAvg):
         except (ValueError, torch.linalg.LinAlgError) as error:
             LOG.warning("round %s cannot be combined, the model stays as it was: %s", server_round, error)
             return self._arrays
-        if served.folds:
-            self._log.append(served.folds)
+        if served.base_updates:
+            self._log.append(served.base_updates)
             self._log.settle(max(self._log.start, len(self._log) - LOGGED))
-        return ArrayRecord({**written, **encode_folds(self._log.total())})
+        return ArrayRecord({**written, **encode_base_updates(self._log.total())})
 
     def _to_arrays(self, shared: Tree) -> dict[str, Array]:
         """The adapter under the keys and in the precision that it had; what did not move stays bit for bit."""
@@ -244,6 +244,6 @@ def _cast(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
 
 def _check_finite(served: Served) -> None:
     tensors = [x for layer in served.shared.values() for x in layer.values()]
-    tensors += [x for factors in served.folds.values() for f in factors for x in f]
+    tensors += [x for factors in served.base_updates.values() for f in factors for x in f]
     if not all(bool(x.isfinite().all()) for x in tensors):
         raise ValueError("the result is not finite; lower the learning rate.")

@@ -1,4 +1,4 @@
-"""Tables over rounds: figures of the models, errors, drift and likeness, epsilon. Each row is a mean over seeds."""
+"""Tables over rounds: figures of the models, errors, drift, cosine similarity, epsilon. Each row is a mean over seeds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -97,16 +97,16 @@ def drift(runs: Sequence[Run]) -> Table:
     return Table("drift", "Client drift by round", columns, rows, note)
 
 
-def likeness(runs: Sequence[Run]) -> Table:
+def cosine_similarity(runs: Sequence[Run]) -> Table:
     """How alike the clients' A and B are."""
     rows = [
         {**row, "factor": leaf}
         for leaf in "AB"
-        for row in by_round(runs, lambda row, n=f"likeness {leaf}": row[n], "cosine")  # type: ignore[misc]
+        for row in by_round(runs, lambda row, n=f"cosine {leaf}": row[n], "cosine")  # type: ignore[misc]
     ]
     columns = (RUN, Column("factor", "factor"), ROUND, Column("cosine", "cosine", 4), SEEDS)
     note = "Cosine of two clients' factors at the end of their turns, mean over pairs of clients and adapted weights."
-    return Table("likeness", "Likeness of the clients' A and B", columns, rows, note)
+    return Table("cosine", "Cosine similarity of the clients' A and B", columns, rows, note)
 
 
 def epsilon(runs: Sequence[Run]) -> Table:

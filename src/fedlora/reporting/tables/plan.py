@@ -25,7 +25,7 @@ MEMORY = {
     "activations": "activations kept for the backward pass",
     "training_peak": "training beside weights and leaves, at most",
     "evaluation_peak": "evaluation beside weights and leaves, at most",
-    "folds": "what folding keeps beside the weights",
+    "base_updates": "what folding keeps beside the weights",
     "uploads": "a round's uploads, on the server",
     "combining": "combining them",
     "client": "a client in all",

@@ -17,7 +17,7 @@ from fedlora.rounds import Rules
 from fedlora.runs.build import attach_adapters, head_rule, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.footprint import Bench
-from fedlora.runs.plan.traffic import Group, grouped, likeness
+from fedlora.runs.plan.traffic import Group, group_key, grouped
 from fedlora.tasks._base import Shard, Task
 from fedlora.tasks.networks.pretrained import located, quietly
 from fedlora.training.device import checkpoint_activations
@@ -74,8 +74,8 @@ class _Known(dict[int, Any]):
 
 def whole(model: Model, groups: Sequence[Group], rules: Rules) -> Tree:
     """Every part's leaves, by shape: those of the part that stands for it."""
-    layers = {likeness(model, rules, group.part): group.layer for group in groups}
-    return {path: layers[likeness(model, rules, path)] for path in model.parts}
+    layers = {group_key(model, rules, group.part): group.layer for group in groups}
+    return {path: layers[group_key(model, rules, path)] for path in model.parts}
 
 
 def outlined(task: Task, model: str, labels: int) -> nn.Module:

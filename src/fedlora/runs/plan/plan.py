@@ -93,14 +93,14 @@ def plan(config: Config) -> dict[str, Any]:
 
 def options(config: Config, crossing: Traffic) -> dict[str, Any]:
     """What the method can do, and what these settings ask of it."""
-    method, folds = config.method, crossing.folds > 0
+    method, base_updates = config.method, crossing.base_updates > 0
     return {
         "exact": bool(method.exact),
         "any_rank": method.any_rank,
         "secure_aggregation": method.sums,
         "server_optimizer": method.averages,
-        "quantised_base": "folds are kept beside it" if folds else "yes",
-        "partial_participation": "who was absent is sent the folds it missed" if folds else "yes",
+        "quantised_base": "base updates are kept beside it" if base_updates else "yes",
+        "partial_participation": "who was absent is sent the base updates it missed" if base_updates else "yes",
         "result": "a model for each client" if method.personal else "one model for all",
         "head": "shared" if method.shares_head else "each client's own",
         "weighting": method.weighting,
@@ -165,17 +165,17 @@ def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
     weights = weight_bytes(model)
     stored = {x.untyped_storage()._cdata: x for part in model.parts.values() for x in part.leaves.values()}
     leaves = sum(x.numel() * x.element_size() for x in stored.values())
-    kept_base = _kept_base(model) if crossing.folds and not model.overlay else 0
-    folds = kept_base or (crossing.folds if model.overlay else 0)
+    kept_base = _kept_base(model) if crossing.base_updates and not model.overlay else 0
+    base_updates = kept_base or (crossing.base_updates if model.overlay else 0)
     train, score = spent.train, spent.score
     up = [row for row in crossing.rows if row.direction == "up"]
     uploads = max(sum(4 * row.numbers for row in up if row.round == n) for n in range(f.rounds))  # decoded, float32
     moments = train.moments * f.clients.members if f.training.keep_optimizer else 0
-    client = weights + 2 * leaves + folds + max(train.peak, score.peak)
-    server = weights + 2 * leaves + folds + crossing.folds + uploads + crossing.combining
+    client = weights + 2 * leaves + base_updates + max(train.peak, score.peak)
+    server = weights + 2 * leaves + base_updates + crossing.base_updates + uploads + crossing.combining
     work = max(train.peak, score.peak, crossing.combining)
     loading = sum(x.numel() * 4 for x in model.network.parameters())  # weights arrive in float32
-    together = weights + 3 * leaves + folds + crossing.folds + uploads + crossing.kept + moments + work
+    together = weights + 3 * leaves + base_updates + crossing.base_updates + uploads + crossing.kept + moments + work
     return {
         "weights": weights,
         "leaves": leaves,
@@ -184,7 +184,7 @@ def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
         "activations": train.saved,
         "training_peak": train.peak,
         "evaluation_peak": score.peak,
-        "folds": folds,
+        "base_updates": base_updates,
         "uploads": uploads,
         "combining": crossing.combining,
         "client": max(client, loading),

@@ -44,7 +44,7 @@ class Traffic:
     rows: list[Crossing] = field(default_factory=list)
     varies: bool = False  # whether the figures depend on what training finds; they are then the most that was seen
     kept: int = 0  # bytes that all clients keep for themselves at the end
-    folds: int = 0  # bytes of the updates that were folded, as they are kept for those who missed them
+    base_updates: int = 0  # bytes of the updates that were folded, as they are kept for those who missed them
     combining: int = 0  # bytes that combining a round takes beside the uploads, at most
 
     def bytes(self, direction: str, kind: str | None = None, first: bool | None = None) -> int:
@@ -87,7 +87,7 @@ def traffic(f: Federation, groups: Iterable[Group]) -> Traffic:
         found.rows += played.rows
         found.varies |= played.varies
         found.kept += played.kept
-        found.folds += played.folds
+        found.base_updates += played.base_updates
         found.combining += played.combining
     return found
 
@@ -96,11 +96,11 @@ def grouped(model: Model, rules: Rules) -> list[Group]:
     """The model's parts in groups of equal shapes."""
     known: dict[Any, list[str]] = {}
     for path in model.parts:
-        known.setdefault(likeness(model, rules, path), []).append(path)
+        known.setdefault(group_key(model, rules, path), []).append(path)
     return [Group(paths[0], _layer(model, paths[0]), len(paths)) for paths in known.values()]
 
 
-def likeness(model: Model, rules: Rules, path: str) -> Any:
+def group_key(model: Model, rules: Rules, path: str) -> Any:
     """What parts of one group have in common."""
     part = model.parts[path]
     if isinstance(part.adapter, Dense):
@@ -124,14 +124,14 @@ def play(f: Federation, group: Group, trainer: "_Moves | None" = None) -> Traffi
     )  # fmt: skip
     engine = Rehearsal(trainer=trainer or _Moves())
     last = deque(engine.run(own), maxlen=1)[0]
-    log = last.folds
+    log = last.base_updates
     factors = [x for f in log.prefix.values() for x in f]
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]
     numbers = sum(x.numel() for x in group.layer.values())
     return Traffic(
         [row._replace(numbers=row.numbers * group.many, bytes=row.bytes * group.many) for row in last.ledger.rows],
         kept=group.many * sum(_size(layer.values()) for tree in last.kept.values() for layer in tree.values()),
-        folds=group.many * _size(factors),
+        base_updates=group.many * _size(factors),
         combining=engine.most * min(group.many, max(1, SMALL // max(1, numbers))),
     )
 
@@ -149,7 +149,7 @@ class _Stand:
     def initial(self, seed: int) -> Tree:
         return self.tree
 
-    def fold(self, folds: Mapping[str, Any]) -> None:
+    def fold(self, base_updates: Mapping[str, Any]) -> None:
         """There is no base to fold into."""
 
 
@@ -208,13 +208,13 @@ class Rehearsal(InProcess):
         return ClientUpdate(sent, sent, ClientState(kept), 0.0)
 
     def _combine(self, f: Federation, at: ServerState, uploads: list) -> Any:
-        count = len(at.folds)
+        count = len(at.base_updates)
         with Live() as live:
             served = super()._combine(f, at, uploads)
         self.most = max(self.most, live.peak)
-        if len(at.folds) > count:  # adding up what an absent client missed costs nothing without numbers
-            at.folds.entries[-1] = {
+        if len(at.base_updates) > count:  # adding up what an absent client missed costs nothing without numbers
+            at.base_updates.entries[-1] = {
                 part: tuple(Factors(*(torch.empty_like(x, device="meta") for x in f)) for f in several)
-                for part, several in at.folds.entries[-1].items()
+                for part, several in at.base_updates.entries[-1].items()
             }
         return served

@@ -22,8 +22,9 @@ class Codec(ABC):
     """One stage. ``form`` says what ``encode`` gives for a shape, so that a field can be refused before it is read.
 
     A codec of another package is a frozen dataclass that defines the four functions. It has no settings, except for a
-    field ``share``, which is ``compression.top_k``. Leaves are encoded and decoded one by one, on the CPU. A tensor that
-    is not finite must be encoded without an error, and decode to one that is not finite, so that the server refuses it.
+    field ``share``, which is ``compression.top_k``. Leaves are encoded and decoded one by one, on the CPU. A tensor
+    that is not finite must be encoded without an error, and decode to one that is not finite, so that the server
+    refuses it.
     """
 
     coarse: ClassVar[bool] = False  # does it lose so much that only a difference is worth encoding?
