@@ -39,7 +39,7 @@ def test_the_resolved_table_builds_the_same_config():
     assert again.table == config.table
     assert config.table["training"]["local_steps"] == 10
     assert config.table["clients"]["partition"] == {"name": "dirichlet", "alpha": 0.3, "min_rows": 2}
-    assert config.table["adapter"]["name"] == "heads", "a method brings the adapter it is defined for"
+    assert config.table["adapter"]["name"] == "multihead", "a method brings the adapter it is defined for"
 
 
 def test_overrides():
@@ -134,9 +134,9 @@ MISTAKES = {
     "unknown task": (with_(task__name="image-clasification"), r"no task 'image-clasification'; did you mean"),
     "unknown adapter": (with_(adapter__name="lorra"), r"no adapter 'lorra'; did you mean 'lora'"),
     "adapter of another kind": (
-        with_(method__name="ravan", adapter__name="lora"), r"'ravan' is not defined for adapter.name = 'lora'.*'heads'",
+        with_(method__name="ravan", adapter__name="lora"), r"'ravan' is not defined for adapter.name = 'lora'.*'multihead'",
     ),
-    "unknown split": (with_(clients__partition='{name = "dirichle"}'), r"no split 'dirichle'; did you mean 'dirichlet'"),
+    "unknown partitioner": (with_(clients__partition='{name = "dirichle"}'), r"no partitioner 'dirichle'; did you mean 'dirichlet'"),
     "wrong split key": (with_(clients__partition='{name = "iid", alpha = 1}'), r"no setting 'clients.partition.alpha'; clients.partition has none beside its name"),
     "missing split key": (with_(clients__partition='{name = "column"}'), r"clients.partition.column is missing"),
     "alpha": (with_(clients__partition='{name = "dirichlet", alpha = 0}'), r"alpha is 0.0; a Dirichlet split needs a positive"),

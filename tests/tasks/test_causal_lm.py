@@ -284,7 +284,7 @@ def test_a_split_by_label_needs_one(tmp_path, model, split):
 
     clients = Clients(2, partition={"name": split})
     with pytest.raises(
-        ValueError, match=f"'{split}', which splits by label, but all rows have the same; set task.label"
+        ValueError, match=f"'{split}', which partitions by label, but all rows have the same; set task.label"
     ):
         clients.shards(task(tmp_path).load(model, 0), 0)
     shards = clients.shards(task(tmp_path, label="kind").load(model, 0), 0)

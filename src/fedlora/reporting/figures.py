@@ -176,8 +176,8 @@ def drift(runs: Sequence[Run]) -> Iterator[Figure]:
     draw = partial(over_rounds, y="drift", y_title="client drift")
     yield _lines("drift", table.title, table.note, table, table.rows, draw, why, False)
     alike = by_round.cosine_similarity(runs)
-    why = ("These runs hold no cosine similarity of A and B: their adapters are no pairs of one rank, uploads were not to be "
-           "seen, or an older fedlora wrote them; fedlora similarity RUN looks at a finished run.")  # fmt: skip
+    why = ("These runs hold no cosine similarity of A and B: their adapters are no pairs of one rank, uploads were "
+           "hidden, or an older fedlora wrote them; fedlora similarity RUN looks at a finished run.")  # fmt: skip
     for leaf in "AB":
         rows = [row for row in alike.rows if row["factor"] == leaf]
         cosine = partial(over_rounds, y="cosine", y_title="cosine")

@@ -102,7 +102,7 @@ class Glue(Texts):
         return super()._columns(split)
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
-        """What splits by label go by."""
+        """What sPLITSBYLABEL go by."""
         return self.own.strata(known, values)
 
     def agreed(self) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""Tables over rounds: figures of the models, errors, drift, cosine similarity, epsilon. Each row is a mean over seeds."""
+"""Tables over rounds: scores, errors, drift, cosine similarity and epsilon. Each row is a mean over seeds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
