@@ -249,7 +249,7 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
     if labels < 2:
         name = PARTITIONERS.name_of(type(partitioner))
         raise ValueError(
-            f"clients.partition.name is {name!r}, which sPLITSBYLABEL, but all rows have the same; set "
+            f"clients.partition.name is {name!r}, which partitions by label, but all rows have the same; set "
             "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
         )
     return labels

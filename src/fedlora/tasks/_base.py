@@ -23,7 +23,7 @@ class Examples:
     labels: Tensor  # (N,) int64, or float32 where the target is a number
     lengths: Tensor  # (N,) int64: tokens of each row, or 1
     groups: tuple[str, ...] | None = None  # each row's value of the natural client column
-    strata: Tensor | None = None  # (N,) int64: what sPLITSBYLABEL go by; None: the labels
+    strata: Tensor | None = None  # (N,) int64: what partitions by label go by; None: the labels
     texts: tuple[Mapping[str, Any], ...] | None = None  # each row's own words, for tasks that grade answers
     sets: Tensor | None = None  # (N,) int64: which of several test sets a row is of; None: there is one
 
@@ -32,7 +32,7 @@ class Examples:
 
     @property
     def kinds(self) -> Tensor:
-        """(N,) int64: what sPLITSBYLABEL, and test rows that follow training rows, go by."""
+        """(N,) int64: what partitions by label, and test rows that follow training rows, go by."""
         return self.labels if self.strata is None else self.strata
 
 

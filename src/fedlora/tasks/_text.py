@@ -63,7 +63,7 @@ class Texts(Supervised):
         """What is learnt, as numbers; ``ValueError`` names what is wrong with the column."""
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
-        """What sPLITSBYLABEL go by, where ``values`` are no labels; ``known`` are the training rows' own."""
+        """What partitions by label go by, where ``values`` are no labels; ``known`` are the training rows' own."""
         return None
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:

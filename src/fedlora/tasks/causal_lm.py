@@ -44,7 +44,7 @@ class CausalLM(Supervised):
     messages: PerMachine[str | None] = None  # or a column of chat messages, each with role and content
     text: PerMachine[str | None] = None  # or plain text, all of it learnt
     chat_template: str | None = None  # for messages, in the place of the tokenizer's own (Jinja)
-    label: PerMachine[str | None] = None  # a column that sPLITSBYLABEL go by, such as a category
+    label: PerMachine[str | None] = None  # a column that partitions by label go by, such as a category
     train_split: PerMachine[str] = "train"
     test_split: PerMachine[str] = "test"
     max_length: int = 512  # tokens of a row; longer rows are cut

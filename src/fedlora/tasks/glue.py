@@ -102,7 +102,7 @@ class Glue(Texts):
         return super()._columns(split)
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
-        """What sPLITSBYLABEL go by."""
+        """What partitions by label go by."""
         return self.own.strata(known, values)
 
     def agreed(self) -> tuple[str, ...] | None:

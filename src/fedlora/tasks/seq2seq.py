@@ -32,7 +32,7 @@ class Seq2Seq(Supervised):
     delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
     source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
     target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
-    label: PerMachine[str | None] = None  # a column that sPLITSBYLABEL go by, such as the class
+    label: PerMachine[str | None] = None  # a column that partitions by label go by, such as the class
     label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
     train_split: PerMachine[str] = "train"
     test_split: PerMachine[str] = "test"

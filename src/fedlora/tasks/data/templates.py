@@ -139,7 +139,7 @@ def _text(value: Any, name: str, key: str) -> str:
 
 
 def strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Both splits' values of a column as numbers from 0, for sPLITSBYLABEL; None where no column is named."""
+    """Both splits' values of a column as numbers from 0, for partitions by label; None where no column is named."""
     if label is None:
         return None, None
     both = [list(map(str, source.named(split, label, "task.label"))) for split in (train, test)]
