@@ -41,7 +41,7 @@ def broken(commands, tmp_path):
     ("where", "error", "arguments", "log"),
     [
         ("engines.in_process:InProcess.run", "IndexError('index out of range in self')", ["run", "my.toml", "--out", "r"], "r"),
-        ("engines.in_process:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
+        ("engines.client_turn:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
         ("runs.config:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
         ("runs.config:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
         ("runs.plan.plan:planned", "TypeError('no')", ["plan", "my.toml"], "."),

@@ -261,4 +261,4 @@ def test_nor_in_somebody_elses_loop(name):
     from fedlora.flower.strategy.instructions import Recipe
 
     with pytest.raises(ValueError, match=f"no method '{name}', and the nearest, .*, trains an adapter of kind .*take"):
-        Recipe(name, 8.0).made()
+        Recipe(name, 8.0).build()
