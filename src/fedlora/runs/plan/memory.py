@@ -21,6 +21,10 @@ class Live(TorchDispatchMode):
         for x in known:
             self._seen.add(x.untyped_storage())
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch imports torch._dynamo, more than a second, at the first operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and counts what it made."""
         found = func(*args, **(kwargs or {}))

@@ -212,9 +212,14 @@ class Rehearsal(InProcess):
         with Live() as live:
             served = super()._combine(f, at, uploads)
         self.most = max(self.most, live.peak)
-        if len(at.base_updates) > count:  # adding up what an absent client missed costs nothing without numbers
+        if (
+            len(at.base_updates) > count
+        ):  # large ones without numbers: adding up what a client missed costs nothing then
             at.base_updates.entries[-1] = {
-                part: tuple(Factors(*(torch.empty_like(x, device="meta") for x in f)) for f in several)
+                part: tuple(
+                    f if max(f.U.numel(), f.V.numel()) <= SMALL else Factors(*(x.to("meta") for x in f))
+                    for f in several
+                )
                 for part, several in at.base_updates.entries[-1].items()
             }
         return served
