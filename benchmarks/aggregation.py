@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.methods import METHODS, for_finished_adapters
+from fedlora.methods import METHODS, merging_methods
 from fedlora.methods._base import Method
 from fedlora.training.device import keep_memory
 from fedlora.types import Layer, Turn, Upload, Work
@@ -130,7 +130,7 @@ def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Shapes, ranks and clients; the largest cases at the paper's rank only."""
-    names = list(for_finished_adapters())
+    names = list(merging_methods())
     keep_memory()  # as fedlora's own commands do
     found: dict[str, Any] = {"multiples of reading the bytes": {}}
     for label, (m, n) in SHAPES.items():

@@ -21,7 +21,7 @@ from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
 from benchmarks.study_tables import spread
 from fedlora.engines.in_process import InProcess
 from fedlora.files import digest
-from fedlora.runs.config import Config, Table, build, overridden, read_table
+from fedlora.runs.config import Config, Table, apply_overrides, build, read_table
 from fedlora.runs.run import Drive, run
 from fedlora.security.attacks._base import poison_task
 
@@ -74,7 +74,7 @@ def table_of(key: dict[str, Any], models: Path, data: Path, more: Sequence[str] 
     """The configuration of one run, on local copies."""
     hostile = [] if key["attack"] == NONE else [f"attack={{{ATTACKS[key['attack']]}, share={key['share']}}}"]
     own = [*BASE, f"method.name={key['method']}", f"seed={key['seed']}", *hostile, *DEFENCES[key["defence"]], *more]
-    return local(overridden(read_table(CONFIG), own), models, data, "test")
+    return local(apply_overrides(read_table(CONFIG), own), models, data, "test")
 
 
 Turns = dict[tuple[Any, ...], Any]  # what clients trained in one seed's runs, before an attack changed it

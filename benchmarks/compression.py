@@ -17,7 +17,7 @@ from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
 from benchmarks.study_tables import spread
 from fedlora.runs.compare import execute
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import build, overridden
+from fedlora.runs.config import apply_overrides, build
 
 STUDY = Study("fedrot-lora/banking77-small.toml", ())
 METHODS = {"fedit": 2e-2, "fedex-lora": 2e-2, "fedsa-lora": 6e-3}  # the rates that the studies on Banking77 chose
@@ -95,7 +95,7 @@ def main() -> None:
         if key is None:
             break
         own = table(STUDY, key, (), asked.models, asked.data)
-        own = overridden(own, [*FORMS[key["setting"]], *asked.overrides])
+        own = apply_overrides(own, [*FORMS[key["setting"]], *asked.overrides])
         build(own)
         book.add({**key, **figures(execute(Cell(key["label"], key["seed"], own, None), threads=1), STUDY.clients)})
         print(json.dumps({k: book.rows[-1].get(k) for k in (*key, "value", "bytes", "seconds")}), flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 from fedlora.export.peft import export
 from fedlora.runs.compare import execute, for_label
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import Table, build, overridden, read_table
+from fedlora.runs.config import Table, apply_overrides, build, read_table
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
 
@@ -185,9 +185,9 @@ def best_rate(study: Study, book: Book, label: str) -> float:
 
 def table(study: Study, key: Mapping[str, Any], overrides: Sequence[str], models: Path, data: Path) -> Table:
     """The configuration of one run, on local copies where there are any."""
-    found = overridden(read_table(ROOT / "examples" / "papers" / study.config), overrides)
+    found = apply_overrides(read_table(ROOT / "examples" / "papers" / study.config), overrides)
     found = for_label(found, key["label"])
-    found = overridden(found, [f"{study.tuned}={key['rate']}", f"seed={key['seed']}"])
+    found = apply_overrides(found, [f"{study.tuned}={key['rate']}", f"seed={key['seed']}"])
     if study.start:
         found["model"] = {**found["model"], "start": str(start(study, models, data))}
     return local(found, models, data, "validation" if key["phase"] == "trial" else "test")
@@ -197,7 +197,7 @@ def start(study: Study, models: Path, data: Path) -> Path:
     """The PEFT adapter that a study's runs begin at, trained where it is not there yet."""
     folder = STARTS / Path(study.config).stem
     if not folder.exists():
-        own = overridden(read_table(ROOT / "examples" / "papers" / study.config), study.start)
+        own = apply_overrides(read_table(ROOT / "examples" / "papers" / study.config), study.start)
         with TemporaryDirectory() as made:
             found = run(build(local(own, models, data, "test")), Path(made) / "run").summary["final"]["global"]
             export(RunFolder.open(Path(made) / "run"), folder)

@@ -16,7 +16,7 @@ from fedlora.files import Limits, RefusedHeaderError, load_about, load_tree, rea
 from fedlora.reporting.terminal import Plain
 from fedlora.runs.compare import for_label
 from fedlora.runs.progress import told
-from fedlora.text import plain_name, shown
+from fedlora.text import display_safe, safe_filename
 from fedlora.training.peft_folder import AdapterFolder
 
 SOUND = save({"p/A": torch.zeros(2, 3), "p/B": torch.ones(4, dtype=torch.bfloat16)}, {"about": "{}"})
@@ -155,7 +155,7 @@ def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", ".hidden", "~root", "", "a\0b", "a\nb", "x" * 129])
 def test_a_name_that_leads_elsewhere(name):
     with pytest.raises(ValueError, match="becomes a folder's"):
-        plain_name(name, "a compared run")
+        safe_filename(name, "a compared run")
     table = {"model": {"name": "demo-vit"}, "compare": {name: {"method": {"name": "fedit"}}}}
     with pytest.raises(ValueError, match="becomes a folder's"):
         for_label(table, name)
@@ -163,14 +163,14 @@ def test_a_name_that_leads_elsewhere(name):
 
 def test_ordinary_names_stay():
     for name in ("fedit", "50 clients, Dirichlet 0.5", "package.module:Class", "Žižkov"):
-        assert plain_name(name, "a run") == name
+        assert safe_filename(name, "a run") == name
 
 
 def test_terminals_obey_nothing(capsys):
     bad = "\x1b[31m[red]evil[/red]\r\x07\u202e"
-    assert shown(bad) == "\\x1b[31m[red]evil[/red]\\r\\x07\\u202e"
-    assert shown("x" * 1000) == "x" * 400 + "..."
-    assert told(Event("absent", 0, 1, text=bad)) == f"round 1, client 1: {shown(bad)}"
+    assert display_safe(bad) == "\\x1b[31m[red]evil[/red]\\r\\x07\\u202e"
+    assert display_safe("x" * 1000) == "x" * 400 + "..."
+    assert told(Event("absent", 0, 1, text=bad)) == f"round 1, client 1: {display_safe(bad)}"
     console = Plain(width=100)
     console.print(bad)
     from rich.table import Table

@@ -8,7 +8,7 @@ from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
 from fedlora.methods.flora_na import FLoRANA
-from fedlora.rounds import Received, alike, client_turn, server_turn, shares
+from fedlora.rounds import Received, client_turn, group_by_shape, server_turn, shares
 from fedlora.types import Turn
 from tests.fixtures.cohort import Cohort
 from tests.fixtures.laws import ADAPTERS, Nudge, World
@@ -60,7 +60,7 @@ def test_a_round_without_clients_changes_nothing():
 def test_the_order_of_leaves_has_no_influence_on_how_parts_are_grouped():
     x = torch.zeros(2, 3)
     layers = {"a": {"A": x, "B": x}, "b": {"B": x, "A": x}}
-    assert alike(["a", "b"], lambda part: [layers[part]]) == [["a", "b"]]
+    assert group_by_shape(["a", "b"], lambda part: [layers[part]]) == [["a", "b"]]
 
 
 @pytest.mark.parametrize("name", METHODS.names())

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from fedlora.text import shown
+from fedlora.text import display_safe
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
@@ -53,7 +53,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """What a header says of one tensor."""
 
     dtype: str
@@ -64,7 +64,7 @@ class Entry:
 class Header:
     """A header that fits its file: each tensor's dtype and shape, and the notes beside them."""
 
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -126,7 +126,7 @@ def _parsed(text: bytes, size: int, limits: Limits) -> Header:
         raise RefusedHeaderError(f"it holds {len(found)} tensors, and {limits.tensors} are the most that is taken")
     spans = [_span(name, told) for name, told in found.items()]
     _covers(spans, size - 8 - len(text))
-    return Header({name: Entry(told["dtype"], tuple(told["shape"])) for name, told in found.items()}, notes)
+    return Header({name: TensorInfo(told["dtype"], tuple(told["shape"])) for name, told in found.items()}, notes)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _span(name: str, told: Any) -> tuple[int, int]:
     """Where a tensor lies, if its name, dtype and shape are in order and fit that."""
     if not 0 < len(name) <= NAME or not name.isprintable():
-        raise RefusedHeaderError(f"it names a tensor {shown(name, 60)!r}, which is no plain name")
+        raise RefusedHeaderError(f"it names a tensor {display_safe(name, 60)!r}, which is no plain name")
     if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
         raise RefusedHeaderError(f"its entry {name!r} is no tensor")
     shape, span = (_counts(name, told[key]) for key in ("shape", "data_offsets"))
@@ -275,14 +275,14 @@ def _stride_order(x: Tensor) -> list[int] | None:
     return order if x.permute(order).is_contiguous() else None
 
 
-def write_verified(folder: Path, stem: str, content: bytes) -> str:
+def write_verified_file(folder: Path, stem: str, content: bytes) -> str:
     """Writes ``STEM-DIGEST.safetensors`` and returns that name."""
     name = _verified_name(stem, content)
     write(folder / name, content)
     return name
 
 
-def read_verified(path: Path) -> bytes:
+def read_verified_file(path: Path) -> bytes:
     """Reads a verified file. Raises ``RefusedFileError`` if it is missing or its content is not that of its name."""
     try:
         content = path.read_bytes()
@@ -325,7 +325,7 @@ class OffloadedTree(Mapping[str, Layer]):
         return {leaf: x.to(self.device) for leaf, x in found.items()}
 
 
-def absent(folder: str | Path) -> Path:
+def check_new_folder(folder: str | Path) -> Path:
     """A folder that may be written, new or empty; nothing is made yet. ``ValueError`` where it would overwrite."""
     path = Path(folder).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -334,7 +334,7 @@ def absent(folder: str | Path) -> Path:
     return path
 
 
-def writable(file: str | Path) -> Path:
+def check_output_file(file: str | Path) -> Path:
     """A file that may be written or written over; nothing is made yet. ``ValueError`` where it cannot be."""
     path = Path(file).expanduser()
     if path.is_dir():
@@ -381,17 +381,17 @@ def write(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    synced(path.parent)
+    sync_folder(path.parent)
 
 
-def swept(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Removes what ``write`` had begun in a folder when its process was killed; nobody may be writing there now."""
     for ending in ("safetensors", "json", "jsonl", "toml"):
         for path in folder.glob(f".*.{ending}.????????"):
             path.unlink()
 
 
-def synced(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """What was renamed or removed in a folder is so on the disk, where the system lets a folder be synced."""
     if os.name != "posix":
         return

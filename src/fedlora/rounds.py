@@ -44,13 +44,13 @@ class Trainer(Protocol):
 
 def client_turn(rules: Rules, shared: Tree, kept: Tree, turn: Turn, trainer: Trainer) -> tuple[Tree, Tree]:
     """Receive, train, send: returns what goes up and what stays."""
-    work = worked(rules, received(rules, shared, kept, turn), turn, trainer)
+    work = client_work(rules, client_start(rules, shared, kept, turn), turn, trainer)
     sent = {part: rule.send(work[part], turn) for part, rule in rules.items()}
     stays = {part: rule.keep(work[part], sent[part], turn) for part, rule in rules.items()}
     return sent, stays
 
 
-def worked(rules: Rules, start: Tree, turn: Turn, trainer: Trainer) -> dict[str, Work]:
+def client_work(rules: Rules, start: Tree, turn: Turn, trainer: Trainer) -> dict[str, Work]:
     """Trains, from ``start``, what the rules train this turn."""
     gradient = _once(lambda: trainer.gradient(start))
     trained = {p: rule.trains(start[p], turn, lambda p=p: gradient()[p]) for p, rule in rules.items()}
@@ -58,12 +58,12 @@ def worked(rules: Rules, start: Tree, turn: Turn, trainer: Trainer) -> dict[str,
     return {part: Work(start[part], end[part], trained[part]) for part in rules}
 
 
-def received(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:
+def client_start(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:
     """What a client holds before training: also the model it is evaluated with."""
-    return {part: public(rule.receive(shared[part], kept.get(part, {}), turn)) for part, rule in rules.items()}
+    return {part: public_leaves(rule.receive(shared[part], kept.get(part, {}), turn)) for part, rule in rules.items()}
 
 
-def public(layer: Layer) -> Layer:
+def public_leaves(layer: Layer) -> Layer:
     """The leaves of the weight itself; names that begin with ``_`` are a party's own notes and never reach a model."""
     return {leaf: x for leaf, x in layer.items() if not leaf.startswith("_")}
 
@@ -92,7 +92,7 @@ def shares(rule: Method, examples: Sequence[int]) -> list[float]:
     return [n / sum(examples) for n in examples]
 
 
-def weights_of(rule: Method, uploads: Sequence[Received]) -> list[float]:
+def upload_weights(rule: Method, uploads: Sequence[Received]) -> list[float]:
     """The same of uploads, each with the factor that a robust rule gave it."""
     own = shares(rule, [upload.examples for upload in uploads])
     if all(upload.factor == 1.0 for upload in uploads):
@@ -102,14 +102,16 @@ def weights_of(rule: Method, uploads: Sequence[Received]) -> list[float]:
 
 
 def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Received]) -> dict[str, Outcome]:
-    weights = weights_of(rule, uploads)
+    weights = upload_weights(rule, uploads)
     moving = {part: pick(shared[part], rule.adapter.trainable & set(shared[part])) for part in parts}
     groups = [
         some
-        for group in alike(parts, lambda part: [moving[part], *(_form(upload.tree, part) for upload in uploads)])
-        for some in batches(group, sum(x.numel() for x in moving[group[0]].values()))
+        for group in group_by_shape(
+            parts, lambda part: [moving[part], *(_form(upload.tree, part) for upload in uploads)]
+        )
+        for some in split_group(group, sum(x.numel() for x in moving[group[0]].values()))
     ]
-    start = {group[0]: stacked([moving[part] for part in group]) for group in groups}
+    start = {group[0]: stack_layers([moving[part] for part in group]) for group in groups}
     arrived = {
         group[0]: [
             Upload(upload.turn, w, _stack(upload.tree, group)) for upload, w in zip(uploads, weights, strict=True)
@@ -122,7 +124,7 @@ def _combined(rule: Method, parts: list[str], shared: Tree, uploads: Sequence[Re
     }
 
 
-def alike(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> list[list[str]]:
+def group_by_shape(parts: Sequence[str], layers: Callable[[str], Sequence[Layer]]) -> list[list[str]]:
     """The parts in groups whose layers have the same leaves and shapes, so that they can be stacked."""
     groups: dict[object, list[str]] = {}
     for part in parts:
@@ -139,7 +141,7 @@ def _form(tree: Tree, part: str) -> Layer:
 
 
 def _stack(tree: Tree, group: Sequence[str]) -> Layer:
-    return stacked([tree[part] for part in group]) if isinstance(tree, dict) else _Later(tree, group)
+    return stack_layers([tree[part] for part in group]) if isinstance(tree, dict) else _Later(tree, group)
 
 
 class _Later(Mapping[str, Tensor]):
@@ -158,16 +160,16 @@ class _Later(Mapping[str, Tensor]):
         return leaf in _form(self.tree, self.group[0])
 
     def __getitem__(self, leaf: str) -> Tensor:
-        return stacked([{leaf: self.tree[part][leaf]} for part in self.group])[leaf]
+        return stack_layers([{leaf: self.tree[part][leaf]} for part in self.group])[leaf]
 
 
-def batches(group: list[str], numbers: int) -> list[list[str]]:
+def split_group(group: list[str], numbers: int) -> list[list[str]]:
     """Parts of one shape, of so many ``numbers`` each, as many together as are stacked."""
     most = max(1, SMALL // max(1, numbers))
     return [group[i : i + most] for i in range(0, len(group), most)]
 
 
-def stacked(layers: Sequence[Layer]) -> dict[str, Tensor]:
+def stack_layers(layers: Sequence[Layer]) -> dict[str, Tensor]:
     """Leaves of several parts as one, with the part as the first dimension; no copies of a leaf common to all."""
     if len(layers) == 1:
         return {leaf: x[None] for leaf, x in layers[0].items()}

@@ -35,7 +35,7 @@ def read_table(path: str | Path) -> Table:
         raise ConfigError(f"{str(path)!r} is not valid TOML: {error}.") from error
 
 
-def overridden(table: Table, overrides: Sequence[str]) -> Table:
+def apply_overrides(table: Table, overrides: Sequence[str]) -> Table:
     """The table with ``a.b=value`` set; a value that is no TOML is taken as a string."""
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -45,17 +45,17 @@ def overridden(table: Table, overrides: Sequence[str]) -> Table:
             value = tomllib.loads(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
             value = text
-        table = merged(table, _nested(key.strip().split("."), value))
+        table = merge_tables(table, _nested(key.strip().split("."), value))
     return table
 
 
-def merged(table: Mapping, other: Mapping, plain: bool = False) -> Table:
+def merge_tables(table: Mapping, other: Mapping, plain: bool = False) -> Table:
     """``other`` laid over ``table``, table by table; another ``name`` starts its table anew, unless it is ``plain``."""
     both = {} if _renamed(other, table, plain) else dict(table)
     for key, value in other.items():
         old = both.get(key)
         inner = isinstance(old, Mapping) and isinstance(value, Mapping)
-        both[key] = merged(old, value, key in PLAIN) if inner else value
+        both[key] = merge_tables(old, value, key in PLAIN) if inner else value
     return both
 
 
@@ -64,14 +64,14 @@ def _renamed(table: Mapping, base: Mapping, plain: bool) -> bool:
     return not plain and table.get("name", base.get("name")) != base.get("name")
 
 
-def placed(table: Table, values: Mapping[str, Any]) -> Table:
+def set_keys(table: Table, values: Mapping[str, Any]) -> Table:
     """The table with each dotted key set."""
     for key, value in values.items():
-        table = merged(table, _nested(key.split("."), value))
+        table = merge_tables(table, _nested(key.split("."), value))
     return table
 
 
-def at(table: Table, key: str) -> Any:
+def get_key(table: Table, key: str) -> Any:
     """What a dotted key leads to; None where there is nothing."""
     found: Any = table
     for name in key.split("."):
@@ -79,16 +79,16 @@ def at(table: Table, key: str) -> Any:
     return found
 
 
-def without(table: Table, keys: Sequence[str]) -> Table:
+def remove_key(table: Table, keys: Sequence[str]) -> Table:
     """The table without what the keys lead to, one table after the other."""
     if keys[0] not in table:
         return table
     if len(keys) == 1:
         return {key: value for key, value in table.items() if key != keys[0]}
-    return {**table, keys[0]: without(table[keys[0]], keys[1:])}
+    return {**table, keys[0]: remove_key(table[keys[0]], keys[1:])}
 
 
-def difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = False) -> Table:
+def table_difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = False) -> Table:
     """What has to be laid over ``base`` for ``table`` to come out."""
     if _renamed(table, base, plain):
         return dict(table)
@@ -96,7 +96,7 @@ def difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = 
     for key, value in table.items():
         old = base.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            inner = difference(value, old, key in PLAIN)
+            inner = table_difference(value, old, key in PLAIN)
             found |= {key: inner} if inner else {}
         elif key not in base or old != value:
             found[key] = value
@@ -110,19 +110,19 @@ def _nested(keys: list[str], value: Any) -> Table:
 def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **ready: Any) -> Any:
     """An instance of a dataclass from a table: unknown keys, missing keys and wrong types are ``ConfigError``s."""
     settable = [f for f in fields(cls) if f.init and f.name not in skip and not f.name.startswith("_")]
-    known(path, table, [f.name for f in settable])
+    check_keys(path, table, [f.name for f in settable])
     missing = [f.name for f in settable if f.default is f.default_factory is MISSING and f.name not in table]
     if missing:
         raise ConfigError(f"{path}.{missing[0]} is missing; {cls.__name__} needs it.")
     hints = typing.get_type_hints(cls)
-    values = {key: typed(f"{path}.{key}", value, hints[key]) for key, value in table.items()}
+    values = {key: check_type(f"{path}.{key}", value, hints[key]) for key, value in table.items()}
     try:
         return cls(**values, **ready)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def per_machine(cls: type) -> list[str]:
+def per_machine_fields(cls: type) -> list[str]:
     """The names of a dataclass' fields that are ``PerMachine``."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return [f.name for f in fields(cls) if PER_MACHINE in getattr(hints[f.name], "__metadata__", ())]
@@ -136,7 +136,7 @@ def load_class(registry: Registry[T], name: str) -> type[T]:
         raise ConfigError(str(error)) from error
 
 
-def construct_named(registry: Registry[T], path: str, table: Mapping[str, Any]) -> T:
+def construct_by_name(registry: Registry[T], path: str, table: Mapping[str, Any]) -> T:
     """Return an instance of the class that the table's ``name`` picks from a registry, with the table's other keys."""
     name = table.get("name")
     if not isinstance(name, str):
@@ -147,7 +147,7 @@ def construct_named(registry: Registry[T], path: str, table: Mapping[str, Any]) 
     return found
 
 
-def typed(path: str, value: Any, kind: Any) -> Any:
+def check_type(path: str, value: Any, kind: Any) -> Any:
     """The value, checked strictly against a type: ``"8"`` is no int, 8 is a float. ``ConfigError`` names the key."""
     if isinstance(value, float) and value != value:
         raise ConfigError(f"{path} is nan; it should be a number.")
@@ -158,7 +158,7 @@ def typed(path: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{path} is {value!r}; it should be {wanted}.") from error
 
 
-def known(path: str, table: Table, allowed: list[str]) -> None:
+def check_keys(path: str, table: Table, allowed: list[str]) -> None:
     """``ConfigError`` where the table has a key that is not allowed; names the nearest."""
     for key in table:
         if key not in allowed:
@@ -173,10 +173,10 @@ def dumps(table: Table) -> str:
     return tomli_w.dumps(table)
 
 
-def without_folders(value: Any) -> Any:
+def strip_folders(value: Any) -> Any:
     """A table, or a value of one, with the last part of every absolute path: what others may read."""
     if isinstance(value, Mapping):
-        return {key: without_folders(one) for key, one in value.items()}
+        return {key: strip_folders(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [without_folders(one) for one in value]
+        return [strip_folders(one) for one in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else value

@@ -3,7 +3,7 @@
 import hashlib
 
 
-def derived(seed: int, *labels: str | int) -> int:
+def derive_seed(seed: int, *labels: str | int) -> int:
     """A seed in ``[0, 2**63)`` that depends on ``seed`` and on what it is for, and on nothing else.
 
     Neighbouring seeds give unrelated streams, and adding a draw in one place moves no other.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runs.config import build, dumps, merged
+from fedlora.runs.config import build, dumps, merge_tables
 from tests.docs import blocks, standins
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def configuration(block: blocks.Block, base: dict, folder: Path, own_network: bo
     """
     table = tomllib.loads(block.text)
     whole = {"model", "task"} <= table.keys()
-    table = table if whole else merged(base, table)
+    table = table if whole else merge_tables(base, table)
     build(table)
     name = block.text.splitlines()[0].removeprefix("# ").partition(":")[0].strip()
     if block.text.startswith("# ") and name.endswith(".toml") and " " not in name and not (folder / name).exists():

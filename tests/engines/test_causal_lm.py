@@ -10,7 +10,7 @@ import torch
 import fedlora
 from fedlora.export.peft import export
 from fedlora.runs.build import attach_adapters
-from fedlora.runs.config import build, overridden
+from fedlora.runs.config import apply_overrides, build
 from fedlora.runs.folder import RunFolder
 from tests.fixtures.federation import same
 
@@ -41,7 +41,7 @@ def config(shared, roles):
             "adapter": {"name": "lora", "rank": 2, "alpha": 4},
             "training": {"local_steps": 3, "learning_rate": 5e-3, "batch_size": 4},
         }  # fmt: skip
-        return build(overridden(table, list(overrides)))
+        return build(apply_overrides(table, list(overrides)))
 
     return made
 

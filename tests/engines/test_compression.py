@@ -13,7 +13,7 @@ from fedlora.engines.comm.encoding import OWED
 from fedlora.engines.in_process import InProcess
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
-from fedlora.rounds import public
+from fedlora.rounds import public_leaves
 from fedlora.runs.plan.plan import build_meta_model, byte_plan
 from fedlora.types import Turn
 from tests.fixtures.federation import HEAD, LORA, REFERENCE, WEIGHTS, config, same, settings
@@ -130,9 +130,9 @@ def descent(t, rounds=200, rate=0.05):
     best = {leaf: torch.stack([g["w"][leaf] for g in goals]).mean(0) for leaf in "AB"}
     kept = [{} for _ in goals]
     for number in range(rounds):
-        mean = {leaf: torch.zeros_like(x) for leaf, x in public(shared["w"]).items()}
+        mean = {leaf: torch.zeros_like(x) for leaf, x in public_leaves(shared["w"]).items()}
         for k, goal in enumerate(goals):
-            sent = {"w": {leaf: x + rate * (goal["w"][leaf] - x) for leaf, x in public(shared["w"]).items()}}
+            sent = {"w": {leaf: x + rate * (goal["w"][leaf] - x) for leaf, x in public_leaves(shared["w"]).items()}}
             turn = Turn(number, k, 8, seed=100 * number + k)
             _, decoded, kept[k] = t.sent(rule, shared, kept[k], turn, sent, {"w": {}})
             mean = {leaf: mean[leaf] + decoded["w"][leaf] / 4 for leaf in mean}

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from fedlora.runs.config import build, merged, overridden
+from fedlora.runs.config import apply_overrides, build, merge_tables
 from tests.fixtures.federation import TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -56,7 +56,7 @@ def anew(f, rounds):
 
 @pytest.mark.parametrize("settings", [ROWS, (*ROWS, *UNEQUAL), ("privacy.level=client", "privacy.noise_multiplier=1.0", "method.weighting=uniform")])  # fmt: skip
 def test_a_run_looks_at_each_round_once_and_says_the_same(settings):
-    f = build(overridden(merged(TABLE, LONG), list(settings))).federation()
+    f = build(apply_overrides(merge_tables(TABLE, LONG), list(settings))).federation()
     wanted = [anew(f, n + 1) for n in range(f.rounds)]
     ledger, p = f.privacy_ledger, f.privacy
     rates, noise, d = ledger.rates, ledger.noise_multiplier, ledger.delta
@@ -75,7 +75,7 @@ def test_a_run_looks_at_each_round_once_and_says_the_same(settings):
 
 
 def test_only_pairs_that_no_other_covers_are_accounted_for():
-    f = build(overridden(merged(TABLE, LONG), list(ROWS))).federation()
+    f = build(apply_overrides(merge_tables(TABLE, LONG), list(ROWS))).federation()
     f.privacy_ledger.__dict__["rates"] = {0: 0.5, 1: 0.5, 2: 0.2, 3: 0.1, 4: 0.7, 5: 0.7}
     assert f.privacy_ledger.worst({0: 3, 1: 4, 2: 4, 3: 9, 4: 2, 5: 2}) == [(0.7, 2), (0.5, 4), (0.1, 9)]
     assert f.privacy_ledger.worst({}) == []

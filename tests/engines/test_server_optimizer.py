@@ -10,7 +10,7 @@ from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.rolora import RoLoRA
-from fedlora.rounds import Received, public, server_turn
+from fedlora.rounds import Received, public_leaves, server_turn
 from fedlora.types import Turn
 from tests.fixtures.federation import REFERENCE, config, same, settings
 
@@ -22,7 +22,7 @@ def rounds(optimizer, method, count=4):
     for number in range(count):
         uploads = []
         for client, n in enumerate((3, 1)):
-            layer = {leaf: x + torch.randn(x.shape, generator=g) for leaf, x in public(shared["w"]).items()}
+            layer = {leaf: x + torch.randn(x.shape, generator=g) for leaf, x in public_leaves(shared["w"]).items()}
             trained = method.trains(layer, Turn(number, client, 2), dict)
             uploads.append(Received(Turn(number, client, 2), n, {"w": {leaf: layer[leaf] for leaf in sorted(trained)}}))
         plain = server_turn({"w": method}, shared, uploads)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fedlora.export.aggregate import aggregate, method_for
-from fedlora.methods import for_finished_adapters
+from fedlora.methods import merging_methods
 from fedlora.training.device import Engine
 from fedlora.training.peft_folder import AdapterFolder
 from tests.fixtures.networks import network
@@ -89,7 +89,7 @@ def test_exact_is_the_mean_of_the_merged_models(tmp_path, family, kind):
     assert report.total("served") < 1e-6
 
 
-@pytest.mark.parametrize("name", for_finished_adapters())
+@pytest.mark.parametrize("name", merging_methods())
 def test_what_the_report_says_is_what_was_written(tmp_path, name):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
     method = method_for(name)

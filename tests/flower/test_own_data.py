@@ -19,13 +19,13 @@ from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import apply_node_config, read_client
 from fedlora.flower.serve import serve
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.config import build, merged
+from fedlora.runs.config import build, merge_tables
 from tests.fixtures.federation import TABLE, TINY_VIT
 from tests.fixtures.flower import QUICK, SERVED, DiedError, World, dying, same, trained
 from tests.fixtures.memory_grid import MemoryGrid
 
 NAMES = [str(i) for i in range(10)]
-SPLIT = merged(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})
+SPLIT = merge_tables(TABLE, {"method": {"name": "fedsa-lora"}, "rounds": 2, "task": {"label_names": NAMES}})
 
 
 def own_files(folder, shard, train, test, columns):
@@ -314,7 +314,7 @@ def test_a_server_of_another_configuration_than_all_parties_ends(tmp_path, monke
     with pytest.raises(
         ValueError, match="0 of 3 clients can take part, and it needs 1; left out: node 10 .client 0 does not"
     ):
-        serve(build(merged(config.table, {"seed": 7})), grid, tmp_path / "run")
+        serve(build(merge_tables(config.table, {"seed": 7})), grid, tmp_path / "run")
 
 
 CHANGED = {  # what a party's rows become, and what its own log says

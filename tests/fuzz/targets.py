@@ -12,7 +12,7 @@ from safetensors.torch import save
 from fedlora.adapters import Dense
 from fedlora.engines.checkpoint import FORM, Checkpoints
 from fedlora.engines.comm.compression import Compression
-from fedlora.files import encode_state, encode_tree, load_tree, read_header, upload_limits, write_verified
+from fedlora.files import encode_state, encode_tree, load_tree, read_header, upload_limits, write_verified_file
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.runs.config import read
@@ -163,7 +163,7 @@ def checkpoint(place: Path) -> Target:
     sound = [encode_state(trees()[0], said)]
 
     def look(data: bytes) -> None:
-        name = write_verified(kept.folder, "000003", data)  # even where the name tells its digest
+        name = write_verified_file(kept.folder, "000003", data)  # even where the name tells its digest
         try:
             kept.newest()
         finally:

@@ -8,7 +8,7 @@ from fedlora.linalg.sums import (
     Lazy,
     Term,
     apply,
-    apply_transposed,
+    apply_transpose,
     exact_svd,
     orthonormalize,
     randomized_svd,
@@ -27,7 +27,7 @@ def test_passes_and_stacks(many, monkeypatch):
     X, Y = torch.randn(*many, 33, 4).double(), torch.randn(*many, 40, 4).double()
     torch.testing.assert_close(stack(terms).dense(), W)
     torch.testing.assert_close(apply(terms, X), W @ X)
-    torch.testing.assert_close(apply_transposed(terms, Y), W.mT @ Y)
+    torch.testing.assert_close(apply_transpose(terms, Y), W.mT @ Y)
     monkeypatch.setattr(sums, "WIDE", 7)
     assert [t.V.shape[-2] for t in widen(terms)] == [9, 9, 3]
     torch.testing.assert_close(dense(list(widen(terms))), W)

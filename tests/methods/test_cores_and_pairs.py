@@ -7,7 +7,7 @@ from fedlora.adapters import DualLoRA, LoRASB
 from fedlora.linalg.sums import exact_svd
 from fedlora.methods.fed_sb import FedSB
 from fedlora.methods.feddpa import FedDPA
-from fedlora.rounds import Received, client_turn, received, server_turn
+from fedlora.rounds import Received, client_start, client_turn, server_turn
 from fedlora.types import Factors, Turn
 from tests.fixtures.laws import Nudge
 
@@ -63,6 +63,6 @@ def test_feddpa_shares_one_pair_and_keeps_the_other():
     served = server_turn({"w": method}, {"w": start}, uploads).shared
     mean = {leaf: sum(n / 16 * ends[k][leaf] for k, n in enumerate((5, 2, 9))) for leaf in "AB"}
     for k in range(3):
-        layer = received({"w": method}, served, stays[k], Turn(1, k, 2))["w"]
+        layer = client_start({"w": method}, served, stays[k], Turn(1, k, 2))["w"]
         dense = 3.0 * (mean["B"] @ mean["A"] + ends[k]["B_own"] @ ends[k]["A_own"])
         torch.testing.assert_close(method.adapter.delta(layer).dense(), dense)

@@ -11,7 +11,7 @@ import fedlora
 from fedlora.cli import app
 from fedlora.export.peft import export
 from fedlora.runs.chat import Chat
-from fedlora.runs.config import build, merged
+from fedlora.runs.config import build, merge_tables
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.networks.generation import Writing
 from tests.fixtures.federation import TINY_VIT
@@ -58,8 +58,8 @@ def runs(shared, tmp_path_factory):
         for name, rows in (("asked", asked), ("plain", plain), ("talked", talked))
     }
     tables = {
-        "asked": merged(table(shared, sets["asked"]), {"method": {"name": "flora"}}),
-        "plain": merged(table(shared, sets["plain"], text="text"), {"method": {"name": "fedsa-lora"}}),
+        "asked": merge_tables(table(shared, sets["asked"]), {"method": {"name": "flora"}}),
+        "plain": merge_tables(table(shared, sets["plain"], text="text"), {"method": {"name": "fedsa-lora"}}),
         "talked": table(shared, sets["talked"], chat_template=CHAT),
         "digits": {"rounds": 1, "model": {"name": str(TINY_VIT)}, "clients": {"count": 2}, "training": {"local_steps": 1},
                    "task": {"name": "image-classification", "data": "digits", "train_rows": 60, "test_rows": 40}},

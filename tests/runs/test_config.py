@@ -14,8 +14,8 @@ from fedlora.adapters import Dense, LoRA, MultiHead
 from fedlora.engines.clients import Clients
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
-from fedlora.runs.config import Config, ConfigError, ModelTable, build, dumps, merged, overridden
-from fedlora.schema import difference
+from fedlora.runs.config import Config, ConfigError, ModelTable, apply_overrides, build, dumps, merge_tables
+from fedlora.schema import table_difference
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.training.device import Engine
 from fedlora.training.local import Training
@@ -30,7 +30,7 @@ TABLE = {
 
 
 def with_(**overrides):
-    return overridden(TABLE, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return apply_overrides(TABLE, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
 
 
 def test_the_resolved_table_builds_the_same_config():
@@ -48,13 +48,13 @@ def test_overrides():
     )
     assert (config.method.adapter.rank, config.training.learning_rate, config.method.strength) == (3, 5e-4, 1)
     with pytest.raises(ConfigError, match="'rounds' has no '='"):
-        overridden(TABLE, ["rounds"])
+        apply_overrides(TABLE, ["rounds"])
 
 
 def test_another_name_starts_its_table_anew():
     table = {"partition": {"name": "dirichlet", "alpha": 0.3}}
-    assert merged(table, {"partition": {"name": "iid"}}) == {"partition": {"name": "iid"}}
-    assert merged(table, {"partition": {"alpha": 1.0}}) == {"partition": {"name": "dirichlet", "alpha": 1.0}}
+    assert merge_tables(table, {"partition": {"name": "iid"}}) == {"partition": {"name": "iid"}}
+    assert merge_tables(table, {"partition": {"alpha": 1.0}}) == {"partition": {"name": "dirichlet", "alpha": 1.0}}
 
 
 def test_another_model_or_engine_keeps_the_rest_of_its_table():
@@ -62,14 +62,14 @@ def test_another_model_or_engine_keeps_the_rest_of_its_table():
     own = {"name": "a", "targets": ["q"], "head": [], "start": "s", "overlay": True}
     engine = {"name": "inprocess", "threads": 1, "device": "cpu", "offload": True}
     table = {"model": own, "engine": engine, "method": {"name": "fedit", "weighting": "uniform"}}
-    found = overridden(table, ["model.name=b", "engine.name=flower-simulation", "method.name=fedsa-lora"])
+    found = apply_overrides(table, ["model.name=b", "engine.name=flower-simulation", "method.name=fedsa-lora"])
     assert found == {
         "model": {**own, "name": "b"},
         "engine": {**engine, "name": "flower-simulation"},
         "method": {"name": "fedsa-lora"},
     }
     laid = {"model": {"name": "b"}, "engine": {"name": "flower-simulation"}, "method": {"name": "fedsa-lora"}}
-    assert difference(found, table) == laid and merged(table, laid) == found
+    assert table_difference(found, table) == laid and merge_tables(table, laid) == found
 
 
 def installed(folder, package):

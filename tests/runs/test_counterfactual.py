@@ -59,7 +59,7 @@ def test_the_run_is_the_run(reference):
 def test_from_a_table(tmp_path):
     rows, uploads = oracle(TABLE, None, tmp_path / "o")
     errors = {row["method"]: row["error"] for row in rows}
-    assert set(errors) == set(catalog.for_finished_adapters())
+    assert set(errors) == set(catalog.merging_methods())
     least = min(v for k, v in errors.items() if k not in ("flora", "fedex-lora"))
     assert errors["svd"] == pytest.approx(least, rel=1e-6)  # flexlora's is the same product
     assert errors["flora-na"] <= errors["fedit"]

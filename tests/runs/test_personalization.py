@@ -9,7 +9,7 @@ import torch
 
 import fedlora
 from fedlora.engines.in_process import InProcess
-from fedlora.rounds import received
+from fedlora.rounds import client_start
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
 from fedlora.runs.folder import RunFolder
@@ -58,7 +58,7 @@ def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
     for client in (1, 3):  # one that took part, and a new one
         f = config(f"method.name={name}", *NEW).federation()
         turn = f.turn(2, client)
-        start = received(f.rules, result.shared, result.kept.get(client, {}), turn)
+        start = client_start(f.rules, result.shared, result.kept.get(client, {}), turn)
         training = replace(f.training, local_steps=4)
         trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[client], training, turn, f.rounds)
         end = trainer.fit(start, {part: rule.adapter.trainable for part, rule in f.rules.items()}, f.rules)

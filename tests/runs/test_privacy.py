@@ -13,7 +13,7 @@ from fedlora.cli import app
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
 from fedlora.export.peft import export
-from fedlora.runs.config import build, dumps, merged, overridden
+from fedlora.runs.config import apply_overrides, build, dumps, merge_tables
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan
 from fedlora.security.privacy import Privacy
@@ -28,8 +28,8 @@ SMALL |= {"clients": {"partition": {"name": "iid"}}}
 
 
 def config(name, *overrides):
-    table = merged(merged(TABLE, SMALL), {"method": {"name": name}})
-    return build(overridden(table, [*ADAPTERS.get(name, []), *overrides]))
+    table = merge_tables(merge_tables(TABLE, SMALL), {"method": {"name": name}})
+    return build(apply_overrides(table, [*ADAPTERS.get(name, []), *overrides]))
 
 
 def flat(tree):

@@ -7,7 +7,7 @@ import pytest
 from fedlora.methods import METHODS
 from fedlora.reporting.method_catalog import covered
 from fedlora.runs.compare import for_label, oracle
-from fedlora.runs.config import build, merged, overridden
+from fedlora.runs.config import apply_overrides, build, merge_tables
 from fedlora.runs.plan.plan import problems
 from tests.fixtures.federation import ADAPTERS, TABLE
 
@@ -17,8 +17,8 @@ EXAMPLE = ["privacy.level=example", "privacy.noise_multiplier=1.0"]
 
 
 def made(name, *overrides):
-    table = merged(TABLE, {"method": {"name": name}})
-    return build(overridden(table, [*ADAPTERS.get(name, []), *overrides]))
+    table = merge_tables(TABLE, {"method": {"name": name}})
+    return build(apply_overrides(table, [*ADAPTERS.get(name, []), *overrides]))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fedlora.adapters import LoRA
 from fedlora.engines.in_process import InProcess
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.ffa_lora import FFALoRA
-from fedlora.rounds import Received, client_turn, received, server_turn
+from fedlora.rounds import Received, client_start, client_turn, server_turn
 from fedlora.security.attacks import ATTACKS
 from fedlora.security.attacks._base import alter_upload, poison_task, success_rate
 from fedlora.security.attacks.backdoor import Backdoor
@@ -217,7 +217,7 @@ def test_the_judge_of_a_backdoor_leaves_the_target_out():
 def test_what_is_sent_starts_from_what_the_client_held():
     rules, shared, _ = round_of(FedIT(LoRA(R, 4.0)))
     turn = Turn(2, 2, R, 5)
-    start = received(rules, shared, {}, turn)
+    start = client_start(rules, shared, {}, turn)
     same = alter_upload(drawn("scaling"), rules, shared, {}, start, turn)
     assert all(torch.equal(same[p][k], start[p][k]) for p in rules for k in "AB"), "nothing moved, nothing to scale"
 
@@ -245,7 +245,7 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
     judge = f.evaluator(f.attack.success_task(f.task))
     shares, rows = [], 0
     for client in (0, 2):
-        tree = received(f.rules, done.shared, done.kept[client], f.turn(1, client))
+        tree = client_start(f.rules, done.shared, done.kept[client], f.turn(1, client))
         hits, count = judge.client(client, tree).sums["success"]
         shares.append(hits / count)
         rows += count

@@ -14,7 +14,7 @@ from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
-from fedlora.runs.config import build, overridden
+from fedlora.runs.config import apply_overrides, build
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
 from fedlora.security.validation.expected import CheckedUpload
 from fedlora.security.validation.update_norms import ServedLeaves, measure_movement, update_norm
@@ -265,7 +265,9 @@ def test_honest_clients_that_differ_much_are_let_in(optimizer):
     unequal = "clients={count=6, partition={name='dirichlet', alpha=0.1}}"
     rate = "training.learning_rate=0.05" if optimizer == "sgd" else "training.learning_rate=0.005"
     how = (f"training={{local_epochs=1, batch_size=4, optimizer='{optimizer}'}}", rate)
-    result = fedlora.run(build(overridden(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"])))
+    result = fedlora.run(
+        build(apply_overrides(SMALL, [unequal, *how, "rounds=4", "evaluation={every=9, measure=false}"]))
+    )
     assert "quarantined" not in result.summary
 
 

@@ -82,7 +82,7 @@ class Adapter(ABC):
         return layer
 
 
-def scaled(alpha: int | float) -> None:
+def check_alpha(alpha: int | float) -> None:
     """``ValueError`` where an update's scale would be none, or turn it round."""
     if not 0 < alpha < math.inf:
         raise ValueError(f"adapter.alpha is {alpha}; it scales the update and must be a number above 0.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.adapters._base import Adapter, generator, scaled, uniform
+from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
 from fedlora.types import Factors
 
 
@@ -28,7 +28,7 @@ class DualLoRA(Adapter):
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
-        scaled(self.alpha)
+        check_alpha(self.alpha)
 
     @property
     def inputs(self):

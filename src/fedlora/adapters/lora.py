@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from fedlora.adapters._base import Adapter, generator, scaled, uniform
+from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
 from fedlora.linalg.factors import truncate
 from fedlora.linalg.sums import Term
 from fedlora.types import Factors, Layer
@@ -31,7 +31,7 @@ class LoRA(Adapter):
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
-        scaled(self.alpha)
+        check_alpha(self.alpha)
 
     @property
     def cite(self):
@@ -91,7 +91,7 @@ class LoRA(Adapter):
         B = layer["B"][..., :rank] * (self.scale(own) / self.scale(rank))
         return {**layer, "A": layer["A"][..., :rank, :], "B": B}
 
-    def padded(self, layer: Layer, rank: int) -> Layer:
+    def pad(self, layer: Layer, rank: int) -> Layer:
         """The same update at a larger rank, with zeros; at a smaller one, its leading part."""
         A, B = layer["A"], layer["B"]
         if A.shape[-2] == rank:

@@ -89,7 +89,7 @@ def export(
 ) -> None:
     """Write a run's result as a PEFT adapter or a merged model, and check it by loading it again."""
     from fedlora.export.peft import export as write
-    from fedlora.files import absent
+    from fedlora.files import check_new_folder
     from fedlora.reporting import terminal
     from fedlora.reporting.tables.adapters import exports
     from fedlora.runs.folder import RunFolder
@@ -97,6 +97,6 @@ def export(
     if all_clients and client is not None:
         raise ValueError("--client and --all-clients exclude each other; keep one of them.")
     run = RunFolder.open(folder)
-    wanted = {absent(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
+    wanted = {check_new_folder(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
     found = [write(run, path, who, rank, merged) for path, who in wanted.items()]
     answer(as_json, found, lambda: terminal.show(exports(found)))

@@ -61,10 +61,10 @@ def plan(config: ConfigPath, override: Override = None, methods: Methods = None,
     from fedlora.reporting import terminal
     from fedlora.reporting.tables.plan import plan as one
     from fedlora.reporting.tables.plan import plans
-    from fedlora.runs.config import overridden, read_table
+    from fedlora.runs.config import apply_overrides, read_table
     from fedlora.runs.plan.plan import planned, problems
 
-    table = overridden(read_table(config), override or [])
+    table = apply_overrides(read_table(config), override or [])
     wrong = problems(table)
     if wrong:
         for sentence in wrong:

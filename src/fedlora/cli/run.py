@@ -84,10 +84,10 @@ def compare(
     from fedlora.reporting.tables.comparison import compared
     from fedlora.runs.compare import compare as execute
     from fedlora.runs.comparison import rows
-    from fedlora.runs.config import overridden, read_table
+    from fedlora.runs.config import apply_overrides, read_table
     from fedlora.runs.progress import Cells
 
-    table = overridden(read_table(config), override or [])
+    table = apply_overrides(read_table(config), override or [])
     labels = names(methods)
     if oracle:
         return _oracle(table, labels, out or numbered(Path("runs") / f"{config.stem}-oracle"), as_json)

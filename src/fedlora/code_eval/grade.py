@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.code_eval.problems import Problem, Verdict, figures, problems, run_answers
 from fedlora.code_eval.sandbox import Sandbox
-from fedlora.files import writable, write
+from fedlora.files import check_output_file, write
 from fedlora.registry import nearest
 from fedlora.tasks.data import rows as source
 
@@ -86,7 +86,7 @@ def grade(
     known = problems(rows(data, split), benchmark)
     given = answers(predictions, known)
     figures(known, [_unrun(task, i) for task, texts in given.items() for i in range(len(texts))], ks)  # enough for k?
-    place = writable(out or _beside(Path(predictions).expanduser()))
+    place = check_output_file(out or _beside(Path(predictions).expanduser()))
     verdicts = run_answers(known, given, sandbox, workers, done)
     lines = (json.dumps(vars(v)) + "\n" for v in verdicts)
     write(place, "".join(lines).encode())

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.code_eval.problems import STOPS, Problem
-from fedlora.files import writable
+from fedlora.files import check_output_file
 from fedlora.runs.chat import Chat
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks.data.tokens import tokens
 from fedlora.tasks.networks.generation import Writing, generate
 
@@ -33,7 +33,7 @@ def solve(
     """
     if samples > 1 and writing.temperature == 0:
         raise ValueError(f"--samples is {samples}, but at --temperature 0 all are alike; raise it, e.g. to 0.8.")
-    place = writable(out)
+    place = check_output_file(out)
     there = _there(place)
     asked = {problem.task_id: _encode_prompt(talk, problem, worded) for problem in known}
     fits = [p for p in known if len(asked[p.task_id]) + writing.max_new_tokens <= talk.room]
@@ -84,7 +84,7 @@ def _generate_answers(talk: Chat, some, asked, writing: Writing, worded: bool) -
     with talk.model.running():
         return generate(
             talk.model.network, talk.tokenizer, [asked[p.task_id] for p, _ in some], how,
-            derived(talk.seed, "solve", first.task_id, sample),
+            derive_seed(talk.seed, "solve", first.task_id, sample),
         )  # fmt: skip
 
 

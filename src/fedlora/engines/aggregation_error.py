@@ -13,7 +13,7 @@ from fedlora.adapters import Dense, LoRA
 from fedlora.linalg.factors import scale, total
 from fedlora.linalg.geometry import joint_cores, mean_cosine, ratio, spread
 from fedlora.methods._base import Method, mean
-from fedlora.rounds import Received, Rules, Served, alike, public, stacked, weights_of
+from fedlora.rounds import Received, Rules, Served, group_by_shape, public_leaves, stack_layers, upload_weights
 from fedlora.types import Factors, Layer, Tree, Upload
 
 STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
@@ -39,17 +39,19 @@ def errors(
             for part in parts
         }
         after = {part: served.shared[part] for part in parts}
-        weights = weights_of(rule, uploads)
+        weights = upload_weights(rule, uploads)
         forms = {part: [*ends[part], after[part], _base_update_shapes(served, part)] for part in parts}
         most = max(1, STACK // len(uploads))
-        for group in (g[i : i + most] for g in alike(parts, forms.__getitem__) for i in range(0, len(g), most)):
+        for group in (
+            g[i : i + most] for g in group_by_shape(parts, forms.__getitem__) for i in range(0, len(g), most)
+        ):
             found |= _group(rule, group, ends, weights, after, served)
     return {part: {**found[part], **served.notes.get(part, {})} for part in found}
 
 
 def _end(rule: Method, before: Layer, kept: Layer, upload: Received, part: str) -> Layer:
     """A client's trained leaves, and the frozen ones at its own budget."""
-    return {**rule.adapter.leading(before, upload.turn.rank), **public(kept), **upload.tree[part]}
+    return {**rule.adapter.leading(before, upload.turn.rank), **public_leaves(kept), **upload.tree[part]}
 
 
 def _base_update_shapes(served: Served, part: str) -> Layer:
@@ -70,7 +72,7 @@ def _group(rule, group, ends, weights, after, served) -> dict[str, dict[str, flo
             _batch([served.base_updates[p][i] for p in group])
             for i in range(len(served.base_updates.get(group[0], ())))
         ]
-        candidates["served"] = total([rule.adapter.delta(stacked([after[part] for part in group])), *base_updates])
+        candidates["served"] = total([rule.adapter.delta(stack_layers([after[part] for part in group])), *base_updates])
     pairs = isinstance(rule.adapter, LoRA) and len({tuple(c["A"].shape) for c in clients}) == 1
     if pairs:
         uploads = [Upload(None, w, {leaf: c[leaf] for leaf in "AB"}) for c, w in zip(clients, weights)]
@@ -87,9 +89,9 @@ def _clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
     """Each client's layers of several parts, stacked; a leaf that all clients hold in common is one tensor for all."""
     first = [layers[0] for layers in ends]
     common = {leaf for leaf in first[0] if all(layer[leaf] is layers[0][leaf] for layers in ends for layer in layers)}
-    once = stacked([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}
+    once = stack_layers([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}
     own = [[{k: x for k, x in layers[i].items() if k not in common} for layers in ends] for i in range(len(ends[0]))]
-    return [{**once, **stacked(parts)} for parts in own]
+    return [{**once, **stack_layers(parts)} for parts in own]
 
 
 def _figures(exact: Factors, candidates: Mapping[str, Factors], rank: int | None) -> dict[str, Tensor]:

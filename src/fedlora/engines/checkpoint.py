@@ -28,12 +28,12 @@ from fedlora.files import (
     digest,
     encode_state,
     load_about,
-    read_verified,
-    swept,
-    write_verified,
+    read_verified_file,
+    remove_temporary_files,
+    write_verified_file,
 )
 from fedlora.tasks.metrics.scores import KNOWN
-from fedlora.text import plain_name
+from fedlora.text import safe_filename
 from fedlora.types import Tree
 
 FOLDER, BASE_UPDATES, FORM = "checkpoints", "base_updates", 2
@@ -119,7 +119,7 @@ class Checkpoints:
         """Prepares the folder, before the first round and on resume."""
         self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
         for folder in (self.folder, self.folder / BASE_UPDATES):
-            swept(folder)
+            remove_temporary_files(folder)
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
         """Writes the base update of a finished round, and the state if that is due."""
@@ -146,7 +146,7 @@ class Checkpoints:
             "base_updates": self._base_updates,
             "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
-        name = write_verified(self.folder, stem, encode_state(tree, {**said, **own}))
+        name = write_verified_file(self.folder, stem, encode_state(tree, {**said, **own}))
         if self.best is not None and self.best["round"] == snapshot.number:
             self.best["file"] = name
         self._last = None
@@ -156,14 +156,14 @@ class Checkpoints:
         """Writes each base update before it is summed with others."""
         for number in range(len(self._base_updates), len(log)):
             content = encode_state(base_update_to_tree(log.entries[number - log.start]), {})
-            name = write_verified(self.folder / BASE_UPDATES, f"{number:06d}", content)
+            name = write_verified_file(self.folder / BASE_UPDATES, f"{number:06d}", content)
             self._base_updates.append((name, log.start))
 
     def _private(self, stem: str, snapshot: Snapshot) -> None:
         found = snapshot.states or {}
         fresh = {client: own for client, own in found.items() if not _same(self._written.get(client), own)}
         tree = states_to_tree(fresh)
-        name = write_verified(self.folder, stem, encode_state(tree, {})) if tree else None
+        name = write_verified_file(self.folder, stem, encode_state(tree, {})) if tree else None
         self._files |= dict.fromkeys(fresh, name)
         self._written |= fresh
 
@@ -237,7 +237,7 @@ class Checkpoints:
             return None
         found: dict[int, ClientState] = {int(client): ClientState({part: {} for part in f.rules}) for client in files}
         for name in sorted({name for name in files.values() if name is not None}):
-            tree, _ = decode_state(read_verified(self.folder / name))
+            tree, _ = decode_state(read_verified_file(self.folder / name))
             own = states_from_tree(tree, f.rules, f.model.device)
             found |= {client: private for client, private in own.items() if files[str(client)] == name}
         return dict(sorted(found.items()))
@@ -257,14 +257,14 @@ class Checkpoints:
     def _reapply_base_updates(self, log: BaseUpdateLog, names: list) -> Iterator[BaseUpdate]:
         """Rebuilds a log update by update, summing when the run did, and yields each update."""
         for name, start in names:
-            tree, _ = decode_state(read_verified(self.folder / BASE_UPDATES / name))
+            tree, _ = decode_state(read_verified_file(self.folder / BASE_UPDATES / name))
             log.append(base_update_from_tree(tree))
             yield log.entries[-1]
             log.settle(start)
 
     def _sound(self, path: Path) -> Saved:
         """Reads a checkpoint and verifies all files that belong to it."""
-        tree, said = decode_state(read_verified(path))
+        tree, said = decode_state(read_verified_file(path))
         try:
             if said["form"] != FORM:
                 raise RefusedFileError(f"{path.name} was written by another version of fedlora")
@@ -273,9 +273,9 @@ class Checkpoints:
             if said["config"] != self.config:
                 raise RefusedFileError(f"{path.name} {FOREIGN}")
             for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
-                read_verified(self.folder / plain_name(name, "a file of a checkpoint"))
+                read_verified_file(self.folder / safe_filename(name, "a file of a checkpoint"))
             for name, _ in said["base_updates"]:
-                read_verified(self.folder / BASE_UPDATES / plain_name(name, "a file of a checkpoint"))
+                read_verified_file(self.folder / BASE_UPDATES / safe_filename(name, "a file of a checkpoint"))
         except RefusedFileError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -23,7 +23,7 @@ from fedlora.engines.partition import (
     load,
     select_own_test_rows,
 )
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Shard
 
 DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
@@ -157,7 +157,7 @@ class Clients:
         if self.count > len(data.train):
             rows = len(data.train)
             raise ValueError(f"clients.count is {self.count}, but there are only {rows} training rows; lower it.")
-        train = self.partitioner.rows(data.train, self.count, derived(seed, "split"))
+        train = self.partitioner.rows(data.train, self.count, derive_seed(seed, "split"))
         for client, rows in enumerate(train):
             if len(rows) == 0:
                 raise ValueError(
@@ -174,7 +174,7 @@ class Clients:
         if labels < 2:
             raise ValueError("clients.permute_labels is set, but the rows of this task have no labels; leave it out.")
         seen: set[tuple[int, ...]] = set()
-        return [draw_label_order(labels, derived(seed, "labels", client), seen) for client in range(self.count)]
+        return [draw_label_order(labels, derive_seed(seed, "labels", client), seen) for client in range(self.count)]
 
     def budgets(self, full: int, seed: int) -> list[int]:
         """Each client's rank, or number of heads, at most ``full``."""
@@ -210,7 +210,7 @@ class Clients:
             )
         counts = apportioned([float(share) for share in ranks.values()], self.count)
         flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derived(seed, "ranks")))
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derive_seed(seed, "ranks")))
         return [flat[i] for i in order.tolist()]
 
     def capabilities(self, seed: int) -> list[float] | None:
@@ -234,14 +234,14 @@ class Clients:
         """The stragglers of a round's cohort."""
         if not self.stragglers or not self.cohort(round, seed):
             return []
-        return draw_share(self.cohort(round, seed), self.stragglers, derived(seed, "stragglers", round))
+        return draw_share(self.cohort(round, seed), self.stragglers, derive_seed(seed, "stragglers", round))
 
     def dropped(self, round: int, seed: int) -> list[int]:
         """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
         if not self.dropout or not self.cohort(round, seed):
             return []
         cohort = self.cohort(round, seed)
-        return draw_share(cohort, self.dropout, derived(seed, "dropout", round), len(cohort) - 1)
+        return draw_share(cohort, self.dropout, derive_seed(seed, "dropout", round), len(cohort) - 1)
 
     def staying(self, round: int, seed: int) -> list[int]:
         """The cohort without those that drop out."""
@@ -255,10 +255,10 @@ class Clients:
     def order(self, round: int, seed: int) -> list[int]:
         """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
         if self.rate is not None:  # nobody stands in: each has its own probability
-            return draw_poisson(self.members, self.rate, derived(seed, "cohort", round))
+            return draw_poisson(self.members, self.rate, derive_seed(seed, "cohort", round))
         if self.per_round is None or self.per_round == self.members:
             return list(range(self.members))
-        draws = torch.Generator().manual_seed(derived(seed, "cohort", round))
+        draws = torch.Generator().manual_seed(derive_seed(seed, "cohort", round))
         return torch.randperm(self.members, generator=draws).tolist()
 
     @property

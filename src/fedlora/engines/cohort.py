@@ -9,7 +9,7 @@ import torch
 
 from fedlora.engines.partition import apportioned
 from fedlora.registry import unknown
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 PROFILES: Mapping[str, tuple[float, ...]] = {  # share of the clients at each level
@@ -57,7 +57,7 @@ def draw_capabilities(profile: Profile, count: int, seed: int) -> list[float]:
 def _draw_capabilities(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
     counts = apportioned([share for _, share in profile], count)
     flat = [level for (level, _), many in zip(profile, counts) for _ in range(many)]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(derived(seed, "capability")))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "capability")))
     return tuple(flat[i] for i in order.tolist())
 
 

@@ -10,12 +10,12 @@ from fedlora.engines.comm.compression import Compression
 from fedlora.engines.privacy_ledger import PrivacyLedger
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods._base import Method
-from fedlora.rounds import Received, Rules, received
+from fedlora.rounds import Received, Rules, client_start
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import Privacy, Stream, key_of
 from fedlora.security.robust._base import RobustAggregator
 from fedlora.security.validation import Validation
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Shard, Task
 from fedlora.tasks.data.labels import label_map
 from fedlora.tasks.metrics.scores import Scores
@@ -86,7 +86,7 @@ class Federation:
 
     def turn(self, round: int, client: int) -> Turn:
         """A client's turn in a round: numbers, rank and seed."""
-        return Turn(round, client, self.budgets[client], derived(self.seed, "turn", round, client))
+        return Turn(round, client, self.budgets[client], derive_seed(self.seed, "turn", round, client))
 
     def training_of(self, round: int, client: int) -> Training:
         """``[training]`` of a client in a round, with its own number of steps if clients differ in that."""
@@ -127,7 +127,7 @@ class Federation:
 
         With a personal method, the scores include the success of an attack.
         """
-        tree = received(self.rules, shared, kept, self.turn(number + 1, client))
+        tree = client_start(self.rules, shared, kept, self.turn(number + 1, client))
         own = evaluator.client(client, tree)
         if self._judge is None:
             return own

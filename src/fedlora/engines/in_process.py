@@ -10,7 +10,7 @@ from fedlora.engines.client_turn import ClientState, ClientTurn, ClientUpdate
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Loop, Reply, ServerState
 from fedlora.files import OffloadedTree
-from fedlora.rounds import Received, received
+from fedlora.rounds import Received, client_start
 from fedlora.security.validation import excluded_clients
 from fedlora.training.evaluation import Evaluator
 from fedlora.types import Tree
@@ -58,7 +58,7 @@ class InProcess(Loop):
             if client in excluded_clients(f.validation, at.conduct):
                 continue
             state, turn = self._states.get(client, NEW), f.turn(at.number, client)
-            own = received(f.rules, at.shared, state.kept, turn)
+            own = client_start(f.rules, at.shared, state.kept, turn)
             delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
             at.channel.deliver(at.number, client, delivery)
             if client in self.absent:

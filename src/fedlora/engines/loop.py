@@ -18,13 +18,13 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compact, total
 from fedlora.registry import Registry
-from fedlora.rounds import Received, Rules, Served, public, server_turn
+from fedlora.rounds import Received, Rules, Served, public_leaves, server_turn
 from fedlora.security.attacks._base import success_rate
 from fedlora.security.privacy import Stream
 from fedlora.security.privacy.client_level import private_turn
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks.metrics.scores import Scores, figures
 from fedlora.training.evaluation import Evaluator, summary
 from fedlora.types import Tree, Turn
@@ -263,7 +263,7 @@ class Loop(ABC):
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.stepped(at.shared, self.aggregate(f, at, uploads))
-        at.shared = f.compression.said(at.shared, served.shared, derived(f.seed, "down", at.number))
+        at.shared = f.compression.said(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
         if served.base_updates:
             # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
             base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}
@@ -277,7 +277,7 @@ class Loop(ABC):
         began = time.perf_counter()
         found = RoundRecord()
         if not f.method.personal and evaluator is not None:
-            tree = {part: public(layer) for part, layer in at.shared.items()}
+            tree = {part: public_leaves(layer) for part, layer in at.shared.items()}
             found["global"] = figures(evaluator.everyone(tree))
             judge = f.attack.success_task(f.task) if f.attack is not None else None
             if judge is not None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedlora.registry import Registry
-from fedlora.schema import construct_named
-from fedlora.seeds import derived
+from fedlora.schema import construct_by_name
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Examples
 
 LISTED = 5  # values that a sentence names
@@ -257,7 +257,7 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
 
 def load(table: Mapping[str, Any]) -> Partitioner:
     """The rule of a ``clients.partition`` table. ``ValueError`` names what is wrong with it."""
-    return construct_named(PARTITIONERS, "clients.partition", table)
+    return construct_by_name(PARTITIONERS, "clients.partition", table)
 
 
 def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: i
         held = counts.nonzero()[:, 0]
         most = float((there[held] / (counts[held] / counts.sum())).min())
         size = max(1, int(min(len(within) * len(rows) / everyone, most)))
-        draws = torch.Generator().manual_seed(derived(seed, "test rows", client))
+        draws = torch.Generator().manual_seed(derive_seed(seed, "test rows", client))
         drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
         # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
         quotas = apportioned(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.export.aggregation_errors import Report
-from fedlora.files import absent
+from fedlora.files import check_new_folder
 from fedlora.linalg.factors import total, truncate
 from fedlora.linalg.geometry import distances
 from fedlora.linalg.sums import CACHE_LIMIT
-from fedlora.methods import for_finished_adapters, load_for_finished_adapters
-from fedlora.methods._base import Method, mean, terms, weighted
+from fedlora.methods import load_merging_method, merging_methods
+from fedlora.methods._base import Method, mean, terms, weighted_mean
 from fedlora.methods.fedit import FedIT
-from fedlora.runs.config import construct, overridden
+from fedlora.runs.config import apply_overrides, construct
 from fedlora.training.device import Engine
 from fedlora.training.peft_checks import check_together
 from fedlora.training.peft_folder import AdapterFolder, save_folder, save_labels
@@ -38,8 +38,8 @@ class Combined:
 
 def method_for(name: str, settings: Sequence[str] = ()) -> Method:
     """A method by name, with ``key=value`` settings. ``ValueError`` where it cannot be applied to finished adapters."""
-    kind = load_for_finished_adapters(name)
-    made: Method = construct(kind, "method", overridden({}, settings), skip=("adapter",))
+    kind = load_merging_method(name)
+    made: Method = construct(kind, "method", apply_overrides({}, settings), skip=("adapter",))
     return made
 
 
@@ -66,7 +66,7 @@ def aggregate(
     adapters = [replace(AdapterFolder.open(folder), device=device) for folder in folders]
     shares = _shares(weights, len(adapters))
     check_together(adapters, one_base)
-    target, second = absent(out), None if residual is None else absent(residual)
+    target, second = check_new_folder(out), None if residual is None else check_new_folder(residual)
     if second is not None and second.resolve() == target.resolve():
         raise ValueError(f"--out and --residual are both {str(out)!r}; name two folders.")
     layers, alphas, rests, report = {}, {}, {}, Report()
@@ -169,7 +169,7 @@ def _rule(adapters: Sequence[AdapterFolder], method: Method, part: str, rank: in
     """The method with the parametrisation that the output has at this weight: the first adapter's scale."""
     ranks = [a.shapes[part][2] for a in adapters]
     if not method.any_rank and len(set(ranks)) > 1:
-        able = [name for name, kind in for_finished_adapters().items() if kind.any_rank]
+        able = [name for name, kind in merging_methods().items() if kind.any_rank]
         raise ValueError(
             f"the adapters have ranks {sorted(set(ranks))} at {part!r}, and {method.title} needs one rank for "
             f"all; take one of {', '.join(able)}."
@@ -268,6 +268,6 @@ def _averaged(adapters: Sequence[AdapterFolder], shares: Sequence[float], key: s
                     f"{str(other.path)!r}; only floats can be averaged, so train without this module."
                 )
         return stored
-    mean = weighted(shares, (a.finite(key, a.parameter(key)) for a in adapters), key)
+    mean = weighted_mean(shares, (a.finite(key, a.parameter(key)) for a in adapters), key)
     kinds = {a.dtypes[a.where(key)] for a in adapters}
     return mean.to(kinds.pop() if len(kinds) == 1 else torch.float32)

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.runs import attendance
 from fedlora.runs.config import Config, dumps
-from fedlora.schema import without_folders
+from fedlora.schema import strip_folders
 from fedlora.security.privacy import Privacy
 
 ADAPTER = """```python
@@ -37,13 +37,13 @@ def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], m
     use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **named)
     front = [
         "---",
-        f"base_model: {without_folders(config.model.name)}",
+        f"base_model: {strip_folders(config.model.name)}",
         "library_name: " + ("transformers" if merged else "peft"),
     ]
     front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
     title = f"# {summary['title'] or summary['method']}: {whose}"
-    settings = f"```toml\n{dumps(without_folders(config.table)).strip()}\n```"
+    settings = f"```toml\n{dumps(strip_folders(config.table)).strip()}\n```"
     return "\n".join(
         [*front, "", title, "", "| | |", "|---|---|", rows, "", "## Use", "", use, "", "## Settings", "", settings, ""]
     )

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.export.model_card import card
-from fedlora.files import absent, write
+from fedlora.files import check_new_folder, write
 from fedlora.linalg.factors import compact, total, truncate
 from fedlora.linalg.geometry import distances
 from fedlora.linalg.sums import Term
@@ -40,7 +40,7 @@ def export(
     instead. What was written is loaded again, by PEFT or by transformers, and its logits are compared with the run's
     own model; ``RuntimeError``, and nothing left, where they differ.
     """
-    tree, folder = run.tree(client), absent(out)
+    tree, folder = run.tree(client), check_new_folder(out)
     model = attach_adapters(run.config, run.network())
     whole = updates(model, tree, run.base_updates)
     cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}

@@ -22,7 +22,7 @@ from fedlora.engines.loop import ClientState, ServerState
 from fedlora.engines.snapshot import moment_layers, moments_of
 from fedlora.files import digest, encode_tree, load_about, load_tree, save_json, save_tree, write
 from fedlora.methods._base import pick
-from fedlora.rounds import Rules, public
+from fedlora.rounds import Rules, public_leaves
 from fedlora.security.privacy import key_of
 from fedlora.training.local import State
 from fedlora.types import Tree
@@ -157,7 +157,7 @@ def select_leaves(rules: Rules, shared: Tree, rank: int) -> dict[str, dict[str, 
     """The trainable leaves of the server's tree as a client of this rank holds them."""
     found = {}
     for part, rule in rules.items():
-        layer = rule.adapter.leading(public(shared[part]), rank)
+        layer = rule.adapter.leading(public_leaves(shared[part]), rank)
         found[part] = dict(pick(layer, rule.adapter.trainable & set(layer)))
     return found
 

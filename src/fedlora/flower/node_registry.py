@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedlora.flower.client_messages import HELLO
 from fedlora.flower.wire import HOLDS, METRICS, ORDER
 from fedlora.tasks.data.labels import READINGS
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
 GONE = "its node is not connected"
@@ -99,7 +99,7 @@ class NodeRegistry:
 
     def _register(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            return self._leave_out(node, shown(reply.error.reason))
+            return self._leave_out(node, display_safe(reply.error.reason))
         said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
         if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
             return self._leave_out(node, "it did not say who it is")

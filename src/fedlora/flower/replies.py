@@ -9,7 +9,7 @@ from fedlora.flower.wire import UnreadableError
 from fedlora.rounds import Rules
 from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks.metrics.scores import KNOWN, Scores, possible
-from fedlora.text import shown
+from fedlora.text import display_safe
 from fedlora.types import Tree
 
 # What reading a record that is not what was agreed may raise: the reply is left out, and the round goes on.
@@ -22,8 +22,8 @@ def describe_error(error: BaseException, worded: tuple[type[Exception], ...] = (
     Errors of the kinds ``worded`` have a sentence of ours as their text; all others mean that a record is malformed.
     """
     if isinstance(error, worded):
-        return shown(error)
-    return f"its reply is malformed ({type(error).__name__}: {shown(error)})"
+        return display_safe(error)
+    return f"its reply is malformed ({type(error).__name__}: {display_safe(error)})"
 
 
 def check_mean(rules: Rules, found: Tree) -> Tree:

@@ -28,7 +28,7 @@ from fedlora.flower.client_messages import build_simulated_app
 from fedlora.flower.client_store import ClientStore, LocalClients
 from fedlora.flower.secure_server import select_loop
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.config import Config, merged
+from fedlora.runs.config import Config, merge_tables
 
 NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
 ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
@@ -47,7 +47,7 @@ class Simulation(FlowerLoop):
         there are processors for. The bits are those of one process with as many threads.
         """
         threads = config.engine.threads or 1
-        table = merged(config.table, {"engine": {"threads": threads}})
+        table = merge_tables(config.table, {"engine": {"threads": threads}})
         failed: list[BaseException | None] = []
         ended = threading.Event()
         with TemporaryDirectory(prefix="fedlora-") as place:

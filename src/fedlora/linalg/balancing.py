@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedlora.linalg.factors import polar
-from fedlora.linalg.sums import SVD, Term, apply, apply_transposed, regroup
+from fedlora.linalg.sums import SVD, Term, apply, apply_transpose, regroup
 
 CUT, CUT_SINGLE = 1e-12, 1e-6  # relative: below it a direction of a normal matrix is rounding error
 ILL = 1e-3  # a start that shrinks a direction below this share of its largest would make B too large
@@ -148,7 +148,7 @@ def refine(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
     wide = regroup(terms)
     for _ in range(sweeps):
         B = B + _correction(apply(wide, A.mT), B, A @ A.mT)
-        A = A + _correction(apply_transposed(wide, B), A.mT, B.mT @ B).mT
+        A = A + _correction(apply_transpose(wide, B), A.mT, B.mT @ B).mT
     return A, B
 
 

@@ -89,7 +89,7 @@ def apply(terms: Iterable[Term], X: Float[Tensor, "*stack n p"]) -> Float[Tensor
     return _sum(t.U @ (t.c * (t.V @ X)) for t in terms)
 
 
-def apply_transposed(terms: Iterable[Term], Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack n p"]:
+def apply_transpose(terms: Iterable[Term], Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack n p"]:
     """``Wᵀ Y``, in one pass."""
     return _sum(t.V.mT @ (t.c * (t.U.mT @ Y)) for t in terms)
 
@@ -152,7 +152,7 @@ def randomized_svd(
     X = orthonormalize(_starting_directions(terms[0].V, start, rank, seed)[..., : min(terms[0].U.shape[-2], n)])
     for _ in range(power or ROUNDS):
         Y = orthonormalize(apply(wide, X))
-        Z = apply_transposed(wide, Y)  # Wᵀ Y: both the next start and the core
+        Z = apply_transpose(wide, Y)  # Wᵀ Y: both the next start and the core
         S, E = _gram_basis(Z)
         Q = (Z.double() @ (E * _inverse(S, Z.dtype)[..., None, :]))[..., :rank].to(Z.dtype)
         steady = (X.mT @ Q).square().sum((-2, -1)) >= STEADY * Q.square().sum((-2, -1))

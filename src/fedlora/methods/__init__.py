@@ -6,15 +6,15 @@ from fedlora.registry import Registry, name_or_nearest
 METHODS = Registry(Method, "method", group="fedlora.methods", package=__name__)
 
 
-def for_finished_adapters() -> dict[str, type[Method]]:
+def merging_methods() -> dict[str, type[Method]]:
     """The methods that combine finished LoRAs, by name."""
-    return {name: kind for name, kind in METHODS.classes().items() if kind.why_not_finished() is None}
+    return {name: kind for name, kind in METHODS.classes().items() if kind.merge_obstacle() is None}
 
 
-def load_for_finished_adapters(name: str) -> type[Method]:
+def load_merging_method(name: str) -> type[Method]:
     """The class of a method that combines finished LoRAs. ``ValueError`` where this one cannot."""
     near, subject = name_or_nearest("method", name, [*([name] if ":" in name else []), *METHODS.names()])
-    if near is not None and (why := METHODS.load(near).why_not_finished()):
-        able = ", ".join(for_finished_adapters())
+    if near is not None and (why := METHODS.load(near).merge_obstacle()):
+        able = ", ".join(merging_methods())
         raise ValueError(f"{subject} cannot be applied to finished adapters: {why}; take one of {able}.")
     return METHODS.load(name)

@@ -41,7 +41,7 @@ class Method:
     keeps_frame: ClassVar[bool] = True  # does a leaf mean the same next round, so that what was lost can be added then?
 
     @classmethod
-    def why_not_finished(cls) -> str | None:
+    def merge_obstacle(cls) -> str | None:
         """The reason why the server's rule cannot combine LoRAs that were trained without it; None where it can."""
         if LoRA not in cls.adapters:
             return "it trains an adapter of another kind"
@@ -134,11 +134,11 @@ def mean(uploads: Sequence[Upload]) -> dict[str, Tensor]:
     averaged: dict[str, Tensor] = {}
     for leaf in sorted({leaf for u in uploads for leaf in u.layer}):
         sent = [u for u in uploads if leaf in u.layer]
-        averaged[leaf] = weighted([u.weight for u in sent], (u.layer[leaf] for u in sent), leaf)
+        averaged[leaf] = weighted_mean([u.weight for u in sent], (u.layer[leaf] for u in sent), leaf)
     return averaged
 
 
-def weighted(weights: Sequence[float], values: Iterable[Tensor], name: str) -> Tensor:
+def weighted_mean(weights: Sequence[float], values: Iterable[Tensor], name: str) -> Tensor:
     """``Σ w_k x_k / Σ w_k`` in one pass, each value only held while it is added."""
     total, rest = sum(weights), iter(values)
     found = (weights[0] / total) * next(rest)
@@ -153,4 +153,4 @@ def weighted(weights: Sequence[float], values: Iterable[Tensor], name: str) -> T
     return found
 
 
-__all__ = ["Adapter", "LoRA", "Method", "MultiHead", "VeRA", "mean", "pick", "terms", "weighted"]
+__all__ = ["Adapter", "LoRA", "Method", "MultiHead", "VeRA", "mean", "pick", "terms", "weighted_mean"]

@@ -41,4 +41,4 @@ class FlexLoRA(Method):
         alike = len({u.turn.rank for u in uploads}) == 1
         start = mean(uploads)["A"].mT if alike else None
         found = truncated_svd(terms(self.adapter, uploads), rank, start).factors()
-        return Outcome({**shared, **self.adapter.padded(self.adapter.split(found), rank)})
+        return Outcome({**shared, **self.adapter.pad(self.adapter.split(found), rank)})

@@ -75,7 +75,7 @@ class HetLoRA(Method):
         p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)
         found = {leaf: torch.zeros_like(shared[leaf]) for leaf in "AB"}
         for q, upload in zip(p, uploads):
-            layer = self.adapter.padded(upload.layer, rank)
+            layer = self.adapter.pad(upload.layer, rank)
             found = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in found.items()}
         return Outcome({**shared, **found})
 

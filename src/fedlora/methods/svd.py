@@ -58,7 +58,7 @@ class BestRank(Method):
         goal = Lazy(len(exact), lambda k: exact[k]._replace(c=exact[k].c / s))  # B A, without the scale
         alike = len({u.turn.rank for u in uploads}) == 1
         means = mean(uploads if alike else [self._wide(u, rank) for u in uploads])
-        means = self.adapter.padded(means, rank)
+        means = self.adapter.pad(means, rank)
         A, B = self._served(goal, means, rank)
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
@@ -66,7 +66,7 @@ class BestRank(Method):
         return Outcome(layer, base_update=(stack([*exact, Term(-s, B, A)]),))
 
     def _wide(self, upload, rank):
-        return upload._replace(layer=self.adapter.padded(upload.layer, rank))
+        return upload._replace(layer=self.adapter.pad(upload.layer, rank))
 
     def _served(self, goal, means, rank):
         A, B = means["A"], means["B"]

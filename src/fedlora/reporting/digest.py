@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.engines.record import Fault, RoundRecord
 from fedlora.runs.attendance import means, scored
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 BINS = 40  # columns of a heat map over rounds
 FAULTS = 2000  # of a run that are kept in words; all are counted
@@ -60,7 +60,7 @@ class Digest:
         row["delta"] = number(record.get("privacy", {}).get("delta"))
         row |= self._weights(row["round"], record.get("weights", {}))
         methods = record.get("oracle", {}).get("methods", {})
-        row["oracle"] = {shown(name, 60): number(found.get("error")) for name, found in methods.items()}
+        row["oracle"] = {display_safe(name, 60): number(found.get("error")) for name, found in methods.items()}
         for fault in _faults(record):
             self.counted[fault["kind"]] = self.counted.get(fault["kind"], 0) + 1
             if len(self.faults) < FAULTS:
@@ -106,7 +106,7 @@ class Digest:
         for part, figures in weights.items():
             value = number(figures.get("served"))
             if value is not None:
-                own = self.layers.setdefault(shown(part, TEXT), {})
+                own = self.layers.setdefault(display_safe(part, TEXT), {})
                 place = self.bin(round)
                 total, count = own.get(place, (0.0, 0))
                 own[place] = (total + value, count + 1)
@@ -137,4 +137,9 @@ def _faults(record: RoundRecord) -> Iterator[dict[str, Any]]:
 
 
 def _fault(record: RoundRecord, client: object, kind: str, why: object) -> dict[str, Any]:
-    return {"round": int(record["round"]), "client": shown(client, 60), "kind": kind, "reason": shown(why, TEXT)}
+    return {
+        "round": int(record["round"]),
+        "client": display_safe(client, 60),
+        "kind": kind,
+        "reason": display_safe(why, TEXT),
+    }

@@ -14,7 +14,7 @@ from fedlora.reporting.tables import by_round as by_round
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
 from fedlora.runs.table import Table
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 WIDTH = 84.0  # millimetres: one of two columns
 PPI = 300  # pixels to the inch of a PNG
@@ -122,7 +122,7 @@ def as_markdown(table: Table) -> str:
 
 def _marked(text: str) -> str:
     """Text without a meaning to Markdown or HTML."""
-    safe = shown(text, len(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    safe = display_safe(text, len(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{c}" if c in "\\`*_[]|#!" else c for c in safe)
 
 
@@ -139,4 +139,4 @@ def as_latex(table: Table) -> str:
 
 def latex(text: str) -> str:
     """Text without a meaning to LaTeX."""
-    return "".join(LATEX.get(c, c) for c in shown(text, len(text)))
+    return "".join(LATEX.get(c, c) for c in display_safe(text, len(text)))

@@ -20,8 +20,8 @@ from fedlora.reporting.load import Run
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
 from fedlora.runs.table import Table, from_pairs, group_by, to_html
-from fedlora.schema import dumps, without_folders
-from fedlora.text import shown
+from fedlora.schema import dumps, strip_folders
+from fedlora.text import display_safe
 
 ROWS = 500  # of a table in the page
 CONFIGS = 12  # configurations that are written out; the others lie in their folders
@@ -180,7 +180,7 @@ def _again(runs: Sequence[Run]) -> list[str]:
 def _configuration(run: Run, unfolded: bool) -> str:
     name = f"{run.label}, seed {run.seed} ({run.name})"
     title = escape(name, quote=True)
-    text = "\n".join(shown(line, 2000) for line in dumps(without_folders(run.table)).splitlines())
+    text = "\n".join(display_safe(line, 2000) for line in dumps(strip_folders(run.table)).splitlines())
     return "".join([
         f"<details{' open' if unfolded else ''}><summary>Configuration, versions and hardware: {title}</summary>",
         f'<div class="scroll">{to_html(from_pairs(name, words.hardware(run)))}</div>',

@@ -10,10 +10,10 @@ from typing import Any
 from fedlora.reporting.digest import Digest
 from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
 from fedlora.runs.folder import RunFolder, read_json
-from fedlora.schema import construct_named
+from fedlora.schema import construct_by_name
 from fedlora.tasks import TASKS
 from fedlora.tasks.metrics.scores import KNOWN
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 NAME = 80  # characters of a run's name
 
@@ -36,7 +36,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's name, fit to be shown."""
-        return shown(self.folder.resolve().name, NAME)
+        return display_safe(self.folder.resolve().name, NAME)
 
     @property
     def seed(self) -> int:
@@ -67,8 +67,8 @@ def runs(folders: Sequence[Path]) -> list[Run]:
     metrics = dict.fromkeys(run.metric for run in found)
     if len(metrics) > 1:
         raise ValueError(
-            f"the runs are judged by {' and by '.join(map(shown, metrics))}, which no table can compare; report on "
-            "runs of one metric at a time."
+            f"the runs are judged by {' and by '.join(map(display_safe, metrics))}, which no table can compare; report "
+            "on runs of one metric at a time."
         )
     return labelled(found)
 
@@ -112,8 +112,8 @@ def _of_folder(path: Path) -> list[Run]:
 
 def _nothing(path: Path) -> list[Run]:
     raise ValueError(
-        f"{shown(path)!r} holds no run: it has no {METRICS}; name a folder that `fedlora run` or `fedlora compare` "
-        "made."
+        f"{display_safe(path)!r} holds no run: it has no {METRICS}; name a folder that `fedlora run` or `fedlora "
+        "compare` made."
     )
 
 
@@ -126,7 +126,9 @@ def _cell(path: Path, cell: Mapping[str, Any]) -> Run | None:
 def opened(folder: Path, label: str | None = None, failure: str | None = None) -> Run:
     """One run's folder. ``ValueError`` where a file in it is not readable."""
     if not (folder / CONFIG).exists():
-        raise ValueError(f"{shown(folder)!r} has no {CONFIG}; name a folder that `fedlora run` made, as it left it.")
+        raise ValueError(
+            f"{display_safe(folder)!r} has no {CONFIG}; name a folder that `fedlora run` made, as it left it."
+        )
     run = RunFolder(folder)
     table, summary = run.table, run.summary if run.has_summary else None
     metric, higher = _metric(table, summary)
@@ -134,7 +136,9 @@ def opened(folder: Path, label: str | None = None, failure: str | None = None) -
     for record in run.each_record():
         digest.take(record)
     name = label or str(table.get("method", {}).get("name", "fedit"))
-    return Run(folder, shown(name, NAME), table, metric, higher, digest, summary, failure, run.rows, run.personal)
+    return Run(
+        folder, display_safe(name, NAME), table, metric, higher, digest, summary, failure, run.rows, run.personal
+    )
 
 
 def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tuple[str, bool]:
@@ -142,5 +146,5 @@ def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tupl
     if summary is not None and summary.get("metric"):
         return str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
     about = table.get("task", {})
-    task = construct_named(TASKS, "task", about)
+    task = construct_by_name(TASKS, "task", about)
     return task.metric, KNOWN[task.metric].higher

@@ -15,7 +15,7 @@ from fedlora.adapters import LoRA
 from fedlora.linalg.geometry import mean_cosine, mean_principal_angle
 from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.types import Layer
 
 
@@ -50,7 +50,7 @@ def _start(run: RunFolder, part: str, like: Layer) -> Tensor | None:
     if run.config.model.start is not None:
         return None
     m, n = like["B"].shape[0], like["A"].shape[1]
-    return run.config.method.adapter.init(m, n, derived(run.config.seed, "adapter", part))["A"]
+    return run.config.method.adapter.init(m, n, derive_seed(run.config.seed, "adapter", part))["A"]
 
 
 def _of_weight(layers: Sequence[Layer], start: Tensor | None) -> dict[str, float]:

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from fedlora.runs.table import Table
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 WIDE = 200  # characters of a line outside of a terminal: a program cannot read a folded table
 
@@ -59,7 +59,7 @@ def to_list(table: Table) -> Group:
 
 
 def _safe(text: str) -> str:
-    return "\n".join(shown(line, len(line)) for line in text.split("\n"))
+    return "\n".join(display_safe(line, len(line)) for line in text.split("\n"))
 
 
 def stdout() -> Console:

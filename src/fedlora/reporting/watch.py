@@ -15,7 +15,7 @@ from rich.text import Text
 from fedlora.runs.attendance import by_name, means, scored
 from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, ProgressReader, RunStatus
 from fedlora.runs.record import figures
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 LATELY = 5  # rounds that the time left is taken from
 BARS = "▁▂▃▄▅▆▇█"
@@ -84,7 +84,7 @@ def picture(at: RunStatus, name: str, width: int, height: int, now: float, unico
         head.insert(1, _bar(len(at.records), at.progress["rounds"], width))
     rows = _rows(at)
     curves = [_line(text) for text in _curves(rows, metric, width)] if unicode else []
-    said = [_line(shown(text)) for text in at.progress.get("said", [])[-4:]]
+    said = [_line(display_safe(text)) for text in at.progress.get("said", [])[-4:]]
     folded = sum(len(text) // width for text in said_of_it)
     room = height - len(head) - 2 * folded - len(curves) - len(said) - 3
     table = [_table(rows[-max(1, room) :], metric, width)] if rows else []
@@ -103,7 +103,7 @@ def _line(text: str) -> Text:
 
 
 def _head(at: RunStatus, name: str, now: float) -> Iterator[str]:
-    yield ", ".join([shown(name), *([shown(at.progress["title"])] if "title" in at.progress else [])])
+    yield ", ".join([display_safe(name), *([display_safe(at.progress["title"])] if "title" in at.progress else [])])
     if at.state == WAITING:
         yield "waiting for the run to begin; Ctrl-C leaves"
     if at.state == LOADING:
@@ -118,7 +118,7 @@ def attending(at: RunStatus) -> Iterator[str]:
     """Who is left out now, and whom the means over clients of the rounds are over; nothing where all are there."""
     found, of = at.progress.get("missing") or {}, at.progress.get("clients", 0)
     if count := found.get("count"):
-        named = [shown(text) for text in found["first"]]
+        named = [display_safe(text) for text in found["first"]]
         more = f"; and {count - len(named)} more clients" if count > len(named) else ""
         yield f"left out {'at its end' if at.over else 'now'}: {'; '.join(named)}{more}"
     if text := means([(r["round"], scored(r)) for r in at.records if "clients" in r], of):
@@ -129,7 +129,7 @@ def now_doing(at: RunStatus) -> str:
     """Where a run stands, in a line."""
     said, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
     if at.over:
-        why = f": {shown(said['error'])}" if said.get("error") else ""
+        why = f": {display_safe(said['error'])}" if said.get("error") else ""
         return f"{at.state} after {done}{why}"
     who = "" if said.get("client") is None else f", client {said['client']}"
     loss = "" if said.get("loss") is None else f", loss {said['loss']:.4f}"
@@ -170,7 +170,7 @@ def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Tabl
         if all(text == "–" for text in found) or wide > left + 2:
             continue
         left -= wide
-        table.add_column(shown(title), justify="right", no_wrap=True)
+        table.add_column(display_safe(title), justify="right", no_wrap=True)
         for own, text in zip(cells, found):
             own.append(text)
     for own in cells:
@@ -181,7 +181,7 @@ def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Tabl
 def row_line(record: Mapping[str, Any], rounds: int, metric: str) -> str:
     """A finished round as a line of a log."""
     found = {"round": record["round"], **figures(record)}
-    told = [f"{shown(title)} {text}" for title, cell in columns(metric)[1:] if (text := cell(found)) != "–"]
+    told = [f"{display_safe(title)} {text}" for title, cell in columns(metric)[1:] if (text := cell(found)) != "–"]
     missing = by_name(record)
     return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
 
@@ -213,13 +213,13 @@ def lines(following: ProgressReader, say: Callable[[str], None], every: float) -
     while True:
         at = following.look()
         if at.state != state and at.state in (WAITING, LOADING):
-            say(f"{shown(str(following.folder))}: {at.state}")
+            say(f"{display_safe(str(following.folder))}: {at.state}")
         state = at.state
         metric, rounds = str(at.progress.get("metric", "accuracy")), at.progress.get("rounds", len(at.records))
         for text in at.progress.get("said", []):
             if text not in heard:
                 heard.append(text)
-                say(shown(text))
+                say(display_safe(text))
         for record in at.records[min(told, len(at.records)) :]:
             say(row_line(record, rounds, metric))
         told = len(at.records)

@@ -12,7 +12,7 @@ from fedlora.runs import attendance
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.table import group_by
 from fedlora.security.privacy import Privacy
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 SOME = 12  # names in a sentence
 WORDS = 120  # characters of a name in a sentence
@@ -89,7 +89,7 @@ def _states(runs: Sequence[Run]) -> str:
 
 def commands(runs: Sequence[Run]) -> list[str]:
     """What repeats each run: the same configuration and seed, the same bits."""
-    files = [shlex.quote(shown(run.folder / CONFIG, 4000)) for run in runs]
+    files = [shlex.quote(display_safe(run.folder / CONFIG, 4000)) for run in runs]
     return [f"fedlora run {file} --out {shlex.quote(f'again/{run.name}')}" for file, run in zip(files, runs)]
 
 
@@ -101,24 +101,26 @@ def hardware(run: Run) -> list[tuple[str, str]]:
         ("seed", str(run.seed)),
         ("rounds", f"{len(run.digest.rounds)} of {run.digest.asked}"),
     ]
-    rows += [(f"version of {shown(k, 60)}", shown(v, 60)) for k, v in summary.get("versions", {}).items()]
-    rows += [(shown(k, 60), shown(v, 60)) for k, v in summary.get("machine", {}).items()]
+    rows += [(f"version of {display_safe(k, 60)}", display_safe(v, 60)) for k, v in summary.get("versions", {}).items()]
+    rows += [(display_safe(k, 60), display_safe(v, 60)) for k, v in summary.get("machine", {}).items()]
     if not summary:
         rows.append(("versions and hardware", "written when the run ends"))
     if run.failure:
-        rows.append(("why it diverged", shown(run.failure)))
+        rows.append(("why it diverged", display_safe(run.failure)))
     if summary and not attendance.whole(summary):
         rows.append(("clients' own figures are over", attendance.over(summary)))
         rows += attendance.lines(summary)
     rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
     rows += (
-        [(name, shown(value)) for name, value in Privacy.describe(summary["privacy"])] if summary.get("privacy") else []
+        [(name, display_safe(value)) for name, value in Privacy.describe(summary["privacy"])]
+        if summary.get("privacy")
+        else []
     )
-    return rows + [("note", shown(note, 2000)) for note in summary.get("notes", ())]
+    return rows + [("note", display_safe(note, 2000)) for note in summary.get("notes", ())]
 
 
 def _short(value: object) -> str:
-    return shown(value, WORDS)
+    return display_safe(value, WORDS)
 
 
 def _listed(names: Sequence[str]) -> str:

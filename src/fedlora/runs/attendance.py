@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from fedlora.engines.record import Fault, RoundRecord
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 KINDS: Mapping[Fault, str] = {"absent": "away", "unscored": "not scored", "quarantined": "quarantined"}
 ROUNDS, REASON = 12, 120  # rounds that are listed, characters of a reason
@@ -58,11 +58,11 @@ def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for kind, word in KINDS.items():
         for client, rounds in summary.get(kind, {}).items():
-            why = ", ".join(dict.fromkeys(shown(text, REASON) for text in rounds.values()))
+            why = ", ".join(dict.fromkeys(display_safe(text, REASON) for text in rounds.values()))
             listed = ", ".join(list(rounds)[:ROUNDS]) + (
                 f" and {len(rounds) - ROUNDS} more" if len(rounds) > ROUNDS else ""
             )
-            found.append((f"client {shown(client, 60)}, {word} in round", f"{listed}: {why}"))
+            found.append((f"client {display_safe(client, 60)}, {word} in round", f"{listed}: {why}"))
     return found
 
 
@@ -98,7 +98,7 @@ def by_name(record: RoundRecord) -> str:
     found: dict[str, list[str]] = {}
     for kind, word in KINDS.items():
         for client in record.get(kind, {}):
-            found.setdefault(shown(client, 60), []).append(word)
+            found.setdefault(display_safe(client, 60), []).append(word)
     named = [f"client {client} {' and '.join(words)}" for client, words in list(found.items())[:CLIENTS]]
     return ", ".join([*named, *([f"{len(found) - CLIENTS} more clients"] if len(found) > CLIENTS else [])])
 

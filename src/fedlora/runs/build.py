@@ -16,7 +16,7 @@ from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.runs.sections import ModelTable, Sections
-from fedlora.schema import ConfigError, Table, per_machine
+from fedlora.schema import ConfigError, Table, per_machine_fields
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks import TASKS
 from fedlora.tasks._base import Data, Shard
@@ -112,7 +112,7 @@ def head_rule(method: Method, dense: Dense) -> Method:
 def per_machine_settings(table: Table) -> list[str]:
     """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
     kinds = {"task": TASKS.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
-    return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine(kind)]
+    return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine_fields(kind)]
 
 
 def fingerprint(table: Table) -> str:

@@ -11,16 +11,16 @@ from typing import Any
 from fedlora.adapters import ADAPTERS, LoRA
 from fedlora.engines.loop import Event, Watch
 from fedlora.files import save_json
-from fedlora.methods import METHODS, Method, for_finished_adapters, load_for_finished_adapters
+from fedlora.methods import METHODS, Method, load_merging_method, merging_methods
 from fedlora.registry import nearest
 from fedlora.runs.comparison import Cell, Compared, rows
-from fedlora.runs.config import Config, ConfigError, Table, build, merged
+from fedlora.runs.config import Config, ConfigError, Table, build, merge_tables
 from fedlora.runs.counterfactual import asked
 from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import check_same, run
-from fedlora.schema import construct_named
-from fedlora.text import plain_name
+from fedlora.schema import construct_by_name
+from fedlora.text import safe_filename
 
 CENTRALISED = "centralised"
 Done = Callable[[Cell], None]
@@ -45,16 +45,16 @@ def for_label(table: Table, label: str) -> Table:
     ``centralised``: one client with all the data and the cohort's steps.
     Where the method is not defined for the run's adapter, it gets one of its own kind with as many numbers.
     """
-    plain_name(label, "a compared run")
+    safe_filename(label, "a compared run")
     every = table.get("compare", {})
     base = {key: value for key, value in table.items() if key != "compare"}
     if label == CENTRALISED:
-        return merged(_centralised(base), every.get(label, {}))
+        return merge_tables(_centralised(base), every.get(label, {}))
     name = _method_of(label, every)
     own = _fitted(base, name)
     if table.get("method", {}).get("name") == name and own.get("adapter") == base.get("adapter"):
         own["method"] = table["method"]
-    return merged(own, every.get(label, {}))
+    return merge_tables(own, every.get(label, {}))
 
 
 def _fitted(table: Table, method: str) -> Table:
@@ -63,7 +63,7 @@ def _fitted(table: Table, method: str) -> Table:
     equal = {"weighting": "uniform"} if _by_client(table) else {}
     own = {**table, "method": {"name": method, **equal}}
     if not issubclass(ADAPTERS.load(given["name"]), kind.adapters):
-        adapter = kind.adapters[0].like(construct_named(ADAPTERS, "adapter", given))
+        adapter = kind.adapters[0].like(construct_by_name(ADAPTERS, "adapter", given))
         values = {key: value for key, value in asdict(adapter).items() if value is not None}
         own["adapter"] = {"name": ADAPTERS.name_of(type(adapter)), **values}
     return own
@@ -88,7 +88,7 @@ def _centralised(table: Table) -> Table:
     steps = {} if config.training.local_epochs else {"local_steps": _cohort_steps(config)}
     gone = ("clients", "method", *(["privacy"] if _by_client(table) else []))  # one client is hidden among no others
     own = {key: value for key, value in table.items() if key not in gone}
-    return merged({**_fitted(own, "fedit"), "clients": {"count": 1}}, {"training": steps})
+    return merge_tables({**_fitted(own, "fedit"), "clients": {"count": 1}}, {"training": steps})
 
 
 def _by_client(table: Table) -> bool:
@@ -146,7 +146,7 @@ def oracle(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    labels = labels or list(for_finished_adapters())
+    labels = labels or list(merging_methods())
     others = {label: replace(_asked(table, label), adapter=adapter) for label in labels}
     records = run(config, out, watch, lambda *round: asked(*round, others)).records
     found = [record["oracle"] for record in records]
@@ -160,7 +160,7 @@ def oracle(
 
 def _asked(table: Table, label: str) -> Method:
     """A method by its name with its defaults, or as ``[compare.LABEL]`` sets it."""
-    kind = load_for_finished_adapters(_method_of(label, table.get("compare", {})))
+    kind = load_merging_method(_method_of(label, table.get("compare", {})))
     set_here = table.get("compare", {}).get(label, {}).get("method")
     return build(for_label(table, label)).method if set_here else kind()
 
@@ -179,7 +179,7 @@ def executed(cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], No
 
 def execute(cell: Cell, watch: Callable[[Event], None] = lambda event: None, threads: int | None = None) -> Cell:
     """One run, in this process."""
-    table = merged(cell.table, {"engine": {"threads": threads}} if threads else {})
+    table = merge_tables(cell.table, {"engine": {"threads": threads}} if threads else {})
     config: Config = build(table)
     folder = None if cell.folder is None else Path(cell.folder)
     begun = folder is not None and (folder / CONFIG).exists()

@@ -12,7 +12,7 @@ from fedlora.methods._base import Method
 from fedlora.registry import Registry
 from fedlora.runs import privacy_compatibility as refusals
 from fedlora.runs.sections import Sections
-from fedlora.schema import ConfigError, Table, construct, typed
+from fedlora.schema import ConfigError, Table, check_type, construct
 from fedlora.security.attacks import ATTACKS
 from fedlora.security.robust import ROBUST_RULES
 from fedlora.tasks import TASKS
@@ -109,7 +109,7 @@ def resolve(config: Sections) -> Table:
 
     ``ConfigError`` for a section or a value that no TOML could have made.
     """
-    found: Table = {key: typed(key, getattr(config, key), int) for key in ("rounds", "seed")}
+    found: Table = {key: check_type(key, getattr(config, key), int) for key in ("rounds", "seed")}
     adapter = _section(config, "method").adapter
     objects = {s: adapter if s == "adapter" else _section(config, s) for s in SECTIONS}
     for section, value in ((k, v) for k, v in objects.items() if v is not None):

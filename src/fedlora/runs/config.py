@@ -26,15 +26,15 @@ from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import (
     ConfigError,
     Table,
+    apply_overrides,
+    check_keys,
+    check_type,
     construct,
-    construct_named,
+    construct_by_name,
     dumps,
-    known,
     load_class,
-    merged,
-    overridden,
+    merge_tables,
     read_table,
-    typed,
 )
 from fedlora.security.attacks import ATTACKS
 from fedlora.security.privacy import Privacy
@@ -47,8 +47,8 @@ from fedlora.training.local import Training
 from fedlora.training.peft_settings import OFF
 
 __all__ = [
-    "Config", "ConfigError", "ModelTable", "Table", "build", "construct", "dumps", "merged",
-    "overridden", "read", "read_table",
+    "Config", "ConfigError", "ModelTable", "Table", "apply_overrides", "build", "construct", "dumps", "merge_tables",
+    "read", "read_table",
 ]  # fmt: skip
 
 
@@ -71,21 +71,21 @@ class Config(Sections):
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A config from a TOML file; ``overrides`` are ``key=value`` with dotted keys and TOML values."""
-    return build(overridden(read_table(path), overrides))
+    return build(apply_overrides(read_table(path), overrides))
 
 
 def build(table: Table) -> Config:
     """Checks a table and builds its objects. ``ConfigError`` says what is wrong with it."""
     top = {"rounds": int, "seed": int}
-    known("", table, [*top, *SECTIONS, "track", "compare"])
+    check_keys("", table, [*top, *SECTIONS, "track", "compare"])
     for section in ("model", "task"):
         if section not in table:
             raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")
     _check_peft(table)
-    numbers = {key: typed(key, table[key], kind) for key, kind in top.items() if key in table}
+    numbers = {key: check_type(key, table[key], kind) for key, kind in top.items() if key in table}
     parts = {
         "model": construct(ModelTable, "model", _section(table, "model")),
-        "task": construct_named(TASKS, "task", _section(table, "task")),
+        "task": construct_by_name(TASKS, "task", _section(table, "task")),
         "method": _method(_section(table, "method", {"name": "fedit"}), table.get("adapter")),
         "clients": construct(Clients, "clients", _section(table, "clients")),
         "training": construct(Training, "training", _section(table, "training")),
@@ -149,9 +149,9 @@ def _method(table: Table, adapter_table: Any) -> Method:
 def _adapter(table: Any) -> Adapter:
     if not isinstance(table, dict):
         raise ConfigError(f'adapter is {table!r}; it is a table, e.g. adapter = {{ name = "lora", rank = 8 }}.')
-    return construct_named(ADAPTERS, "adapter", {"name": "lora", **table})
+    return construct_by_name(ADAPTERS, "adapter", {"name": "lora", **table})
 
 
 def _optional(registry: Registry, section: str, table: Table) -> Any:
     """The plug-in of a table that may be left out."""
-    return construct_named(registry, section, _section(table, section)) if section in table else None
+    return construct_by_name(registry, section, _section(table, section)) if section in table else None

@@ -14,7 +14,7 @@ from fedlora.adapters import LoRA
 from fedlora.linalg.geometry import distances, joint_cores, mean_principal_angle
 from fedlora.linalg.sums import Term, stack
 from fedlora.methods._base import Method
-from fedlora.rounds import Received, Rules, server_turn, weights_of
+from fedlora.rounds import Received, Rules, server_turn, upload_weights
 from fedlora.types import Layer, Tree, Work
 
 FACTORS = frozenset("AB")
@@ -36,7 +36,7 @@ def asked(rules: Rules, before: Tree, uploads: Sequence[Received], methods: Mapp
             "fedit."
         )
     ends = {part: [u.tree[part] for u in uploads] for part in parts}
-    weights = weights_of(rules[parts[0]], uploads)
+    weights = upload_weights(rules[parts[0]], uploads)
     equal = len({layer["A"].shape[-2] for layers in ends.values() for layer in layers}) == 1
     found: dict[str, Any] = {"methods": {}}
     for label, method in methods.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.runs.file_names import ERROR_LOG
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 MOST = 400  # characters of a library's own words that are repeated
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
@@ -70,11 +70,11 @@ def sentence(error: BaseException) -> str:
     """What a command says of an error. The traceback of an unexpected one is in a file then."""
     kept, text = keep_traceback(error), " ".join(_words(error).split())
     if kept is None:
-        return shown(text, len(text))
+        return display_safe(text, len(text))
     name = type(error).__name__
     return (
-        f"an unexpected {name} came from {kept.origin}{': ' if text else ''}{shown(text, MOST).rstrip('.')}; the "
-        f"traceback is in {kept.path!r}: please report it with that file."
+        f"an unexpected {name} came from {kept.origin}{': ' if text else ''}{display_safe(text, MOST).rstrip('.')}; "
+        f"the traceback is in {kept.path!r}: please report it with that file."
     )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from fedlora.adapters import Dense
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.record import RoundRecord
-from fedlora.files import load_tree, save_json, save_tree, swept, write
-from fedlora.rounds import public, received
+from fedlora.files import load_tree, remove_temporary_files, save_json, save_tree, write
+from fedlora.rounds import client_start, public_leaves
 from fedlora.runs.build import head_rule
 from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import (
@@ -32,7 +32,7 @@ from fedlora.runs.file_names import (
 from fedlora.runs.interrupt import FULL
 from fedlora.runs.result import Rounds
 from fedlora.schema import ConfigError, Table, dumps, read_table
-from fedlora.text import shown
+from fedlora.text import display_safe
 from fedlora.types import Factors, Tree, Turn
 
 NEEDED = (  # of a summary
@@ -133,7 +133,7 @@ class RunFolder(Rounds):
     @cached_property
     def shared(self) -> Tree:
         """The leaves that all clients share."""
-        return {part: public(layer) for part, layer in load_tree(self.path / SHARED).items()}
+        return {part: public_leaves(layer) for part, layer in load_tree(self.path / SHARED).items()}
 
     @cached_property
     def base_updates(self) -> Mapping[str, Factors]:
@@ -173,7 +173,7 @@ class RunFolder(Rounds):
             part: method if method.adapter.trainable & set(layer) else head_rule(method, Dense(frozenset(layer)))
             for part, layer in self.shared.items()
         }
-        return received(rules, self.shared, self.kept(client), Turn(self.config.rounds, client, budget))
+        return client_start(rules, self.shared, self.kept(client), Turn(self.config.rounds, client, budget))
 
     def network(self) -> nn.Module:
         """Load the pretrained network, with a head of the run's size."""
@@ -229,8 +229,8 @@ class RunFolder(Rounds):
     def remove_partial_files(self) -> None:
         """Remove what a killed process had begun to write."""
         for place in (self.path, self.path / BEST):
-            swept(place)
-            swept(place / CLIENTS)
+            remove_temporary_files(place)
+            remove_temporary_files(place / CLIENTS)
 
     def write_config(self, table: Table) -> None:
         """Write the resolved configuration."""
@@ -244,7 +244,7 @@ class RunFolder(Rounds):
         self, shared: Tree, kept: Mapping[int, Tree], base_updates: BaseUpdateLog, summary: Mapping[str, Any]
     ) -> None:
         """Write the model and, last, the summary."""
-        save_tree(self.path / SHARED, {part: public(layer) for part, layer in shared.items()})
+        save_tree(self.path / SHARED, {part: public_leaves(layer) for part, layer in shared.items()})
         if len(base_updates):
             save_tree(self.path / BASE_UPDATES, {part: f._asdict() for part, f in base_updates.total().items()})
         for client, tree in kept.items():
@@ -258,9 +258,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown(path)!r} is not readable JSON: {error}; it was cut short or edited.") from error
+        raise ValueError(
+            f"{display_safe(path)!r} is not readable JSON: {error}; it was cut short or edited."
+        ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{shown(path)!r} holds no table of names and values; it was edited.")
+        raise ValueError(f"{display_safe(path)!r} holds no table of names and values; it was edited.")
     return found
 
 
@@ -268,7 +270,9 @@ def _record(path: Path, count: int, line: str) -> RoundRecord:
     try:
         found: RoundRecord = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {count} of {shown(path)!r} is not readable JSON: {error}; it was edited.") from error
+        raise ValueError(
+            f"line {count} of {display_safe(path)!r} is not readable JSON: {error}; it was edited."
+        ) from error
     if not isinstance(found, dict) or not isinstance(found.get("round"), int):
-        raise ValueError(f"line {count} of {shown(path)!r} is no round's record; it was edited.")
+        raise ValueError(f"line {count} of {display_safe(path)!r} is no round's record; it was edited.")
     return found

@@ -17,7 +17,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Round, Watch, explain_overflow
 from fedlora.files import save_json
-from fedlora.rounds import received, worked
+from fedlora.rounds import client_start, client_work
 from fedlora.runs.compare import CENTRALISED, for_label
 from fedlora.runs.config import ConfigError, Table, build
 from fedlora.runs.file_names import PERSONAL
@@ -59,7 +59,7 @@ class Sides:
     def held(self, client: int) -> Tree:
         """What a client holds after the last round; a new one, what it would start from."""
         kept = self.run.kept(client) if client < self.f.clients.members else {}
-        return received(self.f.rules, self.run.shared, kept, self.f.turn(self.run.summary["rounds"], client))
+        return client_start(self.f.rules, self.run.shared, kept, self.f.turn(self.run.summary["rounds"], client))
 
     def tuned(self, client: int) -> Tree:
         """That after ``steps`` steps on its own training rows, of what the method would train in its next turn.
@@ -72,7 +72,7 @@ class Sides:
             f.training, local_steps=self.steps, local_epochs=None, schedule="constant", warmup=0.0, keep_optimizer=False
         )
         trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[client], training, turn, f.rounds)
-        return {part: work.end for part, work in worked(f.rules, self.held(client), turn, trainer).items()}
+        return {part: work.end for part, work in client_work(f.rules, self.held(client), turn, trainer).items()}
 
     def columns(self, clients: Iterable[int]) -> dict[str, By | None]:
         """The run's own models."""

@@ -9,7 +9,7 @@ from rich.progress import Progress as Bar
 
 from fedlora.engines.loop import Event
 from fedlora.runs.comparison import Cell
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 NOTE = 4000  # characters of one line
 
@@ -62,9 +62,9 @@ class Progress(_Live):
 def told(event: Event) -> str:
     """An event with something to say, as a line; a note is of no round."""
     if event.kind == "note":
-        return shown(event.text, NOTE)
+        return display_safe(event.text, NOTE)
     who = "" if event.client is None else f", client {event.client}"
-    return f"round {event.round + 1}{who}: {shown(event.text, NOTE)}"
+    return f"round {event.round + 1}{who}: {display_safe(event.text, NOTE)}"
 
 
 class Lines:

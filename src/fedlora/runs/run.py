@@ -21,7 +21,7 @@ from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json
 from fedlora.runs import attendance
 from fedlora.runs.callbacks import Start
-from fedlora.runs.config import Config, ConfigError, Table, merged
+from fedlora.runs.config import Config, ConfigError, Table, merge_tables
 from fedlora.runs.data_distribution import holdings, labels
 from fedlora.runs.error_log import tracebacks_in
 from fedlora.runs.file_names import CONFIG, ROWS
@@ -122,7 +122,7 @@ def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> C
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:
     """The table that repeats a run from any folder, on any machine."""
-    return _with_absolute_paths(merged(config.table, {"training": {"precision": f.training.precision}}))
+    return _with_absolute_paths(merge_tables(config.table, {"training": {"precision": f.training.precision}}))
 
 
 def _with_absolute_paths(table: Table) -> Table:

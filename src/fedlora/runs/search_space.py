@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from fedlora.schema import ConfigError, overridden
-from fedlora.seeds import derived
+from fedlora.schema import ConfigError, apply_overrides
+from fedlora.seeds import derive_seed
 
 Values = dict[str, Any]  # dotted key -> the value that a trial gives it
 OWN = "compare."  # begins a key that is one method's alone: compare.METHOD.KEY
@@ -104,7 +104,7 @@ def alternatives(key: str, text: str) -> list[Any]:
     parts = _parted(text)
     if not all(part.strip() for part in parts):
         raise ConfigError(f"the values of {key} are {text!r}; one of them is empty.")
-    found = [overridden({}, [f"x={part.strip()}"])["x"] for part in parts]
+    found = [apply_overrides({}, [f"x={part.strip()}"])["x"] for part in parts]
     if len({repr(value) for value in found}) < len(found):
         raise ConfigError(f"the values of {key} are {text!r}; one of them stands there twice.")
     return found
@@ -127,7 +127,7 @@ def _range(key: str, text: str) -> Range | None:
     found = RANGE.fullmatch(text)
     if found is None:
         return None
-    low, high = (overridden({}, [f"x={end}"])["x"] for end in found.groups()[:2])
+    low, high = (apply_overrides({}, [f"x={end}"])["x"] for end in found.groups()[:2])
     log = bool(found[3])
     if not all(isinstance(end, int | float) for end in (low, high)) or not low < high or (log and low <= 0):
         raise ConfigError(f"{key} is {text!r}; a range goes from a smaller to a larger number, with :log from above 0.")
@@ -135,7 +135,7 @@ def _range(key: str, text: str) -> Range | None:
 
 
 def _drawn(own: Mapping[str, Sequence[Any] | Range], trials: int, seed: int) -> list[Values]:
-    draws, found = random.Random(derived(seed, "sweep")), list[Values]()
+    draws, found = random.Random(derive_seed(seed, "sweep")), list[Values]()
     for _ in range(trials):
         for _ in range(ATTEMPTS):
             point = {k: v.draw(draws) if isinstance(v, Range) else draws.choice(list(v)) for k, v in own.items()}

@@ -15,10 +15,10 @@ from fedlora.files import save_json, write
 from fedlora.runs.attendance import over
 from fedlora.runs.compare import executed, for_label
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import ConfigError, Table, build, dumps, merged, overridden
+from fedlora.runs.config import ConfigError, Table, apply_overrides, build, dumps, merge_tables
 from fedlora.runs.run import check_same
 from fedlora.runs.search_space import Grid, Values
-from fedlora.schema import at, difference, placed, without
+from fedlora.schema import get_key, remove_key, set_keys, table_difference
 from fedlora.tasks.data import rows as source
 
 REPORT, CHOSEN = "sweep.json", "chosen.toml"
@@ -57,7 +57,7 @@ class Sweep:
         ``labels`` are as of a comparison; none: the table's own method. ``ConfigError`` says what is wrong.
         """
         grid = Grid.read(overrides)
-        table = overridden(table, grid.fixed)
+        table = apply_overrides(table, grid.fixed)
         own = table.get("method", {}).get("name", "fedit")
         labels, seeds = list(dict.fromkeys(labels or [own])), list(dict.fromkeys(seeds))
         split = validation_split(table, holdout)
@@ -80,7 +80,7 @@ class Sweep:
 
     def asked(self, trial: Trial, seed: int) -> Table:
         """A trial as it is run: on validation rows, with one evaluation at its end."""
-        return merged({**trial.table, "seed": seed}, {"task": {"test_split": self.split}, **CHEAP})
+        return merge_tables({**trial.table, "seed": seed}, {"task": {"test_split": self.split}, **CHEAP})
 
     def cells(self, folder: Path) -> list[Cell]:
         """Every run, each with a folder of its own."""
@@ -196,9 +196,9 @@ class Sweep:
         for row in found["methods"]:
             if row["chosen"] is not None:
                 trial = next(t for t in self.trials if (t.label, t.number) == (row["method"], row["chosen"]))
-                base = for_label(without(self.table, ["compare", trial.label]), trial.label)
-                said = {key: value for key, value in trial.values.items() if at(trial.table, key) == value}
-                tables[trial.label] = placed(difference(trial.table, base), said)
+                base = for_label(remove_key(self.table, ["compare", trial.label]), trial.label)
+                said = {key: value for key, value in trial.values.items() if get_key(trial.table, key) == value}
+                tables[trial.label] = set_keys(table_difference(trial.table, base), said)
         return {**self.table, "compare": {**self.table.get("compare", {}), **tables}}
 
 
@@ -209,12 +209,12 @@ def tried(table: Table, label: str, values: Values) -> Table:
     """
     own = {key: value for key, value in values.items() if key.startswith("method.")}
     rest = {key: value for key, value in values.items() if key not in own}
-    table = placed(table, rest)
+    table = set_keys(table, rest)
     tuned = table.get("compare", {}).get(label, {})
     for key in values:
-        tuned = without(tuned, key.split("."))
+        tuned = remove_key(tuned, key.split("."))
     table = {**table, "compare": {**table.get("compare", {}), label: tuned}}
-    return placed(for_label(table, label), own)
+    return set_keys(for_label(table, label), own)
 
 
 def validation_split(table: Table, share: float | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeVar
 
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -106,7 +106,7 @@ def _kind(column: Column) -> str:
 
 def _safe(value: object) -> str:
     text = str(value)
-    return escape(shown(text, len(text)), quote=True)
+    return escape(display_safe(text, len(text)), quote=True)
 
 
 @dataclass(frozen=True)

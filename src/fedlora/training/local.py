@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.rounds import Rules
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Batch, Examples, Shard, Task
 from fedlora.training.model import Model
 from fedlora.types import Tree, Turn
@@ -122,7 +122,7 @@ class LocalTrainer:
         """The gradient at ``start`` on the first batch of this turn, without dropout."""
         self.model.load(start)
         self.model.network.eval()
-        rows = next(batches(self.examples, self.shard.train, self.training, derived(self.turn.seed, "gradient")))
+        rows = next(batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "gradient")))
         batch = self.batch(rows)
         return self.model.gradient(lambda network: self.task.loss(network, batch))
 
@@ -150,8 +150,8 @@ class LocalTrainer:
 
     def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
         steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
-        stream = batches(self.examples, self.shard.train, self.training, derived(self.turn.seed, "batches"))
-        draws = torch.Generator().manual_seed(derived(self.turn.seed, "augmentation"))
+        stream = batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
+        draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))
         losses = []
         for step in range(steps):
             for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from fedlora.adapters import Adapter, Dense
 from fedlora.linalg.factors import compact, total
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.training.targets import adapted, trained_in_full
 from fedlora.types import Factors, Layer, Tree
 
@@ -138,7 +138,7 @@ class Model:
         for path, part in self.parts.items():
             if isinstance(part.module, Adapted):
                 m, n = shape(part.module.base)
-                leaves = part.adapter.init(m, n, derived(seed, "adapter", path))
+                leaves = part.adapter.init(m, n, derive_seed(seed, "adapter", path))
                 if path in self._started:
                     leaves = part.adapter.around(self._started[path], leaves)
                 for x in leaves.values():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.files import Header, RefusedHeaderError, read_header, serialize, write
-from fedlora.text import shown
+from fedlora.text import display_safe
 from fedlora.training.base_model import Base
 from fedlora.training.peft_keys import PREFIX, Keys, read_keys
 from fedlora.training.peft_settings import CONFIG, pattern_for, plain_settings, read_settings
@@ -177,7 +177,8 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
         return tuple(str(names[str(number)]) for number in range(len(names)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{str(file)!r} does not say what the labels are called ({shown(error, 100)}); copy it anew, or remove it."
+            f"{str(file)!r} does not say what the labels are called ({display_safe(error, 100)}); copy it anew, or "
+            "remove it."
         ) from error
 
 

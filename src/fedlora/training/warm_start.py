@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from fedlora.methods._base import Method
-from fedlora.rounds import Rules, received
-from fedlora.text import shown
+from fedlora.rounds import Rules, client_start
+from fedlora.text import display_safe
 from fedlora.training.base_model import Base, same_base
 from fedlora.training.model import Model
 from fedlora.training.peft_folder import AdapterFolder
@@ -35,7 +35,7 @@ def begin(
     whole = {path: layer for path, layer in found.modules().items() if not _is_own(model, path, layer)}
     model.start({part: found.lora(part).delta(found.layer(part)) for part in found.shapes}, whole)
     shared = model.initial(seed)
-    own = received(rules, shared, {}, Turn(0, 0, method.adapter.budget))
+    own = client_start(rules, shared, {}, Turn(0, 0, method.adapter.budget))
     for part in found.shapes:
         if not torch.equal(*(method.adapter.delta(tree[part]).U for tree in (shared, own))):
             raise ValueError(
@@ -68,8 +68,8 @@ def _check_base(found: AdapterFolder, name: str) -> None:
 def _check_labels(found: AdapterFolder, labels: Sequence[str]) -> None:
     if found.labels is not None and labels and list(found.labels) != list(labels):
         raise ValueError(
-            f"model.start was trained for the labels {shown(', '.join(found.labels), 100)}, and the run has "
-            f"{shown(', '.join(labels), 100)}; set task.label_names to those of model.start, in their order."
+            f"model.start was trained for the labels {display_safe(', '.join(found.labels), 100)}, and the run has "
+            f"{display_safe(', '.join(labels), 100)}; set task.label_names to those of model.start, in their order."
         )
 
 

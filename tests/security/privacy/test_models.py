@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.engines.client_turn import ClientTurn
-from fedlora.runs.config import build, merged, overridden
+from fedlora.runs.config import apply_overrides, build, merge_tables
 from fedlora.security.privacy import per_sample_gradients
 from tests.fixtures.federation import TABLE, WEIGHTS
 
@@ -17,7 +17,7 @@ LEVEL = {
 
 def agree(table, *overrides, rows=4):
     """The gradients of a few rows at once against the gradient of each row alone."""
-    f = build(overridden(merged(LEVEL, table), list(overrides))).federation()
+    f = build(apply_overrides(merge_tables(LEVEL, table), list(overrides))).federation()
     trainer = ClientTurn(f, f.turn(0, 0)).build_trainer()
     draws = torch.Generator().manual_seed(0)
     tree = {p: {leaf: x + 0.05 * torch.randn(x.shape, generator=draws) if leaf in f.model.parts[p].adapter.trainable else x for leaf, x in layer.items()} for p, layer in f.model.initial(0).items()}  # fmt: skip

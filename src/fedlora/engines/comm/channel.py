@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog
 from fedlora.engines.comm.compression import Compression
 from fedlora.engines.comm.encoding import SAID
-from fedlora.rounds import public
+from fedlora.rounds import public_leaves
 from fedlora.types import Tree
 
 Kind = Literal["adapter", "head", "base_update"]
@@ -160,7 +160,7 @@ class Channel:
     def _note(self, tree: Tree) -> dict[tuple[str, str], int]:
         """The version number of each leaf; a leaf that is another object than before gets the next number."""
         for part, layer in tree.items():
-            for leaf, x in public(layer).items():  # the server's own notes stay with it
+            for leaf, x in public_leaves(layer).items():  # the server's own notes stay with it
                 known, version = self._versions.get((part, leaf), (x, 0))
                 after = int(layer[SAID + leaf]) if SAID + leaf in layer else version + 1  # a codec counts by itself
                 self._versions[part, leaf] = (x, version if known is x else after)

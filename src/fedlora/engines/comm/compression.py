@@ -34,7 +34,7 @@ from fedlora.engines.comm.encoding import (
     with_owed,
 )
 from fedlora.methods._base import Method
-from fedlora.rounds import Rules, public, received
+from fedlora.rounds import Rules, client_start, public_leaves
 from fedlora.schema import construct
 from fedlora.types import Factors, Layer, Tree, Turn
 
@@ -124,7 +124,7 @@ class Compression:
         """What crosses of what the method sends, and with it what the server will have and what the client owes."""
         if self.upward is None:
             return Crossed(sent, sent, stays)
-        start = received(rules, shared, {}, turn)
+        start = client_start(rules, shared, {}, turn)
         crosses: dict[str, Layer] = {}
         decoded: dict[str, Layer] = {}
         rest: dict[str, Layer] = {}
@@ -158,7 +158,7 @@ class Compression:
         """What a client sent, from what crossed. ``ValueError`` where that is no encoding of such a leaf."""
         if self.upward is None:
             return crossed
-        start = received(rules, shared, {}, turn)
+        start = client_start(rules, shared, {}, turn)
         return {part: self._arrived(part, layer, start.get(part, {})) for part, layer in crossed.items()}
 
     def _arrived(self, part: str, layer: Layer, start: Layer) -> Layer:
@@ -181,7 +181,7 @@ class Compression:
 
     def _said(self, part: str, before: Layer, after: Layer, seed: int) -> Layer:
         found = dict(after)
-        for leaf, x in public(after).items():
+        for leaf, x in public_leaves(after).items():
             if x is before.get(leaf) or not codable(x):
                 continue
             found |= self._leaf(f"{part}/{leaf}", leaf, x, before, seed)

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.types import Layer
 
 MARK, SHAPE = "@", "shape"  # an encoded leaf's fields are LEAF@FIELD; SHAPE where it is not that of its start
@@ -17,7 +17,7 @@ def codable(x: Tensor) -> bool:
 
 def draws(seed: int, direction: str, name: str) -> Generator:
     """The generator for one leaf in one direction."""
-    return Generator().manual_seed(derived(seed, direction, name))
+    return Generator().manual_seed(derive_seed(seed, direction, name))
 
 
 def with_owed(x: Tensor, owed: Tensor | None) -> Tensor:

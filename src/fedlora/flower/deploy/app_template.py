@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tomli_w
 
-from fedlora.files import absent, write
+from fedlora.files import check_new_folder, write
 from fedlora.runs.config import Config, dumps
 
 PYPROJECT = {
@@ -37,7 +37,7 @@ def write_app(folder: str | Path, config: Config, out: str | Path | None = None)
     every machine has fedlora installed, and Flower installs nothing when a message comes. Returns the folder;
     ``ValueError`` where it would overwrite something.
     """
-    path = absent(folder)
+    path = check_new_folder(folder)
     name = re.sub(r"[^a-z0-9]+", "_", path.name.lower()).strip("_") or "federation"
     name = name if name[0].isalpha() else f"app_{name}"
     title = f"{config.method.title} for {config.clients.members} parties, by fedlora"

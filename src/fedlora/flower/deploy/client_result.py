@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.federation import Federation
-from fedlora.files import absent
+from fedlora.files import check_new_folder
 from fedlora.flower.client_store import ClientStore, StoredState
 from fedlora.flower.wire import overlay
 from fedlora.runs.config import Config, ConfigError
@@ -22,7 +22,7 @@ def write_result(
 
     ``config`` is the federation's, with this machine's own settings. ``ConfigError`` where the client has no state.
     """
-    folder = absent(out)
+    folder = check_new_folder(out)
     if not 0 <= client < config.clients.members:
         raise ConfigError(
             f"there is no client {client}; the federation has the clients 0 to {config.clients.members - 1}."

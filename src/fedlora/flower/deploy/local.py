@@ -43,7 +43,7 @@ from fedlora.flower.deploy.processes import (
 )
 from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 SUPERLINK = "superlink"
 LAPSE = 70.0  # seconds; Flower holds a node for alive until two heartbeats, of 30 seconds, are due
@@ -337,7 +337,9 @@ def _find_error(node: Mapping[str, Any], before: Mapping[Path, int]) -> str:
         return ""
     new = path.read_bytes()[before.get(path, 0) :].decode(errors="replace").splitlines()
     errors = [line for line in new if ERROR.match(line)]
-    return f"Client {read_client(node)}'s log, {path}, ends with {shown(errors[-1], LONGEST)!r}." if errors else ""
+    return (
+        f"Client {read_client(node)}'s log, {path}, ends with {display_safe(errors[-1], LONGEST)!r}." if errors else ""
+    )
 
 
 def _read_tables(path: Path) -> list[dict[str, Any]]:

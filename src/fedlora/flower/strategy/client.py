@@ -18,7 +18,7 @@ from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import find_lora_layers, fold
 from fedlora.flower.strategy.peft_state import MARK, Adapter, encode_mark, read_tensor, split_arrays
 from fedlora.methods._base import Method
-from fedlora.rounds import Rules, public
+from fedlora.rounds import Rules, public_leaves
 from fedlora.types import Layer, Tree, Turn, Work
 
 
@@ -136,7 +136,8 @@ class ModelTurn:
         """The leaves at the turn's start, in the server's scale."""
         kept = self.node.load()
         return {
-            p: public(r.receive(self.shared.tree[p], kept.get(p, {}), self._turn(p))) for p, r in self.rules.items()
+            p: public_leaves(r.receive(self.shared.tree[p], kept.get(p, {}), self._turn(p)))
+            for p, r in self.rules.items()
         }
 
     @cached_property

@@ -15,7 +15,7 @@ from fedlora.methods import METHODS, Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.registry import name_or_nearest
-from fedlora.rounds import Rules, public
+from fedlora.rounds import Rules, public_leaves
 from fedlora.runs.config import construct
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Layer, Turn, Upload, Work
@@ -154,7 +154,7 @@ def select_sent(rule: Method, round: int) -> frozenset[str]:
     rule = rule if dense else replace(rule, adapter=PROBE)
     layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else _probe(1)
     turn = Turn(round, 0, 1)
-    start = public(rule.receive(layer, {}, turn))
+    start = public_leaves(rule.receive(layer, {}, turn))
     return frozenset(rule.send(Work(start, start, select_trained(rule, start, turn)), turn))
 
 

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fedlora.files import RefusedHeaderError
-from fedlora.text import shown
+from fedlora.text import display_safe
 from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
 from fedlora.types import Factors, Layer, Tree
 
@@ -119,8 +119,8 @@ def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
         size *= count
     if dtype.kind not in NUMBERS or tuple(header_shape) != tuple(shape) or size != len(data) - stream.tell():
         raise RefusedHeaderError(
-            f"it says {shown(tuple(shape), 60)}, its header {shown(header_shape, 60)} of {dtype.kind}{dtype.itemsize}, "
-            f"and it has {len(data) - stream.tell()} bytes"
+            f"it says {display_safe(tuple(shape), 60)}, its header {display_safe(header_shape, 60)} of "
+            f"{dtype.kind}{dtype.itemsize}, and it has {len(data) - stream.tell()} bytes"
         )
 
 

@@ -18,11 +18,11 @@ from fedlora.flower.strategy.instructions import select_sent
 from fedlora.flower.strategy.peft_state import MARK, Adapter, parse_keys, read_mark, read_tensor
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
-from fedlora.schema import construct, construct_named
+from fedlora.schema import construct, construct_by_name
 from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import RobustAggregator, reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
@@ -170,7 +170,7 @@ def read_rule(robust: str | Mapping[str, Any] | None, method: Method) -> RobustA
     table = {"name": robust} if isinstance(robust, str) else dict(robust)
     if not isinstance(table.get("name"), str):
         raise ValueError(f"robust names no rule; give one of {', '.join(ROBUST_RULES.names())}.")
-    found: RobustAggregator = construct_named(ROBUST_RULES, "robust", table)
+    found: RobustAggregator = construct_by_name(ROBUST_RULES, "robust", table)
     found.check(method, hidden=False)
     return found
 
@@ -220,4 +220,4 @@ class Guard:
     def _turn(self, upload: Received, node: int) -> Turn:
         """The turn with the seed of the node's instructions: where a method starts afresh, it draws from it."""
         turn = upload.turn
-        return replace(turn, seed=derived(self.seed, "turn", turn.round, node))
+        return replace(turn, seed=derive_seed(self.seed, "turn", turn.round, node))

@@ -25,8 +25,8 @@ from fedlora.flower.strategy.replies import (
     read_weight,
     select_alike,
 )
-from fedlora.rounds import Received, Rules, Served, public, server_turn
-from fedlora.seeds import derived
+from fedlora.rounds import Received, Rules, Served, public_leaves, server_turn
+from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
@@ -159,7 +159,7 @@ class FedLoRA(FedAvg):
             )
         for part, rank in ranks.items():
             rule, layer = self._rules[part], self._shared.tree[part]
-            start = public(rule.receive(layer, {}, Turn(0, 0, rank)))
+            start = public_leaves(rule.receive(layer, {}, Turn(0, 0, rank)))
             if not torch.allclose(rule.adapter.delta(start).dense(), rule.adapter.delta(layer).dense(), atol=1e-6):
                 raise ValueError(
                     f"{rule.title} begins every turn afresh and would lose the update that the initial arrays hold at "
@@ -177,7 +177,7 @@ class FedLoRA(FedAvg):
                     {part: f[0] for part, f in self._log.missing_sum(first).items()} if first < len(self._log) else {}
                 )
                 records[first] = ArrayRecord(encode_base_updates(missed))
-            seed = derived(self.recipe.seed, "turn", round, node)
+            seed = derive_seed(self.recipe.seed, "turn", round, node)
             instructions = Instructions(
                 self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
             )

@@ -7,7 +7,7 @@ from fedlora.reporting.digest import PHASES
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables.by_round import RUN, metric_of
 from fedlora.runs.table import Column, Table, group_by, mean_std
-from fedlora.text import shown
+from fedlora.text import display_safe
 
 CLIENT = Column("client", "client")
 SIDES = {  # of `fedlora personal`
@@ -53,9 +53,9 @@ def worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str
 def labels(runs: Sequence[Run]) -> Table:
     """How many training rows of each label every client has, in the first run that says so."""
     run = next((run for run in runs if run.rows and run.rows.get("labels")), None)
-    names = [] if run is None else [shown(name, 60) for name in (run.rows or {})["labels"]]
+    names = [] if run is None else [display_safe(name, 60) for name in (run.rows or {})["labels"]]
     rows = [
-        {"client": shown(client, 60), "target": name, "rows": int(count)}
+        {"client": display_safe(client, 60), "target": name, "rows": int(count)}
         for client, own in ((run.rows or {})["clients"] if run else {}).items()
         for name, count in zip(names, own["labels"])
     ]
@@ -72,7 +72,7 @@ def sent(runs: Sequence[Run]) -> Table:
         for direction, part in sorted({key for run in own for key in run.digest.bytes}, reverse=True):
             found = mean_std(run.digest.bytes.get((direction, part), 0.0) for run in own)
             assert found is not None, "there are runs"
-            rows.append({"label": label, "direction": direction, "part": shown(part, 60), "mb": found.mean})
+            rows.append({"label": label, "direction": direction, "part": display_safe(part, 60), "mb": found.mean})
     columns = (RUN, Column("direction", "direction"), Column("part", "part"), Column("mb", "MB", 3))
     return Table(
         "bytes", "Megabytes up and down, by part", columns, rows, "All rounds and clients; tensors that crossed."

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.engines.federation import Federation
 from fedlora.runs.plan.footprint import Cost, interpolated
 from fedlora.runs.plan.meta_model import MetaModel
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Examples
 from fedlora.training.local import batches
 
@@ -44,7 +44,7 @@ class Shapes:
     def add(self, f: Federation, number: int, client: int, examples: Examples) -> None:
         """One client's turn."""
         rows, training, self.turns = f.shards[client].train, f.training_of(number, client), self.turns + 1
-        stream = batches(examples, rows, training, derived(f.turn(number, client).seed, "batches"))
+        stream = batches(examples, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
         for _ in range(training.steps(len(rows)) * training.accumulation_steps):
             some = next(stream)
             width = int(examples.lengths[some].max())

@@ -20,7 +20,7 @@ from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import ServerState
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn
 from fedlora.runs.plan.memory import Live
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.training.model import Model, shape
 from fedlora.types import Factors, Layer, Tree, Turn
 
@@ -174,7 +174,7 @@ class _Moves:
         if x.is_meta:
             return torch.empty_like(x)
         assert self.turn is not None
-        draws = torch.Generator().manual_seed(derived(self.turn.seed, "stand-in", self.seed))
+        draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "stand-in", self.seed))
         away = STEP * torch.rand(x.shape, generator=draws)
         return torch.where(x == 0, away, x / 2) if self.shrinks else x + torch.where(x < 0, -away, away)
 

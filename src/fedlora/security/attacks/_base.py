@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedlora.methods._base import Method
-from fedlora.rounds import Received, Rules, received
-from fedlora.seeds import derived
+from fedlora.rounds import Received, Rules, client_start
+from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Task
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.types import Layer, Tree, Turn
@@ -56,7 +56,7 @@ class Attack:
     def prepare(self, task: Task, model: str, count: int, seed: int) -> Self:
         """Draws the clients, and gets from the task's model what the attack needs, such as a word's tokens."""
         if self.clients is None:
-            draws = torch.Generator().manual_seed(derived(seed, "attackers"))
+            draws = torch.Generator().manual_seed(derive_seed(seed, "attackers"))
             many = int(self.share * count + 1e-9)  # 0.3 of 10 is 3
             return replace(self, clients=sorted(torch.randperm(count, generator=draws)[:many].tolist()))
         if unknown := [client for client in self.clients if client >= count]:
@@ -100,7 +100,7 @@ def alter_upload(attack: Attack | None, rules: Rules, shared: Tree, kept: Tree, 
     """Returns a client's upload after its turn: the method's own, or an attacker's."""
     if attack is None or not attack.is_attack(turn):
         return sent
-    return attack.alter(rules, received(rules, shared, kept, turn), sent, turn)
+    return attack.alter(rules, client_start(rules, shared, kept, turn), sent, turn)
 
 
 def scale_change(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.security.attacks._base import Attack
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Gaussian(Attack):
         """The served leaves plus noise from the turn's seed."""
         return {
             part: {
-                leaf: self._add_noise(start[part][leaf], x, derived(turn.seed, "noise", part, leaf))
+                leaf: self._add_noise(start[part][leaf], x, derive_seed(turn.seed, "noise", part, leaf))
                 for leaf, x in layer.items()
             }
             for part, layer in sent.items()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.security.attacks._base import Attack
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.types import Layer, Turn
 
 
@@ -48,6 +48,6 @@ class Rescale(Attack):
         if self.how == "scale":
             return {"A": layer["A"] / self.scale, "B": layer["B"] * self.scale}
         r = layer["A"].shape[-2]
-        draws = torch.Generator().manual_seed(derived(turn.seed, "frame", part))
+        draws = torch.Generator().manual_seed(derive_seed(turn.seed, "frame", part))
         T = torch.linalg.qr(torch.randn(r, r, generator=draws))[0].to(layer["A"])
         return {"A": T.mT @ layer["A"], "B": layer["B"] @ T}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.rounds import Received, Rules, Served, received
+from fedlora.rounds import Received, Rules, Served, client_start
 from fedlora.security.privacy.noise import Stream
 from fedlora.types import Layer, Tree, Turn, Work
 
@@ -23,7 +23,7 @@ def starting_leaves(rules: Rules, shared: Tree, turn: Turn) -> dict[str, dict[st
 
     They depend on the seed and on the served tree, and on no client's rows.
     """
-    start = received(rules, shared, {}, turn)
+    start = client_start(rules, shared, {}, turn)
     found: dict[str, dict[str, Tensor]] = {}
     for part, rule in rules.items():
         trained = rule.trains(start[part], turn, _refuse_gradient)

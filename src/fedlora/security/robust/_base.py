@@ -19,7 +19,7 @@ from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, shares
 from fedlora.security.validation.expected import build_upload_spec
 from fedlora.security.validation.update_norms import gram_matrix
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.types import Tree
 
 
@@ -117,7 +117,7 @@ def reweigh_uploads(
     if len(ordered) < ENOUGH:
         return [], {"kept": [], "why": f"{len(ordered)} uploads; a robust aggregator needs {ENOUGH}"}
     w = torch.tensor(shares(method, [u.examples for u in ordered]), dtype=torch.float64)
-    updates = UpdateGeometry(gram_matrix(rules, shared, ordered), w, derived(seed, "robust", number))
+    updates = UpdateGeometry(gram_matrix(rules, shared, ordered), w, derive_seed(seed, "robust", number))
     factors, shrinkage = aggregator.judge(updates)
     found: list[Received] = []
     for upload, factor, share in zip(

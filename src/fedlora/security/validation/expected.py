@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapters import Dense
 from fedlora.methods._base import Method
-from fedlora.rounds import Rules, received
+from fedlora.rounds import Rules, client_start
 from fedlora.types import Layer, Tree, Turn, Work
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,7 +79,7 @@ class UploadSpecs:
 
 def build_upload_spec(rules: Rules, shared: Tree, turn: Turn) -> UploadSpec:
     """Computes the spec of the upload of this turn."""
-    start, exact = received(rules, shared, {}, turn), True
+    start, exact = client_start(rules, shared, {}, turn), True
     sent, products = {}, set()
     for part, rule in rules.items():
         trained, known = _trained_leaves(rule, start[part], turn)

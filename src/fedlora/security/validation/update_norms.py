@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlora.adapters import Adapter
 from fedlora.linalg.geometry import difference, inner_products, squared_norm
-from fedlora.rounds import Received, Rules, alike, batches, stacked
+from fedlora.rounds import Received, Rules, group_by_shape, split_group, stack_layers
 from fedlora.security.validation.expected import LARGEST, CheckedUpload, UploadSpecs, check_finite, check_upload
 from fedlora.types import Factors, Layer, Tree
 
@@ -109,11 +109,11 @@ def update_norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree,
             square += sum(moved.leaves[part] for part in parts)
             continue
         sent = {part: tree[part] for part in parts}
-        for group in alike(parts, lambda part, sent=sent: [sent[part]]):  # type: ignore[misc]
-            for some in batches(group, sum(x.numel() for x in sent[group[0]].values())):
-                ends = stacked([sent[part] for part in some])
+        for group in group_by_shape(parts, lambda part, sent=sent: [sent[part]]):  # type: ignore[misc]
+            for some in split_group(group, sum(x.numel() for x in sent[group[0]].values())):
+                ends = stack_layers([sent[part] for part in some])
                 device = next(iter(ends.values())).device
-                starts = {leaf: x.to(device) for leaf, x in stacked([start[part] for part in some]).items()}
+                starts = {leaf: x.to(device) for leaf, x in stack_layers([start[part] for part in some]).items()}
                 square += float(squared_norm(_update(rule.adapter, starts, ends)).sum())
     return float(square**0.5)
 

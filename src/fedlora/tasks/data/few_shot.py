@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.templates import Segment
 from fedlora.tasks.data.tokens import tokens
@@ -82,7 +82,7 @@ def shots(
                 f"task.shots is {count}, but there are only {len(rows)} training rows{among}; "
                 f"lower task.shots{instead}."
             )
-        draws = torch.Generator().manual_seed(derived(seed, "shots", kind))
+        draws = torch.Generator().manual_seed(derive_seed(seed, "shots", kind))
         some = [rows[i] for i in torch.randperm(len(rows), generator=draws)[:count].tolist()]
         made[kind] = "".join("".join(text for text, _ in train[i]) + BETWEEN for i in some)
     return [made[kind] for kind in wanted]

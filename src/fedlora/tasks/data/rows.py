@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.registry import nearest
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 from fedlora.tasks.data.sources import DIGITS, ONLY, load
 from fedlora.tasks.data.tables import TextFormat
 
@@ -44,13 +44,13 @@ def splits(
     name, marked, share = tests[0].rpartition(OF)
     if marked and name == train:
         rows, _ = splits(data, config, train, [ANY], seed, form)
-        return _cut(rows, _share(share, len(rows)), derived(seed, "validation rows"))
+        return _cut(rows, _share(share, len(rows)), derive_seed(seed, "validation rows"))
     found = load(data, config, form)
     if train not in tests and (set(found) == {ONLY} or (set(found) == {train} and tuple(tests) == (TEST,))):
         (rows,) = found.values()
         if len(rows) < 2:
             raise ValueError(f"{data!r} holds {len(rows)} row; it is cut into training and test rows and needs 2.")
-        return _cut(rows, HELD_OUT, derived(seed, "held out"))
+        return _cut(rows, HELD_OUT, derive_seed(seed, "held out"))
     pairs = [("train_split", train), *(("test_split", train if test == ANY else test) for test in tests)]
     for key, split in pairs:
         if split not in found:
@@ -181,7 +181,7 @@ def subset(split: Any, rows: int | None, keep: Collection[Any] | None, label: st
         values = column(split, label, "task.label")
         split = split.select([i for i, value in enumerate(values) if value in keep])
     if rows is not None and rows < len(split):
-        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derived(seed, "rows", what)))
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, "rows", what)))
         split = split.select(sorted(order[:rows].tolist()))
     if len(split) == 0:
         raise ValueError(

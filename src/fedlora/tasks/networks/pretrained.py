@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedlora.seeds import derived
+from fedlora.seeds import derive_seed
 
 DEMO = "demo-vit"  # the small ViT that ships with the library
 IDS = ("input_ids", "prompts", "source", "target")  # features that hold token numbers
@@ -136,7 +136,7 @@ def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
     """
     loading = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
     with torch.random.fork_rng([]):
-        torch.manual_seed(derived(seed, "network"))
+        torch.manual_seed(derive_seed(seed, "network"))
         try:
             found, report = quietly(auto, model, num_labels=labels, **loading)
         except ValueError as error:
