@@ -65,10 +65,10 @@ Ended = tuple[Path, Callable[[int], Tree]]  # a run's folder, and what a client 
 
 
 def _grid(config: Config, place: Path) -> Ended:
-    from fedlora.flower.serve import serve
+    from fedlora.flower.serve import run_server
 
     grid = MemoryGrid(build_simulated_app(config.table, place), {10 + k: {"client": k} for k in range(CLIENTS)})
-    serve(replace(config, flower=replace(config.flower, poll=0.001)), grid, place / "run")
+    run_server(replace(config, flower=replace(config.flower, poll=0.001)), grid, place / "run")
     return place / "run", _own(place / "run", lambda client: place)
 
 

@@ -147,14 +147,14 @@ def _loopback(asked: dict[str, Any], **said: Any) -> list[Mapping[str, Any]]:
     """SuperLink and SuperNodes as processes, TLS and a key for each node; ``said`` is in each node's configuration."""
     import tomli_w
 
-    from fedlora.flower.deploy.local import run
+    from fedlora.flower.deploy.local import run_local
     from fedlora.runs.config import build
     from fedlora.runs.folder import RunFolder
 
     with TemporaryDirectory(prefix="fedlora-") as place:
         parties = Path(place) / "parties.toml"
         parties.write_text(tomli_w.dumps({"party": [said for _ in range(asked["clients"]["count"])]}))
-        run(build(asked), Path(place) / "run", parties, watch=lambda line: None)
+        run_local(build(asked), Path(place) / "run", parties, watch=lambda line: None)
         return RunFolder(Path(place) / "run").records
 
 

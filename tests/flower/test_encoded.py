@@ -11,8 +11,8 @@ from flwr.app import Array, ArrayRecord
 
 import fedlora
 from fedlora.files import Limits
-from fedlora.flower.serve import serve
-from fedlora.flower.wire import UnreadableError, pack, unpack
+from fedlora.flower.serve import run_server
+from fedlora.flower.wire import UnreadableError, record_to_tree, tree_to_record
 from tests.fixtures.flower import (
     HIDDEN,
     QUICK,
@@ -77,10 +77,10 @@ def test_a_reply_that_is_lost_adds_no_difference_twice(tmp_path):
 def test_an_upload_with_a_false_code_is_left_out(tmp_path):
     def post(message):
         if message.metadata.src_node_id == 11 and message.has_content() and "leaves" in message.content:
-            tree = {p: dict(x) for p, x in unpack(message.content["leaves"]).items()}
+            tree = {p: dict(x) for p, x in record_to_tree(message.content["leaves"]).items()}
             part = next(p for p, x in tree.items() if "A@codes" in x)
             tree[part]["A@codes"] = tree[part]["A@codes"][:, :-1]
-            message.content["leaves"] = pack(tree)
+            message.content["leaves"] = tree_to_record(tree)
         return message
 
     world = World(tmp_path, "rounds=1", "compression.up=int8", post=post)
@@ -97,7 +97,7 @@ def test_an_upload_beyond_the_limit_is_left_out(tmp_path):
 
 
 def test_arrays_are_looked_at_before_they_are_read():
-    content = pack({"p": {"A": torch.zeros(4, 4)}})["leaves"].data
+    content = tree_to_record({"p": {"A": torch.zeros(4, 4)}})["leaves"].data
     for array in (
         Array(dtype="uint8", shape=(2**40,), stype="safetensors", data=content),
         Array(dtype="float32", shape=(len(content),), stype="safetensors", data=content),
@@ -105,9 +105,9 @@ def test_arrays_are_looked_at_before_they_are_read():
         Array(dtype="uint8", shape=(len(content) - 1,), stype="safetensors", data=content[:-1]),
     ):
         with pytest.raises(UnreadableError):
-            unpack(ArrayRecord({"leaves": array}))
+            record_to_tree(ArrayRecord({"leaves": array}))
     with pytest.raises(UnreadableError, match="most that is taken"):
-        unpack(pack({"p": {"A": torch.zeros(4, 4)}}), Limits(size=100))
+        record_to_tree(tree_to_record({"p": {"A": torch.zeros(4, 4)}}), Limits(size=100))
 
 
 @pytest.mark.parametrize("how", [FINE, COARSE], ids=["fine", "coarse"])
@@ -116,8 +116,8 @@ def test_a_server_that_dies_goes_on_with_the_same_bits(how, tmp_path):
     settings = [*SHORT, *how, *SERVED]
     here, world = fedlora.run(config(*settings)), World(tmp_path / "nodes", *settings)
     with pytest.raises(DiedError):
-        serve(world.config, world.grid, tmp_path / "run", dying("round", 1))
-    assert same(serve(world.config, world.grid, tmp_path / "run").shared, here.shared)
+        run_server(world.config, world.grid, tmp_path / "run", dying("round", 1))
+    assert same(run_server(world.config, world.grid, tmp_path / "run").shared, here.shared)
 
 
 def test_what_is_served_may_be_encoded_where_uploads_are_hidden(tmp_path):

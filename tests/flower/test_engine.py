@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.flower.wire import unpack
+from fedlora.flower.wire import record_to_tree
 from tests.fixtures.flower import ADAPTERS, World, config, counting, records_agree, same, trained
 
 
@@ -44,7 +44,7 @@ def test_the_strategy_starts_as_flowers_own_do(tmp_path):
     world = World(tmp_path, "rounds=2")
     result = world.server.start(grid=world.grid)
     here = fedlora.run(config("rounds=2"))
-    assert same(unpack(result.arrays), here.shared)
+    assert same(record_to_tree(result.arrays), here.shared)
     assert set(result.train_metrics_clientapp) == {1, 2}
     assert result.evaluate_metrics_serverapp[2]["accuracy"] == here.summary["final"]["global"]["accuracy"]
     assert result.evaluate_metrics_clientapp[2]["mean"] == here.summary["final"]["clients"]["mean"]

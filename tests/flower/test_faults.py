@@ -52,9 +52,9 @@ def changed(change, client=1, number=2):
 
 
 def with_tree(message, change):
-    tree = {part: dict(layer) for part, layer in records.unpack(message.content["leaves"]).items()}
+    tree = {part: dict(layer) for part, layer in records.record_to_tree(message.content["leaves"]).items()}
     change(tree)
-    message.content["leaves"] = records.pack(tree)
+    message.content["leaves"] = records.tree_to_record(tree)
     return message
 
 
@@ -420,13 +420,13 @@ def test_what_a_party_keeps_is_for_its_owner_only(tmp_path):
 )
 def test_any_dtype_crosses(dtype):
     tree = {"a.b": {"A": torch.arange(6).reshape(2, 3).to(dtype), "s": torch.tensor(3).to(dtype)}}
-    back = records.unpack(records.pack(tree))
+    back = records.record_to_tree(records.tree_to_record(tree))
     assert same(back, tree) and back["a.b"]["A"].dtype == dtype
 
 
 def test_base_updates_cross_in_order():
     draws = [{"x.y": (Factors(torch.randn(3, i + 1), torch.randn(i + 1, 2)),)} for i in range(12)]
-    back = records.unpack_base_updates(records.pack_base_updates(draws))
+    back = records.record_to_base_updates(records.base_updates_to_record(draws))
     assert all(torch.equal(a["x.y"][0].U, b["x.y"][0].U) for a, b in zip(back, draws, strict=True))
 
 

@@ -17,7 +17,7 @@ from fedlora.flower import client_messages as parties
 from fedlora.flower.client_messages import build_client_app, handle_message, prepend_client
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import apply_node_config, read_client
-from fedlora.flower.serve import serve
+from fedlora.flower.serve import run_server
 from fedlora.flower.server import FlowerLoop
 from fedlora.runs.config import build, merge_tables
 from tests.fixtures.federation import TABLE, TINY_VIT
@@ -111,7 +111,7 @@ def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     for name in ("fedsa-lora", "fedex-lora"):
         own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' base updates with rounding
         world = World(tmp_path / name / "state", *own)
-        serve(world.config, world.grid, tmp_path / name / "server")
+        run_server(world.config, world.grid, tmp_path / name / "server")
         here = fedlora.run(world.config, tmp_path / name / "here")
         write_result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")
         found = export(RunFolder.open(tmp_path / name / "mine"), tmp_path / name / "adapter", 1)
@@ -183,7 +183,7 @@ def test_parties_of_every_kind_have_the_same_labels_and_the_server_says_how(tmp_
     kinds = [("strings",), ("ClassLabel", LABELS[::-1]), ("folders",), ("integers",)]
     config, grid, taught = federation_of(tmp_path, monkeypatch, kinds)
     events = []
-    result = serve(config, grid, tmp_path / "run", events.append)
+    result = run_server(config, grid, tmp_path / "run", events.append)
     assert all(taught(client) == [name for name in LABELS for _ in range(10)] for client in range(4))
     by_name = "joined; its labels are matched by name"
     by_position = "joined; its labels are numbers and read as positions, 0 = benign, 1 = cancer, 2 = healthy"
@@ -206,7 +206,7 @@ def test_what_a_party_writes_of_a_run_says_how_its_labels_were_read(tmp_path, mo
 
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)])
     config = replace(config, checkpoint=replace(config.checkpoint, best="clients"))
-    maps = serve(config, grid, tmp_path / "run").summary["label_maps"]
+    maps = run_server(config, grid, tmp_path / "run").summary["label_maps"]
     for client in (0, 1):
         found = write_result(config, tmp_path / f"s-{client}", client, tmp_path / f"mine-{client}")
         assert found == json.loads((tmp_path / f"mine-{client}" / "summary.json").read_text())
@@ -219,7 +219,7 @@ def test_what_a_party_writes_where_one_data_set_is_split_has_the_runs_map(tmp_pa
     from fedlora.flower.deploy.client_result import write_result
 
     world = World(tmp_path / "state", "rounds=1", *SERVED)
-    maps = serve(world.config, world.grid, tmp_path / "run").summary["label_maps"]
+    maps = run_server(world.config, world.grid, tmp_path / "run").summary["label_maps"]
     assert write_result(world.config, tmp_path / "state", 1, tmp_path / "mine")["label_maps"] == maps
 
 
@@ -227,7 +227,7 @@ def test_a_party_whose_labels_have_no_name_is_left_out_before_training(tmp_path,
     numbers = ["0", "1", "2"]
     config, grid, taught = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], numbers)
     events = []
-    serve(config, grid, tmp_path / "run", events.append)
+    run_server(config, grid, tmp_path / "run", events.append)
     assert taught(1) == [name for name in numbers for _ in range(10)]
     assert {e.client for e in events if e.kind == "turn"} == {1}, "only the party whose labels are known has trained"
     assert (
@@ -246,7 +246,7 @@ def test_a_party_that_does_not_say_how_it_reads_labels_is_left_out(tmp_path, mon
         return post(message)
 
     grid.post = forged
-    serve(config, grid, tmp_path / "run", events.append)
+    run_server(config, grid, tmp_path / "run", events.append)
     assert "node 11 is left out: client 1 does not say how it reads its labels; its version of fedlora differs" in {
         e.text for e in events if e.kind == "node"
     }
@@ -255,9 +255,9 @@ def test_a_party_that_does_not_say_how_it_reads_labels_is_left_out(tmp_path, mon
 def test_how_a_party_reads_labels_is_known_after_the_server_was_killed(tmp_path, monkeypatch):
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",), ("integers",)], rounds=2)
     with pytest.raises(DiedError):
-        serve(config, grid, tmp_path / "run", dying("turn", 1))
+        run_server(config, grid, tmp_path / "run", dying("turn", 1))
     grid.leave(11)
-    found = serve(config, grid, tmp_path / "run").summary
+    found = run_server(config, grid, tmp_path / "run").summary
     assert [(own["clients"], own["by"]) for own in found["label_maps"]] == [([0], "name"), ([1], "position")]
 
 
@@ -277,7 +277,7 @@ def test_a_federation_that_too_few_parties_can_join_ends_and_names_each_and_its_
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 3, min_clients=2, repair_timeout=0.3)
     sound, events = breaking(grid, 11, 12), []
     with pytest.raises(ValueError) as error:
-        serve(config, grid, tmp_path / "run", events.append)
+        run_server(config, grid, tmp_path / "run", events.append)
     why = "it could not load its model and data (ValueError); its own log says why"
     assert str(error.value) == (
         "round 1 cannot be finished: 1 of 3 clients can take part, and it needs 2; left out: "
@@ -290,7 +290,7 @@ def test_a_federation_that_too_few_parties_can_join_ends_and_names_each_and_its_
     }  # fmt: skip
     assert "no column 'lable' (task.label)" in capfd.readouterr().err
     grid.app = sound
-    result = serve(config, grid, tmp_path / "run", events.append)
+    result = run_server(config, grid, tmp_path / "run", events.append)
     assert result.records[0]["cohort"] == [0, 1, 2]
 
 
@@ -303,7 +303,7 @@ def test_a_party_that_is_mended_in_time_is_taken_in(tmp_path, monkeypatch):
         if event.kind == "waiting":
             grid.app = sound
 
-    assert serve(config, grid, tmp_path / "run", watch).records[0]["cohort"] == [0, 1, 2]
+    assert run_server(config, grid, tmp_path / "run", watch).records[0]["cohort"] == [0, 1, 2]
     assert next(e.text for e in events if e.kind == "waiting").endswith(
         "the run ends if this lasts for 60 seconds (flower.repair_timeout)"
     )
@@ -314,7 +314,7 @@ def test_a_server_of_another_configuration_than_all_parties_ends(tmp_path, monke
     with pytest.raises(
         ValueError, match="0 of 3 clients can take part, and it needs 1; left out: node 10 .client 0 does not"
     ):
-        serve(build(merge_tables(config.table, {"seed": 7})), grid, tmp_path / "run")
+        run_server(build(merge_tables(config.table, {"seed": 7})), grid, tmp_path / "run")
 
 
 CHANGED = {  # what a party's rows become, and what its own log says
@@ -336,7 +336,7 @@ def test_a_party_whose_rows_changed_in_a_run_is_left_out_and_its_own_log_says_ho
     sent, post = [], grid.post
     grid.post = lambda message: sent.append(message) or post(message)
     with pytest.raises(DiedError):
-        serve(config, grid, tmp_path / "run", dying("turn", 1))
+        run_server(config, grid, tmp_path / "run", dying("turn", 1))
     split, change, sentence = CHANGED[what]
     file = tmp_path / "party-1" / f"{split}.parquet"
     before = file.read_bytes()
@@ -344,7 +344,7 @@ def test_a_party_whose_rows_changed_in_a_run_is_left_out_and_its_own_log_says_ho
     another_session(monkeypatch)
     events = []
     with pytest.raises(DiedError):
-        serve(config, grid, tmp_path / "run", lambda event: events.append(event) or dying("turn", 2)(event))
+        run_server(config, grid, tmp_path / "run", lambda event: events.append(event) or dying("turn", 2)(event))
     assert (
         "node 11 is left out: client 1: its data are not those that it began this run with; its own log says what "
         in (" ".join(e.text for e in events if e.kind == "node"))
@@ -353,7 +353,7 @@ def test_a_party_whose_rows_changed_in_a_run_is_left_out_and_its_own_log_says_ho
     assert f"fedlora: client 1 began this run with other data: {sentence}" in capfd.readouterr().err
     file.write_bytes(before)
     another_session(monkeypatch)
-    assert serve(config, grid, tmp_path / "run").records[2]["cohort"] == [0, 1]
+    assert run_server(config, grid, tmp_path / "run").records[2]["cohort"] == [0, 1]
     (place,) = tmp_path.glob("s-1/*/clients/1.rows.json")
     assert place.stat().st_mode & 0o077 == 0
     split_digests = json.loads(place.read_text())["rows"].values()
@@ -373,7 +373,7 @@ def test_rows_that_change_while_the_server_waits_are_noticed_at_the_next_turn(tm
             datasets.Dataset.from_parquet(str(file)).select(range(29)).to_parquet(file)
             another_session(monkeypatch)
 
-    records = serve(config, grid, tmp_path / "run", watch).records
+    records = run_server(config, grid, tmp_path / "run", watch).records
     assert [r["cohort"] for r in records] == [[0, 1], [0]]
     assert "there are 29 training rows, and were 30" in capfd.readouterr().err
 
@@ -381,13 +381,13 @@ def test_rows_that_change_while_the_server_waits_are_noticed_at_the_next_turn(tm
 def test_rows_may_change_before_a_partys_first_turn_and_in_another_run(tmp_path, monkeypatch):
     config, grid, _ = federation_of(tmp_path, monkeypatch, [("strings",)] * 2)
     with pytest.raises(DiedError):
-        serve(config, grid, tmp_path / "run", dying("node", 0))
+        run_server(config, grid, tmp_path / "run", dying("node", 0))
     for out in ("run", "another"):
         file = tmp_path / "party-1" / "train.parquet"
         rows = datasets.Dataset.from_parquet(str(file))
         rows.select(range(1, len(rows))).to_parquet(file)
         another_session(monkeypatch)
-        assert serve(config, grid, tmp_path / out).records[0]["cohort"] == [0, 1]
+        assert run_server(config, grid, tmp_path / out).records[0]["cohort"] == [0, 1]
 
 
 def test_parties_whose_models_are_set_otherwise_do_not_train_together(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def test_parties_whose_models_are_set_otherwise_do_not_train_together(tmp_path, 
     grid.join(11, {"client": 1, "state": str(tmp_path / "s-1"), "task.data": str(tmp_path / "party-1"),
                    "model.name": str(tmp_path / "vit")})  # fmt: skip
     events = []
-    assert serve(config, grid, tmp_path / "run", events.append).records[0]["cohort"] == [0]
+    assert run_server(config, grid, tmp_path / "run", events.append).records[0]["cohort"] == [0]
     assert "its configuration, its pretrained model or its version" in " ".join(
         e.text for e in events if e.kind == "node"
     )

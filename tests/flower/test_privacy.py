@@ -37,7 +37,7 @@ def test_every_message_against_the_allow_list(name, grid):
 
 
 def _only_what_is_sent(name, world, message):
-    for part, layer in records.unpack(message.content["leaves"]).items():
+    for part, layer in records.record_to_tree(message.content["leaves"]).items():
         rule = world.federation.rules[part]
         allowed = SENT.get(name, {"A", "B"})
         if part in world.federation.heads:

@@ -14,7 +14,7 @@ from flwr.serverapp import ServerApp
 
 import fedlora
 from fedlora.engines.network_settings import Network
-from fedlora.flower.client import Base, Node
+from fedlora.flower.client import Node, SharedBase
 from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import read_client
@@ -41,7 +41,7 @@ OPACUS = importlib.util.find_spec("opacus") is not None  # of the dp extra
 @cache
 def base(text):
     """What a process has for one federation; an actor keeps it for each that it is asked for."""
-    return Base(build(json.loads(text)).federation())
+    return SharedBase(build(json.loads(text)).federation())
 
 
 def several(tables, folder):

@@ -67,7 +67,7 @@ def upload(compression: Compression) -> Target:
     """An upload on its way to the aggregate: what is taken has the leaves' shapes and plain numbers."""
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.flower.wire import STYPE, unpack
+    from fedlora.flower.wire import STYPE, record_to_tree
 
     method = FedIT()
     rules = {"layer.0": method, "head": FedIT(Dense(frozenset({"weight", "bias"})))}
@@ -84,7 +84,7 @@ def upload(compression: Compression) -> Target:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
         try:
             screen = UploadScreen(Validation(), rules, shared, {})
-            sent = compression.arrived(rules, shared, turn, unpack(record, upload_limits(1)))
+            sent = compression.arrived(rules, shared, turn, record_to_tree(record, upload_limits(1)))
             found = screen.check(Received(turn, 10, sent))
             if found is None:
                 raise ValueError(screen.rejected[0].reason)
@@ -101,7 +101,7 @@ def upload(compression: Compression) -> Target:
 def base_update_message() -> Target:
     from flwr.app import Array, ArrayRecord
 
-    from fedlora.flower.wire import STYPE, pack_base_updates, unpack_base_updates
+    from fedlora.flower.wire import STYPE, base_updates_to_record, record_to_base_updates
     from fedlora.types import Factors
 
     base_updates = [
@@ -111,9 +111,9 @@ def base_update_message() -> Target:
 
     def look(data: bytes) -> None:
         array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
-        unpack_base_updates(ArrayRecord({"leaves": array}))
+        record_to_base_updates(ArrayRecord({"leaves": array}))
 
-    return Target([pack_base_updates(base_updates)["leaves"].data], look)
+    return Target([base_updates_to_record(base_updates)["leaves"].data], look)
 
 
 def adapter_weights(place: Path) -> Target:

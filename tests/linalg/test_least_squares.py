@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from fedlora.linalg import least_squares, matrix_free
 from fedlora.linalg.least_squares import ClientFactors, Grams, als, gram_matrices
-from fedlora.linalg.matrix_free import solve, solve_in_memory, solve_streaming
+from fedlora.linalg.matrix_free import solve_in_memory, solve_mixes, solve_streaming
 
 
 def drawn(seed, K, m, n, r, spread, dtype=torch.float64, stack=(2,)):
@@ -64,7 +64,7 @@ def test_clients_that_repeat_each_other():
 def test_zero_factors(dtype, spread):
     atoms = drawn(0, 4, 9, 8, 2, spread, dtype)
     atoms = atoms._replace(B=torch.zeros_like(atoms.B))
-    for p, q in (solve_in_memory(atoms, 5), solve(atoms, 5)):
+    for p, q in (solve_in_memory(atoms, 5), solve_mixes(atoms, 5)):
         assert p.isfinite().all() and q.isfinite().all()
 
 
@@ -74,7 +74,7 @@ def test_the_cheaper_way_is_taken(K, way, monkeypatch):
     for name, function in (("gram", "gram_matrices"), ("passes", "_alternate")):
         real = getattr(matrix_free, function)
         monkeypatch.setattr(matrix_free, function, lambda *a, real=real, name=name: taken.append(name) or real(*a))
-    solve(drawn(0, K, 40, 40, 16, 0.3, stack=(1,)), 10)
+    solve_mixes(drawn(0, K, 40, 40, 16, 0.3, stack=(1,)), 10)
     assert taken == [way]
 
 
@@ -142,7 +142,7 @@ def dense_least(atoms, starts, sweeps=150):
 )
 def test_turned_frames_are_mixed_as_well_as_many_starts_find(K, r, m, n, spread, angle, seed):
     atoms = turned(seed, K, r, m, n, spread, angle)
-    found = float(error(atoms, *solve(atoms, 300)))
+    found = float(error(atoms, *solve_mixes(atoms, 300)))
     assert found <= dense_least(atoms, 24, 150 if K <= 10 else 40) + 0.005
 
 
@@ -172,14 +172,14 @@ def test_the_order_of_turned_clients_with_equal_weights_does_not_matter():
     atoms = turned(3, 7, 3, 14, 12, 0.3)._replace(w=torch.full((7,), 1 / 7, dtype=torch.float64))
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
     other = ClientFactors(atoms.A[:, order], atoms.B[:, order], atoms.w)
-    torch.testing.assert_close(solve(atoms, 300)[0][:, order], solve(other, 300)[0], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(solve_mixes(atoms, 300)[0][:, order], solve_mixes(other, 300)[0], rtol=1e-5, atol=1e-7)
 
 
 def test_weights_that_share_a_frame_are_left_alone_by_turned_neighbours():
     plain, odd = drawn(4, 6, 14, 12, 3, 0.1, stack=(1,)), turned(4, 6, 3, 14, 12, 0.1)
     together = ClientFactors(torch.cat([plain.A, odd.A]), torch.cat([plain.B, odd.B]), plain.w)
-    alone = solve(plain, 300)
-    torch.testing.assert_close(solve(together, 300)[0][:1], alone[0], rtol=1e-4, atol=1e-6)
+    alone = solve_mixes(plain, 300)
+    torch.testing.assert_close(solve_mixes(together, 300)[0][:1], alone[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", range(15))
@@ -187,7 +187,7 @@ def test_recorded_uploads_are_mixed_as_well_as_another_optimiser_does(case, shar
     """L-BFGS on the dense error, from 24 starts."""
     x = {k[3:]: v for k, v in load_file(shared / "conformance/flora_na.safetensors").items() if k[:2] == f"{case:02}"}
     atoms = ClientFactors(x["A"][None], x["B"][None], x["w"])
-    assert float(error(atoms, *solve(atoms, 300))) <= float(x["best_error"]) + 0.005
+    assert float(error(atoms, *solve_mixes(atoms, 300))) <= float(x["best_error"]) + 0.005
 
 
 def sides(atoms):
@@ -205,7 +205,7 @@ def cancelling(seed, K, r, m, n):
 def test_twins_of_opposite_signs_do_not_cancel(K):
     """FedIT's mean is zero there, and no sweep leaves it."""
     atoms = cancelling(4, K, 3, 14, 12)
-    for found in (solve(atoms, 300), solve_in_memory(atoms, 300)):
+    for found in (solve_mixes(atoms, 300), solve_in_memory(atoms, 300)):
         assert float(error(atoms, *found)) < 0.01
 
 
@@ -242,7 +242,7 @@ def test_turned_frames_are_seen_in_noise_and_where_their_mean_is_zero(atoms):
 @pytest.mark.parametrize(("K", "r", "m", "n"), [(3, 2, 9, 7), (4, 3, 60, 50), (10, 4, 20, 16)])
 def test_noise_is_mixed_as_well_as_many_starts_find(K, r, m, n, spread):
     atoms = drawn(1, K, m, n, r, spread, stack=(1,))
-    assert float(error(atoms, *solve(atoms, 300))) <= dense_least(atoms, 24) + 0.005
+    assert float(error(atoms, *solve_mixes(atoms, 300))) <= dense_least(atoms, 24) + 0.005
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_above_the_rows_of_gram_space_the_mixes_are_as_good(K, m, n, r, rows, ki
     for name in ("gram_matrices", "_alternate"):
         real = getattr(matrix_free, name)
         monkeypatch.setattr(matrix_free, name, lambda *a, real=real, name=name: ways.append(name) or real(*a))
-    found = solve(atoms, 300)
+    found = solve_mixes(atoms, 300)
     odd = K > 1 and (kind == "frames" or bool(least_squares.is_rotated(gram_matrices(atoms), atoms.w).any()))
     assert ways == ["gram_matrices" if odd and K * r <= rows else "_alternate"]
     assert float(error(atoms, *found)) <= float(best) + 0.005

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.flower.serve import serve
+from fedlora.flower.serve import run_server
 from fedlora.runs.progress_file import ProgressReader
 from tests.fixtures import trackers as reading
 from tests.fixtures.callbacks import Notes
@@ -27,7 +27,7 @@ def test_a_grid_tells_as_one_process_does(tmp_path):
             at = ProgressReader(tmp_path / "run").look()
             seen.append((at.state, at.progress["title"], len(at.records)))
 
-    serve(world.config, world.grid, tmp_path / "run", callbacks=[there, Looks()])
+    run_server(world.config, world.grid, tmp_path / "run", callbacks=[there, Looks()])
     wanted = ("start", "on_round", "on_evaluation", "end", "round", "evaluation")
     assert [x for x in there.seen if x[0] in wanted] == [x for x in here.seen if x[0] in wanted]
     turns = [sorted(x for x in one.seen if x[0] == "turn") for one in (here, there)]
@@ -51,6 +51,6 @@ def test_who_left_is_a_fault_and_shown(tmp_path):
                 world.grid.leave(11)
 
     world = World(tmp_path / "nodes", *QUICK[:3])
-    serve(world.config, world.grid, tmp_path / "run", callbacks=[Faults()])
+    run_server(world.config, world.grid, tmp_path / "run", callbacks=[Faults()])
     assert ("absent", 1) in heard
     assert any("client 1" in text for text in json.loads((tmp_path / "run" / "progress.json").read_text())["said"])

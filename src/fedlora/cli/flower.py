@@ -80,7 +80,7 @@ def local(
 ) -> None:
     """Run a federation over a SuperLink and SuperNodes, all processes of this machine, and stop them all."""
     _extra()
-    from fedlora.flower.deploy.local import run
+    from fedlora.flower.deploy.local import run_local
     from fedlora.reporting import terminal
     from fedlora.reporting.tables.run import summary as tables
     from fedlora.runs.config import read
@@ -89,7 +89,7 @@ def local(
         raise ValueError("--insecure and --tls exclude each other; keep one of them.")
     resolved = read(config, [*(override or []), *([f"clients.count={nodes}"] if nodes else [])])
     out = out or numbered(Path("runs") / f"{config.stem}-flower")
-    summary = run(resolved, out, parties, insecure, say)
+    summary = run_local(resolved, out, parties, insecure, say)
     answer(as_json, summary, lambda: terminal.show(*tables(summary), whole=(f"Folder: {out}",)))
 
 

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Base:
+class SharedBase:
     """The base model of the process, and the base updates in it, which differ between clients of one process."""
 
     federation: Federation
@@ -86,7 +86,7 @@ class Base:
 class Node:
     """Client number ``client`` of a federation, with its state in ``store``."""
 
-    base: Base
+    base: SharedBase
     client: int
     store: ClientStore
     network: Network = field(default_factory=Network)  # the terms of this client's own configuration

@@ -20,7 +20,7 @@ from fedlora.flower.deploy.node_config import apply_node_config, read_client, st
 from fedlora.schema import Table
 
 if TYPE_CHECKING:
-    from fedlora.flower.client import Answer, Base, Node
+    from fedlora.flower.client import Answer, Node, SharedBase
 
 HELLO = "query"  # the kind of message that asks a node who it is
 STALE = "it must be sent everything"
@@ -108,18 +108,18 @@ def _take_turn(kind: str, content: RecordDict, node: "Node") -> "Answer":
 
 
 @lru_cache(maxsize=1)
-def load_base(table: str, client: int | None = None) -> "Base":
+def load_base(table: str, client: int | None = None) -> "SharedBase":
     """The process's one model and data; they are loaded when the first message comes, and stay.
 
     ``client`` is the one whose own rows are loaded; None loads the rows of all.
     """
-    from fedlora.flower.client import Base
+    from fedlora.flower.client import SharedBase
     from fedlora.runs.config import build
 
     federation = build(json.loads(table)).federation(client)
     for note in federation.notes if client is not None else ():  # of a client's own rows; else the run says it
         print(f"fedlora: {note}", file=sys.stderr, flush=True)
-    return Base(federation)
+    return SharedBase(federation)
 
 
 def load_node(table: Table, node_config: Mapping[str, Any], run: str) -> "Node":

@@ -33,12 +33,12 @@ def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         out = Path(str(context.run_config["out"])).expanduser()
         resolved = read(config)
-        serve(resolved, grid, out, Lines(resolved.rounds).watch, callbacks)
+        run_server(resolved, grid, out, Lines(resolved.rounds).watch, callbacks)
 
     return app
 
 
-def serve(
+def run_server(
     config: Config, grid: Grid, out: Path, watch: Watch = lambda event: None, callbacks: Sequence[Any] = ()
 ) -> Result:
     """Runs a federation's rounds over a grid into ``out`` as ``fedlora run`` would, with a checkpoint a round.

@@ -25,7 +25,7 @@ from fedlora.flower.client_store import BaseNames, LocalClients, select_leaves
 from fedlora.flower.node_registry import GONE, NodeRegistry
 from fedlora.flower.quorum import Quorum
 from fedlora.flower.replies import MALFORMED, check_holds, describe_error, read_figures, read_scores
-from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, unpack
+from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, record_to_tree
 from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
 from fedlora.security.validation.expected import RefusedError
@@ -302,7 +302,7 @@ class FlowerLoop(Loop, Strategy):
         check_holds(order.holds, reply.content[HOLDS])
         rows, loss = read_figures(reply.content[METRICS], order.round)
         f, turn = self.federation, self.federation.turn(order.round, client)
-        crossed = unpack(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
+        crossed = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
         try:
             upload = Received(turn, rows, f.compression.arrived(f.rules, self.at.shared, turn, crossed))

@@ -59,13 +59,13 @@ class UnreadableError(ValueError):
     """A record that is not what was agreed."""
 
 
-def pack(tree: Tree) -> ArrayRecord:
+def tree_to_record(tree: Tree) -> ArrayRecord:
     """One array of bytes."""
     content = encode_tree(tree)
     return ArrayRecord({LEAVES: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
 
 
-def unpack(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
+def record_to_tree(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
     """The tree that ``pack`` wrote. ``UnreadableError`` where it is none, or more than the limits take in."""
     array = record[LEAVES] if isinstance(record, ArrayRecord) and LEAVES in record else None
     if array is None or array.stype != STYPE:
@@ -85,20 +85,20 @@ def overlay(tree: Tree, other: Tree) -> dict[str, dict]:
     return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}
 
 
-def pack_base_updates(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
+def base_updates_to_record(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
     """Several rounds of base updates, numbered from 0."""
     trees = {
         f"{i}{SEPARATOR}{key}": factors
         for i, one in enumerate(rounds)
         for key, factors in base_update_to_tree(one).items()
     }
-    return pack(trees)
+    return tree_to_record(trees)
 
 
-def unpack_base_updates(record: ArrayRecord) -> list[BaseUpdate]:
+def record_to_base_updates(record: ArrayRecord) -> list[BaseUpdate]:
     """The base updates that ``pack_folds`` wrote, in order."""
     found: dict[int, dict[str, Mapping]] = {}
-    for key, factors in unpack(record).items():
+    for key, factors in record_to_tree(record).items():
         number, _, rest = key.partition(SEPARATOR)
         if not number.isdecimal() or factors.keys() != {"U", "V"} or not rest.rpartition("/")[2].isdecimal():
             raise UnreadableError("the arrays are no base updates.")
@@ -110,30 +110,30 @@ def encode_order(order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate])
     """The content of a message to a client; empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
     if leaves:
-        content[LEAVES] = pack(leaves)
+        content[LEAVES] = tree_to_record(leaves)
     if base_updates:
-        content[BASE_UPDATES] = pack_base_updates(base_updates)
+        content[BASE_UPDATES] = base_updates_to_record(base_updates)
     return content
 
 
 def decode_order(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
     """The order, the leaves and the base updates of a message to a client."""
     order = Order(**{name: content[ORDER][name] for name in Order.__dataclass_fields__})
-    leaves = unpack(content[LEAVES]) if LEAVES in content else {}
-    return order, leaves, unpack_base_updates(content[BASE_UPDATES]) if BASE_UPDATES in content else []
+    leaves = record_to_tree(content[LEAVES]) if LEAVES in content else {}
+    return order, leaves, record_to_base_updates(content[BASE_UPDATES]) if BASE_UPDATES in content else []
 
 
 def encode_answer(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:
     """The content of a client's reply."""
     content = RecordDict({METRICS: MetricRecord(dict(metrics)), HOLDS: ConfigRecord({HOLDS: holds})})
     if sent is not None:
-        content[LEAVES] = pack(sent)
+        content[LEAVES] = tree_to_record(sent)
     return content
 
 
 def add_round(result: Result, done: Round) -> None:
     """Adds a finished round to the result that Flower's own ``start`` returns."""
-    result.arrays = pack(done.shared)
+    result.arrays = tree_to_record(done.shared)
     result.train_metrics_clientapp[done.number + 1] = MetricRecord(
         {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
     )

@@ -196,7 +196,7 @@ def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweep
     for _ in range(sweeps):
         p, down, _ = _step(p, *normal_equations(grams.B, grams.A, q, w), whole_model)
         q, more, gain = _step(q, *normal_equations(grams.A, grams.B, p, w), whole_model)
-        p, q = balance(p, q)
+        p, q = equalize_sums(p, q)
         size = target[:, None].sum(0, keepdim=True) if whole_model else target[:, None]
         if bool((down + more <= STILL * (size - gain).clamp_min(0) + ROUNDING * size.abs()).all()):
             break
@@ -219,7 +219,7 @@ def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, T
     return found, (step * rest).sum(-1), (found[: len(M)] * b).sum(-1)
 
 
-def balance(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def equalize_sums(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Rescales to ``Σ p = Σ q`` if both sums have the same sign, so that neither side grows without bound."""
     ratio = q.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
     c = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()

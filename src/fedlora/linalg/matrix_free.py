@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fedlora.linalg.factors import polar
-from fedlora.linalg.least_squares import AGREE, CLOSER, ClientFactors, Grams, agreement, als, balance, gram_matrices
+from fedlora.linalg.least_squares import (
+    AGREE,
+    CLOSER,
+    ClientFactors,
+    Grams,
+    agreement,
+    als,
+    equalize_sums,
+    gram_matrices,
+)
 from fedlora.linalg.sums import Lazy
 
 ITERATIONS = 60  # of conjugate gradients in a half-sweep, at most
@@ -182,7 +191,7 @@ def _sweep(B: _Side, A: _Side, start: Tensor, w: Tensor, sweeps: int) -> tuple[T
         step, down, _ = _move(B, A, p, q, w)
         p = p + step
         step, more, error = _move(A, B, q, p, w)
-        p, q = balance(p, q + step)
+        p, q = equalize_sums(p, q + step)
         gained = gained + down + more
         if bool((down + more <= GAINED * gained + rounding * error.abs()).all()):
             break
@@ -236,7 +245,7 @@ def _conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor) -> Tensor
     return x
 
 
-def solve(factors: ClientFactors, sweeps: int) -> tuple[Tensor, Tensor]:
+def solve_mixes(factors: ClientFactors, sweeps: int) -> tuple[Tensor, Tensor]:
     """``p`` and ``q`` (``*stack K``) by at most ``sweeps`` sweeps of the solver that is cheaper for ``K`` clients."""
     K, r = factors.A.shape[-3:-1]
     if 4 * K * r <= USUAL * (6 * r + 64):  # multiply-adds of each solver, divided by (m + n) K r

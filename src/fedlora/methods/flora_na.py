@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.least_squares import ClientFactors, Grams, adam, als, gram_matrices
-from fedlora.linalg.matrix_free import solve, solve_streaming
+from fedlora.linalg.matrix_free import solve_mixes, solve_streaming
 from fedlora.linalg.sums import CACHE_LIMIT, Lazy
 from fedlora.methods._base import Method
 from fedlora.types import Layer, Outcome, Upload
@@ -80,14 +80,14 @@ class FLoRANA(Method):
         w = factors[0].w
         p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
         mixes = zip(p.split(sizes), q.split(sizes))
-        return {part: serve(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
+        return {part: apply_mixes(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
 
     def _alone(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         layers, w = self._mixed(shared, uploads)
         if len(layers) * sum(x.numel() for x in shared.values()) <= CACHE_LIMIT:
-            return serve(shared, layers, *solve(_stack(layers, w), self.sweeps))
+            return apply_mixes(shared, layers, *solve_mixes(_stack(layers, w), self.sweeps))
         A, B = (Lazy(len(layers), lambda k, leaf=leaf: layers[k][leaf]) for leaf in "AB")
-        return serve(shared, layers, *solve_streaming(A, B, w, self.sweeps))
+        return apply_mixes(shared, layers, *solve_streaming(A, B, w, self.sweeps))
 
     def _mixed(self, shared: Layer, uploads: Sequence[Upload]) -> tuple[list[Layer], Tensor]:
         """What may be mixed, and its weights in the target."""
@@ -103,7 +103,7 @@ def _stack(layers: Sequence[Layer], w: Tensor) -> ClientFactors:
     return ClientFactors(A, B, w)
 
 
-def serve(shared: Layer, layers: Sequence[Layer], p: Tensor, q: Tensor) -> Outcome:
+def apply_mixes(shared: Layer, layers: Sequence[Layer], p: Tensor, q: Tensor) -> Outcome:
     """The mixed factors in the clients' precision, and how far the mix has come to rest on one client."""
     stack = shared["A"].shape[:-2]
     found = {}

@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
 from fedlora.flower.strategy.instructions import list_methods
-from fedlora.flower.strategy.peft_state import FOLD, MARK, Adapter, encode_base_updates
-from fedlora.flower.wire import unpack
+from fedlora.flower.strategy.peft_state import FOLD, MARK, PeftState, encode_base_updates
+from fedlora.flower.wire import record_to_tree
 from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Factors
 from tests.fixtures.flower_strategy import Federation, gap, initial, mean, strategy, three, weights
@@ -140,7 +140,7 @@ def test_fedsa_keeps_b_and_the_head_at_the_node(monkeypatch):
         for (_, ended), (began, _) in pairwise(heads):
             assert torch.equal(ended[head], began[head])
             assert not torch.equal(began[head], heads[0][0][head])
-    kept = unpack(world.grid._contexts[2].state["fedlora.kept"])
+    kept = record_to_tree(world.grid._contexts[2].state["fedlora.kept"])
     assert {leaf for layer in kept.values() for leaf in layer} == {"B", "weight"}
 
 
@@ -318,5 +318,5 @@ def test_a_model_that_was_compiled_first_is_the_same_model():
         for made in (compiled, plain)
     )
     assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[key]) for key, x in mine.items())
-    own = Adapter.of(get_peft_model_state_dict(compiled))
-    assert own.adapted == {key} and own.tree.keys() == Adapter.of(get_peft_model_state_dict(plain)).tree.keys()
+    own = PeftState.of(get_peft_model_state_dict(compiled))
+    assert own.adapted == {key} and own.tree.keys() == PeftState.of(get_peft_model_state_dict(plain)).tree.keys()

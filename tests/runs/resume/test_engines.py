@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
-from fedlora.flower.client import Base, Node
+from fedlora.flower.client import Node, SharedBase
 from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore, LocalClients
 from fedlora.flower.server import FlowerLoop
@@ -25,7 +25,7 @@ def on_a_grid(settings, folder, nodes, again=False, watch=lambda event: None):
 
     def drive(config, f, watch, observe, take):
         store = ClientStore(nodes / "run")
-        base = Base(config.federation())
+        base = SharedBase(config.federation())
 
         def turns(kind, content, context):
             return handle_message(kind, content, lambda run: Node(base, int(context.node_config["client"]), store))

@@ -153,7 +153,7 @@ class Endpoint:
 
 
 # ----------------------------------------------------------------------------------- the client process
-def serve(arguments: Mapping[str, Any]) -> None:
+def serve_messages(arguments: Mapping[str, Any]) -> None:
     """Answers whichever proxy connects with the key, one after another."""
     from fedlora.runs.config import read_table
 
@@ -220,4 +220,4 @@ def _exit(*files: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    serve_messages(json.loads(sys.argv[1]))

@@ -283,7 +283,7 @@ def _check_name(name: str, taken: Container[str]) -> None:
         raise ValueError(f"a process is named {name!r} already; choose another name for the node.")
 
 
-def run(
+def run_local(
     config: Config, out: Path, parties: Path | None = None, insecure: bool = False, watch: Callable[[str], None] = print
 ) -> Mapping[str, Any]:
     """Runs a federation over a SuperLink and a SuperNode for each client, and returns its summary.

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions, select_trained
 from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import find_lora_layers, fold
-from fedlora.flower.strategy.peft_state import MARK, Adapter, encode_mark, read_tensor, split_arrays
+from fedlora.flower.strategy.peft_state import MARK, PeftState, encode_mark, read_tensor, split_arrays
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules, public_leaves
 from fedlora.types import Layer, Tree, Turn, Work
@@ -76,8 +76,8 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
     evaluates or saves. ``merge_and_unload`` afterwards has both. ``ValueError`` where the two do not fit together.
     """
     plain, base_updates = split_arrays(arrays)
-    own = Adapter.of(get_peft_model_state_dict(_check_peft(model), adapter_name=_active_adapter(model)))
-    found = Adapter.of({key: read_tensor(key, array) for key, array in plain.items()})
+    own = PeftState.of(get_peft_model_state_dict(_check_peft(model), adapter_name=_active_adapter(model)))
+    found = PeftState.of({key: read_tensor(key, array) for key, array in plain.items()})
     _check_fit(own, found)
     mine, theirs = (sorted(set(adapter.ranks().values())) for adapter in (own, found))
     if own.ranks() != found.ranks():
@@ -105,15 +105,17 @@ class ModelTurn:
         return NodeMemory.of(self.context.state, self.instructions)
 
     @cached_property
-    def own(self) -> Adapter:
+    def own(self) -> PeftState:
         """The model's adapter as it is now."""
-        return Adapter.of(get_peft_model_state_dict(_check_peft(self.model), adapter_name=_active_adapter(self.model)))
+        return PeftState.of(
+            get_peft_model_state_dict(_check_peft(self.model), adapter_name=_active_adapter(self.model))
+        )
 
     @cached_property
-    def shared(self) -> Adapter:
+    def shared(self) -> PeftState:
         """The server's adapter, as it arrived."""
         arrays = self.message.content[self.instructions.arrays]
-        found = Adapter.of({key: read_tensor(key, array) for key, array in arrays.items()})
+        found = PeftState.of({key: read_tensor(key, array) for key, array in arrays.items()})
         _check_fit(self.own, found)
         return found
 
@@ -222,7 +224,7 @@ def _scale(rule: Method, rank: int) -> float:
     return float(rule.adapter.scale(rank))  # type: ignore[attr-defined]
 
 
-def _check_fit(own: Adapter, found: Adapter) -> None:
+def _check_fit(own: PeftState, found: PeftState) -> None:
     """The model and what arrived have the same parts and leaves, with the same outer shapes."""
     odd = sorted(own.keys.keys() ^ found.keys.keys())
     if odd:

@@ -10,7 +10,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 
 from fedlora.adapters import Dense, LoRA
-from fedlora.flower.strategy.peft_state import Adapter
+from fedlora.flower.strategy.peft_state import PeftState
 from fedlora.methods import METHODS, Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
@@ -52,7 +52,7 @@ class Recipe:
                 f"method_options holds what no message can carry ({error}); give numbers, strings and booleans."
             ) from error
 
-    def rules(self, adapter: Adapter) -> Rules:
+    def rules(self, adapter: PeftState) -> Rules:
         """Which rule looks after which part: the method, with each part's own rank and scale, and one for heads."""
         method = self.build()
         heads = FedIT if method.shares_head else Local

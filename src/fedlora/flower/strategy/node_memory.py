@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.flower.strategy.instructions import Instructions
 from fedlora.flower.strategy.peft_state import encode_base_updates, read_base_updates
-from fedlora.flower.wire import overlay, pack, unpack
+from fedlora.flower.wire import overlay, record_to_tree, tree_to_record
 from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree
 
@@ -46,11 +46,11 @@ class NodeMemory:
     def load(self) -> Tree:
         """The private leaves."""
         record = cast(ArrayRecord, self.state[KEPT])
-        return unpack(record) if record else {}
+        return record_to_tree(record) if record else {}
 
     def save(self, tree: Tree) -> None:
         """Saves private leaves for this client's next turn; those saved before and not touched now stay."""
-        self.state[KEPT] = pack(overlay(self.load(), tree))
+        self.state[KEPT] = tree_to_record(overlay(self.load(), tree))
 
     def receive_base_updates(
         self, instructions: Instructions, message: str, sent: ArrayRecord | None

@@ -63,7 +63,7 @@ def parse_keys(keys: Iterable[str]) -> dict[tuple[str, str], str]:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftState:
     """A model's PEFT state dict: float32 leaves by part, the parts with factors, and the original keys."""
 
     tree: Tree  # part -> A (r n) and B (m r), or the parameters of a module trained in full
@@ -71,7 +71,7 @@ class Adapter:
     keys: Mapping[tuple[str, str], str]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Adapter":
+    def of(cls, tensors: Mapping[str, Tensor]) -> "PeftState":
         """From a state dict. ``ValueError`` names a key that cannot be combined."""
         keys = parse_keys(tensors)
         tree: dict[str, dict[str, Tensor]] = {}

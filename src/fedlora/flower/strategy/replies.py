@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlora.flower.replies import MALFORMED, describe_error
 from fedlora.flower.strategy.instructions import select_sent
-from fedlora.flower.strategy.peft_state import MARK, Adapter, parse_keys, read_mark, read_tensor
+from fedlora.flower.strategy.peft_state import MARK, PeftState, parse_keys, read_mark, read_tensor
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
 from fedlora.schema import construct, construct_by_name
@@ -33,7 +33,7 @@ class ReplyChecks:
     """The checks of one round's replies by themselves."""
 
     rules: Rules
-    shared: Adapter
+    shared: PeftState
     round: int  # from 0
     asked: frozenset[int]  # nodes
     weight: str  # the metric that holds a reply's number of examples

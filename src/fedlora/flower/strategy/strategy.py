@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.flower.replies import MALFORMED, describe_error
 from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
-from fedlora.flower.strategy.peft_state import Adapter, encode_base_updates, read_tensor, split_arrays
+from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, read_tensor, split_arrays
 from fedlora.flower.strategy.replies import (
     Guard,
     ReplyChecks,
@@ -141,7 +141,7 @@ class FedLoRA(FedAvg):
         """Reads the arrays of a round; a start from other arrays than this strategy's last begins anew."""
         plain, begun = split_arrays(arrays)
         self._plain = ArrayRecord(plain)
-        self._shared = Adapter.of({key: read_tensor(key, array) for key, array in plain.items()})
+        self._shared = PeftState.of({key: read_tensor(key, array) for key, array in plain.items()})
         self._rules: Rules = self.recipe.rules(self._shared)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
