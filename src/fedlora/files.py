@@ -271,7 +271,8 @@ def _stride_order(x: Tensor) -> list[int] | None:
     """The dimensions from the widest stride to the narrowest; None for a contiguous tensor."""
     if x.is_contiguous():
         return None
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride(d), d))
+    stride = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-stride[d], d))
     return order if x.permute(order).is_contiguous() else None
 
 

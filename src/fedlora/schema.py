@@ -49,17 +49,18 @@ def apply_overrides(table: Table, overrides: Sequence[str]) -> Table:
     return table
 
 
-def merge_tables(table: Mapping, other: Mapping, plain: bool = False) -> Table:
+def merge_tables(table: Mapping[str, Any], other: Mapping[str, Any], plain: bool = False) -> Table:
     """``other`` laid over ``table``, table by table; another ``name`` starts its table anew, unless it is ``plain``."""
     both = {} if _renamed(other, table, plain) else dict(table)
     for key, value in other.items():
         old = both.get(key)
-        inner = isinstance(old, Mapping) and isinstance(value, Mapping)
-        both[key] = merge_tables(old, value, key in PLAIN) if inner else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge_tables(old, value, key in PLAIN)
+        both[key] = value
     return both
 
 
-def _renamed(table: Mapping, base: Mapping, plain: bool) -> bool:
+def _renamed(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool) -> bool:
     """Whether ``table`` is of another kind than ``base``, so that the keys of one say nothing of the other."""
     return not plain and table.get("name", base.get("name")) != base.get("name")
 

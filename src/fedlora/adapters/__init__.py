@@ -9,6 +9,6 @@ from fedlora.adapters.multihead import MultiHead
 from fedlora.adapters.vera import VeRA
 from fedlora.registry import Registry
 
-ADAPTERS = Registry(Adapter, "adapter", group="fedlora.adapters", package=__name__)
+ADAPTERS = Registry(Adapter, "adapter", group="fedlora.adapters", package=__name__)  # type: ignore[type-abstract]
 
 __all__ = ["ADAPTERS", "Adapter", "Dense", "DualLoRA", "LoRA", "LoRASB", "MultiHead", "VeRA"]

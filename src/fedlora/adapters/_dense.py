@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedlora.adapters._base import Adapter
+from fedlora.types import Factors, Layer
 
 
 @dataclass(frozen=True)
@@ -12,23 +15,23 @@ class Dense(Adapter):
     names: frozenset[str] = frozenset({"weight", "bias"})
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset()
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return self.names
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return 0
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         return other if isinstance(other, cls) else cls()
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         raise TypeError("a dense part starts from the network's own parameters, which Model.initial() reads")
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         raise TypeError("a dense part has no low-rank form")

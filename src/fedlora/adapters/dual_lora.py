@@ -6,9 +6,11 @@ Yang et al. Dual-Personalizing Adapter for Federated Foundation Models. NeurIPS 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
-from fedlora.types import Factors
+from fedlora.types import Factors, Layer
 
 
 @dataclass(frozen=True)
@@ -25,30 +27,30 @@ class DualLoRA(Adapter):
 
     own = frozenset({"A_own", "B_own"})  # the pair that never leaves its client
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
         check_alpha(self.alpha)
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset({"A", "A_own"})
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return frozenset({"B", "B_own"})
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return self.rank
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         if isinstance(other, cls):
             return other
         return cls(getattr(other, "rank", 8), getattr(other, "alpha", 16.0), getattr(other, "use_rslora", False))
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         draws = generator(seed)
         A, A_own = (uniform((self.rank, n), n**-0.5, draws) for _ in range(2))
         return {"A": A, "A_own": A_own, "B": torch.zeros(m, self.rank), "B_own": torch.zeros(m, self.rank)}
@@ -58,10 +60,10 @@ class DualLoRA(Adapter):
         """``s``, of both pairs."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         U = torch.cat([layer["B"], layer["B_own"]], dim=-1)
         return Factors(self.scale * U, torch.cat([layer["A"], layer["A_own"]], dim=-2))
 
-    def forward(self, x, layer):
+    def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
         shared, own = ((x @ layer[a].mT) @ layer[b].mT for a, b in (("A", "B"), ("A_own", "B_own")))
         return (shared + own) * self.scale

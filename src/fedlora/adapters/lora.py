@@ -7,6 +7,8 @@ Kalajdzievski. A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. 20
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn import functional
 
 from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
@@ -28,54 +30,54 @@ class LoRA(Adapter):
     alpha: float = 16.0
     use_rslora: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
         check_alpha(self.alpha)
 
     @property
-    def cite(self):
+    def cite(self) -> str:  # type: ignore[override]
         return CITE + ("\n" + CITE_RS if self.use_rslora else "")
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset({"A"})
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return frozenset({"B"})
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return self.rank
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         return other if isinstance(other, cls) else cls(rank=getattr(other, "lora_rank", 8))
 
     def scale(self, rank: int) -> float:
         """``s`` of a layer of this rank; a client of smaller rank has its own."""
         return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         # PEFT's and the paper's authors' start: A uniform with bound 1/√n (Kaiming with a = √5), B zero.
         return {"A": uniform((self.rank, n), n**-0.5, generator(seed)), "B": torch.zeros(m, self.rank)}
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         return Factors(self.scale(layer["A"].shape[-2]) * layer["B"], layer["A"])
 
-    def forward(self, x, layer):
+    def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
         A, B = layer["A"], layer["B"]
         return ((x @ A.mT) @ B.mT) * self.scale(A.shape[-2])
 
-    def term(self, layer, weight):
+    def term(self, layer: Layer, weight: float) -> Term:
         return Term(weight * self.scale(layer["A"].shape[-2]), layer["B"], layer["A"])
 
     def split(self, f: Factors) -> Layer:
         """The leaves whose update is ``f``: the inverse of ``delta``."""
         return {"A": f.V, "B": f.U / self.scale(f.V.shape[-2])}
 
-    def around(self, update, fresh):
+    def around(self, update: Factors, fresh: Layer) -> Layer:
         update = truncate(update, self.rank) if update.V.shape[-2] > self.rank else update
         own, q = self.split(update), update.V.shape[-2]
         # Ranks that the update does not need begin as they would without it: A drawn, B zero.
@@ -83,7 +85,7 @@ class LoRA(Adapter):
         A = torch.cat([own["A"], fresh["A"][..., q:, :]], dim=-2)
         return {"A": A, "B": torch.cat([ratio * own["B"], fresh["B"][..., q:]], dim=-1)}
 
-    def leading(self, layer, rank):
+    def leading(self, layer: Layer, rank: int) -> Layer:
         own = layer["A"].shape[-2]
         if rank >= own:
             return layer

@@ -7,10 +7,12 @@ Fine-Tuning. 2024. https://arxiv.org/abs/2411.19557
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedlora.adapters._base import Adapter, generator
 from fedlora.linalg.sums import exact_svd
-from fedlora.types import Factors
+from fedlora.types import Factors, Layer
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,26 @@ class LoRASB(Adapter):
     core_rank: int | None = None
     lora_rank: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("core_rank", "lora_rank"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset()
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return frozenset({"R"})
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return self.core_rank or self.lora_rank
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         return other if isinstance(other, cls) else cls(lora_rank=getattr(other, "rank", 8))
 
     def size(self, m: int, n: int) -> int:
@@ -60,13 +62,13 @@ class LoRASB(Adapter):
             )
         return self.core_rank or min(m, n, int(((m + n) * self.lora_rank) ** 0.5))
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         r, draws = self.size(m, n), generator(seed)
         A = torch.linalg.qr(torch.randn(n, r, generator=draws)).Q.mT.contiguous()
         B = torch.linalg.qr(torch.randn(m, r, generator=draws)).Q
         return {"A": A, "B": B, "R": torch.zeros(r, r)}
 
-    def around(self, update, fresh):
+    def around(self, update: Factors, fresh: Layer) -> Layer:
         # The update's leading singular vectors outside, its values in the core; what is missing is drawn, with zeros.
         P, S, Q = exact_svd(update, fresh["R"].shape[-1])
         B = torch.linalg.qr(torch.cat([P, fresh["B"]], dim=-1)).Q[..., : fresh["B"].shape[-1]]
@@ -74,8 +76,8 @@ class LoRASB(Adapter):
         core = (B.mT @ P) @ torch.diag_embed(S) @ (Q.mT @ A.mT)  # QR may turn the signs
         return {"A": A.contiguous(), "B": B, "R": core}
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         return Factors(layer["B"], layer["R"] @ layer["A"])
 
-    def forward(self, x, layer):
+    def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
         return ((x @ layer["A"].mT) @ layer["R"].mT) @ layer["B"].mT

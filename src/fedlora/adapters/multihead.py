@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapters._base import Adapter, generator
@@ -34,7 +35,7 @@ class MultiHead(Adapter):
     lora_rank: int = 8
     basis: Basis = "gram_schmidt"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.heads < 1:
             raise ValueError(f"adapter.heads is {self.heads}; Ravan needs at least 1 head.")
         for key in ("head_rank", "lora_rank"):
@@ -51,26 +52,26 @@ class MultiHead(Adapter):
         return tuple(f"s{i}" for i in range(self.heads))
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset()
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return frozenset(self.cores + self.scales)
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return self.heads
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         return other if isinstance(other, cls) else cls(lora_rank=getattr(other, "rank", 8))
 
     def size(self, m: int, n: int) -> int:
         """``r``: the side of one head's core."""
         return self.head_rank or max(1, int(((m + n) * self.lora_rank / self.heads) ** 0.5))
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         r = self.size(m, n)
         A, B = _outer(self.basis, self.heads, r, m, n, seed)
         cores: dict[str, Tensor] = {core: torch.zeros(r, r) for core in self.cores}
@@ -80,23 +81,24 @@ class MultiHead(Adapter):
     def _blocks(self, layer: Layer) -> Tensor:  # * h r r
         return torch.stack([layer[f"s{i}"] * layer[f"H{i}"] for i in range(self.heads)], dim=-3)
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         blocks = self._blocks(layer)
         *stack, h, r, _ = blocks.shape
         A = layer["A"].reshape(*layer["A"].shape[:-2], h, r, -1)
         return Factors(layer["B"], (blocks @ A).reshape(*stack, h * r, -1))
 
-    def forward(self, x, layer):
+    def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
         blocks = self._blocks(layer)
         h, r, _ = blocks.shape
         y = (x @ layer["A"].mT).reshape(-1, h, r).transpose(0, 1)  # h batch r
         y = torch.bmm(y, blocks.to(y.dtype).mT).transpose(0, 1)
-        return y.reshape(*x.shape[:-1], h * r) @ layer["B"].mT
+        return torch.matmul(y.reshape(*x.shape[:-1], h * r), layer["B"].mT)
 
 
 def _orthonormal(rows: int, columns: int, draws: torch.Generator) -> Tensor:
     """``columns`` orthonormal columns: what Gram-Schmidt makes of normal draws."""
-    return torch.linalg.qr(torch.randn(rows, columns, generator=draws))[0]
+    Q: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=draws))[0]
+    return Q
 
 
 def _outer(basis: Basis, heads: int, r: int, m: int, n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fedlora.adapters._base import Adapter, generator, uniform
-from fedlora.types import Factors
+from fedlora.types import Factors, Layer
 
 
 @dataclass(frozen=True)
@@ -25,40 +27,40 @@ class VeRA(Adapter):
     d_initial: float = 0.1
     projection_seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; VeRA needs a rank of at least 1.")
         if not 0 < abs(self.d_initial) < math.inf:
             raise ValueError(f"adapter.d_initial is {self.d_initial}; from 0 nothing would be trained.")
 
     @property
-    def inputs(self):
+    def inputs(self) -> frozenset[str]:
         return frozenset({"d"})
 
     @property
-    def outputs(self):
+    def outputs(self) -> frozenset[str]:
         return frozenset({"b"})
 
     @property
-    def budget(self):
+    def budget(self) -> int:
         return self.rank
 
     @classmethod
-    def like(cls, other):
+    def like(cls, other: "Adapter") -> "Adapter":
         return other if isinstance(other, cls) else cls()
 
-    def init(self, m, n, seed):
+    def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
         A, B = _projections(m, n, self.rank, self.projection_seed)
         return {"A": A, "B": B, "d": torch.full((self.rank,), self.d_initial), "b": torch.zeros(m)}
 
-    def delta(self, layer):
+    def delta(self, layer: Layer) -> Factors:
         return Factors(layer["b"][..., :, None] * layer["B"], layer["d"][..., :, None] * layer["A"])
 
-    def forward(self, x, layer):
+    def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
         # The vectors act on the activations: an (m r) product a step would cost more than the two GEMMs.
         return (((x @ layer["A"].mT) * layer["d"]) @ layer["B"].mT) * layer["b"]
 
-    def leading(self, layer, rank):
+    def leading(self, layer: Layer, rank: int) -> Layer:
         return {
             "A": layer["A"][..., :rank, :],
             "B": layer["B"][..., :rank],
@@ -68,7 +70,7 @@ class VeRA(Adapter):
 
 
 @lru_cache(maxsize=64)
-def _projections(m: int, n: int, rank: int, seed: int):
+def _projections(m: int, n: int, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """The pair that all weights of one shape share: the same two tensors, not copies of them."""
     draws = generator(seed)
     return uniform((rank, n), (6 / n) ** 0.5, draws), uniform((m, rank), (6 / rank) ** 0.5, draws)

@@ -8,8 +8,9 @@ Not when one model for all is wanted, or a client cannot afford a second pair in
 
 from dataclasses import dataclass, field
 
-from fedlora.adapters import Adapter, DualLoRA
+from fedlora.adapters import DualLoRA
 from fedlora.methods._base import Method, pick
+from fedlora.types import Layer, Turn, Work
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class FedDPA(Method):
     not part of it. There is no global model: every client is measured with both pairs.
     """
 
-    adapter: Adapter = field(default_factory=DualLoRA)
+    adapter: DualLoRA = field(default_factory=DualLoRA)
 
     title = "FedDPA"
     cite = """@inproceedings{yang2024feddpa, title = {Dual-Personalizing Adapter for Federated Foundation Models},
@@ -30,5 +31,5 @@ class FedDPA(Method):
     personal = True
     shares_head = False
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         return pick(work.end, self.adapter.trainable - self.adapter.own)

@@ -8,12 +8,13 @@ Not when downloads are dear (the residual has rank ``K r`` unless ``residual_ran
 stay as they are, or the server may not see single uploads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.sums import Lazy, stack, truncated_svd
+from fedlora.linalg.sums import Lazy, Term, stack, truncated_svd
 from fedlora.methods._base import Method, mean
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Upload
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,21 @@ class FedExLoRA(Method):
     adapters = (LoRA,)
     sums = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.residual_rank is not None and self.residual_rank < 1:
             raise ValueError(f"method.residual_rank is {self.residual_rank}; it must be at least 1, or left out.")
 
     @property
-    def exact(self):
+    def exact(self) -> bool:  # type: ignore[override]
         return self.residual_rank is None
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         averaged = mean(uploads)
-        residual = Lazy(len(uploads), lambda k: self._centred(uploads[k], averaged))
+        residual = Lazy(len(uploads), lambda k: self._difference(uploads[k], averaged))
         base_update = (
             stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
         )
         return Outcome({**shared, **averaged}, base_update=(base_update,))
 
-    def _centred(self, upload, averaged):
+    def _difference(self, upload: Upload, averaged: Layer) -> Term:
         return self.adapter.term({leaf: upload.layer[leaf] - averaged[leaf] for leaf in "AB"}, upload.weight)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.factors import polar, procrustes
 from fedlora.methods._base import Method
+from fedlora.types import Layer, Turn, Work
 
 NEGLIGIBLE = 1e-6  # a singular value below this share of the largest: its direction has no sign to align
 
@@ -40,17 +42,17 @@ class FedRotLoRA(Method):
       archiveprefix = {arXiv}}"""
     adapters = (LoRA,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"method.strength is {self.strength}; FedRot-LoRA's λ lies between 0 and 1.")
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         if turn.round == 0:
             return super().send(work, turn)
         R = self.rotation(work.start, work.end, turn.round).to(work.end["A"].dtype)
         return {"A": R.mT @ work.end["A"], "B": work.end["B"] @ R}
 
-    def rotation(self, reference, end, round):
+    def rotation(self, reference: Layer, end: Layer, round: int) -> Tensor:
         """``R (r r)`` in float64; the identity wherever the alignment is not determined."""
         side = {"alternate": "A" if round % 2 else "B"}.get(self.align, self.align)
         ref, own = reference[side], end[side]

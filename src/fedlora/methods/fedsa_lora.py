@@ -11,6 +11,7 @@ Not when one model for all is wanted, new parties must be served at once, or cli
 from dataclasses import dataclass
 
 from fedlora.methods._base import Method, pick
+from fedlora.types import Layer, Turn, Work
 
 
 @dataclass(frozen=True)
@@ -29,5 +30,5 @@ class FedSALoRA(Method):
     personal = True
     shares_head = False
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         return pick(work.end, self.adapter.inputs)

@@ -7,9 +7,11 @@ high learning rates, or behind secure aggregation.
 Not when the rank is so small that the directions drawn for ``A`` cannot hold the task: nobody ever trains them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlora.methods._base import Method
+from fedlora.types import Layer, Turn
 
 
 @dataclass(frozen=True)
@@ -22,5 +24,5 @@ class FFALoRA(Method):
       archiveprefix = {arXiv}}"""
     exact = True
 
-    def trains(self, start, turn, gradient):
+    def trains(self, start: Layer, turn: Turn, gradient: Callable[[], Layer]) -> frozenset[str]:
         return self.adapter.outputs

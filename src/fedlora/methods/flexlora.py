@@ -8,12 +8,13 @@ Not when the clients' optimisers keep their moments: balanced factors jump from 
 same product in a frame that stays); or the server may not see single uploads.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.sums import truncated_svd
 from fedlora.methods._base import Method, mean, terms
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Turn, Upload
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class FlexLoRA(Method):
 
     The singular triples come in falling order, so a client's share is the leading part of what the server holds.
     """
+
+    adapter: LoRA = field(default_factory=LoRA)
 
     title = "FlexLoRA"
     cite = """@inproceedings{bai2024flexlora,
@@ -33,10 +36,10 @@ class FlexLoRA(Method):
     sums = False
     keeps_frame = False
 
-    def receive(self, shared, kept, turn):
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         return self.adapter.leading({**shared, **kept}, turn.rank)
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         rank = shared["A"].shape[-2]
         alike = len({u.turn.rank for u in uploads}) == 1
         start = mean(uploads)["A"].mT if alike else None

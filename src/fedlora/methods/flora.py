@@ -8,12 +8,13 @@ Not when cohorts are large (what goes down is the whole stack), the base weights
 should go on from warm factors and optimiser moments: every round starts afresh.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.sums import stack
 from fedlora.methods._base import Method, terms
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Turn, Upload
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class FLoRA(Method):
     sums = False
     keeps_frame = False
 
-    def receive(self, shared, kept, turn):
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         m, n = shared["B"].shape[-2], shared["A"].shape[-1]
         fresh = {leaf: x.to(shared[leaf]) for leaf, x in self.adapter.init(m, n, turn.seed).items()}
         return self.adapter.leading(fresh, turn.rank)
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         return Outcome(shared, base_update=(stack(terms(self.adapter, uploads)),))

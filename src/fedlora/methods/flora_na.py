@@ -8,7 +8,7 @@ nearer to the exact one.
 Not when rounds must be exact, the server may not see single uploads (secure aggregation), or ranks differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,7 @@ from fedlora.linalg.least_squares import ClientFactors, Grams, adam, als, gram_m
 from fedlora.linalg.matrix_free import solve_mixes, solve_streaming
 from fedlora.linalg.sums import CACHE_LIMIT, Lazy
 from fedlora.methods._base import Method
-from fedlora.types import Layer, Outcome, Upload
+from fedlora.types import Layer, Outcome, Tree, Upload
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class FLoRANA(Method):
     sums = False  # the server must see every client's factors
 
     @property
-    def whole_model(self):
+    def whole_model(self) -> bool:
         return self.scope == "model"
 
     @property
-    def imitation(self):
+    def imitation(self) -> bool:
         return self.solver == "adam"
 
     @property
-    def caution(self):
+    def caution(self) -> str | None:
         if self.solver != "adam":
             return None
         return (
@@ -67,7 +67,7 @@ class FLoRANA(Method):
             "nearer to it; take 'als' unless you repeat the authors' code."
         )
 
-    def combine_all(self, shared, uploads):
+    def combine_all(self, shared: Tree, uploads: Mapping[str, Sequence[Upload]]) -> dict[str, Outcome]:
         if self.solver == "als" and self.scope == "weight":
             return {part: self._alone(shared[part], uploads[part]) for part in shared}
         parts = list(shared)
@@ -79,7 +79,7 @@ class FLoRANA(Method):
         all_grams = Grams(*(torch.cat([side.reshape(-1, *side.shape[-4:]) for side in s]) for s in zip(*grams)))
         w = factors[0].w
         p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
-        mixes = zip(p.split(sizes), q.split(sizes))
+        mixes = zip(torch.split(p, sizes), torch.split(q, sizes))
         return {part: apply_mixes(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
 
     def _alone(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:

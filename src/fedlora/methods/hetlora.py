@@ -7,15 +7,17 @@ Use it when devices are very unequal and clients may prune their own ranks while
 Not when rounds must be exact, or clients may be hostile: who sends a larger update counts for more.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.geometry import norms
 from fedlora.methods._base import Method
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Turn, Upload, Work
 
 RANK = "_rank"  # what a client has pruned itself down to
 
@@ -29,6 +31,7 @@ class HetLoRA(Method):
     tail is what lies beyond ``γ r``, and if the tail has shrunk in training, the client goes on with ``γ r`` ranks.
     """
 
+    adapter: LoRA = field(default_factory=LoRA)
     weighting: Literal["examples", "uniform"] = "uniform"
     decay: float = 1.0
     tail_penalty: float = 0.0
@@ -43,31 +46,31 @@ class HetLoRA(Method):
     sums = False
     weighs = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
             raise ValueError(f"method.decay is {self.decay}; HetLoRA's γ lies above 0 and at most at 1.")
         if self.tail_penalty < 0:
             raise ValueError(f"method.tail_penalty is {self.tail_penalty}; it cannot be negative.")
 
     @property
-    def prunes(self):
+    def prunes(self) -> bool:
         return self.decay < 1
 
-    def receive(self, shared, kept, turn):
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         return self.adapter.leading(shared, int(kept.get(RANK, turn.rank)))
 
-    def penalty(self, layer):
+    def penalty(self, layer: Layer) -> Tensor | float:
         return self.tail_penalty * self._tail(layer) if self.decay < 1 and self.tail_penalty else 0.0
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         sent = super().send(work, turn)
         shrank = self.decay < 1 and bool(self._tail(work.end) < self._tail(work.start))
         return self.adapter.leading(sent, self._shorter(sent)) if shrank else sent
 
-    def keep(self, work, sent, turn):
+    def keep(self, work: Work, sent: Layer, turn: Turn) -> Layer:
         return {RANK: torch.tensor(sent["A"].shape[-2])} if self.decay < 1 else {}
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         rank = shared["A"].shape[-2]
         own = norms([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
         w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
@@ -79,9 +82,9 @@ class HetLoRA(Method):
             found = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in found.items()}
         return Outcome({**shared, **found})
 
-    def _shorter(self, layer):
+    def _shorter(self, layer: Layer) -> int:
         return max(1, int(self.decay * layer["A"].shape[-2]))
 
-    def _tail(self, layer):
+    def _tail(self, layer: Layer) -> Tensor:
         r = self._shorter(layer)
-        return layer["A"][..., r:, :].norm() * layer["B"][..., r:].norm()
+        return torch.mul(layer["A"][..., r:, :].norm(), layer["B"][..., r:].norm())

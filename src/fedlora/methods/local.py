@@ -9,6 +9,7 @@ Not when parties have too few rows to learn the task alone.
 from dataclasses import dataclass
 
 from fedlora.methods._base import Method
+from fedlora.types import Layer, Turn, Work
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Local(Method):
     personal = True
     shares_head = False
 
-    def receive(self, shared, kept, turn):
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         return {**self.adapter.leading(shared, turn.rank), **kept}
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         return {}

@@ -8,6 +8,7 @@ weight.
 Not when rounds must be exact, the server may not see single uploads, or ranks differ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from fedlora.adapters import LoRA
 from fedlora.linalg.sums import Term, apply
 from fedlora.methods._base import Method, mean
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Upload
 
 CUT = 1e-12  # relative: below it a direction of Ā Āᵀ is rounding error, and B stays there
 
@@ -38,11 +39,11 @@ class LoRAFAIR(Method):
     adapters = (LoRA,)
     sums = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.mu >= 0:
             raise ValueError(f"method.mu is {self.mu}; LoRA-FAIR's regularisation cannot be negative.")
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         averaged = mean(uploads)
         A, B = averaged["A"], averaged["B"]
         missed = apply((Term(u.weight, u.layer["B"] - B, u.layer["A"] - A) for u in uploads), A.mT)  # E Āᵀ

@@ -9,14 +9,17 @@ Not when the result must be a small plain LoRA (an export has the rank of all he
 different heads and rounds must still be exact.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from fedlora.adapters import Adapter, MultiHead
+from fedlora.adapters import MultiHead
 from fedlora.adapters._base import generator
 from fedlora.methods._base import Method, pick
+from fedlora.types import Layer, Turn, Work
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Ravan(Method):
     because the server never sends one.
     """
 
-    adapter: Adapter = field(default_factory=MultiHead)
+    adapter: MultiHead = field(default_factory=MultiHead)
     weighting: Literal["examples", "uniform"] = "uniform"
     score: Literal["random", "weight", "gradient"] = "random"
     train_scales: bool = True
@@ -42,28 +45,27 @@ class Ravan(Method):
     any_rank = True
 
     @property
-    def uses_gradient(self):
+    def uses_gradient(self) -> bool:
         return self.score == "gradient"
 
-    def trains(self, start, turn, gradient):
+    def trains(self, start: Layer, turn: Turn, gradient: Callable[[], Layer]) -> frozenset[str]:
         cores, kinds = self.adapter.cores, "Hs" if self.train_scales else "H"
         if turn.rank >= len(cores) and not self.uses_gradient:  # all of them, whatever the draws
             return frozenset(f"{kind}{core[1:]}" for core in cores for kind in kinds)
         draws = torch.rand(len(cores), generator=generator(turn.seed), dtype=torch.float64)  # breaks ties
-        scores = {"random": lambda: draws, "weight": lambda: _norms(start, cores, draws),
-                  "gradient": lambda: _norms(gradient(), cores, draws)}[self.score]()  # fmt: skip
+        scores = draws if self.score == "random" else _norms(gradient() if self.uses_gradient else start, cores, draws)
         chosen = scores.topk(turn.rank).indices.tolist()
         return frozenset(f"{kind}{i}" for i in chosen for kind in kinds)
 
-    def send(self, work, turn):
+    def send(self, work: Work, turn: Turn) -> Layer:
         heads = [core[1:] for core in sorted(work.trained) if core.startswith("H")]
         return {f"H{i}": work.end[f"s{i}"] * work.end[f"H{i}"] for i in heads}
 
-    def keep(self, work, sent, turn):
+    def keep(self, work: Work, sent: Layer, turn: Turn) -> Layer:
         return pick(work.end, frozenset())  # the scales went up inside the cores
 
 
-def _norms(layer, cores, draws):
+def _norms(layer: Layer, cores: Sequence[str], draws: Tensor) -> Tensor:
     """Frobenius norms of the heads' cores, in float64, with ties broken by a seeded draw."""
     norms = torch.stack([layer[core].double().norm().cpu() for core in cores])
     return norms + draws * norms.max() * 1e-9 if norms.max() > 0 else draws

@@ -7,9 +7,11 @@ Use it when rounds must be exact and uploads small, but ``A`` has to be learnt t
 Not when rounds are few or clients are often away: each factor moves in every second round only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlora.methods._base import Method
+from fedlora.types import Layer, Turn
 
 
 @dataclass(frozen=True)
@@ -26,5 +28,5 @@ class RoLoRA(Method):
       archiveprefix = {arXiv}}"""
     exact = True
 
-    def trains(self, start, turn, gradient):
+    def trains(self, start: Layer, turn: Turn, gradient: Callable[[], Layer]) -> frozenset[str]:
         return self.adapter.outputs if turn.round % 2 == 0 else self.adapter.inputs

@@ -7,14 +7,15 @@ other adapter of that rank is nearer to the exact mean.
 Not when the server may not see single uploads, or must spend nothing but additions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedlora.adapters import LoRA
-from fedlora.linalg.balancing import anchor, balance, refine, rotate
+from fedlora.linalg.balancing import Pair, anchor, balance, refine, rotate
 from fedlora.linalg.sums import Lazy, Term, stack, truncated_svd
 from fedlora.methods._base import Method, mean, terms
-from fedlora.types import Outcome
+from fedlora.types import Layer, Outcome, Turn, Upload
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BestRank(Method):
     their frame. ``fold_rest`` folds what the rank cuts off into the base, which makes a round exact.
     """
 
+    adapter: LoRA = field(default_factory=LoRA)
     gauge: Literal["anchor", "rotation", "balanced"] = "anchor"
     sweeps: int = 0
     fold_rest: bool = False
@@ -36,39 +38,38 @@ class BestRank(Method):
     any_rank = True
     sums = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sweeps < 0:
             raise ValueError(f"method.sweeps is {self.sweeps}; it is 0 for the exact SVD, or a number of sweeps.")
 
     @property
-    def exact(self):
+    def exact(self) -> bool:  # type: ignore[override]
         return self.fold_rest
 
     @property
-    def keeps_frame(self):
+    def keeps_frame(self) -> bool:  # type: ignore[override]
         return self.sweeps > 0 or self.gauge != "balanced"
 
-    def receive(self, shared, kept, turn):
+    def receive(self, shared: Layer, kept: Layer, turn: Turn) -> Layer:
         return self.adapter.leading({**shared, **kept}, turn.rank)
 
-    def combine(self, shared, uploads):
+    def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         rank = shared["A"].shape[-2]
         s = self.adapter.scale(rank)
         exact = terms(self.adapter, uploads)
         goal = Lazy(len(exact), lambda k: exact[k]._replace(c=exact[k].c / s))  # B A, without the scale
         alike = len({u.turn.rank for u in uploads}) == 1
-        means = mean(uploads if alike else [self._wide(u, rank) for u in uploads])
-        means = self.adapter.pad(means, rank)
-        A, B = self._served(goal, means, rank)
+        means = self.adapter.pad(mean(uploads if alike else [self._wide(u, rank) for u in uploads]), rank)
+        A, B = self._factors(goal, means, rank)
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
             return Outcome(layer)
         return Outcome(layer, base_update=(stack([*exact, Term(-s, B, A)]),))
 
-    def _wide(self, upload, rank):
+    def _wide(self, upload: Upload, rank: int) -> Upload:
         return upload._replace(layer=self.adapter.pad(upload.layer, rank))
 
-    def _served(self, goal, means, rank):
+    def _factors(self, goal: Sequence[Term], means: Layer, rank: int) -> Pair:
         A, B = means["A"], means["B"]
         if self.sweeps:
             return refine(goal, A, B, self.sweeps)
