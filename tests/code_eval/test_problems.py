@@ -12,14 +12,15 @@ from statistics import fmean
 
 import pytest
 
-from fedlora.code_eval import sandbox
-from fedlora.code_eval.grade import answers, grade, rows
-from fedlora.code_eval.problems import Problem, figures, mbpp, pass_at_k, problems, run_answers
+from fedlora.code_eval import problems
+from fedlora.code_eval.grade import grade_file, read_answers, read_benchmark
+from fedlora.code_eval.problems import Problem, compute_pass_rates, parse_mbpp, parse_problems, pass_at_k, run_answers
+from fedlora.code_eval.sandbox import SandboxError
 from tests.fixtures.sandbox import living, on_landlock, sleeping, until
 
 PROMPT = 'from math import floor\n\n\ndef half(x: int) -> int:\n    """ Half of x.\n    >>> half(4)\n    2\n    """\n'
 HALF = Problem("T/0", PROMPT, "assert half(4) == 2 and half(5) == 2\n", PROMPT, "half")
-TASK = mbpp({"task_id": 7, "text": "Halve.", "test_list": ["assert half(5) == 2"], "test_setup_code": ""})
+TASK = parse_mbpp({"task_id": 7, "text": "Halve.", "test_list": ["assert half(5) == 2"], "test_setup_code": ""})
 WHOLE = "def half(x):\n    return x // 2\n"
 
 
@@ -96,15 +97,15 @@ def test_pass_at_k_of_many_samples_is_no_overflow_and_of_too_few_an_error():
 def test_a_problem_without_answers_counts_as_wrong():
     both = [HALF, TASK]
     verdicts = [v for n in (0, 1) for v in [_verdict("T/0", n, n == 0)]]
-    assert figures(both, verdicts, [1, 2]) == {"pass@1": 0.25, "pass@2": 0.5}
+    assert compute_pass_rates(both, verdicts, [1, 2]) == {"pass@1": 0.25, "pass@2": 0.5}
     with pytest.raises(ValueError, match="needs 3 answers"):
-        figures(both, verdicts, [1, 3])
+        compute_pass_rates(both, verdicts, [1, 3])
 
 
 def _verdict(task, sample, passed):
-    from fedlora.code_eval.problems import Verdict
+    from fedlora.code_eval.problems import Graded
 
-    return Verdict(task, sample, passed, "", 0.0)
+    return Graded(task, sample, passed, "", 0.0)
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def folder(tmp_path):
 @on_landlock
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_file_is_graded_and_verdicts_are_written(folder, workers):
-    found = grade(folder / "p.jsonl", str(folder / "data"), ks=(1, 2), workers=workers)
+    found = grade_file(folder / "p.jsonl", str(folder / "data"), ks=(1, 2), workers=workers)
     assert found["figures"] == {"pass@1": pytest.approx(1 / 3), "pass@2": pytest.approx(2 / 3)}
     assert (found["problems"], found["missing"], found["answers"], found["passed"]) == (3, 1, 4, 2)
     lines = [json.loads(line) for line in (folder / "p.verdicts.jsonl").read_text().splitlines()]
@@ -146,7 +147,7 @@ def test_a_file_is_graded_and_verdicts_are_written(folder, workers):
         ("no json\n", "line 1 of .* is no JSON"),
         ('{"task_id": "T/0"}\n', 'line 1 of .* lacks "task_id" or "completion"'),
         ('\n[1]\n', "line 2 of .* lacks"),
-        ('{"task_id": "T/9", "completion": ""}\n', "answers task 'T/9', which is not there; did you mean 'T/"),
+        ('{"task_id": "T/9", "completion": ""}\n', "answers task 'T/9', which is not in the data; did you mean 'T/"),
         ('{"task_id": "T/0", "completion": 3}\n', "no text"),
         ("[" * 100000, "is no JSON"),
         (b"\xff\xfe\x00", "no text that can be read"),
@@ -156,29 +157,29 @@ def test_bad_files_are_one_sentence(folder, content, said):
     path = folder / "bad.jsonl"
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
     with pytest.raises(ValueError, match=said):
-        answers(path, problems(rows(str(folder / "data"))))
+        read_answers(path, parse_problems(read_benchmark(str(folder / "data"))))
 
 
 def test_data_of_another_kind_and_odd_ks_are_refused(folder):
     with pytest.raises(ValueError, match="needs task_id, test_list"):
-        problems(rows(str(folder / "data")), "mbpp")
+        parse_problems(read_benchmark(str(folder / "data")), "mbpp")
     with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of these: test"):
-        rows(str(folder / "data"), "dev")
+        read_benchmark(str(folder / "data"), "dev")
     with pytest.raises(ValueError, match="'humaneval' or 'mbpp'"):
-        problems(rows(str(folder / "data")), "apps")
+        parse_problems(read_benchmark(str(folder / "data")), "apps")
     with pytest.raises(ValueError, match="at least 1"):
-        grade(folder / "p.jsonl", str(folder / "data"), ks=(0,))
+        grade_file(folder / "p.jsonl", str(folder / "data"), ks=(0,))
     with pytest.raises(ValueError, match="lower k"):
-        grade(folder / "p.jsonl", str(folder / "data"), ks=(3,))
+        grade_file(folder / "p.jsonl", str(folder / "data"), ks=(3,))
     with pytest.raises(ValueError, match="there is no file"):
-        grade(folder / "none.jsonl", str(folder / "data"))
+        grade_file(folder / "none.jsonl", str(folder / "data"))
 
 
 @pytest.mark.parametrize("out, said", [("data", "is a folder; name a file"), ("p.jsonl/v", "is no folder to write in")])
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_run(folder, out, said):
     ran = []
     with pytest.raises(ValueError, match=said):
-        grade(folder / "p.jsonl", str(folder / "data"), out=folder / out, done=ran.append)
+        grade_file(folder / "p.jsonl", str(folder / "data"), out=folder / out, done=ran.append)
     assert not ran
 
 
@@ -218,11 +219,11 @@ def test_ctrl_c_waits_for_no_program_that_sleeps(folder):
 
 def test_without_a_sandbox_nothing_is_run(folder, monkeypatch):
     def refuses():
-        raise sandbox.SandboxError("no.")
+        raise SandboxError("no.")
 
-    monkeypatch.setattr(sandbox, "probe", refuses)
-    with pytest.raises(sandbox.SandboxError):
-        grade(folder / "p.jsonl", str(folder / "data"))
+    monkeypatch.setattr(problems, "check_confinement", refuses)
+    with pytest.raises(SandboxError):
+        grade_file(folder / "p.jsonl", str(folder / "data"))
     assert not (folder / "p.verdicts.jsonl").exists()
 
 
@@ -240,10 +241,10 @@ EVERY = [pytest.param(32, id="some"), pytest.param(1, id="all", marks=pytest.mar
 @pytest.mark.parametrize("every", EVERY)
 def test_gold_solutions_pass_and_wrong_ones_do_not(shared, name, every):
     gold, wrong = BENCHMARKS[name]
-    everything = rows(str(shared / "data" / name))
+    everything = read_benchmark(str(shared / "data" / name))
     assert len(everything) == {"humaneval": 164, "mbpp": 500}[name]
     found = everything[::every]
-    asked = problems(found, name)
+    asked = parse_problems(found, name)
     verdicts = run_answers(asked, {p.task_id: [row[gold], *wrong] for p, row in zip(asked, found)}, workers=2)
     assert [(v.task_id, v.sample) for v in verdicts] == [(p.task_id, sample) for p in asked for sample in range(3)]
     assert [v for v in verdicts if v.passed != (v.sample == 0)] == []

@@ -236,7 +236,9 @@ def test_when_the_grader_is_killed_its_program_dies(tmp_path):
     code = "import sys; from fedlora.code_eval.sandbox import Sandbox; Sandbox().run('import time; time.sleep(60)')"
     grader = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     until(
-        lambda: any(folder.size(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and sleeping(tmp_path)
+        lambda: (
+            any(folder.measure(str(p), 9)[1] == 0 for p in tmp_path.glob("fedlora-program-*")) and sleeping(tmp_path)
+        )
     )
     grader.send_signal(signal.SIGKILL)
     grader.wait()
@@ -267,11 +269,11 @@ REFUSING = """
 import sys
 sys.path.insert(0, {neighbours!r})
 import kernel, struct
-from syscalls import numbers
-others = numbers({machine!r})[1]
+from syscalls import read_syscalls
+others = read_syscalls({machine!r})[1]
 code = [kernel._load(0), kernel._jump(kernel.EQUAL, others[{call!r}], 0, 1), kernel._return(0x00050000 | 38), kernel._return(0x7FFF0000)]
 kernel._prctl("", 38, 1)
-kernel.seccomp(others["seccomp"], b"".join(code))
+kernel.install_filter(others["seccomp"], b"".join(code))
 from fedlora.code_eval.sandbox import Sandbox, SandboxError
 try:
     Sandbox().run("open({marker!r}, 'w')")
@@ -293,23 +295,23 @@ def test_a_machine_that_lacks_a_part_runs_nothing(tmp_path, call):
 
 def test_a_confinement_that_does_not_hold_is_found_out(monkeypatch):
     """Where the kernel says yes to every step and yet lets something through, nothing is run either."""
-    monkeypatch.setattr(sandbox, "readable", lambda: ["/"])
-    sandbox.probe.cache_clear()
+    monkeypatch.setattr(sandbox, "find_readable", lambda: ["/"])
+    sandbox.check_confinement.cache_clear()
     try:
         with pytest.raises(SandboxError, match="open is not refused"):
             run(ADDS, TEST)
     finally:
-        sandbox.probe.cache_clear()
+        sandbox.check_confinement.cache_clear()
 
 
 def test_other_systems_are_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    sandbox.probe.cache_clear()
+    sandbox.check_confinement.cache_clear()
     try:
         with pytest.raises(SandboxError, match="Linux only"):
             run(ADDS, TEST)
     finally:
-        sandbox.probe.cache_clear()
+        sandbox.check_confinement.cache_clear()
 
 
 def test_limits_must_be_positive():

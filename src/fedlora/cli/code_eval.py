@@ -24,7 +24,7 @@ def grade(
     as_json: Json = False,
 ) -> None:
     """Run the programs that a model wrote for HumanEval or MBPP, confined, and count what passes (Linux)."""
-    from fedlora.code_eval import grade as grading
+    from fedlora.code_eval.grade import grade_file
     from fedlora.code_eval.sandbox import Sandbox
     from fedlora.reporting import terminal
     from fedlora.reporting.tables.code_eval import grades
@@ -33,7 +33,7 @@ def grade(
     ks = numbers(k, int, "--k", "1,10")
     box = Sandbox(seconds=seconds, wall_seconds=6.0 * seconds, memory_mb=memory_mb)
     with Counted("programs") as bar:
-        found = grading.grade(predictions, data, benchmark, split, ks, workers, box, out, bar.done)
+        found = grade_file(predictions, data, benchmark, split, ks, workers, box, out, bar.done)
     answer(as_json, found, lambda: terminal.show(grades(found)))
 
 
@@ -54,19 +54,19 @@ def solve(
     as_json: Json = False,
 ) -> None:
     """Let a run's model write programs for HumanEval or MBPP; nothing is run."""
-    from fedlora.code_eval.grade import rows
-    from fedlora.code_eval.problems import problems
-    from fedlora.code_eval.solve import solve as execute
+    from fedlora.code_eval.grade import read_benchmark
+    from fedlora.code_eval.problems import parse_problems
+    from fedlora.code_eval.solve import write_answers
     from fedlora.runs.chat import Chat
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Counted
     from fedlora.tasks.networks.generation import Writing
 
     writing = Writing(max_new_tokens, temperature, top_p)
-    known = problems(rows(data, split), benchmark)
+    known = parse_problems(read_benchmark(data, split), benchmark)
     talk = Chat.open(RunFolder.open(folder), client, seed=seed)
     with Counted("answers", samples * len(known)) as bar:
-        found = execute(talk, known, out, writing, samples, batch_size, worded, bar.more)
+        found = write_answers(talk, known, out, writing, samples, batch_size, worded, bar.more)
     answer(as_json, found, lambda: typer.echo(f"{found['answers']} answers to {found['problems']} problems in {out}."))
     if found["too_long"]:
         say(f"{found['too_long']} problems leave no room for an answer of {max_new_tokens} tokens, and have none.")

@@ -1,4 +1,4 @@
-"""A fresh folder for one program: how much lies in it, and its removal whatever a program has left there."""
+"""The folder of one program: created empty, measured, and removed whatever the program left in it."""
 
 import os
 import tempfile
@@ -8,8 +8,8 @@ from itertools import count
 
 
 @contextmanager
-def fresh() -> Iterator[str]:
-    """An empty folder that is gone afterwards."""
+def temporary_folder() -> Iterator[str]:
+    """Create an empty folder, and remove it on leaving."""
     path = tempfile.mkdtemp(prefix="fedlora-program-")
     try:
         yield path
@@ -17,44 +17,47 @@ def fresh() -> Iterator[str]:
         remove(path)
 
 
-def size(folder: str, most: int) -> tuple[int, int]:
-    """Bytes on disk and entries beneath ``folder``; counting ends at ``most`` entries. Links are not followed."""
-    found, entries, open_ = 0, 0, [folder]
-    while open_ and entries <= most:
+def measure(folder: str, most: int) -> tuple[int, int]:
+    """Return the bytes on disk and the entries beneath ``folder``, without following links.
+
+    Counting ends after ``most`` entries.
+    """
+    size, entries, pending = 0, 0, [folder]
+    while pending and entries <= most:
         try:
-            with os.scandir(open_.pop()) as listing:
+            with os.scandir(pending.pop()) as listing:
                 for entry in listing:
                     entries += 1
                     if entry.is_dir(follow_symlinks=False):
-                        open_.append(entry.path)
-                    found += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError:  # moved or removed meanwhile, or too deep a path: it is counted the next time, or not at all
+                        pending.append(entry.path)
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+        except OSError:  # moved or removed meanwhile, or the path is too long
             entries += 1
-    return found, entries
+    return size, entries
 
 
 def remove(folder: str) -> None:
-    """Removes a folder however deep it is: folders move up and are emptied there, so no path grows long.
+    """Remove a folder of any depth; no process may write to it any more.
 
-    Nobody may write there any more.
+    Subfolders are moved to the top and emptied there, so no path gets too long.
     """
     fresh = (os.path.join(folder, f".{number}") for number in count())
     pending = [folder]
     while pending:
-        here = pending.pop()
-        os.chmod(here, 0o700)  # a folder can be made without rights for its owner
-        with os.scandir(here) as listing:
+        current = pending.pop()
+        os.chmod(current, 0o700)  # the program may have taken the owner's rights away
+        with os.scandir(current) as listing:
             entries = list(listing)
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
                 continue
-            os.chmod(entry.path, 0o700)  # to be moved, a folder must be writable: its ".." changes
-            place = entry.path
-            if here != folder:
-                place = next(p for p in fresh if not os.path.lexists(p))
-                os.rename(entry.path, place)
-            pending.append(place)
-        if here != folder:
-            os.rmdir(here)
+            os.chmod(entry.path, 0o700)  # moving a folder changes its "..", so it must be writable
+            path = entry.path
+            if current != folder:
+                path = next(p for p in fresh if not os.path.lexists(p))
+                os.rename(entry.path, path)
+            pending.append(path)
+        if current != folder:
+            os.rmdir(current)
     os.rmdir(folder)

@@ -1,4 +1,4 @@
-"""A file of model-written programs, graded: read, run, counted, and a verdict written for each."""
+"""Grading a file of model-written programs: read it, run each program, count, and write a verdict for each."""
 
 import gzip
 import json
@@ -6,26 +6,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.code_eval.problems import Problem, Verdict, figures, problems, run_answers
+from fedlora.code_eval.problems import Graded, Problem, compute_pass_rates, parse_problems, run_answers
 from fedlora.code_eval.sandbox import Sandbox
 from fedlora.files import check_output_file, write
 from fedlora.registry import nearest
 from fedlora.tasks.data import rows as source
 
 
-def rows(data: str, split: str = "test") -> list[dict[str, Any]]:
-    """A benchmark's rows from a file, from one split of a folder, or of a hub id."""
+def read_benchmark(data: str, split: str = "test") -> list[dict[str, Any]]:
+    """Read a benchmark's rows from a file, or from one split of a folder or of a hub id."""
     split = source.ONLY if Path(data).expanduser().is_file() else split
     try:
         return list(source.splits(data, None, split, [split], 0)[1])
-    except ValueError as error:  # there is no [task] table here
+    except ValueError as error:  # this data comes from an option and not from a [task] table
         raise ValueError(str(error).replace("task.train_split", "--split")) from error
 
 
-def answers(path: str | Path, known: Sequence[Problem]) -> dict[str, list[str]]:
-    """``{"task_id", "completion"}`` lines, several a task allowed: task -> its completions, in the file's order.
+def read_answers(path: str | Path, problems: Sequence[Problem]) -> dict[str, list[str]]:
+    """Read lines of ``{"task_id", "completion"}`` as task -> completions, in the file's order.
 
-    ``ValueError`` names the line that is none, or whose task is unknown.
+    Raises ``ValueError`` with the number of a line that is malformed or names an unknown task.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -35,21 +35,23 @@ def answers(path: str | Path, known: Sequence[Problem]) -> dict[str, list[str]]:
             text = lines.read()
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{str(path)!r} is no text that can be read; it needs lines of JSON in UTF-8.") from error
-    found: dict[str, list[str]] = {problem.task_id: [] for problem in known}
+    answers: dict[str, list[str]] = {problem.task_id: [] for problem in problems}
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            task, completion = _answer(line, f"line {number} of {str(path)!r}")
-            if task not in found:
-                near = nearest(task, found)
-                hint = f"did you mean {near!r}?" if near else f"its tasks are {_first(list(found))}."
-                raise ValueError(f"line {number} of {str(path)!r} answers task {task!r}, which is not there; {hint}")
-            found[task].append(completion)
-    if not any(found.values()):
+        if not line.strip():
+            continue
+        where = f"line {number} of {str(path)!r}"
+        task, completion = _parse_answer(line, where)
+        if task not in answers:
+            near, tasks = nearest(task, answers), list(answers)
+            hint = f"did you mean {near!r}?" if near else f"its tasks are {tasks[0]} to {tasks[-1]}."
+            raise ValueError(f"{where} answers task {task!r}, which is not in the data; {hint}")
+        answers[task].append(completion)
+    if not any(answers.values()):
         raise ValueError(f'{str(path)!r} holds no answers; it needs {{"task_id", "completion"}} lines.')
-    return found
+    return answers
 
 
-def _answer(line: str, where: str) -> tuple[str, str]:
+def _parse_answer(line: str, where: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -61,11 +63,7 @@ def _answer(line: str, where: str) -> tuple[str, str]:
     return str(row["task_id"]), row["completion"]
 
 
-def _first(names: list[str]) -> str:
-    return f"{names[0]} to {names[-1]}"
-
-
-def grade(
+def grade_file(
     predictions: str | Path,
     data: str,
     benchmark: str | None = None,
@@ -74,36 +72,29 @@ def grade(
     workers: int = 1,
     sandbox: Sandbox | None = None,
     out: str | Path | None = None,
-    done: Callable[[Verdict], None] = lambda verdict: None,
+    done: Callable[[Graded], None] = lambda graded: None,
 ) -> dict[str, Any]:
-    """Runs every completion of a file; a verdict a line goes to ``out`` (None: beside the file).
+    """Run every completion of a file, and write a line of JSON for each to ``out`` (None: beside the file).
 
-    A problem without a completion counts as wrong, and ``missing`` says how many there are. ``ValueError`` where the
-    file, the data or ``ks`` do not fit, or no code can be run here.
+    A problem without a completion counts as wrong, and ``missing`` is the number of these. Raises ``ValueError`` if
+    the file, the data or ``ks`` do not fit together, or if this machine cannot confine a program.
     """
     if not ks or min(ks) < 1:
         raise ValueError(f"--k is {','.join(map(str, ks))!r}; it is one or several numbers of at least 1, e.g. 1,10.")
-    known = problems(rows(data, split), benchmark)
-    given = answers(predictions, known)
-    figures(known, [_unrun(task, i) for task, texts in given.items() for i in range(len(texts))], ks)  # enough for k?
-    place = check_output_file(out or _beside(Path(predictions).expanduser()))
-    verdicts = run_answers(known, given, sandbox, workers, done)
-    lines = (json.dumps(vars(v)) + "\n" for v in verdicts)
-    write(place, "".join(lines).encode())
+    problems = parse_problems(read_benchmark(data, split), benchmark)
+    answers = read_answers(predictions, problems)
+    unrun = [Graded(task, i, False, "", 0.0) for task, texts in answers.items() for i in range(len(texts))]
+    compute_pass_rates(problems, unrun, ks)  # raises an error before anything is run if k is too large
+    path = Path(predictions).expanduser()
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    target = check_output_file(out or path.with_name(f"{stem}.verdicts.jsonl"))
+    graded = run_answers(problems, answers, sandbox, workers, done)
+    write(target, "".join(json.dumps(vars(answer)) + "\n" for answer in graded).encode())
     return {
-        "figures": figures(known, verdicts, ks),
-        "problems": len(known),
-        "missing": sum(not texts for texts in given.values()),
-        "answers": len(verdicts),
-        "passed": sum(v.passed for v in verdicts),
-        "verdicts": str(place),
+        "figures": compute_pass_rates(problems, graded, ks),
+        "problems": len(problems),
+        "missing": sum(not texts for texts in answers.values()),
+        "answers": len(graded),
+        "passed": sum(answer.passed for answer in graded),
+        "verdicts": str(target),
     }
-
-
-def _unrun(task: str, sample: int) -> Verdict:
-    return Verdict(task, sample, False, "", 0.0)
-
-
-def _beside(path: Path) -> Path:
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return path.with_name(f"{name}.verdicts.jsonl")

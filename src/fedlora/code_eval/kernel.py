@@ -1,7 +1,7 @@
-"""What Linux itself offers against a program: limits, no capabilities, Landlock for files, a filter of system calls.
+"""The confinement of a process by Linux: limits, no capabilities, Landlock for files, a filter of system calls.
 
-Every step is for the calling process alone, needs no privilege and cannot be taken back. Any that fails raises
-``UnconfinedError``: nothing may run then. Only the standard library: the interpreter is as it was started.
+Every step applies to the calling process alone, needs no privilege and is permanent. A step that fails raises
+``UnconfinedError``, and nothing may run then. This file imports the standard library only.
 """
 
 import ctypes
@@ -12,12 +12,12 @@ import signal
 import struct
 from collections.abc import Iterable, Sequence
 
-from syscalls import numbers
+from syscalls import read_syscalls
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 ENOSYS, EPERM = 38, 1
 
-# Landlock's rights over files, and which ABI brought those that came later.
+# Landlock's rights over files, and the ABI that added each later one.
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, MAKE_SYM = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 12
 REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
@@ -29,57 +29,59 @@ TCP, SCOPES = 0b11, 0b11  # bind and connect (ABI 4); abstract sockets and signa
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 ALLOW, KILL, REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
 LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06
-NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in what a filter is shown
-TERMINAL_AND_DESCRIPTORS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # of ioctl: what open() and isatty() ask
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in the data of a filter
+TERMINAL_AND_DESCRIPTORS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # of ioctl: used by open() and isatty()
 DESCRIPTORS_AND_LOCKS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)  # of fcntl: no owners, leases or seals
 O_ACCMODE, O_TRUNC = os.O_ACCMODE, os.O_TRUNC
-OPENINGS = (0, 1, 2, 1 | O_TRUNC, 2 | O_TRUNC)  # the first ABI does not see that a read-only opening truncates
+OPENINGS = (0, 1, 2, 1 | O_TRUNC, 2 | O_TRUNC)  # the first ABI does not see O_TRUNC of a read-only opening
 
 
 class UnconfinedError(OSError):
-    """A step of the confinement could not be taken; the text says which and why."""
+    """A step of the confinement failed; the text names the step and the reason."""
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(what: str, number: int, *arguments) -> int:
-    """A raw system call; ``UnconfinedError`` where the kernel refuses."""
+def _call(step: str, number: int, *arguments) -> int:
+    """Make a raw system call; ``UnconfinedError`` if the kernel refuses."""
     plain = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    found: int = _libc.syscall(ctypes.c_long(number), *plain)
-    if found < 0:
-        raise UnconfinedError(f"{what}: {os.strerror(ctypes.get_errno())}")
-    return found
+    result: int = _libc.syscall(ctypes.c_long(number), *plain)
+    if result < 0:
+        raise UnconfinedError(f"{step}: {os.strerror(ctypes.get_errno())}")
+    return result
 
 
-def _prctl(what: str, option: int, value: int) -> None:
+def _prctl(step: str, option: int, value: int) -> None:
     if _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
-        raise UnconfinedError(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise UnconfinedError(f"{step}: {os.strerror(ctypes.get_errno())}")
 
 
 def confine(own: str, readable: Iterable[str], limits: dict[str, int], parent: int) -> None:
-    """Shuts the calling process in for good: it may write beneath ``own`` and read beneath ``readable``.
+    """Confine the calling process for good: it may write beneath ``own`` and read beneath ``readable``.
 
-    ``limits`` are ``cpu`` (seconds), ``memory`` and ``file`` (bytes) and ``descriptors``. It dies with ``parent``.
+    ``limits`` are ``cpu`` (seconds), ``memory`` and ``file`` (bytes) and ``descriptors``. The process dies with
+    ``parent``.
     """
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise UnconfinedError(f"system calls of the processor {machine!r} are not known here")
-    _, others = numbers(machine)
+    _, others = read_syscalls(machine)
     _prctl("die with the parent", PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise UnconfinedError("the parent is gone")
-    _limit(limits)
+    _set_limits(limits)
     _prctl("no new privileges", PR_SET_NO_NEW_PRIVS, 1)
-    _prctl("not to be looked into", PR_SET_DUMPABLE, 0)
-    _drop_capabilities(others["capset"])
-    landlock(others, own, readable)
-    seccomp(others["seccomp"], program(machine, os.getpid()))
+    _prctl("not dumpable", PR_SET_DUMPABLE, 0)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))  # with rights, root could overrule modes
+    _call("drop capabilities", others["capset"], header, ctypes.create_string_buffer(24))
+    restrict_files(others, own, readable)
+    install_filter(others["seccomp"], build_filter(machine, os.getpid()))
 
 
-def _limit(limits: dict[str, int]) -> None:
+def _set_limits(limits: dict[str, int]) -> None:
     for kind, low, high in (
-        (resource.RLIMIT_CPU, limits["cpu"], limits["cpu"] + 1),  # a signal first, so that the cause is known
+        (resource.RLIMIT_CPU, limits["cpu"], limits["cpu"] + 1),  # a signal first, which tells the cause
         (resource.RLIMIT_AS, limits["memory"], limits["memory"]),
         (resource.RLIMIT_FSIZE, limits["file"], limits["file"]),
         (resource.RLIMIT_NOFILE, limits["descriptors"], limits["descriptors"]),
@@ -93,39 +95,33 @@ def _limit(limits: dict[str, int]) -> None:
         resource.setrlimit(kind, (low, high))
 
 
-def _drop_capabilities(number: int) -> None:
-    """Root keeps none: no file mode is overruled, no owner changed."""
-    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
-    _call("drop capabilities", number, header, ctypes.create_string_buffer(24))
-
-
-def landlock_abi(number: int) -> int:
-    """The kernel's version of Landlock; ``UnconfinedError`` where it has none."""
+def get_landlock_abi(number: int) -> int:
+    """Return the kernel's version of Landlock; ``UnconfinedError`` if it has none."""
     return _call("Landlock", number, 0, 0, 1)
 
 
-def landlock(others: dict[str, int], own: str, readable: Iterable[str]) -> None:
-    """No file outside ``own`` can be written, made or removed, and none read but those beneath ``readable``."""
-    abi = landlock_abi(others["landlock_create_ruleset"])
+def restrict_files(others: dict[str, int], own: str, readable: Iterable[str]) -> None:
+    """Allow writing, making and removing files beneath ``own`` only, and reading beneath ``readable`` as well."""
+    abi = get_landlock_abi(others["landlock_create_ruleset"])
     handled = FIRST | sum(right for since, right in LATER.items() if since <= abi)
     words = [handled] + [TCP] * (abi >= 4) + [SCOPES] * (abi >= 6)
     ruleset = ctypes.create_string_buffer(struct.pack(f"{len(words)}Q", *words))
     rules = _call("Landlock", others["landlock_create_ruleset"], ruleset, 8 * len(words), 0)
     wanted = [(own, OWN), ("/dev/null", READ_FILE | WRITE_FILE)]
     for path, rights in [*wanted, *((path, READ_FILE | READ_DIR) for path in readable if os.path.exists(path))]:
-        at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if not os.path.isdir(path):
             rights &= READ_FILE | WRITE_FILE
-        beneath = ctypes.create_string_buffer(struct.pack("=Qi", rights & handled, at))
+        beneath = ctypes.create_string_buffer(struct.pack("=Qi", rights & handled, descriptor))
         _call(f"Landlock on {path!r}", others["landlock_add_rule"], rules, 1, beneath, 0)
-        os.close(at)
+        os.close(descriptor)
     _call("Landlock", others["landlock_restrict_self"], rules, 0)
     os.close(rules)
 
 
-def program(machine: str, own: int) -> bytes:
-    """The filter: which system calls go through. Signals reach the process ``own`` only, which is the caller."""
-    free, others = numbers(machine)
+def build_filter(machine: str, own: int) -> bytes:
+    """Build the filter of system calls; signals may go to the process ``own`` only, which is the caller."""
+    free, others = read_syscalls(machine)
     everything = 0xFFFFFFFF
     code = [_load(ARCHITECTURE), _jump(EQUAL, ARCHITECTURES[machine], 1, 0), _return(KILL), _load(NUMBER)]
     for number in free.values():
@@ -139,14 +135,14 @@ def program(machine: str, own: int) -> bytes:
         *((name, 0, everything, (own,)) for name in ("kill", "tkill", "tgkill")),
     ):
         if name in others:
-            code += _when(others[name], argument, mask, values)
-    for name in ("clone3", "openat2"):  # the C library then tries the older call, whose arguments can be seen
+            code += _allow_values(others[name], argument, mask, values)
+    for name in ("clone3", "openat2"):  # the C library then tries the older call, whose arguments a filter can read
         code += [_jump(EQUAL, others[name], 0, 1), _return(REFUSE | ENOSYS)]
     return b"".join([*code, _return(REFUSE | EPERM)])
 
 
-def _when(number: int, argument: int, mask: int, values: Sequence[int]) -> list[bytes]:
-    """One call is allowed where the low half of an argument, masked, is one of the values."""
+def _allow_values(number: int, argument: int, mask: int, values: Sequence[int]) -> list[bytes]:
+    """Allow one call if the low half of an argument, masked, is one of the values."""
     inner = [_load(ARGUMENTS + 8 * argument), _jump(AND, mask)]
     for value in values:
         inner += [_jump(EQUAL, value, 0, 1), _return(ALLOW)]
@@ -166,8 +162,8 @@ def _return(value: int) -> bytes:
     return _jump(RETURN, value)
 
 
-def seccomp(number: int, code: bytes) -> None:
-    """Puts a filter over the calling process; it needs no privilege after ``PR_SET_NO_NEW_PRIVS``."""
-    held = ctypes.create_string_buffer(code)
-    filter_ = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(held)))
-    _call("seccomp", number, 1, 0, filter_)
+def install_filter(number: int, code: bytes) -> None:
+    """Install a filter in the calling process, which needs no privilege after ``PR_SET_NO_NEW_PRIVS``."""
+    instructions = ctypes.create_string_buffer(code)
+    header = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(instructions)))
+    _call("seccomp", number, 1, 0, header)

@@ -1,6 +1,6 @@
-"""Runs one Python program so that it can hurt nothing: no network, no files but its own, bounded in everything.
+"""A sandbox for one Python program: without network, with no files but its own, with every resource bounded.
 
-Nothing runs unprotected: a machine that cannot confine a program gets ``SandboxError`` and not a verdict.
+A machine that cannot confine a program raises ``SandboxError``, and nothing is run.
 """
 
 import json
@@ -24,29 +24,29 @@ from fedlora.code_eval import folder
 SCRIPT = Path(__file__).with_name("inside.py")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/nix/store", "/usr/share/zoneinfo",
              "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")  # fmt: skip
-LINKER = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if os.environ.get(key)}  # some interpreters need it
-TICK = 0.05  # seconds between looks at the clock and at the folder
+LINKER = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if os.environ.get(key)}  # some interpreters need this
+TICK = 0.05  # seconds between checks of the clock and of the folder
 ENTRIES = 1000  # files and folders that a program may make
 MIB = 2**20
 
 
 class SandboxError(ValueError):
-    """This machine cannot confine a program, so none was run."""
+    """This machine cannot confine a program, and none was run."""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a program ended: ``ok`` only where it and all its tests ran to their end."""
+class ProgramResult:
+    """How a program ended; ``ok`` if it and all its tests ran to their end."""
 
     ok: bool
     output: str  # stdout and stderr together
-    why: str  # one line where it is not ok
+    why: str  # the reason in one line; empty if ok
     seconds: float
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """What a program may use. Processor time counts; the clock is only for those that sleep."""
+    """The bounds of a program. The clock is a bound for programs that sleep, so a busy machine fails none."""
 
     seconds: int = 10  # of processor time
     wall_seconds: float = 60.0
@@ -59,35 +59,29 @@ class Sandbox:
             if not getattr(self, key) > 0:
                 raise ValueError(f"a sandbox's {key} is {getattr(self, key)}; it must be above 0.")
 
-    def ready(self) -> None:
-        """``SandboxError`` where this machine cannot confine a program; tried once, by what must be refused."""
-        probe()
+    def run(self, program: str, tests: str = "", stopped: Callable[[], bool] = lambda: False) -> ProgramResult:
+        """Run ``program`` and then ``tests`` in its namespace; ends early once ``stopped`` returns True.
 
-    def run(self, program: str, tests: str = "", stopped: Callable[[], bool] = lambda: False) -> Ran:
-        """Runs ``program`` and then, in the same namespace, ``tests``; ends early once ``stopped``.
-
-        ``SandboxError`` as ``ready``.
+        Raises ``SandboxError`` if this machine cannot confine a program.
         """
-        self.ready()
+        check_confinement()
         return self._run(program, tests, stopped)
 
-    def _run(self, program: str, tests: str, stopped: Callable[[], bool] = lambda: False) -> Ran:
-        token, began = secrets.token_hex(16), time.monotonic()
-        task = {**self._task(), "program": program, "tests": tests, "token": token}
-        with folder.fresh() as own, tempfile.TemporaryFile() as request:
+    def _run(self, program: str, tests: str, stopped: Callable[[], bool] = lambda: False) -> ProgramResult:
+        token, start = secrets.token_hex(16), time.monotonic()
+        limits = {"cpu": self.seconds, "memory": self.memory_mb * MIB, "file": self.disk_mb * MIB, "descriptors": 64}
+        task = {"readable": find_readable(), "packages": find_packages(), "limits": limits,
+                "parent": os.getpid(), "program": program, "tests": tests, "token": token}  # fmt: skip
+        with folder.temporary_folder() as own, tempfile.TemporaryFile() as request:
             request.write(json.dumps(task).encode())
             request.seek(0)
-            process, seen = self._run_script(own, request, stopped)
-        return self._judge(process, seen, token, time.monotonic() - began)
-
-    def _task(self) -> dict:
-        limits = {"cpu": self.seconds, "memory": self.memory_mb * MIB, "file": self.disk_mb * MIB, "descriptors": 64}
-        return {"readable": readable(), "packages": packages(), "limits": limits, "parent": os.getpid()}
+            process, output = self._run_script(own, request, stopped)
+        return self._judge(process, output, token, time.monotonic() - start)
 
     def _run_script(
         self, own: str, request: IO[bytes], stopped: Callable[[], bool]
-    ) -> tuple[subprocess.Popen, "_Seen"]:
-        """Starts the script, watches it, and returns once it has ended or was killed."""
+    ) -> tuple[subprocess.Popen, "_Output"]:
+        """Start the script, and watch it until it has ended or was killed."""
         verdict, answers = os.pipe()
         try:
             process = subprocess.Popen(
@@ -108,48 +102,46 @@ class Sandbox:
 
     def _watch(
         self, process: subprocess.Popen, own: str, names: dict[int, str], stopped: Callable[[], bool]
-    ) -> "_Seen":
-        """Reads what comes until the program is dead or a bound is broken that no kernel watches."""
-        seen, now = _Seen(), time.monotonic()
-        end, look = now + self.wall_seconds, now
+    ) -> "_Output":
+        """Read the output until the program has ended, or breaks a bound that the kernel does not enforce."""
+        output, now = _Output(), time.monotonic()
+        end, next_check = now + self.wall_seconds, now
         with selectors.DefaultSelector() as selector:
             for descriptor in names:
                 selector.register(descriptor, selectors.EVENT_READ)
-            while not seen.over and (selector.get_map() or process.poll() is None):
+            while not output.broken and (selector.get_map() or process.poll() is None):
                 for key, _ in selector.select(TICK):
                     chunk = os.read(key.fd, 65536)
-                    getattr(seen, names[key.fd]).extend(chunk)
+                    getattr(output, names[key.fd]).extend(chunk)
                     if not chunk:
                         selector.unregister(key.fd)
                 now = time.monotonic()
                 late = f"ran longer than {self.wall_seconds:g} s" if now > end else "was stopped" if stopped() else ""
-                seen.over = late or self._loud(seen) or (self._full(own) if now > look else "")
-                look = now + TICK if now > look else look
-        return seen
+                if len(output.output) > self.output_kb * 1024 or len(output.answer) > 4096:
+                    late = late or f"wrote more than {self.output_kb} kB of output"
+                output.broken = late or (self._check_folder(own) if now > next_check else "")
+                next_check = now + TICK if now > next_check else next_check
+        return output
 
-    def _loud(self, seen: "_Seen") -> str:
-        loud = len(seen.output) > self.output_kb * 1024 or len(seen.answer) > 4096
-        return f"wrote more than {self.output_kb} kB of output" if loud else ""
+    def _check_folder(self, own: str) -> str:
+        size, entries = folder.measure(own, ENTRIES)
+        is_full = size > self.disk_mb * MIB or entries > ENTRIES
+        return f"left more than {self.disk_mb} MB or {ENTRIES} files" if is_full else ""
 
-    def _full(self, own: str) -> str:
-        used, entries = folder.size(own, ENTRIES)
-        full = used > self.disk_mb * MIB or entries > ENTRIES
-        return f"left more than {self.disk_mb} MB or {ENTRIES} files" if full else ""
-
-    def _judge(self, process: subprocess.Popen, seen: "_Seen", token: str, seconds: float) -> Ran:
-        output = seen.output[: self.output_kb * 1024].decode("utf-8", "replace")
-        answer, status = bytes(seen.answer), process.returncode
+    def _judge(self, process: subprocess.Popen, read: "_Output", token: str, seconds: float) -> ProgramResult:
+        output = read.output[: self.output_kb * 1024].decode("utf-8", "replace")
+        answer, status = bytes(read.answer), process.returncode
         if not answer.startswith(b"+"):
-            reason = answer[1:].decode("utf-8", "replace") or seen.over or output.strip().rpartition("\n")[2]
+            reason = answer[1:].decode("utf-8", "replace") or read.broken or output.strip().rpartition("\n")[2]
             raise SandboxError(f"this machine cannot confine a program ({reason or status}), so no code was run here.")
-        if answer == b"+" + token.encode() and status == 0 and not seen.over:
-            return Ran(True, output, "", seconds)
-        if answer[1:2] == b"-" and not seen.over:
+        if answer == b"+" + token.encode() and status == 0 and not read.broken:
+            return ProgramResult(True, output, "", seconds)
+        if answer[1:2] == b"-" and not read.broken:
             text = " ".join(answer[2:].decode("utf-8", "replace").split())[:300]
-            why = "".join(c if c.isprintable() else "?" for c in text)  # a terminal would obey some
+            why = "".join(c if c.isprintable() else "?" for c in text)  # a terminal acts on some characters
         else:
-            why = seen.over or self._explain_status(status)
-        return Ran(False, output, why, seconds)
+            why = read.broken or self._explain_status(status)
+        return ProgramResult(False, output, why, seconds)
 
     def _explain_status(self, status: int) -> str:
         if status == -signal.SIGXCPU:
@@ -162,26 +154,24 @@ class Sandbox:
 
 
 @dataclass
-class _Seen:
-    """What came out of a program so far, and which bound it broke."""
+class _Output:
+    """The output of a program so far, and the bound that it broke."""
 
     output: bytearray = field(default_factory=bytearray)
     answer: bytearray = field(default_factory=bytearray)
-    over: str = ""
+    broken: str = ""
 
 
-@cache
-def packages() -> list[str]:
-    """Where what is installed for this interpreter lies: a program may import it."""
+def find_packages() -> list[str]:
+    """Return the folders of the installed packages, which a program may import."""
     return list(dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib")))
 
 
-@cache
-def readable() -> list[str]:
-    """What a program may read beside its own folder: the interpreter's library and what is installed for it."""
+def find_readable() -> list[str]:
+    """Return the folders that a program may read beside its own: the interpreter's library and the packages."""
     bases = [os.path.join(base, lib) for base in (sys.base_prefix, sys.base_exec_prefix) for lib in ("lib", "lib64")]
-    linked = [place for value in LINKER.values() for place in value.split(":") if place]
-    return list(dict.fromkeys([*packages(), *bases, *linked, *LIBRARIES]))
+    linked = [path for value in LINKER.values() for path in value.split(":") if path]
+    return list(dict.fromkeys([*find_packages(), *bases, *linked, *LIBRARIES]))
 
 
 PROBE = """
@@ -208,16 +198,16 @@ os.unlink("own")
 
 
 @cache
-def probe() -> None:
-    """Tries once what a program must not be able to do. ``SandboxError`` where anything of it succeeds."""
+def check_confinement() -> None:
+    """Try once the acts that a program must not be able to do; ``SandboxError`` if one succeeds."""
     if sys.platform != "linux":
         raise SandboxError(
             f"code is run on Linux only, where the kernel can confine it, and this is {sys.platform}; "
             "grade the answers on a Linux machine."
         )
-    with tempfile.TemporaryDirectory(prefix="fedlora-canary-") as place:
-        canary = Path(place) / "canary"
+    with tempfile.TemporaryDirectory(prefix="fedlora-canary-") as parent:
+        canary = Path(parent) / "canary"
         canary.write_text("alive", encoding="utf-8")
-        ran = Sandbox()._run(f"CANARY, EXECUTABLE = {str(canary)!r}, {sys.executable!r}\n{PROBE}", "")
-        if not ran.ok or canary.read_text(encoding="utf-8") != "alive":
-            raise SandboxError(f"this machine does not confine a program ({ran.why}), so no code is run here.")
+        result = Sandbox()._run(f"CANARY, EXECUTABLE = {str(canary)!r}, {sys.executable!r}\n{PROBE}", "")
+        if not result.ok or canary.read_text(encoding="utf-8") != "alive":
+            raise SandboxError(f"this machine does not confine a program ({result.why}), so no code is run here.")

@@ -1,10 +1,10 @@
-"""Numbers of the system calls that a confined program may make, for each kind of processor, as Linux has them.
+"""Linux's numbers of the system calls that a confined program may make, for each processor architecture.
 
-What is not listed is refused: sockets, new processes and threads, signals to others, modes and owners of files, mounts,
-tracing, shared memory, io_uring and whatever a later kernel brings.
+Calls that are not listed are refused: sockets, new processes and threads, signals to others, modes and owners of files,
+mounts, tracing, shared memory, io_uring, and the calls of later kernels.
 """
 
-# "name x86_64 aarch64"; "-": this processor has no such call
+# "name x86_64 aarch64"; "-": this architecture has no such call
 FREE = """
 read 0 63 | write 1 64 | readv 19 65 | writev 20 66 | pread64 17 67 | pwrite64 18 68 | preadv 295 69
 pwritev 296 70 | preadv2 327 286 | pwritev2 328 287 | lseek 8 62 | close 3 57 | close_range 436 436 | stat 4 -
@@ -29,7 +29,7 @@ sched_getscheduler 145 120 | sched_get_priority_max 146 125 | sched_get_priority
 set_robust_list 273 99 | set_tid_address 218 96 | rseq 334 293 | arch_prctl 158 - | exit 60 93
 exit_group 231 94
 """
-# Allowed for some arguments only, or named in a refusal of their own, or made before the filter is there.
+# Allowed for some arguments only, refused with another error, or made before the filter is installed.
 OTHERS = """
 open 2 - | openat 257 56 | ioctl 16 29 | fcntl 72 25 | kill 62 129 | tkill 200 130 | tgkill 234 131
 prlimit64 302 261 | clone3 435 435 | openat2 437 437 | capset 126 91 | prctl 157 167 | seccomp 317 277
@@ -37,8 +37,8 @@ landlock_create_ruleset 444 444 | landlock_add_rule 445 445 | landlock_restrict_
 """
 
 
-def numbers(machine: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Name -> number, of the free calls and of the others. ``KeyError`` for a processor that is not known."""
+def read_syscalls(machine: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return name -> number for the free calls and for the others; ``KeyError`` for an unknown architecture."""
     column = {"x86_64": 1, "aarch64": 2}[machine]
     tables = ([entry.split() for entry in text.replace("\n", " | ").split(" | ") if entry] for text in (FREE, OTHERS))
     free, others = ({e[0]: int(e[column]) for e in table if e[column] != "-"} for table in tables)
