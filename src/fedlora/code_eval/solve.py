@@ -82,6 +82,6 @@ def _generate_answers(talk: Chat, batch, prompts, writing: Writing, worded: bool
     first, sample = batch[0]
     stops = () if worded else STOPS["humaneval" if first.context else "mbpp"]
     options = Writing(writing.max_new_tokens, writing.temperature, writing.top_p, writing.stop or stops)
-    seed = derived(talk.seed, "solve", first.task_id, sample)
+    seed = derive_seed(talk.seed, "solve", first.task_id, sample)
     with talk.model.running():
         return generate(talk.model.network, talk.tokenizer, [prompts[p.task_id] for p, _ in batch], options, seed)
