@@ -140,7 +140,7 @@ def memory(asked: dict[str, Any], post: Callable[[Any], Any] = lambda message: m
         grid = MemoryGrid(build_simulated_app(config.table, Path(place)), nodes, post)
         engine = FlowerLoop(federation=federation, network=config.flower, grid=grid)
         rounds = list(engine.run(federation))
-    return [done.record for done in rounds], rounds[-1].ledger.rows
+    return [done.record for done in rounds], rounds[-1].ledger
 
 
 def _loopback(asked: dict[str, Any], **said: Any) -> list[Mapping[str, Any]]:

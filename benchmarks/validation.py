@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedlora.adapters import LoRA
-from fedlora.engines.aggregation_error import errors
+from fedlora.engines.aggregation_error import aggregation_errors
 from fedlora.files import Limits, decode_tree, encode_tree
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
@@ -104,7 +104,7 @@ def costs(rules: Rules, shared: Tree, sent: Sequence[Received], kept: dict[int, 
     found = seconds(
         {
             "combine": lambda: server_turn(rules, shared, sent),
-            "measure": lambda: errors(rules, shared, sent, kept, served),
+            "measure": lambda: aggregation_errors(rules, shared, sent, kept, served),
             "read": lambda: [read(content) for content in came],
             "validation": lambda: looked_at(rules, shared, sent),
             "inner products": lambda: gram_matrix(rules, shared, sent),

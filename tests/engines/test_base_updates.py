@@ -75,14 +75,14 @@ def test_a_client_that_was_away_pays_for_what_it_missed_once():
     log.append({"w": (drawn(1, 1),)})
     _handed(channel, 1, 1, tree, log)
     _handed(channel, 1, 0, tree, log)
-    assert [(r.client, r.numbers) for r in channel.ledger.rows] == [(0, M + N), (1, 2 * (M + N)), (0, M + N)]
-    assert channel.held_by_all(2) == 2 and channel.held_by_all(3) == 0
+    assert [(r.client, r.numbers) for r in channel.ledger] == [(0, M + N), (1, 2 * (M + N)), (0, M + N)]
+    assert [channel.count_base_updates(k) for k in range(3)] == [2, 2, 0]
 
 
 def _handed(channel, round, client, tree, log):
     delivery = channel.compute_delta(client, tree, log)
-    channel.deliver(round, client, delivery)
-    channel.holds(client, delivery)
+    channel.record_delivery(round, client, delivery)
+    channel.confirm(client, delivery)
     return delivery
 
 

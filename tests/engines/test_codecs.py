@@ -116,10 +116,10 @@ def test_places_that_are_none_are_refused():
     few, many = chain(["top-k"], 0.01), chain(["top-k"], 0.3)
     coded = few.encode(numbers((20, 20), 1.0, 1), draws())
     for places in ([0, 1, 2, 400], [-1, 1, 2, 3], [3, 2, 1, 0], [5, 5, 5, 5]):
-        with pytest.raises(ValueError, match="places"):
+        with pytest.raises(ValueError, match="positions"):
             few.decode({**coded, "index": torch.tensor(places, dtype=torch.int32)}, (20, 20))
     coded = many.encode(numbers((20, 20), 1.0, 1), draws())
-    with pytest.raises(ValueError, match="marks 400 places"):
+    with pytest.raises(ValueError, match="marks 400 positions"):
         many.decode({**coded, "bits": torch.full((50,), 255, dtype=torch.uint8)}, (20, 20))
 
 

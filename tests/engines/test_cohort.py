@@ -58,25 +58,25 @@ def test_steps_a_client():
 def test_stragglers_do_a_part_of_their_steps():
     clients = Clients(10, stragglers=0.2, straggler_work=0.3)
     for round in range(20):
-        slow = clients.slow(round, 0)
+        slow = clients.draw_stragglers(round, 0)
         assert len(slow) == 2
         assert [clients.steps(10, round, k, 0) for k in range(10)] == [3 if k in slow else 10 for k in range(10)]
         assert [clients.steps(1, round, k, 0) for k in range(10)] == [1] * 10
-    assert {k for round in range(40) for k in clients.slow(round, 0)} == set(range(10))
+    assert {k for round in range(40) for k in clients.draw_stragglers(round, 0)} == set(range(10))
 
 
 def test_the_share_that_drops_out():
     clients = Clients(20, per_round=10, dropout=0.1)
-    gone = [clients.dropped(round, 0) for round in range(50)]
+    gone = [clients.draw_dropouts(round, 0) for round in range(50)]
     assert all(len(g) == 1 and set(g) <= set(clients.cohort(round, 0)) for round, g in enumerate(gone))
     assert len({g[0] for g in gone}) > 10
     for round in range(50):
-        assert sorted([*clients.staying(round, 0), *gone[round]]) == clients.cohort(round, 0)
-    third = [len(Clients(3, dropout=0.1).dropped(round, 0)) for round in range(2000)]
+        assert sorted([*clients.remaining(round, 0), *gone[round]]) == clients.cohort(round, 0)
+    third = [len(Clients(3, dropout=0.1).draw_dropouts(round, 0)) for round in range(2000)]
     assert set(third) == {0, 1}
     assert sum(third) / 2000 == pytest.approx(0.3, abs=0.04), "no whole client: right in the mean"
-    assert all(len(Clients(3, dropout=0.99).staying(round, 0)) == 1 for round in range(100)), "one remains"
-    assert Clients(1, dropout=0.9).dropped(0, 0) == []
+    assert all(len(Clients(3, dropout=0.99).remaining(round, 0)) == 1 for round in range(100)), "one remains"
+    assert Clients(1, dropout=0.9).draw_dropouts(0, 0) == []
 
 
 def test_new_clients_are_never_asked():
@@ -158,7 +158,7 @@ def test_the_optimiser_really_makes_so_many_steps(epochs, monkeypatch):
             turn += 1
             usual = -(-2 * len(federation.shards[client].train) // 8) if epochs else 6
             wanted = max(1, round(usual * shares[client]))
-            wanted = max(1, round(wanted / 2)) if client in federation.clients.slow(number, 0) else wanted
+            wanted = max(1, round(wanted / 2)) if client in federation.clients.draw_stragglers(number, 0) else wanted
             assert made[turn] == wanted, f"round {number}, client {client}"
 
 
@@ -175,9 +175,9 @@ def test_weights_are_those_of_who_stayed_and_the_others_do_not_move():
 
     engine.train = spy
     for done in engine.run(f):
-        stayed = f.clients.staying(done.number, 0)
+        stayed = f.clients.remaining(done.number, 0)
         assert len(stayed) == 3 and done.record["cohort"] == stayed
-        assert done.record["absent"] == dict.fromkeys(f.clients.dropped(done.number, 0), DROPPED)
+        assert done.record["absent"] == dict.fromkeys(f.clients.draw_dropouts(done.number, 0), DROPPED)
         assert {client for number, client in sent if number == done.number} == set(stayed)
         rows = {client: len(f.shards[client].train) for client in stayed}
         for part, layer in sent[done.number, stayed[0]].items():
@@ -190,13 +190,13 @@ def test_private_state_does_not_move_and_the_ledger_has_the_download_only():
     f = config("method.name=fedsa-lora", "clients.dropout=0.34", "rounds=5").federation()
     before: dict = {}
     for done in InProcess().run(f):
-        gone = f.clients.dropped(done.number, 0)
+        gone = f.clients.draw_dropouts(done.number, 0)
         for client, tree in done.kept.items():
             if client in before:
                 assert (before[client] is tree) == (client in gone)
         before = dict(done.kept)
-        rows = [row for row in done.ledger.rows if row.round == done.number]
-        assert {row.client for row in rows if row.direction == "up"} == set(f.clients.staying(done.number, 0))
+        rows = [row for row in done.ledger if row.round == done.number]
+        assert {row.client for row in rows if row.direction == "up"} == set(f.clients.remaining(done.number, 0))
         assert {row.client for row in rows if row.direction == "down"} == (set(range(3)) if done.number else set())
         assert gone, "0.34 of three is at least one"
 
@@ -211,7 +211,7 @@ def test_a_dropped_client_is_sent_everything_again():
         halves = sum(min(2, number - seen[k]) for k in range(3))
         assert record["bytes"]["down"].get("adapter", 0) == halves * half
         assert record["bytes"]["down"].get("head", 0) == sum(head for k in range(3) if number > seen[k])
-        seen |= dict.fromkeys(f.clients.staying(number, 0), number)
+        seen |= dict.fromkeys(f.clients.remaining(number, 0), number)
 
 
 def test_groups_by_capability(reference):

@@ -8,8 +8,7 @@ import torch
 import fedlora
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.comm.channel import Channel
-from fedlora.engines.comm.compression import Compression
-from fedlora.engines.comm.encoding import OWED
+from fedlora.engines.comm.compression import RESIDUAL, Compression
 from fedlora.engines.in_process import InProcess
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
@@ -40,7 +39,7 @@ def moved(shared, by=1.0, seed=0):
         (["compression.up=top-k"], "set compression.top_k"),
         (["compression.top_k=1.5"], "above 0 and below 1"),
         (["compression.up=['int8', 'top-k']", "compression.top_k=0.1"], "cannot follow"),
-        (["compression.error_feedback=true"], "nothing to make up for"),
+        (["compression.error_feedback=true"], "no error to add"),
         (["compression.up=int8", "flower.secure_aggregation=true"], "cannot be added"),
         (["compression.up=int8", "compression.error_feedback=true", "method.name=flora"], "other coordinates"),
         (["compression.down=int4", "method.name=flexlora"], "other coordinates"),
@@ -65,19 +64,19 @@ def test_a_share_alone_thins_uploads():
 def test_the_server_has_what_the_client_thinks_it_has(up):
     rule, shared = rules()
     t, sent = Compression(up=up, top_k=0.3, error_feedback=True), moved(shared)
-    crosses, decoded, stays = t.sent(rule, shared, {}, TURN, sent, {"w": {}})
-    assert same(t.arrived(rule, shared, TURN, crosses), decoded)
+    crosses, decoded, stays = t.encode_upload(rule, shared, {}, TURN, sent, {"w": {}})
+    assert same(t.decode_upload(rule, shared, TURN, crosses), decoded)
     for leaf in "AB":
         assert not torch.equal(decoded["w"][leaf], sent["w"][leaf])
-        assert torch.allclose(decoded["w"][leaf] + stays["w"][OWED + leaf], sent["w"][leaf], atol=1e-6)
+        assert torch.allclose(decoded["w"][leaf] + stays["w"][RESIDUAL + leaf], sent["w"][leaf], atol=1e-6)
 
 
 def test_nothing_is_encoded_where_nothing_is_set():
     rule, shared = rules()
     sent, stays = moved(shared), {"w": {}}
-    found = Compression(down="int8").sent(rule, shared, {}, TURN, sent, stays)
-    assert found.crosses is sent and found.decoded is sent and found.stays is stays
-    assert Compression(up="int8").said(shared, sent, 1) is sent
+    found = Compression(down="int8").encode_upload(rule, shared, {}, TURN, sent, stays)
+    assert found.encoded is sent and found.decoded is sent and found.kept is stays
+    assert Compression(up="int8").encode_served(shared, sent, 1) is sent
 
 
 def test_a_small_change_of_a_large_leaf_crosses_well():
@@ -85,7 +84,7 @@ def test_a_small_change_of_a_large_leaf_crosses_well():
     rule, shared = rules()
     shared = {"w": {leaf: x + 100.0 for leaf, x in shared["w"].items()}}
     sent = moved(shared, by=1e-3)
-    decoded = Compression(up="int8").sent(rule, shared, {}, TURN, sent, {"w": {}}).decoded
+    decoded = Compression(up="int8").encode_upload(rule, shared, {}, TURN, sent, {"w": {}}).decoded
     assert (decoded["w"]["A"] - sent["w"]["A"]).abs().max() < 1e-4
 
 
@@ -93,9 +92,9 @@ def test_what_is_owed_of_a_leaf_waits_until_that_leaf_is_sent_again():
     rule, shared = rules()
     t = Compression(up="int4", error_feedback=True)
     sent = moved(shared)
-    first = t.sent(rule, shared, {}, TURN, {"w": {"A": sent["w"]["A"]}}, {"w": {}}).stays
-    second = t.sent(rule, shared, first, replace(TURN, seed=8), {"w": {"B": sent["w"]["B"]}}, {"w": {}}).stays
-    assert torch.equal(second["w"][OWED + "A"], first["w"][OWED + "A"]) and OWED + "B" in second["w"]
+    first = t.encode_upload(rule, shared, {}, TURN, {"w": {"A": sent["w"]["A"]}}, {"w": {}}).kept
+    second = t.encode_upload(rule, shared, first, replace(TURN, seed=8), {"w": {"B": sent["w"]["B"]}}, {"w": {}}).kept
+    assert torch.equal(second["w"][RESIDUAL + "A"], first["w"][RESIDUAL + "A"]) and RESIDUAL + "B" in second["w"]
 
 
 def test_a_client_that_pruned_itself_says_its_shape():
@@ -103,23 +102,25 @@ def test_a_client_that_pruned_itself_says_its_shape():
     rule, shared = {"w": method}, {"w": method.adapter.init(24, 40, 0)}
     turn, t = Turn(0, 0, 8, seed=7), Compression(up="int8", error_feedback=True)
     sent = {"w": dict(method.adapter.leading(moved(shared)["w"], 3))}
-    crosses, decoded, stays = t.sent(rule, shared, {}, turn, sent, {"w": {}})
+    crosses, decoded, stays = t.encode_upload(rule, shared, {}, turn, sent, {"w": {}})
     assert crosses["w"]["A@shape"].tolist() == [3, 40] and not stays["w"]
-    assert same(t.arrived(rule, shared, turn, crosses), decoded)
+    assert same(t.decode_upload(rule, shared, turn, crosses), decoded)
     for shape in ([9, 40], [0, 40], [-1, 40], [3], [3, 2**30]):
         with pytest.raises(ValueError, match="says a shape"):
-            t.arrived(rule, shared, turn, {"w": {**crosses["w"], "A@shape": torch.tensor(shape, dtype=torch.int32)}})
+            t.decode_upload(
+                rule, shared, turn, {"w": {**crosses["w"], "A@shape": torch.tensor(shape, dtype=torch.int32)}}
+            )
 
 
 def test_an_upload_that_is_no_encoding_is_refused():
     rule, shared = rules()
     t = Compression(up="int8")
-    crosses = t.sent(rule, shared, {}, TURN, moved(shared), {"w": {}}).crosses
+    crosses = t.encode_upload(rule, shared, {}, TURN, moved(shared), {"w": {}}).encoded
     for name, x in crosses["w"].items():
         with pytest.raises(ValueError, match=r"is|has"):
-            t.arrived(rule, shared, TURN, {"w": {**crosses["w"], name: x[:-1]}})
+            t.decode_upload(rule, shared, TURN, {"w": {**crosses["w"], name: x[:-1]}})
     with pytest.raises(ValueError, match="does not have"):
-        t.arrived(rule, shared, TURN, {"w": {"C@codes": torch.zeros(3)}})
+        t.decode_upload(rule, shared, TURN, {"w": {"C@codes": torch.zeros(3)}})
 
 
 # ---------------------------------------------------------------------------------------- error feedback
@@ -134,9 +135,9 @@ def descent(t, rounds=200, rate=0.05):
         for k, goal in enumerate(goals):
             sent = {"w": {leaf: x + rate * (goal["w"][leaf] - x) for leaf, x in public_leaves(shared["w"]).items()}}
             turn = Turn(number, k, 8, seed=100 * number + k)
-            _, decoded, kept[k] = t.sent(rule, shared, kept[k], turn, sent, {"w": {}})
+            _, decoded, kept[k] = t.encode_upload(rule, shared, kept[k], turn, sent, {"w": {}})
             mean = {leaf: mean[leaf] + decoded["w"][leaf] / 4 for leaf in mean}
-        shared = t.said(shared, {"w": {**shared["w"], **mean}}, number)
+        shared = t.encode_served(shared, {"w": {**shared["w"], **mean}}, number)
     return sum(float((shared["w"][leaf] - best[leaf]).square().sum()) for leaf in "AB") ** 0.5
 
 
@@ -169,18 +170,18 @@ def test_what_is_served_is_what_clients_hold_whatever_they_missed(down, coarse):
         for client in range(3):
             if number % (client + 1) == 0:  # client 1 is there every second round, client 2 every third
                 delivery = channel.compute_delta(client, shared, BaseUpdateLog())
-                got = t.heard(delivery.leaves, holds[client])
+                got = t.decode_delivery(delivery.leaves, holds[client])
                 holds[client] = {"w": {**holds[client]["w"], **got.get("w", {})}}
-                channel.deliver(number, client, delivery)
-                channel.holds(client, delivery)
+                channel.record_delivery(number, client, delivery)
+                channel.confirm(client, delivery)
                 assert all(torch.equal(holds[client]["w"][leaf], shared["w"][leaf]) for leaf in "AB")
-        shared = t.said(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
+        shared = t.encode_served(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     delivery = channel.compute_delta(7, shared, BaseUpdateLog())  # who never was there
-    got = t.heard(delivery.leaves, initial)
+    got = t.decode_delivery(delivery.leaves, initial)
     assert all(torch.equal(got["w"][leaf], shared["w"][leaf]) for leaf in "AB")
-    sizes = {c: [r.bytes for r in channel.ledger.rows if r.client == c] for c in range(3)}
+    sizes = {c: [r.bytes for r in channel.ledger if r.client == c] for c in range(3)}
     numbers = 8 * (24 + 40)
-    assert {r.numbers for r in channel.ledger.rows} == {numbers}
+    assert {r.numbers for r in channel.ledger} == {numbers}
     form = sum(torch.Size(s).numel() * d.itemsize for x in shared["w"] if x in "AB"
                for s, d in t.downward.form(tuple(shared["w"][x].shape)).values())  # fmt: skip
     assert set(sizes[0]) == {form}, "the version before is held: a difference does"
@@ -192,7 +193,7 @@ def test_a_channel_set_up_anew_never_sends_a_difference_to_what_nobody_holds():
     _, shared = rules()
     t, initial = Compression(down="int4"), shared
     for number in range(3):
-        shared = t.said(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
+        shared = t.encode_served(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     channel = Channel(initial, frozenset(), t)
     delivery = channel.compute_delta(0, shared, BaseUpdateLog())
     assert set(delivery.leaves["w"]) == {"A", "B"}, "whole"
@@ -234,5 +235,7 @@ def test_base_updates_are_rounded_before_anybody_base_updates_them():
 def test_other_draws_in_every_round_and_for_every_client():
     rule, shared = rules()
     t, sent = Compression(up="int8"), moved(shared)
-    found = [t.sent(rule, shared, {}, Turn(0, k, 8, seed=k), sent, {"w": {}}).decoded["w"]["A"] for k in range(3)]
+    found = [
+        t.encode_upload(rule, shared, {}, Turn(0, k, 8, seed=k), sent, {"w": {}}).decoded["w"]["A"] for k in range(3)
+    ]
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])

@@ -212,7 +212,7 @@ def test_unequal_heads():
 @pytest.mark.parametrize("size", [1.0, 1e-5])  # float32 sums that are rounded apart lose a drift of 1e-5 altogether
 @pytest.mark.parametrize("name", ["fedit", "ffa-lora", "ravan"])
 def test_drift_against_a_dense_oracle(name, size):
-    from fedlora.engines.aggregation_error import errors
+    from fedlora.engines.aggregation_error import aggregation_errors
     from fedlora.rounds import Received, server_turn
 
     extra = ["adapter={name = 'multihead', heads = 2, head_rank = 4}"] if name == "ravan" else []
@@ -234,7 +234,9 @@ def test_drift_against_a_dense_oracle(name, size):
             for p, layer in start.items()
         }
         uploads.append(Received(f.turn(0, client), rows, tree))
-    figures = errors(f.rules, start, uploads, {0: {}, 1: {}, 2: {}}, server_turn(f.rules, start, uploads))[part]
+    figures = aggregation_errors(f.rules, start, uploads, {0: {}, 1: {}, 2: {}}, server_turn(f.rules, start, uploads))[
+        part
+    ]
     w = [1 / 3] * 3 if name == "ravan" else [0.3, 0.5, 0.2]
     double = {leaf: x.double() for leaf, x in start[part].items()}
     trees = [{leaf: x.double() for leaf, x in u.tree[part].items()} for u in uploads]

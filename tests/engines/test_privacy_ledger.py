@@ -29,16 +29,16 @@ def opacus(name, noise, rate, steps, delta):
 
 @pytest.mark.parametrize("case", [("rdp", 1.3, 0.2, 7, 1e-5), ("rdp", 0.7, 1.0, 30, 1e-6), ("prv", 1.1, 0.05, 9, 1e-5), ("prv", 2.0, 0.4, 25, 1e-6)])  # fmt: skip
 def test_divergences_taken_once_give_the_bits_of_opacus(case):
-    assert accounting.epsilon(*case) == opacus(*case)
+    assert accounting.compute_epsilon(*case) == opacus(*case)
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
 def test_the_largest_is_the_largest_of_all(accountant, monkeypatch):
     draws = random.Random(0)
     pairs = [(draws.choice([0.02, 0.05, 0.1]), draws.randint(1, 40)) for _ in range(6)] + [(0.3, 2)]
-    each = [accounting.epsilon(accountant, 1.2, q, n, 1e-5) for q, n in pairs]
-    asked, plain = [], accounting.epsilon
-    monkeypatch.setattr(accounting, "epsilon", lambda *about: asked.append(about) or plain(*about))
+    each = [accounting.compute_epsilon(accountant, 1.2, q, n, 1e-5) for q, n in pairs]
+    asked, plain = [], accounting.compute_epsilon
+    monkeypatch.setattr(accounting, "compute_epsilon", lambda *about: asked.append(about) or plain(*about))
     assert accounting.largest_epsilon(accountant, 1.2, pairs, 1e-5) == max(each)
     assert accountant == "rdp" or sum(about[0] == "prv" for about in asked) < len(pairs), "not each of them"
     assert accounting.largest_epsilon(accountant, 1.2, [], 1e-5) == 0.0
@@ -64,12 +64,12 @@ def test_a_run_looks_at_each_round_once_and_says_the_same(settings):
     turns, cohorts = [], []
     ledger.steps = lambda *turn: turns.append(turn) or f.training_of(*turn).steps(len(f.shards[turn[1]].train))
     ledger.cohort = lambda n: cohorts.append(n) or f.cohort(n)
-    assert [ledger.spent(n + 1)["privacy"]["epsilon"] for n in range(f.rounds)] == told
+    assert [ledger.report_spending(n + 1)["privacy"]["epsilon"] for n in range(f.rounds)] == told
     assert len(cohorts) == f.rounds and len(turns) == len(set(turns)), "no round twice"
     assert p.by_client or turns
     assert ledger.report(f.rounds)["privacy"]["epsilon"] == told[-1]
     assert len(cohorts) == f.rounds
-    assert ledger.planned == wanted[-1]
+    assert ledger.planned_sums == wanted[-1]
     assert ledger.after(3) == wanted[2], "also asked for fewer"
     assert ledger.after(5) == wanted[4]
 

@@ -26,7 +26,7 @@ def rounds(optimizer, method, count=4):
             trained = method.trains(layer, Turn(number, client, 2), dict)
             uploads.append(Received(Turn(number, client, 2), n, {"w": {leaf: layer[leaf] for leaf in sorted(trained)}}))
         plain = server_turn({"w": method}, shared, uploads)
-        before, shared = shared, optimizer.stepped(shared, plain).shared
+        before, shared = shared, optimizer.step(shared, plain).shared
         yield before["w"], plain.shared["w"], shared["w"]
 
 

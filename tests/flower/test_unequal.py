@@ -56,7 +56,7 @@ def test_a_dropped_clients_node_keeps_the_state_that_it_had(tmp_path):
     for done in world.server.run(f):
         if done.number == 3:
             break  # the evaluation of the last round brings everybody up to date
-        dropped = f.clients.dropped(done.number, f.seed)
+        dropped = f.clients.draw_dropouts(done.number, f.seed)
         for client in range(4):
             held = store.load(client)
             assert (held.pending == done.number) == (client not in dropped)
@@ -78,14 +78,14 @@ def test_nobody_stands_in_for_who_dropped_out(tmp_path):
         "training.local_steps=1",
     )
     for done in world.run():
-        assert done.record["cohort"] == world.federation.clients.staying(done.number, 0)
+        assert done.record["cohort"] == world.federation.clients.remaining(done.number, 0)
         assert set(done.record["absent"].values()) == {DROPPED}
 
 
 def test_a_round_that_waits_does_not_wait_for_who_dropped_out(tmp_path):
     """A node answers only when it is asked a second time; the one that dropped out is there, and is not asked again."""
-    dropped, silent = config(*WAITS).clients.dropped(0, 0), []
-    slow = config(*WAITS).clients.staying(0, 0)[0]
+    dropped, silent = config(*WAITS).clients.draw_dropouts(0, 0), []
+    slow = config(*WAITS).clients.remaining(0, 0)[0]
 
     def post(message):
         if message.metadata.message_type == "train" and message.metadata.dst_node_id == 10 + slow and not silent:
@@ -97,7 +97,7 @@ def test_a_round_that_waits_does_not_wait_for_who_dropped_out(tmp_path):
     world = World(tmp_path, *WAITS, network=network, post=post)
     (done,) = world.run()
     assert silent and len(dropped) == 1
-    assert done.record["cohort"] == config(*WAITS).clients.staying(0, 0) and done.record["absent"] == {
+    assert done.record["cohort"] == config(*WAITS).clients.remaining(0, 0) and done.record["absent"] == {
         dropped[0]: DROPPED
     }
     assert sum(event.kind == "waiting" and "have answered" in event.text for event in world.events) == 1

@@ -18,7 +18,7 @@ NUMBERS = [
     b"9" * 40,
 ]
 PIECES = [b"\0", b"\xff" * 8, b"\x1b[31m", b"../", b"[" * 50, b'"', b"{", b"}", b",", b"null", b"true", b"F32", b"OBJ",
-          b"@codes", b"@shape", b"_owed.", b"__metadata__", b"\r\n", "é\u202e".encode()]  # fmt: skip
+          b"@codes", b"@shape", b"_residual.", b"__metadata__", b"\r\n", "é\u202e".encode()]  # fmt: skip
 
 
 def mutated(corpus: Sequence[bytes], draws: random.Random) -> bytes:

@@ -77,14 +77,14 @@ def upload(compression: Compression) -> Target:
 
     def one(seed: int) -> bytes:
         sent = {part: {leaf: x + 0.1 for leaf, x in layer.items()} for part, layer in shared.items()}
-        found = compression.sent(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
-        return encode_tree(found.crosses)
+        found = compression.encode_upload(rules, shared, {}, Turn(0, 0, turn.rank, seed), sent, {p: {} for p in sent})
+        return encode_tree(found.encoded)
 
     def look(data: bytes) -> None:
         record = ArrayRecord({"leaves": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})
         try:
             screen = UploadScreen(Validation(), rules, shared, {})
-            sent = compression.arrived(rules, shared, turn, record_to_tree(record, upload_limits(1)))
+            sent = compression.decode_upload(rules, shared, turn, record_to_tree(record, upload_limits(1)))
             found = screen.check(Received(turn, 10, sent))
             if found is None:
                 raise ValueError(screen.rejected[0].reason)

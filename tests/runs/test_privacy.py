@@ -101,8 +101,8 @@ def test_a_poisson_round_without_anybody_gets_noise_and_the_rate_counts():
     empty = cohorts.index([])
     rounds = list(InProcess().run(f))
     before = f.model.initial(0) if empty == 0 else rounds[empty - 1].shared
-    z = (flat(rounds[empty].shared) - flat({p: dict(x) for p, x in before.items()})) * f.clients.expected
-    assert f.clients.expected == pytest.approx(0.9)
+    z = (flat(rounds[empty].shared) - flat({p: dict(x) for p, x in before.items()})) * f.clients.mean_cohort_size
+    assert f.clients.mean_cohort_size == pytest.approx(0.9)
     z = z[z != 0]  # frozen leaves
     assert abs(float(z.std()) - 1) < 4 / math.sqrt(2 * len(z))
     assert [r.record["cohort"] for r in rounds] == [[], [], []], "a sample that is known amplifies nothing"
@@ -151,14 +151,15 @@ def test_where_only_parties_know_their_rows_each_accounts_for_its_own():
     f = config("fedit", *EXAMPLE).federation()
     own = replace(f.clients, partition={"name": "own"})
     server, party = (replace(f, clients=own, shards=rows) for rows in ({}, {1: f.shards[1]}))
-    assert server.privacy_ledger.spent(1) == {"privacy": {"epsilon": None, "delta": None}}
+    assert server.privacy_ledger.report_spending(1) == {"privacy": {"epsilon": None, "delta": None}}
     said = server.privacy_ledger.report(1)["privacy"]
     assert said["epsilon"] is None and "each party" in Privacy.describe(said)[0][1]
     figure = f.privacy_ledger.report(1)["privacy"]["clients"]["1"]
     assert (
-        party.privacy_ledger.spent_line(1) == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
+        party.privacy_ledger.spending_line(1)
+        == f"fedlora: after round 1, ε = {figure} at δ = 1e-05 for this party's rows"
     )
-    assert f.privacy_ledger.spent_line(1) == ""
+    assert f.privacy_ledger.spending_line(1) == ""
 
 
 def test_the_best_rounds_folder_says_the_guarantee_of_all_rounds(tmp_path):

@@ -91,9 +91,9 @@ def peft() -> dict[str, Any]:
 
 def dp() -> dict[str, Any]:
     """Opacus' accountants on one setting."""
-    from fedlora.security.privacy.accounting import epsilon
+    from fedlora.security.privacy.accounting import compute_epsilon
 
-    found = {name: epsilon(name, 1.0, 0.1, 10, 1e-5) for name in ("prv", "rdp")}
+    found = {name: compute_epsilon(name, 1.0, 0.1, 10, 1e-5) for name in ("prv", "rdp")}
     assert 0 < found["prv"] <= found["rdp"] < math.inf, f"epsilon is {found}"
     return {"said": f"ε = {found['prv']:.2f}"}
 

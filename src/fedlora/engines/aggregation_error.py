@@ -19,7 +19,7 @@ from fedlora.types import Factors, Layer, Tree, Upload
 STACK = 128  # uploads of one weight handled in one batch: more would only hold more memory
 
 
-def errors(
+def aggregation_errors(
     rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
 ) -> dict[str, dict[str, float]]:
     """Part -> ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``cosine A``, ``cosine B``, and the

@@ -55,7 +55,7 @@ class BaseUpdateLog:
             raise ValueError(
                 f"the first {self.start} base updates are kept as one; a party with {seen} of them must start anew."
             )
-        return _summed([*([self._first()] if seen < self.start else []), *self._since(seen)])
+        return _sum_updates([*([self._first()] if seen < self.start else []), *self._since(seen)])
 
     def missing(self, seen: int) -> list[BaseUpdate]:
         """Returns the updates after the first ``seen``, round by round, so that all bases have the same bits.
@@ -73,7 +73,7 @@ class BaseUpdateLog:
     def settle(self, seen: int) -> None:
         """Keeps the first ``seen`` updates, which every party holds, as one sum."""
         if seen > self.start:
-            first = _summed([self._first(), *self.entries[: seen - self.start]])
+            first = _sum_updates([self._first(), *self.entries[: seen - self.start]])
             self.prefix = {part: factors[0] for part, factors in first.items()}
             self.entries = self.entries[seen - self.start :]
             self.start = seen
@@ -89,7 +89,7 @@ def _rank(factors: Sequence[Factors]) -> int:
     return sum(f.V.shape[-2] for f in factors)
 
 
-def _summed(several: Sequence[BaseUpdate]) -> dict[str, tuple[Factors, ...]]:
+def _sum_updates(several: Sequence[BaseUpdate]) -> dict[str, tuple[Factors, ...]]:
     parts: dict[str, list[Factors]] = {}
     for base_updates in several:
         for part, factors in base_updates.items():

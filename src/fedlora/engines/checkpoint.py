@@ -18,7 +18,7 @@ from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog, base_update_
 from fedlora.engines.client_turn import ClientState
 from fedlora.engines.comm.channel import Channel
 from fedlora.engines.federation import Federation
-from fedlora.engines.inputs import compare_inputs, inputs
+from fedlora.engines.inputs import compare_inputs, digest_inputs
 from fedlora.engines.loop import Loop, Round, ServerState
 from fedlora.engines.snapshot import Snapshot, restore_state, states_from_tree, states_to_tree
 from fedlora.files import (
@@ -283,7 +283,7 @@ class Checkpoints:
         return Saved(path.name, said, tree)
 
 
-def check_unchanged(run: Path, f: Federation) -> None:
+def check_run_inputs(run: Path, f: Federation) -> None:
     """Raises ``ValueError`` if a run's data or base differ from those that it was begun with, or nothing records them.
 
     ``f`` is its federation, before any base update. The best round's folder in a run's folder has the same data as the
@@ -293,7 +293,7 @@ def check_unchanged(run: Path, f: Federation) -> None:
         for path in reversed(_states(place)):
             before = _load_about(path).get("inputs")
             if isinstance(before, dict):
-                return compare_inputs(run, before, inputs(f))
+                return compare_inputs(run, before, digest_inputs(f))
     raise ValueError(
         f"{str(run)!r} has no {FOLDER} that say which data and which model it was begun with, so nothing shows that "
         "they are the same now; copy them there from where the run was made, or run it anew."

@@ -61,7 +61,9 @@ class ClientTurn:
         """Applies the attack, if this client is an attacker, and encodes; ``state`` is that before the turn."""
         f = self.federation
         sent = alter_upload(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
-        encoded, decoded, kept = f.compression.sent(f.rules, shared, state.kept, self.turn, sent, trained.state.kept)
+        encoded, decoded, kept = f.compression.encode_upload(
+            f.rules, shared, state.kept, self.turn, sent, trained.state.kept
+        )
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
     def build_trainer(self, moments: State | None = None) -> LocalTrainer:

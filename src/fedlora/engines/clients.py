@@ -17,10 +17,10 @@ from fedlora.engines.cohort import (
 )
 from fedlora.engines.partition import (
     Partitioner,
-    apportioned,
+    apportion,
+    build_partitioner,
     draw_label_order,
     draw_test_rows,
-    load,
     select_own_test_rows,
 )
 from fedlora.seeds import derive_seed
@@ -126,7 +126,7 @@ class Clients:
         return self.count - self.new
 
     @property
-    def staying_sizes(self) -> tuple[int, int]:
+    def remaining_sizes(self) -> tuple[int, int]:
         """How many clients of a round stay, at the least and at the most."""
         if self.rate is not None:
             return 0, self.members
@@ -137,7 +137,7 @@ class Clients:
     @property
     def partitioner(self) -> Partitioner:
         """The partitioner that ``partition`` names."""
-        return load(self.partition)
+        return build_partitioner(self.partition)
 
     @property
     def client_column(self) -> str | None:
@@ -188,7 +188,7 @@ class Clients:
         elif isinstance(ranks, list) and ranks:
             found = [ranks[client % len(ranks)] for client in range(self.count)]
         else:
-            found = self._drawn(ranks, seed)
+            found = self._draw_ranks(ranks, seed)
         for rank in found:
             if not 0 <= rank <= full or (full > 0 and rank < 1):
                 raise ValueError(
@@ -196,7 +196,7 @@ class Clients:
                 )
         return found
 
-    def _drawn(self, ranks: Any, seed: int) -> list[int]:
+    def _draw_ranks(self, ranks: Any, seed: int) -> list[int]:
         """Ranks by shares of the clients, in a seeded order."""
         if (
             not isinstance(ranks, dict)
@@ -208,7 +208,7 @@ class Clients:
             raise ValueError(
                 f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.'
             )
-        counts = apportioned([float(share) for share in ranks.values()], self.count)
+        counts = apportion([float(share) for share in ranks.values()], self.count)
         flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derive_seed(seed, "ranks")))
         return [flat[i] for i in order.tolist()]
@@ -228,24 +228,24 @@ class Clients:
             found = self._by_capability(own)[able[client]]
         elif able is not None and "steps" in self.capability_scales:
             found = scale_down(usual, able[client])
-        return scale_down(found, self.straggler_work) if client in self.slow(round, seed) else found
+        return scale_down(found, self.straggler_work) if client in self.draw_stragglers(round, seed) else found
 
-    def slow(self, round: int, seed: int) -> list[int]:
+    def draw_stragglers(self, round: int, seed: int) -> list[int]:
         """The stragglers of a round's cohort."""
         if not self.stragglers or not self.cohort(round, seed):
             return []
         return draw_share(self.cohort(round, seed), self.stragglers, derive_seed(seed, "stragglers", round))
 
-    def dropped(self, round: int, seed: int) -> list[int]:
+    def draw_dropouts(self, round: int, seed: int) -> list[int]:
         """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
         if not self.dropout or not self.cohort(round, seed):
             return []
         cohort = self.cohort(round, seed)
         return draw_share(cohort, self.dropout, derive_seed(seed, "dropout", round), len(cohort) - 1)
 
-    def staying(self, round: int, seed: int) -> list[int]:
+    def remaining(self, round: int, seed: int) -> list[int]:
         """The cohort without those that drop out."""
-        gone = self.dropped(round, seed)
+        gone = self.draw_dropouts(round, seed)
         return [client for client in self.cohort(round, seed) if client not in gone]
 
     def cohort(self, round: int, seed: int) -> list[int]:
@@ -262,6 +262,6 @@ class Clients:
         return torch.randperm(self.members, generator=draws).tolist()
 
     @property
-    def expected(self) -> float:
+    def mean_cohort_size(self) -> float:
         """How many clients a round asks, on average."""
         return self.members * self.rate if self.rate is not None else self.per_round or self.members

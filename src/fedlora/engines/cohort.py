@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from fedlora.engines.partition import apportioned
+from fedlora.engines.partition import apportion
 from fedlora.registry import unknown
 from fedlora.seeds import derive_seed
 
@@ -55,7 +55,7 @@ def draw_capabilities(profile: Profile, count: int, seed: int) -> list[float]:
 
 @lru_cache(maxsize=64)
 def _draw_capabilities(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
-    counts = apportioned([share for _, share in profile], count)
+    counts = apportion([share for _, share in profile], count)
     flat = [level for (level, _), many in zip(profile, counts) for _ in range(many)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "capability")))
     return tuple(flat[i] for i in order.tolist())

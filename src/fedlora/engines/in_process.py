@@ -60,14 +60,14 @@ class InProcess(Loop):
             state, turn = self._states.get(client, NEW), f.turn(at.number, client)
             own = client_start(f.rules, at.shared, state.kept, turn)
             delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
-            at.channel.deliver(at.number, client, delivery)
+            at.channel.record_delivery(at.number, client, delivery)
             if client in self.absent:
                 continue  # nothing is known to have arrived, so the next delivery has all of it again
-            at.channel.holds(client, delivery)
+            at.channel.confirm(client, delivery)
             client_turn = ClientTurn(f, turn, lambda client=client: self.watch(Event("step", at.number, client)))
             update = client_turn.upload(at.shared, state, self.train(client_turn, at.shared, state))
             self._before[client], self._states[client] = state, update.state
-            at.channel.collect(at.number, client, update.decoded, update.sent)
+            at.channel.record_upload(at.number, client, update.decoded, update.sent)
             upload = self.receive_upload(Received(turn, len(f.shards[client].train), update.decoded))
             if upload is None:
                 continue

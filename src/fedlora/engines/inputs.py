@@ -24,17 +24,17 @@ LONG = 60  # characters of a setting that is kept as it is; of a longer one a di
 IDLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path", "id2label", "label2id")
 
 
-def inputs(f: Federation) -> dict[str, Any]:
+def digest_inputs(f: Federation) -> dict[str, Any]:
     """Digests of a federation's rows, as training sees them, and of its base. Plain values, for a checkpoint.
 
     ``base`` is of the pretrained weights, ``settings`` are the model's own, and ``start`` is of ``model.start``. For
     the rest see ``rows``.
     """
     settings = model_settings(f.model.network)
-    return {"base": _base(f), "settings": settings, "start": digest(f.model.started), **rows(f)}
+    return {"base": _base(f), "settings": settings, "start": digest(f.model.started), **digest_rows(f)}
 
 
-def rows(f: Federation) -> dict[str, Any]:
+def digest_rows(f: Federation) -> dict[str, Any]:
     """Digests of this machine's rows, as training sees them; nothing on a machine without data.
 
     ``rows`` has each split's number of rows and digests of what they hold (in any order), of that with its labels (in
@@ -45,7 +45,7 @@ def rows(f: Federation) -> dict[str, Any]:
     names = list(f.data.label_names)
     labels = {"count": len(names), "first": names[:NAMES], "all": _digest(json.dumps(names).encode()).hex()}
     splits = {"training": f.data.train, "test": f.data.test}
-    return {"labels": labels, "rows": {key: digests(own) for key, own in splits.items()}, "shards": _shards(f)}
+    return {"labels": labels, "rows": {key: digest_split(own) for key, own in splits.items()}, "shards": _shards(f)}
 
 
 def model_settings(network: nn.Module) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _short(text: str) -> str:
     return text if len(text) <= LONG else f"{text[: LONG // 2]}... ({_digest(text.encode()).hex()})"
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How ``now`` differs from ``before``, a phrase for each thing that changed."""
     found = [text for split in before.get("rows", {}) if (text := _changed(split, before["rows"], now.get("rows", {})))]
     if before.get("labels") != now.get("labels"):
@@ -94,7 +94,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def compare_inputs(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """``ValueError`` where two digests of data and base differ; says how."""
-    found = changes(before, now)
+    found = describe_changes(before, now)
     if found:
         raise ValueError(
             f"{str(run)!r} was begun with other data or another model: {'; '.join(found)}; put back what it was begun "
@@ -132,7 +132,7 @@ def _named(labels: Mapping[str, Any] | None) -> str:
     return ", ".join(labels["first"]) + more
 
 
-def digests(examples: Examples) -> dict[str, Any]:
+def digest_split(examples: Examples) -> dict[str, Any]:
     """Digests of one split: see ``inputs``."""
     features, constants = _parts(examples)
     content = [_digest(*parts) for parts in zip(*features)]

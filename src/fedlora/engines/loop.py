@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
-from fedlora.engines.aggregation_error import errors
+from fedlora.engines.aggregation_error import aggregation_errors
 from fedlora.engines.base_updates import BaseUpdate, BaseUpdateLog
 from fedlora.engines.client_turn import ClientState
 from fedlora.engines.clients import DROPPED
-from fedlora.engines.comm.channel import Channel, Ledger
+from fedlora.engines.comm.channel import Channel, Transfer
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import Direction, RoundRecord
 from fedlora.linalg.factors import compact, total
@@ -71,7 +71,7 @@ class Round:
     kept: Mapping[int, Tree]  # each client's own tree, if this machine has it
     base_updates: BaseUpdateLog  # all of the run so far
     record: RoundRecord
-    ledger: Ledger
+    ledger: list[Transfer]
     state: ServerState
     bad: Mapping[int, Rejected] = field(default_factory=dict)  # uploads that were quarantined
 
@@ -172,7 +172,7 @@ class Loop(ABC):
         if not p.sums_clients:
             return server_turn(f.rules, at.shared, uploads)
         std, turn = f.privacy_ledger.noise_multiplier * p.clip, f.turn(at.number, 0)
-        return private_turn(f.rules, at.shared, turn, uploads, p.clip, std, f.clients.expected, Stream(f.key))
+        return private_turn(f.rules, at.shared, turn, uploads, p.clip, std, f.clients.mean_cohort_size, Stream(f.key))
 
     def begin(self, f: Federation) -> ServerState:
         """Returns the state before the first round."""
@@ -198,12 +198,14 @@ class Loop(ABC):
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record = RoundRecord(round=number + 1)
             record["cohort"], record["loss"] = _named(f, losses)
-            record |= cast(RoundRecord, f.privacy_ledger.spent(number + 1))
+            record |= cast(RoundRecord, f.privacy_ledger.report_spending(number + 1))
             if f.clients.stragglers:
-                record["stragglers"] = [client for client in f.clients.slow(number, f.seed) if client in losses]
+                record["stragglers"] = [
+                    client for client in f.clients.draw_stragglers(number, f.seed) if client in losses
+                ]
             with self._timed("measure"):
                 if self.is_measured(f) and uploads:
-                    record["weights"] = errors(f.rules, before, uploads, self.kept_trees(), served)
+                    record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
                 if self.observe is not None and not f.privacy.hides_figures:
                     record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.due(number, f.rounds):
@@ -228,7 +230,7 @@ class Loop(ABC):
 
     def _drop(self, f: Federation, at: ServerState) -> None:
         """Notes the dropouts, which all parties draw alike from the seed, and the clients barred by quarantine."""
-        for client in f.clients.dropped(at.number, f.seed):
+        for client in f.clients.draw_dropouts(at.number, f.seed):
             self.absent[client] = DROPPED
             self.watch(Event("absent", at.number, client))  # without a text: the configuration asks for it
         for client in sorted(excluded_clients(f.validation, at.conduct) & set(f.cohort(at.number))):
@@ -262,13 +264,13 @@ class Loop(ABC):
         self.undo_turn(turn.client)
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
-        served = f.server.stepped(at.shared, self.aggregate(f, at, uploads))
-        at.shared = f.compression.said(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
+        served = f.server.step(at.shared, self.aggregate(f, at, uploads))
+        at.shared = f.compression.encode_served(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
         if served.base_updates:
             # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
             base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}
-            at.base_updates.append(f.compression.rounded(base_updates))
-            at.base_updates.settle(at.channel.held_by_all(f.clients.members))
+            at.base_updates.append(f.compression.round_base_update(base_updates))
+            at.base_updates.settle(min(map(at.channel.count_base_updates, range(f.clients.members))))
             f.model.fold(at.base_updates.entries[-1])
         at.number += 1
         return served
@@ -312,10 +314,10 @@ def _named(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int
     return [] if f.clients.rate is not None else sorted(losses), {}
 
 
-def _bytes(ledger: Ledger, number: int) -> dict[Direction, dict[str, int]]:
+def _bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str, int]]:
     """The bytes of a round by direction and kind."""
     found: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
-    for row in ledger.rows:
+    for row in ledger:
         if row.round == number:
             found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes
     return found

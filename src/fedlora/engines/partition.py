@@ -127,7 +127,7 @@ class InnerDirichlet(FlowerPartitioner):
         from flwr_datasets.partitioner import InnerDirichletPartitioner
 
         _labels(self, examples)
-        sizes = apportioned([1.0] * count, len(examples))
+        sizes = apportion([1.0] * count, len(examples))
         return InnerDirichletPartitioner(sizes, "label", float(self.alpha), True, seed)
 
 
@@ -157,7 +157,7 @@ class Pathological(FlowerPartitioner):
 
 
 @dataclass(frozen=True)
-class Column(Partitioner):
+class NaturalId(Partitioner):
     """The clients that the data itself knows: one a value of a column, those with the most rows first."""
 
     column: str
@@ -208,7 +208,7 @@ class Size(FlowerPartitioner):
 
         if len(self.sizes) != count:
             raise ValueError(f"clients.partition.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
-        counts = apportioned(self.sizes, len(examples))
+        counts = apportion(self.sizes, len(examples))
         if 0 in counts:
             raise ValueError(
                 f"client {counts.index(0)} gets no row of {len(examples)} by clients.partition.sizes; raise its share."
@@ -228,7 +228,7 @@ class Own(Partitioner):
 
 _HERE = {
     "iid": Iid, "dirichlet": Dirichlet, "inner-dirichlet": InnerDirichlet, "pathological": Pathological,
-    "column": Column, "size": Size, "own": Own,
+    "column": NaturalId, "size": Size, "own": Own,
 }  # fmt: skip
 PARTITIONERS = Registry(
     Partitioner,
@@ -255,17 +255,17 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
     return labels
 
 
-def load(table: Mapping[str, Any]) -> Partitioner:
+def build_partitioner(table: Mapping[str, Any]) -> Partitioner:
     """The rule of a ``clients.partition`` table. ``ValueError`` names what is wrong with it."""
     return construct_by_name(PARTITIONERS, "clients.partition", table)
 
 
-def resolved(table: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_partition(table: Mapping[str, Any]) -> dict[str, Any]:
     """The table with the rule's defaults written out."""
-    return {"name": table["name"], **asdict(load(table))}
+    return {"name": table["name"], **asdict(build_partitioner(table))}
 
 
-def apportioned(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
+def apportion(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
     """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
 
     Of equal remainders the one of the lowest rank goes first; without ``ranks``, the first.
@@ -328,7 +328,7 @@ def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: i
         draws = torch.Generator().manual_seed(derive_seed(seed, "test rows", client))
         drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
         # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
-        quotas = apportioned(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
+        quotas = apportion(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
         found.append(torch.cat([pool[:quota] for pool, quota in zip(drawn, quotas)]).sort().values)
     return found
 

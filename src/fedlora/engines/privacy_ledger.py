@@ -47,7 +47,7 @@ class PrivacyLedger:
         return {client: dp_sgd.sampling_rate(self.training, self.rows[client]) for client in here}
 
     @cached_property
-    def planned(self) -> dict[int, int]:
+    def planned_sums(self) -> dict[int, int]:
         """Client -> noisy sums of the whole run; with a secret sample, each client counts in every round."""
         sums = dict.fromkeys(self.rates, 0)
         for number in range(self.rounds):
@@ -93,10 +93,10 @@ class PrivacyLedger:
         """The noise multiplier of the run: one for all clients in the ledger; nan if there are none."""
         if self.privacy.noise_multiplier is not None:
             return self.privacy.noise_multiplier
-        pairs, delta = self.worst(self.planned), self.delta
+        pairs, delta = self.worst(self.planned_sums), self.delta
         return max((self.privacy.noise(rate, sums, delta) for rate, sums in pairs), default=math.nan)
 
-    def spent(self, rounds: int) -> dict[str, Any]:
+    def report_spending(self, rounds: int) -> dict[str, Any]:
         """ε of the worst client after ``rounds`` rounds, and its δ; empty without privacy.
 
         ``epsilon`` is None without noise, and on a machine that knows nobody's rows.
@@ -109,11 +109,11 @@ class PrivacyLedger:
         epsilon = self.privacy.largest_epsilon(self.noise_multiplier, pairs, self.delta)
         return {"privacy": {"epsilon": _finite(epsilon), "delta": self.delta}}
 
-    def spent_line(self, rounds: int) -> str:
+    def spending_line(self, rounds: int) -> str:
         """A line for the log of a party that alone knows its rows; empty if the server reports ε."""
         if not (self.privacy.by_example and self.clients.own_data):
             return ""
-        now = self.spent(rounds)["privacy"]
+        now = self.report_spending(rounds)["privacy"]
         return f"fedlora: after round {rounds}, ε = {now['epsilon']} at δ = {now['delta']} for this party's rows"
 
     def report(self, rounds: int, plan: bool = False) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class PrivacyLedger:
         if not self.privacy.on:
             return {}
         p, z, delta = self.privacy, self.noise_multiplier, self.delta
-        sums = self.planned if plan else self.after(rounds)
+        sums = self.planned_sums if plan else self.after(rounds)
         own = {client: _finite(p.epsilon(z, self.rates[client], n, delta)) for client, n in sums.items()}
         worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
         found: dict[str, Any] = {

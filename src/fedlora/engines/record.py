@@ -12,7 +12,7 @@ Direction = Literal["up", "down"]
 Fault = Literal["absent", "unscored", "quarantined"]
 
 
-class Group(TypedDict):
+class CapabilityScores(TypedDict):
     """The scores of the clients of one capability."""
 
     capability: float
@@ -31,7 +31,7 @@ class ClientScores(TypedDict, total=False):
     spread: float  # the population standard deviation over clients
     figures: Mapping[str, float]  # every metric, mean over clients
     each: Sequence[float | None]  # by client; None: not scored
-    capability: Sequence[Group]  # where clients differ in it, the weakest first
+    capability: Sequence[CapabilityScores]  # where clients differ in it, the weakest first
 
 
 class AttackResult(TypedDict, total=False):
@@ -64,7 +64,9 @@ class RoundRecord(_Global, total=False):
     loss: Mapping[Client, float | None]  # the mean loss of a client's turn; empty where privacy covers that
     privacy: Spent
     stragglers: Sequence[int]  # clients that took a part of their steps
-    weights: Mapping[str, Mapping[str, float]]  # part -> errors of the aggregation, see ``aggregation_error.errors``
+    weights: Mapping[
+        str, Mapping[str, float]
+    ]  # part -> errors of the aggregation, see ``aggregation_error.aggregation_errors``
     oracle: Mapping[str, Any]  # see ``runs.counterfactual``
     clients: ClientScores
     attack: AttackResult

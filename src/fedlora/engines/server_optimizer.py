@@ -48,7 +48,7 @@ class ServerOptimizer:
                 "its own of them; take a method that averages (such as fedit), or leave the server's optimizer out."
             )
 
-    def stepped(self, before: Tree, served: Served) -> Served:
+    def step(self, before: Tree, served: Served) -> Served:
         """The round's outcome with every leaf that it moved taken as a gradient."""
         if self.optimizer == "none":
             return served

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.engines.client_turn import ClientState
-from fedlora.engines.comm.channel import Crossing, Knowledge
+from fedlora.engines.comm.channel import Knowledge, Transfer
 from fedlora.engines.loop import ServerState
 from fedlora.training.local import State
 from fedlora.types import Tree
@@ -34,7 +34,7 @@ class Snapshot:
     shared: Tree
     plain: Mapping[str, Any]  # the other fields of the server state
     knowledge: Knowledge
-    ledger: list[Crossing]
+    ledger: list[Transfer]
     base_updates: int
     states: Mapping[int, ClientState] | None  # None: they are on the clients' own machines
     overheard: Mapping[int, Tree]
@@ -44,9 +44,9 @@ class Snapshot:
         """Takes a snapshot of everything that the next round depends on."""
         plain = {f.name: getattr(at, f.name) for f in fields(at) if f.name not in APART}
         copied = deepcopy(plain)
-        ledger = list(at.channel.ledger.rows)
+        ledger = list(at.channel.ledger)
         held = None if states is None else dict(states)
-        known = at.channel.known(at.shared)
+        known = at.channel.knowledge(at.shared)
         return cls(at.shared, copied, known, ledger, len(at.base_updates), held, dict(at.overheard))
 
     @property
@@ -67,7 +67,7 @@ class Snapshot:
         numbers = {"versions": torch.tensor(list(versions.values())), "held": held, "ledger": ledger}
         about = {
             "plain": self.plain, "leaves": {part: list(layer) for part, layer in self.shared.items()},
-            "keys": keys, "held": rows, "folds_seen": self.knowledge.base_updates_seen, "words": words,
+            "keys": keys, "held": rows, "folds_seen": self.knowledge.base_update_counts, "words": words,
             "overheard": list(self.overheard),
         }  # fmt: skip
         heard = {f"overheard/{k}/{part}": layer for k, tree in self.overheard.items() for part, layer in tree.items()}
@@ -93,8 +93,8 @@ def restore_state(at: ServerState, tree: Tree, about: Mapping[str, Any], device:
     rows = [dict(zip(keys, row)) for row in numbers["held"].tolist()]
     held = {int(client): rows[row] for client, row in about["held"].items()}
     versions = dict(zip(keys, numbers["versions"].tolist()))
-    at.channel.recall(at.shared, Knowledge(versions, held, _whole(about["folds_seen"])))
-    at.channel.ledger.rows[:] = _crossings(numbers["ledger"], about["words"])
+    at.channel.restore(at.shared, Knowledge(versions, held, _whole(about["folds_seen"])))
+    at.channel.ledger[:] = _crossings(numbers["ledger"], about["words"])
 
 
 def states_to_tree(states: Mapping[int, ClientState]) -> dict[str, Mapping[str, Tensor]]:
@@ -144,19 +144,19 @@ def _rows(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tens
     return rows, torch.tensor(list(table), dtype=torch.int64).reshape(len(table), len(keys))
 
 
-def _ledger(rows: list[Crossing]) -> tuple[Tensor, dict[str, Any]]:
+def _ledger(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:
     """Returns the ledger as a table of integers, with its words numbered."""
     words: dict[str, int] = {}
     textual = [i for i, value in enumerate(rows[0])] if rows else []
     textual = [i for i in textual if isinstance(rows[0][i], str)]
     table = [[words.setdefault(x, len(words)) if isinstance(x, str) else x for x in row] for row in rows]
-    shape = (len(rows), len(Crossing._fields))
+    shape = (len(rows), len(Transfer._fields))
     return torch.tensor(table, dtype=torch.int64).reshape(shape), {"words": list(words), "textual": textual}
 
 
-def _crossings(table: Tensor, about: Mapping[str, Any]) -> list[Crossing]:
+def _crossings(table: Tensor, about: Mapping[str, Any]) -> list[Transfer]:
     words, textual = about["words"], set(about["textual"])
-    return [Crossing(*(words[x] if i in textual else x for i, x in enumerate(row))) for row in table.tolist()]
+    return [Transfer(*(words[x] if i in textual else x for i, x in enumerate(row))) for row in table.tolist()]
 
 
 def _whole(value: Any) -> Any:

@@ -13,7 +13,7 @@ from fedlora.engines.base_updates import BaseUpdate
 from fedlora.engines.client_turn import ClientState, ClientTurn
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.federation import Federation
-from fedlora.engines.inputs import changes, model_settings, rows
+from fedlora.engines.inputs import describe_changes, digest_rows, model_settings
 from fedlora.engines.network_settings import Network
 from fedlora.files import digest
 from fedlora.flower.client_store import ClientStore, StoredState, select_leaves
@@ -62,7 +62,7 @@ class SharedBase:
     def rows(self) -> dict[str, Any]:
         """Digests of this machine's rows, and how their labels are read, for the client's own disk only."""
         f = self.federation
-        return {**rows(f), "reading": "" if f.data is None else f.data.reading}
+        return {**digest_rows(f), "reading": "" if f.data is None else f.data.reading}
 
     def bring_to(self, base_updates: tuple[str, ...], store: ClientStore) -> None:
         """Folds what is missing; starts from the pretrained weights where other base updates are in them."""
@@ -120,7 +120,7 @@ class Node:
         ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
         """
         f = self.federation
-        if self.client in f.clients.dropped(order.round, f.seed):
+        if self.client in f.clients.draw_dropouts(order.round, f.seed):
             raise DroppedError(DROPPED)
         self._check_rows(begins=True)
         before = self.store.load(self.client)
@@ -136,7 +136,7 @@ class Node:
             replace(holding, trained=trained, trained_moments=moments, pending=order.round, counted=order.counted),
         )
         count = len(f.shards[self.client].train)
-        if line := f.privacy_ledger.spent_line(order.round + 1):
+        if line := f.privacy_ledger.spending_line(order.round + 1):
             print(line, file=sys.stderr)
         loss = 0.0 if f.privacy.hides_figures else update.loss
         return Answer({"round": order.round, "examples": count, "loss": loss}, holds, update.sent)
@@ -162,7 +162,7 @@ class Node:
         before = self.store.load_rows(self.client)
         if before is None and begins:
             self.store.save_rows(self.client, self.base.rows)
-        found = changes(before, self.base.rows) if before is not None else []
+        found = describe_changes(before, self.base.rows) if before is not None else []
         if found:
             raise ChangedRowsError(
                 f"client {self.client} began this run with other data: {'; '.join(found)}; put back what it began with "
@@ -182,7 +182,7 @@ class Node:
         shared = overlay(start, held.leaves)
         holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:  # else it had these leaves already, and its reply was lost
-            leaves = f.compression.heard(leaves, shared)
+            leaves = f.compression.decode_delivery(leaves, shared)
             known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
             held = replace(held, leaves=overlay(held.leaves, known))
             shared = overlay(start, held.leaves)
@@ -206,7 +206,7 @@ class Node:
             raise StaleError(
                 f"this client has {held.base_updates_held} base updates; the message has those from {order.first} on."
             )
-        names = [self.store.add_base_update(self.federation.compression.widened(some)) for some in base_updates]
+        names = [self.store.add_base_update(self.federation.compression.widen(some)) for some in base_updates]
         return replace(held, base_updates=(*held.base_updates, *names), base_updates_held=order.after, base=order.base)
 
 

@@ -203,8 +203,8 @@ class LocalClients:
         """Gives each client what it is known to hold; leaves that it lacks are sent before they are looked at."""
         for client in range(f.clients.members):
             own = states.get(client, ClientState({}))
-            seen = at.channel.base_updates_seen(client)
-            leaves = select_leaves(f.rules, at.shared, f.budgets[client]) if at.channel.knows(client) else {}
+            seen = at.channel.count_base_updates(client)
+            leaves = select_leaves(f.rules, at.shared, f.budgets[client]) if at.channel.is_known(client) else {}
             counted = at.counted.get(client, -1)
             self.store.save(
                 client,

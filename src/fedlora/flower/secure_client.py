@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.files import write
 from fedlora.flower.client import Node
 from fedlora.flower.wire import HOLDS, METRICS, ORDER, decode_layout, decode_order, to_vector
-from fedlora.security.secure_aggregation import PHASES, Client, Message, Session, default_threshold
+from fedlora.security.secure_aggregation import PHASES, Client, Message, SessionTerms, default_threshold
 
 PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "told", "said", "layout"  # names of records
 
@@ -27,7 +27,7 @@ def answer_phase(node: Node, content: RecordDict) -> RecordDict:
         raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
     request = Message(**content[REQUEST]) if REQUEST in content else None
     if phase == "advertise":
-        client = Client(check_session(node, Session.of(content[SESSION]), content[ORDER]), node.client)
+        client = Client(check_session(node, SessionTerms.of(content[SESSION]), content[ORDER]), node.client)
         response = client.advertise()
     else:
         client = Client.from_bytes(place.read_bytes())
@@ -42,7 +42,7 @@ def answer_phase(node: Node, content: RecordDict) -> RecordDict:
     return reply
 
 
-def check_session(node: Node, session: Session, order: Mapping[str, object]) -> Session:
+def check_session(node: Node, session: SessionTerms, order: Mapping[str, object]) -> SessionTerms:
     """Returns the session. ``ValueError`` where its terms are not those of this client's own configuration."""
     threshold = node.network.secure_threshold or default_threshold(len(session.numbers))
     if session.threshold < threshold or session.range != node.network.secure_range:

@@ -150,7 +150,7 @@ class SecureFlowerLoop(FlowerLoop):
             if self.federation.method.weighting == "examples" and rows != self._registry.rows[client]:
                 raise RefusedError(f"it trained on {rows} rows and had said {self._registry.rows[client]}")
             upload = torch.empty(server.session.size, dtype=torch.int32, device="meta")
-            self.at.channel.collect(order.round, client, {"masked": {"": upload}})
+            self.at.channel.record_upload(order.round, client, {"masked": {"": upload}})
             self.replies[client] = Reply(Received(self.federation.turn(order.round, client), rows, {}), loss)
             self.watch(Event("turn", order.round, client, loss))
         try:

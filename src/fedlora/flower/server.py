@@ -124,10 +124,12 @@ class FlowerLoop(Loop, Strategy):
         A client that is drawn to drop out gets an order, and no other takes its place.
         """
         excluded = excluded_clients(f.validation, at.conduct)  # they get no order, and no other takes their place
-        if dropped := sorted(set(f.clients.dropped(at.number, f.seed)) & self._registry.connected_clients() - excluded):
+        if dropped := sorted(
+            set(f.clients.draw_dropouts(at.number, f.seed)) & self._registry.connected_clients() - excluded
+        ):
             self._ask(dropped, set())
         order = [client for client in f.order(at.number) if client not in self.absent.keys() | excluded]
-        return order, len(set(f.clients.staying(at.number, f.cohort_seed)) - excluded)
+        return order, len(set(f.clients.remaining(at.number, f.cohort_seed)) - excluded)
 
     def _begin_turns(self, at: ServerState) -> float:
         """Begins a round; the first one waits for all clients. Returns the time of the beginning."""
@@ -238,17 +240,17 @@ class FlowerLoop(Loop, Strategy):
     def _message(self, client: int, number: int, kind: str, with_leaves: bool = True) -> Message:
         f, at = self.federation, self.at
         own = select_leaves(f.rules, at.shared, f.budgets[client])
-        if not at.channel.knows(client):
+        if not at.channel.is_known(client):
             count, base = self._registry.base_updates_held.pop(client, (0, ""))
             there = at.base_updates.start <= count <= len(at.base_updates) and self._bases[count] == base
             at.channel.forget(client, count if there else 0)
         delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
         order = Order(
-            self.token, number, client, not at.channel.knows(client), delivery.first, delivery.after,
+            self.token, number, client, not at.channel.is_known(client), delivery.first, delivery.after,
             self._bases[delivery.first], self._bases[delivery.after], digest(own), at.counted.get(client, -1),
         )  # fmt: skip
         if with_leaves:
-            at.channel.deliver(number, client, delivery)
+            at.channel.record_delivery(number, client, delivery)
         node = self._registry.nodes[client]
         self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
         content = (
@@ -295,7 +297,7 @@ class FlowerLoop(Loop, Strategy):
             self._lose(client, text)
         else:
             if delivery is not None:
-                self.at.channel.holds(client, delivery)
+                self.at.channel.confirm(client, delivery)
             self._blamed.pop(client, None)
 
     def _take_upload(self, client: int, order: Order, reply: Message) -> None:
@@ -305,10 +307,10 @@ class FlowerLoop(Loop, Strategy):
         crossed = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
         try:
-            upload = Received(turn, rows, f.compression.arrived(f.rules, self.at.shared, turn, crossed))
+            upload = Received(turn, rows, f.compression.decode_upload(f.rules, self.at.shared, turn, crossed))
         except ValueError as error:
             return self.refuse_upload(Received(turn, rows, crossed), str(error))
-        self.at.channel.collect(order.round, client, upload.tree, crossed)
+        self.at.channel.record_upload(order.round, client, upload.tree, crossed)
         if (found := self.receive_upload(upload)) is not None:
             self.replies[client] = Reply(found, loss)
 

@@ -57,7 +57,7 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
         config.privacy,
     )  # fmt: skip
     if found.privacy.by_example:
-        per_sample_gradients.check(found.model.network)
+        per_sample_gradients.check_row_independence(found.model.network)
     return found
 
 

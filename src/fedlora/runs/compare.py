@@ -99,7 +99,7 @@ def _by_client(table: Table) -> bool:
 def _cohort_steps(config: Config) -> int:
     """Optimiser steps that a round's cohort does together, in the mean over the rounds."""
     clients, usual, seed = config.clients, config.training.steps(1), config.seed
-    done = sum(clients.steps(usual, r, k, seed) for r in range(config.rounds) for k in clients.staying(r, seed))
+    done = sum(clients.steps(usual, r, k, seed) for r in range(config.rounds) for k in clients.remaining(r, seed))
     return max(1, round(done / max(1, config.rounds)))
 
 

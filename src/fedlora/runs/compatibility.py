@@ -36,7 +36,7 @@ def check(config: Sections) -> None:
     config.compression.check(config.method, config.flower.secure_aggregation)
     config.checkpoint.check(config.method.personal, config.method.title)
     ENGINES.check(config.engine.name)
-    for size in config.clients.staying_sizes:
+    for size in config.clients.remaining_sizes:
         config.flower.check(config.method, size)
     _check_trust(config)
     if config.engine.offload and config.evaluation.measure:
@@ -124,7 +124,7 @@ def resolve(config: Sections) -> Table:
         del found["privacy"]
     if config.training.local_epochs is None:
         found["training"]["local_steps"] = config.training.steps(1)
-    found["clients"]["partition"] = partition.resolved(config.clients.partition)
+    found["clients"]["partition"] = partition.resolve_partition(config.clients.partition)
     return found
 
 

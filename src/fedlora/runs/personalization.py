@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedlora.engines.checkpoint import check_unchanged
+from fedlora.engines.checkpoint import check_run_inputs
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Round, Watch, explain_overflow
@@ -46,7 +46,7 @@ class Sides:
 
     def __post_init__(self):
         self.f = self.run.config.federation()
-        check_unchanged(self.run.path, self.f)
+        check_run_inputs(self.run.path, self.f)
         self.f.model.fold({part: (factors,) for part, factors in self.run.base_updates.items()})
         self.evaluator = self.f.evaluator()
 

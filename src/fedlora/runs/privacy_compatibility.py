@@ -24,7 +24,7 @@ def check(p: Privacy, method: Method, clients: Clients, budgets: Sequence[int], 
             raise ValueError(text)
     if p.by_client:
         p.delta_of(clients.members)
-    accounting.check()
+    accounting.require_opacus()
 
 
 def _all(p: Privacy, method: Method) -> Iterator[tuple[bool, str]]:

@@ -76,7 +76,7 @@ class RunRecorder:
         at = self._restored(engine, f)
         try:
             for self.last in explain_overflow(engine.run(f, at)):
-                quarantine.save_rejected(self.folder, self.last.record["round"], self.last.bad, self.validation)
+                quarantine.write_quarantine(self.folder, self.last.record["round"], self.last.bad, self.validation)
                 self._line(self.last.record)
                 last = self.last.number + 1 >= f.rounds
                 self.readings = {**self.readings, **engine.readings()}

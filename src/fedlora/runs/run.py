@@ -15,7 +15,7 @@ from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import PLACES, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
-from fedlora.engines.inputs import inputs
+from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json
@@ -117,7 +117,9 @@ def check_same(config: Config, folder: Path) -> None:
 
 
 def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> Checkpoints:
-    return Checkpoints(folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, inputs(f))
+    return Checkpoints(
+        folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, digest_inputs(f)
+    )
 
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:

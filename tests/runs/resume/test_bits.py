@@ -138,7 +138,7 @@ def test_run_names_resume_and_other_folders_are_refused(tmp_path, broken_off):
 def test_a_users_file_holds_plain_leaves_and_the_checkpoint_the_notes(tmp_path):
     settings = small("fedit", f"rounds={ROUNDS}", "compression={down='int4', error_feedback=true}")
     result = fedlora.run(settings, tmp_path / "whole")
-    assert any(leaf.startswith("_owed.") for layer in result.shared.values() for leaf in layer), "there are notes"
+    assert any(leaf.startswith("_residual.") for layer in result.shared.values() for leaf in layer), "there are notes"
     left = load_tree(tmp_path / "whole" / "shared.safetensors")
     assert left and not [leaf for layer in left.values() for leaf in layer if leaf.startswith("_")]
     assert all(torch.equal(x, result.shared[part][leaf]) for part, layer in left.items() for leaf, x in layer.items())

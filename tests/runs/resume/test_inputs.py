@@ -93,12 +93,12 @@ def test_who_wrote_a_model_and_what_it_calls_its_labels_change_nothing(world):
 
 def test_more_settings_than_a_sentence_holds():
     before, now = ({"base": "", "settings": dict.fromkeys("abcde", x)} for x in "01")
-    (text,) = inputs.changes(before, now)
+    (text,) = inputs.describe_changes(before, now)
     assert text == (
         "the config.json of the pretrained model says that a is 1, and was 0, b is 1, and was 0, c is 1, and was 0, "
         "and 2 more differ"
     )
-    assert inputs.changes({"base": "", "settings": {"a": "1"}}, {"base": "", "settings": {}}) == [
+    assert inputs.describe_changes({"base": "", "settings": {"a": "1"}}, {"base": "", "settings": {}}) == [
         "the config.json of the pretrained model says that a is its default, and was 1"
     ]
 
@@ -154,11 +154,11 @@ def texts(rows, labels=None):
 )
 def test_rows_of_tokens(other, phrase):
     before, now = (
-        {"base": "", "rows": {"training": inputs.digests(x)}} for x in (texts([[1, 2], [3], [4, 5, 6]]), other)
+        {"base": "", "rows": {"training": inputs.digest_split(x)}} for x in (texts([[1, 2], [3], [4, 5, 6]]), other)
     )
-    assert inputs.changes(before, now) == phrase
+    assert inputs.describe_changes(before, now) == phrase
 
 
 def test_a_machine_without_data_knows_its_base_only():
-    assert inputs.changes({"base": "a"}, {"base": "a"}) == []
-    assert inputs.changes({"base": "a"}, {"base": "b"}) == ["the pretrained model has other weights"]
+    assert inputs.describe_changes({"base": "a"}, {"base": "a"}) == []
+    assert inputs.describe_changes({"base": "a"}, {"base": "b"}) == ["the pretrained model has other weights"]

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 pytest.importorskip("opacus", reason="needs the dp extra")
 
-from fedlora.security.privacy.accounting import epsilon, noise_for
+from fedlora.security.privacy.accounting import compute_epsilon, find_noise_multiplier
 
 # TensorFlow Privacy's tutorials/README.md: noise, epochs of 60,000 rows in batches of 256, ε at δ = 1e-5 as published,
 # with Mironov's first conversion from Rényi's divergence, which later ones improve.
@@ -31,7 +31,7 @@ def test_published_figures(noise, epochs, published):
     q, steps = 256 / 60000, epochs * 60000 // 256
     first = min(renyi(a, q, noise) * steps + math.log(1e5) / (a - 1) for a in ORDERS)
     assert first == pytest.approx(published, abs=0.02)
-    rdp, prv = (epsilon(name, noise, q, steps, 1e-5) for name in ("rdp", "prv"))
+    rdp, prv = (compute_epsilon(name, noise, q, steps, 1e-5) for name in ("rdp", "prv"))
     assert prv < rdp < published, "the better conversion, and the tighter accountant"
     assert prv > 0.6 * published
 
@@ -49,35 +49,37 @@ def test_one_step_is_the_closed_form(q, noise):
         return max(side.sum() * step for side in sides)
 
     exact = brentq(lambda e: delta(e) - 1e-5, 0, 60)
-    assert exact <= epsilon("prv", noise, q, 1, 1e-5) <= exact + 0.02
-    assert exact <= epsilon("rdp", noise, q, 1, 1e-5) <= 4 * exact + 1
+    assert exact <= compute_epsilon("prv", noise, q, 1, 1e-5) <= exact + 0.02
+    assert exact <= compute_epsilon("rdp", noise, q, 1, 1e-5) <= 4 * exact + 1
 
 
 @pytest.mark.parametrize("noise,steps", [(1.0, 1), (2.0, 10), (20.0, 1000), (0.5, 3)])
 def test_without_sampling_it_is_the_gaussian_mechanism(noise, steps):
     """Balle and Wang 2018, theorem 8: the exact δ of a Gaussian of sensitivity μ."""
     mu = math.sqrt(steps) / noise
-    found = epsilon("prv", noise, 1.0, steps, 1e-5)
+    found = compute_epsilon("prv", noise, 1.0, steps, 1e-5)
     exact = stats.norm.cdf(mu / 2 - found / mu) - math.exp(found) * stats.norm.cdf(-mu / 2 - found / mu)
     assert exact == pytest.approx(1e-5, rel=1e-5)
-    assert found <= epsilon("rdp", noise, 1.0, steps, 1e-5)
-    assert found == pytest.approx(epsilon("prv", noise, 1 - 1e-9, steps, 1e-5), abs=0.02), "the limit of sampling"
+    assert found <= compute_epsilon("rdp", noise, 1.0, steps, 1e-5)
+    assert found == pytest.approx(compute_epsilon("prv", noise, 1 - 1e-9, steps, 1e-5), abs=0.02), (
+        "the limit of sampling"
+    )
 
 
 def test_no_noise_is_no_guarantee_and_nothing_spent_is_nothing():
-    assert epsilon("prv", 0.0, 0.1, 5, 1e-5) == math.inf
-    assert epsilon("prv", 1.0, 0.1, 0, 1e-5) == 0.0
-    assert epsilon("prv", 1e5, 1.0, 1, 1e-5) == pytest.approx(0.0, abs=1e-3)
+    assert compute_epsilon("prv", 0.0, 0.1, 5, 1e-5) == math.inf
+    assert compute_epsilon("prv", 1.0, 0.1, 0, 1e-5) == 0.0
+    assert compute_epsilon("prv", 1e5, 1.0, 1, 1e-5) == pytest.approx(0.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("accountant,rate,steps", [("prv", 0.05, 200), ("rdp", 0.05, 200), ("prv", 1.0, 20), ("rdp", 1.0, 20)])  # fmt: skip
 @pytest.mark.parametrize("target", [0.5, 8.0])
 def test_the_noise_that_is_found_keeps_to_the_target_and_hardly_more(accountant, rate, steps, target):
-    noise = noise_for(accountant, target, rate, steps, 1e-5)
-    assert epsilon(accountant, noise, rate, steps, 1e-5) <= target
-    assert epsilon(accountant, noise / 1.01, rate, steps, 1e-5) > target
+    noise = find_noise_multiplier(accountant, target, rate, steps, 1e-5)
+    assert compute_epsilon(accountant, noise, rate, steps, 1e-5) <= target
+    assert compute_epsilon(accountant, noise / 1.01, rate, steps, 1e-5) > target
 
 
 def test_a_target_that_no_noise_reaches_is_refused():
     with pytest.raises(ValueError, match=r"target_epsilon is 1e-12; no noise reaches it"):
-        noise_for("rdp", 1e-12, 1.0, 10, 1e-5)
+        find_noise_multiplier("rdp", 1e-12, 1.0, 10, 1e-5)

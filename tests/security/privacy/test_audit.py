@@ -21,7 +21,7 @@ from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
 from fedlora.security.privacy import Stream, dp_sgd, key_of
-from fedlora.security.privacy.accounting import epsilon, noise_for
+from fedlora.security.privacy.accounting import compute_epsilon, find_noise_multiplier
 from fedlora.security.privacy.client_level import private_turn
 from fedlora.tasks._base import Examples, Shard, lengths_of_one
 from fedlora.training.local import Training
@@ -80,13 +80,13 @@ def one_run_bound(coins, scores, guesses=60):
 
 
 def test_canaries_in_one_run_tell_less_than_epsilon_and_without_noise_more():
-    noise = noise_for("prv", 1.0, 1.0, STEPS, DELTA)
-    reported = epsilon("prv", noise, 1.0, STEPS, DELTA)
+    noise = find_noise_multiplier("prv", 1.0, 1.0, STEPS, DELTA)
+    reported = compute_epsilon("prv", noise, 1.0, STEPS, DELTA)
     assert 0.99 < reported <= 1.0
     measured = [one_run_bound(*trained(noise, key)) for key in range(3)]
     assert max(measured) < reported
     assert one_run_bound(*trained(0.0, 0)) > 2 * reported, "the audit sees what noise would have hidden"
-    little = noise_for("prv", 30.0, 1.0, STEPS, DELTA)
+    little = find_noise_multiplier("prv", 30.0, 1.0, STEPS, DELTA)
     assert reported < one_run_bound(*trained(little, 0)) < 30.0, "and little noise hides little"
 
 
@@ -130,9 +130,9 @@ def _log_ratio(found, part, threshold, delta):
 
 def test_membership_of_a_client_can_be_told_as_far_as_epsilon_and_no_further():
     delta = 1e-5
-    noise = noise_for("prv", 2.0, 1.0, 1, delta)
+    noise = find_noise_multiplier("prv", 2.0, 1.0, 1, delta)
     measured = membership_bound(guesses(noise), delta)
-    assert measured < epsilon("prv", noise, 1.0, 1, delta) <= 2.0
+    assert measured < compute_epsilon("prv", noise, 1.0, 1, delta) <= 2.0
     assert membership_bound(guesses(0.0), delta) > 4.0, "without noise the client is found nearly always"
-    some = noise_for("prv", 12.0, 1.0, 1, delta)
+    some = find_noise_multiplier("prv", 12.0, 1.0, 1, delta)
     assert 0.5 < membership_bound(guesses(some), delta) < 12.0

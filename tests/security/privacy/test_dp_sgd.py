@@ -63,7 +63,9 @@ def test_each_rows_gradient_equals_that_of_the_row_alone(adapter):
     model, task, examples = attached(adapter), Toy(), rows()
     parameters = loaded(model)
     batch = task.collate(examples, torch.arange(6))
-    losses, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    losses, found = per_sample_gradients.compute_gradients(
+        model, lambda network: task.losses(network, batch), 6, parameters
+    )
     assert found.keys() == parameters.keys()
     for i in range(6):
         one = task.collate(examples, torch.tensor([i]))
@@ -79,7 +81,7 @@ def test_only_what_is_trained_has_gradients():
     model, task = attached(LoRA(rank=2)), Toy()
     parameters = loaded(model, FFALoRA)
     batch = task.collate(rows(), torch.arange(6))
-    _, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    _, found = per_sample_gradients.compute_gradients(model, lambda network: task.losses(network, batch), 6, parameters)
     assert {leaf for path, leaf in found if path == "first"} == {"B"}
 
 
@@ -89,7 +91,9 @@ def test_dropout_draws_for_every_row_and_the_gradients_follow_it():
     model.network.train()
     batch = task.collate(rows(), torch.zeros(6, dtype=torch.int64))  # one row, six times
     torch.manual_seed(1)
-    losses, found = per_sample_gradients.gradients(model, lambda network: task.losses(network, batch), 6, parameters)
+    losses, found = per_sample_gradients.compute_gradients(
+        model, lambda network: task.losses(network, batch), 6, parameters
+    )
     assert len(set(losses.tolist())) == 6
     torch.manual_seed(1)
     whole = torch.autograd.grad(task.losses(model.network, batch).sum(), list(parameters.values()))
@@ -101,16 +105,16 @@ def test_rows_that_act_on_each_other_are_refused():
     with pytest.raises(
         ValueError, match=r"'norm' is a BatchNorm1d, through which the rows of a batch act on each other"
     ):
-        per_sample_gradients.check(Tiny(norm=nn.BatchNorm1d(5)))
+        per_sample_gradients.check_row_independence(Tiny(norm=nn.BatchNorm1d(5)))
     model = attached(LoRA(rank=2))
     parameters = loaded(model)
     with pytest.raises(ValueError, match=r"'first' gets 6 inputs of 3 rows"):
-        per_sample_gradients.gradients(
+        per_sample_gradients.compute_gradients(
             model, lambda network: Toy().losses(network, Toy().collate(rows(), torch.arange(6))), 3, parameters
         )
     odd = Model.attach(Tiny(norm=nn.GroupNorm(1, 5)), LoRA(rank=2), ["first"], ["norm", "classifier"])
     with pytest.raises(ValueError, match=r"'norm' is a GroupNorm, which has no per-sample gradient here"):
-        per_sample_gradients.gradients(odd, lambda network: None, 6, loaded(odd))
+        per_sample_gradients.compute_gradients(odd, lambda network: None, 6, loaded(odd))
 
 
 def test_clipping_is_over_all_leaves_and_never_exceeds_the_bound():

@@ -26,7 +26,7 @@ def agree(table, *overrides, rows=4):
     parameters = f.model.select({p: part.adapter.trainable for p, part in f.model.parts.items()})
     some = f.shards[0].train[:rows]
     batch = trainer.batch(some)
-    losses, found = per_sample_gradients.gradients(
+    losses, found = per_sample_gradients.compute_gradients(
         f.model, lambda network: f.task.losses(network, batch), rows, parameters
     )
     for i, row in enumerate(some):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from fedlora.security.secure_aggregation import Client, masks
 from fedlora.security.secure_aggregation.keys import Address, unseal
-from fedlora.security.secure_aggregation.messages import unpack
+from fedlora.security.secure_aggregation.messages import unpack_table
 from fedlora.security.secure_aggregation.session import KEY, SERVER
 from fedlora.security.secure_aggregation.shamir import SHARE, combine
 from tests.fixtures.secure_aggregation import Round
@@ -100,7 +100,7 @@ def test_a_late_upload_stays_hidden(kind):
 
 
 def answers(round, n):
-    return unpack(round.server.received[n], SHARE)
+    return unpack_table(round.server.received[n], SHARE)
 
 
 @pytest.mark.parametrize("kind", VALUES)

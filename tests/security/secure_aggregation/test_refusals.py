@@ -7,7 +7,7 @@ import torch
 
 from fedlora.security.secure_aggregation import PHASES, Client, Message, ProtocolError, Server, TooFewClientsError
 from fedlora.security.secure_aggregation.keys import Address, KeyPair, seal, unseal
-from fedlora.security.secure_aggregation.messages import REPLIES, pack, unpack
+from fedlora.security.secure_aggregation.messages import REPLIES, pack_table, unpack_table
 from fedlora.security.secure_aggregation.session import KEY, SERVER
 from fedlora.security.secure_aggregation.shamir import SHARE
 from tests.fixtures.secure_aggregation import Round
@@ -137,10 +137,10 @@ def test_another_phases_message_is_not_counted(earlier, later):
 
 def test_one_peers_shares_do_not_pass_for_anothers():
     round = Round().until("mask")
-    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
-    reflected = dict(unpack(told(round, "mask", 1), 2 * SHARE + 28))[0]  # client 0's own, made for client 1
+    table = dict(unpack_table(told(round, "mask"), 2 * SHARE + 28))
+    reflected = dict(unpack_table(told(round, "mask", 1), 2 * SHARE + 28))[0]  # client 0's own, made for client 1
     for wrong in ({**table, 1: table[2]}, {**table, 1: bytes(len(table[1]))}, {**table, 1: reflected}):
-        refuses(takes(round, "mask"), forged(round, 0, "mask", pack(wrong)), "from client 1 to client 0 does not")
+        refuses(takes(round, "mask"), forged(round, 0, "mask", pack_table(wrong)), "from client 1 to client 0 does not")
 
 
 def test_each_step_is_taken_once_and_in_order():
@@ -159,7 +159,7 @@ def test_each_step_is_taken_once_and_in_order():
 
 
 def peers(round):
-    return dict(unpack(told(round, "share"), 2 * KEY))
+    return dict(unpack_table(told(round, "share"), 2 * KEY))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def peers(round):
 )
 def test_a_wrong_list_of_peers(change, text):
     round = Round(5).until("share")
-    refuses(takes(round, "share"), forged(round, 0, "share", pack(change(peers(round)))), text)
-    refuses(takes(round, "share"), forged(round, 0, "share", pack(peers(round))[:-1]), "not made of entries")
+    refuses(takes(round, "share"), forged(round, 0, "share", pack_table(change(peers(round)))), text)
+    refuses(takes(round, "share"), forged(round, 0, "share", pack_table(peers(round))[:-1]), "not made of entries")
     assert round.make(0), "and goes on with the right one"
 
 
@@ -189,18 +189,18 @@ def test_a_client_takes_part_with_enough_others_only():
     round = Round(7).until("share")
     few = {n: keys for n, keys in peers(round).items() if n < 4}
     with pytest.raises(TooFewClientsError, match="4 clients that advertised keys"):
-        round.make(0, forged(round, 0, "share", pack(few)))
+        round.make(0, forged(round, 0, "share", pack_table(few)))
     round.step()
-    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
+    table = dict(unpack_table(told(round, "mask"), 2 * SHARE + 28))
     with pytest.raises(TooFewClientsError, match="3 clients that shared"):
-        round.make(0, forged(round, 0, "mask", pack({n: table[n] for n in (1, 2)})))
+        round.make(0, forged(round, 0, "mask", pack_table({n: table[n] for n in (1, 2)})))
 
 
 @pytest.mark.parametrize("extra", [0, 9])
 def test_an_inbox_with_strangers(extra):
     round = Round().until("mask")
-    table = dict(unpack(told(round, "mask"), 2 * SHARE + 28))
-    refuses(takes(round, "mask"), forged(round, 0, "mask", pack(table | {extra: table[1]})), f"client {extra}")
+    table = dict(unpack_table(told(round, "mask"), 2 * SHARE + 28))
+    refuses(takes(round, "mask"), forged(round, 0, "mask", pack_table(table | {extra: table[1]})), f"client {extra}")
 
 
 KEPT, GONE = b"\1", b"\0"
@@ -225,7 +225,7 @@ def test_requests_that_would_bare_a_client(request_, text):
     round = Round(6, threshold=4)
     round.step().step(silent=[5]).step()
     before = round.clients[0].to_bytes()
-    refuses(takes(round, "unmask"), forged(round, 0, "unmask", pack(request_)), f"(?i){text}")
+    refuses(takes(round, "unmask"), forged(round, 0, "unmask", pack_table(request_)), f"(?i){text}")
     assert round.clients[0].to_bytes() == before and round.make(0)
 
 

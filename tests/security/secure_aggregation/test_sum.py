@@ -11,11 +11,11 @@ from fedlora.security.secure_aggregation import (
     Client,
     ProtocolError,
     Server,
-    Session,
+    SessionTerms,
     TooFewClientsError,
-    aggregate,
     default_threshold,
     masks,
+    simulate,
 )
 from tests.fixtures.secure_aggregation import Round
 
@@ -59,7 +59,7 @@ def test_a_third_drops_out(K, phase):
     dropouts = {} if phase is None else {phase: gone}
     if phase == "all":
         dropouts = {name: gone[i::4] for i, name in enumerate(PHASES)}
-    check(values, weights, dropouts, aggregate(values, weights, dropouts, threshold=K - K // 3))
+    check(values, weights, dropouts, simulate(values, weights, dropouts, threshold=K - K // 3))
 
 
 @settings(max_examples=15, deadline=None)
@@ -72,7 +72,7 @@ def test_whoever_drops_out_whenever(seed):
     gone = rng.permutation(list(weights))[: K - threshold].tolist()
     at = rng.integers(0, 4, len(gone))
     dropouts = {phase: [n for n, i in zip(gone, at) if PHASES[i] == phase] for phase in PHASES}
-    check(values, weights, dropouts, aggregate(values, weights, dropouts, threshold))
+    check(values, weights, dropouts, simulate(values, weights, dropouts, threshold))
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -80,7 +80,7 @@ def test_below_the_threshold_there_is_no_sum(phase):
     values, weights = drawn(7, 0)
     gone = list(weights)[:3]
     with pytest.raises(TooFewClientsError, match=f"4 of 7 clients sent their '{phase}' message; the session needs 5"):
-        aggregate(values, weights, {phase: gone})
+        simulate(values, weights, {phase: gone})
 
 
 def test_the_threshold_that_goes_without_saying():
@@ -111,14 +111,14 @@ def test_terms_that_do_not_fit(change, text):
 
 def test_shapes_are_flattened_and_a_large_vector_spans_chunks():
     values = {n: torch.randn(3, 50_001, generator=torch.Generator().manual_seed(n)) for n in range(3)}
-    found = aggregate(values, dict.fromkeys(range(3), 1 / 3))
+    found = simulate(values, dict.fromkeys(range(3), 1 / 3))
     exact = sum(x.double() for x in values.values()).flatten() / 3
     assert (found.mean.double() - exact).abs().max() <= found.bound
 
 
 def test_another_phase_to_drop_out_at():
     with pytest.raises(ValueError, match="no phase 'training'"):
-        aggregate(*drawn(3, 0), {"training": [0]})
+        simulate(*drawn(3, 0), {"training": [0]})
 
 
 @pytest.mark.parametrize("phase", [*PHASES, "done"])
@@ -144,7 +144,7 @@ def saved(round):
 
 def test_what_is_saved_is_plain():
     round = Round().until("unmask")
-    assert Session.of(round.server.session.record()).id == round.id
+    assert SessionTerms.of(round.server.session.record()).id == round.id
     for message in round.sent["share"].values():
         assert {type(x) for x in message.record().values()} <= {str, int, bytes}
     with pytest.raises(ValueError, match="another kind of party"):
@@ -183,7 +183,7 @@ def test_the_sum_would_show_masks_that_do_not_cancel(bug, monkeypatch):
     monkeypatch.setattr(masks, "pairwise", bug(masks.pairwise))
     values, weights = drawn(4, 0)
     with pytest.raises(AssertionError):
-        check(values, weights, {}, aggregate(values, weights))
+        check(values, weights, {}, simulate(values, weights))
 
 
 def test_the_sum_would_show_masks_of_the_dropped_left_in(monkeypatch):
@@ -191,4 +191,4 @@ def test_the_sum_would_show_masks_of_the_dropped_left_in(monkeypatch):
     values, weights = drawn(4, 0)
     gone = {"mask": list(weights)[:1]}
     with pytest.raises(AssertionError):
-        check(values, weights, gone, aggregate(values, weights, gone))
+        check(values, weights, gone, simulate(values, weights, gone))

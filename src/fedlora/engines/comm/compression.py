@@ -1,93 +1,80 @@
 """The ``[compression]`` table: encodes leaves and base updates. If it is empty, they are sent unchanged.
 
-Up goes the difference between a leaf and the one that its client's turn began with, which the server can make itself:
-what ``receive`` makes of the server's tree without anything that the client kept. A leaf of another shape than there
-(a client that pruned itself) is encoded whole. The server combines what it decodes.
+An upload has the difference between a leaf and its start: the result of ``receive`` without the client's own state,
+which the server computes, too. A leaf with another shape than its start (a client that pruned itself) is encoded whole.
+The server combines the decoded leaves.
 
-Down goes a leaf whole, or, where the codec is coarse, its difference to the one served before. What the server holds
-from then on is what was decoded: its tree is what the clients hold, to the bit.
+A delivery has a leaf whole or, with a coarse codec, its difference from the last version. The server keeps the decoded
+leaf, so its tree equals the clients' to the bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fedlora.engines.base_updates import BaseUpdate
 from fedlora.engines.comm.codecs import CODECS
 from fedlora.engines.comm.codecs._base import Chain
-from fedlora.engines.comm.encoding import (
-    CODED,
-    MARK,
-    OWED,
-    SAID,
-    SHAPE,
-    apart,
-    base_of,
-    codable,
-    draws,
-    known,
-    shape_of,
-    with_owed,
-)
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules, client_start, public_leaves
 from fedlora.schema import construct
+from fedlora.seeds import derive_seed
 from fedlora.types import Factors, Layer, Tree, Turn
 
+MARK, SHAPE = "@", "shape"  # the fields of an encoded leaf are LEAF@FIELD; with SHAPE if the shape is not its start's
+# Notes beside a leaf: its error-feedback residual, its encoded fields, and its encoded version (a count).
+RESIDUAL, ENCODED, VERSION = "_residual.", "_encoded.", "_version."
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGEST = 65504.0  # float16's
+LARGEST = 65504.0  # of float16
 
 
-class Crossed(NamedTuple):
-    """One client's upload: what crosses, what the server makes of that, and what stays with the client."""
+class EncodedUpload(NamedTuple):
+    """One client's upload as it is sent, as the server decodes it, and the tree that the client keeps."""
 
-    crosses: Tree
+    encoded: Tree
     decoded: Tree
-    stays: Tree
+    kept: Tree
 
 
 @dataclass(frozen=True)
 class Compression:
-    """The ``[compression]`` table. Adapters and heads are encoded alike; base updates have a precision of their own."""
+    """The ``[compression]`` table. Adapters and heads are encoded alike; base updates have their own precision."""
 
-    up: str | list[str] = "float32"  # a codec, or "top-k" and a codec for what it keeps
+    up: str | list[str] = "float32"  # a codec, or "top-k" and a codec for the numbers that it keeps
     down: str | list[str] = "float32"
-    base_updates: Literal["float32", "bfloat16", "float16"] = (
-        "float32"  # base updates are rounded to this before anybody applies them
-    )
-    error_feedback: bool = False  # what encoding loses is added to what is encoded next
-    top_k: float | None = None  # the share that "top-k" keeps; a first stage of ``up`` where no direction names it
+    base_updates: Literal["float32", "bfloat16", "float16"] = "float32"  # rounded to this before they are applied
+    error_feedback: bool = False  # add the error of one encoding to the next
+    top_k: float | None = None  # share that "top-k" keeps; the first stage of ``up`` if no direction names "top-k"
     max_upload_mb: float = 1024.0  # a larger upload is refused before it is read
 
     def __post_init__(self) -> None:
         if not self.max_upload_mb > 0:
             raise ValueError(f"compression.max_upload_mb is {self.max_upload_mb}; it must be a positive number.")
-        if self.top_k is None and self._named:
+        if self.top_k is None and self._top_k_stages:
             raise ValueError(
-                f"compression has the stage {self._named[0]!r}, but not which share it keeps; set compression.top_k."
+                f"compression has the stage {self._top_k_stages[0]!r}, but not the share that it keeps; set "
+                "compression.top_k."
             )
-        lossy = [chain for chain in (self.upward, self.downward) if chain is not None]
-        if self.error_feedback and not lossy:
-            raise ValueError(
-                "compression.error_feedback has nothing to make up for; set compression.up or compression.down."
-            )
+        chains = self.upward, self.downward  # a wrong stage is reported at once
+        if self.error_feedback and chains == (None, None):
+            raise ValueError("compression.error_feedback has no error to add; set compression.up or compression.down.")
 
     def check(self, method: Method, secure: bool) -> None:
-        """``ValueError`` where these settings and the method or the protocol exclude each other."""
+        """``ValueError`` if these settings do not fit the method or secure aggregation."""
         if secure and self.upward is not None:
             raise ValueError(
                 f"compression.up is {self.up!r}, but flower.secure_aggregation adds up masked fixed-point numbers, and "
-                "codes with scales or places of their own cannot be added; leave compression.up and top_k out."
+                "codes with their own scales or positions cannot be added; leave compression.up and top_k out."
             )
         if method.keeps_frame:
             return
         if self.error_feedback:
             raise ValueError(
-                f"compression.error_feedback adds the loss of one round to the next, but {method.title} begins each "
+                f"compression.error_feedback adds the error of one round to the next, but {method.title} begins each "
                 "round in other coordinates; leave error_feedback out, or take a method that averages."
             )
         if self.downward is not None and self.downward.coarse:
@@ -96,150 +83,148 @@ class Compression:
                 "coordinates each round; take int8, bfloat16 or float16."
             )
 
-    @property
-    def _named(self) -> list[str]:
-        """The stages, of both directions, that take a share."""
-        return [name for direction in (self.up, self.down) for name in _listed(direction) if _takes_share(name)]
+    @cached_property
+    def _top_k_stages(self) -> list[str]:
+        """The stages of both directions that take a share."""
+        return [name for direction in (self.up, self.down) for name in _codec_names(direction) if _takes_share(name)]
 
     @cached_property
     def upward(self) -> Chain | None:
-        """How uploads are encoded; None where they are not."""
-        first = ["top-k"] if self.top_k is not None and not self._named else []
-        return self._chain([*first, *_listed(self.up)])
+        """The encoding of uploads; None without one."""
+        first = ["top-k"] if self.top_k is not None and not self._top_k_stages else []
+        return self._chain([*first, *_codec_names(self.up)])
 
     @cached_property
     def downward(self) -> Chain | None:
-        """How what is served is encoded; None where it is not."""
-        return self._chain(_listed(self.down))
+        """The encoding of deliveries; None without one."""
+        return self._chain(_codec_names(self.down))
 
     def _chain(self, names: Sequence[str]) -> Chain | None:
-        found = [
-            construct(CODECS.load(name), "compression", {"share": self.top_k} if _takes_share(name) else {})
-            for name in names
-        ]
-        return Chain(tuple(found)) if found else None
+        settings = {name: {"share": self.top_k} if _takes_share(name) else {} for name in names}
+        return Chain(tuple(construct(CODECS.load(n), "compression", settings[n]) for n in names)) if names else None
 
     # ------------------------------------------------------------------------------------- up
-    def sent(self, rules: Rules, shared: Tree, kept: Tree, turn: Turn, sent: Tree, stays: Tree) -> Crossed:
-        """What crosses of what the method sends, and with it what the server will have and what the client owes."""
+    def encode_upload(
+        self, rules: Rules, shared: Tree, kept: Tree, turn: Turn, sent: Tree, stays: Tree
+    ) -> EncodedUpload:
+        """Encodes the leaves ``sent`` of a turn; ``kept`` is the client's tree before the turn, ``stays`` after it."""
         if self.upward is None:
-            return Crossed(sent, sent, stays)
+            return EncodedUpload(sent, sent, stays)
         start = client_start(rules, shared, {}, turn)
-        crosses: dict[str, Layer] = {}
-        decoded: dict[str, Layer] = {}
-        rest: dict[str, Layer] = {}
+        encoded: dict[str, dict[str, Tensor]] = {part: {} for part in sent}
+        decoded: dict[str, dict[str, Tensor]] = {part: {} for part in sent}
+        residuals: dict[str, dict[str, Tensor]] = {}
         for part, layer in sent.items():
-            before = {leaf: x for leaf, x in kept.get(part, {}).items() if leaf.startswith(OWED)}
-            coded = [self._coded(f"{part}/{leaf}", leaf, x, start[part], before, turn) for leaf, x in layer.items()]
-            crosses[part] = {name: x for fields, _, _ in coded for name, x in fields.items()}
-            decoded[part] = dict(zip(layer, (x for _, x, _ in coded)))
-            rest[part] = {**before, **{OWED + leaf: x for leaf, (_, _, x) in zip(layer, coded) if x is not None}}
-        return Crossed(crosses, decoded, {part: {**stays[part], **rest.get(part, {})} for part in stays})
+            before = {name: x for name, x in kept.get(part, {}).items() if name.startswith(RESIDUAL)}
+            residuals[part] = dict(before)
+            for leaf, x in layer.items():
+                base, decoded[part][leaf] = start[part].get(leaf), x
+                if base is None or not _is_encodable(x):
+                    encoded[part][leaf] = x
+                    continue
+                draws = _generator(turn.seed, "up", part, leaf)
+                fields, decoded[part][leaf], error = self._encode_leaf(x, base, before.get(RESIDUAL + leaf), draws)
+                encoded[part] |= {f"{leaf}{MARK}{field}": value for field, value in fields.items()}
+                if error is not None:
+                    residuals[part][RESIDUAL + leaf] = error
+        return EncodedUpload(encoded, decoded, {part: {**stays[part], **residuals.get(part, {})} for part in stays})
 
-    def _coded(
-        self, name: str, leaf: str, x: Tensor, start: Layer, kept: Layer, turn: Turn
+    def _encode_leaf(
+        self, x: Tensor, base: Tensor, residual: Tensor | None, draws: Generator
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """One leaf's fields, what they decode to, and what is owed then."""
+        """Returns a leaf's fields, its decoded value and its new residual."""
         assert self.upward is not None
-        if not codable(x) or leaf not in start:
-            return {leaf: x}, x, None
-        base, shape = base_of(start, leaf, tuple(x.shape)), tuple(x.shape)
-        owed = kept.get(OWED + leaf) if base is not None else None
-        goal = with_owed(x if base is None else x - base.to(x), owed)
-        found = self.upward.encode(goal, draws(turn.seed, "up", name))
-        got = self.upward.decode(found, shape).to(x)
-        fields = {f"{leaf}{MARK}{field}": value for field, value in found.items()}
-        if base is None:
-            fields[f"{leaf}{MARK}{SHAPE}"] = torch.tensor(shape, dtype=torch.int32)
-        feeds = self.error_feedback and base is not None
-        return fields, got if base is None else base.to(x) + got, goal - got if feeds else None
+        if base.shape != x.shape:
+            fields = self.upward.encode(x, draws)
+            value = self.upward.decode(fields, tuple(x.shape)).to(x)
+            return {**fields, SHAPE: torch.tensor(tuple(x.shape), dtype=torch.int32)}, value, None
+        change = _add_residual(x - base.to(x), residual)
+        fields = self.upward.encode(change, draws)
+        got = self.upward.decode(fields, tuple(x.shape)).to(x)
+        return fields, base.to(x) + got, change - got if self.error_feedback else None
 
-    def arrived(self, rules: Rules, shared: Tree, turn: Turn, crossed: Tree) -> Tree:
-        """What a client sent, from what crossed. ``ValueError`` where that is no encoding of such a leaf."""
+    def decode_upload(self, rules: Rules, shared: Tree, turn: Turn, encoded: Tree) -> Tree:
+        """Decodes an upload. ``ValueError`` if it is no encoding of such leaves."""
         if self.upward is None:
-            return crossed
+            return encoded
         start = client_start(rules, shared, {}, turn)
-        return {part: self._arrived(part, layer, start.get(part, {})) for part, layer in crossed.items()}
-
-    def _arrived(self, part: str, layer: Layer, start: Layer) -> Layer:
-        plain, coded = apart(layer)
-        found = dict(plain)
-        for leaf, coding in coded.items():
-            shape = shape_of(part, leaf, coding, start)
-            base = base_of(start, leaf, shape)
-            assert self.upward is not None
-            got = self.upward.decode({k: x for k, x in coding.items() if k != SHAPE}, shape)
-            found[leaf] = got if base is None else base.to(got) + got
-        return found
+        decoded = {}
+        for part, layer in encoded.items():
+            decoded[part], encodings = _separate(layer)
+            for leaf, encoding in encodings.items():
+                base = _find_leaf(part, leaf, start.get(part, {}))
+                shape = _parse_shape(part, leaf, encoding.pop(SHAPE, None), tuple(base.shape))
+                got = self.upward.decode(encoding, shape)
+                decoded[part][leaf] = base.to(got) + got if shape == tuple(base.shape) else got
+        return decoded
 
     # ----------------------------------------------------------------------------------- down
-    def said(self, before: Tree, after: Tree, seed: int) -> Tree:
-        """The server's tree as every client will hold it, with the encoded form of what changed among its notes."""
+    def encode_served(self, before: Tree, after: Tree, seed: int) -> Tree:
+        """Replaces the leaves of the server's tree by their decoded values, and notes their encoding."""
         if self.downward is None:
             return after
-        return {part: self._said(part, before[part], layer, seed) for part, layer in after.items()}
+        served = {}
+        for part, layer in after.items():
+            served[part] = dict(layer)
+            for leaf, x in public_leaves(layer).items():
+                if x is not before[part].get(leaf) and _is_encodable(x):
+                    served[part] |= self._encode_served_leaf(
+                        leaf, x, before[part], _generator(seed, "down", part, leaf)
+                    )
+        return served
 
-    def _said(self, part: str, before: Layer, after: Layer, seed: int) -> Layer:
-        found = dict(after)
-        for leaf, x in public_leaves(after).items():
-            if x is before.get(leaf) or not codable(x):
-                continue
-            found |= self._leaf(f"{part}/{leaf}", leaf, x, before, seed)
-        return found
-
-    def _leaf(self, name: str, leaf: str, x: Tensor, before: Layer, seed: int) -> dict[str, Tensor]:
+    def _encode_served_leaf(self, leaf: str, x: Tensor, before: Layer, draws: Generator) -> dict[str, Tensor]:
         assert self.downward is not None
         base = before[leaf].to(x) if self.downward.coarse else None
-        goal = with_owed(x, before.get(OWED + leaf))
-        coded = self.downward.encode(goal if base is None else goal - base, draws(seed, "down", name))
-        got = self.downward.decode(coded, tuple(x.shape)).to(x)
+        goal = _add_residual(x, before.get(RESIDUAL + leaf))
+        fields = self.downward.encode(goal if base is None else goal - base, draws)
+        got = self.downward.decode(fields, tuple(x.shape)).to(x)
         value = got if base is None else base + got
-        notes = {f"{CODED}{leaf}{MARK}{field}": y for field, y in coded.items()}
-        owed = {OWED + leaf: goal - value} if self.error_feedback else {}
-        return {leaf: value, **notes, **owed, SAID + leaf: before.get(SAID + leaf, torch.tensor(0)) + 1}
+        notes = {f"{ENCODED}{leaf}{MARK}{field}": y for field, y in fields.items()}
+        residual = {RESIDUAL + leaf: goal - value} if self.error_feedback else {}
+        return {leaf: value, **notes, **residual, VERSION + leaf: before.get(VERSION + leaf, torch.tensor(0)) + 1}
 
-    def crossing(self, layer: Layer, leaf: str, held: int, version: int) -> Layer | None:
-        """The encoded form in which a leaf goes to a client that holds version ``held`` of it; None: it goes whole.
+    def encoded_leaf(self, layer: Layer, leaf: str, held: int, version: int) -> Layer | None:
+        """The encoded form of a leaf for a client that holds version ``held`` of it; None if it is sent whole.
 
-        A difference is of use to those only who hold the version before.
+        A difference is of use only to clients that hold the last version.
         """
-        if self.downward is None or SAID + leaf not in layer or (self.downward.coarse and held != version - 1):
+        if self.downward is None or VERSION + leaf not in layer or (self.downward.coarse and held != version - 1):
             return None
         fields = self.downward.form(tuple(layer[leaf].shape))
-        return {f"{leaf}{MARK}{field}": layer[f"{CODED}{leaf}{MARK}{field}"] for field in fields}
+        return {f"{leaf}{MARK}{field}": layer[f"{ENCODED}{leaf}{MARK}{field}"] for field in fields}
 
-    def heard(self, crossed: Tree, held: Tree) -> Tree:
-        """The leaves that came down, from what the client held before. ``ValueError`` as for ``arrived``."""
+    def decode_delivery(self, encoded: Tree, held: Tree) -> Tree:
+        """Decodes a delivery to a client that holds ``held``. ``ValueError`` as in ``decode_upload``."""
         if self.downward is None:
-            return crossed
-        return {part: self._heard(part, layer, held[part]) for part, layer in crossed.items() if part in held}
-
-    def _heard(self, part: str, layer: Layer, held: Layer) -> Layer:
-        plain, coded = apart(layer)
-        found = dict(plain)
-        for leaf, coding in coded.items():
-            assert self.downward is not None
-            base = known(part, leaf, held)
-            got = self.downward.decode(coding, tuple(base.shape)).to(base)
-            found[leaf] = base + got if self.downward.coarse else got
-        return found
+            return encoded
+        decoded = {}
+        for part, layer in encoded.items():
+            if part not in held:
+                continue
+            decoded[part], encodings = _separate(layer)
+            for leaf, encoding in encodings.items():
+                base = _find_leaf(part, leaf, held[part])
+                got = self.downward.decode(encoding, tuple(base.shape)).to(base)
+                decoded[part][leaf] = base + got if self.downward.coarse else got
+        return decoded
 
     # ---------------------------------------------------------------------------- base updates
-    def rounded(self, base_updates: BaseUpdate) -> BaseUpdate:
-        """Rounds a base update as all parties will apply it. Raises ``ValueError`` if float16 cannot hold it."""
-        return self.widened(self.narrowed(base_updates)) if self.base_updates in NARROW else base_updates
+    def round_base_update(self, base_update: BaseUpdate) -> BaseUpdate:
+        """Rounds a base update as every client will apply it. ``ValueError`` if float16 cannot hold it."""
+        return self.widen(self.narrow(base_update)) if self.base_updates in NARROW else base_update
 
-    def narrowed(self, base_updates: BaseUpdate) -> BaseUpdate:
+    def narrow(self, base_update: BaseUpdate) -> BaseUpdate:
         """Casts a rounded base update to the dtype in which it is sent."""
-        kind = NARROW.get(self.base_updates)
-        return base_updates if kind is None else _each(base_updates, lambda x: _narrow(x, kind))
+        dtype = NARROW.get(self.base_updates)
+        return base_update if dtype is None else _map_factors(base_update, lambda x: _narrow(x, dtype))
 
-    def widened(self, base_updates: BaseUpdate) -> BaseUpdate:
+    def widen(self, base_update: BaseUpdate) -> BaseUpdate:
         """Casts a received base update to float32."""
-        return _each(base_updates, lambda x: x.float() if x.dtype in NARROW.values() else x)
+        return _map_factors(base_update, lambda x: x.float() if x.dtype in NARROW.values() else x)
 
 
-def _listed(direction: str | list[str]) -> list[str]:
+def _codec_names(direction: str | list[str]) -> list[str]:
     names = [direction] if isinstance(direction, str) else direction
     return [name for name in names if name != "float32"]
 
@@ -248,14 +233,57 @@ def _takes_share(name: str) -> bool:
     return "share" in {f.name for f in fields(CODECS.load(name))}
 
 
-def _each(base_updates: BaseUpdate, change) -> Mapping[str, tuple[Factors, ...]]:
-    return {part: tuple(Factors(change(f.U), change(f.V)) for f in several) for part, several in base_updates.items()}
+def _is_encodable(x: Tensor) -> bool:
+    return x.is_floating_point() and x.numel() > 0
 
 
-def _narrow(x: Tensor, kind: torch.dtype) -> Tensor:
-    if kind == torch.float16 and not x.is_meta and bool((x.abs() > LARGEST).any()):
+def _generator(seed: int, direction: str, part: str, leaf: str) -> Generator:
+    return Generator().manual_seed(derive_seed(seed, direction, f"{part}/{leaf}"))
+
+
+def _add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Adds the last encoding's error, if the leaf still has that shape."""
+    return x if residual is None or residual.shape != x.shape else x + residual.to(x)
+
+
+def _separate(layer: Layer) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Separates the leaves that were sent unchanged from the fields of the encoded ones."""
+    plain: dict[str, Tensor] = {}
+    encoded: dict[str, dict[str, Tensor]] = {}
+    for name, x in layer.items():
+        leaf, mark, field = name.rpartition(MARK)
+        if mark:
+            encoded.setdefault(leaf, {})[field] = x
+        else:
+            plain[name] = x
+    return plain, encoded
+
+
+def _find_leaf(part: str, leaf: str, layer: Layer) -> Tensor:
+    if leaf not in layer:
+        raise ValueError(f"an encoded leaf {leaf!r} of {part!r} came, which the model does not have")
+    return layer[leaf]
+
+
+def _parse_shape(part: str, leaf: str, shape: Tensor | None, largest: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of an encoded leaf: ``largest``, or a smaller one that was sent with it."""
+    if shape is None:
+        return largest
+    fits = shape.dtype == torch.int32 and tuple(shape.shape) == (len(largest),)
+    sizes = tuple(shape.tolist()) if fits else ()
+    if not fits or not all(1 <= size <= most for size, most in zip(sizes, largest)):
+        raise ValueError(f"the encoded leaf {leaf!r} of {part!r} says a shape that is not within {largest}")
+    return sizes
+
+
+def _map_factors(base_update: BaseUpdate, change: Callable[[Tensor], Tensor]) -> Mapping[str, tuple[Factors, ...]]:
+    return {part: tuple(Factors(change(f.U), change(f.V)) for f in terms) for part, terms in base_update.items()}
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float16 and not x.is_meta and bool((x.abs() > LARGEST).any()):
         raise ValueError(
             "compression.base_updates is 'float16', and a base update has numbers beyond 65504; set it to 'bfloat16' "
             "or 'float32'."
         )
-    return x.to(kind)
+    return x.to(dtype)

@@ -34,7 +34,7 @@ class Shapes:
         if f.data is None:
             return found
         for number in range(f.rounds):
-            for client in f.clients.staying(number, f.seed):
+            for client in f.clients.remaining(number, f.seed):
                 if found.counts.total() >= WATCHED:
                     found.complete = False
                     return found
@@ -73,7 +73,7 @@ class Measured:
     def flops(self, f: Federation) -> dict[str, float]:
         """Per client and round, and of the run; evaluation where it is due."""
         due = sum(f.evaluation.due(number, f.rounds) for number in range(f.rounds))
-        turns = sum(len(f.clients.staying(number, f.seed)) for number in range(f.rounds))
+        turns = sum(len(f.clients.remaining(number, f.seed)) for number in range(f.rounds))
         run = self.each * turns + self.evaluating * due * f.clients.members
         return {"training": self.each, "evaluation": self.evaluating, "run": run}
 

@@ -129,7 +129,7 @@ def _rows(f: Federation) -> dict[str, Any]:
         return {"clients": count, "cohort": cohort, "rounds": f.rounds, "train": None, "test": None, "passes": None,
                 "steps": None if f.training.local_epochs else f.training.steps(1)}  # fmt: skip
     train = [len(f.shards[k].train) for k in range(count)]
-    turns = [(number, client) for number in range(f.rounds) for client in f.clients.staying(number, f.seed)]
+    turns = [(number, client) for number in range(f.rounds) for client in f.clients.remaining(number, f.seed)]
     taken = sum(f.training_of(*turn).steps(train[turn[1]]) for turn in turns)
     return {
         "clients": count,
@@ -146,7 +146,7 @@ def byte_plan(o: MetaModel, crossing: Traffic | None = None) -> dict[str, Any]:
     """Bytes of the run by direction and kind, as its summary will have them, and of one client's round."""
     f = o.federation
     crossing = crossing or traffic(f, o.groups)
-    turns = [len(f.clients.staying(number, f.seed)) for number in range(f.rounds)]
+    turns = [len(f.clients.remaining(number, f.seed)) for number in range(f.rounds)]
     return {
         "exact": not crossing.varies,
         "run": {d: crossing.kinds(d) for d in ("up", "down")},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.adapters import Dense
 from fedlora.engines.client_turn import ClientState, ClientUpdate
-from fedlora.engines.comm.channel import Crossing
+from fedlora.engines.comm.channel import Transfer
 from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import ServerState
@@ -41,7 +41,7 @@ class Group:
 class Traffic:
     """What crosses the wire in a run, and what of it is held where at its end."""
 
-    rows: list[Crossing] = field(default_factory=list)
+    rows: list[Transfer] = field(default_factory=list)
     varies: bool = False  # whether the figures depend on what training finds; they are then the most that was seen
     kept: int = 0  # bytes that all clients keep for themselves at the end
     base_updates: int = 0  # bytes of the updates that were folded, as they are kept for those who missed them
@@ -129,7 +129,7 @@ def play(f: Federation, group: Group, trainer: "_Moves | None" = None) -> Traffi
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]
     numbers = sum(x.numel() for x in group.layer.values())
     return Traffic(
-        [row._replace(numbers=row.numbers * group.many, bytes=row.bytes * group.many) for row in last.ledger.rows],
+        [row._replace(numbers=row.numbers * group.many, bytes=row.bytes * group.many) for row in last.ledger],
         kept=group.many * sum(_size(layer.values()) for tree in last.kept.values() for layer in tree.values()),
         base_updates=group.many * _size(factors),
         combining=engine.most * min(group.many, max(1, SMALL // max(1, numbers))),

@@ -23,14 +23,14 @@ CLOSE = 1e-3  # relative precision of the search for the least noise
 LEAST, MOST = 1e-2, 1e6  # range of noise multipliers in the search
 
 
-def check() -> None:
+def require_opacus() -> None:
     """``ValueError`` if Opacus is not installed."""
     if find_spec("opacus") is None:
         raise ValueError("privacy needs Opacus' accountants, which are not installed: pip install 'fedlora[dp]'.")
 
 
 @lru_cache(maxsize=4096)
-def epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
+def compute_epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
     """ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of rate ``rate``.
 
     Adjacency is adding or removing one unit. An upper bound; ``prv`` is at most 0.01 above the exact value.
@@ -54,13 +54,13 @@ def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, 
     ``prv`` needs seconds for a pair. A pair with a Rényi bound below another's ε is skipped: the bound is above its own
     exact ε.
     """
-    bounds = {pair: epsilon("rdp", noise, *pair, delta) for pair in pairs}
+    bounds = {pair: compute_epsilon("rdp", noise, *pair, delta) for pair in pairs}
     if accountant == "rdp" or not bounds:
         return max(bounds.values(), default=0.0)
     found = 0.0
     for pair, bound in sorted(bounds.items(), key=lambda one: one[1], reverse=True):
         if bound + NEAR >= found:
-            found = max(found, epsilon(accountant, noise, *pair, delta))
+            found = max(found, compute_epsilon(accountant, noise, *pair, delta))
     return found
 
 
@@ -122,7 +122,7 @@ def _gaussian(noise: float, steps: int, delta: float) -> float:
 
 
 @lru_cache(maxsize=1024)
-def noise_for(accountant: str, target: float, rate: float, steps: int, delta: float) -> float:
+def find_noise_multiplier(accountant: str, target: float, rate: float, steps: int, delta: float) -> float:
     """The least noise multiplier with ε at or below ``target``, within a thousandth.
 
     ``ValueError`` if no noise reaches it.
@@ -137,7 +137,7 @@ def _search(accountant: str, target: float, rate: float, steps: int, delta: floa
     """Bisects from a guess; the upper end always meets the target."""
 
     def fits(noise: float) -> bool:
-        return epsilon(accountant, noise, rate, steps, delta) <= target
+        return compute_epsilon(accountant, noise, rate, steps, delta) <= target
 
     low = high = guess
     while not fits(high):

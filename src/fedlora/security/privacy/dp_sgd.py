@@ -39,7 +39,7 @@ class PrivateTrainer(LocalTrainer):
         raise ValueError("a method that uses a gradient on the client's rows has no example-level guarantee.")
 
     def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
-        per_sample_gradients.check(self.model.network)
+        per_sample_gradients.check_row_independence(self.model.network)
         steps = self.training.steps(len(self.shard.train))
         draws = torch.Generator().manual_seed(self.stream.seed ^ self.turn.round)
         losses = []
@@ -63,7 +63,7 @@ class PrivateTrainer(LocalTrainer):
         losses = []
         for some in sample.split(self.training.batch_size) if len(sample) else ():
             batch = self.batch(some, draws)
-            found, grads = per_sample_gradients.gradients(
+            found, grads = per_sample_gradients.compute_gradients(
                 self.model, lambda network, batch=batch: self.task.losses(network, batch), len(some), parameters
             )
             by = clip_factors(grads, self.clip)

@@ -19,7 +19,7 @@ from fedlora.types import Layer
 Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)
 
 
-def gradients(
+def compute_gradients(
     model: Model, losses: Callable[[nn.Module], Tensor], rows: int, trained: Mapping[tuple[str, str], Tensor]
 ) -> tuple[Tensor, Leaves]:
     """Each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), zero for a leaf without influence.
@@ -114,7 +114,7 @@ FORWARDS = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
 CROSS_ROW = (nn.modules.batchnorm._BatchNorm,)  # layers in which the rows of a batch depend on each other
 
 
-def check(network: nn.Module) -> None:
+def check_row_independence(network: nn.Module) -> None:
     """``ValueError`` if the rows of a batch depend on each other: then there are no per-sample gradients."""
     for path, module in network.named_modules():
         if isinstance(module, CROSS_ROW):

@@ -83,11 +83,11 @@ class Privacy:
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.target_epsilon is not None, "one of the two is set"
-        return accounting.noise_for(self.accountant, self.target_epsilon, rate, steps, delta)
+        return accounting.find_noise_multiplier(self.accountant, self.target_epsilon, rate, steps, delta)
 
     def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
         """ε after ``steps`` steps; infinite without noise."""
-        return accounting.epsilon(self.accountant, noise, rate, steps, delta)
+        return accounting.compute_epsilon(self.accountant, noise, rate, steps, delta)
 
     def largest_epsilon(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
         """The largest ε of several pairs of rate and steps."""

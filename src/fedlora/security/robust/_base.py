@@ -46,7 +46,7 @@ class UpdateGeometry(NamedTuple):
         return found
 
 
-class Verdict(NamedTuple):
+class UploadWeights(NamedTuple):
     """An aggregator's decision on every upload."""
 
     factors: Tensor  # (K,) of the client's weight; 0 leaves the upload out
@@ -91,7 +91,7 @@ class RobustAggregator(ABC):
         return max(0, min(int(self.attackers * K), (K - 3) // 2))
 
     @abstractmethod
-    def judge(self, updates: UpdateGeometry) -> Verdict:
+    def judge(self, updates: UpdateGeometry) -> UploadWeights:
         """Decides on a round of at least three uploads."""
 
 

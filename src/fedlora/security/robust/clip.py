@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust._base import RobustAggregator, UploadWeights
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class Clip(RobustAggregator):
         most = self.norm if self.norm is not None else self.limit * float(updates.norms.median())
         over = updates.norms > most
         shrinkage = torch.where(over, most / updates.norms.clamp_min(1e-300), torch.ones_like(updates.norms))
-        return Verdict(torch.ones_like(updates.norms), shrinkage)
+        return UploadWeights(torch.ones_like(updates.norms), shrinkage)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, Verdict
+from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, UploadWeights
 
 SMOOTH = 1e-6  # of the median norm: a distance below it counts as this
 STEPS, SETTLED = 200, 1e-10  # Weiszfeld's steps at most, and the change of the weights that ends them
@@ -30,7 +30,7 @@ class GeometricMedian(RobustAggregator):
 
     def judge(self, updates):
         """Weighs each upload by its distance from the median."""
-        return Verdict(median_coefficients(updates) / updates.w)
+        return UploadWeights(median_coefficients(updates) / updates.w)
 
 
 def median_coefficients(updates: UpdateGeometry) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, Verdict
+from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, UploadWeights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Krum(RobustAggregator):
 
     def judge(self, updates):
         """Selects the upload with the least score."""
-        return Verdict(select(scores(updates, self.max_attackers(len(updates.w))), 1))
+        return UploadWeights(select(scores(updates, self.max_attackers(len(updates.w))), 1))
 
 
 def scores(updates: UpdateGeometry, f: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.linalg.geometry import squared_distances
-from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust._base import RobustAggregator, UploadWeights
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ class MedianOfMeans(RobustAggregator):
         between = means @ updates.G @ means.mT
         distance = squared_distances(between).sqrt()
         best = int(distance.median(dim=1).values.argmin())
-        return Verdict((member[best] > 0).to(torch.float64))
+        return UploadWeights((member[best] > 0).to(torch.float64))

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1703.02757
 
 from dataclasses import dataclass
 
-from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust._base import RobustAggregator, UploadWeights
 from fedlora.security.robust.krum import scores, select
 
 
@@ -22,4 +22,4 @@ class MultiKrum(RobustAggregator):
     def judge(self, updates):
         """Selects all but the ``f`` highest scores."""
         f = self.max_attackers(len(updates.w))
-        return Verdict(select(scores(updates, f), len(updates.w) - f))
+        return UploadWeights(select(scores(updates, f), len(updates.w) - f))

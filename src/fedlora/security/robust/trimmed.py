@@ -6,7 +6,7 @@ which a pair of factors does not have: https://arxiv.org/abs/1803.01498. Whole u
 
 from dataclasses import dataclass
 
-from fedlora.security.robust._base import RobustAggregator, Verdict
+from fedlora.security.robust._base import RobustAggregator, UploadWeights
 from fedlora.security.robust.geometric_median import uniform_coefficients
 from fedlora.security.robust.krum import select
 
@@ -23,4 +23,4 @@ class Trimmed(RobustAggregator):
     def judge(self, updates):
         """Selects by the distance from the median of equally weighted updates."""
         K = len(updates.w)
-        return Verdict(select(updates.distances_from(uniform_coefficients(updates)), K - int(self.attackers * K)))
+        return UploadWeights(select(updates.distances_from(uniform_coefficients(updates)), K - int(self.attackers * K)))

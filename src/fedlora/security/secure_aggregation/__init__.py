@@ -9,8 +9,13 @@ Needs ``cryptography``, a dependency of ``fedlora[flower]``. ``docs/secure-aggre
 from fedlora.security.secure_aggregation.client import Client
 from fedlora.security.secure_aggregation.messages import PHASES, Message
 from fedlora.security.secure_aggregation.server import Aggregate, Server
-from fedlora.security.secure_aggregation.session import ProtocolError, Session, TooFewClientsError, default_threshold
-from fedlora.security.secure_aggregation.simulation import aggregate
+from fedlora.security.secure_aggregation.session import (
+    ProtocolError,
+    SessionTerms,
+    TooFewClientsError,
+    default_threshold,
+)
+from fedlora.security.secure_aggregation.simulation import simulate
 
 __all__ = [
     "PHASES",
@@ -19,8 +24,8 @@ __all__ = [
     "Message",
     "ProtocolError",
     "Server",
-    "Session",
+    "SessionTerms",
     "TooFewClientsError",
-    "aggregate",
     "default_threshold",
+    "simulate",
 ]

@@ -19,11 +19,11 @@ from fedlora.security.secure_aggregation.messages import (
     as_list,
     as_mapping,
     load_state,
-    pack,
+    pack_table,
     save_state,
-    unpack,
+    unpack_table,
 )
-from fedlora.security.secure_aggregation.session import KEY, SERVER, ProtocolError, Session, TooFewClientsError
+from fedlora.security.secure_aggregation.session import KEY, SERVER, ProtocolError, SessionTerms, TooFewClientsError
 from fedlora.security.secure_aggregation.shamir import SHARE, split
 
 
@@ -35,7 +35,7 @@ class Client:
     client that is set back could be made to answer twice.
     """
 
-    session: Session
+    session: SessionTerms
     number: int
     sealing: KeyPair = field(default_factory=KeyPair.new)  # Bonawitz's c: for messages
     masking: KeyPair = field(default_factory=KeyPair.new)  # s: for pairwise masks; the server may learn it
@@ -60,13 +60,13 @@ class Client:
 
         Refuses a list below the threshold, with unknown clients, with a key twice, or with this client's keys altered.
         """
-        table = as_mapping(unpack(self._open(peers, "share"), 2 * KEY), "list of peers")
+        table = as_mapping(unpack_table(self._open(peers, "share"), 2 * KEY), "list of peers")
         self._check_peers(table)
         seeds, keys = (split(s, list(table), self.session.threshold) for s in (self.seed, self.masking.private))
         self.peers, self.held = table, {self.number: seeds[self.number] + keys[self.number]}
         sealed = {n: self._for_peer(n, seeds[n] + keys[n]) for n in table if n != self.number}
         commitment = masks.commitment(self.session.id, self.number, self.seed)
-        return self._send("share", commitment + pack(sealed))
+        return self._send("share", commitment + pack_table(sealed))
 
     def mask(self, inbox: Message, values: Tensor) -> Message:
         """Phase 3: ``values`` (``size`` numbers of any shape) times this client's weight, in fixed point, masked.
@@ -74,7 +74,7 @@ class Client:
         Refuses an inbox below the threshold or with a share that does not open, and values of another count, outside
         the session's range or not finite.
         """
-        table = as_mapping(unpack(self._open(inbox, "mask"), 2 * SHARE + SEAL), "inbox")
+        table = as_mapping(unpack_table(self._open(inbox, "mask"), 2 * SHARE + SEAL), "inbox")
         self._check_inbox(table)
         opened = {n: self._from_peer(n, sealed) for n, sealed in table.items()}
         if values.numel() != self.session.size:
@@ -90,16 +90,16 @@ class Client:
         Refuses to give both of one client, shares of clients that did not share with it, and to unmask fewer than
         the threshold or a sum that it is not part of. Forgets its secrets: it answers once.
         """
-        wanted = self._wanted(unpack(self._open(survivors, "unmask"), 1))
+        wanted = self._wanted(unpack_table(self._open(survivors, "unmask"), 1))
         answer = {n: self.held[n][:SHARE] if kept else self.held[n][SHARE:] for n, kept in wanted.items()}
-        message = self._send("unmask", pack(answer))
+        message = self._send("unmask", pack_table(answer))
         self.seed, self.held = b"", {}
         self.sealing = self.masking = KeyPair(b"")
         return message
 
     def survivors(self, survivors: Message) -> frozenset[int]:
         """The clients with a vector in the sum that the request would unmask; sends no answer."""
-        request = unpack(self._open(survivors, "unmask"), 1)
+        request = unpack_table(self._open(survivors, "unmask"), 1)
         return frozenset(n for n, kept in self._wanted(request).items() if kept)
 
     def to_bytes(self) -> bytes:
@@ -115,7 +115,7 @@ class Client:
         fields, _ = load_state("client", data)
         revived = {key: KeyPair(fields[key]) for key in ("sealing", "masking")}
         tables = {key: dict(map(tuple, fields[key])) for key in ("peers", "held")}
-        return cls(**fields | revived | tables | {"session": Session.of(fields["session"])})
+        return cls(**fields | revived | tables | {"session": SessionTerms.of(fields["session"])})
 
     def _expect(self, phase: str) -> None:
         if self.phase != phase:

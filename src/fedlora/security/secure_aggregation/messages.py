@@ -31,14 +31,14 @@ class Message:
         return asdict(self)
 
 
-def pack(table: Mapping[int, bytes] | Iterable[tuple[int, bytes]]) -> bytes:
+def pack_table(table: Mapping[int, bytes] | Iterable[tuple[int, bytes]]) -> bytes:
     """Packs client number -> bytes of one width, as ``8 + width`` bytes an entry."""
     items = table.items() if isinstance(table, Mapping) else table
     return b"".join(n.to_bytes(NUMBER, "big", signed=True) + entry for n, entry in items)
 
 
-def unpack(payload: bytes, width: int) -> Table:
-    """Unpacks the result of :func:`pack`; :class:`ProtocolError` if the length does not fit ``width``."""
+def unpack_table(payload: bytes, width: int) -> Table:
+    """Unpacks the result of :func:`pack_table`; :class:`ProtocolError` if the length does not fit ``width``."""
     step = NUMBER + width
     if len(payload) % step:
         raise ProtocolError(f"A list of {len(payload)} bytes is not made of entries of {step}; it was left out.")

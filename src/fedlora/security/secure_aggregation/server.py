@@ -22,15 +22,15 @@ from fedlora.security.secure_aggregation.messages import (
     as_list,
     as_mapping,
     load_state,
-    pack,
+    pack_table,
     save_state,
-    unpack,
+    unpack_table,
 )
 from fedlora.security.secure_aggregation.session import (
     KEY,
     SERVER,
     ProtocolError,
-    Session,
+    SessionTerms,
     TooFewClientsError,
     default_threshold,
 )
@@ -53,7 +53,7 @@ class Server:
     A refused message (:class:`ProtocolError`) does not change the server; its sender counts as dropped out.
     """
 
-    session: Session
+    session: SessionTerms
     key: KeyPair
     phase: str = PHASES[0]  # of the messages that it receives now, or "done"
     keys: dict[int, bytes] = field(default_factory=dict)  # client that advertised -> both public keys
@@ -80,7 +80,7 @@ class Server:
         """
         key, t = KeyPair.new(), default_threshold(len(weights)) if threshold is None else threshold
         shares = tuple(map(float, weights.values()))
-        terms = Session(tuple(weights), shares, size, t, key.public, os.urandom(16), run, round, float(range))
+        terms = SessionTerms(tuple(weights), shares, size, t, key.public, os.urandom(16), run, round, float(range))
         return cls(terms, key)
 
     def receive(self, message: Message) -> None:
@@ -131,7 +131,7 @@ class Server:
         """Loads a server that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved server."""
         fields, rest = load_state("server", data)
         tables = {name: dict(map(tuple, fields[name])) for name in ("keys", "commitments", "received")}
-        revived = {"session": Session.of(fields["session"]), "key": KeyPair(fields["key"])}
+        revived = {"session": SessionTerms.of(fields["session"]), "key": KeyPair(fields["key"])}
         return cls(**fields | tables | revived, total=np.frombuffer(rest, "<u4").astype(np.uint32))
 
     def _awaited(self) -> set[int]:
@@ -169,13 +169,13 @@ class Server:
                 self._length(n, payload, 2 * KEY)
                 self._own_keys(n, payload)
             case "share":
-                self._covers(n, unpack(payload[KEY:], 2 * SHARE + SEAL), self.keys.keys() - {n})
+                self._covers(n, unpack_table(payload[KEY:], 2 * SHARE + SEAL), self.keys.keys() - {n})
             case "mask":
                 self._length(n, payload, 4 * self.session.size)
                 self._add(n, payload)
                 return
             case "unmask":
-                self._covers(n, unpack(payload, SHARE), self.commitments.keys())
+                self._covers(n, unpack_table(payload, SHARE), self.commitments.keys())
         self.received[n] = payload
 
     def _add(self, n: int, payload: bytes) -> None:
@@ -206,13 +206,13 @@ class Server:
         match self.phase:
             case "advertise":
                 self.keys = {n: self.received[n] for n in there}
-                payloads = dict.fromkeys(there, pack(self.keys))
+                payloads = dict.fromkeys(there, pack_table(self.keys))
             case "share":
                 self.commitments = {n: self.received[n][:KEY] for n in there}
                 payloads = self._inboxes(there)
             case "mask":
                 flags = {n: b"\1" if n in self.summed else b"\0" for n in self.commitments}
-                payloads = dict.fromkeys(there, pack(flags))
+                payloads = dict.fromkeys(there, pack_table(flags))
             case _:
                 self._unmask(there[: self.session.threshold])
                 payloads = {}
@@ -224,11 +224,11 @@ class Server:
         return Message(phase, SERVER, n, body)
 
     def _inboxes(self, there: list[int]) -> dict[int, bytes]:
-        tables = {n: dict(unpack(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in there}
-        return {n: pack({v: tables[v][n] for v in there if v != n}) for n in there}
+        tables = {n: dict(unpack_table(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in there}
+        return {n: pack_table({v: tables[v][n] for v in there if v != n}) for n in there}
 
     def _unmask(self, answering: list[int]) -> None:
-        answers = {n: dict(unpack(self.received[n], SHARE)) for n in answering}
+        answers = {n: dict(unpack_table(self.received[n], SHARE)) for n in answering}
         secret = {v: combine({n: a[v] for n, a in answers.items()}, len(answering)) for v in self.commitments}
         for v in self.commitments:
             self._check_secret(v, secret[v])

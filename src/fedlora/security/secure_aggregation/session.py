@@ -29,7 +29,7 @@ def default_threshold(clients: int) -> int:
 
 
 @dataclass(frozen=True)
-class Session:
+class SessionTerms:
     """One round's public terms, the same for all parties. Their digest is part of every key and every seal.
 
     ``numbers`` are the cohort's ``K >= 3`` clients, and ``weights`` their positive shares of it, which sum to one.

@@ -7,12 +7,12 @@ from torch import Tensor
 from fedlora.security.secure_aggregation.client import Client
 from fedlora.security.secure_aggregation.messages import PHASES, Message
 from fedlora.security.secure_aggregation.server import Aggregate, Server
-from fedlora.security.secure_aggregation.session import Session
+from fedlora.security.secure_aggregation.session import SessionTerms
 
 Dropouts = Mapping[str, Collection[int]]  # phase -> clients that send nothing from then on
 
 
-def aggregate(
+def simulate(
     values: Mapping[int, Tensor],
     weights: Mapping[int, float],
     dropouts: Dropouts | None = None,
@@ -29,7 +29,7 @@ def aggregate(
     if unknown:
         raise ValueError(f"There is no phase {min(unknown)!r} to drop out at; the phases are {', '.join(PHASES)}.")
     server = Server.open(weights, next(iter(values.values())).numel(), threshold, range)
-    states = {n: Client(Session.of(server.session.record()), n).to_bytes() for n in weights}
+    states = {n: Client(SessionTerms.of(server.session.record()), n).to_bytes() for n in weights}
     inbox: dict[int, Message] = {}
     for phase in PHASES:
         for n in (dropouts or {}).get(phase, ()):

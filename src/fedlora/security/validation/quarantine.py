@@ -11,7 +11,7 @@ from fedlora.types import Tree
 FOLDER = "quarantine"
 
 
-def save_rejected(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
+def write_quarantine(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
     """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
 
     Existing files count. The first ones stay, since a fault is best seen where it began.

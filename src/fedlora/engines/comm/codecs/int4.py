@@ -1,20 +1,26 @@
-"""int4: two numbers a byte and a float32 scale a line, rounded at random so that the mean is right."""
+"""int4: two numbers a byte and a float32 scale a line, with stochastic rounding."""
 
 from dataclasses import dataclass
 
 import torch
 
-from fedlora.engines.comm.codecs._base import Codec, drawn, from_lines, line_count, longest, steps
+from fedlora.engines.comm.codecs._base import (
+    Codec,
+    from_lines,
+    line_bound,
+    line_count,
+    line_scales,
+    round_stochastically,
+)
 
 LEVELS, MIDDLE = 7, 8
 
 
 @dataclass(frozen=True)
 class Int4(Codec):
-    """``x̂ = s q`` with ``s = max|line| / 7`` and ``q`` from −7 to 7; a line lies along the longest axis.
+    """``x̂ = s q`` with ``s = max|line| / 7``, ``q`` from −7 to 7 and ``E x̂ = x``, as in int8.
 
-    ``q`` is ``x / s`` rounded up with the probability of its fraction: ``E x̂ = x``. ``|x − x̂| ≤ s (1 + 2⁻¹⁶) +
-    2⁻¹¹⁹``: one step, and what float32 rounds. So coarse that only differences are encoded.
+    ``|x − x̂| ≤ s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``. So coarse that only differences are encoded.
     """
 
     coarse = True
@@ -24,8 +30,8 @@ class Int4(Codec):
         return {"codes": ((packed,), torch.uint8), "scale": ((line_count(shape),), torch.float32)}
 
     def encode(self, x, draws):
-        scale = steps(x, LEVELS)
-        codes = (drawn(x, scale, LEVELS, draws).reshape(-1) + MIDDLE).to(torch.uint8)
+        scale = line_scales(x, LEVELS)
+        codes = (round_stochastically(x, scale, LEVELS, draws).reshape(-1) + MIDDLE).to(torch.uint8)
         codes = torch.cat([codes, codes.new_full((len(codes) % 2,), MIDDLE)])
         return {"codes": codes[::2] * 16 + codes[1::2], "scale": scale}
 
@@ -35,5 +41,4 @@ class Int4(Codec):
         return from_lines(codes.reshape(len(fields["scale"]), -1) * fields["scale"][:, None], shape)
 
     def bound(self, x):
-        step = x.abs().amax(longest(tuple(x.shape)) if x.ndim else (), keepdim=bool(x.ndim)) / LEVELS
-        return (step * (1 + 2.0**-16) + 2.0**-119).expand_as(x)
+        return line_bound(x, LEVELS)

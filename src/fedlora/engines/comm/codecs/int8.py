@@ -1,10 +1,17 @@
-"""int8: one byte a number and a float32 scale a line, rounded at random so that the mean is right."""
+"""int8: one byte a number and a float32 scale a line, with stochastic rounding."""
 
 from dataclasses import dataclass
 
 import torch
 
-from fedlora.engines.comm.codecs._base import Codec, drawn, from_lines, line_count, longest, steps
+from fedlora.engines.comm.codecs._base import (
+    Codec,
+    from_lines,
+    line_bound,
+    line_count,
+    line_scales,
+    round_stochastically,
+)
 
 LEVELS = 127
 
@@ -13,8 +20,7 @@ LEVELS = 127
 class Int8(Codec):
     """``x̂ = s q`` with ``s = max|line| / 127``; a line lies along the longest axis, so a LoRA factor has ``r`` scales.
 
-    ``q`` is ``x / s`` rounded up with the probability of its fraction: ``E x̂ = x``. ``|x − x̂| ≤ s (1 + 2⁻¹⁶) +
-    2⁻¹¹⁹``: one step, and what float32 rounds.
+    ``q`` is ``x / s`` rounded up with the probability of its fraction: ``E x̂ = x``. ``|x − x̂| ≤ s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``.
     """
 
     def form(self, shape):
@@ -23,12 +29,11 @@ class Int8(Codec):
         return {"codes": ((lines, length), torch.int8), "scale": ((lines,), torch.float32)}
 
     def encode(self, x, draws):
-        scale = steps(x, LEVELS)
-        return {"codes": drawn(x, scale, LEVELS, draws), "scale": scale}
+        scale = line_scales(x, LEVELS)
+        return {"codes": round_stochastically(x, scale, LEVELS, draws), "scale": scale}
 
     def decode(self, fields, shape):
         return from_lines(fields["codes"].float() * fields["scale"][:, None], shape)
 
     def bound(self, x):
-        step = x.abs().amax(longest(tuple(x.shape)) if x.ndim else (), keepdim=bool(x.ndim)) / LEVELS
-        return (step * (1 + 2.0**-16) + 2.0**-119).expand_as(x)
+        return line_bound(x, LEVELS)

@@ -1,4 +1,4 @@
-"""Top-k: the largest numbers and where they stand; the others count as zero.
+"""Top-k: the largest numbers and their positions; the others count as zero.
 
 Stich et al. Sparsified SGD with Memory. NeurIPS 2018. https://arxiv.org/abs/1809.07599
 """
@@ -16,11 +16,10 @@ BITS = 2 ** torch.arange(8)
 
 @dataclass(frozen=True)
 class TopK(Codec):
-    """The ``⌈share n⌉`` numbers of largest size as they are, in their order; of equal ones, the first.
+    """The ``⌈share n⌉`` numbers of largest absolute value, unchanged and in order; of equal ones, the first.
 
-    Where they stand is told by an int32 each, or by a bit for every number where that is less: from a share of 1/32.
-    ``|x − x̂| ≤`` the size of the ``k``-th largest where a number is left out, and 0 where it is not. Not right in the
-    mean: take error feedback with it.
+    Positions take an int32 each or, from a share of 1/32, a bit for every number. ``|x − x̂|`` is at most the absolute
+    value of the ``k``-th largest for a number that is left out, and 0 for the others. Biased: use error feedback.
     """
 
     cite = """@inproceedings{stich2018sparsified, title = {Sparsified {SGD} with Memory}, author = {Stich and others},
@@ -29,7 +28,7 @@ class TopK(Codec):
     share: float
 
     coarse = True
-    goes_on = "values"
+    inner_field = "values"
 
     def __post_init__(self):
         if not 0 < self.share < 1:
@@ -38,39 +37,39 @@ class TopK(Codec):
     def form(self, shape):
         n = torch.Size(shape).numel()
         k, bits = self._count(n), (n + 7) // 8
-        where = {"index": ((k,), torch.int32)} if 4 * k < bits else {"bits": ((bits,), torch.uint8)}
-        return {**where, "values": ((k,), torch.float32)}
+        positions = {"index": ((k,), torch.int32)} if 4 * k < bits else {"bits": ((bits,), torch.uint8)}
+        return {**positions, "values": ((k,), torch.float32)}
 
     def encode(self, x, draws):
         flat = x.reshape(-1)
-        kept = self._kept(flat)
+        mask = self._top_mask(flat)
         if "index" in self.form(tuple(x.shape)):
-            return {"index": kept.nonzero()[:, 0].to(torch.int32), "values": flat[kept]}
-        padded = torch.cat([kept, kept.new_zeros(-len(kept) % 8)]).reshape(-1, 8)
-        return {"bits": (padded * BITS).sum(-1).to(torch.uint8), "values": flat[kept]}
+            return {"index": mask.nonzero()[:, 0].to(torch.int32), "values": flat[mask]}
+        padded = torch.cat([mask, mask.new_zeros(-len(mask) % 8)]).reshape(-1, 8)
+        return {"bits": (padded * BITS).sum(-1).to(torch.uint8), "values": flat[mask]}
 
     def decode(self, fields, shape):
         n = torch.Size(shape).numel()
         if "index" in fields:
             index = fields["index"].long()
             if not bool((index >= 0).all() & (index < n).all() & (index.diff() > 0).all()):
-                raise ValueError("the places of a top-k leaf do not rise from 0 to its size")
+                raise ValueError("the positions of a top-k leaf do not rise from 0 to its size")
         else:
             bits = (fields["bits"][:, None].long() & BITS).bool().reshape(-1)
             index = bits.nonzero()[:, 0]
             if len(index) != self._count(n) or bool(bits[n:].any()):
-                raise ValueError(f"a top-k leaf marks {len(index)} places, not {self._count(n)}")
+                raise ValueError(f"a top-k leaf marks {len(index)} positions, not {self._count(n)}")
         return torch.zeros(n).index_put((index,), fields["values"]).reshape(shape)
 
     def bound(self, x):
-        kept = self._kept(x.reshape(-1)).reshape(x.shape)
-        return torch.where(kept, 0.0, x.abs().reshape(-1)[kept.reshape(-1)].min())
+        mask = self._top_mask(x.reshape(-1)).reshape(x.shape)
+        return torch.where(mask, 0.0, x.abs()[mask].min())
 
     def _count(self, n: int) -> int:
         return max(1, math.ceil(self.share * n))
 
-    def _kept(self, flat: Tensor) -> Tensor:
-        """Which are kept; NaN counts as largest, so that the receiver sees it."""
+    def _top_mask(self, flat: Tensor) -> Tensor:
+        """Marks the numbers that are kept; NaN counts as largest, so that the receiver sees it."""
         size, k = flat.abs().nan_to_num(nan=float("inf"), posinf=float("inf")), self._count(len(flat))
         least = size.kthvalue(len(flat) - k + 1).values
         above, equal = size > least, size == least
