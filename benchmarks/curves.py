@@ -49,11 +49,11 @@ def points(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(name: str, seed: int) -> dict[str, Any]:
     """One run of the demo under a method."""
-    from fedlora.runs.compare import execute, plan
+    from fedlora.runs.compare import execute, plan_cells
     from fedlora.runs.folder import RunFolder
 
     with tempfile.TemporaryDirectory() as folder:
-        (cell,) = plan(table(), [name], [seed], Path(folder))
+        (cell,) = plan_cells(table(), [name], [seed], Path(folder))
         done = execute(cell)
         found = points(RunFolder(Path(str(done.folder))).records) if done.failure is None else []
     return {"method": name, "seed": seed, "failure": done.failure, "rounds": found}

@@ -236,7 +236,7 @@ def test_nothing_moves_where_clients_are_equal():
 
 def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tmp_path):
     from fedlora.runs.compare import compare, for_label
-    from fedlora.runs.comparison import rows
+    from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.folder import read_json
     from tests.fixtures.federation import TABLE
 
@@ -244,7 +244,7 @@ def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tm
     table = {**TABLE, "rounds": 1, "clients": able, "training": {"local_steps": 8}}
     cells = compare(table, ["fedit"], [0, 1], tmp_path / "c")
     (row,) = read_json(tmp_path / "c" / "comparison.json")["rows"]
-    assert row == rows(cells)[0]
+    assert row == comparison_rows(cells)[0]
     assert [group["capability"] for group in row["capability"]] == [0.25, 0.5, 0.75, 1.0]
     for i, group in enumerate(row["capability"]):
         own = [cell.summary["final"]["clients"]["capability"][i]["mean"] for cell in cells]

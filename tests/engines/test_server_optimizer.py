@@ -87,7 +87,10 @@ def test_on_top_of_any_method_that_averages(name, reference):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (["method.name=flexlora", "server.optimizer=adam"], "works on averaged leaves, but FlexLoRA makes its own"),
+        (
+            ["method.name=flexlora", "server.optimizer=adam"],
+            "works on averaged leaves, but FlexLoRA does not average them",
+        ),
         (["server.beta1=1.0"], "server.beta1 is 1.0; it lies from 0 to below 1"),
         (["server.learning_rate=0.0"], "server.learning_rate is 0.0; it must be a positive number"),
         (["server.optimizer=sgd"], "server.optimizer is 'sgd'; it should be 'none', 'momentum', 'adam' or 'yogi'"),

@@ -20,11 +20,11 @@ from fedlora.reporting.tables.comparison import compared, methods, one_by_one, s
 from fedlora.reporting.tables.run import summary as tables_of
 from fedlora.reporting.terminal import show
 from fedlora.reporting.words import hardware
-from fedlora.runs import attendance
-from fedlora.runs.comparison import Cell, Compared, rows
+from fedlora.runs.attendance import describe_means, fault_lines, is_complete
+from fedlora.runs.comparison import Cell, Compared, comparison_rows
 from fedlora.runs.progress import Lines
 from fedlora.runs.result import Rounds
-from fedlora.runs.run import summarise
+from fedlora.runs.summary import summarise
 from tests.fixtures.federation import config
 from tests.fixtures.run_folders import write_run
 
@@ -58,13 +58,13 @@ def test_the_closing_table_says_whom_its_mean_is_over(summary, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "mean over 2 of 3 clients" in out and "mean over clients" not in out and "spread over 2 of 3" in out
     assert "last 3 evaluated rounds, of at least 2 of 3 clients" in out
-    assert f"client 2, away in round │ 3, 4: {GONE}" in out and "client 1, quarantined in round" in out
+    assert f"client 2, absent in round │ 3, 4: {GONE}" in out and "client 1, quarantined in round" in out
 
 
 def test_a_notebook_and_a_card_say_it_too(summary, records):
     shown = Rounds()
     shown.summary, shown.records = summary, records
-    assert "2 of 3 clients" in shown._repr_html_() and f"client 2, away in round 3, 4: {GONE}" in shown._repr_html_()
+    assert "2 of 3 clients" in shown._repr_html_() and f"client 2, absent in round 3, 4: {GONE}" in shown._repr_html_()
     about = {"client": None, "ranks": [2], "error": None}
     assert GONE in card.card(config(), {**summary, "labels": [0, 1]}, about, False)
 
@@ -72,9 +72,9 @@ def test_a_notebook_and_a_card_say_it_too(summary, records):
 def test_a_comparison_says_it_below_its_table(summary, capsys):
     whole = {**summary, "scored": {"clients": 3, "of": 3}, "absent": {}, "unscored": {}, "quarantined": {}}
     cells = Compared([Cell("fedit", 0, {}, None, summary), Cell("svd", 0, {}, None, whole)])
-    show(*compared(rows(cells)))
+    show(*compared(comparison_rows(cells)))
     out = capsys.readouterr().out
-    assert f"fedit: seed 0, client 2, away in round 3, 4: {GONE}" in out
+    assert f"fedit: seed 0, client 2, absent in round 3, 4: {GONE}" in out
     assert "fedit *: clients' own over seed 0: 2 of 3 clients" in out and "svd *" not in out
     marked = {line.split()[1]: line.count("*") for line in out.splitlines() if line.startswith("│")}
     assert marked == {"fedit": 2, "svd": 0}, "the mean and the worst client"
@@ -102,7 +102,7 @@ def test_the_python_api_and_json_have_it_too(tmp_path, commands):
 def test_clients_that_never_take_part_are_not_missing(tmp_path):
     result = fedlora.run(config("clients.new=1", "rounds=1", "evaluation.measure=false"), tmp_path / "run")
     assert result.summary["final"]["clients"]["each"][2] is None
-    assert attendance.whole(result.summary) and result.summary["scored"] == {"clients": 2, "of": 2}
+    assert is_complete(result.summary) and result.summary["scored"] == {"clients": 2, "of": 2}
     (run,) = runs([tmp_path / "run"])
     assert scored_clients(run) == "all" and run.digest.means == ""
 
@@ -117,7 +117,7 @@ def test_clients_that_never_take_part_are_not_missing(tmp_path):
     ],
 )
 def test_means_over_fewer_are_told_by_rounds(scored, said):
-    assert attendance.means(enumerate(scored, 1), 3) == said
+    assert describe_means(enumerate(scored, 1), 3) == said
 
 
 def test_figures_say_it_in_the_page_and_where_a_file_stands_alone(tmp_path):
@@ -162,8 +162,8 @@ def test_a_whole_run_says_nothing(reference, capsys):
     whole = reference("fedit").summary
     show(*tables_of(whole))
     out = capsys.readouterr().out
-    assert "mean over clients" in out and "away" not in out
-    assert attendance.whole(whole) and not attendance.lines(whole)
+    assert "mean over clients" in out and "absent" not in out
+    assert is_complete(whole) and not fault_lines(whole)
 
 
 def test_a_reports_tables_say_it(summary, tmp_path):
@@ -176,4 +176,4 @@ def test_a_reports_tables_say_it(summary, tmp_path):
     (whole,) = runs([write_run(tmp_path / "w")])
     assert not {"away", "over"} & {column.key for column in one_by_one([whole]).columns}
     said = dict(hardware(dataclasses.replace(run, summary=summary)))
-    assert said["clients' own figures are over"] == "2 of 3 clients" and GONE in said["client 2, away in round"]
+    assert said["clients' own figures are over"] == "2 of 3 clients" and GONE in said["client 2, absent in round"]

@@ -15,13 +15,13 @@ from fedlora.engines.loop import Event
 from fedlora.reporting import watch as watching
 from fedlora.runs import progress_writer as pulse
 from fedlora.runs.callbacks import Start
-from fedlora.runs.progress_file import ProgressReader, RunStatus, lives, me, replace
+from fedlora.runs.progress_file import ProgressReader, RunStatus, is_running, process_id, replace_json
 from tests.fixtures.resume import small
 from tests.fixtures.terminal import on_pty
 
 NOW = 1000.0
 PROGRESS = {
-    "form": 1, "state": "running", **me(), "title": "FedIT", "metric": "accuracy", "began": NOW - 65, "rounds": 4,
+    "form": 1, "state": "running", **process_id(), "title": "FedIT", "metric": "accuracy", "began": NOW - 65, "rounds": 4,
     "clients": 3, "cohort": 3, "round": 3, "doing": "step", "client": 1, "answered": 1, "loss": 1.25,
     "said": ["round 1: client 2: quarantined: nan"], "at": NOW,
 }  # fmt: skip
@@ -38,7 +38,7 @@ def record(number, **more):
 
 def folder_of(path, progress=PROGRESS, records=()):
     path.mkdir(exist_ok=True)
-    replace(path / "progress.json", progress)
+    replace_json(path / "progress.json", progress)
     (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     return path
 
@@ -120,36 +120,36 @@ def test_hostile_names_are_text():
 
 def test_states(tmp_path):
     following = ProgressReader(tmp_path / "run")
-    assert following.look().state == "waiting"
+    assert following.read().state == "waiting"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    assert following.look().state == "loading"
+    assert following.read().state == "loading"
     folder_of(tmp_path / "run", records=[record(1)])
-    assert (following.look().state, len(following.look().records)) == ("running", 1)
+    assert (following.read().state, len(following.read().records)) == ("running", 1)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    replace(tmp_path / "run" / "progress.json", {**PROGRESS, "pid": gone.pid})
-    assert following.look().state == "broken off"
-    assert lives({**PROGRESS, "pid": gone.pid, "host": "elsewhere"}), "nobody can know of another machine"
-    assert not lives({**PROGRESS, "born": "1"}), "the number belongs to another process now"
-    replace(tmp_path / "run" / "progress.json", {**PROGRESS, "state": "failed", "error": "too large"})
-    assert following.look().over and "failed after 1 of 4 rounds: too large" in watching.now_doing(following.look())
+    replace_json(tmp_path / "run" / "progress.json", {**PROGRESS, "pid": gone.pid})
+    assert following.read().state == "broken off"
+    assert is_running({**PROGRESS, "pid": gone.pid, "host": "elsewhere"}), "nobody can know of another machine"
+    assert not is_running({**PROGRESS, "born": "1"}), "the number belongs to another process now"
+    replace_json(tmp_path / "run" / "progress.json", {**PROGRESS, "state": "failed", "error": "too large"})
+    assert following.read().is_over and "failed after 1 of 4 rounds: too large" in watching.now_doing(following.read())
     (tmp_path / "run" / "comparison.json").write_text("{}")
     with pytest.raises(ValueError, match="is a comparison; name the folder of one of its runs"):
-        following.look()
+        following.read()
 
 
 def test_metrics_are_read_once_and_anew_where_a_run_goes_on(tmp_path):
     path, following = tmp_path / "metrics.jsonl", ProgressReader(tmp_path)
     path.write_text(json.dumps(record(1)) + "\n" + '{"round": 2, "cut')
-    assert [r["round"] for r in following.look().records] == [1]
+    assert [r["round"] for r in following.read().records] == [1]
     with open(path, "a") as file:
         file.write(' off": 0}\n')
-    assert [r["round"] for r in following.look().records] == [1, 2]
+    assert [r["round"] for r in following.read().records] == [1, 2]
     aside = tmp_path / "new"
     aside.write_text(json.dumps(record(1)) + "\n")
     os.replace(aside, path)  # as a run does that goes on from an earlier round
-    assert [r["round"] for r in following.look().records] == [1]
+    assert [r["round"] for r in following.read().records] == [1]
 
 
 def test_time_left():
@@ -162,9 +162,10 @@ def test_time_left():
 
 def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(pulse, "replace", lambda path, value: written.append(value))
-    one = pulse.ProgressWriter(tmp_path, every=3600.0)
-    one._now, one._written = {"form": 1}, time.monotonic()
+    monkeypatch.setattr(pulse, "replace_json", lambda path, value: written.append(value))
+    one = pulse.ProgressWriter(tmp_path)
+    monkeypatch.setattr(pulse, "INTERVAL", 3600.0)
+    one._state, one._last_write = {"form": 1}, time.monotonic()
     for client in range(1000):
         one.on_event(Event("step", 0, client))
         one.on_event(Event("turn", 0, client, 0.5))
@@ -175,48 +176,50 @@ def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
     assert len(written) == 2 and written[-1]["answered"] == 0 and written[-1]["round"] == 2
 
 
-def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path):
+def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path, monkeypatch):
     """Client 2 dies in round 3, client 0 is quarantined there; in round 4 client 0 is back."""
-    one = pulse.ProgressWriter(tmp_path, every=0.0)
-    one._now = deepcopy({**PROGRESS, "rounds": 5})
+    one = pulse.ProgressWriter(tmp_path)
+    monkeypatch.setattr(pulse, "INTERVAL", 0.0)
+    one._state = deepcopy({**PROGRESS, "rounds": 5})
     records = [record(n, clients={"mean": 0.5, "each": [0.5, 0.5, 0.5]}) for n in (1, 2)]
 
     def shown():
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-        return " ".join(text_of(ProgressReader(tmp_path).look(), 150).split())
+        return " ".join(text_of(ProgressReader(tmp_path).read(), 150).split())
 
     one.on_event(Event("step", 2, 0))
     assert "left out" not in shown().partition("seconds")[0] and "mean over" not in shown()
     one.on_event(Event("turn", 2, 0, 0.5))
     one.on_event(Event("quarantined", 2, 0, text="quarantined: nan"))
     one.on_event(Event("absent", 2, 2, text="its node was gone"))
-    now = "left out now: client 0 since round 3, quarantined: nan; client 2 since round 3, away: its node was gone"
+    now = "left out now: client 0 since round 3, quarantined: nan; client 2 since round 3, absent: its node was gone"
     assert now in shown(), "before the round is over"
     gone = {"absent": {"2": "its node was gone"}, "unscored": {"2": "not here"}}
     records.append(record(3, clients={"mean": 0.5, "each": [0.5, 0.5, None]}, quarantined={"0": "nan"}, **gone))
     one.on_round(records[-1])
-    assert all(text in shown() for text in ("client 2 since round 3, away: its node was gone", "client 0 since"))
+    assert all(text in shown() for text in ("client 2 since round 3, absent: its node was gone", "client 0 since"))
     assert "clients' own models: mean over 2 of 3 clients in round 3" in shown() and "not scored" in shown()
     one.on_event(Event("turn", 3, 0, 0.5))
-    assert "left out now: client 2 since round 3, away: its node was gone clients' own" in shown(), "client 0 is back"
+    assert "left out now: client 2 since round 3, absent: its node was gone clients' own" in shown(), "client 0 is back"
     records.append(record(4, clients={"mean": 0.5, "each": [0.5, 0.5, None]}, **gone))
     one.on_round(records[-1])
     assert "client 2 since round 3" in shown() and "in rounds 3–4" in shown()
     one.on_event(Event("turn", 4, 2, 0.5))
     assert "left out now" not in shown()
     line = watching.row_line(records[2], 5, "accuracy")
-    assert line.endswith("; client 2 away and not scored, client 0 quarantined")
+    assert line.endswith("; client 2 absent and not scored, client 0 quarantined")
     one.on_event(Event("absent", 4, 2, text="\x1b[2J"))
     assert "\x1b" not in shown()
 
 
-def test_many_that_are_left_out_are_counted(tmp_path):
-    one = pulse.ProgressWriter(tmp_path, every=0.0)
-    one._now = deepcopy(PROGRESS)
+def test_many_that_are_left_out_are_counted(tmp_path, monkeypatch):
+    one = pulse.ProgressWriter(tmp_path)
+    monkeypatch.setattr(pulse, "INTERVAL", 0.0)
+    one._state = deepcopy(PROGRESS)
     for client in range(500):
         one.on_event(Event("absent", 0, client))
-    text = " ".join(text_of(ProgressReader(tmp_path).look(), 150).split())
-    assert "client 7 since round 1, away: dropped out (clients.dropout); and 492 more clients" in text
+    text = " ".join(text_of(ProgressReader(tmp_path).read(), 150).split())
+    assert "client 7 since round 1, absent: dropped out (clients.dropout); and 492 more clients" in text
     assert len((tmp_path / "progress.json").read_text()) < 2000
 
 
@@ -224,24 +227,24 @@ def test_a_run_that_goes_on_knows_who_was_left_out_before(tmp_path):
     made = small("fedit")
     before = [record(1, absent={"1": "late"}), record(2, absent={"1": "late"})]
     pulse.ProgressWriter(tmp_path).on_start(Start(made, tmp_path, before, print))
-    assert ProgressReader(tmp_path).look().progress["missing"] == {
+    assert ProgressReader(tmp_path).read().progress["missing"] == {
         "count": 1,
-        "first": ["client 1 since round 1, away: late"],
+        "first": ["client 1 since round 1, absent: late"],
     }
 
 
 WRITER = """
 import json, sys, time
 from pathlib import Path
-from fedlora.runs.progress_file import me, replace
+from fedlora.runs.progress_file import process_id, replace_json
 place = Path(sys.argv[1]); place.mkdir()
 progress, record = json.loads(sys.argv[2]), json.loads(sys.argv[3])
-progress |= {**me(), "began": time.time(), "rounds": 3, "said": []}
+progress |= {**process_id(), "began": time.time(), "rounds": 3, "said": []}
 for number in (1, 2, 3):
-    replace(place / "progress.json", {**progress, "round": number, "at": time.time()})
+    replace_json(place / "progress.json", {**progress, "round": number, "at": time.time()})
     sys.stdin.readline()
     with open(place / "metrics.jsonl", "a") as file: file.write(json.dumps({**record, "round": number}) + "\\n")
-replace(place / "progress.json", {**progress, "state": "finished", "round": 4, "at": time.time()})
+replace_json(place / "progress.json", {**progress, "state": "finished", "round": 4, "at": time.time()})
 """
 
 

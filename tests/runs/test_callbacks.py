@@ -8,7 +8,8 @@ from fedlora.runs import callbacks
 from fedlora.runs import resume as resuming
 from fedlora.runs import run as runs
 from fedlora.runs.callbacks import CallbackError, Callbacks, End
-from fedlora.runs.record import figures, flat
+from fedlora.runs.record import round_figures
+from fedlora.runs.trackers._callback import flatten
 from fedlora.schema import ConfigError
 from tests.fixtures.callbacks import RECORD, Notes
 from tests.fixtures.resume import alike, small
@@ -74,7 +75,7 @@ def test_faults_are_told():
         def on_fault(self, event):
             heard.append((event.kind, event.client, event.text))
 
-    watch = Callbacks([Faults()]).watched(lambda event: None)
+    watch = Callbacks([Faults()]).wrap(lambda event: None)
     for kind in ("turn", "absent", "quarantined", "round"):
         watch(runs.Event(kind, 0, 1, text="why"))
     assert heard == [("absent", 1, "why"), ("quarantined", 1, "why")]
@@ -104,12 +105,12 @@ FIGURES = {
 
 
 def test_the_names_of_the_figures_are_a_promise():
-    found = figures(RECORD)
+    found = round_figures(RECORD)
     assert found.keys() == FIGURES.keys() and all(found[k] == pytest.approx(v) for k, v in FIGURES.items())
-    assert figures({"round": 1, "global": {"loss": float("nan")}, "privacy": {"epsilon": None}}).keys() == {
+    assert round_figures({"round": 1, "global": {"loss": float("nan")}, "privacy": {"epsilon": None}}).keys() == {
         "train/clients", "bytes_up/total", "bytes_down/total",
     }  # fmt: skip
-    assert flat({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
+    assert flatten({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
 
 
 def test_every_name_is_in_the_docs():

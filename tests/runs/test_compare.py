@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedlora.runs.compare import for_label, plan
+from fedlora.runs.compare import for_label, plan_cells
 from fedlora.runs.config import ConfigError, build
 
 TABLE = {
@@ -28,7 +28,7 @@ def test_a_label_of_ones_own_is_a_variant_of_the_method_that_it_names():
 
 
 def test_variants_are_cells_of_their_own():
-    cells = plan(TABLE, ["half", "full", "fedit"], [0, 1], None)
+    cells = plan_cells(TABLE, ["half", "full", "fedit"], [0, 1], None)
     assert [(cell.label, cell.seed) for cell in cells][:3] == [("half", 0), ("half", 1), ("full", 0)]
     assert len({str(cell.table) for cell in cells}) == 6
 

@@ -11,8 +11,8 @@ from fedlora.methods.fedrot_lora import FedRotLoRA
 from fedlora.methods.flora import FLoRA
 from fedlora.methods.svd import BestRank
 from fedlora.rounds import Received
-from fedlora.runs.compare import oracle
-from fedlora.runs.counterfactual import asked
+from fedlora.runs.compare import compare_aggregation
+from fedlora.runs.counterfactual import compare_uploads
 from fedlora.types import Turn
 from tests.fixtures.cohort import Cohort
 from tests.fixtures.federation import REFERENCE, TABLE, config, same
@@ -22,7 +22,7 @@ def figures(c, methods, r=3):
     uploads = [
         Received(Turn(1, k, r), n, {"w": {"A": A, "B": B}}) for k, (n, A, B) in enumerate(zip(c.examples, c.A, c.B))
     ]
-    return asked({"w": FedIT(LoRA(r, 5.0))}, {"w": c.start}, uploads, methods)
+    return compare_uploads({"w": FedIT(LoRA(r, 5.0))}, {"w": c.start}, uploads, methods)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -57,7 +57,7 @@ def test_the_run_is_the_run(reference):
 
 
 def test_from_a_table(tmp_path):
-    rows, uploads = oracle(TABLE, None, tmp_path / "o")
+    rows, uploads = compare_aggregation(TABLE, None, tmp_path / "o")
     errors = {row["method"]: row["error"] for row in rows}
     assert set(errors) == set(catalog.merging_methods())
     least = min(v for k, v in errors.items() if k not in ("flora", "fedex-lora"))
@@ -68,19 +68,19 @@ def test_from_a_table(tmp_path):
 
 
 def test_unequal_ranks_leave_out_who_needs_one_rank():
-    rows, _ = oracle({**TABLE, "clients": {"count": 3, "ranks": [1, 2]}, "method": {"name": "flora"}})
+    rows, _ = compare_aggregation({**TABLE, "clients": {"count": 3, "ranks": [1, 2]}, "method": {"name": "flora"}})
     assert {row["method"] for row in rows} == {"flora", "flexlora", "hetlora", "svd"}
 
 
 def test_mistakes():
     with pytest.raises(ValueError, match="needs uploads of both A and B"):
-        oracle({**TABLE, "method": {"name": "ffa-lora"}})
+        compare_aggregation({**TABLE, "method": {"name": "ffa-lora"}})
     with pytest.raises(ValueError, match="set adapter.name to 'lora'"):
-        oracle({**TABLE, "adapter": {"name": "vera", "rank": 8}})
+        compare_aggregation({**TABLE, "adapter": {"name": "vera", "rank": 8}})
     with pytest.raises(ValueError, match="cannot be applied to finished adapters"):
-        oracle(TABLE, ["ravan"])
+        compare_aggregation(TABLE, ["ravan"])
 
 
 def test_the_oracle_takes_the_runs_weights():
-    rows, _ = oracle({**TABLE, "method": {"name": "fedit", "weighting": "uniform"}}, ["flora", "svd"])
+    rows, _ = compare_aggregation({**TABLE, "method": {"name": "fedit", "weighting": "uniform"}}, ["flora", "svd"])
     assert rows[0]["error"] < 1e-6

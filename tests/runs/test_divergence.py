@@ -6,7 +6,7 @@ import torch
 import fedlora
 from fedlora.engines.loop import explain_overflow
 from fedlora.runs.compare import compare, for_label
-from fedlora.runs.comparison import rows
+from fedlora.runs.comparison import comparison_rows
 from fedlora.runs.config import build
 from tests.fixtures.federation import TINY_VIT
 
@@ -58,6 +58,6 @@ def test_products_too_large_to_be_decomposed_are_said():
 
 def test_a_comparison_counts_it_and_goes_on(tmp_path):
     own = {"compare": {"svd": {"training": {"learning_rate": 1e-3}}}}
-    found = rows(compare({**TABLE, **own}, ["fedit", "flora-na", "svd"], [0], tmp_path / "out"))
+    found = comparison_rows(compare({**TABLE, **own}, ["fedit", "flora-na", "svd"], [0], tmp_path / "out"))
     assert [row["diverged"] for row in found] == [1, 1, 0]
     assert found[0]["global"] is None and found[2]["global"]["mean"] > 0

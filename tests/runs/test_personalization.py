@@ -159,7 +159,7 @@ def test_mistakes(runs, tmp_path):
             personal(RunFolder.open(copy))
     (copy / "summary.json").write_text(json.dumps(summary))
     text = (copy / "config.toml").read_text()
-    with pytest.raises(ConfigError, match="clients.partition is 'own', so the rows lie on the parties' machines"):
+    with pytest.raises(ConfigError, match="clients.partition is 'own', so the rows are on the clients' machines"):
         (copy / "config.toml").write_text(dumps(config("clients.partition={name = 'own'}").table))
         personal(RunFolder.open(copy))
     (copy / "config.toml").write_text(text.replace('data = "digits"', 'data = "./gone.csv"'))

@@ -24,7 +24,7 @@ def test_a_grid_tells_as_one_process_does(tmp_path):
 
     class Looks:
         def on_round(self, record):
-            at = ProgressReader(tmp_path / "run").look()
+            at = ProgressReader(tmp_path / "run").read()
             seen.append((at.state, at.progress["title"], len(at.records)))
 
     run_server(world.config, world.grid, tmp_path / "run", callbacks=[there, Looks()])
@@ -33,7 +33,7 @@ def test_a_grid_tells_as_one_process_does(tmp_path):
     turns = [sorted(x for x in one.seen if x[0] == "turn") for one in (here, there)]
     assert turns[0] == turns[1] and len(turns[0]) == 6
     assert seen == [("running", "FedIT", 1), ("running", "FedIT", 2)]
-    assert ProgressReader(tmp_path / "run").look().state == "finished"
+    assert ProgressReader(tmp_path / "run").read().state == "finished"
     boards = [reading.tensorboard(tmp_path / name / "tensorboard") for name in ("here", "run")]
     for name in ("clients/mean", "train/loss", "bytes_up/total", "aggregation/served"):
         assert boards[0][name] == pytest.approx(boards[1][name])

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from fedlora.runs.comparison import Cell, Compared
-from fedlora.runs.record import figures
+from fedlora.runs.record import round_figures
 from fedlora.runs.result import Rounds
 from fedlora.runs.table import Table, to_html
 from tests.fixtures.callbacks import RECORD
@@ -37,7 +37,7 @@ class Reader(html.parser.HTMLParser):
 def test_a_frame_has_a_row_a_round_under_the_trackers_names():
     frame = Of().frame()
     assert list(frame.index) == [1, 2] and frame.index.name == "round"
-    assert frame.loc[1].dropna().to_dict() == pytest.approx(figures(Of.records[0]))
+    assert frame.loc[1].dropna().to_dict() == pytest.approx(round_figures(Of.records[0]))
     assert math.isnan(frame.loc[2, "train/loss"]) and frame.loc[2, "clients/mean"] == 0.6
 
 

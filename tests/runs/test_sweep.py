@@ -48,7 +48,7 @@ def figures(values, higher=True, name="accuracy"):
 
 
 def chosen_of(monkeypatch, tmp_path, values, **metric):
-    monkeypatch.setattr(sweeping, "executed", figures(values, **metric))
+    monkeypatch.setattr(sweeping, "execute_all", figures(values, **metric))
     return Sweep.plan(TABLE, [RATES]).run(tmp_path / "s")["methods"][0]
 
 
@@ -143,7 +143,7 @@ def test_a_trial_whose_figure_is_not_over_all_clients_says_so(monkeypatch, tmp_p
             cell.summary["scored"] = {"clients": 1 if few else 2, "of": 2}
             yield cell
 
-    monkeypatch.setattr(sweeping, "executed", one_short)
+    monkeypatch.setattr(sweeping, "execute_all", one_short)
     found = Sweep.plan(TABLE, [RATES]).run(tmp_path / "s")
     assert [trial["over"] for trial in found["methods"][0]["trials"]] == [None, "1 of 2 clients", None]
     show(*tuning.sweep(found))
@@ -156,7 +156,7 @@ def build_chosen(folder):
 
 
 def test_chosen_toml_is_what_was_tried(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweeping, "executed", figures({1e-4: 0.2, 1e-2: 0.9, 5e-2: 0.4}))
+    monkeypatch.setattr(sweeping, "execute_all", figures({1e-4: 0.2, 1e-2: 0.9, 5e-2: 0.4}))
     labels = ["fedit", "ravan", "fedrot-lora", "centralised"]
     table = {**TABLE, "compare": {"ravan": {"method": {"score": "weight"}, "training": {"learning_rate": 3.0}}}}
     planned = Sweep.plan(table, [RATES, "adapter.rank=2,4"], labels)
@@ -183,7 +183,7 @@ def test_an_interrupted_sweep_goes_on(monkeypatch, tmp_path):
             yield cell
 
     planned = Sweep.plan(TABLE, [RATES])
-    monkeypatch.setattr(sweeping, "executed", broken)
+    monkeypatch.setattr(sweeping, "execute_all", broken)
     with pytest.raises(KeyboardInterrupt):
         planned.run(tmp_path / "s")
     assert json.loads((tmp_path / "s" / "sweep.json").read_text())["finished"] is False
@@ -191,7 +191,7 @@ def test_an_interrupted_sweep_goes_on(monkeypatch, tmp_path):
     left.mkdir(parents=True)
     (left / "config.toml").write_text("cut off")
     monkeypatch.setattr(
-        sweeping, "executed", lambda cells, *rest: whole(ran.extend(c.folder for c in cells) or cells, *rest)
+        sweeping, "execute_all", lambda cells, *rest: whole(ran.extend(c.folder for c in cells) or cells, *rest)
     )
     found = planned.run(tmp_path / "s")
     assert len(ran) == len(set(ran)) == 3 and found["finished"] and not left.exists()

@@ -13,7 +13,7 @@ from fedlora.runs import run as runs
 from fedlora.runs import trackers
 from fedlora.runs.callbacks import End, Start
 from fedlora.runs.config import build, read
-from fedlora.runs.record import figures
+from fedlora.runs.record import round_figures
 from fedlora.runs.trackers import _callback as tracking
 from fedlora.schema import ConfigError
 from tests.fixtures import trackers as reading
@@ -52,7 +52,7 @@ def done(tmp_path_factory):
 def expected(result):
     found = {}
     for record in result.records:
-        for name, value in figures(record).items():
+        for name, value in round_figures(record).items():
             found.setdefault(name, {})[record["round"]] = value
     return found
 
@@ -112,7 +112,7 @@ def test_each_tracker_has_the_names_of_who_was_missing(done):
     absent = result.summary["absent"]
     rounds = {number for one in absent.values() for number in one}
     assert rounds & {"1", "2"} and "3" in rounds, "before the break and after it"
-    said = [f"client {client}, away in round {', '.join(own)}: {DROPPED}" for client, own in absent.items()]
+    said = [f"client {client}, absent in round {', '.join(own)}: {DROPPED}" for client, own in absent.items()]
     texts = {
         "tensorboard": reading.tensorboard_text(folder / "tensorboard"),
         "mlflow": reading.mlflow_tag(f"sqlite:///{place}/mlflow.db", "hospitals"),
@@ -143,7 +143,7 @@ def test_who_missed_nobody_sends_no_text_and_means_over_fewer_are_in_it(tmp_path
         assert session.said == text
 
 
-class Flaky(trackers.Session):
+class Flaky(trackers.TrackerSession):
     run = "flaky"
 
     def __init__(self, fails):
@@ -226,7 +226,7 @@ def test_reading_a_config_imports_no_tracker():
     import subprocess
 
     code = (
-        "import sys; from fedlora.runs import trackers; t = trackers.read({name: True for name in trackers.TRACKERS.names()});"
+        "import sys; from fedlora.runs import trackers; t = trackers.Track.from_table({name: True for name in trackers.TRACKERS.names()});"
         "print([m for m in ('tensorboard', 'mlflow', 'wandb', 'trackio') if m in sys.modules], sorted(t.trackers))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -237,7 +237,7 @@ def test_other_settings_begin_another_run_with_all_rounds(tmp_path):
     config = small("fedit", "rounds=1", "track.tensorboard=true")
     runs.run(config, tmp_path / "run")
     own = tmp_path / "boards"
-    runs.run(replace(config, rounds=2, track=trackers.read({"tensorboard": {"folder": str(own)}})), tmp_path / "run",
+    runs.run(replace(config, rounds=2, track=trackers.Track.from_table({"tensorboard": {"folder": str(own)}})), tmp_path / "run",
              again=True)  # fmt: skip
     assert sorted(reading.tensorboard(own / "run")["clients/mean"]) == [1, 2]
 
@@ -245,7 +245,7 @@ def test_other_settings_begin_another_run_with_all_rounds(tmp_path):
 def test_a_broken_file_of_trackers_is_said(tmp_path):
     save_json(tmp_path / "trackers.json", {})
     (tmp_path / "trackers.json").write_text("{")
-    from fedlora.runs.trackers._callback import _earlier
+    from fedlora.runs.trackers._callback import _read_state
 
     with pytest.raises(ConfigError, match=r"trackers\.json.* is no JSON"):
-        _earlier(tmp_path)
+        _read_state(tmp_path)

@@ -143,11 +143,11 @@ def quantize() -> dict[str, Any]:
 
 def _tracked(name: str, **settings: Any) -> dict[str, Any]:
     """A run of one round at a tracker's local backend, in a folder that is thrown away."""
-    from fedlora.runs.trackers import TRACKERS, Told
+    from fedlora.runs.trackers import TRACKERS, RunInfo
 
     with TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as place:
         named = {key: value.format(place=place) for key, value in settings.items()}
-        session = TRACKERS.load(name)(**named).open(Told("doctor", Path(place), {"rounds": 1}, None))
+        session = TRACKERS.load(name)(**named).open(RunInfo("doctor", Path(place), {"rounds": 1}, None))
         session.log(1, VALUES)
         session.close("finished")
         files = sum(1 for path in Path(place).rglob("*") if path.is_file() and path.stat().st_size)
@@ -174,9 +174,9 @@ def trackio() -> dict[str, Any]:
     """Its SQLite files, by ``TRACKIO_DIR`` in a folder that is thrown away."""
     with TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as place:
         os.environ["TRACKIO_DIR"] = place
-        from fedlora.runs.trackers import TRACKERS, Told
+        from fedlora.runs.trackers import TRACKERS, RunInfo
 
-        session = TRACKERS.load("trackio")(project="doctor").open(Told("doctor", None, {"rounds": 1}, None))
+        session = TRACKERS.load("trackio")(project="doctor").open(RunInfo("doctor", None, {"rounds": 1}, None))
         session.log(1, VALUES)
         session.close("finished")
         assert list(Path(place).glob("doctor*.db")), "nothing was written"

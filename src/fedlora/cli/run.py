@@ -83,7 +83,7 @@ def compare(
     from fedlora.reporting.load import opened
     from fedlora.reporting.tables.comparison import compared
     from fedlora.runs.compare import compare as execute
-    from fedlora.runs.comparison import rows
+    from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.config import apply_overrides, read_table
     from fedlora.runs.progress import Cells
 
@@ -105,7 +105,7 @@ def compare(
             )
             raise
     draw_comparison([opened(Path(c.folder), c.label) for c in cells if c.summary is not None], out)
-    found = rows(cells)
+    found = comparison_rows(cells)
     answer(as_json, {"rows": found, "folder": str(out)}, lambda: terminal.show(*compared(found)))
     say(f"Runs, comparison.json and plots are in {out}.")
 
@@ -113,11 +113,11 @@ def compare(
 def _oracle(table, labels: list[str], out: Path, as_json: bool) -> None:
     from fedlora.reporting import terminal
     from fedlora.reporting.tables.comparison import oracle as tables
-    from fedlora.runs.compare import oracle
+    from fedlora.runs.compare import compare_aggregation
     from fedlora.runs.progress import Progress
 
     with Progress(table.get("rounds", 20)) as progress:
-        found, uploads = oracle(table, labels, out, progress.watch)
+        found, uploads = compare_aggregation(table, labels, out, progress.watch)
     answer(
         as_json, {"rows": found, "uploads": uploads, "folder": str(out)}, lambda: terminal.show(*tables(found, uploads))
     )

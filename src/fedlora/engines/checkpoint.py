@@ -58,13 +58,6 @@ class CheckpointSettings:
             if getattr(self, key) < 1:
                 raise ValueError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least 1.")
 
-    def check(self, personal: bool, title: str) -> None:
-        """Raises ``ValueError`` if the best round is to be that of a global model, and there is none."""
-        if self.best == "global" and personal:
-            raise ValueError(
-                f"checkpoint.best is 'global', but {title} has no global model; set it to 'clients', for their mean."
-            )
-
     def score(self, record: Mapping[str, Any], metric: str) -> float | None:
         """Returns the figure that rounds are compared by; None without an evaluation, or if none is compared."""
         scores = record.get(self.best) if self.best is not None else None

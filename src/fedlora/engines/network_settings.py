@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from fedlora.methods import METHODS, Method
-
 
 @dataclass(frozen=True)
 class Network:
@@ -28,20 +26,3 @@ class Network:
                 raise ValueError(f"flower.{key} is {value}; it must be a positive number of seconds.")
         if not 0 < self.secure_range < 2**20:
             raise ValueError(f"flower.secure_range is {self.secure_range}; it lies above 0 and below 2^20.")
-
-    def check(self, method: Method, cohort: int) -> None:
-        """``ValueError`` where uploads are to be hidden from a server that must see them, or among too few."""
-        if not self.secure_aggregation:
-            return
-        if not method.sums:
-            able = [name for name, kind in METHODS.classes().items() if kind.sums]
-            raise ValueError(
-                f"flower.secure_aggregation hides each upload in a sum, but {method.title}'s server must see every "
-                f"client's factors; take one of {', '.join(able)}, or leave secure_aggregation out."
-            )
-        threshold = self.secure_threshold
-        if cohort < 3 or (threshold is not None and not cohort / 2 < threshold <= cohort):
-            raise ValueError(
-                f"flower.secure_aggregation has rounds of {cohort} clients and a threshold of {threshold}; "
-                "it needs 3 clients, and a threshold above half of them."
-            )

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlora.methods._base import Method
 from fedlora.rounds import Served
 from fedlora.types import Layer, Tree
 
@@ -39,14 +38,6 @@ class ServerOptimizer:
         for key in ("learning_rate", "tau"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"server.{key} is {getattr(self, key)}; it must be a positive number.")
-
-    def check(self, method: Method) -> None:
-        """``ValueError`` where the method does more to the shared leaves than average them."""
-        if self.optimizer != "none" and not method.averages:
-            raise ValueError(
-                f"server.optimizer = {self.optimizer!r} works on averaged leaves, but {method.title} makes "
-                "its own of them; take a method that averages (such as fedit), or leave the server's optimizer out."
-            )
 
     def step(self, before: Tree, served: Served) -> Served:
         """The round's outcome with every leaf that it moved taken as a gradient."""

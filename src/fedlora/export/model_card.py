@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.runs import attendance
+from fedlora.runs.attendance import fault_lines
 from fedlora.runs.config import Config, dumps
 from fedlora.schema import strip_folders
 from fedlora.security.privacy import Privacy
@@ -62,7 +62,7 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
         ),
         ("ranks", ", ".join(map(str, about["ranks"]))),
     ]
-    rows += attendance.lines(summary)
+    rows += fault_lines(summary)
     rows += Privacy.describe(summary["privacy"]) if "privacy" in summary else []
     if about["error"]:
         rows.append(("lost by cutting the rank", f"{about['error']:.2e} of the updates (Frobenius)"))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from fedlora.engines.record import Fault, RoundRecord
-from fedlora.runs.attendance import means, scored
+from fedlora.engines.record import RoundRecord
+from fedlora.runs.attendance import FAULT_TEXTS, client_faults, count_scored, describe_means
 from fedlora.text import display_safe
 
 BINS = 40  # columns of a heat map over rounds
@@ -73,7 +73,7 @@ class Digest:
             self.each = [number(value) for value in clients.get("each", [])]
             self.worst = clients.get("worst_client")
         found = {key: number(clients.get(key)) for key in ("mean", "worst")}
-        found["scored"] = scored(record) if clients else None
+        found["scored"] = count_scored(record) if clients else None
         return {"global": number(record.get("global", {}).get(self.metric)), "clients": found["mean"], **found}
 
     @property
@@ -84,7 +84,9 @@ class Digest:
     @property
     def means(self) -> str:
         """In which rounds the mean over clients is over fewer than all, in words; empty where in none."""
-        return means([(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of)
+        return describe_means(
+            [(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of
+        )
 
     def _sent(self, record: RoundRecord) -> dict[str, float]:
         for direction, parts in record.get("bytes", {}).items():
@@ -128,10 +130,8 @@ class Digest:
 
 def _faults(record: RoundRecord) -> Iterator[dict[str, Any]]:
     """Quarantined uploads, clients that were away, and scores that did not come, with the reason."""
-    kinds: dict[Fault, str] = {"quarantined": "quarantined", "absent": "absent", "unscored": "not scored"}
-    for key, kind in kinds.items():
-        for client, why in record.get(key, {}).items():
-            yield _fault(record, client, kind, why)
+    for kind, client, reason in client_faults(record):
+        yield _fault(record, client, FAULT_TEXTS[kind], reason)
     for client in record.get("stragglers", ()):
         yield _fault(record, client, "straggler", "did a part of its steps (clients.stragglers)")
 

@@ -12,9 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.runs.attendance import by_name, means, scored
+from fedlora.runs.attendance import count_scored, describe_means, name_faults
 from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, ProgressReader, RunStatus
-from fedlora.runs.record import figures
+from fedlora.runs.record import round_figures
 from fedlora.text import display_safe
 
 LATELY = 5  # rounds that the time left is taken from
@@ -56,7 +56,7 @@ def columns(metric: str) -> list[tuple[str, Cell]]:
 
 
 def _rows(at: RunStatus) -> list[dict[str, float]]:
-    return [{"round": record["round"], **figures(record)} for record in at.records]
+    return [{"round": record["round"], **round_figures(record)} for record in at.records]
 
 
 def remaining(at: RunStatus, now: float) -> float | None:
@@ -120,15 +120,15 @@ def attending(at: RunStatus) -> Iterator[str]:
     if count := found.get("count"):
         named = [display_safe(text) for text in found["first"]]
         more = f"; and {count - len(named)} more clients" if count > len(named) else ""
-        yield f"left out {'at its end' if at.over else 'now'}: {'; '.join(named)}{more}"
-    if text := means([(r["round"], scored(r)) for r in at.records if "clients" in r], of):
+        yield f"left out {'at its end' if at.is_over else 'now'}: {'; '.join(named)}{more}"
+    if text := describe_means([(r["round"], count_scored(r)) for r in at.records if "clients" in r], of):
         yield f"clients' own models: {text}"
 
 
 def now_doing(at: RunStatus) -> str:
     """Where a run stands, in a line."""
     said, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
-    if at.over:
+    if at.is_over:
         why = f": {display_safe(said['error'])}" if said.get("error") else ""
         return f"{at.state} after {done}{why}"
     who = "" if said.get("client") is None else f", client {said['client']}"
@@ -138,7 +138,7 @@ def now_doing(at: RunStatus) -> str:
 
 
 def _times(at: RunStatus, now: float) -> str:
-    until = at.progress["at"] if at.over else now
+    until = at.progress["at"] if at.is_over else now
     left = remaining(at, now)
     return f"{span(until - at.progress['began'])} so far" + ("" if left is None else f", about {span(left)} left")
 
@@ -180,9 +180,9 @@ def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Tabl
 
 def row_line(record: Mapping[str, Any], rounds: int, metric: str) -> str:
     """A finished round as a line of a log."""
-    found = {"round": record["round"], **figures(record)}
+    found = {"round": record["round"], **round_figures(record)}
     told = [f"{display_safe(title)} {text}" for title, cell in columns(metric)[1:] if (text := cell(found)) != "–"]
-    missing = by_name(record)
+    missing = name_faults(record)
     return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
 
 
@@ -193,13 +193,13 @@ def live(following: ProgressReader, console: Console, every: float) -> RunStatus
     def drawn(at: RunStatus) -> RenderableType:
         return picture(at, name, console.width, console.height, time.time(), wide)
 
-    at = following.look()
+    at = following.read()
     screen = Live(drawn(at), console=console, auto_refresh=False, screen=True)
     try:  # not `with`: a Ctrl-C in the first drawing, inside __enter__, would leave the terminal without its cursor
         screen.start(refresh=True)
-        while not at.over:
+        while not at.is_over:
             time.sleep(every)
-            at = following.look()
+            at = following.read()
             screen.update(drawn(at), refresh=True)
     finally:
         screen.stop()
@@ -211,7 +211,7 @@ def lines(following: ProgressReader, say: Callable[[str], None], every: float) -
     """A line for each finished round and for whatever was said, until the run is over."""
     told, heard, state = 0, list[str](), ""
     while True:
-        at = following.look()
+        at = following.read()
         if at.state != state and at.state in (WAITING, LOADING):
             say(f"{display_safe(str(following.folder))}: {at.state}")
         state = at.state
@@ -223,7 +223,7 @@ def lines(following: ProgressReader, say: Callable[[str], None], every: float) -
         for record in at.records[min(told, len(at.records)) :]:
             say(row_line(record, rounds, metric))
         told = len(at.records)
-        if at.over:
+        if at.is_over:
             for text in attending(at):
                 say(text)
             say(now_doing(at) if at.progress else at.state)

@@ -8,7 +8,7 @@ from typing import Any
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables.by_round import metric_of
 from fedlora.reporting.tables.comparison import final, ranking, scored_clients
-from fedlora.runs import attendance
+from fedlora.runs.attendance import describe_scored, fault_lines, is_complete
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.table import group_by
 from fedlora.security.privacy import Privacy
@@ -107,9 +107,9 @@ def hardware(run: Run) -> list[tuple[str, str]]:
         rows.append(("versions and hardware", "written when the run ends"))
     if run.failure:
         rows.append(("why it diverged", display_safe(run.failure)))
-    if summary and not attendance.whole(summary):
-        rows.append(("clients' own figures are over", attendance.over(summary)))
-        rows += attendance.lines(summary)
+    if summary and not is_complete(summary):
+        rows.append(("clients' own figures are over", describe_scored(summary)))
+        rows += fault_lines(summary)
     rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
     rows += (
         [(name, display_safe(value)) for name, value in Privacy.describe(summary["privacy"])]

@@ -1,4 +1,4 @@
-"""What a program is told of a run while it goes on: the one interface of trackers, live views and own code.
+"""Callbacks: the one interface of trackers, live views and a program's own code to a running run.
 
     class Show(fedlora.Callback):
         def on_evaluation(self, record):
@@ -6,9 +6,8 @@
 
     fedlora.run(config, callbacks=[Show()])
 
-An object that extends nothing will do as well, if it has one of these methods. A callback of one's own that raises
-stops the run: what was finished is kept, and the run can go on. One that raises ``KeyboardInterrupt`` ends the run as
-Ctrl-C would.
+Any object with one of these methods is accepted. If a callback of the caller raises, the run stops; finished rounds are
+kept, and the run can be resumed. ``KeyboardInterrupt`` ends the run as Ctrl-C does.
 """
 
 import sys
@@ -29,22 +28,22 @@ FAULTS = ("absent", "quarantined")  # kinds of events
 
 
 class CallbackError(RuntimeError):
-    """A callback raised; its text says which, where and what, and ``__cause__`` is what was raised."""
+    """A callback raised ``__cause__``; the text names the callback, the round and the error."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A run begins, or goes on."""
+    """The start of a run, or of its resumption."""
 
     config: Config
     folder: Path | None
-    records: Sequence[RoundRecord]  # of the rounds before, where it goes on
-    say: Callable[[str], None] = field(repr=False)  # a note to whoever watches the run
+    records: Sequence[RoundRecord]  # of the rounds before, if the run is resumed
+    note: Callable[[str], None] = field(repr=False)  # shows a note to the user
 
 
 @dataclass(frozen=True)
 class End:
-    """How a run ended."""
+    """The end of a run."""
 
     state: Literal["finished", "interrupted", "failed"]
     summary: Mapping[str, Any] | None = None  # None: it failed
@@ -52,103 +51,98 @@ class End:
 
 
 class Callback:
-    """Extend it and replace what is wanted; every method does nothing here."""
+    """Base class of callbacks; every method does nothing."""
 
     def on_start(self, start: Start) -> None:
-        """The model is loaded, and the first round is about to begin."""
+        """Called when the model is loaded, before the first round."""
 
     def on_event(self, event: Event) -> None:
-        """Every step: "step", "turn", "evaluation", "round", "absent", "quarantined", "waiting", "node", "note"."""
+        """Called for "step", "turn", "evaluation", "round", "absent", "quarantined", "waiting", "node" and "note"."""
 
     def on_fault(self, event: Event) -> None:
-        """A client was left out of a round, or its upload was quarantined; ``event.text`` says why."""
+        """Called if a client is left out of a round or its upload is quarantined; ``event.text`` is the reason."""
 
     def on_round(self, record: RoundRecord) -> None:
-        """A round is over, and its record (a line of ``metrics.jsonl``) and checkpoint are on disk."""
+        """Called after a round, when its record (a line of ``metrics.jsonl``) and checkpoint are on disk."""
 
     def on_evaluation(self, record: RoundRecord) -> None:
-        """The same of a round that was evaluated: ``record["clients"]`` and, with one model for all, ``["global"]``."""
+        """Called after a round with an evaluation: ``record["clients"]`` and, for a shared model, ``["global"]``."""
 
     def on_end(self, end: End) -> None:
-        """The run is over, however it ended."""
+        """Called once, at the end of the run."""
 
 
 @dataclass
 class Callbacks:
-    """Tells several what happens: fedlora's own first, then the caller's, whose mistakes are named."""
+    """Calls fedlora's own callbacks, then the caller's. An error of the latter becomes a ``CallbackError``."""
 
-    own: Sequence[Any] = ()  # the caller's
-    built: Sequence[Callback] = ()
+    custom: Sequence[Any] = ()  # the caller's
+    builtin: Sequence[Callback] = ()
 
     def __post_init__(self):
-        for number, one in enumerate(self.own):
-            _check(number, one)
+        for number, callback in enumerate(self.custom):
+            _check(number, callback)
 
-    def watched(self, watch: Watch) -> Watch:
-        """``watch``, and these with it."""
+    def wrap(self, watch: Watch) -> Watch:
+        """Return a function that calls ``watch`` and the callbacks."""
 
-        def told(event: Event) -> None:
+        def notify(event: Event) -> None:
             watch(event)
-            self._tell("on_event", event, f"round {event.round + 1}")
+            self._call("on_event", event, f"round {event.round + 1}")
             if event.kind in FAULTS:
-                self._tell("on_fault", event, f"round {event.round + 1}")
+                self._call("on_fault", event, f"round {event.round + 1}")
 
-        return told
+        return notify
 
     @contextmanager
     def running(self, start: Start) -> Iterator[None]:
-        """From the start of a run; an error within is told as its end, and goes on."""
+        """Call ``on_start``, and ``on_end`` if an error ends the block."""
         try:
-            self._tell("on_start", start, "the start")
+            self._call("on_start", start, "the start")
             yield
         except BaseException:
-            self._broken_off(sys.exc_info()[1])
+            self._end_with(sys.exc_info()[1])
             raise
 
-    def _broken_off(self, error: BaseException | None) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        with suppress(CallbackError):  # the first mistake is the one to be told
-            self.ended(End("interrupted" if stopped else "failed", None, "" if stopped else str(error)))
+    def _end_with(self, error: BaseException | None) -> None:
+        is_stop = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(CallbackError):  # the first error counts
+            self.end(End("interrupted" if is_stop else "failed", None, "" if is_stop else str(error)))
 
     def round(self, record: RoundRecord) -> None:
-        """A round is over and on disk."""
+        """Call ``on_round`` and ``on_evaluation``."""
         where = f"round {record['round']}"
-        self._tell("on_round", record, where)
+        self._call("on_round", record, where)
         if "clients" in record or "global" in record:
-            self._tell("on_evaluation", record, where)
+            self._call("on_evaluation", record, where)
 
-    def ended(self, end: End) -> None:
-        """The run is over."""
-        self._tell("on_end", end, "the end")
+    def end(self, end: End) -> None:
+        """Call ``on_end``."""
+        self._call("on_end", end, "the end")
 
-    def _tell(self, hook: str, what: Any, where: str) -> None:
-        for one in self.built:
-            getattr(one, hook)(what)
-        for one in self.own:
-            if (method := getattr(one, hook, None)) is not None:
-                _call(method, what, f"{type(one).__name__}.{hook}", where)
-
-
-def _call(method: Callable[[Any], None], what: Any, name: str, where: str) -> None:
-    try:
-        method(what)
-    except Exception:
-        error = sys.exc_info()[1]
-        raise CallbackError(
-            f"the callback {name} raised {type(error).__name__} in {where}: {error}; finished rounds are kept, mend it "
-            "and go on with fedlora.resume, or leave it out."
-        ) from error
+    def _call(self, hook: str, argument: Any, where: str) -> None:
+        for callback in self.builtin:
+            getattr(callback, hook)(argument)
+        for callback in self.custom:
+            try:
+                getattr(callback, hook, lambda argument: None)(argument)
+            except Exception:
+                error = sys.exc_info()[1]
+                raise CallbackError(
+                    f"the callback {type(callback).__name__}.{hook} raised {type(error).__name__} in {where}: {error}; "
+                    "finished rounds are kept, mend it and go on with fedlora.resume, or leave it out."
+                ) from error
 
 
-def _check(number: int, one: Any) -> None:
-    named = [name for name in dir(one) if name.startswith("on_") and callable(getattr(one, name, None))]
-    what = f"callbacks[{number}] is a {type(one).__name__}"
-    if isinstance(one, type):
-        raise ConfigError(f"callbacks[{number}] is the class {one.__name__}; pass an instance: {one.__name__}().")
-    for name in named:
-        if name not in HOOKS:
-            near = nearest(name, HOOKS)
-            hint = f"did you mean {near!r}?" if near else f"it may have {', '.join(HOOKS)}."
-            raise ConfigError(f"{what} with a method {name!r}, which is never called; {hint}")
-    if not named:
-        raise ConfigError(f"{what}, which has none of the methods {', '.join(HOOKS)}; extend fedlora.Callback.")
+def _check(number: int, callback: Any) -> None:
+    hooks = [name for name in dir(callback) if name.startswith("on_") and callable(getattr(callback, name, None))]
+    subject = f"callbacks[{number}] is a {type(callback).__name__}"
+    if isinstance(callback, type):
+        name = callback.__name__
+        raise ConfigError(f"callbacks[{number}] is the class {name}; pass an instance: {name}().")
+    for name in (name for name in hooks if name not in HOOKS):
+        near = nearest(name, HOOKS)
+        hint = f"did you mean {near!r}?" if near else f"it may have {', '.join(HOOKS)}."
+        raise ConfigError(f"{subject} with a method {name!r}, which is never called; {hint}")
+    if not hooks:
+        raise ConfigError(f"{subject}, which has none of the methods {', '.join(HOOKS)}; extend fedlora.Callback.")

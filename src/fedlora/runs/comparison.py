@@ -1,28 +1,28 @@
-"""A comparison as values: its runs, a row of figures for each method, and the table of these rows."""
+"""The runs of a comparison, a row of figures for each method, and the table of these rows."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedlora.runs import attendance
+from fedlora.runs.attendance import describe_scored, fault_lines
 from fedlora.runs.table import Column, Table, group_by, mean_std, to_html
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FEWER = " *"  # after a figure that is not over all clients
+MARK = " *"  # after a figure that is not over all clients
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison."""
+    """A run of a comparison."""
 
     label: str
     seed: int
     table: dict[str, Any]  # the configuration
     folder: str | None
-    summary: Mapping[str, Any] | None = None  # None: not run yet, or it diverged
+    summary: Mapping[str, Any] | None = None  # None: not yet run, or diverged
     failure: str | None = None
 
 
@@ -30,62 +30,58 @@ class Compared(list):
     """The cells of a comparison."""
 
     def frame(self) -> "DataFrame":
-        """A row a run: label, seed, the figures of the final round, and how many clients were ``scored`` for those of
-        clients; NaN where a run diverged."""
+        """Return a data frame with a row for each run: the figures of the final round, and the number of clients that
+        were ``scored``. A run that diverged has NaN."""
         import pandas
 
-        found = [
+        rows = [
             {"method": cell.label, "seed": cell.seed, "folder": cell.folder}
             | {name: None if cell.summary is None else read(cell.summary) for name, read in COLUMNS.items()}
             | {"scored": (cell.summary or {}).get("scored", {}).get("clients")}
             for cell in self
         ]
-        return pandas.DataFrame(found, columns=["method", "seed", *COLUMNS, "scored", "folder"])
+        return pandas.DataFrame(rows, columns=["method", "seed", *COLUMNS, "scored", "folder"])
 
     def _repr_html_(self) -> str:
-        found = rows(self)
-        return to_html(table(found), below=fewer(found))
+        rows = comparison_rows(self)
+        return to_html(comparison_table(rows), below=coverage_notes(rows))
 
 
-def rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """A row a method: mean and sample standard deviation over its seeds, of final-round figures."""
-    found = []
-    for label, own in group_by(cells, lambda cell: cell.label).items():
-        good = [cell.summary for cell in own if cell.summary is not None]
-        row: dict[str, Any] = {"method": label, "seeds": [cell.seed for cell in own], "diverged": len(own) - len(good)}
-        row["metric"] = good[0]["metric"] if good else None
-        row |= {name: over_seeds(map(read, good)) for name, read in COLUMNS.items()}
-        row["by_seed"] = {name: _by_seed(own, COLUMNS[name]) for name in ("global", "clients")}
-        row |= attendance.over_seeds([(cell.seed, cell.summary) for cell in own if cell.summary is not None])
-        groups = _groups(good)
-        found.append({**row, "capability": groups} if groups else row)
-    return found
+def comparison_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return a row for each method: mean and sample standard deviation over its seeds, of final-round figures."""
+    return [_row(label, group) for label, group in group_by(cells, lambda cell: cell.label).items()]
 
 
-def over_seeds(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean and deviation as ``comparison.json`` has them."""
-    found = mean_std(values)
-    return None if found is None else {"mean": found.mean, "std": found.std}
-
-
-def _by_seed(cells: Sequence[Cell], read: Callable[[Mapping[str, Any]], float | None]) -> dict[str, float]:
-    """A figure of each seed, for paired tests; the keys are texts, as JSON has them."""
-    found = {str(cell.seed): read(cell.summary) for cell in cells if cell.summary is not None}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _groups(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The clients' own figures by capability, the weakest first, over seeds."""
-    groups = [g for s in summaries for g in s.get("final", {}).get("clients", {}).get("capability", [])]
-    return [
+def _row(label: str, cells: Sequence[Cell]) -> dict[str, Any]:
+    summaries = {cell.seed: cell.summary for cell in cells if cell.summary is not None}
+    good = list(summaries.values())
+    row: dict[str, Any] = {"method": label, "seeds": [cell.seed for cell in cells], "diverged": len(cells) - len(good)}
+    row["metric"] = good[0]["metric"] if good else None
+    row |= {name: mean_std_table(map(read, good)) for name, read in COLUMNS.items()}
+    row["by_seed"] = {  # for paired tests
+        name: {str(seed): value for seed, s in summaries.items() if (value := COLUMNS[name](s)) is not None}
+        for name in ("global", "clients")
+    }
+    over = [f"seed {seed}: {who}" for seed, s in summaries.items() if (who := describe_scored(s)) != "clients"]
+    missing = [f"seed {seed}, {who} {when}" for seed, s in summaries.items() for who, when in fault_lines(s)]
+    groups = [g for s in good for g in s.get("final", {}).get("clients", {}).get("capability", [])]
+    capability = [  # the weakest first
         {"capability": level, "clients": statistics.fmean(group["clients"] for group in same)}
-        | {key: over_seeds(group[key] for group in same) for key in ("mean", "worst")}
+        | {key: mean_std_table(group[key] for group in same) for key in ("mean", "worst")}
         for level, same in sorted(group_by(groups, lambda group: group["capability"]).items())
     ]
+    notes = {"over": over, "missing": missing, "capability": capability}
+    return row | {key: value for key, value in notes.items() if value}
 
 
-def table(rows: Sequence[Mapping[str, Any]], is_detailed: bool = False) -> Table:
-    """A row a method: mean ± sample standard deviation over its seeds. Runs that diverged count in no figure.
+def mean_std_table(values: Iterable[float | None]) -> dict[str, float] | None:
+    """Return mean and deviation, as ``comparison.json`` has them."""
+    figure = mean_std(values)
+    return None if figure is None else {"mean": figure.mean, "std": figure.std}
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], is_detailed: bool = False) -> Table:
+    """Return the table of the rows: mean ± sample standard deviation over seeds, without runs that diverged.
 
     ``is_detailed`` adds a digit, the number of seeds, and the deviation of bytes and seconds.
     """
@@ -96,11 +92,11 @@ def table(rows: Sequence[Mapping[str, Any]], is_detailed: bool = False) -> Table
     columns += figure_columns(metric, is_detailed)
     spread = ", mean ± standard deviation over seeds" if max((len(row["seeds"]) for row in rows), default=0) > 1 else ""
     title = f"{metric.capitalize()} in the final round{spread}"
-    return Table("methods", title, tuple(columns), [_flat(row, columns) for row in rows])
+    return Table("methods", title, tuple(columns), [_cells(row, columns) for row in rows])
 
 
 def figure_columns(metric: str, is_detailed: bool) -> list[Column]:
-    """The columns of the final figures."""
+    """Return the columns of the final figures."""
     digits, of = (4, f" {metric}") if is_detailed else (3, "")
     return [
         Column("global", f"global{of}", digits, "global_std"),
@@ -113,22 +109,22 @@ def figure_columns(metric: str, is_detailed: bool) -> list[Column]:
     ]
 
 
-def _flat(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
-    found: dict[str, Any] = {"label": row["method"], "seeds": len(row["seeds"]) - row["diverged"]}
-    found |= {"diverged": row["diverged"], "few": FEWER if row.get("over") else ""}
+def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"label": row["method"], "seeds": len(row["seeds"]) - row["diverged"]}
+    cells |= {"diverged": row["diverged"], "few": MARK if row.get("over") else ""}
     for column in columns:
-        if isinstance(own := row.get(column.key), Mapping):
-            found |= {column.key: own["mean"], f"{column.key}_std": own["std"]}
-    return found
+        if isinstance(figure := row.get(column.key), Mapping):
+            cells |= {column.key: figure["mean"], f"{column.key}_std": figure["std"]}
+    return cells
 
 
-def fewer(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each method whose figures are not over all clients, and for each client that was missing."""
-    lines = []
+def coverage_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each method whose figures are not over all clients, and for each fault of a client."""
+    notes = []
     for row in rows:
-        lines += [f"{row['method']}{FEWER}: clients' own over {', '.join(row['over'])}"] if row.get("over") else []
-        lines += [f"{row['method']}: {who}" for who in row.get("missing", ())]
-    return lines
+        notes += [f"{row['method']}{MARK}: clients' own over {', '.join(row['over'])}"] if row.get("over") else []
+        notes += [f"{row['method']}: {fault}" for fault in row.get("missing", ())]
+    return notes
 
 
 def _final(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:

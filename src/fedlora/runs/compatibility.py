@@ -1,101 +1,54 @@
-"""What a configuration's sections must be to each other, however it was made: from TOML or in Python."""
+"""Settings of different sections that exclude each other, checked before anything is loaded."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from fedlora.adapters import ADAPTERS, Adapter
-from fedlora.engines import partition
 from fedlora.engines.loop import ENGINES
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
-from fedlora.registry import Registry
-from fedlora.runs import privacy_compatibility as refusals
 from fedlora.runs.sections import Sections
-from fedlora.schema import ConfigError, Table, check_type, construct
-from fedlora.security.attacks import ATTACKS
-from fedlora.security.robust import ROBUST_RULES
+from fedlora.schema import ConfigError
+from fedlora.security.privacy import accounting
 from fedlora.tasks import TASKS
-
-SECTIONS = (  # the dataclasses of a configuration, each a table of its own
-    "model", "task", "clients", "adapter", "method", "training", "evaluation", "server", "privacy", "engine", "flower",
-    "validation", "robust", "attack", "compression", "checkpoint",
-)  # fmt: skip
-REGISTRIES: Mapping[str, Registry] = {
-    "task": TASKS, "adapter": ADAPTERS, "method": METHODS, "robust": ROBUST_RULES, "attack": ATTACKS,
-}  # fmt: skip
+from fedlora.types import Turn, Work
 
 
-def check(config: Sections) -> None:
-    """``ValueError`` where settings exclude each other: said before anything is loaded."""
+def check_compatibility(config: Sections) -> None:
+    """Raise ``ValueError`` for the first two settings that exclude each other."""
+    for message in _exclusions(config):
+        raise ConfigError(message)
+
+
+def _exclusions(config: Sections) -> Iterator[str]:
+    """Yield a sentence for each violation, cheap checks first."""
     if config.rounds < 1:
-        raise ConfigError(f"rounds is {config.rounds}; a run needs at least 1.")
+        yield f"rounds is {config.rounds}; a run needs at least 1."
     check_adapter(type(config.method), config.table["method"]["name"], config.method.adapter)
-    _check_quantised(config)
-    config.server.check(config.method)
-    config.compression.check(config.method, config.flower.secure_aggregation)
-    config.checkpoint.check(config.method.personal, config.method.title)
+    yield from _of_task(config)
+    yield from _of_server(config)
+    yield from _of_compression(config)
     ENGINES.check(config.engine.name)
     for size in config.clients.remaining_sizes:
-        config.flower.check(config.method, size)
-    _check_trust(config)
+        yield from _of_secure_aggregation(config, size)
+    yield from _of_trust(config)
     if config.engine.offload and config.evaluation.measure:
-        raise ConfigError(
+        yield (
             "engine.offload keeps uploads on disk, but the error measures need them all; set "
             "evaluation.measure = false."
         )
-    config.engine.chosen()  # a device that is not there is said before anything is loaded
+    config.engine.chosen()  # raises if the device is not available
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
-    _check_ranks(config, budgets)
-    refusals.check(config.privacy, config.method, config.clients, budgets, config.task)
-
-
-def _check_trust(config: Sections) -> None:
-    """A rule or an attack that cannot work with the method, the task or hidden uploads is said before anything runs."""
-    hidden = config.flower.secure_aggregation
-    if config.robust is not None:
-        config.robust.check(config.method, hidden)
-        if config.privacy.sums_clients:
-            raise ConfigError(
-                "[robust] lets one client's upload decide about another's, so privacy.noise_on = 'sum' cannot bound "
-                'what one client changes; set privacy.noise_on = "upload", or leave [robust] out.'
-            )
-    if config.attack is not None:
-        config.attack.check(config.method, config.task, hidden)
-
-
-def _check_quantised(config: Sections) -> None:
-    if config.model.quantize is not None and not config.task.quantizes:
-        able = [other for other, kind in TASKS.classes().items() if kind.quantizes]
-        name = config.table["task"]["name"]
-        raise ConfigError(
-            f"model.quantize is {config.model.quantize!r}, but {name!r} trains its base's head in full; leave it out, "
-            f"or take {' or '.join(map(repr, able))}."
-        )
-
-
-def _check_ranks(config: Sections, budgets: Sequence[int]) -> None:
-    name = config.table["method"]["name"]
-    if not config.method.any_rank and len(set(budgets)) > 1:
-        able = [other for other, kind in METHODS.classes().items() if kind.any_rank]
-        key, instead = "ranks", "set one number"
-        if config.clients.capability is not None:
-            key, instead = "capability", 'take "rank" out of clients.capability_scales'
-        raise ConfigError(
-            f"clients.{key} gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
-            f"{instead}, or take {' or '.join(map(repr, able))}."
-        )
-    if config.training.local_epochs is not None and config.clients.local_steps is not None:
-        raise ConfigError("clients.local_steps and training.local_epochs are both set; keep one of them.")
-    if not config.method.any_rank and set(budgets) != {config.method.adapter.budget}:
-        raise ConfigError(
-            f"clients.ranks is {budgets[0]}, but adapter.rank is {config.method.adapter.budget}; "
-            f"{name!r} needs them equal: leave clients.ranks out."
-        )
+    yield from _of_ranks(config, budgets)
+    if config.privacy.on:
+        yield from _of_privacy(config)
+        yield from _of_client_privacy(config, budgets) if config.privacy.by_client else _of_example_privacy(config)
+        accounting.require_opacus()
 
 
 def check_adapter(method: type[Method], name: str, adapter: Adapter) -> None:
-    """``ConfigError`` where a method is not defined for an adapter."""
+    """Raise ``ConfigError`` if a method is not defined for an adapter."""
     if not isinstance(adapter, method.adapters):
         allowed = [key for key, value in ADAPTERS.classes().items() if issubclass(value, method.adapters)]
         raise ConfigError(
@@ -104,43 +57,150 @@ def check_adapter(method: type[Method], name: str, adapter: Adapter) -> None:
         )
 
 
-def resolve(config: Sections) -> Table:
-    """Every setting of a run with its default written out; ``None`` has no TOML form and is left out.
-
-    ``ConfigError`` for a section or a value that no TOML could have made.
-    """
-    found: Table = {key: check_type(key, getattr(config, key), int) for key in ("rounds", "seed")}
-    adapter = _section(config, "method").adapter
-    objects = {s: adapter if s == "adapter" else _section(config, s) for s in SECTIONS}
-    for section, value in ((k, v) for k, v in objects.items() if v is not None):
-        table = _as_table(value)
-        extra = {"adapter": value.adapter} if section == "method" else {}
-        construct(type(value), section, table, skip=("adapter",) if extra else (), **extra)
-        registry = REGISTRIES.get(section)
-        found[section] = table if registry is None else {"name": registry.name_of(type(value)), **table}
-    if config.track.trackers:
-        found["track"] = config.track.table()
-    if not config.privacy.on:
-        del found["privacy"]
-    if config.training.local_epochs is None:
-        found["training"]["local_steps"] = config.training.steps(1)
-    found["clients"]["partition"] = partition.resolve_partition(config.clients.partition)
-    return found
+def _of_task(config: Sections) -> Iterator[str]:
+    if config.model.quantize is not None and not config.task.quantizes:
+        supported = [name for name, kind in TASKS.classes().items() if kind.quantizes]
+        yield (
+            f"model.quantize is {config.model.quantize!r}, but {config.table['task']['name']!r} trains its base's head "
+            f"in full; leave it out, or take {' or '.join(map(repr, supported))}."
+        )
 
 
-def _section(config: Sections, section: str) -> Any:
-    value = getattr(config, section)
-    optional = section in ("robust", "attack")
-    if not (is_dataclass(value) and not isinstance(value, type)) and not (optional and value is None):
-        raise ConfigError(f"{section} is {value!r}; it should be an object of its settings, as fedlora.read makes it.")
-    return value
+def _of_server(config: Sections) -> Iterator[str]:
+    method, optimizer = config.method, config.server.optimizer
+    if optimizer != "none" and not method.averages:
+        yield (
+            f"server.optimizer = {optimizer!r} works on averaged leaves, but {method.title} does not average them; "
+            "take a method that averages (such as fedit), or leave the server's optimizer out."
+        )
+    if config.checkpoint.best == "global" and method.personal:
+        yield (
+            f"checkpoint.best is 'global', but {method.title} has no global model; set it to 'clients', for their mean."
+        )
 
 
-def _as_table(value: Any) -> Table:
-    found = {}
-    for f in fields(value):
-        item = getattr(value, f.name)
-        if item is None or isinstance(item, Adapter) or f.name.startswith("_"):
-            continue
-        found[f.name] = item
-    return found
+def _of_compression(config: Sections) -> Iterator[str]:
+    method, compression = config.method, config.compression
+    if config.flower.secure_aggregation and compression.upward is not None:
+        yield (
+            f"compression.up is {compression.up!r}, but flower.secure_aggregation adds up masked fixed-point numbers, "
+            "and codes with their own scales or positions cannot be added; leave compression.up and top_k out."
+        )
+    if compression.error_feedback and not method.keeps_frame:
+        yield (
+            f"compression.error_feedback adds the error of one round to the next, but {method.title} begins each round "
+            "in other coordinates; leave error_feedback out, or take a method that averages."
+        )
+    if compression.downward is not None and compression.downward.coarse and not method.keeps_frame:
+        yield (
+            f"compression.down is {compression.down!r}, which sends changes only, but {method.title} serves other "
+            "coordinates each round; take int8, bfloat16 or float16."
+        )
+
+
+def _of_secure_aggregation(config: Sections, cohort: int) -> Iterator[str]:
+    method, threshold = config.method, config.flower.secure_threshold
+    if not config.flower.secure_aggregation:
+        return
+    if not method.sums:
+        supported = [name for name, kind in METHODS.classes().items() if kind.sums]
+        yield (
+            f"flower.secure_aggregation hides each upload in a sum, but {method.title}'s server must see every "
+            f"client's factors; take one of {', '.join(supported)}, or leave secure_aggregation out."
+        )
+    if cohort < 3 or (threshold is not None and not cohort / 2 < threshold <= cohort):
+        yield (
+            f"flower.secure_aggregation has rounds of {cohort} clients and a threshold of {threshold}; "
+            "it needs 3 clients, and a threshold above half of them."
+        )
+
+
+def _of_trust(config: Sections) -> Iterator[str]:
+    """Yield the violations of ``[robust]`` and ``[attack]``; the plug-ins raise their own."""
+    is_secure = config.flower.secure_aggregation
+    if config.robust is not None:
+        config.robust.check(config.method, is_secure)
+        if config.privacy.sums_clients:
+            yield (
+                "[robust] lets one client's upload decide about another's, so privacy.noise_on = 'sum' cannot bound "
+                'what one client changes; set privacy.noise_on = "upload", or leave [robust] out.'
+            )
+    if config.attack is not None:
+        config.attack.check(config.method, config.task, is_secure)
+
+
+def _of_ranks(config: Sections, budgets: Sequence[int]) -> Iterator[str]:
+    name, method, clients = config.table["method"]["name"], config.method, config.clients
+    if not method.any_rank and len(set(budgets)) > 1:
+        supported = [other for other, kind in METHODS.classes().items() if kind.any_rank]
+        key, remedy = "ranks", "set one number"
+        if clients.capability is not None:
+            key, remedy = "capability", 'take "rank" out of clients.capability_scales'
+        yield (
+            f"clients.{key} gives the clients ranks {sorted(set(budgets))}, but {name!r} needs one rank for all; "
+            f"{remedy}, or take {' or '.join(map(repr, supported))}."
+        )
+    if config.training.local_epochs is not None and clients.local_steps is not None:
+        yield "clients.local_steps and training.local_epochs are both set; keep one of them."
+    if not method.any_rank and set(budgets) != {method.adapter.budget}:
+        yield (
+            f"clients.ranks is {budgets[0]}, but adapter.rank is {method.adapter.budget}; "
+            f"{name!r} needs them equal: leave clients.ranks out."
+        )
+
+
+def _of_privacy(config: Sections) -> Iterator[str]:
+    """Yield the settings that have no privacy guarantee at any level."""
+    if config.method.uses_gradient:
+        yield (
+            f"privacy.level is {config.privacy.level!r}, but {config.method.title} chooses what to train by a gradient "
+            'on the client\'s rows that gets no noise; set method.score to "weight" or "random".'
+        )
+
+
+def _of_client_privacy(config: Sections, budgets: Sequence[int]) -> Iterator[str]:
+    """Yield the settings that have no privacy guarantee for whole clients."""
+    method, clients, privacy, full = config.method, config.clients, config.privacy, config.method.adapter.budget
+    layer = {leaf: torch.zeros(1, 1) for leaf in method.adapter.trainable}
+    if not method.send(Work(layer, layer, frozenset(layer)), Turn(0, 0, 1)):
+        yield f"privacy.level is 'client', but {method.title} sends nothing; set privacy.level = 'example' or 'none'."
+    if method.weighting != "uniform":
+        yield (
+            "privacy.level is 'client' and method.weighting is 'examples': a client's weight depends on its rows, so "
+            'no noise bounds its part; set method.weighting = "uniform".'
+        )
+    if method.prunes:
+        yield (
+            f"privacy.level is 'client', but {method.title}'s ranks depend on the training, so the size of an upload "
+            "reveals what noise should hide; set method.decay = 1.0."
+        )
+    if privacy.noise_on == "sum" and not (method.sums and method.averages):
+        yield (
+            f"privacy.noise_on is 'sum', but {method.title}'s server is no sum of what is sent, so one client's part "
+            'in it has no bound; set privacy.noise_on = "upload", which adds noise to every upload by itself.'
+        )
+    if privacy.noise_on == "sum" and set(budgets) != {full}:
+        yield (
+            f"clients train {min(budgets)} to {max(budgets)} of {full} ranks or heads: the fewer clients train a rank, "
+            "the more each of them weighs in its mean; give all clients all, or set privacy.noise_on = 'upload'."
+        )
+    if clients.rate is not None and (clients.dropout or clients.stragglers):
+        yield (
+            "clients.sampling is 'poisson', but dropout and stragglers are drawn as shares of a cohort, so one client "
+            "more changes what others do; leave clients.dropout and clients.stragglers out."
+        )
+    privacy.delta_of(clients.members)  # raises if delta is too large for so few clients
+
+
+def _of_example_privacy(config: Sections) -> Iterator[str]:
+    """Yield the settings that have no privacy guarantee for single rows."""
+    if config.privacy.noise_on != "sum":
+        yield (
+            "privacy.noise_on is 'upload', which belongs to privacy.level = 'client'; at the level 'example' the noise "
+            "is in every step: leave it out."
+        )
+    if getattr(config.task, "packing", False):
+        yield (
+            "task.packing is set, but rows in one sequence have no gradients of their own; with privacy.level = "
+            "'example' set task.packing = false."
+        )

@@ -1,28 +1,22 @@
-"""TOML in, frozen dataclasses out: the only place that turns a name into a class.
+"""Configurations: from TOML to frozen dataclasses.
 
-Each table holds the keyword arguments of one constructor, so the dataclasses are the schema and there is no second
-list. What is wrong is said in one sentence with the key, the value, and what would do.
+A table has the keyword arguments of one constructor, so the dataclasses in ``sections.SECTIONS`` are the schema. An
+error is one sentence with the key, the value and a remedy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapters import ADAPTERS, Adapter
-from fedlora.engines.checkpoint import CheckpointSettings
-from fedlora.engines.clients import Clients
-from fedlora.engines.comm.compression import Compression
+from fedlora.adapters import Adapter
+from fedlora.engines import partition
 from fedlora.engines.federation import Federation
-from fedlora.engines.network_settings import Network
-from fedlora.engines.server_optimizer import ServerOptimizer
-from fedlora.methods import METHODS
-from fedlora.methods._base import Method
 from fedlora.registry import Registry
-from fedlora.runs import compatibility, trackers
 from fedlora.runs.build import build_federation
-from fedlora.runs.compatibility import SECTIONS, check_adapter
-from fedlora.runs.sections import ModelTable, Sections
+from fedlora.runs.compatibility import check_adapter, check_compatibility
+from fedlora.runs.sections import OPTIONAL, SECTIONS, ModelTable, Sections
+from fedlora.runs.trackers import Track
 from fedlora.schema import (
     ConfigError,
     Table,
@@ -36,14 +30,6 @@ from fedlora.schema import (
     merge_tables,
     read_table,
 )
-from fedlora.security.attacks import ATTACKS
-from fedlora.security.privacy import Privacy
-from fedlora.security.robust import ROBUST_RULES
-from fedlora.security.validation import Validation
-from fedlora.tasks import TASKS
-from fedlora.training.device import Engine
-from fedlora.training.evaluation import Evaluation
-from fedlora.training.local import Training
 from fedlora.training.peft_settings import OFF
 
 __all__ = [
@@ -51,58 +37,49 @@ __all__ = [
     "read", "read_table",
 ]  # fmt: skip
 
+REQUIRED = {  # section -> an example
+    "model": '[model] name = "roberta-base"',
+    "task": '[task] name = "text-classification", data = "my-folder"',
+}
+DEFAULT_NAMES = {"adapter": "lora", "method": "fedit"}
+
 
 @dataclass(frozen=True)
 class Config(Sections):
-    """A whole run, checked, also where it was put together or changed (``dataclasses.replace``) in Python.
+    """The configuration of a run. It is checked when it is built, also by ``dataclasses.replace``.
 
-    ``table`` is the resolved TOML, every default written out: enough to repeat the run. Raises ``ValueError`` where
-    settings exclude each other or are of a wrong kind.
+    Raises ``ValueError`` if settings exclude each other or have wrong types.
     """
 
     def __post_init__(self):
-        object.__setattr__(self, "table", compatibility.resolve(self))
-        compatibility.check(self)
+        object.__setattr__(self, "table", _to_table(self))
+        check_compatibility(self)
 
     def federation(self, party: int | None = None, combines: bool = False) -> Federation:
-        """Load the model and the data, and build the federation that an engine runs; see ``build_federation``."""
+        """Load the model and the data, and build the federation; see ``build_federation``."""
         return build_federation(self, party, combines)
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A config from a TOML file; ``overrides`` are ``key=value`` with dotted keys and TOML values."""
+    """Read a TOML file. ``overrides`` are ``key=value``, with dotted keys and TOML values."""
     return build(apply_overrides(read_table(path), overrides))
 
 
 def build(table: Table) -> Config:
-    """Checks a table and builds its objects. ``ConfigError`` says what is wrong with it."""
-    top = {"rounds": int, "seed": int}
-    check_keys("", table, [*top, *SECTIONS, "track", "compare"])
-    for section in ("model", "task"):
+    """Check a table and build its objects. Raises ``ConfigError``."""
+    check_keys("", table, ["rounds", "seed", *SECTIONS, "track", "compare"])
+    for section, example in REQUIRED.items():
         if section not in table:
-            raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {EXAMPLES[section]}.")
+            raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {example}.")
     _check_peft(table)
-    numbers = {key: check_type(key, table[key], kind) for key, kind in top.items() if key in table}
-    parts = {
-        "model": construct(ModelTable, "model", _section(table, "model")),
-        "task": construct_by_name(TASKS, "task", _section(table, "task")),
-        "method": _method(_section(table, "method", {"name": "fedit"}), table.get("adapter")),
-        "clients": construct(Clients, "clients", _section(table, "clients")),
-        "training": construct(Training, "training", _section(table, "training")),
-        "evaluation": construct(Evaluation, "evaluation", _section(table, "evaluation")),
-        "server": construct(ServerOptimizer, "server", _section(table, "server")),
-        "privacy": construct(Privacy, "privacy", _section(table, "privacy")),
-        "engine": construct(Engine, "engine", _section(table, "engine")),
-        "flower": construct(Network, "flower", _section(table, "flower")),
-        "validation": construct(Validation, "validation", _section(table, "validation")),
-        "robust": _optional(ROBUST_RULES, "robust", table),
-        "attack": _optional(ATTACKS, "attack", table),
-        "compression": construct(Compression, "compression", _section(table, "compression")),
-        "checkpoint": construct(CheckpointSettings, "checkpoint", _section(table, "checkpoint")),
-        "track": trackers.read(_section(table, "track")),
-    }
+    values: dict[str, Any] = {key: check_type(key, table[key], int) for key in ("rounds", "seed") if key in table}
+    for section in SECTIONS:
+        if section in table or section not in OPTIONAL:
+            values[section] = _build_section(section, _section_table(table, section), values)
+    values.pop("adapter", None)
+    values["track"] = Track.from_table(_section_table(table, "track"))
     try:
-        return Config(**parts, **numbers)
+        return Config(**values)
     except ConfigError:
         raise
     except ValueError as error:
@@ -110,48 +87,63 @@ def build(table: Table) -> Config:
 
 
 def _check_peft(table: Table) -> None:
-    """``ConfigError`` where an adapter is asked for that PEFT has and this library has not, with the reason."""
+    """Raise ``ConfigError`` for settings of PEFT that this library does not support, with the reason."""
     for section in ("model", "adapter"):
-        found = table.get(section)
-        for key in (key for key in OFF if isinstance(found, dict) and key in found):
+        settings = table.get(section)
+        for key in (key for key in OFF if isinstance(settings, dict) and key in settings):
             raise ConfigError(
                 f"{section}.{key} is a setting of PEFT that cannot be used here: {OFF[key]}; leave it out, and name "
                 "linear layers in model.targets."
             )
 
 
-EXAMPLES = {
-    "model": '[model] name = "roberta-base"',
-    "task": '[task] name = "text-classification", data = "my-folder"',
-}
+def _section_table(table: Table, section: str) -> Table:
+    settings = table.get(section, {})
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{section} is {settings!r}; it is a table, e.g. [{section}].")
+    return {"name": DEFAULT_NAMES[section], **settings} if section in DEFAULT_NAMES else settings
 
 
-def _section(table: Table, key: str, default: Table | None = None) -> Table:
-    value = table.get(key, default or {})
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key} is {value!r}; it is a table, e.g. [{key}].")
-    return value
+def _build_section(section: str, settings: Table, values: Table) -> Any:
+    """Build the object of one section; ``values`` has those of the sections before it."""
+    kind = SECTIONS[section]
+    if not isinstance(kind, Registry):
+        return construct(kind, section, settings)
+    if section != "method" or not isinstance(settings["name"], str):
+        return construct_by_name(kind, section, settings)
+    name = settings.pop("name")
+    method = load_class(kind, name)
+    ready = {"adapter": values["adapter"]} if "adapter" in values else {}
+    if ready:
+        check_adapter(method, name, values["adapter"])
+    return construct(method, section, settings, skip=("adapter",), **ready)
 
 
-def _method(table: Table, adapter_table: Any) -> Method:
-    name = table.get("name", "fedit")
-    if not isinstance(name, str):
-        raise ConfigError(f"method.name is {name!r}; it must be a string.")
-    kind = load_class(METHODS, name)
-    adapter = _adapter(adapter_table) if adapter_table is not None else None
-    if adapter is not None:
-        check_adapter(kind, name, adapter)
-    values = {k: v for k, v in table.items() if k != "name"}
-    extra = {"adapter": adapter} if adapter is not None else {}
-    return construct(kind, "method", values, skip=("adapter",), **extra)
+def _to_table(config: Sections) -> Table:
+    """Return the TOML of a configuration with all defaults. ``None`` has no TOML form and is left out.
 
-
-def _adapter(table: Any) -> Adapter:
-    if not isinstance(table, dict):
-        raise ConfigError(f'adapter is {table!r}; it is a table, e.g. adapter = {{ name = "lora", rank = 8 }}.')
-    return construct_by_name(ADAPTERS, "adapter", {"name": "lora", **table})
-
-
-def _optional(registry: Registry, section: str, table: Table) -> Any:
-    """The plug-in of a table that may be left out."""
-    return construct_by_name(registry, section, _section(table, section)) if section in table else None
+    Raises ``ConfigError`` for an object or a value that TOML could not have made.
+    """
+    table: Table = {key: check_type(key, getattr(config, key), int) for key in ("rounds", "seed")}
+    for section, kind in SECTIONS.items():
+        value = getattr(config.method if section == "adapter" else config, section, None)
+        if value is None and section in OPTIONAL:
+            continue
+        if not is_dataclass(value) or isinstance(value, type):
+            raise ConfigError(
+                f"{section} is {value!r}; it should be an object of its settings, as fedlora.read makes it."
+            )
+        settings = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+        settings = {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}
+        ready = {"adapter": config.method.adapter} if section == "method" else {}
+        construct(type(value), section, settings, skip=tuple(ready), **ready)
+        names = {"name": kind.name_of(type(value))} if isinstance(kind, Registry) else {}
+        table[section] = names | settings
+    if config.track.trackers:
+        table["track"] = config.track.to_table()
+    if not config.privacy.on:
+        del table["privacy"]
+    if config.training.local_epochs is None:
+        table["training"]["local_steps"] = config.training.steps(1)
+    table["clients"]["partition"] = partition.resolve_partition(config.clients.partition)
+    return table

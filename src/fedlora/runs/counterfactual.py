@@ -20,7 +20,9 @@ from fedlora.types import Layer, Tree, Work
 FACTORS = frozenset("AB")
 
 
-def asked(rules: Rules, before: Tree, uploads: Sequence[Received], methods: Mapping[str, Method]) -> dict[str, Any]:
+def compare_uploads(
+    rules: Rules, before: Tree, uploads: Sequence[Received], methods: Mapping[str, Method]
+) -> dict[str, Any]:
     """``methods``: label -> relative ``error`` and ``gauge``; and of the uploads themselves ``tail`` and ``angles``.
 
     ``error`` is ``‖served − W*‖ / ‖W*‖`` over all weights; ``gauge`` how far the served factors lie from FedIT's means,

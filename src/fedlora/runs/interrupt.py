@@ -1,4 +1,4 @@
-"""How a run is stopped: Ctrl-C once, Ctrl-C twice, a full disk, and a second run in the same folder."""
+"""Interruptions of a run: Ctrl-C, a full disk, and a second run in the same folder."""
 
 import errno
 import os
@@ -12,61 +12,61 @@ from types import FrameType
 from fedlora.engines.loop import Event, Watch
 from fedlora.schema import ConfigError
 
-WORDS = b"\nfedlora: stopping after this step; Ctrl-C again leaves at once.\n"
-STEPS = ("step", "turn")  # a round that is broken off there is dropped whole; later in it, it is nearly finished
+MESSAGE = b"\nfedlora: stopping after this step; Ctrl-C again leaves at once.\n"
+STEPS = ("step", "turn")  # events after which a run stops; its round is dropped. Later, a round is nearly finished
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stop:
-    """Ctrl-C once lets the current step finish, and raises ``KeyboardInterrupt`` then; twice leaves at once.
+    """Handles Ctrl-C: the first lets the current step finish and then raises ``KeyboardInterrupt``, the second exits.
 
-    Where ``patient`` is false, as for a run whose steps are in other processes, once raises right away.
+    If ``is_patient`` is false, as for a run whose steps are in other processes, the first raises at once.
     """
 
-    def __init__(self, patient: bool = True):
-        self.patient, self.asked = patient, False
+    def __init__(self, is_patient: bool = True):
+        self.is_patient, self.is_requested = is_patient, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While Ctrl-C comes here; a program that deals with it in its own way is left to it."""
+        """Handle Ctrl-C within the block, unless the program has its own handler."""
         main = threading.current_thread() is threading.main_thread()
         if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
             return
-        signal.signal(signal.SIGINT, self._pressed)
+        signal.signal(signal.SIGINT, self._handle)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _pressed(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise SystemExit(130)  # every file is written whole or not at all, so there is nothing to finish
-        self.asked = True
-        if not self.patient:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_requested:
+            raise SystemExit(130)  # files are written as a whole, so nothing needs to be finished
+        self.is_requested = True
+        if not self.is_patient:
             raise KeyboardInterrupt
-        with suppress(OSError):  # nobody may be reading any more
-            os.write(2, WORDS)  # no print: the handler may have broken into one
+        with suppress(OSError):  # stderr may be closed
+            os.write(2, MESSAGE)  # not print: the handler may have interrupted one
 
-    def look(self) -> None:
-        """``KeyboardInterrupt`` where the run is to stop."""
-        if self.asked:
+    def check(self) -> None:
+        """Raise ``KeyboardInterrupt`` if the run should stop."""
+        if self.is_requested:
             raise KeyboardInterrupt
 
-    def watched(self, watch: Watch) -> Watch:
-        """``watch``, and a look after each step."""
+    def wrap(self, watch: Watch) -> Watch:
+        """Return a function that calls ``watch``, and ``check`` after each step."""
 
-        def told(event: Event) -> None:
+        def notify(event: Event) -> None:
             watch(event)
             if event.kind in STEPS:
-                self.look()
+                self.check()
 
-        return told
+        return notify
 
 
 @contextmanager
-def saying_full(folder: Path | None) -> Iterator[None]:
-    """A full disk, a quota or a size limit becomes an ``OSError`` of one sentence."""
+def explain_full_disk(folder: Path | None) -> Iterator[None]:
+    """Explain the error of a full disk, a quota or a size limit in one sentence."""
     try:
         yield
     except OSError as error:
@@ -79,8 +79,8 @@ def saying_full(folder: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path | None) -> Iterator[None]:
-    """While nobody else runs into this folder; the system takes the lock back when a process ends, however it ends."""
+def lock_folder(folder: Path | None) -> Iterator[None]:
+    """Make a folder and lock it against other runs; the system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # a system without such locks
@@ -90,15 +90,15 @@ def alone(folder: Path | None) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise ConfigError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder.") from error
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(place)
+        os.close(descriptor)
         raise ConfigError(f"another run writes into {str(folder)!r}; stop it, or choose another folder.") from error
     try:
         yield
     finally:
-        os.close(place)
+        os.close(descriptor)

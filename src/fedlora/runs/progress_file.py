@@ -1,7 +1,7 @@
-"""A run under way, read from its folder by whoever wants to know: no torch, and nothing is asked of the run itself.
+"""Read the progress of a running run from its folder, without torch.
 
-``progress.json`` says where it stands within a round, ``metrics.jsonl`` has the finished rounds. The first is written
-aside and renamed, so a reader always finds it whole; it is not synced, since nothing depends on it after a crash.
+``progress.json`` has the state within a round, ``metrics.jsonl`` the finished rounds. The first is replaced as a whole,
+so a reader never sees half of it. It is not synced to disk, since nothing depends on it after a crash.
 """
 
 import json
@@ -19,24 +19,24 @@ WAITING, LOADING, RUNNING, LOST = "waiting", "loading", "running", "broken off"
 OVER = ("finished", "interrupted", "failed", LOST)
 
 
-def replace(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON that a reader finds old or new, never cut off."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(aside, path)
+def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file as a whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """A JSON table; None where there is none."""
+def _read_table(path: Path) -> dict[str, Any] | None:
+    """Read a JSON table; None if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return table if isinstance(table, dict) else None
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not yet waited for does not."""
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -47,79 +47,78 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def born(pid: int) -> str | None:
-    """When a process began, as the kernel counts: numbers of processes come again. None where nobody says."""
+def _start_time(pid: int) -> str | None:
+    """Return the kernel's start time of a process, since process ids are reused; None if it is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
 
 
-def me() -> dict[str, Any]:
-    """What another process needs in order to see whether this one still runs."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "born": born(os.getpid())}
+def process_id() -> dict[str, Any]:
+    """Return the identity of this process, for ``is_running``."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "born": _start_time(os.getpid())}
 
 
-def lives(said: Mapping[str, Any]) -> bool:
-    """Whether the process that said ``me`` still runs; taken for granted of another machine's."""
-    if said.get("host") != socket.gethostname() or not isinstance(said.get("pid"), int):
+def is_running(process: Mapping[str, Any]) -> bool:
+    """Whether the process of a ``process_id`` runs; assumed of a process on another machine."""
+    pid = process.get("pid")
+    if process.get("host") != socket.gethostname() or not isinstance(pid, int):
         return True
-    return alive(said["pid"]) and said.get("born") in (None, born(said["pid"]))
+    return is_alive(pid) and process.get("born") in (None, _start_time(pid))
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What was found at one look."""
+    """The status of a run."""
 
     state: str  # "waiting", "loading", "running" or one of OVER
-    progress: Mapping[str, Any]  # what the run says of itself; empty before it begins
-    records: list[RoundRecord]  # its finished rounds
+    progress: Mapping[str, Any]  # ``progress.json``; empty before the run begins
+    records: list[RoundRecord]  # of the finished rounds
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more will come."""
+    def is_over(self) -> bool:
+        """Whether the run has ended."""
         return self.state in OVER
 
 
 @dataclass
 class ProgressReader:
-    """One run's folder, looked at again and again; only what was added is read."""
+    """Reads the status of one run repeatedly, and only the new lines of its metrics."""
 
     folder: Path
     _records: list[RoundRecord] = field(default_factory=list, init=False)
-    _read: int = field(default=0, init=False)  # bytes of the metrics that were taken
-    _file: int = field(default=0, init=False)  # which file that was: a run that goes on writes a new one
+    _offset: int = field(default=0, init=False)  # bytes of the metrics that were read
+    _inode: int = field(default=0, init=False)  # of the metrics: a run that is resumed may write a new file
 
-    def look(self) -> RunStatus:
-        """Where the run stands now. ``ValueError`` for a folder of several runs."""
+    def read(self) -> RunStatus:
+        """Return the status of the run now. Raises ``ValueError`` for the folder of a comparison."""
         if (self.folder / COMPARISON).exists():
             raise ValueError(f"{str(self.folder)!r} is a comparison; name the folder of one of its runs.")
-        said = read(self.folder / PROGRESS)
-        records = self._metrics()
-        if said is None or said.get("form") != 1:
-            return RunStatus(self._without(), {}, records)
-        state = said.get("state", RUNNING)
-        if state == RUNNING and not lives(said):
-            state = LOST
-        return RunStatus(state, said, records)
+        progress = _read_table(self.folder / PROGRESS)
+        records = self._read_metrics()
+        if progress is None or progress.get("form") != 1:
+            return RunStatus(self._state_without_progress(), {}, records)
+        state = progress.get("state", RUNNING)
+        return RunStatus(state if state != RUNNING or is_running(progress) else LOST, progress, records)
 
-    def _without(self) -> str:
-        """The state of a run that keeps no such file: it has not begun, or is of an earlier version."""
-        summary = read(self.folder / SUMMARY)
+    def _state_without_progress(self) -> str:
+        """Return the state of a run that has not begun, or that an earlier version wrote."""
+        summary = _read_table(self.folder / SUMMARY)
         if summary is None:
             return LOADING if (self.folder / METRICS).exists() else WAITING
         return "interrupted" if summary.get("interrupted") else "finished"
 
-    def _metrics(self) -> list[RoundRecord]:
+    def _read_metrics(self) -> list[RoundRecord]:
         try:
             with open(self.folder / METRICS, "rb") as file:
-                about = os.fstat(file.fileno())
-                if about.st_ino != self._file or about.st_size < self._read:
-                    self._records, self._read, self._file = [], 0, about.st_ino
-                file.seek(self._read)
-                whole = file.read().rpartition(b"\n")
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._inode or stat.st_size < self._offset:
+                    self._records, self._offset, self._inode = [], 0, stat.st_ino
+                file.seek(self._offset)
+                lines, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return []
-        self._read += len(whole[0]) + len(whole[1])
-        self._records += [json.loads(line) for line in whole[0].splitlines() if line.strip()]
+        self._offset += len(lines) + len(newline)
+        self._records += [json.loads(line) for line in lines.splitlines() if line.strip()]
         return list(self._records)

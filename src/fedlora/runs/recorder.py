@@ -1,4 +1,4 @@
-"""Takes a run's rounds as they come, each on disk before the next begins, and lets a run go on from there."""
+"""Writes the rounds of a run, each before the next begins, and resumes a run from its checkpoint."""
 
 import json
 import os
@@ -24,27 +24,27 @@ from fedlora.security.validation import Validation, quarantine
 
 @dataclass
 class RunRecorder:
-    """The records of a run, in ``metrics.jsonl`` where there is a folder, and a checkpoint with them."""
+    """Writes records to ``metrics.jsonl``, and checkpoints, if the run has a folder."""
 
     folder: Path | None
-    checkpoints: Checkpoints | None = None
-    stop: Stop = field(default_factory=Stop)
-    validation: Validation = field(default_factory=Validation)
+    checkpoints: Checkpoints | None
+    stop: Stop
+    callbacks: Callbacks
+    validation: Validation
     records: list[RoundRecord] = field(default_factory=list)
-    last: Round | None = None  # the last finished one, of this process or of the one before
-    saved: Saved | None = None  # where the run goes on from
+    last: Round | None = None  # the last finished round, of this process or of the one before
+    saved: Saved | None = None  # the checkpoint that the run is resumed from
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads the labels of its own data
     interrupted: bool = False
-    told: Callbacks = field(default_factory=Callbacks)
     _began: float = field(default_factory=time.perf_counter)
     _file: IO[str] | None = None
 
     def find(self) -> None:
-        """Looks for the newest sound checkpoint, and for the records of the rounds that it counts.
+        """Find the newest sound checkpoint, and read the records of its rounds.
 
-        ``ValueError`` where there are checkpoints, but none to go on from, or the data or the base have changed.
+        Raises ``ValueError`` if no checkpoint is sound, or if the data or the base have changed.
         """
-        assert self.folder is not None and self.checkpoints is not None, "a run without a folder leaves nothing"
+        assert self.folder is not None and self.checkpoints is not None
         self.saved = self.checkpoints.newest()
         if self.saved is not None:
             self.checkpoints.check_inputs(self.saved)
@@ -62,31 +62,35 @@ class RunRecorder:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, in all its processes, as far as they were saved."""
+        """The duration of the run, with the saved part of earlier processes."""
         earlier = self.saved.about["notes"].get("seconds", 0.0) if self.saved else 0.0
         return earlier + time.perf_counter() - self._began
 
     @property
-    def resumed(self) -> list[int]:
-        """After how many rounds it went on, each time that it did."""
+    def resume_points(self) -> list[int]:
+        """The number of finished rounds at each resumption."""
         return list(self.checkpoints.notes.get("resumed", [])) if self.checkpoints else []
 
     def take(self, engine: Loop, f: Federation) -> None:
-        """Every round of an engine, to the end or to Ctrl-C."""
-        at = self._restored(engine, f)
+        """Run and record all rounds of an engine, to the end or to Ctrl-C."""
+        state = self._restore(engine, f)
         try:
-            for self.last in explain_overflow(engine.run(f, at)):
+            for self.last in explain_overflow(engine.run(f, state)):
                 quarantine.write_quarantine(self.folder, self.last.record["round"], self.last.bad, self.validation)
-                self._line(self.last.record)
-                last = self.last.number + 1 >= f.rounds
+                self.records = [*self.records, self.last.record]
+                if self._file is not None:
+                    self._file.write(json.dumps(self.last.record) + "\n")
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                is_last = self.last.number + 1 >= f.rounds
                 self.readings = {**self.readings, **engine.readings()}
                 if self.checkpoints is not None:
                     self.checkpoints.notes["seconds"] = self.seconds
                     self.checkpoints.notes["readings"] = {str(k): v for k, v in self.readings.items()}
-                    self.checkpoints.after(self.last, engine, last)
-                self.told.round(self.last.record)
-                if not last:
-                    self.stop.look()
+                    self.checkpoints.after(self.last, engine, is_last)
+                self.callbacks.round(self.last.record)
+                if not is_last:
+                    self.stop.check()
         except (KeyboardInterrupt, CallbackError) as stopped:
             self.interrupted = True
             if self.checkpoints is not None:
@@ -96,31 +100,24 @@ class RunRecorder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While the metrics file is open: it has the records that count, and no others."""
+        """Open the metrics file, after removing lines that are cut off or beyond the checkpoint."""
         if self.folder is None:
             yield
             return
         path = self.folder / METRICS
-        known = "".join(islice(RunFolder(self.folder).lines(), len(self.records)))
-        if path.read_text(encoding="utf-8") != known:  # a line was cut off, or its round was not saved
-            write(path, known.encode())
+        lines = "".join(islice(RunFolder(self.folder).lines(), len(self.records)))
+        if path.read_text(encoding="utf-8") != lines:
+            write(path, lines.encode())
         with open(path, "a", encoding="utf-8") as self._file:
             yield
 
-    def _restored(self, engine: Loop, f: Federation) -> ServerState | None:
+    def _restore(self, engine: Loop, f: Federation) -> ServerState | None:
         if self.checkpoints is None:
             return None
         self.checkpoints.begin(f)
         if self.saved is None:
             return None
-        at = self.checkpoints.load(self.saved, f, engine)
-        kept = {client: private.kept for client, private in (engine.client_states(at) or {}).items()}
-        self.last = Round(at.number - 1, at.shared, kept, at.base_updates, self.records[-1], at.channel.ledger, at)
-        return at
-
-    def _line(self, record: RoundRecord) -> None:
-        self.records = [*self.records, record]
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        s = self.checkpoints.load(self.saved, f, engine)
+        kept = {client: client_state.kept for client, client_state in (engine.client_states(s) or {}).items()}
+        self.last = Round(s.number - 1, s.shared, kept, s.base_updates, self.records[-1], s.channel.ledger, s)
+        return s

@@ -1,15 +1,10 @@
-"""A Config becomes a federation, is run, and leaves a folder."""
+"""Run a configuration and write its folder."""
 
-import platform
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
@@ -19,29 +14,26 @@ from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json
-from fedlora.runs import attendance
-from fedlora.runs.callbacks import Start
-from fedlora.runs.config import Config, ConfigError, Table, merge_tables
-from fedlora.runs.data_distribution import holdings, labels
+from fedlora.runs.callbacks import Callback, Callbacks, End, Start
+from fedlora.runs.config import Config
 from fedlora.runs.error_log import tracebacks_in
 from fedlora.runs.file_names import CONFIG, ROWS
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.interrupt import Stop, alone, saying_full
-from fedlora.runs.notify import callbacks as telling
-from fedlora.runs.notify import ended
-from fedlora.runs.record import DIRECTIONS, errors_over_weights
+from fedlora.runs.interrupt import Stop, explain_full_disk, lock_folder
+from fedlora.runs.progress_writer import ProgressWriter
 from fedlora.runs.recorder import RunRecorder
 from fedlora.runs.result import Rounds
-from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.runs.summary import data_distribution, describe_labels, summarise
+from fedlora.runs.trackers._callback import Tracking
+from fedlora.schema import ConfigError, Table, merge_tables
 from fedlora.types import Tree
 
-LAST = 3  # evaluated rounds in the mean that smooths the final figure
 EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
 
 
 @dataclass(frozen=True)
 class Result(Rounds):
-    """A run that has ended: its summary, its rounds' records, and what the parties hold."""
+    """A run that has ended: its summary, the records of its rounds, and the shared and the clients' leaves."""
 
     summary: Mapping[str, Any]
     records: list[RoundRecord] = field(repr=False)
@@ -50,7 +42,7 @@ class Result(Rounds):
     folder: Path | None = None
 
 
-# Lets ``take`` run an engine; returns what each client keeps, where the last round does not know it.
+# Runs an engine with ``take``; returns the leaves that each client keeps, unless the last round has them.
 Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
 
 
@@ -63,38 +55,54 @@ def run(
     again: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Result:
-    """Runs a federation to its end, or to Ctrl-C, and keeps what was finished.
+    """Run a federation to its end, or to Ctrl-C.
 
-    ``out`` is a new folder: ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line a round, as it
-    happens), ``summary.json``, ``shared.safetensors``,
-    ``clients/K.safetensors`` and, where the method folds, ``base_update.safetensors``. Raises ``ConfigError`` for a
-    folder that holds a run already or cannot be written. ``observe`` adds figures of its own to each round's record.
-    ``drive`` runs the rounds elsewhere than ``engine.name`` says; with ``again``, ``out`` may hold the beginning of
-    this run, which goes on from its last checkpoint. ``callbacks`` are told of the run as it goes. Raises
-    ``OSError`` where the disk is full and ``CallbackError`` where a callback raises; finished rounds stay. The
-    traceback of an error that nobody expected is in the folder's ``error.log``, too.
+    Args:
+        config: the configuration.
+        out: a new folder for ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line for each round, as
+            it happens), ``summary.json``, ``shared.safetensors``, ``clients/K.safetensors`` and, if the method updates
+            the base, ``base_update.safetensors``.
+        watch: called with every event.
+        observe: returns more figures for each round's record.
+        drive: runs the rounds, instead of the engine that ``engine.name`` selects.
+        again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
+        callbacks: see ``fedlora.Callback``.
+
+    Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
+    ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
+    folder's ``error.log``.
     """
     folder = None if out is None else Path(out).expanduser()
-    told = telling(config, callbacks, folder)
-    stop = Stop(patient=drive is None and _load_engine(config.engine.name).steps_here)
-    with alone(folder), saying_full(folder), tracebacks_in(folder, CONFIG):
+    all_callbacks = _build_callbacks(config, callbacks, folder)
+    stop = Stop(is_patient=drive is None and _load_engine(config.engine.name).steps_here)
+    with lock_folder(folder), explain_full_disk(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
-            recorder = _keeper(config, federation, folder, stop, again)
-            recorder.told = told
+            recorder = _build_recorder(config, federation, folder, stop, again, all_callbacks)
         with stop.listening() if drive is None else nullcontext():
-            result = _kept(config, federation, recorder, stop.watched(told.watched(watch)), observe, drive)
-    if stop.asked and not recorder.interrupted:  # too late to stop this run, but not whatever would come after it
+            result = _run_rounds(config, federation, recorder, stop.wrap(all_callbacks.wrap(watch)), observe, drive)
+    if stop.is_requested and not recorder.interrupted:  # too late for this run, but a caller may begin another
         raise KeyboardInterrupt
     return result
 
 
-def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool) -> RunRecorder:
-    """Where rounds go to. ``ValueError`` where a run is to go on and cannot, before anything is written."""
+def _build_callbacks(config: Config, custom: Sequence[Any], folder: Path | None) -> Callbacks:
+    """Build the progress file's and the trackers' callbacks, and check the caller's."""
+    trackers = config.track.trackers
+    for name, tracker in trackers.items():
+        tracker.check(name)
+    builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]
+    return Callbacks(custom, [*builtin, *([Tracking(trackers)] if trackers else [])])
+
+
+def _build_recorder(
+    config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool, callbacks: Callbacks
+) -> RunRecorder:
+    """Build the recorder and write the configuration. Raises ``ValueError`` if the run cannot be resumed."""
     if folder is None:
-        return RunRecorder(None, stop=stop, validation=config.validation)
+        return RunRecorder(None, None, stop, callbacks, config.validation)
     table, run = _table_to_repeat(config, f), RunFolder(folder)
-    recorder = RunRecorder(folder, _checkpoints(config, f, folder, table), stop, config.validation)
+    recorder = RunRecorder(folder, _checkpoints(config, f, folder, table), stop, callbacks, config.validation)
     if again:
         recorder.find()
         if recorder.saved is None and run.has_summary and run.records:
@@ -103,13 +111,13 @@ def _keeper(config: Config, f: Federation, folder: Path | None, stop: Stop, agai
             raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
     run.remove_partial_files()
     run.write_config(table)
-    if (rows := holdings(f)) is not None:
+    if (rows := data_distribution(f)) is not None:
         save_json(folder / ROWS, rows)
     return recorder
 
 
 def check_same(config: Config, folder: Path) -> None:
-    """``ValueError`` where a folder's run is of another configuration, or was made of other data or another model."""
+    """Raise ``ValueError`` if a folder's run has another configuration, other data or another model."""
     f = config.federation()
     checkpoints = _checkpoints(config, f, folder, _table_to_repeat(config, f))
     if (saved := checkpoints.newest()) is not None:
@@ -123,29 +131,24 @@ def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> C
 
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:
-    """The table that repeats a run from any folder, on any machine."""
-    return _with_absolute_paths(merge_tables(config.table, {"training": {"precision": f.training.precision}}))
-
-
-def _with_absolute_paths(table: Table) -> Table:
-    """Replace local files and folders by their absolute paths, so that the table means the same from any folder."""
-    found = dict(table)
+    """Return the table that repeats a run from any folder, on any machine: with absolute paths."""
+    table = merge_tables(config.table, {"training": {"precision": f.training.precision}})
     for section, key in (place.split(".") for place in PLACES):
-        value = found.get(section, {}).get(key)
+        value = table.get(section, {}).get(key)
         if isinstance(value, str) and value not in EMBEDDED and (path := Path(value).expanduser()).exists():
-            found[section] = {**found[section], key: str(path.absolute())}
-    return found
+            table[section] = {**table[section], key: str(path.absolute())}
+    return table
 
 
-def _kept(
+def _run_rounds(
     config: Config, f: Federation, recorder: RunRecorder, watch: Watch, observe: Observe | None, drive: Drive | None
 ) -> Result:
-    """The rounds, and what they leave."""
+    """Run the rounds, and write the result."""
     refused = recorder.checkpoints.refused if recorder.checkpoints else []
     start = Start(config, recorder.folder, recorder.records, lambda text: watch(Event("note", 0, text=text)))
-    with recorder.told.running(start), recorder.writing():
+    with recorder.callbacks.running(start), recorder.writing():
         for note in (*f.notes, *(f"{why}; the checkpoint before it is used." for why in refused)):
-            start.say(note)
+            start.note(note)
         try:
             kept = (drive or _load_engine(config.engine.name).drive)(config, f, watch, observe, recorder.take)
         except KeyboardInterrupt:
@@ -153,94 +156,59 @@ def _kept(
     last = recorder.last
     shared = last.shared if last else f.model.initial(config.seed)
     kept = kept if kept is not None else last.kept if last else {}
+    base_updates = last.base_updates if last else BaseUpdateLog()
+    resumed = recorder.resume_points
     summary = {
-        **summarise(config, recorder.records, recorder.interrupted, recorder.seconds),
-        **_of_rows(f, recorder),
-        "base_updates": len(last.base_updates) if last else 0,
-        "kept": drive is None,  # whether this folder has what clients keep for themselves
-        **({"resumed": recorder.resumed} if recorder.resumed else {}),
+        **_summarise(config, f, recorder, recorder.records, recorder.interrupted),
+        "base_updates": len(base_updates),
+        "kept": drive is None,  # whether this folder has the leaves that clients keep
+        **({"resumed": resumed} if resumed else {}),
         **({"refused": refused} if refused else {}),
     }
-    folder = recorder.folder
-    if folder is not None and (last is not None or not recorder.records):  # else it was broken off before a new round
-        summary |= _left_best(config, f, recorder, watch)
-        RunFolder(folder).write_result(shared, kept, last.base_updates if last else BaseUpdateLog(), summary)
-    recorder.told.ended(ended(summary))
-    return Result(summary, recorder.records, shared, kept, folder)
+    if recorder.folder is not None and (last is not None or not recorder.records):  # else no new round was finished
+        summary |= _write_best(config, f, recorder, watch)
+        RunFolder(recorder.folder).write_result(shared, kept, base_updates, summary)
+    recorder.callbacks.end(End("interrupted" if summary["interrupted"] else "finished", summary))
+    return Result(summary, recorder.records, shared, kept, recorder.folder)
 
 
-def _of_rows(f: Federation, recorder: RunRecorder) -> dict[str, Any]:
-    """What is guaranteed to the rows of all rounds, how their labels were read, and what there is to tell of them."""
-    notes = {"notes": list(f.notes)} if f.notes else {}
-    return {**f.privacy_ledger.report(len(recorder.records)), **labels(f, recorder.readings), **notes}
+def _summarise(
+    config: Config, f: Federation, recorder: RunRecorder, records: list[RoundRecord], interrupted: bool
+) -> dict[str, Any]:
+    """Return the summary of some rounds, with the privacy of all rounds and the reading of labels."""
+    return {
+        **summarise(config, records, interrupted, recorder.seconds),
+        **f.privacy_ledger.report(len(recorder.records)),
+        **describe_labels(f, recorder.readings),
+        **({"notes": list(f.notes)} if f.notes else {}),
+    }
 
 
-def _left_best(config: Config, f: Federation, recorder: RunRecorder, watch: Watch) -> dict[str, Any]:
-    """The best round's model as a run's folder of its own, ``best``; what the summary says of it."""
+def _write_best(config: Config, f: Federation, recorder: RunRecorder, watch: Watch) -> dict[str, Any]:
+    """Write the best round's model to the folder ``best``, and return its entry in the summary."""
     assert recorder.folder is not None and recorder.checkpoints is not None
     try:
-        found = recorder.checkpoints.best_model(f)
+        model = recorder.checkpoints.best_model(f)
     except RefusedFileError as error:
         watch(Event("note", 0, text=f"{error}; the best round's model is not written."))
         return {}
-    if found is None:
+    if model is None:
         return {}
-    shared, states, base_updates = found
-    about = {k: v for k, v in recorder.checkpoints.best.items() if k != "file"}
-    until = recorder.records[: about["round"]]
-    run = RunFolder(recorder.folder)
+    shared, states, base_updates = model
+    best = {k: v for k, v in recorder.checkpoints.best.items() if k != "file"}
+    records, run = recorder.records[: best["round"]], RunFolder(recorder.folder)
     run.best.write_config(run.table)
-    run.best.write_records(until)
+    run.best.write_records(records)
     summary = {
-        **summarise(config, until, False, recorder.seconds), **_of_rows(f, recorder), "base_updates": len(base_updates),
-        "kept": bool(states), "best": about,
+        **_summarise(config, f, recorder, records, False), "base_updates": len(base_updates), "kept": bool(states),
+        "best": best,
     }  # fmt: skip
-    run.best.write_result(shared, {client: own.kept for client, own in states.items()}, base_updates, summary)
-    return {"best": about}
-
-
-def summarise(config: Config, records: list[RoundRecord], interrupted: bool, seconds: float) -> dict[str, Any]:
-    """What a table or a reader wants first; figures are of the last evaluated round, never of the best."""
-    evaluated = [record for record in records if "clients" in record]
-    found: dict[str, Any] = {
-        "method": config.table["method"]["name"],
-        "title": config.method.title,
-        "personal": config.method.personal,
-        "metric": {"name": config.task.metric, "higher": KNOWN[config.task.metric].higher},
-        "seed": config.seed,
-        "rounds": len(records),
-        "rounds_asked": config.rounds,
-        "interrupted": interrupted,
-        "clients": config.clients.members,
-        "bytes": {d: _sums([r["bytes"][d] for r in records]) for d in DIRECTIONS},
-        "seconds": {**_sums([r["seconds"] for r in records]), "whole": seconds},
-        "errors": {name: statistics.fmean(values) for name, values in errors_over_weights(records).items()},
-        "versions": {name: version(name) for name in ("fedlora", "torch", "transformers")},
-        "machine": {
-            "processor": platform.machine(),
-            "device": str(config.engine.chosen()),
-            "threads": torch.get_num_threads(),
-        },
-    }  # fmt: skip
-    found |= attendance.left_out(records)
-    if evaluated:
-        final = evaluated[-1]
-        found["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}
-        tail = evaluated[-LAST:]
-        found["scored"] = {"clients": attendance.scored(final), "of": config.clients.members}
-        found["last_rounds"] = {"rounds": len(tail), "clients": statistics.fmean(r["clients"]["mean"] for r in tail)}
-        found["last_rounds"]["fewest"] = min(map(attendance.scored, tail))
-        if "global" in final:
-            found["last_rounds"]["global"] = statistics.fmean(r["global"][config.task.metric] for r in tail)
-    return found
-
-
-def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:
-    return {key: sum(row.get(key, 0) for row in rows) for key in dict.fromkeys(k for row in rows for k in row)}
+    run.best.write_result(shared, {client: state.kept for client, state in states.items()}, base_updates, summary)
+    return {"best": best}
 
 
 def _load_engine(name: str) -> type[Loop]:
-    """The engine of a name. ``ConfigError`` where a package that it needs is missing."""
+    """Return the engine of a name. Raises ``ConfigError`` if a package that it needs is not installed."""
     try:
         return ENGINES.load(name)
     except ImportError as error:

@@ -1,20 +1,26 @@
-"""The sections of a configuration, a dataclass each; nothing is checked here."""
+"""The sections of a configuration: the class of each, and the dataclass that holds them all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from fedlora.adapters import ADAPTERS
 from fedlora.engines.checkpoint import CheckpointSettings
 from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Compression
 from fedlora.engines.network_settings import Network
 from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.runs.trackers import Track
 from fedlora.schema import PerMachine, Table
+from fedlora.security.attacks import ATTACKS
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import Privacy
+from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import RobustAggregator
 from fedlora.security.validation import Validation
+from fedlora.tasks import TASKS
 from fedlora.tasks._base import Task
 from fedlora.training.device import Engine
 from fedlora.training.evaluation import Evaluation
@@ -28,18 +34,27 @@ class ModelTable:
     name: PerMachine[str]  # a hub id or a local folder
     # Modules to adapt: names, "all-linear" or a regular expression of paths; None: the query and value projections.
     targets: str | list[str] | None = None
-    head: list[str] | None = None  # modules trained in full; None: what the task put on top
-    start: str | None = None  # a PEFT adapter folder, held by every party, that adapters and head begin with
-    same_base: PerMachine[bool | None] = None  # true: the base of ``start`` is this model, whatever it is called there
-    quantize: Literal["4bit", "8bit"] | None = None  # hold the base in so many bits, on a GPU, through bitsandbytes
-    overlay: bool | None = (
-        None  # keep base updates beside the base weights; None: where these are multiplied in bfloat16
-    )
+    head: list[str] | None = None  # modules trained in full; None: the head that the task adds
+    start: str | None = None  # a PEFT adapter folder with the initial adapters and head; every client needs it
+    same_base: PerMachine[bool | None] = None  # true: ``start`` belongs to this model, even if it names another
+    quantize: Literal["4bit", "8bit"] | None = None  # the precision of the base, on a GPU, through bitsandbytes
+    overlay: bool | None = None  # keep base updates beside the base weights; None: if these are used in bfloat16
+
+
+# Section -> the dataclass of its settings, or the registry of the classes that its ``name`` selects from. The order is
+# that of config.toml; an adapter is part of the method.
+SECTIONS: Mapping[str, Any] = {
+    "model": ModelTable, "task": TASKS, "clients": Clients, "adapter": ADAPTERS, "method": METHODS,
+    "training": Training, "evaluation": Evaluation, "server": ServerOptimizer, "privacy": Privacy, "engine": Engine,
+    "flower": Network, "validation": Validation, "robust": ROBUST_RULES, "attack": ATTACKS,
+    "compression": Compression, "checkpoint": CheckpointSettings,
+}  # fmt: skip
+OPTIONAL = ("adapter", "robust", "attack")  # sections without a default
 
 
 @dataclass(frozen=True)
 class Sections:
-    """The sections of a run, and its resolved TOML ``table``: every default written out, enough to repeat the run."""
+    """The objects of all sections, and ``table``: the TOML of the run with all defaults, enough to repeat it."""
 
     model: ModelTable
     task: Task

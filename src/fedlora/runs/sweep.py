@@ -12,8 +12,8 @@ from typing import Any
 
 from fedlora.engines.loop import Event
 from fedlora.files import save_json, write
-from fedlora.runs.attendance import over
-from fedlora.runs.compare import executed, for_label
+from fedlora.runs.attendance import describe_scored
+from fedlora.runs.compare import execute_all, for_label
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import ConfigError, Table, apply_overrides, build, dumps, merge_tables
 from fedlora.runs.run import check_same
@@ -115,7 +115,7 @@ class Sweep:
         for cell in waiting:  # what an interrupted trial left
             shutil.rmtree(str(cell.folder), ignore_errors=True)
         self._save(folder, known)
-        for cell in executed(waiting, jobs, watch):
+        for cell in execute_all(waiting, jobs, watch):
             known[Path(str(cell.folder)).name] = _outcome(cell)
             self._save(folder, known)
             done(cell)
@@ -251,7 +251,7 @@ def _outcome(cell: Cell) -> dict[str, Any]:
     return found | {
         "value": value if math.isfinite(value) else None,
         "by": by,
-        "over": over(cell.summary) if by == "clients" else None,
+        "over": describe_scored(cell.summary) if by == "clients" else None,
         "metric": metric,
         "seconds": cell.summary["seconds"]["whole"],
     }

@@ -228,11 +228,11 @@ def test_a_party_that_is_killed_for_good_is_in_the_summary_the_closing_table_and
     again = printed("show", out, capsys=capsys, monkeypatch=monkeypatch)
     for text in (closing, again):
         assert "mean over 2 of 3 clients" in text and "mean over clients" not in text
-        assert "client 2, away in round │ 3, 4, 5: " in text and "client 2, not scored in round │ 3, 4, 5: " in text
+        assert "client 2, absent in round │ 3, 4, 5: " in text and "client 2, not scored in round │ 3, 4, 5: " in text
         assert "its node is not connected" in text
     printed("report", out, "--out", place / "report.html", capsys=capsys, monkeypatch=monkeypatch)
     page = (place / "report.html").read_text()
-    assert "2 of 3 clients" in page and "client 2, away in round" in page and "its node is not connected" in page
+    assert "2 of 3 clients" in page and "client 2, absent in round" in page and "its node is not connected" in page
     assert "mean over 2 of 3 clients in rounds 3–5" in page
 
 

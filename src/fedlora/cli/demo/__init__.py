@@ -14,7 +14,7 @@ def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[st
     from fedlora.reporting.figures import draw_comparison
     from fedlora.reporting.load import opened
     from fedlora.runs.compare import compare
-    from fedlora.runs.comparison import rows
+    from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.config import read_table
     from fedlora.runs.progress import Cells
 
@@ -26,4 +26,4 @@ def play(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dict[st
             cells = compare(table, METHODS, [table["seed"]], out, jobs, progress.watch, progress.done)
         shutil.copy(path, out / "demo.toml")
     finished = [opened(Path(cell.folder), cell.label) for cell in cells if cell.summary is not None]
-    return rows(cells), draw_comparison(finished, out)
+    return comparison_rows(cells), draw_comparison(finished, out)

@@ -19,7 +19,6 @@ from torch import Generator, Tensor
 from fedlora.engines.base_updates import BaseUpdate
 from fedlora.engines.comm.codecs import CODECS
 from fedlora.engines.comm.codecs._base import Chain
-from fedlora.methods._base import Method
 from fedlora.rounds import Rules, client_start, public_leaves
 from fedlora.schema import construct
 from fedlora.seeds import derive_seed
@@ -62,26 +61,6 @@ class Compression:
         chains = self.upward, self.downward  # a wrong stage is reported at once
         if self.error_feedback and chains == (None, None):
             raise ValueError("compression.error_feedback has no error to add; set compression.up or compression.down.")
-
-    def check(self, method: Method, secure: bool) -> None:
-        """``ValueError`` if these settings do not fit the method or secure aggregation."""
-        if secure and self.upward is not None:
-            raise ValueError(
-                f"compression.up is {self.up!r}, but flower.secure_aggregation adds up masked fixed-point numbers, and "
-                "codes with their own scales or positions cannot be added; leave compression.up and top_k out."
-            )
-        if method.keeps_frame:
-            return
-        if self.error_feedback:
-            raise ValueError(
-                f"compression.error_feedback adds the error of one round to the next, but {method.title} begins each "
-                "round in other coordinates; leave error_feedback out, or take a method that averages."
-            )
-        if self.downward is not None and self.downward.coarse:
-            raise ValueError(
-                f"compression.down is {self.down!r}, which sends changes only, but {method.title} serves other "
-                "coordinates each round; take int8, bfloat16 or float16."
-            )
 
     @cached_property
     def _top_k_stages(self) -> list[str]:

@@ -31,7 +31,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
 from fedlora.flower.client_messages import build_client_app, handle_message, load_node, prepend_client
 from fedlora.flower.deploy.node_config import read_client, state_folder
-from fedlora.runs.progress_file import alive
+from fedlora.runs.progress_file import is_alive
 from fedlora.schema import ConfigError
 
 LOG = "host.log"  # in a client's state folder
@@ -208,7 +208,7 @@ class IdleTimer:
 
 
 def _exit_with_parent(parent: int, timer: IdleTimer, *files: Path) -> None:
-    while alive(parent) and not timer.is_over():
+    while is_alive(parent) and not timer.is_over():
         time.sleep(LOOK)
     _exit(*files)
 

@@ -9,9 +9,8 @@ from fedlora.files import check_new_folder
 from fedlora.flower.client_store import ClientStore, StoredState
 from fedlora.flower.wire import overlay
 from fedlora.runs.config import Config, ConfigError
-from fedlora.runs.data_distribution import labels
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import summarise
+from fedlora.runs.summary import describe_labels, summarise
 from fedlora.tasks.data.labels import READINGS
 
 
@@ -33,7 +32,7 @@ def write_result(
     shared = overlay(f.model.initial(f.seed), held.leaves)
     base_updates = _load_base_updates(store, held)
     summary = {
-        **summarise(config, [], False, 0.0), **labels(f, _reading(store, client, f)), "kept": True,
+        **summarise(config, [], False, 0.0), **describe_labels(f, _reading(store, client, f)), "kept": True,
         "base_updates": len(base_updates),
         "rounds": held.counted + 1, "client": client,
     }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables.adapters import relative
 from fedlora.reporting.tables.by_round import MODELS, RUN, metric_of
-from fedlora.runs import attendance, comparison
+from fedlora.runs import comparison
 from fedlora.runs.table import Column, Table, group_by, mean_std
 
 K = TypeVar("K", bound=Hashable)
@@ -26,11 +26,11 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """The rows of ``comparison.json``: mean ± standard deviation over seeds, and the verdict of the paired test."""
     by_capability = [_by_capability(rows)] if any("capability" in row for row in rows) else []
     return [
-        comparison.table(rows),
+        comparison.comparison_table(rows),
         *by_capability,
         "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds.",
-        *comparison.fewer(rows),
+        *comparison.coverage_notes(rows),
         *([conclude(rows)] if rows else []),
     ]
 
@@ -129,7 +129,7 @@ def one_by_one(runs: Sequence[Run]) -> Table:
 def scored_clients(run: Run) -> str:
     """The clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
     scored = next((row["scored"] for row in reversed(run.digest.rounds) if row["scored"] is not None), 0)
-    return "all" if scored == run.digest.of else attendance.of_all(scored, run.digest.of)
+    return "all" if scored == run.digest.of else f"{scored} of {run.digest.of} clients"
 
 
 def methods(runs: Sequence[Run]) -> Table:
@@ -139,14 +139,14 @@ def methods(runs: Sequence[Run]) -> Table:
         finals = [final(run) for run in own if run.failure is None]
         row = {"method": label, "seeds": [run.seed for run in own], "diverged": len(own) - len(finals)}
         row |= {"metric": {"name": runs[0].metric}, "over": any(scored_clients(run) != "all" for run in own)}
-        rows.append(row | {key: comparison.over_seeds(one[key] for one in finals) for key in FIGURES})
+        rows.append(row | {key: comparison.mean_std_table(one[key] for one in finals) for key in FIGURES})
     note = (
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
     )
     few = [f"{run.name}: {who}" for run in runs if (who := scored_clients(run)) != "all"]
     note += f" Clients' own figures are not over all clients (*) in {'; '.join(few)}." if few else ""
-    return replace(comparison.table(rows, is_detailed=True), title="Methods", note=note)
+    return replace(comparison.comparison_table(rows, is_detailed=True), title="Methods", note=note)
 
 
 def tests(runs: Sequence[Run]) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedlora.engines.record import RoundRecord
-from fedlora.runs import attendance
+from fedlora.runs.attendance import describe_scored, fault_lines
 from fedlora.runs.record import DIRECTIONS
 from fedlora.runs.table import Column, Table, from_pairs, mean_std
 from fedlora.security.privacy import Privacy
@@ -34,7 +34,7 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _clients(found, metric)
     if "attack" in final:
         yield "attack's success", f"{final['attack']['success']:.4f}"
-    yield from attendance.lines(found)
+    yield from fault_lines(found)
     if "privacy" in found:
         yield from Privacy.describe(found["privacy"])
     for direction in ("up", "down"):
@@ -50,7 +50,7 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
     """The figures of the clients' own models."""
     clients, last, name = found["final"]["clients"], found["last_rounds"], metric.replace("_", " ")
-    over = attendance.over(found)
+    over = describe_scored(found)
     yield f"clients' own {name}, mean over {over}", f"{clients['mean']:.4f}"
     yield f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}"
     for other, value in clients.get("figures", {}).items():
@@ -61,7 +61,8 @@ def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]
     for group in clients.get("capability", ()):
         who = f"capability {group['capability']:g}, {group['clients']} clients: mean, worst"
         yield who, f"{group['mean']:.4f}, {group['worst']:.4f}"
-    few = attendance.fewest(found)
+    least, of = last.get("fewest"), found.get("scored", {}).get("of")
+    few = "" if least in (None, of) else f", of at least {least} of {of} clients"
     yield f"clients' own {name}, last {last['rounds']} evaluated rounds{few}", f"{last['clients']:.4f}"
 
 

@@ -1,19 +1,17 @@
-"""Where a run's figures go beside its folder: one tracker a file, found by looking in this folder.
+"""Trackers log a run's figures to a service or to files: one tracker a file.
 
-``[track]`` names them: ``tensorboard = true``, or a table with a tracker's settings. None of their packages is imported
-before a run begins, and then only those that are named.
+``[track]`` names them: ``tensorboard = true``, or a table with the tracker's settings. Their packages are imported when
+a run begins, and only those that are named.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from fedlora.registry import Registry
-from fedlora.runs.trackers._base import Session, Told, Tracker
+from fedlora.runs.trackers._base import RunInfo, Tracker, TrackerSession
 from fedlora.schema import ConfigError, Table, construct, load_class
 
-__all__ = ["TRACKERS", "Session", "Told", "Track", "Tracker", "read"]
-
+__all__ = ["TRACKERS", "RunInfo", "Track", "Tracker", "TrackerSession"]
 
 TRACKERS = Registry(Tracker, "tracker", group="fedlora.trackers", package=__name__)
 
@@ -24,27 +22,21 @@ class Track:
 
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
 
-    def table(self) -> Table:
-        """As TOML has it, with the defaults written out."""
-        return {name: _table(one) for name, one in self.trackers.items()}
+    @classmethod
+    def from_table(cls, table: Table) -> "Track":
+        """Build the trackers of a table. Raises ``ConfigError`` for an unknown tracker or setting."""
+        trackers: dict[str, Tracker] = {}
+        for name, settings in table.items():
+            kind = load_class(TRACKERS, name)
+            if not isinstance(settings, bool | dict):
+                raise ConfigError(f"track.{name} is {settings!r}; it should be true, false or a table of its settings.")
+            if settings is not False:
+                trackers[name] = construct(kind, f"track.{name}", settings if isinstance(settings, dict) else {})
+        return cls(trackers)
 
-    def check(self) -> None:
-        """``ConfigError`` where a package is missing: said before a model is loaded."""
-        for name, one in self.trackers.items():
-            one.check(name)
-
-
-def read(table: Table) -> Track:
-    """Checks ``[track]``. ``ConfigError`` for a tracker that is not known, or a setting that it does not have."""
-    found: dict[str, Tracker] = {}
-    for name, settings in table.items():
-        kind = load_class(TRACKERS, name)
-        if not isinstance(settings, bool | dict):
-            raise ConfigError(f"track.{name} is {settings!r}; it should be true, false or a table of its settings.")
-        if settings is not False:
-            found[name] = construct(kind, f"track.{name}", settings if isinstance(settings, dict) else {})
-    return Track(found)
-
-
-def _table(one: Tracker) -> dict[str, Any]:
-    return {f.name: value for f in fields(one) if (value := getattr(one, f.name)) is not None}
+    def to_table(self) -> Table:
+        """Return the table of these trackers with all defaults."""
+        return {
+            name: {f.name: value for f in fields(tracker) if (value := getattr(tracker, f.name)) is not None}
+            for name, tracker in self.trackers.items()
+        }

@@ -1,4 +1,4 @@
-"""What a tracker is: settings that open a session, which takes the figures of one run round by round."""
+"""Base classes of trackers: the settings, and the session that receives the figures of one run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,35 +13,35 @@ ATTENDANCE = "attendance"  # the name of the text about missing clients, at ever
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a tracker is told of a run when it begins, or goes on."""
+class RunInfo:
+    """The run that a session is opened for."""
 
-    name: str  # of the run: its folder's
+    name: str  # of the run's folder
     folder: Path | None
     settings: Mapping[str, Any]  # the configuration, with dotted keys
-    known: str | None  # what the tracker called the run, where it goes on
+    known: str | None  # ``TrackerSession.run`` of the process before, for a run that is resumed
 
 
-class Session(ABC):
-    """One run at one tracker. Whatever goes wrong there is raised as one of ``errors``."""
+class TrackerSession(ABC):
+    """One run at one tracker. Its methods raise one of ``errors`` if the tracker fails."""
 
-    run: str  # what the tracker calls it
+    run: str  # the tracker's name or id of the run
     errors: tuple[type[Exception], ...] = (OSError,)
 
     @abstractmethod
     def log(self, number: int, values: Mapping[str, float]) -> None:
-        """The figures of round ``number``, from 1."""
+        """Log the figures of round ``number``, from 1."""
 
     @abstractmethod
     def describe(self, number: int, text: str) -> None:
-        """Which clients were missing or quarantined and whom the means are over, after round ``number``.
+        """Store the text about missing and quarantined clients, after round ``number``.
 
-        Called before ``close``, and only where there is something to say; a later text replaces the one before.
+        Called before ``close`` if there is such a text. It replaces an earlier one.
         """
 
     @abstractmethod
     def close(self, state: str) -> None:
-        """The run is over: "finished", "interrupted" or "failed"."""
+        """End the run: "finished", "interrupted" or "failed"."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ class Tracker(ABC):
     """Settings of one tracker; the fields are the keys of its table.
 
     A tracker of another package is a frozen dataclass that defines ``open``, and imports what it needs there. Settings
-    are kept in the run's folder, so no field may hold a secret.
+    are written to the run's folder, so no field may hold a secret.
     """
 
-    package: ClassVar[str] = ""  # that ``open`` imports; empty: none that could be missing
-    extra: ClassVar[str] = ""  # of fedlora, which installs it; empty: pip is asked for ``package``
+    package: ClassVar[str] = ""  # the package that ``open`` imports; empty: none that could be missing
+    extra: ClassVar[str] = ""  # the extra of fedlora that installs it; empty: none
 
     @abstractmethod
-    def open(self, told: Told) -> Session:
-        """Begins a run at the tracker, or goes on with the one that it knows."""
+    def open(self, info: RunInfo) -> TrackerSession:
+        """Begin a run at the tracker, or resume ``info.known``."""
 
     def check(self, name: str) -> None:
-        """``ConfigError`` where the package is not there."""
+        """Raise ``ConfigError`` if the package is not installed."""
         if self.package and find_spec(self.package) is None:
-            wanted = f"fedlora[{self.extra}]" if self.extra else self.package
+            requirement = f"fedlora[{self.extra}]" if self.extra else self.package
             raise ConfigError(
-                f"[track] names {name!r}, but {self.package} is not installed; run `pip install '{wanted}'`, or leave "
-                f"track.{name} out."
+                f"[track] names {name!r}, but {self.package} is not installed; run `pip install '{requirement}'`, or "
+                f"leave track.{name} out."
             )
 
-    def refusals(self) -> tuple[type[Exception], ...]:
-        """What ``open`` may raise."""
+    def open_errors(self) -> tuple[type[Exception], ...]:
+        """Return the exceptions that ``open`` may raise."""
         return (OSError, ValueError)

@@ -1,9 +1,8 @@
-"""Feeds trackers: every round once, whatever becomes of a run or of a tracker."""
+"""The callback that sends each round's figures to the trackers, once."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,80 +10,78 @@ from fedlora.engines.record import RoundRecord
 from fedlora.runs.attendance import Attendance
 from fedlora.runs.callbacks import Callback, End, Start
 from fedlora.runs.file_names import TRACKERS
-from fedlora.runs.progress_file import replace
-from fedlora.runs.record import figures, flat
-from fedlora.runs.trackers import Session, Told, Tracker
+from fedlora.runs.progress_file import replace_json
+from fedlora.runs.record import round_figures
+from fedlora.runs.trackers import RunInfo, Tracker, TrackerSession
 from fedlora.schema import ConfigError
 
 
 @dataclass
 class _Line:
-    """One tracker's state."""
+    """The state of one tracker."""
 
-    session: Session
+    session: TrackerSession
     settings: Mapping[str, Any]
-    rounds: int  # that it has
+    rounds: int  # the number of rounds that the tracker has
     pending: list[RoundRecord] = field(default_factory=list)
     failing: bool = False
 
 
 @dataclass
 class Tracking(Callback):
-    """Feeds trackers. A round that one of them does not take is kept, and sent again with the next."""
+    """Sends figures to trackers. If a tracker does not accept a round, it is sent again with the next one."""
 
     trackers: Mapping[str, Tracker]
     _lines: dict[str, _Line] = field(default_factory=dict, init=False)
-    _start: Start | None = field(default=None, init=False)
-    _attendance: Attendance = field(default_factory=lambda: Attendance(0), init=False)
+    _start: Start = field(init=False)
+    _attendance: Attendance = field(init=False)
 
     def on_start(self, start: Start) -> None:
         self._start, self._attendance = start, Attendance(start.config.clients.members)
         for record in start.records:
-            self._attendance.take(record)
-        earlier = _earlier(start.folder)
+            self._attendance.add(record)
+        earlier = _read_state(start.folder)
         for name, tracker in self.trackers.items():
-            self._lines[name] = self._opened(name, tracker, earlier.get(name, {}))
+            self._lines[name] = self._open(name, tracker, earlier.get(name, {}))
         self._save()
         self._send(start.records)
 
     def on_round(self, record: RoundRecord) -> None:
-        self._attendance.take(record)
+        self._attendance.add(record)
         self._send([record])
 
     def on_end(self, end: End) -> None:
+        text = self._attendance.text if self._lines else ""
         for name, line in self._lines.items():
+            session = line.session
             self._push(name, line)
-            self._try(name, line, "take the text about missing clients", partial(self._describe, line))
-            self._try(name, line, "close the run", partial(line.session.close, end.state))
+            if text:
+                self._try(name, line, "take the text about missing clients", session.describe, line.rounds, text)
+            self._try(name, line, "close the run", session.close, end.state)
             if line.pending:
                 missing = ", ".join(str(record["round"]) for record in line.pending)
-                self._say(f"{name} lacks the rounds {missing}; metrics.jsonl has them.")
+                self._note(f"{name} lacks the rounds {missing}; metrics.jsonl has them.")
         self._save()
 
-    def _describe(self, line: _Line) -> None:
-        if text := self._attendance.text:
-            line.session.describe(line.rounds, text)
-
-    def _try(self, name: str, line: _Line, what: str, do: Callable[[], None]) -> None:
+    def _try(self, name: str, line: _Line, what: str, method: Callable[..., None], *arguments: Any) -> None:
         try:
-            do()
+            method(*arguments)
         except line.session.errors as error:
-            self._say(f"{name} could not {what}: {error}")
+            self._note(f"{name} could not {what}: {error}")
 
-    def _opened(self, name: str, tracker: Tracker, before: Mapping[str, Any]) -> _Line:
-        """The run that the tracker knows, if it was opened with the same settings; else a new one, from round 1 on."""
-        assert self._start is not None
+    def _open(self, name: str, tracker: Tracker, before: Mapping[str, Any]) -> _Line:
+        """Resume the tracker's run if it was opened with the same settings; else begin one, from round 1 on."""
         settings, folder = asdict(tracker), self._start.folder
-        same = before.get("settings") == settings
-        called = folder.resolve().name if folder is not None else "fedlora"
-        told = Told(called, folder, flat(self._start.config.table), before["run"] if same else None)
+        is_same = before.get("settings") == settings
+        run_name = folder.resolve().name if folder is not None else "fedlora"
+        info = RunInfo(run_name, folder, flatten(self._start.config.table), before["run"] if is_same else None)
         try:
-            session = tracker.open(told)
-        except tracker.refusals() as error:
+            session = tracker.open(info)
+        except tracker.open_errors() as error:
             raise ConfigError(
                 f"{name} did not begin: {' '.join(str(error).split())}; mend track.{name}, or leave it out."
             ) from error
-        return _Line(session, settings, before["rounds"] if same else 0)
+        return _Line(session, settings, before["rounds"] if is_same else 0)
 
     def _send(self, records: Sequence[RoundRecord]) -> None:
         for name, line in self._lines.items():
@@ -95,26 +92,34 @@ class Tracking(Callback):
     def _push(self, name: str, line: _Line) -> None:
         try:
             while line.pending:
-                line.session.log(line.pending[0]["round"], figures(line.pending[0]))
+                line.session.log(line.pending[0]["round"], round_figures(line.pending[0]))
                 line.rounds, line.failing = line.pending.pop(0)["round"], False
         except line.session.errors as error:
             if not line.failing:
-                self._say(f"{name} does not take round {line.pending[0]['round']}, it is tried again: {error}")
+                self._note(f"{name} does not take round {line.pending[0]['round']}, it is tried again: {error}")
             line.failing = True
 
-    def _say(self, text: str) -> None:
-        assert self._start is not None
-        self._start.say(" ".join(text.split()))
+    def _note(self, text: str) -> None:
+        self._start.note(" ".join(text.split()))
 
     def _save(self) -> None:
-        if self._start is None or self._start.folder is None:
-            return
-        found = {n: {"run": x.session.run, "rounds": x.rounds, "settings": x.settings} for n, x in self._lines.items()}
-        replace(self._start.folder / TRACKERS, found)
+        if self._lines and self._start.folder is not None:
+            lines = self._lines.items()
+            state = {n: {"run": x.session.run, "rounds": x.rounds, "settings": x.settings} for n, x in lines}
+            replace_json(self._start.folder / TRACKERS, state)
 
 
-def _earlier(folder: Path | None) -> Mapping[str, Any]:
-    """What a folder's file says of trackers; nothing where there is none."""
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested table with dotted keys, such as ``training.learning_rate``."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        is_table = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_state(folder: Path | None) -> Mapping[str, Any]:
+    """Read the state of the trackers, as ``_save`` wrote it; empty before that."""
     if folder is None or not (folder / TRACKERS).exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""MLflow: a run of an experiment, in a database, a folder or on a server. ``mlflow ui`` shows it."""
+"""MLflow: one run of an experiment, in a database, a folder or on a server. ``mlflow ui`` shows it."""
 
 import logging
 import os
@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fedlora.runs.trackers._base import ATTENDANCE, Session, Told, Tracker
+from fedlora.runs.trackers._base import ATTENDANCE, RunInfo, Tracker, TrackerSession
 from fedlora.schema import ConfigError
 
 STATES = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
-LONG = 500  # characters of a setting: what every store takes
-TAG = 5000  # the same of a tag
+SETTING_LENGTH, TAG_LENGTH = 500, 5000  # characters that every store accepts
 
 
 @dataclass(frozen=True)
 class MLflow(Tracker):
-    """``track.mlflow``. Names and passwords of a server are MLflow's own environment variables."""
+    """``track.mlflow``. The user and the password of a server are in MLflow's own environment variables."""
 
-    uri: str | None = (
-        None  # e.g. "sqlite:///mlflow.db", "https://mlflow.example.org"; None: as MLFLOW_TRACKING_URI says
-    )
+    uri: str | None = None  # "sqlite:///mlflow.db", "https://mlflow.example.org"; None: MLFLOW_TRACKING_URI
     experiment: str = "fedlora"
 
     package, extra = "mlflow", "track-mlflow"
@@ -33,35 +30,35 @@ class MLflow(Tracker):
                 "by MLFLOW_TRACKING_URI instead."
             )
 
-    def open(self, told: Told) -> Session:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is reported to anybody
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it would tell of every table it makes
-        return Logged(self, told)
+    def open(self, info: RunInfo) -> TrackerSession:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it logs every table
+        return MLflowSession(self, info)
 
-    def refusals(self) -> tuple[type[Exception], ...]:
+    def open_errors(self) -> tuple[type[Exception], ...]:
         from mlflow.exceptions import MlflowException
 
         return (MlflowException, OSError, ValueError)
 
 
-class Logged(Session):
-    """One MLflow run, through a client of its own: the process' active run is left alone."""
+class MLflowSession(TrackerSession):
+    """One MLflow run, through its own client; the active run of the process is not changed."""
 
-    def __init__(self, settings: MLflow, told: Told):
+    def __init__(self, settings: MLflow, info: RunInfo):
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         self.errors = (MlflowException, OSError)
         self.client = MlflowClient(tracking_uri=settings.uri)
-        if told.known is not None:
-            self.run = told.known
+        if info.known is not None:
+            self.run = info.known
             self.client.update_run(self.run, status="RUNNING")
             return
-        found = self.client.get_experiment_by_name(settings.experiment)
-        place = self.client.create_experiment(settings.experiment) if found is None else found.experiment_id
-        self.run = self.client.create_run(place, run_name=told.name).info.run_id
-        for key, value in told.settings.items():
-            self.client.log_param(self.run, key, str(value)[:LONG])
+        experiment = self.client.get_experiment_by_name(settings.experiment)
+        id = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
+        self.run = self.client.create_run(id, run_name=info.name).info.run_id
+        for key, value in info.settings.items():
+            self.client.log_param(self.run, key, str(value)[:SETTING_LENGTH])
 
     def log(self, number: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -70,9 +67,8 @@ class Logged(Session):
         self.client.log_batch(self.run, metrics=[Metric(name, value, now, number) for name, value in values.items()])
 
     def describe(self, number: int, text: str) -> None:
-        self.client.set_tag(
-            self.run, ATTENDANCE, text if len(text) <= TAG else f"{text[: TAG - 40]} … summary.json has the rest"
-        )
+        cut = text if len(text) <= TAG_LENGTH else f"{text[: TAG_LENGTH - 40]} … summary.json has the rest"
+        self.client.set_tag(self.run, ATTENDANCE, cut)
 
     def close(self, state: str) -> None:
         self.client.set_terminated(self.run, status=STATES[state])

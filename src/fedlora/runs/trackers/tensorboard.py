@@ -4,37 +4,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.runs.trackers._base import ATTENDANCE, Session, Told, Tracker
+from fedlora.runs.trackers._base import ATTENDANCE, RunInfo, Tracker, TrackerSession
 from fedlora.schema import ConfigError
-
-FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True)
 class TensorBoard(Tracker):
     """``track.tensorboard``."""
 
-    folder: str | None = None  # where the event files go, one folder a run; None: into the run's own folder
+    folder: str | None = None  # has a folder of event files for each run; None: the run's own folder
 
     package, extra = "tensorboard", "track-tensorboard"
 
-    def open(self, told: Told) -> Session:
-        if self.folder is None and told.folder is None:
-            raise ConfigError("the run has no folder to keep event files in, and track.tensorboard.folder names none")
-        place = told.folder / FOLDER if self.folder is None else Path(self.folder).expanduser() / told.name
-        return Events(place, told)
+    def open(self, info: RunInfo) -> TrackerSession:
+        if self.folder is None and info.folder is None:
+            raise ConfigError("the run has no folder for event files, and track.tensorboard.folder names none")
+        folder = info.folder / "tensorboard" if self.folder is None else Path(self.folder).expanduser() / info.name
+        return TensorBoardSession(folder, info)
 
 
-class Events(Session):
-    """Writes event files into one folder; TensorBoard shows several files of a folder as one run."""
+class TensorBoardSession(TrackerSession):
+    """Event files in one folder; TensorBoard shows all files of a folder as one run."""
 
-    def __init__(self, place: Path, told: Told):
+    def __init__(self, folder: Path, info: RunInfo):
         from torch.utils.tensorboard import SummaryWriter
 
-        place.mkdir(parents=True, exist_ok=True)
-        self.run, self.writer = str(place), SummaryWriter(str(place))
-        if told.known is None:
-            rows = "\n".join(f"    {key} = {value!r}" for key, value in told.settings.items())
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run, self.writer = str(folder), SummaryWriter(str(folder))
+        if info.known is None:
+            rows = "\n".join(f"    {key} = {value!r}" for key, value in info.settings.items())
             self.writer.add_text("config", rows)
 
     def log(self, number: int, values: Mapping[str, float]) -> None:

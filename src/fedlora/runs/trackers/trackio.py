@@ -1,11 +1,11 @@
-"""Trackio: a run of a project in local SQLite files (``TRACKIO_DIR``), or in a Space. ``trackio show`` shows it."""
+"""Trackio: one run of a project in local SQLite files (``TRACKIO_DIR``), or in a Space. ``trackio show`` shows it."""
 
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 
-from fedlora.runs.trackers._base import ATTENDANCE, Session, Told, Tracker
+from fedlora.runs.trackers._base import ATTENDANCE, RunInfo, Tracker, TrackerSession
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,20 @@ class Trackio(Tracker):
 
     package, extra = "trackio", "track-trackio"
 
-    def open(self, told: Told) -> Session:
-        return Kept(self, told)
+    def open(self, info: RunInfo) -> TrackerSession:
+        return TrackioSession(self, info)
 
 
-class Kept(Session):
-    """One Trackio run; it writes in a thread of its own, and says itself what it could not send."""
+class TrackioSession(TrackerSession):
+    """One Trackio run. Trackio writes in its own thread, and reports itself what it could not send."""
 
-    def __init__(self, settings: Trackio, told: Told):
+    def __init__(self, settings: Trackio, info: RunInfo):
         import trackio
 
-        with redirect_stdout(io.StringIO()):  # it greets on stdout, where our answers go
+        with redirect_stdout(io.StringIO()):  # it prints a greeting
             self.session = trackio.init(
-                settings.project, told.known or told.name, space_id=settings.space, config=dict(told.settings),
-                resume="never" if told.known is None else "must", embed=False, auto_log_gpu=False, auto_log_cpu=False,
+                settings.project, info.known or info.name, space_id=settings.space, config=dict(info.settings),
+                resume="never" if info.known is None else "must", embed=False, auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
         self.run = self.session.name
 
@@ -46,6 +46,6 @@ class Kept(Session):
         import trackio
         from trackio import context_vars
 
-        ours = context_vars.current_run.get() is self.session  # then it would be finished, aloud, once more at exit
+        is_current = context_vars.current_run.get() is self.session  # else Trackio finishes it again at exit
         with redirect_stdout(io.StringIO()):
-            (trackio if ours else self.session).finish()
+            (trackio if is_current else self.session).finish()

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.methods import METHODS
 from fedlora.reporting.method_catalog import covered
-from fedlora.runs.compare import for_label, oracle
+from fedlora.runs.compare import compare_aggregation, for_label
 from fedlora.runs.config import apply_overrides, build, merge_tables
 from fedlora.runs.plan.plan import problems
 from tests.fixtures.federation import ADAPTERS, TABLE
@@ -39,7 +39,7 @@ def made(name, *overrides):
         ("ravan", [*CLIENT, "clients.ranks=[1, 2, 2]"], "clients train 1 to 2 of 2 ranks or heads"),
         ("local", CLIENT, "Local sends nothing"),
         ("fedit", [*CLIENT, "clients.sampling=poisson", "clients.rate=0.5", "clients.dropout=0.4"], "dropout and stragglers are drawn as shares"),
-        ("fedit", [*EXAMPLE, "privacy.noise_on=upload"], "which is of the client level"),
+        ("fedit", [*EXAMPLE, "privacy.noise_on=upload"], "which belongs to privacy.level = 'client'"),
         ("fedit", ["clients.sampling=poisson"], "a rate goes with 'poisson'"),
         ("fedit", ["clients.sampling=poisson", "clients.rate=0.5", "clients.per_round=2"], "are both set"),
         ("fedit", ["clients.sampling=poisson", "clients.rate=1.5"], "clients.rate is 1.5"),
@@ -91,7 +91,7 @@ def test_a_comparison_gives_every_method_equal_weights_and_the_upper_line_no_cli
     upper = build(for_label(table, "centralised"))
     assert not upper.privacy.on and upper.clients.count == 1
     with pytest.raises(ValueError, match=r"the oracle looks at every upload"):
-        oracle(table)
+        compare_aggregation(table)
 
 
 def test_a_methods_page_says_what_is_covered():
