@@ -164,7 +164,7 @@ def test_the_best_round_is_kept_and_left_as_a_folder(by, tmp_path):
     assert result.summary["best"] == {"round": best, "by": by, "value": max(values)}
     assert numbers(tmp_path / "run") == sorted({best, 5})
     fedlora.run(small(NAME, f"rounds={best}", *own), tmp_path / "short")
-    for file in ("shared", "base_updates"):
+    for file in ("shared", "base_update"):
         theirs, ours = (
             load_tree(place / f"{file}.safetensors") for place in (tmp_path / "short", tmp_path / "run/best")
         )
