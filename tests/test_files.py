@@ -141,7 +141,7 @@ def test_a_pickle_is_refused(tmp_path):
 def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
     from fedlora.flower.client_store import ClientStore
 
-    store, about = ClientStore(tmp_path), {"pending": 0, "counted": 0, "folded": 1, "base": ""}
+    store, about = ClientStore(tmp_path), {"pending": 0, "counted": 0, "base_updates_held": 1, "base": ""}
     for name in ("../../secret", "a" * 31, "/etc/passwd"):
         save_tree(
             store._path(0),

@@ -180,7 +180,7 @@ def party_state(place: Path) -> Target:
     sound = []
     for holding in (
         StoredState(leaves=tree, kept=tree, pending=3),
-        StoredState(base_updates=("0" * 32,), folded=1, base="x", trained=tree),
+        StoredState(base_updates=("0" * 32,), base_updates_held=1, base="x", trained=tree),
     ):
         store.save(0, holding)
         sound.append(path.read_bytes())

@@ -38,7 +38,7 @@ def to_rich(table: Table) -> rich.table.Table:
     """The table as rich draws it."""
     grid = rich.table.Table(title=table.title, show_header=table.has_header)
     for column in table.columns:
-        grid.add_column(column.title, justify=column.alignment, overflow="base_update")
+        grid.add_column(column.title, justify=column.alignment, overflow="fold")
     for place, row in enumerate(table.rows):
         if place in table.rules:
             grid.add_section()
@@ -55,7 +55,7 @@ def to_list(table: Table) -> Group:
             lines += [f"{'  ' if i else ''}{title}: {cell}" for i, (title, cell) in enumerate(cells)]
         else:
             lines.append(": ".join(cell for _, cell in cells))
-    return Group(*(Text(_safe(line), overflow="base_update") for line in lines))
+    return Group(*(Text(_safe(line), overflow="fold") for line in lines))
 
 
 def _safe(text: str) -> str:

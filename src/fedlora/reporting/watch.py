@@ -79,7 +79,7 @@ def picture(at: RunStatus, name: str, width: int, height: int, now: float, unico
     """What a terminal of so many columns and lines shows of a run."""
     metric = str(at.progress.get("metric", "accuracy"))
     said_of_it = list(_head(at, name, now))
-    head: list[RenderableType] = [Text(text, overflow="base_update") for text in said_of_it]
+    head: list[RenderableType] = [Text(text, overflow="fold") for text in said_of_it]
     if at.progress:
         head.insert(1, _bar(len(at.records), at.progress["rounds"], width))
     rows = _rows(at)
