@@ -5,7 +5,6 @@ https://doi.org/10.1145/3133956.3133982
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,14 +45,6 @@ class FixedPoint:
         ``ValueError`` if a value is outside the range or not finite: clipping silently would train another model.
         """
         flat = values.detach().cpu().flatten()
-        self._check(flat)
-        out = np.empty(len(flat), np.uint32)
-        for chunk in _chunks(len(flat)):
-            scaled = flat[chunk].double().numpy() * weight
-            out[chunk] = np.rint(np.ldexp(scaled, self.bits)).astype(np.int32).view(np.uint32)
-        return out
-
-    def _check(self, flat: Tensor) -> None:
         largest = max(abs(float(x)) for x in flat.aminmax())
         if not math.isfinite(largest):
             raise ValueError(
@@ -65,24 +56,26 @@ class FixedPoint:
                 f"A value of size {largest:.6g} is outside the range of {self.range:g}; nothing is clipped in silence. "
                 "Give the session a larger range, or send smaller updates."
             )
+        out = np.empty(len(flat), np.uint32)
+        for start in range(0, len(flat), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            scaled = flat[chunk].double().numpy() * weight
+            out[chunk] = np.rint(np.ldexp(scaled, self.bits)).astype(np.int32).view(np.uint32)
+        return out
 
     def decode(self, total: Ring, weight: float) -> Tensor:
-        """The weighted mean, float32 (d,), of clients with the ring sum ``total`` and the sum of shares ``weight``."""
+        """Returns the weighted mean, float32 (d,), from the ring sum ``total`` and the sum of shares ``weight``."""
         out = np.empty(len(total), np.float32)
-        for chunk in _chunks(len(total)):
+        for start in range(0, len(total), CHUNK):
+            chunk = slice(start, start + CHUNK)
             out[chunk] = np.ldexp(total[chunk].view(np.int32).astype(np.float64), -self.bits) / weight
         return torch.from_numpy(out)
 
     def error_bound(self, weight: float, largest: float | None = None) -> float:
-        """Bound of the error of each number of :meth:`decode`.
+        """Returns a bound of the error of each number of :meth:`decode`.
 
         ``K 2^-(f+1) / weight`` for the clients' rounding, and ``largest 2^-24`` for the float32 result, where
         ``largest`` is the largest absolute value of the mean, at most the range. The other terms are for float64.
         """
         largest = self.range if largest is None else largest
         return self.clients * math.ldexp(0.5 + 2.0**-22, -self.bits) / weight + largest * (2.0**-24 + 2.0**-51)
-
-
-def _chunks(size: int) -> Iterator[slice]:
-    for start in range(0, size, CHUNK):
-        yield slice(start, start + CHUNK)

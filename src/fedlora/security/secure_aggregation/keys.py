@@ -1,6 +1,6 @@
 """Key agreement and sealed messages: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
 
-Bonawitz et al. 2017, sections 3 and 4: key agreement and authenticated encryption between every two parties.
+Bonawitz et al. 2017, sections 3 and 4: key agreement and authenticated encryption between every two participants.
 """
 
 import os
@@ -63,9 +63,8 @@ class KeyPair:
         try:
             secret = self._key.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError as error:  # a wrong length, or a point of small order
-            raise ProtocolError("A party's public key is no X25519 key; leave that party out.") from error
-        both = b"".join(sorted((self.public, public)))
-        return derive(secret, address.context() + both)
+            raise ProtocolError("A public key is no X25519 key; leave its owner out.") from error
+        return derive(secret, address.context() + b"".join(sorted((self.public, public))))
 
 
 def derive(secret: bytes, context: bytes) -> bytes:
@@ -80,7 +79,7 @@ def seal(payload: bytes | memoryview, own: KeyPair, public: bytes, address: Addr
 
 
 def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> bytes:
-    """Opens what the owner of ``public`` sealed for this address; :class:`ProtocolError` for anything else."""
+    """Decrypts a payload that the owner of ``public`` sealed for this address; :class:`ProtocolError` for any other."""
     key = own.agree(public, address)
     try:
         if len(sealed) < SEAL:
@@ -94,5 +93,5 @@ def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> byte
 
 
 def party_name(number: int) -> str:
-    """A party's name in an error text."""
+    """Returns the name of the server or a client for an error message."""
     return "the server" if number == SERVER else f"client {number}"

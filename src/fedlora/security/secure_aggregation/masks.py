@@ -7,7 +7,7 @@ The pairwise masks cancel in the sum; the self mask ``PRG(b_u)`` protects ``u`` 
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from fedlora.security.secure_aggregation.fixed_point import Ring
@@ -49,10 +49,6 @@ def add(vector: Ring, masks: Iterable[Mask]) -> None:
     for start in range(0, len(vector), CHUNK):
         chunk = vector[start : start + CHUNK]
         for stream, sign in streams:
-            mask = _next(stream, buffer[: len(chunk)])
+            mask = buffer[: len(chunk)]
+            stream.update_into(memoryview(ZEROS)[: mask.nbytes], mask.view(np.uint8).data)
             (np.add if sign > 0 else np.subtract)(chunk, mask, out=chunk)
-
-
-def _next(stream: CipherContext, out: Ring) -> Ring:
-    stream.update_into(memoryview(ZEROS)[: out.nbytes], out.view(np.uint8).data)
-    return out

@@ -1,10 +1,10 @@
-"""What crosses the wire between two parties, and what a party keeps between two phases, as bytes.
+"""The messages of the protocol, and the saved state of a client or server, as bytes.
 
-These are tables of integers and sealed bytes and no trees, so they are not written as ``fedlora.files`` writes trees.
+They are tables of integers and sealed bytes rather than trees, so ``fedlora.files`` does not write them.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Message:
         return asdict(self)
 
 
-def pack_table(table: Mapping[int, bytes] | Iterable[tuple[int, bytes]]) -> bytes:
+def pack_table(table: Mapping[int, bytes] | Table) -> bytes:
     """Packs client number -> bytes of one width, as ``8 + width`` bytes an entry."""
     items = table.items() if isinstance(table, Mapping) else table
     return b"".join(n.to_bytes(NUMBER, "big", signed=True) + entry for n, entry in items)
@@ -42,47 +42,40 @@ def unpack_table(payload: bytes, width: int) -> Table:
     step = NUMBER + width
     if len(payload) % step:
         raise ProtocolError(f"A list of {len(payload)} bytes is not made of entries of {step}; it was left out.")
-    starts = range(0, len(payload), step)
-    return [
-        (int.from_bytes(payload[i : i + NUMBER], "big", signed=True), payload[i + NUMBER : i + step]) for i in starts
-    ]
+    entries = (payload[i : i + step] for i in range(0, len(payload), step))
+    return [(int.from_bytes(entry[:NUMBER], "big", signed=True), entry[NUMBER:]) for entry in entries]
 
 
 def as_mapping(table: Table, what: str) -> dict[int, bytes]:
-    """The table as a mapping; :class:`ProtocolError` if it names a client twice."""
+    """Converts a table to a mapping; :class:`ProtocolError` if it names a client twice."""
     found = dict(table)
     if len(found) < len(table):
-        raise ProtocolError(f"The {what} names a client twice; each may be there once. It was refused.")
+        raise ProtocolError(f"The {what} names a client twice; each may be there once. Refused.")
     return found
 
 
 def save_state(kind: str, fields: Mapping[str, Any], rest: bytes = b"") -> bytes:
-    """Writes a party's state as one line of JSON, then ``rest``. It has secrets: for the party's own store."""
-    return json.dumps({"fedlora.secure": kind, **fields}, default=_plain).encode() + b"\n" + rest
+    """Encodes a state as one line of JSON, then ``rest``. It has secrets: for the owner's own store."""
+    return json.dumps({"fedlora.secure": kind, **fields}, default=_encode_bytes).encode() + b"\n" + rest
 
 
 def load_state(kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Reads the result of :func:`save_state`; ``ValueError`` if it is no state of this kind of party."""
+    """Decodes the result of :func:`save_state`; ``ValueError`` if it is no state of this kind."""
     line, _, rest = data.partition(b"\n")
     try:
-        fields = json.loads(line, object_hook=_revive)
+        fields = json.loads(line, object_hook=_decode_bytes)
     except ValueError as error:
         raise ValueError(f"{len(data)} bytes are no saved {kind}; give what to_bytes() returned.") from error
     if not isinstance(fields, dict) or fields.pop("fedlora.secure", None) != kind:
-        raise ValueError(f"The saved state is of another kind of party; give what a {kind}'s to_bytes() returned.")
+        raise ValueError(f"The saved state is of another kind; give what a {kind}'s to_bytes() returned.")
     return fields, rest
 
 
-def _plain(value: object) -> Any:
+def _encode_bytes(value: object) -> Any:
     if isinstance(value, bytes):
         return {"hex": value.hex()}
-    raise TypeError(f"{type(value).__name__} is not part of a party's state")
+    raise TypeError(f"{type(value).__name__} is not part of a saved state")
 
 
-def _revive(value: dict[str, Any]) -> Any:
+def _decode_bytes(value: dict[str, Any]) -> Any:
     return bytes.fromhex(value["hex"]) if value.keys() == {"hex"} else value
-
-
-def as_list(table: Mapping[int, bytes]) -> list[tuple[int, bytes]]:
-    """A table for :func:`save_state`, since keys of mappings in JSON are text."""
-    return list(table.items())

@@ -16,7 +16,7 @@ LARGEST = 2**29  # numbers in a vector: the cipher seals less than 2^31 bytes at
 
 
 class ProtocolError(ValueError):
-    """A party refuses a message, a request or a value; its state does not change."""
+    """The server or a client refuses a message, a request or a value; its state does not change."""
 
 
 class TooFewClientsError(ProtocolError):
@@ -30,7 +30,7 @@ def default_threshold(clients: int) -> int:
 
 @dataclass(frozen=True)
 class SessionTerms:
-    """One round's public terms, the same for all parties. Their digest is part of every key and every seal.
+    """One round's public terms, the same for all. Their digest is part of every key and every seal.
 
     ``numbers`` are the cohort's ``K >= 3`` clients, and ``weights`` their positive shares of it, which sum to one.
     ``size`` is ``d``, the count of numbers that each sends; ``threshold`` is ``t``, above ``K/2``; ``range`` is ``R``,
@@ -83,14 +83,14 @@ class SessionTerms:
         return FixedPoint(self.range, len(self.numbers))
 
     def weight(self, number: int) -> float:
-        """Client ``number``'s share of the cohort."""
+        """Returns client ``number``'s share of the cohort."""
         return self.weights[self.numbers.index(number)]
 
     def record(self) -> dict[str, Any]:
-        """The terms as numbers, text, bytes and lists of numbers, for the wire."""
+        """Returns the terms as numbers, text, bytes and lists of numbers, for the wire."""
         return asdict(self) | {"numbers": list(self.numbers), "weights": list(self.weights)}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """The session of a :meth:`record`; ``ValueError`` if its terms do not fit together."""
+        """Builds the terms of a :meth:`record`; ``ValueError`` if they do not fit together."""
         return cls(**{**record, "numbers": tuple(record["numbers"]), "weights": tuple(record["weights"])})
