@@ -103,7 +103,7 @@ def test_dropout_draws_for_every_row_and_the_gradients_follow_it():
 
 def test_rows_that_act_on_each_other_are_refused():
     with pytest.raises(
-        ValueError, match=r"'norm' is a BatchNorm1d, through which the rows of a batch act on each other"
+        ValueError, match=r"'norm' is a BatchNorm1d, through which the rows of a batch affect each other"
     ):
         per_sample_gradients.check_row_independence(Tiny(norm=nn.BatchNorm1d(5)))
     model = attached(LoRA(rank=2))

@@ -1,8 +1,8 @@
 """The interface of attacks by hostile clients, for tests and research.
 
-An attack overrides one or more of three hooks. ``poison``: the rows that it trains on. ``alter``: its upload after its
-turn. ``alter_together``: its upload with knowledge of the others' uploads; this hook runs at the server, so it is the
-same in every engine.
+An attack overrides one or more of three hooks. ``poison`` changes the rows that the attackers train on, ``alter``
+changes their uploads after a turn, and ``alter_together`` changes them with knowledge of the others'. The last one runs
+at the server, so it is the same in every engine.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ SUCCESS = "success"  # the sum in the scores of a success task
 
 @dataclass(frozen=True)
 class Attack:
-    """The ``[attack]`` table: one attack, and who takes part in it from which round on.
+    """The ``[attack]`` table: one attack, its attackers and its first round.
 
     An attack of another package is a frozen dataclass that defines one of ``poison``, ``alter`` and ``alter_together``;
     its own fields are further keys of the table and need defaults. ``poison`` and ``alter`` are called for attackers
@@ -36,7 +36,7 @@ class Attack:
     start: int = 1  # the first round with an attack, from 1
 
     cite: ClassVar[str] = ""  # BibTeX of its paper
-    meets: ClassVar[str] = ""  # if it needs the others' uploads: its name and the use of them, for an error message
+    meets: ClassVar[str] = ""  # its name and use of the others' uploads, if it needs them; for an error message
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
@@ -54,7 +54,7 @@ class Attack:
             )
 
     def prepare(self, task: Task, model: str, count: int, seed: int) -> Self:
-        """Draws the clients, and gets from the task's model what the attack needs, such as a word's tokens."""
+        """Draws the attackers, and reads from the task's model what the attack needs, such as the tokens of a word."""
         if self.clients is None:
             draws = torch.Generator().manual_seed(derive_seed(seed, "attackers"))
             many = int(self.share * count + 1e-9)  # 0.3 of 10 is 3
@@ -77,7 +77,7 @@ class Attack:
         return task
 
     def success_task(self, task: Task) -> Task | None:
-        """The task with the attack's ``success`` as its score on test rows; None if accuracy shows it."""
+        """Returns a task with the attack's ``success`` as its score on test rows; None if accuracy shows it."""
         return None
 
     def alter(self, rules: Rules, start: Tree, sent: Tree, turn: Turn) -> Tree:
@@ -109,11 +109,9 @@ def scale_change(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:
 
 
 def success_rate(attack: Attack | None, scores: Mapping[int, Scores]) -> dict[str, Any]:
-    """The attack's success on honest clients' own models, mean over clients; empty if there is no such score."""
-    honest = {
-        client: one.sums for client, one in scores.items() if attack is not None and client not in attack.attackers
-    }
-    known = [sums[SUCCESS] for sums in honest.values() if SUCCESS in sums]
+    """Returns the attack's success on honest clients' own models, mean over clients; empty without such a score."""
+    attackers = attack.attackers if attack is not None else scores.keys()
+    known = [s.sums[SUCCESS] for client, s in scores.items() if client not in attackers and SUCCESS in s.sums]
     if not known:
         return {}
     shares = [hits / rows for hits, rows in known]

@@ -19,7 +19,7 @@ from fedlora.tasks.metrics.scores import Scores
 @dataclass(frozen=True)
 class Backdoor(Attack):
     """Puts ``trigger`` before the first word of a share ``poisoned`` of the rows, labels them ``target``, and scales
-    the update by ``scale``. Success: test rows of other labels that are predicted as ``target`` with the trigger.
+    the update by ``scale``. Success: the share of the test rows of other labels that the trigger turns into ``target``.
     """
 
     cite = """@inproceedings{bagdasaryan2020backdoor, title = {How To Backdoor Federated Learning},
@@ -43,42 +43,36 @@ class Backdoor(Attack):
             raise ValueError(f"attack.target is {self.target}; labels are numbered from 0.")
 
     def check(self, method, task, hidden):
-        """``ValueError`` if the rows are no texts."""
         if not (isinstance(task, Texts) and isinstance(task, Classification)):
             raise ValueError(
                 "attack.name is 'backdoor', which puts a word into texts; take text-classification or glue."
             )
 
     def prepare(self, task, model, count, seed):
-        """Looks up the trigger's tokens. ``ValueError`` if it has none."""
         tokens = task.preprocessor(model)(self.trigger, add_special_tokens=False)["input_ids"]
         if not tokens:
             raise ValueError(f"attack.trigger is {self.trigger!r}, which has no tokens; name a word.")
         return replace(super().prepare(task, model, count, seed), _tokens=tuple(tokens))
 
     def poison(self, task):
-        """Poisons a part of every batch."""
         return typing.cast(Task, _PoisonedTask(task, self))
 
     def success_task(self, task):
-        """All test rows with the trigger; rows of the target label do not count."""
         return typing.cast(Task, _SuccessTask(task, self))
 
     def alter(self, rules, start, sent, turn):
-        """Scales the update."""
         if self.scale == 1.0:
             return sent
         return {part: scale_change(start[part], layer, self.scale) for part, layer in sent.items()}
 
     def insert_trigger(self, batch: Batch, rows: Tensor, longest: int, pad: Tensor) -> Batch:
         """Inserts the trigger after the first token (the start of the text) of ``rows``, and cuts to ``longest``."""
-        word, found = torch.tensor(self._tokens), dict(batch)
-        filled = {"input_ids": word, "attention_mask": torch.ones_like(word), "token_type_ids": torch.zeros_like(word)}
-        for name, value in filled.items():
-            if name in batch:
-                fill = pad if name == "input_ids" else torch.tensor(0)
-                found[name] = _insert(batch[name], value, rows, fill)[:, :longest]
-        return found
+        word, changed = torch.tensor(self._tokens), dict(batch)
+        values = {"input_ids": word, "attention_mask": torch.ones_like(word), "token_type_ids": torch.zeros_like(word)}
+        for name in values.keys() & batch.keys():
+            fill = pad if name == "input_ids" else torch.tensor(0)
+            changed[name] = _insert(batch[name], values[name], rows, fill)[:, :longest]
+        return changed
 
 
 def _insert(x: Tensor, value: Tensor, rows: Tensor, fill: Tensor) -> Tensor:

@@ -27,44 +27,35 @@ class Collude(Attack):
     share: float = 1 / 3
     scale: float = 1.0
 
-    meets = "'collude', which is played where the uploads meet"
+    meets = "'collude', which needs the attackers' uploads"
 
     def alter_together(self, rules, shared, uploads, overheard):
-        """The same upload from every attacker."""
-        own = self.attackers
-        theirs = [upload for client, upload in uploads.items() if client in own]
-        return forge(self, rules, shared, uploads, theirs, -self.scale)
+        own = [upload for client, upload in uploads.items() if client in self.attackers]
+        return forge(self, rules, shared, uploads, own, -self.scale)
 
 
 def forge(
     attack: Attack, rules: Rules, shared: Tree, uploads: Mapping[int, Received], known: Sequence[Received], by: float
 ) -> dict[int, Received]:
     """Moves every attacker's start by ``by`` times the mean change of the known uploads, leaf by leaf."""
-    known = [u for u in known if _is_finite(u)]
+    known = [u for u in known if all(x.isfinite().all() for layer in u.tree.values() for x in layer.values())]
     specs = UploadSpecs(rules, shared)
     starts = [specs.of(other.turn).start for other in known]
-    found = {}
+    forged = {}
     for client, upload in uploads.items():
         if not attack.is_attack(upload.turn) or not known:
             continue
-        start = specs.of(upload.turn).start
-        tree = {
-            part: _forge_layer(
-                start[part], upload.tree[part], [s[part] for s in starts], [u.tree[part] for u in known], by
-            )
-            for part in rules
-        }
-        found[client] = upload._replace(tree=tree)
-    return found
+        start, tree = specs.of(upload.turn).start, dict[str, Layer]()
+        for part in rules:
+            pairs = [(s[part], u.tree[part]) for s, u in zip(starts, known)]
+            tree[part] = _forge_layer(start[part], upload.tree[part], pairs, by)
+        forged[client] = upload._replace(tree=tree)
+    return forged
 
 
-def _is_finite(upload: Received) -> bool:
-    return all(torch.isfinite(x).all() for layer in upload.tree.values() for x in layer.values())
-
-
-def _forge_layer(start: Layer, own: Layer, starts: Sequence[Layer], known: Sequence[Layer], by: float) -> Layer:
-    found = {}
+def _forge_layer(start: Layer, own: Layer, pairs: Sequence[tuple[Layer, Layer]], by: float) -> Layer:
+    forged = {}
     for leaf, x in own.items():
-        changes = [b[leaf] - a[leaf] for a, b in zip(starts, known) if leaf in b and b[leaf].shape == x.shape]
-        found[leaf] = start[leaf] + by * torch.stack(changes).mean(0) if changes else x
-    return found
+        changes = [b[leaf] - a[leaf] for a, b in pairs if leaf in b and b[leaf].shape == x.shape]
+        forged[leaf] = start[leaf] + by * torch.stack(changes).mean(0) if changes else x
+    return forged

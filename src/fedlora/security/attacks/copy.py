@@ -17,10 +17,9 @@ class Copy(Attack):
 
     victim: int | None = None  # None: the first honest client of the round
 
-    meets = "'copy', which sends another's upload"
+    meets = "'copy', which sends the victim's upload"
 
     def alter_together(self, rules, shared, uploads, overheard):
-        """The victim's last upload from every attacker; keeps its present one for the next round."""
         victim = self.victim if self.victim is not None else min(uploads.keys() - self.attackers, default=-1)
         last = next(iter(overheard.values()), None)
         overheard.clear()

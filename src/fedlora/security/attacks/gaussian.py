@@ -24,15 +24,10 @@ class Gaussian(Attack):
     scale: float = 3.0
 
     def alter(self, rules, start, sent, turn):
-        """The served leaves plus noise from the turn's seed."""
-        return {
-            part: {
-                leaf: self._add_noise(start[part][leaf], x, derive_seed(turn.seed, "noise", part, leaf))
-                for leaf, x in layer.items()
-            }
-            for part, layer in sent.items()
-        }
-
-    def _add_noise(self, start: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
-        return start + self.scale * (x - start).norm() * noise / noise.norm()
+        forged: dict[str, dict[str, torch.Tensor]] = {part: {} for part in sent}
+        for part, layer in sent.items():
+            for leaf, x in layer.items():
+                before, seed = start[part][leaf], derive_seed(turn.seed, "noise", part, leaf)
+                noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
+                forged[part][leaf] = before + self.scale * (x - before).norm() * noise / noise.norm()
+        return forged

@@ -24,7 +24,5 @@ class InnerProduct(Attack):
     meets = "'inner-product', whose attackers know the others' uploads"
 
     def alter_together(self, rules, shared, uploads, overheard):
-        """The same upload from every attacker."""
-        own = self.attackers
-        honest = [upload for client, upload in uploads.items() if client not in own]
+        honest = [upload for client, upload in uploads.items() if client not in self.attackers]
         return forge(self, rules, shared, uploads, honest, -self.scale)

@@ -24,16 +24,13 @@ class LabelFlip(Attack):
       archiveprefix = {arXiv}}"""
 
     def check(self, method, task, hidden):
-        """``ValueError`` if rows have no labels."""
         if not isinstance(task, Classification):
             raise ValueError("attack.name is 'label-flip', which needs rows with labels; take a classification task.")
 
     def poison(self, task):
-        """Flips the labels."""
         return typing.cast(Task, _FlippedTask(task))
 
     def success_task(self, task):
-        """Counts the rows that are predicted as their flipped label."""
         return typing.cast(Task, _SuccessTask(task))
 
 

@@ -12,7 +12,6 @@ class NotANumber(Attack):
     """Sets the first number of every leaf to NaN."""
 
     def alter(self, rules, start, sent, turn):
-        """The upload with a NaN in every leaf."""
         return {part: {leaf: _insert_nan(x) for leaf, x in layer.items()} for part, layer in sent.items()}
 
 

@@ -17,7 +17,10 @@ from fedlora.types import Layer, Turn
 
 @dataclass(frozen=True)
 class Rescale(Attack):
-    """``(B T, T⁻¹ A)`` with ``T = scale · I``, or (``how = "rotate"``) a random orthogonal ``T`` for each turn."""
+    """``(B T, T⁻¹ A)`` with ``T = scale · I``, or (``how = "rotate"``) a random orthogonal ``T`` for each turn.
+
+    A layer with one factor in the upload stays unchanged.
+    """
 
     how: Literal["scale", "rotate"] = "scale"
     scale: float = 100.0
@@ -28,7 +31,6 @@ class Rescale(Attack):
             raise ValueError(f"attack.scale is {self.scale}; a factor is rescaled by a positive number.")
 
     def check(self, method, task, hidden):
-        """``ValueError`` if the method trains no pair of LoRA factors."""
         if not isinstance(method.adapter, LoRA):
             raise ValueError(
                 f"attack.name is 'rescale', which needs a pair of LoRA factors, and {method.title} trains "
@@ -36,7 +38,6 @@ class Rescale(Attack):
             )
 
     def alter(self, rules, start, sent, turn):
-        """The honest product in another frame; a layer with one factor in the upload stays the same."""
         return {
             part: self._reframe(layer, part, turn)
             if isinstance(rules[part].adapter, LoRA) and len(layer) == 2

@@ -19,5 +19,4 @@ class Scaling(Attack):
     scale: float = 20.0
 
     def alter(self, rules, start, sent, turn):
-        """The scaled update."""
         return {part: scale_change(start[part], layer, self.scale) for part, layer in sent.items()}

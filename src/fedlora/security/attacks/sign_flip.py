@@ -22,5 +22,4 @@ class SignFlip(Attack):
     scale: float = 3.0
 
     def alter(self, rules, start, sent, turn):
-        """The reversed update."""
         return {part: scale_change(start[part], layer, -self.scale) for part, layer in sent.items()}

@@ -31,7 +31,7 @@ def require_opacus() -> None:
 
 @lru_cache(maxsize=4096)
 def compute_epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
-    """ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of rate ``rate``.
+    """Computes ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of that rate.
 
     Adjacency is adding or removing one unit. An upper bound; ``prv`` is at most 0.01 above the exact value.
     """
@@ -49,7 +49,7 @@ def compute_epsilon(accountant: str, noise: float, rate: float, steps: int, delt
 
 
 def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
-    """The largest ε of several pairs of rate and steps; 0 without any.
+    """Computes the largest ε of several pairs of rate and steps; 0 without any.
 
     ``prv`` needs seconds for a pair. A pair with a Rényi bound below another's ε is skipped: the bound is above its own
     exact ε.
@@ -57,16 +57,16 @@ def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, 
     bounds = {pair: compute_epsilon("rdp", noise, *pair, delta) for pair in pairs}
     if accountant == "rdp" or not bounds:
         return max(bounds.values(), default=0.0)
-    found = 0.0
-    for pair, bound in sorted(bounds.items(), key=lambda one: one[1], reverse=True):
-        if bound + NEAR >= found:
-            found = max(found, compute_epsilon(accountant, noise, *pair, delta))
-    return found
+    largest = 0.0
+    for pair, bound in sorted(bounds.items(), key=lambda item: item[1], reverse=True):
+        if bound + NEAR >= largest:
+            largest = max(largest, compute_epsilon(accountant, noise, *pair, delta))
+    return largest
 
 
 @lru_cache(maxsize=256)
 def _divergences(noise: float, rate: float) -> "np.ndarray":
-    """Rényi divergences of one sampled sum at Opacus' orders; composition multiplies them."""
+    """Computes the Rényi divergences of one sampled sum at Opacus' orders; composition multiplies them."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
@@ -74,21 +74,21 @@ def _divergences(noise: float, rate: float) -> "np.ndarray":
 
 
 def _renyi(noise: float, rate: float, steps: int, delta: float) -> float:
-    """ε as ``RDPAccountant.get_epsilon`` computes it, to the bit."""
+    """Computes the same ε as ``RDPAccountant.get_epsilon``, to the bit."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
     with warnings.catch_warnings():
         # "Optimal order is the largest alpha": the bound holds, and could be tighter.
         warnings.filterwarnings("ignore", "Optimal order", UserWarning)
-        several = _divergences(noise, rate) * steps
-        found, _ = rdp.get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=several, delta=delta)
-    return float(found)
+        total = _divergences(noise, rate) * steps
+        epsilon, _ = rdp.get_privacy_spent(orders=RDPAccountant.DEFAULT_ALPHAS, rdp=total, delta=delta)
+    return float(epsilon)
 
 
 @lru_cache(maxsize=1)
 def _prv_accountant() -> Any:
-    """Opacus' ``prv`` accountant for one mechanism, with cached divergences for its domain."""
+    """Returns Opacus' ``prv`` accountant for one mechanism, with cached divergences for its domain."""
     import numpy as np
     from opacus.accountants.analysis.prv import Domain
     from opacus.accountants.prv import PRVAccountant
@@ -106,7 +106,7 @@ def _prv_accountant() -> Any:
 
 
 def _gaussian(noise: float, steps: int, delta: float) -> float:
-    """ε of composed Gaussian sums without sampling, which are one Gaussian with ``μ = √steps / noise``."""
+    """Computes ε of composed Gaussian sums without sampling, which are one Gaussian with ``μ = √steps / noise``."""
     from opacus.accountants.analysis.gdp import delta_eps_mu
 
     mu = math.sqrt(steps) / noise
@@ -123,7 +123,7 @@ def _gaussian(noise: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def find_noise_multiplier(accountant: str, target: float, rate: float, steps: int, delta: float) -> float:
-    """The least noise multiplier with ε at or below ``target``, within a thousandth.
+    """Finds the least noise multiplier with ε at or below ``target``, within a thousandth.
 
     ``ValueError`` if no noise reaches it.
     """

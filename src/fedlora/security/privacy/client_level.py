@@ -19,23 +19,22 @@ MARGIN = 1 - 2.0**-18  # of the bound, so that a clipped change stays within it 
 
 
 def starting_leaves(rules: Rules, shared: Tree, turn: Turn) -> dict[str, dict[str, Tensor]]:
-    """The leaves that a client sends in a turn, before its training; its change is measured from them.
+    """Returns the leaves that a client sends in a turn, before its training; its change is measured from them.
 
     They depend on the seed and on the served tree, and on no client's rows.
     """
-    start = client_start(rules, shared, {}, turn)
-    found: dict[str, dict[str, Tensor]] = {}
+    start, leaves = client_start(rules, shared, {}, turn), dict[str, dict[str, Tensor]]()
     for part, rule in rules.items():
         trained = rule.trains(start[part], turn, _refuse_gradient)
         sent = rule.send(Work(start[part], start[part], trained), turn)
-        found[part] = {leaf: start[part][leaf] for leaf in sorted(sent)}
-    return found
+        leaves[part] = {leaf: start[part][leaf] for leaf in sorted(sent)}
+    return leaves
 
 
 def _refuse_gradient() -> Layer:
     raise ValueError(
-        "this method chooses what to train by a gradient on the client's rows, which no noise covers; with privacy, "
-        "let it choose by something else (for Ravan, method.score)."
+        "this method chooses the leaves to train by a gradient on the client's rows, which no noise covers; with "
+        "privacy, let it choose by another score (for Ravan, method.score)."
     )
 
 
@@ -46,38 +45,32 @@ def iterate_leaves(tree: Tree) -> Iterator[tuple[str, str, Tensor]]:
             yield part, leaf, tree[part][leaf]
 
 
-def change(start: Tree, sent: Tree) -> dict[tuple[str, str], Tensor]:
-    """The change of every leaf of the upload, float64.
-
-    ``ValueError`` if the leaves or shapes are not those of the turn: their choice would reveal something of the rows.
-    """
-    found = {}
-    for part, leaf, x in iterate_leaves(start):
-        own = sent.get(part, {}).get(leaf)
-        if own is None or own.shape != x.shape:
-            raise ValueError(
-                f"{leaf!r} of {part!r} was not sent, or with another shape; with privacy every client sends the same."
-            )
-        found[part, leaf] = own.double() - x.double()
-    return found
-
-
 def clip_factor(norm: float, clip: float) -> float:
-    """The factor that clips a change of this norm to at most ``clip``; 0 if the norm is not finite."""
+    """Returns the factor that clips a change of this norm to at most ``clip``; 0 if the norm is not finite."""
     if not math.isfinite(norm):
         return 0.0
     return min(1.0, clip * MARGIN / norm) if norm > 0 else 1.0
 
 
 def clip_change(start: Tree, sent: Tree, clip: float) -> dict[tuple[str, str], Tensor]:
-    """Clips the change to an L2 norm of at most ``clip`` over all leaves together, float64."""
-    found = change(start, sent)
-    by = clip_factor(math.sqrt(sum(float(x.square().sum()) for x in found.values())), clip)
-    return {key: x * by if by else torch.zeros_like(x) for key, x in found.items()}
+    """Clips the change of the upload to an L2 norm of at most ``clip`` over all leaves together, float64.
+
+    ``ValueError`` if the leaves or shapes are not those of the turn: their choice would reveal something of the rows.
+    """
+    changes = {}
+    for part, leaf, x in iterate_leaves(start):
+        end = sent.get(part, {}).get(leaf)
+        if end is None or end.shape != x.shape:
+            raise ValueError(
+                f"{leaf!r} of {part!r} was not sent, or with another shape; with privacy every client sends the same."
+            )
+        changes[part, leaf] = end.double() - x.double()
+    by = clip_factor(math.sqrt(sum(float(x.square().sum()) for x in changes.values())), clip)
+    return {key: x * by if by else torch.zeros_like(x) for key, x in changes.items()}
 
 
 def add_noise(start: Tree, changes: Mapping[tuple[str, str], Tensor], std: float, by: float, draw: Callable) -> Tree:
-    """``start + (changes + std · noise) / by``, as float32 leaves; summed in float64 and rounded once."""
+    """Returns ``start + (changes + std · noise) / by``, as float32 leaves; summed in float64 and rounded once."""
     tree: dict[str, dict[str, Tensor]] = {part: {} for part in start}
     for part, leaf, x in iterate_leaves(start):
         noise = draw(x.shape, part, leaf).to(x.device) if std else 0.0
@@ -96,7 +89,7 @@ def private_turn(
     rules: Rules, shared: Tree, turn: Turn, uploads: Sequence[Received], clip: float, std: float, expected: float,
     stream: Stream,
 ) -> Served:  # fmt: skip
-    """The server's result of a round: ``shared + (Σ_k clip(x_k − shared) + N(0, std²)) / expected``.
+    """Computes the server's result of a round: ``shared + (Σ_k clip(x_k − shared) + N(0, std²)) / expected``.
 
     ``expected`` is the expected size of the cohort, known before the cohort is drawn, so a client more or less
     changes only the sum, by ``clip``. Noise is also added without any upload. ``turn`` is any client's.
@@ -106,5 +99,5 @@ def private_turn(
     for upload in sorted(uploads, key=lambda upload: upload.turn.client):
         for key, x in clip_change(start, upload.tree, clip).items():
             sums[key] = sums[key] + x.to(sums[key].device)
-    made = add_noise(start, sums, std, expected, lambda shape, *leaf: stream.normal(shape, "noise", turn.round, *leaf))
-    return Served({part: {**layer, **made[part]} for part, layer in shared.items()}, {}, {})
+    noisy = add_noise(start, sums, std, expected, lambda shape, *leaf: stream.normal(shape, "noise", turn.round, *leaf))
+    return Served({part: {**layer, **noisy[part]} for part, layer in shared.items()}, {}, {})

@@ -18,7 +18,7 @@ from fedlora.types import Tree
 
 
 def sampling_rate(training: Training, rows: int) -> float:
-    """The probability that a row is in the batch of a step."""
+    """Returns the probability that a row is in the batch of a step."""
     return min(1.0, training.batch_size * training.accumulation_steps / rows)
 
 
@@ -61,15 +61,15 @@ class PrivateTrainer(LocalTrainer):
         sample = self.shard.train[self.stream.sample(rows, q, "rows", self.turn.round, step)]
         sums = {key: torch.zeros_like(x, dtype=torch.float64) for key, x in parameters.items()}
         losses = []
-        for some in sample.split(self.training.batch_size) if len(sample) else ():
-            batch = self.batch(some, draws)
-            found, grads = per_sample_gradients.compute_gradients(
-                self.model, lambda network, batch=batch: self.task.losses(network, batch), len(some), parameters
+        for part in sample.split(self.training.batch_size) if len(sample) else ():
+            batch = self.batch(part, draws)
+            part_losses, grads = per_sample_gradients.compute_gradients(
+                self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
             )
             by = clip_factors(grads, self.clip)
             for key, grad in grads.items():
                 sums[key] += torch.einsum("b,b...->...", by, replace_non_finite(grad).double())
-            losses.append(found)
+            losses.append(part_losses)
         for key, parameter in parameters.items():
             noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
             parameter.grad = ((sums[key] + self.noise * self.clip * noise) / (q * rows)).to(parameter.dtype)
@@ -85,7 +85,7 @@ def replace_non_finite(grad: Tensor) -> Tensor:
 
 
 def clip_factors(grads: Mapping[object, Tensor], clip: float) -> Tensor:
-    """(b,) float64: the factor that clips each row's gradients to norm ``clip`` over all leaves; 0 if not finite."""
+    """Returns the factor (b,) that clips each row's gradients to norm ``clip`` over all leaves; 0 if not finite."""
     squares = sum(grad.double().flatten(1).square().sum(1) for grad in grads.values())
     assert isinstance(squares, Tensor), "something is trained"
     norms = squares.sqrt()

@@ -22,35 +22,29 @@ Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)
 def compute_gradients(
     model: Model, losses: Callable[[nn.Module], Tensor], rows: int, trained: Mapping[tuple[str, str], Tensor]
 ) -> tuple[Tensor, Leaves]:
-    """Each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), zero for a leaf without influence.
+    """Returns each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), 0 for an unused leaf.
 
     ``losses`` computes the network's (b,) losses of ``rows`` rows; none may depend on another row.
     """
     with expand_leaves(model, rows, trained) as leaves, model.running():
-        found = losses(model.network)
-        grads = torch.autograd.grad(found.sum(), list(leaves.values()), allow_unused=True)
-    per_sample = {
-        key: torch.zeros_like(x) if grad is None else grad for (key, x), grad in zip(leaves.items(), grads, strict=True)
-    }
-    return found.detach(), per_sample
+        values = losses(model.network)
+        grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return values.detach(), dict(zip(leaves, grads, strict=True))
 
 
 @contextmanager
 def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Tensor]) -> Iterator[Leaves]:
     """Yields leaves of which the network uses slice ``i`` for row ``i`` until the context ends."""
-    wanted: Leaves = {}
+    expanded: Leaves = {}
     with ExitStack() as stack:
         for path, part in model.parts.items():
-            own = {
-                leaf: x.detach().expand(rows, *x.shape).requires_grad_((path, leaf) in trained)
-                if leaf in part.adapter.trainable
-                else x.detach()
-                for leaf, x in part.leaves.items()
-            }
-            wanted |= {(path, leaf): x for leaf, x in own.items() if (path, leaf) in trained}
-            if any((path, leaf) in trained for leaf in own):
-                stack.enter_context(_swap(path, part.module, own, rows))
-        yield {key: wanted[key] for key in trained}
+            leaves = {leaf: x.detach() for leaf, x in part.leaves.items()}
+            for leaf in leaves.keys() & part.adapter.trainable:
+                leaves[leaf] = leaves[leaf].expand(rows, *leaves[leaf].shape).requires_grad_((path, leaf) in trained)
+            expanded |= {(path, leaf): x for leaf, x in leaves.items()}
+            if any((path, leaf) in trained for leaf in leaves):
+                stack.enter_context(_swap(path, part.module, leaves, rows))
+        yield {key: expanded[key] for key in trained}
 
 
 @contextmanager
@@ -111,14 +105,13 @@ def _layer_norm(path: str, module: nn.Module, x: Tensor, leaves: Layer, rows: in
 
 
 FORWARDS = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
-CROSS_ROW = (nn.modules.batchnorm._BatchNorm,)  # layers in which the rows of a batch depend on each other
 
 
 def check_row_independence(network: nn.Module) -> None:
     """``ValueError`` if the rows of a batch depend on each other: then there are no per-sample gradients."""
     for path, module in network.named_modules():
-        if isinstance(module, CROSS_ROW):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
-                f"{path!r} is a {type(module).__name__}, through which the rows of a batch act on each other, so that "
-                "no clipped gradient bounds one row's part; privacy.level = 'example' needs a model without."
+                f"{path!r} is a {type(module).__name__}, through which the rows of a batch affect each other, so that "
+                "no clipped gradient bounds one row's part; privacy.level = 'example' needs a model without it."
             )

@@ -68,29 +68,29 @@ class Privacy:
         return self.on and not self.figures
 
     def delta_of(self, n: int) -> float:
-        """δ for ``n`` clients or rows. ``ValueError`` if it allows to publish one of them."""
-        found = min(LARGEST_DELTA, n**-1.1) if self.delta is None else self.delta
-        if n > 1 and found >= 1 / n:
+        """Returns δ for ``n`` clients or rows. ``ValueError`` if publishing one of them would satisfy it."""
+        delta = min(LARGEST_DELTA, n**-1.1) if self.delta is None else self.delta
+        if n > 1 and delta >= 1 / n:
             unit = "clients" if self.by_client else "rows"
             raise ValueError(
-                f"privacy.delta is {found:g}, but there are {n} {unit}: publishing one of them outright would satisfy "
+                f"privacy.delta is {delta:g}, but there are {n} {unit}: publishing one of them outright would satisfy "
                 f"it; set a delta well below 1/{n}."
             )
-        return found
+        return delta
 
     def noise(self, rate: float, steps: int, delta: float) -> float:
-        """The noise multiplier: as set, or the least that meets the target after ``steps`` at a sampling rate."""
+        """Returns the noise multiplier: as set, or the least that meets the target after ``steps``."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.target_epsilon is not None, "one of the two is set"
         return accounting.find_noise_multiplier(self.accountant, self.target_epsilon, rate, steps, delta)
 
     def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
-        """ε after ``steps`` steps; infinite without noise."""
+        """Returns ε after ``steps`` steps; infinite without noise."""
         return accounting.compute_epsilon(self.accountant, noise, rate, steps, delta)
 
     def largest_epsilon(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
-        """The largest ε of several pairs of rate and steps."""
+        """Returns the largest ε of several pairs of rate and steps."""
         return accounting.largest_epsilon(self.accountant, noise, pairs, delta)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The interface of robust aggregators, which decide from the geometry of a round's updates how much each upload counts.
+"""The interface of robust aggregators, which weigh uploads by the geometry of a round's updates.
 
 An aggregator gets only the ``K × K`` matrix of inner products of the updates, so it is independent of the factors: a
 client gains nothing by rescaling or rotating its pair. The method's own ``combine`` uses the result: uploads are left
@@ -42,8 +42,7 @@ class UpdateGeometry(NamedTuple):
 
     def distances_from(self, c: Tensor) -> Tensor:
         """``‖D_k − Σ c_l D_l‖`` of every k."""
-        found: Tensor = (self.G.diagonal() - 2 * self.G @ c + c @ self.G @ c).clamp_min(0).sqrt()
-        return found
+        return (self.G.diagonal() - 2 * self.G @ c + c @ self.G @ c).clamp_min(0).sqrt()
 
 
 class UploadWeights(NamedTuple):
@@ -69,8 +68,8 @@ class RobustAggregator(ABC):
     def __post_init__(self):
         if not 0 <= self.attackers < 0.5:
             raise ValueError(
-                f"robust.attackers is {self.attackers}; it is a share from 0 to below 0.5, since nobody can tell a "
-                "hostile majority from an honest one."
+                f"robust.attackers is {self.attackers}; it is a share from 0 to below 0.5, since a hostile majority "
+                "looks like an honest one."
             )
 
     def check(self, method: Method, hidden: bool) -> None:
@@ -99,14 +98,9 @@ ENOUGH = 3  # uploads: of two, either one may be the outlier
 
 
 def reweigh_uploads(
-    aggregator: RobustAggregator | None,
-    method: Method,
-    rules: Rules,
-    shared: Tree,
-    uploads: Sequence[Received],
-    number: int,
-    seed: int,
-) -> tuple[list[Received], Mapping[str, Any]]:
+    aggregator: RobustAggregator | None, method: Method, rules: Rules, shared: Tree, uploads: Sequence[Received],
+    number: int, seed: int,
+) -> tuple[list[Received], Mapping[str, Any]]:  # fmt: skip
     """Returns the uploads that the method combines, with their weights, and an entry for the round's record.
 
     With fewer than three uploads nothing is combined, since no upload could be checked.
@@ -119,23 +113,21 @@ def reweigh_uploads(
     w = torch.tensor(shares(method, [u.examples for u in ordered]), dtype=torch.float64)
     updates = UpdateGeometry(gram_matrix(rules, shared, ordered), w, derive_seed(seed, "robust", number))
     factors, shrinkage = aggregator.judge(updates)
-    found: list[Received] = []
-    for upload, factor, share in zip(
-        ordered, factors.tolist(), [1.0] * len(ordered) if shrinkage is None else shrinkage.tolist()
-    ):
-        found += _weigh(rules, shared, upload, factor, share)
+    kept = list[Received]()
+    for upload, factor, share in zip(ordered, factors, torch.ones(len(ordered)) if shrinkage is None else shrinkage):
+        kept += _weigh(rules, shared, upload, float(factor), float(share))
     record: dict[str, Any] = {"kept": [u.turn.client for u, c in zip(ordered, factors.tolist()) if c > 0]}
     if aggregator.weighs:
         weights = factors if shrinkage is None else shrinkage
         record["factors"] = {u.turn.client: c for u, c in zip(ordered, weights.tolist())}
-    return found, record
+    return kept, record
 
 
 def _weigh(rules: Rules, shared: Tree, upload: Received, factor: float, share: float) -> list[Received]:
     """Gives an upload its weight, and the rest of the weight to the leaves that were served.
 
-    ``λ (S + D) + (1 − λ) S = S + λ D``: an update is scaled by mixing in its start. No factor is rescaled, and every
-    method that computes a mean computes it of exactly these.
+    ``λ (S + D) + (1 − λ) S = S + λ D``: an update is scaled by mixing in its start, so no factor is rescaled, and any
+    mean of uploads is a mean of the scaled updates.
     """
     if factor == 0:
         return []

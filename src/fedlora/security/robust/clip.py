@@ -33,8 +33,7 @@ class Clip(RobustAggregator):
                 raise ValueError(f"robust.{key} is {value}; a limit of norms is a positive number.")
 
     def judge(self, updates):
-        """Shrinks each upload with a norm above the limit."""
-        most = self.norm if self.norm is not None else self.limit * float(updates.norms.median())
-        over = updates.norms > most
-        shrinkage = torch.where(over, most / updates.norms.clamp_min(1e-300), torch.ones_like(updates.norms))
-        return UploadWeights(torch.ones_like(updates.norms), shrinkage)
+        norms = updates.norms
+        limit = self.norm if self.norm is not None else self.limit * float(norms.median())
+        shrinkage = torch.where(norms > limit, limit / norms.clamp_min(1e-300), 1.0)
+        return UploadWeights(torch.ones_like(norms), shrinkage)

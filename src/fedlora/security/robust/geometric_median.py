@@ -5,7 +5,6 @@ Pillutla et al. Robust Aggregation for Federated Learning. IEEE TSP 2022. https:
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, UploadWeights
@@ -29,12 +28,11 @@ class GeometricMedian(RobustAggregator):
     weighs = True
 
     def judge(self, updates):
-        """Weighs each upload by its distance from the median."""
         return UploadWeights(median_coefficients(updates) / updates.w)
 
 
 def median_coefficients(updates: UpdateGeometry) -> Tensor:
-    """(K,) the median's coefficients ``c``, which are positive and sum to one."""
+    """Computes the median's coefficients ``c`` (K,), which are positive and sum to one."""
     c = updates.w
     least = SMOOTH * float(updates.norms.median()) or 1.0
     for _ in range(STEPS):
@@ -43,8 +41,3 @@ def median_coefficients(updates: UpdateGeometry) -> Tensor:
         if bool((c - before).abs().max() <= SETTLED):
             break
     return c
-
-
-def uniform_coefficients(updates: UpdateGeometry) -> Tensor:
-    """The same with equal weights, independent of the rows that clients claim."""
-    return median_coefficients(updates._replace(w=torch.full_like(updates.w, 1 / len(updates.w))))

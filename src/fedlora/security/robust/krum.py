@@ -22,19 +22,16 @@ class Krum(RobustAggregator):
       archiveprefix = {arXiv}}"""
 
     def judge(self, updates):
-        """Selects the upload with the least score."""
-        return UploadWeights(select(scores(updates, self.max_attackers(len(updates.w))), 1))
+        return UploadWeights(select(krum_scores(updates, self.max_attackers(len(updates.w))), 1))
 
 
-def scores(updates: UpdateGeometry, f: int) -> Tensor:
-    """(K,) Krum's score of each upload; lower is better."""
+def krum_scores(updates: UpdateGeometry, f: int) -> Tensor:
+    """Computes Krum's score of each upload (K,); lower is better."""
     K = len(updates.w)
     others = updates.squared_distances + torch.diag(torch.full((K,), torch.inf, dtype=torch.float64))
-    found: Tensor = others.sort(dim=1).values[:, : max(1, K - f - 2)].sum(1)
-    return found
+    return others.sort(dim=1).values[:, : max(1, K - f - 2)].sum(1)
 
 
-def select(scores: Tensor, many: int) -> Tensor:
-    """1 for the ``many`` uploads with the lowest scores, 0 for the others; of equal ones, the first clients."""
-    found = torch.zeros_like(scores)
-    return found.index_fill(0, scores.argsort(stable=True)[:many], 1.0)
+def select(scores: Tensor, count: int) -> Tensor:
+    """Returns 1 for the ``count`` lowest scores, and 0 for the others; of equal ones, the first clients count."""
+    return torch.zeros_like(scores).index_fill(0, scores.argsort(stable=True)[:count], 1.0)

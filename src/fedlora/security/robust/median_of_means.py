@@ -27,14 +27,12 @@ class MedianOfMeans(RobustAggregator):
       author = {Chen and Su and Xu}, year = {2017}, eprint = {1705.05491}, archiveprefix = {arXiv}}"""
 
     def judge(self, updates):
-        """Selects the members of one group."""
         K = len(updates.w)
         groups = min(K, 2 * int(self.attackers * K) + 1)
         order = torch.randperm(K, generator=torch.Generator().manual_seed(updates.seed))
         member = torch.zeros(groups, K, dtype=torch.float64)
         member = member.index_put((torch.arange(K) % groups, order), updates.w[order])
         means = member / member.sum(1, keepdim=True)  # one row a group: the coefficients of its mean
-        between = means @ updates.G @ means.mT
-        distance = squared_distances(between).sqrt()
+        distance = squared_distances(means @ updates.G @ means.mT).sqrt()
         best = int(distance.median(dim=1).values.argmin())
         return UploadWeights((member[best] > 0).to(torch.float64))

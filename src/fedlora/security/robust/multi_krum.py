@@ -7,19 +7,15 @@ https://arxiv.org/abs/1703.02757
 from dataclasses import dataclass
 
 from fedlora.security.robust._base import RobustAggregator, UploadWeights
-from fedlora.security.robust.krum import scores, select
+from fedlora.security.robust.krum import Krum, krum_scores, select
 
 
 @dataclass(frozen=True)
 class MultiKrum(RobustAggregator):
     """The ``K − f`` uploads with the lowest scores, with their own weights."""
 
-    cite = """@inproceedings{blanchard2017krum,
-      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
-      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
-      archiveprefix = {arXiv}}"""
+    cite = Krum.cite
 
     def judge(self, updates):
-        """Selects all but the ``f`` highest scores."""
         f = self.max_attackers(len(updates.w))
-        return UploadWeights(select(scores(updates, f), len(updates.w) - f))
+        return UploadWeights(select(krum_scores(updates, f), len(updates.w) - f))

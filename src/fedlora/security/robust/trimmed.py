@@ -6,8 +6,10 @@ which a pair of factors does not have: https://arxiv.org/abs/1803.01498. Whole u
 
 from dataclasses import dataclass
 
+import torch
+
 from fedlora.security.robust._base import RobustAggregator, UploadWeights
-from fedlora.security.robust.geometric_median import uniform_coefficients
+from fedlora.security.robust.geometric_median import median_coefficients
 from fedlora.security.robust.krum import select
 
 
@@ -21,6 +23,6 @@ class Trimmed(RobustAggregator):
       archiveprefix = {arXiv}}"""
 
     def judge(self, updates):
-        """Selects by the distance from the median of equally weighted updates."""
         K = len(updates.w)
-        return UploadWeights(select(updates.distances_from(uniform_coefficients(updates)), K - int(self.attackers * K)))
+        equal = updates._replace(w=torch.full_like(updates.w, 1 / K))  # independent of the rows that clients claim
+        return UploadWeights(select(updates.distances_from(median_coefficients(equal)), K - int(self.attackers * K)))

@@ -65,7 +65,7 @@ class UploadSpecs:
     _known: dict[tuple[str, ...], dict[tuple[Any, ...], UploadSpec]] = field(default_factory=dict, init=False)
 
     def of(self, turn: Turn) -> UploadSpec:
-        """The spec of the upload of this turn."""
+        """Returns the spec of the upload of this turn."""
         for names, specs in self._known.items():
             if (found := specs.get(tuple([getattr(turn, name) for name in names]))) is not None:
                 return found
@@ -97,19 +97,15 @@ def check_upload(rules: Rules, turn: Turn, sent: Tree, spec: UploadSpec) -> Chec
 
     ``RefusedError`` if they are not those of the turn. ``update_norms`` checks that the numbers are finite.
     """
-    if {
-        part: _form_of(layer) for part, layer in sent.items()
-    } == spec.forms:  # nearly always: nothing is to be converted
+    if {part: _form_of(layer) for part, layer in sent.items()} == spec.forms:  # nearly always: nothing to convert
         plain = {part: {leaf: sent[part][leaf] for leaf in form} for part, form in spec.forms.items()}
         return CheckedUpload(plain, spec.start, spec.products)
-    strange = sorted(sent.keys() - rules.keys())
-    if strange:
-        raise RefusedError(f"it sent the part {strange[0]!r}, which the model does not have")
+    if strange := sent.keys() - rules.keys():
+        raise RefusedError(f"it sent the part {min(strange)!r}, which the model does not have")
     tree, start = {}, {}
     for part, rule in rules.items():
-        layer = sent.get(part, {})
+        layer, whole = sent.get(part, {}), spec.start[part]
         rank = _check_layer(part, rule, spec.sent[part], layer, spec.exact, turn.rank)
-        whole = spec.start[part]
         start[part] = whole if rank is None else rule.adapter.leading(whole, rank)
         tree[part] = {leaf: layer[leaf].to(spec.sent[part][leaf].dtype) for leaf in sorted(layer)}
     return CheckedUpload(tree, start, spec.products)
@@ -127,7 +123,7 @@ def _form_of(layer: Layer) -> Form:
 
 
 def _check_layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
-    """Checks one layer; returns its rank if it is smaller than the turn's."""
+    """Checks one layer; returns its rank if the client pruned it, which some methods allow."""
     odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
     if odd:
         verb = "it did not send" if odd[0] in needed else "it sent"
@@ -136,25 +132,17 @@ def _check_layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: boo
         if x.dtype not in (*PLAIN, needed[leaf].dtype):
             raise RefusedError(f"it sent {leaf!r} of {part!r} with values that are no finite numbers, or no plain ones")
     shapes = _shapes(sent)
-    if shapes == _shapes({leaf: needed[leaf] for leaf in sent}):
+    wrong = next((leaf for leaf in sent if shapes[leaf] != tuple(needed[leaf].shape)), None)
+    if wrong is None:
         return None
-    pruned = _pruned_rank(rule, needed, shapes, rank)
-    if pruned is None:
-        wrong = next(leaf for leaf in sent if shapes[leaf] != tuple(needed[leaf].shape))
-        raise RefusedError(
-            f"it sent {wrong!r} of {part!r} with shape {shapes[wrong]}, not {tuple(needed[wrong].shape)}"
-        )
-    return pruned
+    for smaller in range(1, rank) if rule.any_rank else ():
+        if _shapes(rule.adapter.leading(needed, smaller)) == shapes:
+            return smaller
+    raise RefusedError(f"it sent {wrong!r} of {part!r} with shape {shapes[wrong]}, not {tuple(needed[wrong].shape)}")
 
 
 def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     return {leaf: tuple(x.shape) for leaf, x in layer.items()}
-
-
-def _pruned_rank(rule: Method, needed: Layer, shapes: Mapping[str, tuple[int, ...]], rank: int) -> int | None:
-    """The smaller rank that all leaves were sent with, if the method allows ranks to differ."""
-    smaller = range(1, rank) if rule.any_rank else ()
-    return next((r for r in smaller if _shapes(rule.adapter.leading(needed, r)) == shapes), None)
 
 
 class _GradientError(Exception):

@@ -14,21 +14,15 @@ FOLDER = "quarantine"
 def write_quarantine(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
     """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
 
-    Existing files count. The first ones stay, since a fault is best seen where it began.
+    Existing files count. The first ones are kept, since they show the cause of a fault best.
     """
     if folder is None or not rejected:
         return
     place = folder / FOLDER
-    sizes = [path.stat().st_size for path in place.glob("*.safetensors")] if place.is_dir() else []
-    count, size = len(sizes), float(sum(sizes))
+    sizes = [path.stat().st_size for path in place.glob("*.safetensors")]
     for client, (reason, tree) in sorted(rejected.items()):
-        size += _bytes(tree)
-        if count >= limits.keep_files or size > limits.keep_mb * 1e6:
+        forms: Tree = getattr(tree, "forms", tree)  # of a tree on disk, without reading it
+        sizes.append(sum(x.nbytes for layer in forms.values() for x in layer.values()))
+        if len(sizes) > limits.keep_files or sum(sizes) > limits.keep_mb * 1e6:
             return
-        count += 1
         save_tree(place / f"{number}-{client}.safetensors", tree, {"reason": reason})
-
-
-def _bytes(tree: Tree) -> int:
-    forms: Tree = getattr(tree, "forms", tree)
-    return sum(x.numel() * x.element_size() for layer in forms.values() for x in layer.values())

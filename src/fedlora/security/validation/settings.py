@@ -1,4 +1,4 @@
-"""The ``[validation]`` table: limits of an upload, and the number of times that a client may fail."""
+"""The ``[validation]`` table: limits of an upload, and the number of failures until a client is left out."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,7 @@ class Validation:
     norm_limit: float = 10.0  # an update's norm, in medians of the round; also of one weight's factors
     factor_limit: float = 3.0  # movement of the factors, in medians, beyond the movement that its update explains
     strikes: int = 3  # rounds with a rejected upload after which a client is left out; 0: any number
-    most_examples: int | None = (
-        None  # the largest number of rows that a client can claim; None: 100 medians of the round
-    )
+    most_examples: int | None = None  # rows that a client can claim at most; None: 100 medians of the round
     keep_files: int = 20  # rejected uploads kept in the run's folder
     keep_mb: float = 256.0  # of these files together
 
@@ -35,7 +33,7 @@ class Validation:
                 raise ValueError(f"validation.{key} is {getattr(self, key)}; it cannot be negative or infinite.")
 
     def cap_examples(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Caps the numbers of rows that clients of a round claim; another app may weigh by fractions."""
+        """Caps the numbers of rows that the clients of a round claim; a Flower app's may be fractions."""
         most: float | None = self.most_examples
         if most is None:
             most = CLAIMS * median(claims) if len(claims) >= ENOUGH else max(claims, default=1)

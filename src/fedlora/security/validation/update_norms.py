@@ -35,25 +35,24 @@ class ServedLeaves:
     """The leaves that uploads of one form started from, with leaves of one shape stacked together."""
 
     def __init__(self, rules: Rules, upload: CheckedUpload):
-        shaped = defaultdict[torch.Size, list[tuple[str, str]]](list)
+        by_shape = defaultdict[torch.Size, list[tuple[str, str]]](list)
         for part, layer in upload.tree.items():
             for leaf, x in layer.items():
-                shaped[x.shape].append((part, leaf))
-        self.blocks = list(shaped.values())
+                by_shape[x.shape].append((part, leaf))
+        self.blocks = list(by_shape.values())
         self.start = [_rows(upload.start, block) for block in self.blocks]
         self.parts, self.inputs, self.outputs = (defaultdict[str, list[int]](list) for _ in range(3))
-        factors = {part: (rules[part].adapter.inputs, rules[part].adapter.outputs) for part in upload.tree}
+        adapters = {part: rules[part].adapter for part in upload.tree}
+        sides = {part: ((self.inputs, a.inputs), (self.outputs, a.outputs)) for part, a in adapters.items()}
         for i, (part, leaf) in enumerate(place for block in self.blocks for place in block):
-            inputs, outputs = factors[part]
             self.parts[part].append(i)
-            if leaf in inputs:
-                self.inputs[part].append(i)
-            if leaf in outputs:
-                self.outputs[part].append(i)
+            for positions, factors in sides[part]:
+                if leaf in factors:
+                    positions[part].append(i)
         self.pairs = sorted(self.inputs.keys() & self.outputs.keys())
 
     def distances(self, tree: Tree) -> tuple[list[float], str]:
-        """The distance of each leaf, block by block, and a digest of the upload's numbers.
+        """Returns the distance of each leaf, block by block, and a digest of the upload's numbers.
 
         The digest is of the sum of each leaf's bits. A sum of the numbers would round a small difference away, and
         with sparse updates, a sample of positions may hold no change of any client.
@@ -85,19 +84,19 @@ def measure_movement(upload: CheckedUpload, served: ServedLeaves) -> Movement:
     def total(leaves: Sequence[int]) -> float:
         return sum([squares[i] for i in leaves])
 
-    leaves = {part: total(own) for part, own in served.parts.items()}
+    leaves = {part: total(positions) for part, positions in served.parts.items()}
     sides = {part: (total(served.inputs[part]), total(served.outputs[part])) for part in served.pairs}
     return Movement(leaves, sides, digest if whole else "")
 
 
 def served_norm(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:
-    """The norm of the served factors of one side (0: input, 1: output)."""
+    """Computes the norm of the served factors of one side (0: input, 1: output)."""
     layers = ((start[p], (rules[p].adapter.inputs, rules[p].adapter.outputs)[side]) for p in parts)
     return float(sum(float(layer[leaf].double().square().sum()) for layer, leaves in layers for leaf in leaves) ** 0.5)
 
 
 def update_norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree, moved: Movement) -> float:
-    """``‖D‖`` over the whole model.
+    """Computes ``‖D‖`` over the whole model.
 
     If only the core between fixed factors is trained, the update is linear in the leaves, and their distance is used:
     it is a norm of the update, and equal to ``‖D‖`` for orthonormal factors.
@@ -110,10 +109,10 @@ def update_norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree,
             continue
         sent = {part: tree[part] for part in parts}
         for group in group_by_shape(parts, lambda part, sent=sent: [sent[part]]):  # type: ignore[misc]
-            for some in split_group(group, sum(x.numel() for x in sent[group[0]].values())):
-                ends = stack_layers([sent[part] for part in some])
+            for batch in split_group(group, sum(x.numel() for x in sent[group[0]].values())):
+                ends = stack_layers([sent[part] for part in batch])
                 device = next(iter(ends.values())).device
-                starts = {leaf: x.to(device) for leaf, x in stack_layers([start[part] for part in some]).items()}
+                starts = {leaf: x.to(device) for leaf, x in stack_layers([start[part] for part in batch]).items()}
                 square += float(squared_norm(_update(rule.adapter, starts, ends)).sum())
     return float(square**0.5)
 
@@ -124,7 +123,7 @@ def _update(adapter: Adapter, start: Layer, sent: Layer) -> Factors:
 
 
 def gram_matrix(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Float[Tensor, "K K"]:
-    """``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is the tree that the cohort was served.
+    """Computes ``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is the tree that was served.
 
     One part of all uploads is in memory at a time.
     """
@@ -136,22 +135,19 @@ def gram_matrix(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Floa
         layers = [u.tree[part] for u in uploads]
         if not any(layers):
             continue
-        own = [s.start[part] for s in starts]
+        pairs = list(zip([s.start[part] for s in starts], layers))
         if all(part in s.products for s in starts):
-            G += inner_products([_update(rule.adapter, a, b) for a, b in zip(own, layers)])
+            G += inner_products([_update(rule.adapter, a, b) for a, b in pairs])
         else:
-            G += _leaf_inner_products(own, layers)
+            G += _leaf_inner_products(pairs)
     return (G + G.mT) / 2
 
 
-def _leaf_inner_products(starts: Sequence[Layer], layers: Sequence[Layer]) -> Tensor:
-    """Inner products of the changes of leaves; a leaf that a client did not send has not changed."""
-    G = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-    for leaf in sorted({leaf for layer in layers for leaf in layer}):
-        changes = [
-            (b[leaf].double() - a[leaf].double()).reshape(-1) if leaf in b else torch.zeros(a[leaf].numel()).double()
-            for a, b in zip(starts, layers)
-        ]
-        X = torch.stack([x.cpu() for x in changes])
+def _leaf_inner_products(pairs: Sequence[tuple[Layer, Layer]]) -> Tensor:
+    """Computes the inner products of changes of leaves; a leaf that a client did not send has not changed."""
+    G = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    for leaf in sorted({leaf for _, layer in pairs for leaf in layer}):
+        changes = [(b.get(leaf, a[leaf]).double() - a[leaf].double()).reshape(-1).cpu() for a, b in pairs]
+        X = torch.stack(changes)
         G += X @ X.mT
     return G
