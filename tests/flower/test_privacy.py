@@ -11,7 +11,12 @@ from tests.fixtures.federation import WEIGHTS
 from tests.fixtures.flower import World, config, same
 
 METRICS = {
-    "query": {"client", "examples", "base_updates_held", "labels"},  # labels: 1 by name, 2 by position, whatever rows there are
+    "query": {
+        "client",
+        "examples",
+        "base_updates_held",
+        "labels",
+    },  # labels: 1 by name, 2 by position, whatever rows there are
     "train": {"round", "examples", "loss"},
     "evaluate": {"round", "accuracy.sum", "accuracy.count", "loss.sum", "loss.count"},
 }
