@@ -144,7 +144,7 @@ def test_a_fold_of_a_partys_state_is_no_path(tmp_path):
     store, about = ClientStore(tmp_path), {"pending": 0, "counted": 0, "base_updates_held": 1, "base": ""}
     for name in ("../../secret", "a" * 31, "/etc/passwd"):
         save_tree(
-            store._path(0),
+            store.path(0),
             {"leaves/p": {"A": torch.zeros(1)}},
             {"about": json.dumps({**about, "base_updates": [name]})},
         )

@@ -104,6 +104,15 @@ def table_difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: b
     return found
 
 
+def flatten_table(table: Mapping[str, Any], prefix: str = "") -> Table:
+    """Return a nested table with dotted keys, such as ``training.learning_rate``."""
+    flat: Table = {}
+    for key, value in table.items():
+        is_table = isinstance(value, Mapping) and value
+        flat |= flatten_table(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat
+
+
 def _nested(keys: list[str], value: Any) -> Table:
     return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
 

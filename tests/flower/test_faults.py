@@ -289,7 +289,7 @@ def test_a_node_that_was_away_catches_up_with_every_fold(name, tmp_path):
     store = ClientStore(tmp_path / "run")
     base_updates = [store.load(client).base_updates for client in range(3)]
     assert base_updates[0] == base_updates[1] == base_updates[2] and len(base_updates[0]) == 5
-    world.base.bring_to(base_updates[1], store)
+    world.base.apply_base_updates(base_updates[1], store)
     for part, mine in world.federation.model.parts.items():
         if hasattr(mine.module, "base"):
             theirs = world.base.federation.model.parts[part].module.base.weight
@@ -523,7 +523,7 @@ def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
     world.run()
     model, store = world.base.federation.model, ClientStore(tmp_path / "run")
     held = store.load(0)
-    world.base.bring_to(held.base_updates, store)
+    world.base.apply_base_updates(held.base_updates, store)
     before = {p: x.module.base.weight.clone() for p, x in model.parts.items() if hasattr(x.module, "base")}
     good, bad = list(before)[:2]
     name = store.add_base_update(
@@ -533,8 +533,8 @@ def test_a_fold_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
         }
     )
     with pytest.raises(RuntimeError):
-        world.base.bring_to((*held.base_updates, name), store)
-    world.base.bring_to(held.base_updates, store)
+        world.base.apply_base_updates((*held.base_updates, name), store)
+    world.base.apply_base_updates(held.base_updates, store)
     assert all(torch.equal(model.parts[p].module.base.weight, x) for p, x in before.items())
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 import fedlora
 from fedlora.flower import client_messages as parties
-from fedlora.flower.client_messages import build_client_app, handle_message, prepend_client
+from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore
-from fedlora.flower.deploy.node_config import apply_node_config, read_client
+from fedlora.flower.deploy.node_config import apply_node_config
 from fedlora.flower.serve import run_server
 from fedlora.flower.server import FlowerLoop
 from fedlora.runs.config import build, merge_tables
@@ -96,7 +96,7 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
     server._registry.refresh()
     server._registry.refresh()
     assert [e.text for e in told] == [
-        "node 10 is left out: it could not load its model and data (ValueError); its own log says why"
+        "node 10 is left out: client 0: it could not load its model and data (ValueError); its own log says why"
     ]
     assert "the data has no column 'lable' (task.label); did you mean 'label'?" in capfd.readouterr().err
 
@@ -166,9 +166,7 @@ def federation_of(tmp_path, monkeypatch, kinds, label_names=LABELS, rounds=1, **
     monkeypatch.setattr(parties, "load_base", bases)
 
     def turns(kind, content, context):
-        node = context.node_config
-        found = handle_message(kind, content, lambda run: parties.load_node(table, node, run))
-        return prepend_client(kind, found, lambda: read_client(node))
+        return handle_message(kind, content, lambda run: parties.load_node(table, context.node_config, run))
 
     def taught(client):
         """The label of each training row, by its name."""

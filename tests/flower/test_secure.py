@@ -72,7 +72,11 @@ def test_nothing_that_a_client_sends_can_be_read(tmp_path):
         node.Node.train = original
     sent = seen_by_the_server(messages)
     assert all("leaves" not in m.content for m in sent)
-    bodies = [m.content["said"]["body"] for m in sent if "said" in m.content and m.content["said"]["phase"] == "mask"]
+    bodies = [
+        m.content["response"]["body"]
+        for m in sent
+        if "response" in m.content and m.content["response"]["phase"] == "mask"
+    ]
     assert len(bodies) == 4
     for tree in uploads.values():
         for layer in tree.values():
@@ -87,8 +91,8 @@ def test_nothing_that_a_client_sends_can_be_read(tmp_path):
 @pytest.mark.parametrize("phase", ["advertise", "share", "mask", "unmask"])
 def test_a_client_that_drops_out_at_any_step_is_named_and_the_others_are_averaged(phase, tmp_path):
     def post(message):
-        gone = message.metadata.src_node_id == 12 and message.has_content() and "said" in message.content
-        return None if gone and message.content["said"]["phase"] == phase else message
+        gone = message.metadata.src_node_id == 12 and message.has_content() and "response" in message.content
+        return None if gone and message.content["response"]["phase"] == phase else message
 
     network = replace(HIDDEN, round_timeout=0.05, secure_threshold=3)
     settings = ["rounds=1", "clients.count=5", "clients.partition={name='iid'}", *SHORT]
@@ -107,7 +111,9 @@ def test_below_the_threshold_the_round_begins_again(tmp_path):
     lost = []
 
     def post(message):
-        masked = message.has_content() and "said" in message.content and message.content["said"]["phase"] == "mask"
+        masked = (
+            message.has_content() and "response" in message.content and message.content["response"]["phase"] == "mask"
+        )
         if masked and message.metadata.src_node_id in (11, 12) and len(lost) < 2:
             lost.append(message)
             return None
@@ -128,9 +134,9 @@ def test_a_replayed_and_an_altered_message_are_refused(tmp_path):
     kept = {}
 
     def post(message):
-        if not (message.has_content() and "said" in message.content and message.metadata.src_node_id == 11):
+        if not (message.has_content() and "response" in message.content and message.metadata.src_node_id == 11):
             return message
-        phase, said = message.content["said"]["phase"], message.content["said"]
+        phase, said = message.content["response"]["phase"], message.content["response"]
         again = kept.get(phase)
         kept.setdefault(phase, dict(said))
         if again is not None and phase == "mask":  # round 2 gets round 1's vector
@@ -248,7 +254,7 @@ def silent(phase, *clients):
     """A postman who loses what these clients say in a phase, always."""
 
     def post(message):
-        said = message.has_content() and "said" in message.content and message.content["said"]["phase"] == phase
+        said = message.has_content() and "response" in message.content and message.content["response"]["phase"] == phase
         return None if said and message.metadata.src_node_id - 10 in clients else message
 
     return post

@@ -19,7 +19,7 @@ from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import read_client
 from fedlora.flower.server import FlowerLoop
-from fedlora.flower.simulation import _play
+from fedlora.flower.simulation import _run_simulation
 from fedlora.methods import METHODS
 from fedlora.runs.config import build
 from tests.fixtures.flower import agree, config, overrides, records_agree, same, trained
@@ -71,7 +71,7 @@ def test_every_method_and_every_hardened_run_end_with_the_bits_of_one_process(tm
             ends[name] = list(engine.run(engine.federation)), dict(engine.at.counted)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    _play(server, several({name: one.table for name, one in configs.items()}, tmp_path), 4, 1)
+    _run_simulation(server, several({name: one.table for name, one in configs.items()}, tmp_path), 4, 1)
     assert list(ends) == list(configs), "a simulation that broke off"
     for name, (rounds, counted) in ends.items():
         here = fedlora.run(configs[name])

@@ -176,7 +176,7 @@ def party_state(place: Path) -> Target:
     from fedlora.flower.client_store import ClientStore, StoredState
 
     store, tree = ClientStore(place / "state"), trees()[0]
-    path = store._path(0)
+    path = store.path(0)
     sound = []
     for holding in (
         StoredState(leaves=tree, kept=tree, pending=3),

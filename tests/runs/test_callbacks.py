@@ -9,8 +9,7 @@ from fedlora.runs import resume as resuming
 from fedlora.runs import run as runs
 from fedlora.runs.callbacks import CallbackError, Callbacks, End
 from fedlora.runs.record import round_figures
-from fedlora.runs.trackers._callback import flatten
-from fedlora.schema import ConfigError
+from fedlora.schema import ConfigError, flatten_table
 from tests.fixtures.callbacks import RECORD, Notes
 from tests.fixtures.resume import alike, small
 
@@ -110,7 +109,7 @@ def test_the_names_of_the_figures_are_a_promise():
     assert round_figures({"round": 1, "global": {"loss": float("nan")}, "privacy": {"epsilon": None}}).keys() == {
         "train/clients", "bytes_up/total", "bytes_down/total",
     }  # fmt: skip
-    assert flatten({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
+    assert flatten_table({"a": {"b": {"c": 1}}, "d": {}, "e": [1]}) == {"a.b.c": 1, "d": {}, "e": [1]}
 
 
 def test_every_name_is_in_the_docs():

@@ -1,4 +1,7 @@
-"""A client of a federation over messages: joins, trains, evaluates. Only the records are Flower's."""
+"""A client of a federation over messages: it introduces itself, trains, and evaluates.
+
+Only the records are Flower's.
+"""
 
 import json
 import sys
@@ -25,19 +28,19 @@ from fedlora.types import Tree
 
 
 class StaleError(ValueError):
-    """The client does not hold what the message builds on; it must be sent everything."""
+    """The client lacks the state that the message builds on; the server must send everything."""
 
 
 class DroppedError(ValueError):
-    """The seed lets this client drop out of this round: it does nothing with its order."""
+    """The seed makes this client drop out of this round, so it ignores its order."""
 
 
 class ChangedRowsError(ValueError):
-    """The client's rows are not those that it began the run with. The text may hold labels, so it stays here."""
+    """The client's rows differ from those that it began the run with. The text may hold labels, so it is not sent."""
 
 
 class Answer(NamedTuple):
-    """A client's answer: metrics, the digest of the leaves that it holds, and after a turn the upload."""
+    """A client's answer: metrics, the digest of its leaves, and after a turn its upload."""
 
     metrics: dict[str, int | float]
     holds: str
@@ -46,38 +49,42 @@ class Answer(NamedTuple):
 
 @dataclass
 class SharedBase:
-    """The base model of the process, and the base updates in it, which differ between clients of one process."""
+    """The base model of the process, and the base updates in it. All clients of the process use it in turn."""
 
     federation: Federation
     applied: tuple[str, ...] = ()
     evaluator: Evaluator = field(init=False)
     initial: Tree = field(init=False)
-    start: str = field(init=False)  # a digest of the leaves from the seed and of the pretrained weights
+    start: str = field(init=False)  # digest of the initial leaves and of the pretrained weights
 
     def __post_init__(self):
         f = self.federation
         self.evaluator, self.initial, self.start = f.evaluator(), f.model.initial(f.seed), digest_start(f)
 
+    @property
+    def reading(self) -> str:
+        """How the labels are read; see ``labels.READINGS``."""
+        return "" if self.federation.data is None else self.federation.data.reading
+
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """Digests of this machine's rows, and how their labels are read, for the client's own disk only."""
-        f = self.federation
-        return {**digest_rows(f), "reading": "" if f.data is None else f.data.reading}
+        """Digests of this machine's rows, and the reading of their labels, for the client's own disk only."""
+        return {**digest_rows(self.federation), "reading": self.reading}
 
-    def bring_to(self, base_updates: tuple[str, ...], store: ClientStore) -> None:
-        """Folds what is missing; starts from the pretrained weights where other base updates are in them."""
+    def apply_base_updates(self, names: tuple[str, ...], store: ClientStore) -> None:
+        """Apply these base updates: on top of the present ones if they continue them, and from the start otherwise."""
         model = self.federation.model
-        if self.applied != base_updates[: len(self.applied)]:
-            self._unfold()
-        for name in base_updates[len(self.applied) :]:
+        if self.applied != names[: len(self.applied)]:
+            self._reset()
+        for name in names[len(self.applied) :]:
             try:
                 model.fold(store.load_base_update(name))
             except BaseException:
-                self._unfold()  # half of it may be in the base
+                self._reset()  # a part of it may be in the base
                 raise
             self.applied = (*self.applied, name)
 
-    def _unfold(self) -> None:
+    def _reset(self) -> None:
         self.federation.model.unfold()
         self.applied = ()
 
@@ -89,7 +96,7 @@ class Node:
     base: SharedBase
     client: int
     store: ClientStore
-    network: Network = field(default_factory=Network)  # the terms of this client's own configuration
+    network: Network = field(default_factory=Network)  # of this client's own configuration
     step_done: Callable[[], None] = lambda: None
 
     @property
@@ -97,124 +104,121 @@ class Node:
         return self.base.federation
 
     def hello(self) -> Answer:
-        """Who this is: number, rows, reading of labels, number of base updates, and a digest of the first leaves.
+        """Return the client's number, training rows, label reading, number of base updates, and digest of the start.
 
-        The reading is that of a column, by name or by position, and says nothing of any row.
+        The label reading (by name or by position) is a property of the column and reveals nothing about a row.
         """
         f = self.federation
         self._check_rows()
-        count = len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0
-        held = self.store.load(self.client)
-        reading = READINGS.index("" if f.data is None else f.data.reading)
+        stored = self.store.load(self.client)
         metrics = {
             "client": self.client,
-            "examples": count,
-            "base_updates_held": held.base_updates_held,
-            "labels": reading,
+            "examples": len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0,
+            "base_updates_held": stored.base_updates_held,
+            "labels": READINGS.index(self.base.reading),
         }
-        return Answer(metrics, f"{self.base.start} {held.base}")
+        return Answer(metrics, f"{self.base.start} {stored.base}")
 
     def train(self, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate], sharing: int = 0) -> Answer:
-        """One turn. Its outcome is kept as pending until the server says that it counted.
+        """Run one turn. Its result stays pending until the server reports that it counted.
 
-        ``sharing`` is how many clients of a hidden sum must stay, so that their noise together is what privacy needs.
+        ``sharing`` is the number of clients of a secure sum whose noise together must satisfy the privacy guarantee.
         """
         f = self.federation
         if self.client in f.clients.draw_dropouts(order.round, f.seed):
             raise DroppedError(DROPPED)
-        self._check_rows(begins=True)
+        self._check_rows(may_be_first=True)
         before = self.store.load(self.client)
         if order.round < max(before.pending, before.counted):
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
-        holding, shared, holds = self._received(before, order, leaves, base_updates)
+        stored, shared, holds = self._receive(before, order, leaves, base_updates)
         key = self.store.key(self.client) if f.privacy.secret else None
         turn = ClientTurn(f, f.turn(order.round, self.client), self.step_done, key, sharing)
-        update = turn.run(shared, ClientState(holding.kept, holding.moments))
+        update = turn.run(shared, ClientState(stored.kept, stored.moments))
         trained, moments = update.state
         self.store.save(
             self.client,
-            replace(holding, trained=trained, trained_moments=moments, pending=order.round, counted=order.counted),
+            replace(stored, trained=trained, trained_moments=moments, pending=order.round, counted=order.counted),
         )
-        count = len(f.shards[self.client].train)
         if line := f.privacy_ledger.spending_line(order.round + 1):
             print(line, file=sys.stderr)
-        loss = 0.0 if f.privacy.hides_figures else update.loss
-        return Answer({"round": order.round, "examples": count, "loss": loss}, holds, update.sent)
+        examples, loss = len(f.shards[self.client].train), 0.0 if f.privacy.hides_figures else update.loss
+        return Answer({"round": order.round, "examples": examples, "loss": loss}, holds, update.sent)
 
     def evaluate(self, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> Answer:
-        """Sums and counts of each score, on the client's own test rows.
+        """Return sums and counts of each score on the client's own test rows.
 
-        The delivery is kept; the last turn stays pending, since a server that dies now may ask for it once more.
+        The received state is stored. The last turn stays pending, since a server that dies now may repeat its order.
         """
-        self._check_rows(begins=True)
+        self._check_rows(may_be_first=True)
         before = self.store.load(self.client)
-        holding, shared, holds = self._received(before, order, leaves, base_updates)
-        arrived = {name: getattr(holding, name) for name in ("leaves", "base_updates", "base_updates_held", "base")}
+        stored, shared, holds = self._receive(before, order, leaves, base_updates)
+        arrived = {name: getattr(stored, name) for name in ("leaves", "base_updates", "base_updates_held", "base")}
         self.store.save(self.client, replace(before, counted=order.counted, **arrived))
-        scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, holding.kept)
+        scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, stored.kept)
         metrics: dict[str, int | float] = {"round": order.round}
         for name, (total, count) in scores.sums.items():
             metrics |= {f"{name}.sum": total, f"{name}.count": count}
         return Answer(metrics, holds)
 
-    def _check_rows(self, begins: bool = False) -> None:
-        """``ChangedRowsError`` where the rows are not those of the first turn; ``begins``: this may be the first."""
+    def _check_rows(self, may_be_first: bool = False) -> None:
+        """Raise ``ChangedRowsError`` if the rows are not those of the first turn, which this turn may be."""
         before = self.store.load_rows(self.client)
-        if before is None and begins:
-            self.store.save_rows(self.client, self.base.rows)
-        found = describe_changes(before, self.base.rows) if before is not None else []
-        if found:
+        if before is None:
+            if may_be_first:
+                self.store.save_rows(self.client, self.base.rows)
+        elif differences := describe_changes(before, self.base.rows):
             raise ChangedRowsError(
-                f"client {self.client} began this run with other data: {'; '.join(found)}; put back what it began with "
-                "and start this node again, or let the federation begin a new run."
+                f"client {self.client} began this run with other data: {'; '.join(differences)}; put back what it "
+                "began with and start this node again, or let the federation begin a new run."
             )
 
-    def _received(
+    def _receive(
         self, before: StoredState, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]
     ) -> tuple[StoredState, Tree, str]:
-        """The state ``before`` with what came along, the server's tree, and its digest, which is the server's."""
-        held = before.resolve_pending(order.counted)
-        held = replace(held, leaves={}) if order.full else held
-        held = self._catch_up(held, order, base_updates)
-        f = self.federation
-        rank = f.budgets[self.client]
+        """Return the state ``before`` with the content of the message, the server's tree, and its digest."""
+        f, rank = self.federation, self.federation.budgets[self.client]
+        stored = before.resolve_pending(order.counted)
+        stored = self._add_base_updates(replace(stored, leaves={}) if order.full else stored, order, base_updates)
         start = {part: rule.adapter.leading(self.base.initial[part], rank) for part, rule in f.rules.items()}
-        shared = overlay(start, held.leaves)
+        shared = overlay(start, stored.leaves)
         holds = digest(select_leaves(f.rules, shared, rank))
-        if holds != order.holds:  # else it had these leaves already, and its reply was lost
+        if holds != order.holds:  # else the client had these leaves already, and its reply was lost
             leaves = f.compression.decode_delivery(leaves, shared)
-            known = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
-            held = replace(held, leaves=overlay(held.leaves, known))
-            shared = overlay(start, held.leaves)
+            trainable = {p: pick(x, set(x) & f.rules[p].adapter.trainable) for p, x in leaves.items() if p in f.rules}
+            stored = replace(stored, leaves=overlay(stored.leaves, trainable))
+            shared = overlay(start, stored.leaves)
             holds = digest(select_leaves(f.rules, shared, rank))
         if holds != order.holds:
-            raise StaleError("what this client holds is not what the server thinks it holds.")
-        self.base.bring_to(held.base_updates, self.store)
-        return held, shared, holds
+            raise StaleError("this client does not hold the leaves that the server expects.")
+        self.base.apply_base_updates(stored.base_updates, self.store)
+        return stored, shared, holds
 
-    def _catch_up(self, held: StoredState, order: Order, base_updates: Sequence[BaseUpdate]) -> StoredState:
-        """Adds the base updates that the client lacks, on the base that they were made for. None is added twice.
+    def _add_base_updates(self, stored: StoredState, order: Order, base_updates: Sequence[BaseUpdate]) -> StoredState:
+        """Add the base updates that the client lacks, to the base that they were made for. None is added twice.
 
-        A base is known by its number of base updates and the server's name for it: a round that a server ran twice may
-        have had another base update the second time.
+        A base is identified by its number of base updates and its name: a server that repeats a round may make another
+        base update the second time.
         """
-        if (held.base_updates_held, held.base) == (order.after, order.base):
-            return held
+        if (stored.base_updates_held, stored.base) == (order.after, order.base):
+            return stored
         if order.first == 0:
-            held = replace(held, base_updates=(), base_updates_held=0, base="")
-        if (held.base_updates_held, held.base) != (order.first, order.before):
+            stored = replace(stored, base_updates=(), base_updates_held=0, base="")
+        if (stored.base_updates_held, stored.base) != (order.first, order.before):
             raise StaleError(
-                f"this client has {held.base_updates_held} base updates; the message has those from {order.first} on."
+                f"this client has {stored.base_updates_held} base updates; the message has those from {order.first} on."
             )
-        names = [self.store.add_base_update(self.federation.compression.widen(some)) for some in base_updates]
-        return replace(held, base_updates=(*held.base_updates, *names), base_updates_held=order.after, base=order.base)
+        names = [self.store.add_base_update(self.federation.compression.widen(x)) for x in base_updates]
+        return replace(
+            stored, base_updates=(*stored.base_updates, *names), base_updates_held=order.after, base=order.base
+        )
 
 
 def digest_start(f: Federation) -> str:
-    """A digest of all that every client must have alike: configuration, leaves from the seed, and the pretrained model.
+    """Return a digest of everything that all clients must share: configuration, initial leaves, pretrained model.
 
-    Of the model it has what its config.json sets, and of each weight up to 1,024 values, in bfloat16, the coarsest
-    precision that a client may hold it in.
+    Of the model it includes the settings of its config.json, and of each weight up to 1,024 values in bfloat16, the
+    coarsest precision that a client may hold it in.
     """
     sample = {"leaves": {"": torch.frombuffer(bytearray(digest(f.model.initial(f.seed)).encode()), dtype=torch.uint8)}}
     for name, x in f.model.network.state_dict().items():

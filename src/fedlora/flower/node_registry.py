@@ -1,4 +1,4 @@
-"""Which node is which client: every node that appears is asked before it is sent anything else."""
+"""The mapping of nodes to clients. Every node that connects is first asked which client it is."""
 
 import math
 from collections.abc import Callable
@@ -13,69 +13,65 @@ from fedlora.flower.wire import HOLDS, METRICS, ORDER
 from fedlora.tasks.data.labels import READINGS
 from fedlora.text import display_safe
 
-PATIENCE = 600.0  # seconds that a node may take to load its model and say who it is
+PATIENCE = 600.0  # seconds for a node to load its model and answer
 GONE = "its node is not connected"
 LOADING = "is connected and still loading its model and data"
 
 
 @dataclass
 class NodeRegistry:
-    """Client number -> node id, as the nodes say, each checked against what this server makes from the seed."""
+    """Client number -> node id. Each node's answer is checked against the server's own initial state."""
 
     grid: Grid
     count: int  # clients of the federation
     run: str
-    start: str  # the digest of all that every client must have alike
-    report: Callable[[int | None, str], None]  # client, what happened
-    describe: Callable[[str], str] = lambda reading: ""  # how a client reads its labels, in words
-    retry: float = 10.0  # seconds until a node that could not say who it is, or was refused, is asked again
-    pause: Callable[[], None] = lambda: sleep(0.1)  # between two looks
+    start: str  # digest of everything that all clients must share
+    report: Callable[[int | None, str], None]  # client, event
+    describe: Callable[[str], str] = lambda reading: ""  # describes how a client reads its labels
+    retry: float = 10.0  # seconds until a node that failed or was refused is asked again
+    pause: Callable[[], None] = lambda: sleep(0.1)  # between two refreshes
     nodes: dict[int, int] = field(default_factory=dict)
-    base_updates_held: dict[int, tuple[int, str]] = field(
-        default_factory=dict
-    )  # client -> its base updates, and its base's name
-    rows: dict[int, int] = field(default_factory=dict)  # how many training rows it said that it has
-    readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, where it has any
+    base_updates_held: dict[int, tuple[int, str]] = field(default_factory=dict)  # client -> number, name of its base
+    rows: dict[int, int] = field(default_factory=dict)  # client -> number of its training rows
+    readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, if it has labels
     asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
-    since: dict[str, float] = field(default_factory=dict)  # message id -> when it was asked
+    since: dict[str, float] = field(default_factory=dict)  # message id -> time at which it was sent
     reasons: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
-    resting: dict[int, float] = field(default_factory=dict)  # nodes that failed to answer, and until when to let them
+    resting: dict[int, float] = field(default_factory=dict)  # node that failed -> time until which it is not asked
     connected: set[int] = field(default_factory=set)
 
     def refresh(self) -> None:
-        """Looks which nodes are connected, asks the new ones, and takes in their answers."""
+        """Update the connected nodes, ask the new ones, and process their answers."""
         self.connected = set(self.grid.get_node_ids())
         now = monotonic()
         for key in [key for key, then in self.since.items() if now - then > PATIENCE]:
             self.asked.pop(key, None)
             del self.since[key]
         resting = {node for node, until in self.resting.items() if now < until}
-        known = set(self.nodes.values()) | set(self.asked.values()) | resting
-        fresh = sorted(self.connected - known)
+        new = sorted(self.connected - {*self.nodes.values(), *self.asked.values(), *resting})
         content = RecordDict({ORDER: ConfigRecord({"run": self.run})})
-        messages = [Message(content, node, HELLO) for node in fresh]
-        pushed = set(self.grid.push_messages(messages))
+        messages = [Message(content, node, HELLO) for node in new]
+        pushed = set(self.grid.push_messages(messages))  # a message has its id from here on
         ids = ((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)
         self.asked |= {key: node for key, node in ids if key in pushed}
         self.since |= {key: now for key in self.asked if key not in self.since}
         for reply in self.grid.pull_messages(list(self.asked)) if self.asked else ():
-            node = self.asked.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
+            if (node := self.asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
                 self._register(node, reply)
 
     def connected_clients(self) -> set[int]:
-        """The clients whose nodes are connected."""
+        """Return the clients whose nodes are connected."""
         return {client for client, node in self.nodes.items() if node in self.connected}
 
     def left_out(self) -> dict[int, str]:
-        """The connected nodes that are left out, and why."""
-        left = self.connected - set(self.nodes.values())
-        return {node: why for node in sorted(left) if (why := self.reasons.get(node, LOADING)) != LOADING}
+        """Return the connected nodes that are left out, with the reasons."""
+        unknown = self.connected - set(self.nodes.values())
+        return {node: why for node in sorted(unknown) if (why := self.reasons.get(node, LOADING)) != LOADING}
 
     def wait(self, seconds: float) -> None:
-        """Waits until all clients are connected: at most ``seconds``, and ``PATIENCE`` more for those that still load.
+        """Wait until all clients are connected: at most ``seconds``, and ``PATIENCE`` more for nodes that still load.
 
-        Where every client that is missing is left out, it lasts until they have been asked once more.
+        If every missing client is left out, wait only until they have been asked once more.
         """
         end, last = monotonic() + seconds, math.inf
         self.refresh()
@@ -90,47 +86,47 @@ class NodeRegistry:
     def _is_loading(self) -> bool:
         """Whether a connected node was asked and has never answered. Each such node is reported once."""
         asked = self.connected & set(self.asked.values())
-        found = sorted(node for node in asked if self.reasons.get(node, LOADING) == LOADING)
-        for node in found:
+        loading = sorted(node for node in asked if self.reasons.get(node, LOADING) == LOADING)
+        for node in loading:
             if node not in self.reasons:
                 self.report(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")
             self.reasons[node] = LOADING
-        return bool(found)
+        return bool(loading)
 
     def _register(self, node: int, reply: Message) -> None:
+        """Register the client of a node, or leave the node out. It is reported once, and asked again later."""
         if reply.has_error():
-            return self._leave_out(node, display_safe(reply.error.reason))
-        said, held = (reply.content.get(key) for key in (METRICS, HOLDS))
-        if not isinstance(said, MetricRecord) or not isinstance(held, ConfigRecord):
-            return self._leave_out(node, "it did not say who it is")
-        start, _, base = str(held.get(HOLDS)).partition(" ")
-        client, why = said.get("client"), self._find_objection(node, said, start)
-        if why is not None or type(client) is not int:
-            return self._leave_out(node, str(why))
+            why: str | None = display_safe(reply.error.reason)
+        else:
+            metrics, holds = (reply.content.get(key) for key in (METRICS, HOLDS))
+            readable = isinstance(metrics, MetricRecord) and isinstance(holds, ConfigRecord)
+            start, _, base = str(holds.get(HOLDS)).partition(" ") if readable else ("", "", "")
+            why = self._find_objection(node, metrics, start) if readable else "it did not say who it is"
+        if why is not None:
+            if self.reasons.get(node) != why:
+                self.report(None, f"node {node} is left out: {why}")
+            self.reasons[node], self.resting[node] = why, monotonic() + self.retry
+            return
+        client = metrics["client"]
         self.reasons.pop(node, None)
-        self.nodes[client], self.rows[client] = node, said["examples"]
-        self.base_updates_held[client] = said["base_updates_held"], base
-        if reading := READINGS[said["labels"]]:
+        self.nodes[client], self.rows[client] = node, metrics["examples"]
+        self.base_updates_held[client] = metrics["base_updates_held"], base
+        if reading := READINGS[metrics["labels"]]:
             self.readings[client] = reading
         self.report(client, f"joined{self.describe(reading)}")
 
-    def _leave_out(self, node: int, why: str) -> None:
-        """Reports it once, and asks again after a while: its number may be free then, or its machine in order."""
-        if self.reasons.get(node) != why:
-            self.report(None, f"node {node} is left out: {why}")
-        self.reasons[node], self.resting[node] = why, monotonic() + self.retry
-
-    def _find_objection(self, node: int, said: MetricRecord, start: str) -> str | None:
-        client, rows, base_updates_held = (said.get(key) for key in ("client", "examples", "base_updates_held"))
+    def _find_objection(self, node: int, metrics: MetricRecord, start: str) -> str | None:
+        """Return the reason why a node cannot be a client; None if there is no reason."""
+        client, rows, held, reading = (
+            metrics.get(key) for key in ("client", "examples", "base_updates_held", "labels")
+        )
         if type(client) is not int or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
-        if type(rows) is not int or rows < 1 or type(base_updates_held) is not int:
-            return f"client {client} says that it has {rows!r} training rows and {base_updates_held!r} base updates"
-        reading = said.get("labels")
+        if type(rows) is not int or rows < 1 or type(held) is not int:
+            return f"client {client} says that it has {rows!r} training rows and {held!r} base updates"
         if type(reading) is not int or not 0 <= reading < len(READINGS):
             return f"client {client} does not say how it reads its labels; its version of fedlora differs"
-        other = self.nodes.get(client)
-        if other is not None and other != node and other in self.connected:
+        if (other := self.nodes.get(client)) not in (None, node) and other in self.connected:
             return f"it calls itself client {client}, which node {other} is already"
         if start != self.start:
             return (

@@ -17,38 +17,38 @@ class TooFewError(ValueError):
 class Quorum:
     """Checks in one round whether enough clients can still take part.
 
-    A client that is not connected can still come. A node that is left out, and a connected client that failed when it
-    was last asked, must be repaired first.
+    A client that is not connected may still connect. A node that is left out must be repaired first, and so must a
+    connected client that failed when it was last asked.
     """
 
     registry: NodeRegistry
     number: int  # of the round, from 0
-    seconds: float  # that clients have to be repaired
+    seconds: float  # time to repair clients
     watch: Watch
-    reasons: Mapping[int, str]  # client -> why it failed, as the round notes it
+    reasons: Mapping[int, str]  # client -> why it failed in this round
     failed: set[int] = field(default_factory=set)  # clients that failed when they were last asked
-    since: float | None = None  # since when too few can take part
+    since: float | None = None  # time since which too few clients can take part
 
     def check(self, least: int, able: AbstractSet[int], answered: AbstractSet[int] = frozenset()) -> None:
-        """``TooFewError`` where fewer than ``least`` of the clients that are ``able`` can take part, for too long."""
+        """Report if fewer than ``least`` of the ``able`` clients can take part.
+
+        Raises ``TooFewError`` after ``seconds`` of this.
+        """
         self.failed -= answered
         here = self.registry.connected_clients() & able
         ready = answered | (here - self.failed)
         possible = len(ready) + max(0, len(able - here - ready) - len(self.registry.left_out()))
         if possible >= least:
             self.since = None
-        else:
-            self._wait_or_raise(f"{possible} of {len(able)} clients can take part, and it needs {least}")
-
-    def _wait_or_raise(self, why: str) -> None:
-        """Reports that the round cannot be finished; raises ``TooFewError`` after ``seconds`` of this."""
+            return
+        why = f"{possible} of {len(able)} clients can take part, and it needs {least}"
         if self.since is None:
             self.since = time.monotonic()
             text = f"{why}; the run ends if this lasts for {self.seconds:g} seconds (flower.repair_timeout)"
             self.watch(Event("waiting", self.number, text=text))
         elif time.monotonic() - self.since > self.seconds:
             failed = sorted(self.failed & self.registry.connected_clients())
-            left = [f"node {node} ({said})" for node, said in self.registry.left_out().items()]
+            left = [f"node {node} ({reason})" for node, reason in self.registry.left_out().items()]
             left += [f"client {client} ({self.reasons.get(client, 'its upload was refused')})" for client in failed]
             raise TooFewError(
                 f"round {self.number + 1} cannot be finished: {why}; left out: {', '.join(left) or 'nobody'}. The "

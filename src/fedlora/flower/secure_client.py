@@ -1,7 +1,8 @@
-"""A client's side of secure aggregation: its upload leaves masked, and only the sum of all can be read.
+"""The client's side of secure aggregation: it sends its upload masked, and only the sum of all uploads can be read.
 
-It sends one vector: every leaf that any client sends this round, zeros where it has none, and for each leaf a one
-where it has it. So the server can take each leaf's mean over the clients that trained it, and cannot tell which did.
+The upload is one vector. It has the values of every leaf that any client may send in this round (zeros where this
+client has none), and for each leaf a 1 if this client has it. So the server can compute each leaf's mean over the
+clients that trained it, without learning which clients did.
 """
 
 import json
@@ -15,14 +16,14 @@ from fedlora.flower.client import Node
 from fedlora.flower.wire import HOLDS, METRICS, ORDER, decode_layout, decode_order, to_vector
 from fedlora.security.secure_aggregation import PHASES, Client, Message, SessionTerms, default_threshold
 
-PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "told", "said", "layout"  # names of records
+PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "request", "response", "layout"  # names of records
 
 
 def answer_phase(node: Node, content: RecordDict) -> RecordDict:
-    """Answers one of the four messages of a session. The client's keys are on its disk between them, and no longer."""
+    """Answer one of the four messages of a session. Between them, the client's keys are on its disk."""
     if content[ORDER]["client"] != node.client:
         raise ValueError(f"a message for client {content[ORDER]['client']} came to client {node.client}.")
-    phase, reply, place = content[PHASE][PHASE], RecordDict(), node.store.secret_path(node.client)
+    phase, reply, secret = content[PHASE][PHASE], RecordDict(), node.store.path(node.client, "secret")
     if phase not in PHASES:
         raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
     request = Message(**content[REQUEST]) if REQUEST in content else None
@@ -30,47 +31,47 @@ def answer_phase(node: Node, content: RecordDict) -> RecordDict:
         client = Client(check_session(node, SessionTerms.of(content[SESSION]), content[ORDER]), node.client)
         response = client.advertise()
     else:
-        client = Client.from_bytes(place.read_bytes())
+        client = Client.from_bytes(secret.read_bytes())
         if phase == "unmask":
-            _check_one_sum(node, client, request)
+            _check_single_sum(node, client, request)
         vector = (_train(node, content, reply, client.session.threshold),) if phase == "mask" else ()
         response = getattr(client, str(phase))(request, *vector)
-    write(place, client.to_bytes())  # before the message leaves: a client set back could be made to answer twice
+    write(secret, client.to_bytes())  # before the message is sent: an older state would allow a second answer
     if phase == "unmask":
-        place.unlink()
+        secret.unlink()
     reply[RESPONSE] = ConfigRecord(response.record())
     return reply
 
 
 def check_session(node: Node, session: SessionTerms, order: Mapping[str, object]) -> SessionTerms:
-    """Returns the session. ``ValueError`` where its terms are not those of this client's own configuration."""
+    """Return the session. Raises ``ValueError`` if it violates the client's own configuration."""
     threshold = node.network.secure_threshold or default_threshold(len(session.numbers))
     if session.threshold < threshold or session.range != node.network.secure_range:
         raise ValueError(
-            f"the session has a threshold of {session.threshold} and a range of {session.range}; this party's "
-            f"configuration says {threshold} and {node.network.secure_range}."
+            f"the session has a threshold of {session.threshold} and a range of {session.range}; this client's "
+            f"configuration requires {threshold} and {node.network.secure_range}."
         )
     if (session.run, session.round) != (order["run"], order["round"]):
         raise ValueError(f"the session is of round {session.round} of run {session.run!r}, not of the order's.")
     return session
 
 
-def _check_one_sum(node: Node, client: Client, request: Message) -> None:
-    """Refuses to unmask a second sum of one round over other clients: the difference of the two would be uploads."""
-    place = node.store.secret_path(node.client).with_suffix(".sums")
+def _check_single_sum(node: Node, client: Client, request: Message) -> None:
+    """Refuse to unmask a second sum of one round over other clients: their difference would reveal uploads."""
+    path = node.store.path(node.client, "sums")
     now = [client.session.round, *sorted(client.survivors(request))]
-    before = json.loads(place.read_text()) if place.exists() else None
+    before = json.loads(path.read_text()) if path.exists() else None
     if before is not None and before[0] == now[0] and before != now:
         raise ValueError(
             f"round {now[0]} was unmasked already, as the sum of clients {before[1:]}; another sum, of {now[1:]}, "
             "would show single uploads. Go on when the same clients are there, or begin a new run."
         )
-    write(place, json.dumps(now).encode())
+    write(path, json.dumps(now).encode())
 
 
 def _train(node: Node, content: RecordDict, reply: RecordDict, threshold: int) -> Tensor:
-    """Trains, puts the metrics into the reply, and returns the vector to be masked."""
+    """Train, put the metrics into the reply, and return the vector to mask."""
     order, leaves, base_updates = decode_order(content)
-    done = node.train(order, leaves, base_updates, threshold)
-    reply[METRICS], reply[HOLDS] = MetricRecord(done.metrics), ConfigRecord({HOLDS: done.holds})
-    return to_vector(decode_layout(content[LAYOUT]), done.sent or {})
+    answer = node.train(order, leaves, base_updates, threshold)
+    reply[METRICS], reply[HOLDS] = MetricRecord(answer.metrics), ConfigRecord({HOLDS: answer.holds})
+    return to_vector(decode_layout(content[LAYOUT]), answer.sent or {})

@@ -1,15 +1,16 @@
 """The server: rounds over a Flower grid, with the clients that are connected.
 
-A round asks its cohort. A client that fails, is late or is gone is named and left out, and the weights of the others
-are renormalised. With fewer than ``min_clients`` good uploads the round waits, asks the clients that come back, and
-keeps the uploads that it has.
+A round asks its cohort. A client that fails, is late or disconnects is left out and reported, and the weights of the
+others are renormalised. With fewer than ``min_clients`` good uploads, the round keeps these, waits, and asks the
+clients that come back.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -21,7 +22,7 @@ from fedlora.engines.network_settings import Network
 from fedlora.files import digest, upload_limits
 from fedlora.flower.client import digest_start
 from fedlora.flower.client_messages import STALE
-from fedlora.flower.client_store import BaseNames, LocalClients, select_leaves
+from fedlora.flower.client_store import LocalClients, name_base, select_leaves
 from fedlora.flower.node_registry import GONE, NodeRegistry
 from fedlora.flower.quorum import Quorum
 from fedlora.flower.replies import MALFORMED, check_holds, describe_error, read_figures, read_scores
@@ -36,43 +37,49 @@ from fedlora.training.evaluation import Evaluator
 
 @dataclass
 class FlowerLoop(Loop, Strategy):
-    """The round loop of a federation as a Flower strategy: ``start`` runs it, as does ``run`` once there is a grid."""
+    """The round loop of a federation as a Flower strategy, run by ``start(grid)``, or by ``run`` if it has a grid."""
 
     federation: Federation = field(kw_only=True)
     network: Network = field(default_factory=Network, kw_only=True)
     token: str = field(default="run", kw_only=True)  # of this run: clients keep their state under it
     grid: Grid | None = field(default=None, kw_only=True)
-    local: LocalClients | None = field(default=None, kw_only=True)  # where their state is on this machine
+    local: LocalClients | None = field(default=None, kw_only=True)  # the clients' states, if they are on this machine
     registry: NodeRegistry | None = field(default=None, init=False)
     at: ServerState | None = field(default=None, init=False)
-    replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the round that is under way
+    replies: dict[int, Reply] = field(default_factory=dict, init=False)  # of the current round
     results: dict[int, Scores] = field(default_factory=dict, init=False)
-    _first: int = field(default=0, init=False)  # the round that it begins with, or goes on with
     stopped: bool = field(default=False, init=False)  # set by another thread
-    _bases: BaseNames = field(default_factory=BaseNames, init=False)
+    _first: int = field(default=0, init=False)  # the round with which the run begins or resumes
+    _bases: list[str] = field(default_factory=lambda: [""], init=False)  # number of base updates -> name of the base
     _round: int = field(default=0, init=False)
     _blamed: dict[int, str] = field(default_factory=dict, init=False)  # client -> why it is left out
     _orders: dict[int, SentOrder] = field(default_factory=dict, init=False)  # node -> its last order
-    _sent: dict[str, SentOrder] = field(default_factory=dict, init=False)  # message id -> that order
+    _sent: dict[str, SentOrder] = field(default_factory=dict, init=False)  # message id -> its order
 
     # ------------------------------------------------------------------------------ as an engine
     def begin(self, f: Federation) -> ServerState:
-        self._connect(f)
-        self._bases = BaseNames()
+        self._connect()
+        self._bases = [""]
         return super().begin(f)
 
-    def _connect(self, f: Federation) -> None:
+    def _connect(self) -> NodeRegistry:
+        """Make the registry, before any base update is applied: it has a digest of the pretrained weights."""
         assert self.grid is not None, "start(grid) first"
         self.registry = NodeRegistry(
-            self.grid, f.clients.members, self.token, digest_start(f), self._report, self._describe, self.network.retry,
-            self._pause,
+            self.grid, self.federation.clients.members, self.token, digest_start(self.federation), self._report,
+            self._describe_reading, self.network.retry, self._pause,
         )  # fmt: skip
+        return self.registry
+
+    @property
+    def _registry(self) -> NodeRegistry:
+        return self.registry or self._connect()
 
     def readings(self) -> Mapping[int, str]:
         return {} if self.registry is None or not self.federation.clients.own_data else self.registry.readings
 
-    def _describe(self, reading: str) -> str:
-        """How a client with data of its own reads its labels, for the line that says that it joined."""
+    def _describe_reading(self, reading: str) -> str:
+        """Describe how a client with its own data reads its labels, for the message that it joined."""
         f = self.federation
         if not reading or not f.clients.own_data:
             return ""
@@ -83,14 +90,14 @@ class FlowerLoop(Loop, Strategy):
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = super()._combine(f, at, uploads)
         if served.base_updates:
-            self._bases.add(at.base_updates.entries[-1])
+            self._bases.append(name_base(self._bases[-1], at.base_updates.entries[-1]))
         return served
 
     def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
         return None if self.local is None else self.local.client_states(at)
 
     def on_base_update(self, base_updates: BaseUpdate) -> None:
-        self._bases.add(base_updates)
+        self._bases.append(name_base(self._bases[-1], base_updates))
         if self.local is not None:
             self.local.add_base_update(base_updates)
 
@@ -99,7 +106,7 @@ class FlowerLoop(Loop, Strategy):
             self.local.restore(f, at, states, self._bases)
 
     def is_measured(self, f: Federation) -> bool:
-        return f.evaluation.measure and not f.method.personal  # nobody here can measure what a client keeps
+        return f.evaluation.measure and not f.method.personal  # the leaves that clients keep are not on the server
 
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
@@ -108,7 +115,7 @@ class FlowerLoop(Loop, Strategy):
 
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
         began = self._begin_turns(at)
-        order, wanted = self._order(f, at)
+        order, wanted = self._select_order(f, at)
         least, tried = min(self.network.min_clients, wanted), set[int]()
         while True:
             self._quorum.check(least, set(order), self.replies.keys())
@@ -118,12 +125,12 @@ class FlowerLoop(Loop, Strategy):
                 return self._end_turns(f, at, began)
             self._wait(least, tried, set(order))
 
-    def _order(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
-        """The clients that may train, in order, and how many of them are wanted.
+    def _select_order(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
+        """Return the clients that may train, in order, and the number of uploads to collect.
 
-        A client that is drawn to drop out gets an order, and no other takes its place.
+        Neither quarantined clients nor drawn dropouts are replaced by others. A dropout still gets its order.
         """
-        excluded = excluded_clients(f.validation, at.conduct)  # they get no order, and no other takes their place
+        excluded = excluded_clients(f.validation, at.conduct)
         if dropped := sorted(
             set(f.clients.draw_dropouts(at.number, f.seed)) & self._registry.connected_clients() - excluded
         ):
@@ -132,7 +139,7 @@ class FlowerLoop(Loop, Strategy):
         return order, len(set(f.clients.remaining(at.number, f.cohort_seed)) - excluded)
 
     def _begin_turns(self, at: ServerState) -> float:
-        """Begins a round; the first one waits for all clients. Returns the time of the beginning."""
+        """Begin a round; the first round waits for all clients. Returns the time of the beginning."""
         began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
         self._quorum = Quorum(self._registry, at.number, self.network.repair_timeout, self.watch, self.absent)
         if at.number == self._first:
@@ -142,7 +149,7 @@ class FlowerLoop(Loop, Strategy):
         return began
 
     def _end_turns(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
-        """Ends the turns of a round, and names the cohort's members that are missing."""
+        """End the turns of a round, and report the clients of the cohort that are missing."""
         for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
             self._lose(client, self.absent.get(client, GONE))
         self.clock["train"] += time.perf_counter() - began
@@ -154,70 +161,54 @@ class FlowerLoop(Loop, Strategy):
         self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
         self._registry.refresh()
         orders = self.configure_evaluate(number + 1, None, None, self.grid)
-        self.aggregate_evaluate(number + 1, self._send_and_receive(list(orders)))
+        self.aggregate_evaluate(number + 1, self._send_and_receive(orders))
         for client in sorted(set(range(f.clients.members)) - self.results.keys() - self.unscored.keys()):
             self._lose(client, GONE)
         return dict(sorted(self.results.items()))
 
     # --------------------------------------------------------------------- as a Flower strategy
-    def start(
-        self, grid: Grid, initial_arrays: ArrayRecord | None = None, num_rounds: int | None = None,
-        timeout: float = 3600, train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None, evaluate_fn=None,
-    ) -> Result:  # fmt: skip
-        """Runs the federation to its end. Its first values and its number of rounds are the federation's own."""
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Run the federation to its end. Other arguments of Flower's ``start`` are ignored: the federation has them."""
         self.grid, result = grid, Result()
         for done in self.run(self.federation):
             add_round(result, done)
         return result
 
-    def configure_train(
-        self, server_round: int, arrays, config, grid, clients: Iterable[int] = ()
-    ) -> Iterable[Message]:
-        """Each client's order for a round, with the leaves and base updates that it lacks."""
-        assert self.at is not None
+    def configure_train(self, server_round: int, arrays, config, grid, clients: Iterable[int] = ()) -> list[Message]:
+        """Return each client's order for a round, with the leaves and base updates that it lacks."""
         return [self._message(client, server_round - 1, "train") for client in clients]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]):
-        """Takes in the uploads that are sound; ``run`` combines them."""
+        """Process the replies with uploads; ``run`` combines the uploads."""
         for reply in replies:
-            self._take_in(reply, self._take_upload)
+            self._process_reply(reply, self._process_upload)
         return None, None
 
-    def configure_evaluate(self, server_round: int, arrays, config, grid) -> Iterable[Message]:
-        """Each connected client's order to score what it holds after a round."""
-        return [
-            self._message(client, server_round - 1, "evaluate") for client in sorted(self._registry.connected_clients())
-        ]
+    def configure_evaluate(self, server_round: int, arrays, config, grid) -> list[Message]:
+        """Return the order to evaluate after a round, for each connected client."""
+        return [self._message(k, server_round - 1, "evaluate") for k in sorted(self._registry.connected_clients())]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]):
-        """Takes in the scores that are sound."""
+        """Process the replies with scores."""
         for reply in replies:
-            self._take_in(reply, self._take_scores)
+            self._process_reply(reply, self._process_scores)
 
     def summary(self) -> None:
-        """Prints nothing: a run's folder describes it."""
-
-    @property
-    def _registry(self) -> NodeRegistry:
-        if self.registry is None:
-            self._connect(self.federation)
-        assert self.registry is not None
-        return self.registry
+        """Print nothing: the run's folder describes it."""
 
     def _ask(self, clients: list[int], tried: set[int]) -> None:
-        """Asks clients for a turn, and once more those that hold something else than the server thought."""
+        """Ask clients for a turn, and ask again those whose state is older than expected."""
         tried |= set(clients)
         self._quorum.failed |= set(clients)  # until they have answered
         for _ in range(2):
-            messages = list(self.configure_train(self._round + 1, None, None, self.grid, clients))
+            messages = self.configure_train(self._round + 1, None, None, self.grid, clients)
             self.aggregate_train(self._round + 1, self._send_and_receive(messages))
             clients = [client for client in clients if self.absent.get(client) == STALE]
             if not clients:
                 return
 
     def _wait(self, least: int, tried: set[int], able: set[int]) -> None:
-        """Waits until a client is connected that was not asked, one is back, or it is time to ask the others again."""
+        """Wait until a new client connects, one comes back, or it is time to ask the others again."""
         gone = tried - self._registry.connected_clients()
         text = f"{len(self.replies)} of at least {least} clients have answered; waiting for more"
         self.watch(Event("waiting", self._round, text=text))
@@ -232,36 +223,34 @@ class FlowerLoop(Loop, Strategy):
             tried -= back if time.monotonic() < again else tried - self.replies.keys()
 
     def _pause(self) -> None:
-        """Sleeps between two looks. Raises ``KeyboardInterrupt`` where another thread has stopped the loop."""
+        """Sleep between two refreshes. Raises ``KeyboardInterrupt`` if another thread has stopped the loop."""
         time.sleep(self.network.poll)
         if self.stopped:
             raise KeyboardInterrupt
 
     def _message(self, client: int, number: int, kind: str, with_leaves: bool = True) -> Message:
-        f, at = self.federation, self.at
-        own = select_leaves(f.rules, at.shared, f.budgets[client])
+        f, at, node = self.federation, self.at, self._registry.nodes[client]
+        leaves = select_leaves(f.rules, at.shared, f.budgets[client])
         if not at.channel.is_known(client):
             count, base = self._registry.base_updates_held.pop(client, (0, ""))
-            there = at.base_updates.start <= count <= len(at.base_updates) and self._bases[count] == base
-            at.channel.forget(client, count if there else 0)
-        delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
+            is_known = at.base_updates.start <= count <= len(at.base_updates) and self._bases[count] == base
+            at.channel.forget(client, count if is_known else 0)
+        delivery = at.channel.compute_delta(client, at.shared, at.base_updates, leaves)
         order = Order(
             self.token, number, client, not at.channel.is_known(client), delivery.first, delivery.after,
-            self._bases[delivery.first], self._bases[delivery.after], digest(own), at.counted.get(client, -1),
+            self._bases[delivery.first], self._bases[delivery.after], digest(leaves), at.counted.get(client, -1),
         )  # fmt: skip
+        self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
         if with_leaves:
             at.channel.record_delivery(number, client, delivery)
-        node = self._registry.nodes[client]
-        self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
-        content = (
-            encode_order(order, delivery.leaves, delivery.base_updates) if with_leaves else encode_order(order, {}, [])
-        )
+            content = encode_order(order, delivery.leaves, delivery.base_updates)
+        else:
+            content = encode_order(order, {}, [])
         return Message(content, node, kind, group_id=str(number + 1))
 
     def _send_and_receive(self, messages: list[Message]) -> list[Message]:
-        """Sends messages, and returns the replies within ``round_timeout``; clients that did not answer are named."""
-        assert self.grid is not None, "start(grid) first"
-        pushed = set(self.grid.push_messages(messages))  # a message has its id from then on
+        """Send messages, and return the replies within ``round_timeout``. Clients that do not answer are reported."""
+        pushed = set(self.grid.push_messages(messages))  # a message has its id from here on
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
         for key in self._sent.keys() - pushed:
             self._lose(self._sent[key].client, "its node cannot be reached")
@@ -272,7 +261,7 @@ class FlowerLoop(Loop, Strategy):
                 if reply.metadata.reply_to_message_id in waiting:
                     waiting.discard(reply.metadata.reply_to_message_id)
                     replies.append(reply)
-            # A node that is not connected any more: started again, it will know nothing of the message.
+            # A node that has disconnected does not know of the message when it is started again.
             connected = set(self.grid.get_node_ids())
             for key in [key for key in waiting if self._sent[key].node not in connected]:
                 waiting.discard(key)
@@ -283,13 +272,13 @@ class FlowerLoop(Loop, Strategy):
             self._lose(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
         return replies
 
-    def _take_in(self, reply: Message, take: Callable[[int, Order, Message], None]) -> None:
-        """Takes in one reply, or notes why it is left out."""
+    def _process_reply(self, reply: Message, process: Callable[[Order, Message], None]) -> None:
+        """Process one reply, or report why it is left out."""
         _, client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
         try:
             if reply.has_error():
                 raise RefusedError(reply.error.reason or "its app failed")
-            take(client, order, reply)
+            process(order, reply)
         except MALFORMED as error:
             text = describe_error(error)
             if text == STALE:
@@ -300,26 +289,27 @@ class FlowerLoop(Loop, Strategy):
                 self.at.channel.confirm(client, delivery)
             self._blamed.pop(client, None)
 
-    def _take_upload(self, client: int, order: Order, reply: Message) -> None:
+    def _process_upload(self, order: Order, reply: Message) -> None:
         check_holds(order.holds, reply.content[HOLDS])
         rows, loss = read_figures(reply.content[METRICS], order.round)
-        f, turn = self.federation, self.federation.turn(order.round, client)
-        crossed = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
+        f, client, turn = self.federation, order.client, self.federation.turn(order.round, order.client)
+        encoded = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
         try:
-            upload = Received(turn, rows, f.compression.decode_upload(f.rules, self.at.shared, turn, crossed))
+            upload = Received(turn, rows, f.compression.decode_upload(f.rules, self.at.shared, turn, encoded))
         except ValueError as error:
-            return self.refuse_upload(Received(turn, rows, crossed), str(error))
-        self.at.channel.record_upload(order.round, client, upload.tree, crossed)
-        if (found := self.receive_upload(upload)) is not None:
-            self.replies[client] = Reply(found, loss)
+            return self.refuse_upload(Received(turn, rows, encoded), str(error))
+        self.at.channel.record_upload(order.round, client, upload.tree, encoded)
+        if (screened := self.receive_upload(upload)) is not None:
+            self.replies[client] = Reply(screened, loss)
 
-    def _take_scores(self, client: int, order: Order, reply: Message) -> None:
+    def _process_scores(self, order: Order, reply: Message) -> None:
         check_holds(order.holds, reply.content[HOLDS])
-        self.results[client] = read_scores(reply.content[METRICS], order.round, self.federation.task.metric)
+        self.results[order.client] = read_scores(reply.content[METRICS], order.round, self.federation.task.metric)
 
     def _lose(self, client: int, why: str) -> None:
-        if why not in (self._blamed.get(client), self.absent.get(client)):  # said once a round
+        """Leave a client out of the round. A reason is reported once a round."""
+        if why not in (self._blamed.get(client), self.absent.get(client)):
             self.watch(Event("absent", self._round, client, text=why))
         self._blamed[client] = why
 

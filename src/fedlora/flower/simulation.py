@@ -1,4 +1,4 @@
-"""A federation in Flower's simulation: Ray actors take the turns, each with a base model of its own."""
+"""A federation in Flower's simulation: Ray actors run the turns, each with a base model of its own."""
 
 import logging
 import math
@@ -12,10 +12,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # nothing is reported to anybody
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what a coming Ray does by itself
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default of later versions of Ray
 
 import ray
 from flwr.app import Context
@@ -30,8 +28,8 @@ from fedlora.flower.secure_server import select_loop
 from fedlora.flower.server import FlowerLoop
 from fedlora.runs.config import Config, merge_tables
 
-NAME = "run"  # the only one that keeps its parties' state in the simulation's folder
-ENDING = 30.0  # seconds that the server's thread may take to end after Ctrl-C
+TOKEN = "run"  # of the only run that keeps its clients' states in the simulation's folder
+ENDING = 30.0  # seconds for the server's thread to end after Ctrl-C
 
 
 class Simulation(FlowerLoop):
@@ -41,26 +39,20 @@ class Simulation(FlowerLoop):
 
     @classmethod
     def drive(cls, config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take):
-        """Runs the federation's rounds into ``take``, and returns what each client keeps.
+        """Run the federation's rounds into ``take``, and return the leaves that each client keeps.
 
-        ``engine.threads`` is one client's; so many processors are given to each, and as many clients run at a time as
-        there are processors for. The bits are those of one process with as many threads.
+        ``engine.threads`` is per client: each gets as many processors, and as many clients run at a time as there are
+        processors for. The results are bit-equal to those of one process with as many threads.
         """
         threads = config.engine.threads or 1
         table = merge_tables(config.table, {"engine": {"threads": threads}})
-        failed: list[BaseException | None] = []
+        errors: list[BaseException | None] = []
         ended = threading.Event()
-        with TemporaryDirectory(prefix="fedlora-") as place:
-            local = LocalClients(ClientStore(Path(place) / NAME))
-            # All nodes are there from the start; until the first has loaded the model may take a while.
-            engine = select_loop(config.flower)(
-                watch,
-                observe,
-                federation=f,
-                network=replace(config.flower, join_timeout=math.inf),
-                token=NAME,
-                local=local,
-            )
+        with TemporaryDirectory(prefix="fedlora-") as folder:
+            local = LocalClients(ClientStore(Path(folder) / TOKEN))
+            # All nodes exist from the start, but loading the model may take a while.
+            network = replace(config.flower, join_timeout=math.inf)
+            engine = select_loop(network)(watch, observe, federation=f, network=network, token=TOKEN, local=local)
             server = ServerApp()
 
             @server.main()
@@ -69,27 +61,26 @@ class Simulation(FlowerLoop):
                 try:
                     take(engine, f)
                 except BaseException:
-                    failed.append(sys.exc_info()[1])  # Flower would only log it
+                    errors.append(sys.exception())  # Flower would only log it
                     raise
                 finally:
                     ended.set()
 
             try:
-                _play(server, build_simulated_app(table, Path(place)), f.clients.members, threads)
+                _run_simulation(server, build_simulated_app(table, Path(folder)), f.clients.members, threads)
             except KeyboardInterrupt:
-                engine.stopped = True  # its thread ends at its next look, and what was finished is kept
+                engine.stopped = True  # its thread ends at the next pause, and the finished rounds are kept
                 ended.wait(ENDING)
-            if failed and failed[0] is not None:
-                raise failed[0]
-            return None if engine.at is None else {k: own.kept for k, own in local.client_states(engine.at).items()}
+            if errors:
+                raise errors[0]
+            return None if engine.at is None else {k: state.kept for k, state in local.client_states(engine.at).items()}
 
 
-def _play(server: ServerApp, client, count: int, threads: int) -> None:
-    gpus = 1.0 if torch.cuda.is_available() else 0.0
-    resources = {"num_cpus": threads, "num_gpus": gpus}
-    # A machine with fewer processors than one client wants gives it all that it has.
+def _run_simulation(server: ServerApp, client, count: int, threads: int) -> None:
+    resources = {"num_cpus": threads, "num_gpus": 1.0 if torch.cuda.is_available() else 0.0}
+    # On a machine with fewer processors than one client needs, the client gets all of them.
     init = {"num_cpus": max(threads, os.cpu_count() or 1), "include_dashboard": False, "log_to_driver": False}
-    logging.getLogger("flwr").setLevel(logging.ERROR)  # it would say in five lines that there is also `flwr run`
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # else it prints an advertisement of `flwr run`
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)

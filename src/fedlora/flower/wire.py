@@ -1,8 +1,8 @@
-"""Trees, orders and answers as Flower's records, and back.
+"""Conversion of trees, orders and answers to Flower's records, and back.
 
-A tree is sent as one array of bytes in safetensors form: any dtype (Flower's own arrays refuse bfloat16), no pickle,
-and one object on the wire instead of two for each leaf. With secure aggregation an upload is one vector instead; its
-layout says which leaves it holds.
+A tree is sent as one array of bytes in safetensors form. This supports any dtype (Flower's own arrays do not support
+bfloat16), needs no pickle, and sends one object instead of two for each leaf. With secure aggregation, an upload is one
+vector, and a layout lists its leaves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from fedlora.rounds import Rules
 from fedlora.security.validation.expected import build_upload_spec
 from fedlora.types import Tree, Turn
 
-MESSAGE = Limits(2**31, 100_000, 2**24)  # of what the server sends; uploads have a limit of their own
-STYPE = "safetensors"  # how an array of ours is written, where Flower would write npy
+MESSAGE = Limits(2**31, 100_000, 2**24)  # for messages of the server; uploads have a limit of their own
+STYPE = "safetensors"  # the format of our arrays, in place of Flower's npy
 LEAVES, BASE_UPDATES, ORDER, METRICS, HOLDS = "leaves", "base_updates", "order", "metrics", "holds"
 
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
@@ -32,22 +32,22 @@ Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
 
 @dataclass(frozen=True)
 class Order:
-    """What a message asks of a client, beside the leaves and base updates that it brings."""
+    """The instructions of a message to a client, beside its leaves and base updates."""
 
-    run: str  # the run's own token: a resumed run keeps it, another run never has it
+    run: str  # the run's token: a resumed run keeps it, and no other run has it
     round: int  # from 0
     client: int
-    full: bool  # the leaves are those that differ from what the seed gives, not from those that the client holds
-    first: int  # number of the first fold that comes along
-    after: int  # base updates that the client holds then
-    before: str  # the name of the base with the base updates before ``first`` in it
-    base: str  # and with those before ``after``
-    holds: str  # digest of the leaves that the client holds then
-    counted: int = -1  # the last round that this client's upload went into
+    full: bool  # the leaves are relative to the initial leaves of the seed, not to those that the client holds
+    first: int  # number of the first base update in the message
+    after: int  # number of base updates that the client holds afterwards
+    before: str  # name of the base with the base updates before ``first``
+    base: str  # name of the base with the base updates before ``after``
+    holds: str  # digest of the leaves that the client holds afterwards
+    counted: int = -1  # the last round whose result includes an upload of this client
 
 
 class SentOrder(NamedTuple):
-    """An order that went to a client, and the delivery that it brought along."""
+    """An order that was sent to a client, with the delivery in the same message."""
 
     node: int
     client: int
@@ -56,22 +56,24 @@ class SentOrder(NamedTuple):
 
 
 class UnreadableError(ValueError):
-    """A record that is not what was agreed."""
+    """A record that does not have the expected form."""
 
 
 def tree_to_record(tree: Tree) -> ArrayRecord:
-    """One array of bytes."""
+    """Convert a tree to a record of one array of bytes."""
     content = encode_tree(tree)
     return ArrayRecord({LEAVES: Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)})
 
 
 def record_to_tree(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
-    """The tree that ``pack`` wrote. ``UnreadableError`` where it is none, or more than the limits take in."""
+    """Invert ``tree_to_record``. Raises ``UnreadableError`` if the record holds no tree, or exceeds the limits."""
     array = record[LEAVES] if isinstance(record, ArrayRecord) and LEAVES in record else None
     if array is None or array.stype != STYPE:
         raise UnreadableError("the arrays are no tree of leaves.")
     if (array.dtype, tuple(array.shape)) != ("uint8", (len(array.data),)):
-        raise UnreadableError(f"the array is told to be {array.dtype} {tuple(array.shape)} of {len(array.data)} bytes.")
+        raise UnreadableError(
+            f"the array is declared as {array.dtype} {tuple(array.shape)} and has {len(array.data)} bytes."
+        )
     try:
         return decode_tree(array.data, limits)
     except RefusedHeaderError as error:
@@ -81,33 +83,34 @@ def record_to_tree(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
 
 
 def overlay(tree: Tree, other: Tree) -> dict[str, dict]:
-    """Replaces leaves of ``tree`` by those that ``other`` has in their places."""
+    """Replace leaves of ``tree`` by the leaves of ``other`` with the same names."""
     return {part: {**tree.get(part, {}), **other.get(part, {})} for part in {**tree, **other}}
 
 
 def base_updates_to_record(rounds: Sequence[BaseUpdate]) -> ArrayRecord:
-    """Several rounds of base updates, numbered from 0."""
-    trees = {
-        f"{i}{SEPARATOR}{key}": factors
-        for i, one in enumerate(rounds)
-        for key, factors in base_update_to_tree(one).items()
-    }
-    return tree_to_record(trees)
+    """Convert the base updates of several rounds to one record; the rounds are numbered from 0."""
+    return tree_to_record(
+        {
+            f"{i}{SEPARATOR}{key}": factors
+            for i, base_update in enumerate(rounds)
+            for key, factors in base_update_to_tree(base_update).items()
+        }
+    )
 
 
 def record_to_base_updates(record: ArrayRecord) -> list[BaseUpdate]:
-    """The base updates that ``pack_folds`` wrote, in order."""
-    found: dict[int, dict[str, Mapping]] = {}
+    """Invert ``base_updates_to_record``."""
+    rounds: dict[int, dict[str, Mapping]] = {}
     for key, factors in record_to_tree(record).items():
-        number, _, rest = key.partition(SEPARATOR)
-        if not number.isdecimal() or factors.keys() != {"U", "V"} or not rest.rpartition("/")[2].isdecimal():
+        number, _, name = key.partition(SEPARATOR)
+        if not number.isdecimal() or factors.keys() != {"U", "V"} or not name.rpartition("/")[2].isdecimal():
             raise UnreadableError("the arrays are no base updates.")
-        found.setdefault(int(number), {})[rest] = factors
-    return [base_update_from_tree(found[number]) for number in sorted(found)]
+        rounds.setdefault(int(number), {})[name] = factors
+    return [base_update_from_tree(rounds[number]) for number in sorted(rounds)]
 
 
 def encode_order(order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> RecordDict:
-    """The content of a message to a client; empty records are left out."""
+    """Return the content of a message to a client. Empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
     if leaves:
         content[LEAVES] = tree_to_record(leaves)
@@ -117,14 +120,14 @@ def encode_order(order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate])
 
 
 def decode_order(content: RecordDict) -> tuple[Order, Tree, list[BaseUpdate]]:
-    """The order, the leaves and the base updates of a message to a client."""
+    """Return the order, the leaves and the base updates of a message to a client."""
     order = Order(**{name: content[ORDER][name] for name in Order.__dataclass_fields__})
     leaves = record_to_tree(content[LEAVES]) if LEAVES in content else {}
     return order, leaves, record_to_base_updates(content[BASE_UPDATES]) if BASE_UPDATES in content else []
 
 
 def encode_answer(metrics: Mapping[str, int | float], holds: str, sent: Tree | None = None) -> RecordDict:
-    """The content of a client's reply."""
+    """Return the content of a client's reply."""
     content = RecordDict({METRICS: MetricRecord(dict(metrics)), HOLDS: ConfigRecord({HOLDS: holds})})
     if sent is not None:
         content[LEAVES] = tree_to_record(sent)
@@ -132,67 +135,67 @@ def encode_answer(metrics: Mapping[str, int | float], holds: str, sent: Tree | N
 
 
 def add_round(result: Result, done: Round) -> None:
-    """Adds a finished round to the result that Flower's own ``start`` returns."""
+    """Add a finished round to the result that Flower's ``start`` returns."""
+    number, record = done.number + 1, done.record
     result.arrays = tree_to_record(done.shared)
-    result.train_metrics_clientapp[done.number + 1] = MetricRecord(
-        {f"loss.{client}": loss for client, loss in done.record["loss"].items()}
-    )
-    if "clients" in done.record:
-        found = {k: v for k, v in done.record["clients"].items() if isinstance(v, int | float)}
-        result.evaluate_metrics_clientapp[done.number + 1] = MetricRecord(found)
-    if "global" in done.record:
-        result.evaluate_metrics_serverapp[done.number + 1] = MetricRecord(dict(done.record["global"]))
+    losses = {f"loss.{client}": loss for client, loss in record["loss"].items()}
+    result.train_metrics_clientapp[number] = MetricRecord(losses)
+    if "clients" in record:
+        scores = {k: v for k, v in record["clients"].items() if isinstance(v, int | float)}
+        result.evaluate_metrics_clientapp[number] = MetricRecord(scores)
+    if "global" in record:
+        result.evaluate_metrics_serverapp[number] = MetricRecord(dict(record["global"]))
 
 
 def build_layout(rules: Rules, shared: Tree, turns: Sequence[Turn]) -> Layout:
-    """Every leaf that a client of these turns may send, known before it has trained."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return the shape of every leaf that a client of these turns may send; it is known before they train."""
+    layout: dict[str, tuple[int, ...]] = {}
     for turn in turns:
         sent = build_upload_spec(rules, shared, turn).sent
-        found |= {name: tuple(x.shape) for name, x in flatten(sent).items()}
-    return found
+        layout |= {name: tuple(x.shape) for name, x in flatten(sent).items()}
+    return layout
 
 
 def to_vector(layout: Layout, sent: Tree) -> Tensor:
-    """``(d,)`` float32: every leaf's numbers in the layout's order, then a one for each leaf that was sent."""
-    own = {name: x.float() for name, x in flatten(sent).items()}
-    strange = [name for name, x in own.items() if layout.get(name) != tuple(x.shape)]
-    if strange:
-        raise ValueError(f"this client would send {strange[0]!r}, which is not in the round's layout.")
-    values = [own.get(name, torch.zeros(shape)).cpu().reshape(-1) for name, shape in layout.items()]
-    return torch.cat([*values, torch.tensor([float(name in own) for name in layout])])
+    """Return ``(d,)`` float32: the values of all leaves in the layout's order, then a 1 for each leaf that is sent."""
+    leaves = {name: x.float() for name, x in flatten(sent).items()}
+    unexpected = [name for name, x in leaves.items() if layout.get(name) != tuple(x.shape)]
+    if unexpected:
+        raise ValueError(f"this client would send {unexpected[0]!r}, which is not in the round's layout.")
+    values = [leaves.get(name, torch.zeros(shape)).cpu().reshape(-1) for name, shape in layout.items()]
+    return torch.cat([*values, torch.tensor([float(name in leaves) for name in layout])])
 
 
 def vector_size(layout: Layout) -> int:
-    """``d``: the length of the vector of ``to_vector``."""
+    """Return ``d``, the length of ``to_vector``."""
     return sum(torch.Size(shape).numel() + 1 for shape in layout.values())
 
 
 def from_vector(layout: Layout, mean: Tensor, least: float) -> Tree:
-    """Each leaf's mean over the clients that sent it, from the mean of all vectors; without leaves that nobody sent.
+    """Return each leaf's mean over the clients that sent it, from the mean of all vectors.
 
-    ``least`` is the smallest share that a client can have in that mean.
+    Leaves that no client sent are left out. ``least`` is the smallest weight of a client in the mean.
     """
-    there = mean[mean.numel() - len(layout) :]
+    senders = mean[mean.numel() - len(layout) :]  # for each leaf, the total weight of the clients that sent it
     leaves: dict[str, Tensor] = {}
-    at = 0
-    for (name, shape), present in zip(layout.items(), there.tolist()):
-        numbers = torch.Size(shape).numel()
-        if present > least / 2:
-            everyone = abs(present - 1) < 1e-6
-            leaves[name] = mean[at : at + numbers].reshape(shape) / (1.0 if everyone else present)
-        at += numbers
+    start = 0
+    for (name, shape), weight in zip(layout.items(), senders.tolist()):
+        size = torch.Size(shape).numel()
+        if weight > least / 2:
+            all_sent = abs(weight - 1) < 1e-6
+            leaves[name] = mean[start : start + size].reshape(shape) / (1.0 if all_sent else weight)
+        start += size
     return unflatten(leaves)
 
 
 def encode_layout(layout: Layout) -> ConfigRecord:
-    """The layout as three flat lists, since a record holds no nested ones."""
+    """Return the layout as three flat lists, since a record holds no nested lists."""
     shapes = list(layout.values())
     sizes = [size for shape in shapes for size in shape]
     return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})
 
 
 def decode_layout(record: Mapping[str, Any]) -> Layout:
-    """The layout that ``encode_layout`` was given."""
+    """Invert ``encode_layout``."""
     sizes = iter(record["sizes"])
     return {name: tuple(next(sizes) for _ in range(rank)) for name, rank in zip(record["names"], record["ranks"])}

@@ -83,7 +83,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="a process is named 'superlink' already"):
         Loopback({"superlink": {}}, tmp_path)
     keys = create_certificates(tmp_path / "keys", ["a"])
-    with pytest.raises(ValueError, match="has no key for b; make one with certs.add_party"):
+    with pytest.raises(ValueError, match="has no key for b; make one with certificates.add_party"):
         Loopback({"a": {}, "b": {}}, tmp_path / "logs", certificates=keys).__enter__()
     assert list(tmp_path.glob("fedlora-flower-*")) == []
 

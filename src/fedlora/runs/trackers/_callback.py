@@ -13,7 +13,7 @@ from fedlora.runs.file_names import TRACKERS
 from fedlora.runs.progress_file import replace_json
 from fedlora.runs.record import round_figures
 from fedlora.runs.trackers import RunInfo, Tracker, TrackerSession
-from fedlora.schema import ConfigError
+from fedlora.schema import ConfigError, flatten_table
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Tracking(Callback):
         settings, folder = asdict(tracker), self._start.folder
         is_same = before.get("settings") == settings
         run_name = folder.resolve().name if folder is not None else "fedlora"
-        info = RunInfo(run_name, folder, flatten(self._start.config.table), before["run"] if is_same else None)
+        info = RunInfo(run_name, folder, flatten_table(self._start.config.table), before["run"] if is_same else None)
         try:
             session = tracker.open(info)
         except tracker.open_errors() as error:
@@ -107,15 +107,6 @@ class Tracking(Callback):
             lines = self._lines.items()
             state = {n: {"run": x.session.run, "rounds": x.rounds, "settings": x.settings} for n, x in lines}
             replace_json(self._start.folder / TRACKERS, state)
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested table with dotted keys, such as ``training.learning_rate``."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        is_table = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
-    return flat
 
 
 def _read_state(folder: Path | None) -> Mapping[str, Any]:
