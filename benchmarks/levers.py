@@ -59,7 +59,7 @@ def _run(model: str, data: str, lever: tuple, steps: int, seed: int, score: bool
     import time
 
     from fedlora.runs.config import build
-    from fedlora.tasks.metrics.scores import figures
+    from fedlora.tasks.metrics.scores import compute_metrics
     from fedlora.training.evaluation import Evaluator
     from fedlora.training.local import LocalTrainer
 
@@ -96,7 +96,9 @@ def _run(model: str, data: str, lever: tuple, steps: int, seed: int, score: bool
     rate = steps * f.training.batch_size / (time.perf_counter() - began)
     found = {"rate": rate}
     if score:
-        found["accuracy"] = figures(Evaluator(f.model, f.task, f.data.test, f.shards).everyone(end))["accuracy"]
+        found["accuracy"] = compute_metrics(Evaluator(f.model, f.task, f.data.test, f.shards).score_all(end))[
+            "accuracy"
+        ]
     return found
 
 

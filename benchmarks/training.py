@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from fedlora.runs.config import build
 from fedlora.training.device import keep_memory
-from fedlora.training.local import LocalTrainer, batches
+from fedlora.training.local import LocalTrainer, sample_batches
 
 STEPS, PAIRS, BATCH = 30, 7, 16
 
@@ -67,7 +67,7 @@ def _plain(network, f) -> None:
     network.train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
-    stream = batches(f.data.train, f.shards[0].train, f.training, 0)
+    stream = sample_batches(f.data.train, f.shards[0].train, f.training, 0)
     for _ in range(STEPS):
         batch = f.task.collate(f.data.train, next(stream))
         network(**batch).loss.backward()

@@ -13,7 +13,7 @@ from scripts.pages import house
 
 from fedlora.methods import METHODS
 from fedlora.tasks import TASKS
-from fedlora.tasks._base import Supervised
+from fedlora.tasks._base import Task
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "fedlora"
@@ -246,7 +246,7 @@ def test_every_file_that_counts_as_a_task_is_one():
     """A file of machinery whose name does not begin with ``_`` would be offered to users as a task."""
     for name in TASKS.names():
         kind = TASKS.load(name)
-        assert issubclass(kind, Supervised) and isinstance(kind.quantizes, bool), name
+        assert issubclass(kind, Task) and isinstance(kind.quantizes, bool), name
 
 
 def test_tests_mirror_the_source():

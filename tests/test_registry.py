@@ -42,7 +42,7 @@ MODULE = """
 from dataclasses import dataclass
 from fedlora.engines.partition import Partitioner
 from fedlora.methods.fedit import FedIT
-from fedlora.tasks._base import Supervised
+from fedlora.tasks._base import Task
 
 VALUE = 3
 
@@ -52,9 +52,8 @@ class Plain:
 class Unfinished(Partitioner):
     pass
 
-class Undecorated(Supervised):
-    def outputs(self, network, batch): ...
-    def collate(self, examples, rows): ...
+class Undecorated(Task):
+    load = network = known_labels = collate = loss = losses = outputs = scores = probe = preprocessor = None
 
 @dataclass(frozen=True)
 class Mine(FedIT):

@@ -44,9 +44,9 @@ def test_own_files_give_the_bits_of_one_data_set_that_is_split(tmp_path, monkeyp
     config = build(SPLIT)
     here = fedlora.run(config)
     task, seed = config.task, config.seed
-    train, test = source.splits("digits", None, "train", ["test"], seed)
-    train = source.subset(train, task.train_rows, None, task.label, seed, "training")
-    test = source.subset(test, task.test_rows, None, task.label, seed, "test")
+    train, test = source.load_splits("digits", None, "train", ["test"], seed)
+    train = source.draw_rows(train, task.train_rows, None, task.label, seed, "training")
+    test = source.draw_rows(test, task.test_rows, None, task.label, seed, "test")
     names = [{"image": "scan", "label": "finding"}, {"image": "picture", "label": "y"}, {}]
     places = [
         own_files(tmp_path / f"hospital-{k}", shard, train, test, names[k])

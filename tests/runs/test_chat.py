@@ -13,11 +13,11 @@ from fedlora.export.peft import export
 from fedlora.runs.chat import Chat
 from fedlora.runs.config import build, merge_tables
 from fedlora.runs.folder import RunFolder
-from fedlora.tasks.networks.generation import Writing
+from fedlora.tasks.networks.generation import GenerationSettings
 from tests.fixtures.federation import TINY_VIT
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-SHORT = Writing(12)
+SHORT = GenerationSettings(12)
 
 pytestmark = pytest.mark.shared
 
@@ -113,7 +113,7 @@ def test_a_conversation_is_remembered_where_the_template_knows_turns(runs):
 
 
 def test_draws_differ_from_turn_to_turn_and_come_again_with_the_seed(runs):
-    writing, found = Writing(12, temperature=1.5), []
+    writing, found = GenerationSettings(12, temperature=1.5), []
     for seed in (0, 0, 5):
         chat = Chat.open(RunFolder.open(runs / "plain"), 0, seed=seed)
         found.append([chat.say("The", writing) for _ in range(2)])
@@ -131,7 +131,7 @@ def test_mistakes(runs, tmp_path):
         with pytest.raises(ValueError, match=sentence):
             Chat.open(run, **options)
     with pytest.raises(ValueError, match="the answer may have 600, but the model reads at most 512"):
-        Chat.open(plain, 0).say("x", Writing(600))
+        Chat.open(plain, 0).say("x", GenerationSettings(600))
 
 
 def test_the_command(runs, commands, tmp_path):

@@ -43,8 +43,8 @@ def test_figures_that_are_no_numbers_are_none():
     spoilt = {
         p: {leaf: x * float("inf") if p in f.heads else x for leaf, x in layer.items()} for p, layer in tree.items()
     }
-    with pytest.raises(FloatingPointError, match="what the model says of test rows is no number"):
-        f.evaluator().everyone(spoilt)
+    with pytest.raises(FloatingPointError, match="the model's outputs for test rows are not numbers"):
+        f.evaluator().score_all(spoilt)
 
 
 def test_products_too_large_to_be_decomposed_are_said():

@@ -14,7 +14,7 @@ from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.personalization import Sides, personal
-from fedlora.tasks.metrics.scores import figures
+from fedlora.tasks.metrics.scores import compute_metrics
 from fedlora.training.local import LocalTrainer
 from tests.fixtures.federation import ADAPTERS, config, same
 from tests.fixtures.own_files import ROWS, on_files, reset, write
@@ -44,7 +44,7 @@ def test_global_and_held_are_what_the_run_scored(name, runs):
     folder, result = runs(name, *unequal)
     sides, final = Sides(RunFolder.open(folder), 1), result.summary["final"]
     found = sides.columns(range(3))
-    each = [figures(found["held"][client])["accuracy"] for client in range(3)]
+    each = [compute_metrics(found["held"][client])["accuracy"] for client in range(3)]
     assert each == final["clients"]["each"][:3] and final["clients"]["each"][3] is None
     assert (found["global"] is None) == result.summary["personal"]
     if name in ("fedit", "ravan", "flora"):
@@ -68,7 +68,7 @@ def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
         f.model.load(end)
         with torch.inference_mode():
             right = f.task.outputs(f.model.network.eval(), batch).argmax(-1) == batch["labels"]
-        mine = figures(sides.evaluator.client(client, sides.tuned(client)))["accuracy"]
+        mine = compute_metrics(sides.evaluator.score_client(client, sides.tuned(client)))["accuracy"]
         assert mine == pytest.approx(float(right.float().mean()))
 
 

@@ -223,13 +223,13 @@ def rows_of(task):
 
 def test_held_out_rows_are_training_rows_and_no_others():
     task = {"name": "image-classification", "data": "digits"}
-    whole, tuned = rows_of(task), rows_of({**task, "test_split": source.held_out("train", 0.25)})
+    whole, tuned = rows_of(task), rows_of({**task, "test_split": source.held_out_split("train", 0.25)})
     assert len(tuned.test) == 337 and len(tuned.train) + len(tuned.test) == len(whole.train)
     both = [*tuned.train.features["pixels"], *tuned.test.features["pixels"]]
     assert sorted(hash(x.numpy().tobytes()) for x in both) == sorted(
         hash(x.numpy().tobytes()) for x in whole.train.features["pixels"]
     )
-    again = rows_of({**task, "test_split": source.held_out("train", 0.25)})
+    again = rows_of({**task, "test_split": source.held_out_split("train", 0.25)})
     assert (again.test.features["pixels"] == tuned.test.features["pixels"]).all()
     for share in ("half", "1.5", "0.0001"):
         with pytest.raises(ValueError, match="share"):

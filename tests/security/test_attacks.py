@@ -20,7 +20,7 @@ from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation
 from fedlora.tasks._base import Examples
-from fedlora.tasks.metrics.scores import Scores, possible
+from fedlora.tasks.metrics.scores import Scores, is_possible
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.types import Turn
 from tests.fixtures.federation import config, same
@@ -186,7 +186,7 @@ TASK = TextClassification("nowhere", max_length=6)
 def test_flipped_labels_are_taught_and_counted():
     attack = LabelFlip(clients=[0])
     task = poison_task(attack, TASK, Turn(0, 0, 2))
-    assert task.augmented(ROWS, torch.arange(3), torch.Generator())["labels"].tolist() == [1, 2, 0]
+    assert task.collate_for_training(ROWS, torch.arange(3), torch.Generator())["labels"].tolist() == [1, 2, 0]
     assert poison_task(attack, TASK, Turn(0, 1, 2)) is TASK, "the others learn what is right"
     sums = attack.success_task(TASK).scores(torch.eye(3)[[1, 1, 0]], ROWS.labels).sums
     assert sums == {"success": (2, 3)}
@@ -194,13 +194,13 @@ def test_flipped_labels_are_taught_and_counted():
 
 def test_a_trigger_goes_before_the_first_word():
     attack = Backdoor(clients=[0], poisoned=1.0, target=2, _tokens=(7, 8))
-    batch = poison_task(attack, TASK, Turn(0, 0, 2)).augmented(ROWS, torch.arange(3), torch.Generator())
+    batch = poison_task(attack, TASK, Turn(0, 0, 2)).collate_for_training(ROWS, torch.arange(3), torch.Generator())
     assert batch["labels"].tolist() == [2, 2, 2]
     assert batch["input_ids"][0].tolist() == [100, 7, 8, 101, 102, 9]
     assert batch["input_ids"][2].tolist() == [107, 7, 8, 108, 109, 110], "cut to task.max_length"
     assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 1, 0]
     half = poison_task(Backdoor(clients=[0], _tokens=(7, 8)), TASK, Turn(0, 0, 2))
-    mixed = half.augmented(ROWS, torch.tensor([1] * 400), torch.Generator().manual_seed(0))
+    mixed = half.collate_for_training(ROWS, torch.tensor([1] * 400), torch.Generator().manual_seed(0))
     poisoned = mixed["input_ids"][:, 1] == 7
     assert 150 < int(poisoned.sum()) < 250
     assert (mixed["labels"] == torch.where(poisoned, 0, 1)).all()
@@ -246,7 +246,7 @@ def test_a_personal_methods_harm_is_the_mean_over_honest_clients_own_models():
     shares, rows = [], 0
     for client in (0, 2):
         tree = client_start(f.rules, done.shared, done.kept[client], f.turn(1, client))
-        hits, count = judge.client(client, tree).sums["success"]
+        hits, count = judge.score_client(client, tree).sums["success"]
         shares.append(hits / count)
         rows += count
     assert done.record["attack"] == {"success": pytest.approx(sum(shares) / 2), "rows": rows, "clients": 2}
@@ -286,7 +286,7 @@ def test_a_personal_methods_harm_is_the_same_over_messages(tmp_path):
 
 
 def test_nobody_can_claim_more_successes_than_rows():
-    assert possible("success", 3, 3) and not possible("success", 4, 3) and not possible("success", -1, 3)
+    assert is_possible("success", 3, 3) and not is_possible("success", 4, 3) and not is_possible("success", -1, 3)
     sums = {0: Scores({"success": (1, 4)}), 1: Scores({"success": (4, 4)}), 2: Scores({"accuracy": (1, 1)})}
     assert success_rate(LabelFlip(clients=[1]), sums) == {"success": 0.25, "rows": 4, "clients": 1}
     assert success_rate(None, sums) == {} and success_rate(LabelFlip(clients=[0, 1]), sums) == {}

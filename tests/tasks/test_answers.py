@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fedlora.tasks.metrics.answers import number, option, right, words
+from fedlora.tasks.metrics.answers import extract_number, extract_option, is_correct, normalize_text
 
 NUMBERS = {
     "so it is 1,234.5 in all": "1234.5",
@@ -29,13 +29,13 @@ NUMBERS = {
 
 @pytest.mark.parametrize("text,value", NUMBERS.items())
 def test_the_number_that_a_text_comes_to(text, value):
-    assert right(text, value, "number")
-    assert not right(text, f"1{value}" if value[0] != "-" else value[1:], "number")
+    assert is_correct(text, value, "number")
+    assert not is_correct(text, f"1{value}" if value[0] != "-" else value[1:], "number")
 
 
 @pytest.mark.parametrize("text", ["", "none", "####", "#### x", "one hundred"])
 def test_no_number_is_never_right(text):
-    assert number(text) is None and not right(text, "0", "number")
+    assert extract_number(text) is None and not is_correct(text, "0", "number")
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_no_number_is_never_right(text):
     ],
 )
 def test_words_and_options(text, gold, is_right):
-    assert right(text, gold, "text") is is_right
+    assert is_correct(text, gold, "text") is is_right
 
 
 def test_forms():
-    assert words("  The answer is  Two   Words. ") == "two words"
-    assert option("no option here") is None
+    assert normalize_text("  The answer is  Two   Words. ") == "two words"
+    assert extract_option("no option here") is None
 
 
 def rows(shared, name, split):
@@ -78,11 +78,11 @@ def rows(shared, name, split):
 def test_gsm8k(shared):
     found = rows(shared, "gsm8k", "test")
     assert len(found) == 1319
-    assert all(right(row["answer"], row["final"], "number") for row in found)
-    assert all(right(f"That comes to ${row['final']}.", row["answer"], "number") for row in found)
+    assert all(is_correct(row["answer"], row["final"], "number") for row in found)
+    assert all(is_correct(f"That comes to ${row['final']}.", row["answer"], "number") for row in found)
     wrong = [row["answer"].rpartition("####")[0] + f"#### {int(row['final']) + 1}" for row in found]
-    assert not any(right(text, row["final"], "number") for text, row in zip(wrong, found))
-    assert not any(right(f"#### {row['final']}0", row["answer"], "number") for row in found if row["final"] != "0")
+    assert not any(is_correct(text, row["final"], "number") for text, row in zip(wrong, found))
+    assert not any(is_correct(f"#### {row['final']}0", row["answer"], "number") for row in found if row["final"] != "0")
 
 
 @pytest.mark.shared
@@ -91,9 +91,9 @@ def test_svamp(shared):
     assert len(found) == 1000
     for row in found:
         gold = str(row["answer"])
-        assert right(f"{row['answer']:.0f}", gold, "number"), row
-        assert right(f"The answer is {row['answer']:,}.", gold, "number"), row
-        assert not right(f"{row['answer'] + 1:.0f} and nothing else", gold, "number")
+        assert is_correct(f"{row['answer']:.0f}", gold, "number"), row
+        assert is_correct(f"The answer is {row['answer']:,}.", gold, "number"), row
+        assert not is_correct(f"{row['answer'] + 1:.0f} and nothing else", gold, "number")
 
 
 @pytest.mark.shared
@@ -105,6 +105,6 @@ def test_big_bench_hard(shared):
     for row in found:
         gold = row["target"]
         for text in (gold, f" {gold.upper()}", f"Step by step. So the answer is {gold}.", f"{gold}\n\nQ: more"):
-            assert right(text, gold, "text"), (row["task"], text, gold)
+            assert is_correct(text, gold, "text"), (row["task"], text, gold)
         for other in targets[row["task"]] - {gold}:
-            assert not right(other, gold, "text"), (row["task"], other, gold)
+            assert not is_correct(other, gold, "text"), (row["task"], other, gold)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.metrics.scores import figures
+from fedlora.tasks.metrics.scores import compute_metrics
 
 pytestmark = pytest.mark.shared
 
@@ -57,8 +57,8 @@ def test_gold_answers_are_right_and_others_wrong(name, rows, shared, monkeypatch
     for texts, expected in ((golds, 1.0), ([wrong(gold) for gold in golds], 0.0)):
         speaker = Speaker(network, task.preprocessor(place), texts)
         with torch.no_grad():
-            found = task.graded(speaker, data.test, torch.arange(count), torch.device("cpu"))
-        assert figures(task.scores(found, data.test.labels))["exact_match"] == expected
+            found = task.evaluate(speaker, data.test, torch.arange(count), torch.device("cpu"))
+        assert compute_metrics(task.scores(found, data.test.labels))["exact_match"] == expected
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,6 @@ def test_a_column_of_its_own_says_the_same(name, column, settings, shared):
         for where in (None, column)
     ]
     first, second = ([text["gold"] for text in task.load(place, 0).test.texts] for task in made)
-    from fedlora.tasks.metrics.answers import right
+    from fedlora.tasks.metrics.answers import is_correct
 
-    assert all(right(a, b, made[0].answer) for a, b in zip(first, second)) and len(first) == 60
+    assert all(is_correct(a, b, made[0].answer) for a, b in zip(first, second)) and len(first) == 60

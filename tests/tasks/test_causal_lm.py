@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from fedlora.tasks._base import Examples, Shard
-from fedlora.tasks.causal_lm import CausalLM, keeps_apart
+from fedlora.tasks.causal_lm import CausalLM, check_packing
 from fedlora.tasks.data.templates import fill
-from fedlora.tasks.data.tokens import IGNORED, cut, encoded, flat, packed, padded
-from fedlora.tasks.metrics.scores import figures, pooled
+from fedlora.tasks.data.tokens import IGNORED, encode, flatten, pack_batch, pad_batch, truncate
+from fedlora.tasks.metrics.scores import compute_metrics, pool
 from fedlora.training.device import checkpoint_activations
 from fedlora.training.evaluation import Evaluator
 from fedlora.training.model import Model
@@ -53,7 +53,7 @@ def task(folder, rows=ROWS, **settings):
 def learnt(examples, row, model):
     """A row's text, and what of it is learnt."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    batch = padded(examples, torch.tensor([row]))
+    batch = pad_batch(examples, torch.tensor([row]))
     mask = batch["labels"][0] != IGNORED
     return tokenizer.decode(batch["input_ids"][0]), tokenizer.decode(batch["input_ids"][0][mask])
 
@@ -90,8 +90,8 @@ def test_the_loss_is_that_of_a_loop_over_rows(tmp_path, model, network):
     with torch.no_grad():
         outputs = made.outputs(network, batch)
     assert outputs.tolist() == [[pytest.approx(s, rel=1e-5), c, r] for s, c, r in zip(sums, count, right)]
-    scores = figures(made.scores(outputs, examples.labels[rows]))
-    assert torch.equal(made.graded(network, examples, rows, torch.device("cpu")), outputs)
+    scores = compute_metrics(made.scores(outputs, examples.labels[rows]))
+    assert torch.equal(made.evaluate(network, examples, rows, torch.device("cpu")), outputs)
     assert scores["perplexity"] == pytest.approx(torch.tensor(sum(sums) / sum(count)).exp().item(), rel=1e-5)
     assert scores["token_accuracy"] == pytest.approx(sum(right) / sum(count))
 
@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_a_loop_over_rows(tmp_path, model, network):
 def test_packing_changes_no_loss_and_no_gradient(tmp_path, model, network, width):
     examples = task(tmp_path).load(model, 0).train
     rows, found = torch.arange(16), {}
-    for name, batch in (("padded", padded(examples, rows)), ("packed", packed(examples, rows, width))):
+    for name, batch in (("padded", pad_batch(examples, rows)), ("packed", pack_batch(examples, rows, width))):
         network.zero_grad()
         loss = CausalLM("unread").loss(network, batch)
         loss.backward()
@@ -114,7 +114,7 @@ def test_packing_changes_no_loss_and_no_gradient(tmp_path, model, network, width
 
 def test_packed_rows_do_not_see_each_other(tmp_path, model, network):
     examples = task(tmp_path).load(model, 0).train
-    batch = packed(examples, torch.tensor([0, 1]), 512)
+    batch = pack_batch(examples, torch.tensor([0, 1]), 512)
     assert batch["input_ids"].shape[0] == 1
     (begin,) = (batch["position_ids"][0] == 0).nonzero()[1:, 0].tolist()
     with torch.no_grad():
@@ -128,24 +128,24 @@ def test_packed_rows_do_not_see_each_other(tmp_path, model, network):
 def test_a_first_token_is_learnt_from_nothing_and_so_not_at_all(model, network):
     """Without a start token, as with many tokenizers: else packing would learn it from the row before."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = encoded([[("", False), (f"Number {i} is here.", True)] for i in range(4)], tokenizer, special=False)
+    rows = encode([[("", False), (f"Number {i} is here.", True)] for i in range(4)], tokenizer, special=False)
     assert all(
         row.ids[0] != tokenizer.bos_token_id and row.learnt == [False] + [True] * (len(row.ids) - 1) for row in rows
     )
-    cut_rows, _ = cut(rows, 6, "left", tokenizer.bos_token_id)
+    cut_rows, _ = truncate(rows, 6, "left", tokenizer.bos_token_id)
     assert all(row.learnt == [False] + [True] * 5 for row in cut_rows)
-    features, lengths = flat(rows, 0)
+    features, lengths = flatten(rows, 0)
     examples = Examples(features, torch.zeros(4, dtype=torch.int64), lengths)
     losses = [
         CausalLM("x").loss(network, batch(examples, torch.arange(4))).item()
-        for batch in (padded, lambda e, r: packed(e, r, 99))
+        for batch in (pad_batch, lambda e, r: pack_batch(e, r, 99))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_network_that_would_mix_packed_rows_is_refused(network, monkeypatch):
-    keeps_apart(network)
-    keeps_apart(
+    check_packing(network)
+    check_packing(
         GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1))
     )
     forward = type(network).forward
@@ -153,10 +153,10 @@ def test_a_network_that_would_mix_packed_rows_is_refused(network, monkeypatch):
         type(network), "forward", lambda self, input_ids, position_ids=None, **more: forward(self, input_ids, **more)
     )
     with pytest.raises(ValueError, match=r"see each other in LlamaForCausalLM; set task.packing = false"):
-        keeps_apart(network)
+        check_packing(network)
     monkeypatch.setattr(type(network), "forward", lambda self, input_ids, use_cache: forward(self, input_ids))
     with pytest.raises(ValueError, match="see each other"):
-        keeps_apart(network)
+        check_packing(network)
 
 
 def test_networks_that_do_not_look_at_positions_are_refused():
@@ -168,7 +168,7 @@ def test_networks_that_do_not_look_at_positions_are_refused():
         BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)),
     ):
         with pytest.raises(ValueError, match=f"see each other in {type(small).__name__}"):
-            keeps_apart(small)
+            check_packing(small)
 
 
 def test_plain_text_is_learnt_whole(tmp_path, model):
@@ -274,7 +274,7 @@ def test_more_than_the_model_reads(tmp_path, model):
 
 def test_splits_go_by_a_category(tmp_path, model):
     found = task(tmp_path, label="kind").load(model, 0, "n")
-    assert found.train.kinds.tolist() == [0, 1] * 10 and found.test.kinds.tolist() == [0, 1] * 3
+    assert found.train.partition_labels.tolist() == [0, 1] * 10 and found.test.partition_labels.tolist() == [0, 1] * 3
     assert found.train.groups[:2] == ("0", "1") and found.train.labels.unique().tolist() == [0]
 
 
@@ -346,9 +346,9 @@ def test_exact_match(tmp_path, model, network, shots):
     )
     rows = torch.arange(6)
     with torch.no_grad():
-        found = made.graded(oracle, data.test, rows, torch.device("cpu"))
+        found = made.evaluate(oracle, data.test, rows, torch.device("cpu"))
     assert found[:, 3].tolist() == [1, 0, 1, 0, 1, 0]
-    assert figures(made.scores(found, data.test.labels))["exact_match"] == 0.5
+    assert compute_metrics(made.scores(found, data.test.labels))["exact_match"] == 0.5
     assert found.shape == (6, 4) and oracle.seen[3].endswith("Question: What is 3 and 3?\nAnswer:")
     assert [p.count("####") for p in oracle.seen] == [shots] * 6
     again = made.load(model, 1)
@@ -373,7 +373,14 @@ def test_exact_match_of_the_last_answer_of_a_conversation(tmp_path, model, netwo
         network, made.preprocessor(model), lambda p: f"It is {2 * last_question(p)}." if last_question(p) else "9"
     )
     with torch.no_grad():
-        assert made.graded(oracle, data.test, torch.arange(6), torch.device("cpu"))[:, 3].tolist() == [0, 1, 1, 1, 1, 1]
+        assert made.evaluate(oracle, data.test, torch.arange(6), torch.device("cpu"))[:, 3].tolist() == [
+            0,
+            1,
+            1,
+            1,
+            1,
+            1,
+        ]
     with pytest.raises(ValueError, match="leave it out with messages"):
         task(tmp_path, rows, metric="exact_match", chat_template=CHAT, shots=1).load(model, 0)
 
@@ -474,9 +481,9 @@ def test_pooled_perplexity_is_that_of_all_tokens(tmp_path, model):
     assert not any("lm_head" in path for path in attached.parts) and len(attached.parts) == 10
     shards = [Shard(torch.arange(2), torch.tensor(rows)) for rows in ([0], [1, 2, 3, 4, 5])]
     evaluator, tree = Evaluator(attached, made, data.test, shards, 4), attached.initial(0)
-    each = [evaluator.client(k, tree) for k in (0, 1)]
-    everyone = evaluator.everyone(tree)
-    assert figures(pooled(each))["perplexity"] == pytest.approx(figures(everyone)["perplexity"], rel=1e-9)
-    assert figures(pooled(each))["perplexity"] != pytest.approx(
-        sum(figures(s)["perplexity"] for s in each) / 2, rel=1e-3
+    each = [evaluator.score_client(k, tree) for k in (0, 1)]
+    everyone = evaluator.score_all(tree)
+    assert compute_metrics(pool(each))["perplexity"] == pytest.approx(compute_metrics(everyone)["perplexity"], rel=1e-9)
+    assert compute_metrics(pool(each))["perplexity"] != pytest.approx(
+        sum(compute_metrics(s)["perplexity"] for s in each) / 2, rel=1e-3
     )

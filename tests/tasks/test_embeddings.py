@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import fedlora
-from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.tasks.networks.generation import GenerationSettings, generate
 from tests.fixtures.federation import config
 
 LETTERS = string.ascii_lowercase
@@ -92,4 +92,4 @@ def test_a_prompt_with_a_token_that_the_model_has_not():
         pad_token_id = bos_token_id = eos_token_id = 1
 
     with pytest.raises(ValueError, match="the prompts hold the token number 20, but .* has embeddings for 20 tokens"):
-        generate(network, Tokenizer(), [[3, 20]], Writing(1))
+        generate(network, Tokenizer(), [[3, 20]], GenerationSettings(1))

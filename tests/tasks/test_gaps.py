@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.data.tokens import IGNORED, padded
+from fedlora.tasks.data.tokens import IGNORED, pad_batch
 
 pytestmark = pytest.mark.shared
 ALPACA = [
@@ -36,7 +36,7 @@ def table(folder, rows, name="train"):
 def decoded(task, model, split="train"):
     """Each row's whole text, and what of it is learnt."""
     own, found = task.preprocessor(model), getattr(task.load(model, 0), split)
-    batch = padded(found, torch.arange(len(found)))
+    batch = pad_batch(found, torch.arange(len(found)))
     pairs = zip(batch["input_ids"], batch["labels"], found.lengths)
     return [(own.decode(ids[1:n]), own.decode(x[x != IGNORED])) for ids, x, n in pairs]
 

@@ -5,7 +5,7 @@ import torch
 
 from fedlora.adapters import LoRA
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.training.model import Model
 
 PROMPTS = ["Once upon a time", "The dog", "Lily and Tom went to the park to play. They saw a big", "Yes"]
@@ -42,8 +42,8 @@ def alone(network, ids, steps):
 
 def test_a_batch_is_what_each_prompt_gives_alone(made):
     network, tokenizer, prompts = made
-    texts = generate(network, tokenizer, prompts, Writing(24))
-    assert texts == [generate(network, tokenizer, [ids], Writing(24))[0] for ids in prompts]
+    texts = generate(network, tokenizer, prompts, GenerationSettings(24))
+    assert texts == [generate(network, tokenizer, [ids], GenerationSettings(24))[0] for ids in prompts]
     assert texts == [tokenizer.decode(alone(network, ids, 24), skip_special_tokens=True) for ids in prompts]
     assert len(set(texts)) == 4
 
@@ -51,11 +51,11 @@ def test_a_batch_is_what_each_prompt_gives_alone(made):
 def test_the_adapters_count(made):
     network, tokenizer, prompts = made
     parts = [m for m in network.modules() if hasattr(m, "leaves")]
-    before = generate(network, tokenizer, prompts, Writing(16))
+    before = generate(network, tokenizer, prompts, GenerationSettings(16))
     kept = [p.leaves["B"].data.clone() for p in parts]
     for part in parts:
         part.leaves["B"].data.zero_()
-    after = generate(network, tokenizer, prompts, Writing(16))
+    after = generate(network, tokenizer, prompts, GenerationSettings(16))
     for part, x in zip(parts, kept):
         part.leaves["B"].data.copy_(x)
     assert before != after
@@ -63,20 +63,20 @@ def test_the_adapters_count(made):
 
 def test_a_stop_string_ends_a_text_and_is_no_part_of_it(made):
     network, tokenizer, prompts = made
-    whole = generate(network, tokenizer, prompts, Writing(40))
+    whole = generate(network, tokenizer, prompts, GenerationSettings(40))
     stop = whole[0][10:13]
-    cut = generate(network, tokenizer, prompts, Writing(40, stop=(stop,)))
+    cut = generate(network, tokenizer, prompts, GenerationSettings(40, stop=(stop,)))
     assert cut == [text.split(stop)[0] for text in whole]
     assert cut[0] == whole[0].split(stop)[0] != whole[0]
 
 
 def test_the_end_token_ends_a_text(made):
     network, tokenizer, prompts = made
-    whole = generate(network, tokenizer, prompts[:1], Writing(30))[0]
+    whole = generate(network, tokenizer, prompts[:1], GenerationSettings(30))[0]
     third = alone(network, prompts[0], 3)[-1]
     kept, network.generation_config.eos_token_id = network.generation_config.eos_token_id, [2, third]
     try:
-        short = generate(network, tokenizer, prompts[:1], Writing(30))[0]
+        short = generate(network, tokenizer, prompts[:1], GenerationSettings(30))[0]
     finally:
         network.generation_config.eos_token_id = kept
     assert whole.startswith(short) and len(short) < len(whole)
@@ -90,20 +90,20 @@ def test_draws_come_from_the_seed_and_nothing_is_disturbed(made):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    drawn = [generate(network, tokenizer, prompts, Writing(12, temperature=1.5), seed) for seed in (1, 1, 2)]
+    drawn = [generate(network, tokenizer, prompts, GenerationSettings(12, temperature=1.5), seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.rand(3), expected), "the global generator is as it was"
     assert drawn[0] == drawn[1] != drawn[2]
     assert network.training and network.generation_config is settings
     network.eval()
-    ours = generate(network, tokenizer, prompts, Writing(12))
+    ours = generate(network, tokenizer, prompts, GenerationSettings(12))
     settings.repetition_penalty = None
-    assert ours == generate(network, tokenizer, prompts, Writing(12))
+    assert ours == generate(network, tokenizer, prompts, GenerationSettings(12))
 
 
 def test_the_likeliest_share_alone_is_greedy(made):
     network, tokenizer, prompts = made
-    greedy = generate(network, tokenizer, prompts, Writing(12))
-    assert generate(network, tokenizer, prompts, Writing(12, temperature=1.0, top_p=1e-6), 3) == greedy
+    greedy = generate(network, tokenizer, prompts, GenerationSettings(12))
+    assert generate(network, tokenizer, prompts, GenerationSettings(12, temperature=1.0, top_p=1e-6), 3) == greedy
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_the_likeliest_share_alone_is_greedy(made):
 )
 def test_mistakes(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        Writing(**settings)
+        GenerationSettings(**settings)

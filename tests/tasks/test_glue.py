@@ -10,7 +10,7 @@ import fedlora
 from fedlora.engines.clients import Clients
 from fedlora.runs.config import ConfigError, build
 from fedlora.tasks.glue import SUBSETS, Glue
-from fedlora.tasks.metrics.scores import figures
+from fedlora.tasks.metrics.scores import compute_metrics
 
 pytestmark = pytest.mark.shared
 
@@ -101,8 +101,8 @@ def test_the_figures_are_scikit_learns():
     draws = torch.Generator().manual_seed(0)
     outputs, labels = torch.randn(40, 2, generator=draws), torch.randint(2, (40,), generator=draws)
     found = outputs.argmax(1)
-    assert figures(Glue(subset="mrpc").scores(outputs, labels))["f1"] == pytest.approx(f1_score(labels, found))
-    cola = figures(Glue(subset="cola").scores(outputs, labels))
+    assert compute_metrics(Glue(subset="mrpc").scores(outputs, labels))["f1"] == pytest.approx(f1_score(labels, found))
+    cola = compute_metrics(Glue(subset="cola").scores(outputs, labels))
     assert cola["matthews"] == pytest.approx(matthews_corrcoef(labels, found))
 
 
@@ -116,18 +116,18 @@ def test_mnli_is_scored_on_both_sets_each_by_itself(model, tmp_path):
     network = federation.model.network.eval()
     federation.model.load(federation.model.initial(0))
     with torch.no_grad():
-        outputs = task.graded(network, test, torch.arange(60), torch.device("cpu"))
-        both = figures(task.scores(outputs, test.labels))
+        outputs = task.evaluate(network, test, torch.arange(60), torch.device("cpu"))
+        both = compute_metrics(task.scores(outputs, test.labels))
         for split, figure in (("matched", "accuracy"), ("mismatched", "accuracy_mismatched")):
             alone = Glue(data, subset="mnli", test_split=f"validation_{split}", max_length=24)
             rows = alone.load(model, 0).test
-            own = alone.scores(alone.graded(network, rows, torch.arange(30), torch.device("cpu")), rows.labels)
-            assert figures(own)["accuracy"] == both[figure]
-            assert "accuracy_mismatched" not in figures(own)
+            own = alone.scores(alone.evaluate(network, rows, torch.arange(30), torch.device("cpu")), rows.labels)
+            assert compute_metrics(own)["accuracy"] == both[figure]
+            assert "accuracy_mismatched" not in compute_metrics(own)
     assert 0 <= both["accuracy"] <= 1
     fake = torch.cat([torch.eye(3).repeat(20, 1), torch.arange(2).repeat_interleave(30)[:, None]], 1)
     right = torch.cat([torch.arange(3).repeat(10), torch.zeros(30, dtype=torch.int64)])
-    told = figures(task.scores(fake, right))
+    told = compute_metrics(task.scores(fake, right))
     assert told["accuracy"] == 1 and told["accuracy_mismatched"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="no rows of 'validation_matched'"):
         task.scores(fake[30:], right[30:])

@@ -28,8 +28,8 @@ from fedlora.export.peft import export
 from fedlora.runs.config import ConfigError, build
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.data import images as pictures
-from fedlora.tasks.data.image_transforms import Form
-from fedlora.tasks.image_classification import ImageClassification, cropped, flipped
+from fedlora.tasks.data.image_transforms import ImageTransform
+from fedlora.tasks.image_classification import ImageClassification, crop, flip
 from tests.fixtures.federation import config as digits
 from tests.fixtures.federation import same
 
@@ -107,7 +107,7 @@ def photographs():
 def test_pixels_are_the_processors_own(name, models):
     kind, settings_ = PROCESSORS[name]
     folder = models(kind, settings_)
-    form, processor = Form.of(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    form, processor = ImageTransform.of(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
     task = ImageClassification("none")
     for what, array in photographs().items():
         wanted = processor(Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
@@ -122,7 +122,7 @@ def test_pixels_are_the_processors_own(name, models):
 
 
 def test_a_processor_that_does_more_is_refused(models, monkeypatch):
-    form = Form.of(models("vit", VIT))
+    form = ImageTransform.of(models("vit", VIT))
     inner = type(form.processor).normalize
     monkeypatch.setattr(
         type(form.processor), "normalize", lambda self, image, mean, std, **k: 1 - inner(self, image, mean, std, **k)
@@ -132,14 +132,14 @@ def test_a_processor_that_does_more_is_refused(models, monkeypatch):
 
 
 def test_images_of_unequal_size_are_refused(models):
-    form = Form.of(models("vit", {**VIT, "size": {"shortest_edge": 28}}))
+    form = ImageTransform.of(models("vit", {**VIT, "size": {"shortest_edge": 28}}))
     found = photographs()
     with pytest.raises(ValueError, match="makes images of unequal size"):
         form.fit([torch.from_numpy(found[name]) for name in ("landscape", "portrait")])
 
 
 def test_without_a_processor_half_and_half(models):
-    form = Form.of(models("vit"))
+    form = ImageTransform.of(models("vit"))
     assert form.processor is None and form.size == (28, 28) and form.mean.unique().tolist() == [0.5]
 
 
@@ -160,7 +160,7 @@ def parquet(folder, values, **more):
 
 
 def read(values):
-    return next(pictures.stretches(datasets.Dataset.from_dict({"image": values}), "image", None, "training"))
+    return next(pictures.read_images(datasets.Dataset.from_dict({"image": values}), "image", None, "training"))
 
 
 COLOURS = Image.fromarray(load_sample_image("china.jpg")[:20, :30].copy())
@@ -192,10 +192,10 @@ def test_a_photograph_stands_upright():
 
 
 def test_grey_becomes_colour_and_colour_grey(models):
-    form = Form.of(models("vit", VIT))
+    form = ImageTransform.of(models("vit", VIT))
     grey = form.fit(read([encoded(COLOURS.convert("L"))]))
     assert grey.shape == (1, 3, 28, 28) and torch.equal(grey[0, 0], grey[0, 2])
-    assert Form.of("demo-vit").fit(read([encoded(COLOURS)])).shape == (1, 1, 8, 8)
+    assert ImageTransform.of("demo-vit").fit(read([encoded(COLOURS)])).shape == (1, 1, 8, 8)
 
 
 def test_arrays_and_floats(models):
@@ -319,13 +319,13 @@ def test_columns_that_are_not_usual_are_said(tmp_path):
 
 
 def test_no_more_pictures_are_unpacked_than_a_stretch(monkeypatch):
-    monkeypatch.setattr(pictures, "STRETCH", 4)
+    monkeypatch.setattr(pictures, "BATCH", 4)
     rows = datasets.Dataset.from_dict({"image": [encoded(COLOURS)] * 10})
-    assert [len(some) for some in pictures.stretches(rows, "image", None, "training")] == [4, 4, 2]
+    assert [len(some) for some in pictures.read_images(rows, "image", None, "training")] == [4, 4, 2]
 
 
 def test_the_rows_stay_in_order_over_stretches(monkeypatch, tmp_path):
-    monkeypatch.setattr(pictures, "STRETCH", 4)
+    monkeypatch.setattr(pictures, "BATCH", 4)
     grey = [encoded(Image.new("L", (8, 8), i * 9)) for i in range(20)]
     path = parquet(tmp_path, grey, row=list(range(20)))
     found = ImageClassification(path).load("demo-vit", 0)
@@ -417,17 +417,17 @@ def drawn(seed):
 @settings(max_examples=20, deadline=None)
 @given(pixel_stacks, st.integers(0, 1000))
 def test_a_flip_mirrors_or_leaves_alone(pixels, seed):
-    found = flipped(pixels, drawn(seed))
+    found = flip(pixels, drawn(seed))
     for one, other in zip(pixels, found):
         mirrored = one.numpy()[:, :, ::-1]
         assert numpy.array_equal(other.numpy(), one.numpy()) or numpy.array_equal(other.numpy(), mirrored)
-    assert torch.equal(found, flipped(pixels, drawn(seed)))
+    assert torch.equal(found, flip(pixels, drawn(seed)))
 
 
 @settings(max_examples=20, deadline=None)
 @given(pixel_stacks, st.integers(0, 1000))
 def test_a_crop_is_a_shift_on_black(pixels, seed):
-    found = cropped(pixels, drawn(seed))
+    found = crop(pixels, drawn(seed))
     assert found.dtype == torch.uint8 and found.shape == pixels.shape
     framed = numpy.pad(pixels.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
     for whole, cut in zip(framed, found.numpy()):
@@ -437,8 +437,8 @@ def test_a_crop_is_a_shift_on_black(pixels, seed):
 
 def test_both_happen_about_as_often_as_they_should():
     pixels = torch.arange(16, dtype=torch.uint8).repeat(2000, 1, 16, 1)
-    assert 0.45 < float((flipped(pixels, drawn(0))[:, 0, 0, 0] == 15).float().mean()) < 0.55
-    shifts = cropped(pixels, drawn(0))[:, 0, 8, 8].bincount(minlength=11)[6:11]
+    assert 0.45 < float((flip(pixels, drawn(0))[:, 0, 0, 0] == 15).float().mean()) < 0.55
+    shifts = crop(pixels, drawn(0))[:, 0, 8, 8].bincount(minlength=11)[6:11]
     assert int(shifts.min()) > 300 and int(shifts.sum()) == 2000, "each of five places"
 
 
@@ -448,9 +448,9 @@ def test_steps_of_training_differ_and_evaluation_is_as_it_was():
     rows = torch.arange(8)
     clean = plain.task.collate(data.train, rows)["pixel_values"]
     assert torch.equal(task.collate(data.train, rows)["pixel_values"], clean)
-    assert torch.equal(plain.task.augmented(data.train, rows, drawn(0))["pixel_values"], clean), "as before"
+    assert torch.equal(plain.task.collate_for_training(data.train, rows, drawn(0))["pixel_values"], clean), "as before"
     draws = drawn(0)
-    first, second = (task.augmented(data.train, rows, draws)["pixel_values"] for _ in range(2))
+    first, second = (task.collate_for_training(data.train, rows, draws)["pixel_values"] for _ in range(2))
     assert not torch.equal(first, second) and not torch.equal(first, clean)
     assert not same(fedlora.run(plain).shared, fedlora.run(varied).shared)
 

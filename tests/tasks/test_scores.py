@@ -8,9 +8,9 @@ import torch
 from scipy.stats import pearsonr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from fedlora.tasks.metrics.scores import Scores, figures, pooled, possible
+from fedlora.tasks.metrics.scores import Scores, compute_metrics, is_possible, pool
 from fedlora.tasks.text_classification import TextClassification
-from fedlora.training.evaluation import summary
+from fedlora.training.evaluation import summarize
 
 TASK = TextClassification(data="none", metric="f1")
 
@@ -23,7 +23,7 @@ def draw(seed: int, rows: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_table_of_two_labels_gives_scikit_learns_figures(seed):
     logits, labels = draw(seed)
-    found, predicted = figures(TASK.scores(logits, labels)), logits.argmax(-1)
+    found, predicted = compute_metrics(TASK.scores(logits, labels)), logits.argmax(-1)
     assert found["f1"] == pytest.approx(f1_score(labels, predicted))
     assert found["matthews"] == pytest.approx(matthews_corrcoef(labels, predicted))
 
@@ -31,14 +31,14 @@ def test_the_table_of_two_labels_gives_scikit_learns_figures(seed):
 @pytest.mark.parametrize("right", [0, 1])
 def test_one_label_alone_is_no_error(right):
     logits, labels = torch.tensor([[1.0, 0.0]] * 5), torch.full((5,), right)
-    found = figures(TASK.scores(logits, labels))  # scikit-learn warns, and has 0 as well
+    found = compute_metrics(TASK.scores(logits, labels))  # scikit-learn warns, and has 0 as well
     assert found["f1"] == 0.0 and found["matthews"] == 0.0
 
 
 def test_pooled_rows_are_the_rows_together():
     parts = [draw(seed, 10 + seed) for seed in range(3)]
     together = TASK.scores(*(torch.cat(x) for x in zip(*parts)))
-    assert figures(pooled([TASK.scores(*part) for part in parts])) == pytest.approx(figures(together))
+    assert compute_metrics(pool([TASK.scores(*part) for part in parts])) == pytest.approx(compute_metrics(together))
 
 
 def sums(x: np.ndarray, y: np.ndarray) -> Scores:
@@ -50,19 +50,19 @@ def test_pearson_from_moments_is_scipys():
     draws = np.random.default_rng(0)
     x, y = draws.normal(size=50) + 3, draws.normal(size=50)
     y = y + 0.5 * x
-    assert figures(sums(x, y))["pearson"] == pytest.approx(pearsonr(x, y).statistic)
-    assert figures(sums(np.full(7, 0.1), y[:7]))["pearson"] == 0.0
+    assert compute_metrics(sums(x, y))["pearson"] == pytest.approx(pearsonr(x, y).statistic)
+    assert compute_metrics(sums(np.full(7, 0.1), y[:7]))["pearson"] == 0.0
 
 
 def test_perplexity_is_of_the_mean_over_tokens_and_never_overflows():
     parts = [Scores({"nll": (30.0, 10)}), Scores({"nll": (10.0, 90)})]
-    assert figures(pooled(parts))["perplexity"] == pytest.approx(math.exp(0.4))
-    assert math.isfinite(figures(Scores({"nll": (1e9, 1)}))["perplexity"])
+    assert compute_metrics(pool(parts))["perplexity"] == pytest.approx(math.exp(0.4))
+    assert math.isfinite(compute_metrics(Scores({"nll": (1e9, 1)}))["perplexity"])
 
 
 def test_the_worst_client_is_the_one_with_the_highest_perplexity():
     scores = {0: Scores({"nll": (1.0, 1)}), 2: Scores({"nll": (2.0, 1)})}
-    found = summary(scores, "perplexity", 3)
+    found = summarize(scores, "perplexity", 3)
     assert found["worst_client"] == 2 and found["worst"] == pytest.approx(math.exp(2))
     assert found["each"] == [pytest.approx(math.e), None, pytest.approx(math.exp(2))]
     assert found["examples_mean"] == pytest.approx(math.exp(1.5)) and found["figures"]["nll"] == 1.5
@@ -84,14 +84,14 @@ def test_macro_f1_is_scikit_learns(seed):
     logits[:, 6] = -9.0  # neither there nor predicted: counts in no mean
     task = TextClassification(data="none", metric="macro_f1")
     parts = [task.scores(logits[:12], labels[:12]), task.scores(logits[12:], labels[12:])]
-    found = figures(pooled(parts))["macro_f1"]
+    found = compute_metrics(pool(parts))["macro_f1"]
     assert found == pytest.approx(f1_score(labels, logits.argmax(-1), average="macro", zero_division=0))
-    assert "macro_f1" not in figures(TextClassification(data="none").scores(logits, labels))
+    assert "macro_f1" not in compute_metrics(TextClassification(data="none").scores(logits, labels))
 
 
 def test_sums_that_a_party_made_up_are_no_error_and_what_cannot_be_is_known():
     made = Scores({name: (total, 10) for name, total in (("tp", 9), ("fp", 8), ("fn", 0))})
-    assert figures(made)["matthews"] == 0.0, "17 of 10 rows"
+    assert compute_metrics(made)["matthews"] == 0.0, "17 of 10 rows"
     for name, total, fine in (("tp.3", 11, False), ("tp.3", 10, True), ("spearman", -10, True), ("spearman", -11, False),
                               ("accuracy", -1, False), ("mse", 99, True)):  # fmt: skip
-        assert possible(name, total, 10) == fine
+        assert is_possible(name, total, 10) == fine

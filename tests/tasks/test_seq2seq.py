@@ -15,8 +15,8 @@ from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
 from fedlora.tasks import seq2seq
-from fedlora.tasks.metrics.scores import figures
-from fedlora.tasks.metrics.squad import answer_f1, exact_match
+from fedlora.tasks.metrics.answers import answer_f1, exact_match
+from fedlora.tasks.metrics.scores import compute_metrics
 from fedlora.tasks.seq2seq import Seq2Seq
 from fedlora.training.model import Model
 
@@ -89,7 +89,7 @@ def test_a_batch_is_padded_on_both_sides_of_the_arrow(model, data):
     train = one.load(model, 0).train
     some = torch.tensor([0, 1, 2, 3, 4, 5])
     batch = one.collate(train, some)
-    own = seq2seq.tokenizer(model)
+    own = seq2seq.load_tokenizer(model)
     texts = [train.texts[i] for i in range(6)]
     expected = own([t["source"] for t in texts], padding=True, return_tensors="pt")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
@@ -128,7 +128,7 @@ def test_answers_are_the_likeliest_tokens_whatever_they_are_batched_with(model, 
             with torch.no_grad():
                 logits = network(input_ids=batch["input_ids"], decoder_input_ids=torch.tensor([said])).logits
             said.append(int(logits[0, -1].argmax()))
-        assert text == seq2seq.tokenizer(model).decode(said, skip_special_tokens=True).strip()
+        assert text == seq2seq.load_tokenizer(model).decode(said, skip_special_tokens=True).strip()
 
 
 def test_graded_rows_become_figures(model, data, monkeypatch):
@@ -137,14 +137,14 @@ def test_graded_rows_become_figures(model, data, monkeypatch):
     right = [t["golds"][0] for t in found.test.texts]
     said = [right[0], "the " + right[1].upper() + "!", f"{right[2]} car", "sky"]
     monkeypatch.setattr(Seq2Seq, "answers", lambda self, network, batch: said)
-    outputs = one.graded(network, found.test, torch.arange(4), torch.device("cpu"))
-    values = figures(one.scores(outputs, found.test.labels[:4]))
+    outputs = one.evaluate(network, found.test, torch.arange(4), torch.device("cpu"))
+    values = compute_metrics(one.scores(outputs, found.test.labels[:4]))
     words = len(right[2].split())
     assert values["exact_match"] == 0.5
     assert values["answer_f1"] == pytest.approx((2 + 2 * words / (2 * words + 1)) / 4)
     assert values["nll"] > 0 and values["perplexity"] > 1
     quiet = task(data, metric="nll")
-    assert quiet.graded(network, found.test, torch.arange(4), torch.device("cpu")).shape == (4, 2)
+    assert quiet.evaluate(network, found.test, torch.arange(4), torch.device("cpu")).shape == (4, 2)
 
 
 def test_query_and_value_of_both_halves_are_adapted_and_no_head(model, data):
@@ -194,7 +194,7 @@ def finished(model, data, tmp_path_factory):
 def test_a_federation_learns_to_answer(finished, model, data):
     one = finished.config.task
     found = one.load(model, 0)
-    before = figures(one.scores(one.graded(one.network(model, 0, 0).eval(), found.test, torch.arange(40), torch.device("cpu")), found.test.labels))  # fmt: skip
+    before = compute_metrics(one.scores(one.evaluate(one.network(model, 0, 0).eval(), found.test, torch.arange(40), torch.device("cpu")), found.test.labels))  # fmt: skip
     assert before["exact_match"] < 0.5
     final = finished.summary["final"]
     assert final["global"]["exact_match"] == 1.0 and final["global"]["answer_f1"] == 1.0
@@ -204,8 +204,8 @@ def test_a_federation_learns_to_answer(finished, model, data):
 def test_a_client_has_the_kinds_that_its_split_gave_it(model, data):
     federation = config(model, data).federation()
     train = federation.data.train
-    assert sorted(set(train.kinds.tolist())) == [0, 1, 2]
-    shares = [torch.bincount(train.kinds[s.train], minlength=3) / len(s.train) for s in federation.shards]
+    assert sorted(set(train.partition_labels.tolist())) == [0, 1, 2]
+    shares = [torch.bincount(train.partition_labels[s.train], minlength=3) / len(s.train) for s in federation.shards]
     assert max(float((a - b).abs().max()) for a in shares for b in shares) > 0.2, "skewed by task.label"
 
 
@@ -215,7 +215,7 @@ def test_an_export_is_an_adapter_that_peft_generates_with(finished, model, tmp_p
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_2_SEQ_LM" and settings["modules_to_save"] is None
     theirs = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(model), tmp_path / "out").eval()
-    own = seq2seq.tokenizer(model)
+    own = seq2seq.load_tokenizer(model)
     asked = own(["classify : the car fire", "classify : ice"], padding=True, return_tensors="pt")
     said = theirs.generate(**asked, max_new_tokens=4)
     assert own.batch_decode(said, skip_special_tokens=True) == ["warm red", "cold blue"]
@@ -223,7 +223,7 @@ def test_an_export_is_an_adapter_that_peft_generates_with(finished, model, tmp_p
 
 def test_a_merged_model_needs_nothing_else(finished, tmp_path):
     assert export(finished, tmp_path / "out", merged=True)["difference"] < 1e-4
-    theirs, own = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out"), seq2seq.tokenizer(str(tmp_path / "out"))
+    theirs, own = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out"), seq2seq.load_tokenizer(str(tmp_path / "out"))
     said = theirs.generate(**own("classify : sky grass", return_tensors="pt"), max_new_tokens=4)
     assert own.decode(said[0], skip_special_tokens=True) == "green"
 
@@ -289,7 +289,7 @@ def test_long_sources_are_cut_before_their_end_token_and_that_is_said(tmp_path, 
     found = Seq2Seq(folder, max_source_length=6).load(model, 0)
     assert found.train.lengths.tolist() == [6, 2]
     assert found.train.features["source"][:6].tolist() == [
-        seq2seq.tokenizer(model).convert_tokens_to_ids("car")
+        seq2seq.load_tokenizer(model).convert_tokens_to_ids("car")
     ] * 5 + [1]
     assert found.notes[0] == "1 of 2 training sources were cut to 6 tokens."
 

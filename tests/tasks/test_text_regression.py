@@ -18,7 +18,7 @@ from fedlora.export.peft import export
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks._regression import quantile_bins
-from fedlora.tasks.metrics.scores import figures, pooled
+from fedlora.tasks.metrics.scores import compute_metrics, pool
 from fedlora.tasks.text_regression import TextRegression
 
 TASK = TextRegression("none")
@@ -67,7 +67,9 @@ numbers = st.integers(-20, 20).map(lambda v: v / 4)  # so that there are ties
 @given(st.lists(st.tuples(numbers, numbers), min_size=3, max_size=30))
 def test_the_figures_are_scipys(pairs):
     x, y = (numpy.array(side) for side in zip(*pairs))
-    found = figures(TASK.scores(torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32)))
+    found = compute_metrics(
+        TASK.scores(torch.tensor(x, dtype=torch.float32)[:, None], torch.tensor(y, dtype=torch.float32))
+    )
     assert found["mse"] == pytest.approx(mean_squared_error(y, x))
     constant = len(set(x)) == 1 or len(set(y)) == 1
     assert found["pearson"] == pytest.approx(0.0 if constant else pearsonr(x, y).statistic, abs=1e-9)
@@ -78,15 +80,15 @@ def test_over_several_clients_pearson_is_exact_and_spearman_the_mean_by_rows():
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 1, generator=draws), torch.randn(50, generator=draws)
     parts = [(x[:20], y[:20]), (x[20:], y[20:])]
-    found = figures(pooled(TASK.scores(*part) for part in parts))
-    together = figures(TASK.scores(x, y))
+    found = compute_metrics(pool(TASK.scores(*part) for part in parts))
+    together = compute_metrics(TASK.scores(x, y))
     assert found["pearson"] == pytest.approx(together["pearson"]) and found["mse"] == pytest.approx(together["mse"])
     own = [spearmanr(a[:, 0], b).statistic for a, b in parts]
     assert found["spearman"] == pytest.approx((20 * own[0] + 30 * own[1]) / 50)
 
 
 def test_a_single_row_has_no_correlation_and_is_no_error():
-    found = figures(TASK.scores(torch.tensor([[1.0]]), torch.tensor([2.0])))
+    found = compute_metrics(TASK.scores(torch.tensor([[1.0]]), torch.tensor([2.0])))
     assert found == {"pearson": 0.0, "spearman": 0.0, "mse": 1.0}
 
 
@@ -205,7 +207,7 @@ def test_impossible_sums_are_refused_and_strange_ones_harm_nobody(told):
         checks.read_scores({**said, **told}, 1, "pearson")
     for name in ("x", "xx", "xy"):
         for value in (1e300, -1e300, 0.0):
-            figures(checks.read_scores({**said, f"{name}.sum": value}, 1, "pearson"))
+            compute_metrics(checks.read_scores({**said, f"{name}.sum": value}, 1, "pearson"))
 
 
 BAD = {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.export.aggregate import aggregate, method_for
-from fedlora.training.base_model import Base, same_base
+from fedlora.training.base_model import BaseModel, is_same_base
 from fedlora.training.peft_folder import LABELS, WEIGHTS, AdapterFolder, save_labels
 from fedlora.training.peft_settings import CONFIG
 from tests.fixtures.peft_adapters import assert_same, edited, reloaded, written
@@ -179,28 +179,32 @@ def test_the_command_takes_same_base(tmp_path, adapter, bases, commands):
 @pytest.mark.parametrize(
     ("one", "other", "known"),
     [
-        (Base("bert", None), Base("bert", None), True),
-        (Base("bert", None), Base("bert", "v1"), None),
-        (Base("bert", None), Base("roberta", None), None),
-        (Base("bert", None, "aa"), Base("bert", None, "bb"), False),  # one path on two machines, and two models
-        (Base("/home/a/bert", None, "aa"), Base("/home/b/bert", None, "aa"), True),
-        (Base("/home/a/bert", None, "aa"), Base("/home/b/bert", None), None),
-        (Base("bert", None, "aa"), Base("bert", None), True),
-        (Base(None, None), Base(None, None), True),
+        (BaseModel("bert", None), BaseModel("bert", None), True),
+        (BaseModel("bert", None), BaseModel("bert", "v1"), None),
+        (BaseModel("bert", None), BaseModel("roberta", None), None),
+        (
+            BaseModel("bert", None, "aa"),
+            BaseModel("bert", None, "bb"),
+            False,
+        ),  # one path on two machines, and two models
+        (BaseModel("/home/a/bert", None, "aa"), BaseModel("/home/b/bert", None, "aa"), True),
+        (BaseModel("/home/a/bert", None, "aa"), BaseModel("/home/b/bert", None), None),
+        (BaseModel("bert", None, "aa"), BaseModel("bert", None), True),
+        (BaseModel(None, None), BaseModel(None, None), True),
     ],
 )
 def test_digests_count_for_more_than_names(one, other, known):
-    assert same_base(one, other) is known and same_base(other, one) is known
+    assert is_same_base(one, other) is known and is_same_base(other, one) is known
 
 
 def test_a_folder_of_the_hubs_cache_is_its_name_and_revision():
     def named(path, **more):
-        return Base.named({"base_model_name_or_path": path, **more})
+        return BaseModel.from_config({"base_model_name_or_path": path, **more})
 
     here, there = (f"{home}/hub/models--org--bert/snapshots/0f3c" for home in ("/home/a", "/data/b"))
     assert named(here) == named(there) == named("org/bert", revision="0f3c")
     assert named("org/bert", revision="main") == named("org/bert")
-    assert same_base(named(here), named("org/bert")) is None, "another revision may have come since"
+    assert is_same_base(named(here), named("org/bert")) is None, "another revision may have come since"
 
 
 # ------------------------------------------------------------------------------ labels

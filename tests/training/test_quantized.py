@@ -8,8 +8,8 @@ from torch import nn
 
 from fedlora.adapters import LoRA
 from fedlora.runs.config import ConfigError, build
-from fedlora.tasks.networks.pretrained import quantised
-from fedlora.training.model import Adapted, Model, shape
+from fedlora.tasks.networks.pretrained import quantization_options
+from fedlora.training.model import AdaptedLinear, Model, weight_shape
 from fedlora.types import Factors
 
 
@@ -50,7 +50,7 @@ def test_adapters_on_packed_weights(precision):
     network = Net()
     before = network(X)
     model = Model.attach(network, LoRA(2, 4), precision=precision)
-    assert [shape(part.module.base) for part in model.parts.values()] == [(4, 6), (8, 4)]
+    assert [weight_shape(part.module.base) for part in model.parts.values()] == [(4, 6), (8, 4)]
     assert network.q_proj.base.weight.dtype == torch.uint8
     assert network.norm.weight.dtype == (torch.float32 if precision == "float32" else torch.bfloat16)
     tree = model.initial(0)
@@ -81,7 +81,7 @@ def test_gradients_reach_the_adapters():
     model.load(model.initial(0))
     found = model.gradient(lambda network: network(X).square().sum())
     assert found["q_proj"]["B"].abs().sum() > 0
-    assert isinstance(model.network.q_proj, Adapted)
+    assert isinstance(model.network.q_proj, AdaptedLinear)
 
 
 def test_a_packed_weight_is_not_trained_in_full():
@@ -94,25 +94,25 @@ def test_without_a_gpu_or_bitsandbytes(kind, monkeypatch):
     with pytest.raises(
         ValueError, match=f"model.quantize is '{kind}', which needs a CUDA device, but engine.device comes to 'cpu'"
     ):
-        quantised(kind, torch.device("cpu"))
+        quantization_options(kind, torch.device("cpu"))
     monkeypatch.setattr(
         "fedlora.tasks.networks.pretrained.find_spec", lambda name: None if name == "bitsandbytes" else 1
     )
     with pytest.raises(ValueError, match="needs bitsandbytes; run `pip install bitsandbytes`"):
-        quantised(kind, torch.device("cuda"))
+        quantization_options(kind, torch.device("cuda"))
 
 
 def test_what_is_asked_of_transformers(monkeypatch):
     monkeypatch.setattr("fedlora.tasks.networks.pretrained.find_spec", lambda name: types)
     for capability, half in (((8, 0), torch.bfloat16), ((7, 5), torch.float16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        asked = quantised("4bit", torch.device("cuda:1"))
+        asked = quantization_options("4bit", torch.device("cuda:1"))
         settings = asked["quantization_config"]
         assert (
             settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_compute_dtype == half
         )
         assert asked["device_map"] == {"": torch.device("cuda:1")}
-    assert quantised("8bit", torch.device("cuda"))["quantization_config"].load_in_8bit
+    assert quantization_options("8bit", torch.device("cuda"))["quantization_config"].load_in_8bit
 
 
 def test_tasks_with_a_head_of_their_own_refuse():
@@ -149,7 +149,7 @@ def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     }
     config = build(table)
     base = next(iter(config.federation().model.parts.values())).module.base
-    assert not base.weight.is_floating_point() and shape(base) == (64, 64)
+    assert not base.weight.is_floating_point() and weight_shape(base) == (64, 64)
     run = fedlora.run(config, tmp_path / "run")
     found = [record["global"]["perplexity"] for record in run.records]
     assert found[1] < found[0] and run.summary["base_updates"] == 2

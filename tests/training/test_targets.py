@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedlora.adapters import LoRA
 from fedlora.runs.config import ConfigError
-from fedlora.training.model import Adapted, Model
-from fedlora.training.targets import adapted, matches
+from fedlora.training.model import AdaptedLinear, Model
+from fedlora.training.targets import find_targets, matches
 from tests.fixtures.federation import config
 from tests.fixtures.networks import network
 
@@ -50,14 +50,14 @@ def of_peft(base, targets, **settings):
 def test_one_text_is_read_as_peft_reads_it(family, targets):
     made, settings = NETWORKS[family]
     model = Model.attach(made(), LoRA(2), targets, head=["classifier"] if family == "bert" else [])
-    found = {path for path, part in model.parts.items() if isinstance(part.module, Adapted)}
+    found = {path for path, part in model.parts.items() if isinstance(part.module, AdaptedLinear)}
     assert found and found == of_peft(made(), targets, **settings)
 
 
 def test_all_linear_leaves_out_a_head_of_ones_own():
-    everything = adapted(network("bert"), "all-linear")
+    everything = find_targets(network("bert"), "all-linear")
     model = Model.attach(network("bert"), LoRA(2), "all-linear", head=["pooler"])
-    assert everything.keys() - {p for p, part in model.parts.items() if isinstance(part.module, Adapted)} == {
+    assert everything.keys() - {p for p, part in model.parts.items() if isinstance(part.module, AdaptedLinear)} == {
         "bert.pooler.dense"
     }
 
@@ -83,16 +83,16 @@ class Odd(nn.Module):
 def test_near_names_in_a_sequential_are_names_that_match(pattern):
     """``near names are fc, 0, 2`` named nothing that a reader could write."""
     with pytest.raises(ValueError, match="model.targets has") as caught:
-        adapted(Odd(), [pattern])
+        find_targets(Odd(), [pattern])
     near = re.search(
         r"near names are (.*?) \(one is '(.*?)'(?:, and the pattern '(.*?)' matches all of them)?\)", str(caught.value)
     )
     assert near, str(caught.value)
     names, path, alike = near.groups()
     assert not any(name.isdigit() for name in names.split(", ")) and "mlp.0" in names
-    assert all(adapted(Odd(), [name]) for name in [*names.split(", "), path, *([alike] if alike else [])])
+    assert all(find_targets(Odd(), [name]) for name in [*names.split(", "), path, *([alike] if alike else [])])
     if path.startswith("layers"):
-        assert len(adapted(Odd(), [alike])) > 1
+        assert len(find_targets(Odd(), [alike])) > 1
         assert matches(path, alike)
 
 
@@ -113,7 +113,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(("targets", "sentence"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_names_no_linear_layer_says_why(targets, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
-        adapted(Odd(), targets)
+        find_targets(Odd(), targets)
     assert str(caught.value).count(". ") == 0, "one sentence"
 
 

@@ -24,9 +24,9 @@ def chat(
     """Let a run's model write: answers to --prompt, to what is typed, or to each line of stdin."""
     from fedlora.runs.chat import Chat
     from fedlora.runs.folder import RunFolder
-    from fedlora.tasks.networks.generation import Writing
+    from fedlora.tasks.networks.generation import GenerationSettings
 
-    writing = Writing(max_new_tokens, temperature, top_p, tuple(stop or ()))
+    writing = GenerationSettings(max_new_tokens, temperature, top_p, tuple(stop or ()))
     talk = Chat.open(RunFolder.open(folder), client, system, seed)
     if talk.note:
         say(talk.note)

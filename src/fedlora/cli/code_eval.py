@@ -60,9 +60,9 @@ def solve(
     from fedlora.runs.chat import Chat
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Counted
-    from fedlora.tasks.networks.generation import Writing
+    from fedlora.tasks.networks.generation import GenerationSettings
 
-    writing = Writing(max_new_tokens, temperature, top_p)
+    writing = GenerationSettings(max_new_tokens, temperature, top_p)
     known = parse_problems(read_benchmark(data, split), benchmark)
     talk = Chat.open(RunFolder.open(folder), client, seed=seed)
     with Counted("answers", samples * len(known)) as bar:

@@ -17,7 +17,7 @@ def read_benchmark(data: str, split: str = "test") -> list[dict[str, Any]]:
     """Read a benchmark's rows from a file, or from one split of a folder or of a hub id."""
     split = source.ONLY if Path(data).expanduser().is_file() else split
     try:
-        return list(source.splits(data, None, split, [split], 0)[1])
+        return list(source.load_splits(data, None, split, [split], 0)[1])
     except ValueError as error:  # this data comes from an option and not from a [task] table
         raise ValueError(str(error).replace("task.train_split", "--split")) from error
 

@@ -9,15 +9,15 @@ from fedlora.code_eval.problems import STOPS, Problem
 from fedlora.files import check_output_file
 from fedlora.runs.chat import Chat
 from fedlora.seeds import derive_seed
-from fedlora.tasks.data.tokens import tokens
-from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.tasks.data.tokens import tokenize
+from fedlora.tasks.networks.generation import GenerationSettings, generate
 
 
 def write_answers(
     talk: Chat,
     problems: Sequence[Problem],
     out: str | Path,
-    writing: Writing,
+    writing: GenerationSettings,
     samples: int = 1,
     batch_size: int = 16,
     worded: bool = False,
@@ -72,16 +72,16 @@ def _count_answers(path: Path) -> dict[str, int]:
 
 def _encode_prompt(talk: Chat, problem: Problem, worded: bool) -> list[int]:
     if not worded:
-        return tokens([problem.prompt], talk.tokenizer, True)[0]
+        return tokenize([problem.prompt], talk.tokenizer, True)[0]
     text = talk.prompt([{"role": "user", "content": problem.prompt}])
-    return tokens([text], talk.tokenizer, talk.template is not None)[0]
+    return tokenize([text], talk.tokenizer, talk.template is not None)[0]
 
 
-def _generate_answers(talk: Chat, batch, prompts, writing: Writing, worded: bool) -> list[str]:
+def _generate_answers(talk: Chat, batch, prompts, writing: GenerationSettings, worded: bool) -> list[str]:
     """Generate the answers of one batch, with a seed derived from its first task and sample."""
     first, sample = batch[0]
     stops = () if worded else STOPS["humaneval" if first.context else "mbpp"]
-    options = Writing(writing.max_new_tokens, writing.temperature, writing.top_p, writing.stop or stops)
+    options = GenerationSettings(writing.max_new_tokens, writing.temperature, writing.top_p, writing.stop or stops)
     seed = derive_seed(talk.seed, "solve", first.task_id, sample)
     with talk.model.running():
         return generate(talk.model.network, talk.tokenizer, [prompts[p.task_id] for p, _ in batch], options, seed)

@@ -32,7 +32,7 @@ from fedlora.files import (
     remove_temporary_files,
     write_verified_file,
 )
-from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.tasks.metrics.scores import KNOWN_METRICS
 from fedlora.text import safe_filename
 from fedlora.types import Tree
 
@@ -70,7 +70,7 @@ class CheckpointSettings:
         """Whether a round is better than the best before; of equal rounds the first stays."""
         if value is None or best is None:
             return value is not None
-        return value > best if KNOWN[metric].higher else value < best
+        return value > best if KNOWN_METRICS[metric].higher else value < best
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fedlora.security.attacks._base import alter_upload, poison_task
 from fedlora.security.privacy import Stream
 from fedlora.security.privacy.client_level import protect
 from fedlora.security.privacy.dp_sgd import PrivateTrainer
-from fedlora.training.local import LocalTrainer, State
+from fedlora.training.local import LocalTrainer, OptimizerState
 from fedlora.types import Tree, Turn
 
 
@@ -20,7 +20,7 @@ class ClientState(NamedTuple):
     """The state that a client keeps from turn to turn and sends to nobody."""
 
     kept: Tree
-    moments: State | None = None  # of its optimizer, if training.keep_optimizer is set
+    moments: OptimizerState | None = None  # of its optimizer, if training.keep_optimizer is set
 
 
 class ClientUpdate(NamedTuple):
@@ -66,7 +66,7 @@ class ClientTurn:
         )
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
-    def build_trainer(self, moments: State | None = None) -> LocalTrainer:
+    def build_trainer(self, moments: OptimizerState | None = None) -> LocalTrainer:
         """Returns the client's local trainer of this round, with DP-SGD if single rows are protect."""
         f, turn = self.federation, self.turn
         assert f.data is not None, "clients train on rows"

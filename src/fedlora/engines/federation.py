@@ -128,10 +128,10 @@ class Federation:
         With a personal method, the scores include the success of an attack.
         """
         tree = client_start(self.rules, shared, kept, self.turn(number + 1, client))
-        own = evaluator.client(client, tree)
+        own = evaluator.score_client(client, tree)
         if self._judge is None:
             return own
-        harm = {name: pair for name, pair in self._judge.client(client, tree).sums.items() if pair[1]}
+        harm = {name: pair for name, pair in self._judge.score_client(client, tree).sums.items() if pair[1]}
         return Scores({**own.sums, **harm})
 
     @cached_property

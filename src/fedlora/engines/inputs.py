@@ -31,7 +31,7 @@ def digest_inputs(f: Federation) -> dict[str, Any]:
     the rest see ``rows``.
     """
     settings = model_settings(f.model.network)
-    return {"base": _base(f), "settings": settings, "start": digest(f.model.started), **digest_rows(f)}
+    return {"base": _base(f), "settings": settings, "start": digest(f.model.start_tree), **digest_rows(f)}
 
 
 def digest_rows(f: Federation) -> dict[str, Any]:

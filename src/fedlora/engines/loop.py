@@ -25,8 +25,8 @@ from fedlora.security.privacy.client_level import private_turn
 from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
 from fedlora.seeds import derive_seed
-from fedlora.tasks.metrics.scores import Scores, figures
-from fedlora.training.evaluation import Evaluator, summary
+from fedlora.tasks.metrics.scores import Scores, compute_metrics
+from fedlora.training.evaluation import Evaluator, summarize
 from fedlora.types import Tree, Turn
 
 
@@ -208,7 +208,7 @@ class Loop(ABC):
                     record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
                 if self.observe is not None and not f.privacy.hides_figures:
                     record["oracle"] = self.observe(f.rules, before, uploads)
-            if f.evaluation.due(number, f.rounds):
+            if f.evaluation.is_due(number, f.rounds):
                 record |= self._evaluate(f, evaluator, at, number)
             record |= {"absent": dict(self.absent)} if self.absent else {}
             record |= {"unscored": dict(self.unscored)} if self.unscored else {}
@@ -280,16 +280,16 @@ class Loop(ABC):
         found = RoundRecord()
         if not f.method.personal and evaluator is not None:
             tree = {part: public_leaves(layer) for part, layer in at.shared.items()}
-            found["global"] = figures(evaluator.everyone(tree))
+            found["global"] = compute_metrics(evaluator.score_all(tree))
             judge = f.attack.success_task(f.task) if f.attack is not None else None
             if judge is not None:
-                hits, rows = f.evaluator(judge).everyone(tree).sums["success"]
+                hits, rows = f.evaluator(judge).score_all(tree).sums["success"]
                 found["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.score_clients(f, at, number, evaluator)
         if harm := success_rate(f.attack, scores):
             found["attack"] = harm
         if scores:
-            found["clients"] = summary(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
+            found["clients"] = summarize(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return found

@@ -33,8 +33,9 @@ class Partitioner(ABC):
     def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
         """The training rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
 
-        ``examples.kinds`` has the label that each row goes by, and ``examples.groups`` its value of the column that
-        ``column`` names, where a rule has a field of that name. Test rows follow from the labels of the training rows.
+        ``examples.partition_labels`` has the label that each row goes by, and ``examples.groups`` its value of the
+        column that ``column`` names, where a rule has a field of that name. Test rows follow from the labels of the
+        training rows.
         """
 
     def left_out(self, train: Examples, test: Examples, count: int) -> str:
@@ -60,7 +61,7 @@ class FlowerPartitioner(Partitioner):
 
         # Shuffled first: the partitioners that cut by size cut in the order of the rows.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-        places = examples.kinds.unique(return_inverse=True)[1]  # 0, 1, ... as the partitioners want them
+        places = examples.partition_labels.unique(return_inverse=True)[1]  # 0, 1, ... as the partitioners want them
         columns = {"row": order, "label": places[order].tolist()}
         if examples.groups is not None:
             columns["group"] = [examples.groups[i] for i in order]
@@ -245,7 +246,7 @@ def _positive(alpha: float) -> None:
 
 def _labels(partitioner: Partitioner, examples: Examples) -> int:
     """How many labels there are to split by; ``ValueError`` where rows have none or one."""
-    labels = len(examples.kinds.unique())
+    labels = len(examples.partition_labels.unique())
     if labels < 2:
         name = PARTITIONERS.name_of(type(partitioner))
         raise ValueError(
@@ -310,7 +311,7 @@ def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: i
     A client gets its share of the training rows, or fewer if the scarcest label would run out: the distribution is
     kept, not the size. Two clients may hold the same test row.
     """
-    known, kinds = data.train.kinds, data.test.kinds[within]
+    known, kinds = data.train.partition_labels, data.test.partition_labels[within]
     labels = 1 + int(max(known.max(), kinds.max()))
     there = torch.bincount(kinds, minlength=labels)
     pools = [within[kinds == label] for label in range(labels)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.engines.client_turn import ClientState
 from fedlora.engines.comm.channel import Knowledge, Transfer
 from fedlora.engines.loop import ServerState
-from fedlora.training.local import State
+from fedlora.training.local import OptimizerState
 from fedlora.types import Tree
 
 APART = ("shared", "base_updates", "channel", "overheard")  # fields of a server state that are not plain values
@@ -118,7 +118,7 @@ def states_from_tree(tree: Tree, parts: Iterable[str], device: torch.device) -> 
     }
 
 
-def moment_layers(moments: State) -> dict[str, dict[str, Tensor]]:
+def moment_layers(moments: OptimizerState) -> dict[str, dict[str, Tensor]]:
     """Returns an optimizer's moments as a tree with parts ``PART//LEAF``; values that are not tensors are left out."""
     return {
         f"{part}//{leaf}": {name: x for name, x in values.items() if isinstance(x, Tensor)}
@@ -126,9 +126,9 @@ def moment_layers(moments: State) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def moments_of(layers: Tree) -> State | None:
+def moments_of(layers: Tree) -> OptimizerState | None:
     """Returns the moments that ``moment_layers`` wrote."""
-    found: State = {}
+    found: OptimizerState = {}
     for key, values in layers.items():
         part, _, leaf = key.rpartition("//")
         found[part, leaf] = dict(values)

@@ -19,8 +19,7 @@ from fedlora.methods._base import Method, mean, terms, weighted_mean
 from fedlora.methods.fedit import FedIT
 from fedlora.runs.config import apply_overrides, construct
 from fedlora.training.device import Engine
-from fedlora.training.peft_checks import check_together
-from fedlora.training.peft_folder import AdapterFolder, save_folder, save_labels
+from fedlora.training.peft_folder import AdapterFolder, check_together, save_folder, save_labels
 from fedlora.training.peft_keys import strip_wrappers
 from fedlora.types import Layer, Outcome, Turn, Upload, Work
 
@@ -97,7 +96,7 @@ def _settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     first = adapters[0]
     task = next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None)
     found = {**first.config, **({"task_type": task} if task else {})}
-    if first.keys.renamed:  # the names of wrappers match nothing in a network that has none
+    if first.keys.has_renamed_parts:  # the names of wrappers match nothing in a network that has none
         found |= {"target_modules": sorted(first.shapes)}
         found |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         found |= {"modules_to_save": [strip_wrappers(x) for x in first.config.get("modules_to_save") or ()] or None}
@@ -259,15 +258,15 @@ def _whole(adapters: Sequence[AdapterFolder], shares: Sequence[float]) -> dict[s
 
 
 def _averaged(adapters: Sequence[AdapterFolder], shares: Sequence[float], key: str) -> Tensor:
-    stored = adapters[0].stored(adapters[0].where(key))
+    stored = adapters[0].raw_tensor(adapters[0].file_key(key))
     if not stored.is_floating_point():  # counts and the like have no mean
         for other in adapters[1:]:
-            if not torch.equal(stored, other.stored(other.where(key))):
+            if not torch.equal(stored, other.raw_tensor(other.file_key(key))):
                 raise ValueError(
                     f"{key!r} holds {stored.dtype} and differs between {str(adapters[0].path)!r} and "
                     f"{str(other.path)!r}; only floats can be averaged, so train without this module."
                 )
         return stored
-    mean = weighted_mean(shares, (a.finite(key, a.parameter(key)) for a in adapters), key)
-    kinds = {a.dtypes[a.where(key)] for a in adapters}
+    mean = weighted_mean(shares, (a.check_finite(key, a.parameter(key)) for a in adapters), key)
+    kinds = {a.dtypes[a.file_key(key)] for a in adapters}
     return mean.to(kinds.pop() if len(kinds) == 1 else torch.float32)

@@ -19,12 +19,12 @@ from fedlora.linalg.sums import Term
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
-from fedlora.tasks.networks.pretrained import located
+from fedlora.tasks.networks.pretrained import resolve_model
 from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model
 from fedlora.training.peft_folder import save_folder, save_labels
 from fedlora.training.peft_keys import PREFIX
-from fedlora.training.targets import fresh
+from fedlora.training.targets import new_modules
 from fedlora.types import Factors, Layer, Tree
 
 HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
@@ -123,7 +123,7 @@ def _write_adapter(
     whole = {f"{path}.{leaf}": x for path in roots for leaf, x in network.get_submodule(path).state_dict().items()}
     whole |= {f"{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
     whole = {f"{PREFIX}{name}": x for name, x in whole.items()}
-    digest = weights_digest(located(run.config.model.name))
+    digest = weights_digest(resolve_model(run.config.model.name))
     save_folder(folder, config, layers, alphas, whole, base_digest=digest)
     if run.summary["labels"] and not task.brings_head:
         save_labels(folder, run.summary["labels"])
@@ -135,7 +135,7 @@ def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | N
     For classifiers PEFT itself saves more than was asked for, and it cannot save a module inside a saved one.
     """
     paths = [path for path, _ in network.named_modules()]
-    found = {*heads, *(path for path in fresh(network) if network.get_submodule(path).state_dict())}
+    found = {*heads, *(path for path in new_modules(network) if network.get_submodule(path).state_dict())}
     if task == "SEQ_CLS":
         found |= {path for path in paths if path.endswith(HEADS)}
     return sorted(path for path in found if not any(path.startswith(f"{other}.") for other in found))

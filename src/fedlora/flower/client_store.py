@@ -24,7 +24,7 @@ from fedlora.files import digest, encode_tree, load_about, load_tree, save_json,
 from fedlora.methods._base import pick
 from fedlora.rounds import Rules, public_leaves
 from fedlora.security.privacy import key_of
-from fedlora.training.local import State
+from fedlora.training.local import OptimizerState
 from fedlora.types import Tree
 
 NAME = re.compile(r"[0-9a-f]{32}")  # of a base update's file; no other text becomes a path
@@ -38,9 +38,9 @@ class StoredState:
 
     leaves: Tree = field(default_factory=dict)  # received leaves that differ from the initial ones
     kept: Tree = field(default_factory=dict)
-    moments: State | None = None
+    moments: OptimizerState | None = None
     trained: Tree = field(default_factory=dict)
-    trained_moments: State | None = None
+    trained_moments: OptimizerState | None = None
     pending: int = -1
     counted: int = -1  # the last round whose result includes an upload of this client, as the server last reported
     base_updates: tuple[str, ...] = ()  # names of their files, in order

@@ -8,7 +8,7 @@ import torch
 from fedlora.flower.wire import HOLDS, UnreadableError
 from fedlora.rounds import Rules
 from fedlora.security.validation.expected import RefusedError
-from fedlora.tasks.metrics.scores import KNOWN, Scores, possible
+from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, is_possible
 from fedlora.text import display_safe
 from fedlora.types import Tree
 
@@ -64,9 +64,9 @@ def read_scores(metrics: Mapping[str, object], number: int, metric: str) -> Scor
     scores = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in scores.items():
         sound = isinstance(total, int | float) and math.isfinite(total) and type(count) is int and count > 0
-        if not sound or not possible(name, total, count):
+        if not sound or not is_possible(name, total, count):
             raise RefusedError(f"its score {name!r} is {total!r} over {count!r} rows")
-    lacking = [name for name in KNOWN[metric].needs if name not in scores]
+    lacking = [name for name in KNOWN_METRICS[metric].needs if name not in scores]
     if lacking:
         raise RefusedError(f"its scores are {', '.join(scores) or 'none'}, without {lacking[0]}")
     return Scores(scores)

@@ -31,7 +31,7 @@ from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
 from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks._base import Scores
-from fedlora.tasks.data.labels import NAME, positions
+from fedlora.tasks.data.labels import NAME, describe_positions
 from fedlora.training.evaluation import Evaluator
 
 
@@ -85,7 +85,7 @@ class FlowerLoop(Loop, Strategy):
             return ""
         if reading == NAME:
             return "; its labels are matched by name"
-        return f"; its labels are numbers and read as positions, {positions(f.task.all_labels())}"
+        return f"; its labels are numbers and read as positions, {describe_positions(f.task.all_labels())}"
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = super()._combine(f, at, uploads)

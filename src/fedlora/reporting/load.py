@@ -12,7 +12,7 @@ from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
 from fedlora.runs.folder import RunFolder, read_json
 from fedlora.schema import construct_by_name
 from fedlora.tasks import TASKS
-from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.tasks.metrics.scores import KNOWN_METRICS
 from fedlora.text import display_safe
 
 NAME = 80  # characters of a run's name
@@ -147,4 +147,4 @@ def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tupl
         return str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
     about = table.get("task", {})
     task = construct_by_name(TASKS, "task", about)
-    return task.metric, KNOWN[task.metric].higher
+    return task.metric, KNOWN_METRICS[task.metric].higher

@@ -20,10 +20,10 @@ from fedlora.schema import ConfigError, Table, per_machine_fields
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks import TASKS
 from fedlora.tasks._base import Data, Shard
-from fedlora.tasks.networks.pretrained import check_tokens, quantised
+from fedlora.tasks.networks.pretrained import check_tokens, quantization_options
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
-from fedlora.training.warm_start import begin
+from fedlora.training.warm_start import warm_start
 
 
 def build_federation(config: Sections, party: int | None = None, combines: bool = False) -> Federation:
@@ -39,14 +39,14 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
     if data is not None:
         width = config.task.max_length if getattr(config.task, "pad_to_max_length", False) else 0
         check_tokens(network, config.model.name, {"training": data.train, "test": data.test}, width)
-    training = config.engine.resolved(config.training, network)
+    training = config.engine.resolve_precision(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
     model = attach_adapters(config, network, typing.cast(Any, training.precision), device)
     rules = model.rules(config.method, partial(head_rule, config.method))
     if config.model.start is not None:
         base = None if config.model.same_base else config.model.name
-        begin(model, rules, config.method, config.model.start, config.seed, names, base)
+        warm_start(model, rules, config.method, config.model.start, config.seed, names, base)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     found = Federation(
         rules, config.method, model, config.task, data, config.clients, shards, budgets,
@@ -64,7 +64,7 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
 def load_network(config: Sections, labels: int, device: torch.device) -> nn.Module:
     """Load the pretrained network, quantised where ``model.quantize`` says so."""
     kind = config.model.quantize
-    loading = {} if kind is None else {"loading": quantised(kind, device)}
+    loading = {} if kind is None else {"loading": quantization_options(kind, device)}
     return config.task.network(config.model.name, labels, config.seed, **loading)
 
 
@@ -88,7 +88,7 @@ def load_rows(
 
 
 def _label_names(config: Sections) -> Sequence[str]:
-    names = config.task.agreed()
+    names = config.task.known_labels()
     if names is None:
         raise ConfigError(
             "clients.partition is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."

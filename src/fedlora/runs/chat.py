@@ -11,9 +11,9 @@ from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.causal_lm import CausalLM, context_length
 from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.templates import PromptTemplate, needs_template, rendered
-from fedlora.tasks.data.tokens import tokens
-from fedlora.tasks.networks.generation import Writing, generate
+from fedlora.tasks.data.templates import PromptTemplate, check_chat_template, render_messages
+from fedlora.tasks.data.tokens import tokenize
+from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.training.device import Engine
 from fedlora.training.local import Training
 from fedlora.training.model import Model
@@ -48,7 +48,7 @@ class Chat:
             )
         tree, template, tokenizer = run.tree(client), _wording(config, task), task.preprocessor(config.model.name)
         if template is None:
-            needs_template(tokenizer)
+            check_chat_template(tokenizer)
         elif system is not None:
             raise ConfigError(
                 "--system is part of a chat template, and this run was trained without one; leave it out."
@@ -58,11 +58,11 @@ class Chat:
         model.fold({part: (f,) for part, f in run.base_updates.items()})
         return cls(model, tokenizer, template, context_length(config.model.name), seed, system, note=note)
 
-    def say(self, text: str, writing: Writing) -> str:
+    def say(self, text: str, writing: GenerationSettings) -> str:
         """The answer. ``ValueError`` where there is no room for it within what the model reads."""
         turns = [*self.turns, {"role": "user", "content": text}]
         prompt = self.prompt(turns)
-        ids = tokens([prompt], self.tokenizer, self.template is not None)[0]
+        ids = tokenize([prompt], self.tokenizer, self.template is not None)[0]
         if not ids:
             raise ValueError("the prompt is empty; write something.")
         if len(ids) + writing.max_new_tokens > self.room:
@@ -80,9 +80,9 @@ class Chat:
     def prompt(self, turns: Sequence[dict[str, str]]) -> str:
         """What the model is given, as text."""
         if self.template is not None:
-            return self.template.asked(turns[-1]["content"])
+            return self.template.fill_prompt(turns[-1]["content"])
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return rendered([*system, *turns], self.tokenizer, "this conversation", ask=True)
+        return render_messages([*system, *turns], self.tokenizer, "this conversation", ask=True)
 
 
 def _wording(config: Config, task: CausalLM) -> PromptTemplate | None:
@@ -91,7 +91,7 @@ def _wording(config: Config, task: CausalLM) -> PromptTemplate | None:
     if any(name is not None for name in named):
         return task.template([])
     where = (task.data, task.data_config, task.train_split, [task.test_split])
-    train, _ = source.splits(*where, config.seed, source.text_format(task))
+    train, _ = source.load_splits(*where, config.seed, source.text_format(task))
     return task.template(train.column_names)
 
 
@@ -101,6 +101,6 @@ def _loaded(run: RunFolder) -> tuple[Model, str]:
     device = here.prepare()
     whole = config.model.quantize is None or device.type != "cuda"
     network = run.network() if whole else load_network(config, 0, device)
-    precision: Any = here.resolved(Training(), network).precision
+    precision: Any = here.resolve_precision(Training(), network).precision
     note = "without a GPU the base is not quantised, as it was in training" if whole and config.model.quantize else ""
     return attach_adapters(config, network, precision, torch.device(device)), note

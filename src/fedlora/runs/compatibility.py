@@ -38,7 +38,7 @@ def _exclusions(config: Sections) -> Iterator[str]:
             "engine.offload keeps uploads on disk, but the error measures need them all; set "
             "evaluation.measure = false."
         )
-    config.engine.chosen()  # raises if the device is not available
+    config.engine.select_device()  # raises if the device is not available
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     yield from _of_ranks(config, budgets)
     if config.privacy.on:

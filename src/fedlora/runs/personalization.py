@@ -24,7 +24,7 @@ from fedlora.runs.file_names import PERSONAL
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks._base import Shard
 from fedlora.tasks.metrics.scores import Scores
-from fedlora.training.evaluation import Evaluator, summary
+from fedlora.training.evaluation import Evaluator, summarize
 from fedlora.training.local import LocalTrainer
 from fedlora.types import Tree
 
@@ -54,7 +54,7 @@ class Sides:
         """The global model as it stands; None for a method that has none."""
         if self.f.method.personal:
             return None
-        return {client: self.evaluator.client(client, self.run.shared) for client in clients}
+        return {client: self.evaluator.score_client(client, self.run.shared) for client in clients}
 
     def held(self, client: int) -> Tree:
         """What a client holds after the last round; a new one, what it would start from."""
@@ -78,8 +78,8 @@ class Sides:
         """The run's own models."""
         return {
             "global": self.everyones(clients),
-            "held": {client: self.evaluator.client(client, self.held(client)) for client in clients},
-            "tuned": {client: self.evaluator.client(client, self.tuned(client)) for client in clients},
+            "held": {client: self.evaluator.score_client(client, self.held(client)) for client in clients},
+            "tuned": {client: self.evaluator.score_client(client, self.tuned(client)) for client in clients},
         }
 
     def alone(self, watch: Watch) -> By:
@@ -97,7 +97,7 @@ class Sides:
         rows = torch.cat([f.shards[client].train for client in range(f.clients.members)]).sort().values
         one, last = _trained(self.run, CENTRALISED, watch, f, Shard(rows, f.shards[0].test))
         scorer = Evaluator(one.model, f.task, self.evaluator.test, f.shards, f.evaluation.batch_size)
-        return {client: scorer.client(client, last.shared) for client in clients}
+        return {client: scorer.score_client(client, last.shared) for client in clients}
 
 
 def personal(run: RunFolder, steps: int = 20, watch: Watch = lambda event: None) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def personal(run: RunFolder, steps: int = 20, watch: Watch = lambda event: None)
 def _summaries(f: Federation, columns: Mapping[str, By | None]) -> dict[str, Any]:
     count, able = f.clients.count, f.clients.capabilities(f.seed)
     return {
-        name: None if scores is None else summary(scores, f.task.metric, count, able)
+        name: None if scores is None else summarize(scores, f.task.metric, count, able)
         for name, scores in columns.items()
     }
 

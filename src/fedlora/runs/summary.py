@@ -13,7 +13,7 @@ from fedlora.engines.record import RoundRecord
 from fedlora.runs.attendance import collect_faults, count_scored
 from fedlora.runs.config import Config
 from fedlora.runs.record import DIRECTIONS, errors_over_weights
-from fedlora.tasks.metrics.scores import KNOWN
+from fedlora.tasks.metrics.scores import KNOWN_METRICS
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
 
@@ -24,7 +24,7 @@ def summarise(config: Config, records: Sequence[RoundRecord], interrupted: bool,
         "method": config.table["method"]["name"],
         "title": config.method.title,
         "personal": config.method.personal,
-        "metric": {"name": config.task.metric, "higher": KNOWN[config.task.metric].higher},
+        "metric": {"name": config.task.metric, "higher": KNOWN_METRICS[config.task.metric].higher},
         "seed": config.seed,
         "rounds": len(records),
         "rounds_asked": config.rounds,
@@ -36,7 +36,7 @@ def summarise(config: Config, records: Sequence[RoundRecord], interrupted: bool,
         "versions": {name: version(name) for name in ("fedlora", "torch", "transformers")},
         "machine": {
             "processor": platform.machine(),
-            "device": str(config.engine.chosen()),
+            "device": str(config.engine.select_device()),
             "threads": torch.get_num_threads(),
         },
         **collect_faults(records),
@@ -84,7 +84,7 @@ def data_distribution(f: Federation) -> dict[str, Any] | None:
     if f.data is None or f.privacy.hides_figures or f.clients.own_data:
         return None
     shards = f.shards if isinstance(f.shards, Mapping) else dict(enumerate(f.shards))
-    names, kinds = list(f.data.label_names), f.data.train.kinds
+    names, kinds = list(f.data.label_names), f.data.train.partition_labels
     has_labels = names and not kinds.is_floating_point() and bool((kinds >= 0).all() and (kinds < len(names)).all())
     clients: dict[str, dict[str, Any]] = {}
     for client, shard in shards.items():

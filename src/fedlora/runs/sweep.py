@@ -233,7 +233,7 @@ def validation_split(table: Table, share: float | None) -> str:
         raise ConfigError(f"--holdout is {share}; it is a share of the training rows, between 0 and 1.")
     names = source.split_names(task.data, task.data_config, source.text_format(task)) if share is None else []
     free = [name for name in VALIDATION if name in names and name not in (task.train_split, task.test_split)]
-    return free[0] if free else source.held_out(task.train_split, share or HELD_OUT)
+    return free[0] if free else source.held_out_split(task.train_split, share or HELD_OUT)
 
 
 def _name(trial: Trial, seed: int) -> str:

@@ -1,6 +1,6 @@
 """Kinds of problem, one a file. The file's name is the task's name."""
 
 from fedlora.registry import Registry
-from fedlora.tasks._base import Supervised
+from fedlora.tasks._base import Task
 
-TASKS = Registry(Supervised, "task", group="fedlora.tasks", package=__name__)
+TASKS = Registry(Task, "task", group="fedlora.tasks", package=__name__)

@@ -1,39 +1,36 @@
-"""Loss and scores of tasks whose target is a number."""
+"""Loss and scores of tasks that predict a number."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tasks._base import Batch, Supervised, logits
+from fedlora.tasks._base import Batch, Task, compute_logits
 from fedlora.tasks.metrics.scores import Scores, moments, spearman
 
 
-class Regression(Supervised):
+class Regression(Task):
     """Mean squared error in training; Pearson's and Spearman's correlation in evaluation."""
 
     metrics = ("pearson", "spearman", "mse")
 
-    def agreed(self) -> tuple[str, ...] | None:
-        """The name of the head's one output: known without any rows."""
+    def known_labels(self) -> tuple[str, ...] | None:
+        """Return the name of the head's one output."""
         return ("score",)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared error over the batch, in float32 whatever the network runs in."""
         return functional.mse_loss(self.outputs(network, batch)[:, 0].float(), batch["labels"])
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's squared error (b,)."""
         return functional.mse_loss(self.outputs(network, batch)[:, 0].float(), batch["labels"], reduction="none")
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Predictions, rows by 1."""
-        return logits(network, batch)
+        return compute_logits(network, batch)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """Moments, squared error, and the rank correlation of these rows times their number.
+        """Return moments, squared errors, and Spearman's correlation times the number of rows.
 
-        Spearman's is of each client's own ranks: pooled over clients it is their mean by rows, since ranks over all
-        clients' rows would need the rows.
+        Each client ranks its own rows, because common ranks would need all clients' rows. Pooled over clients,
+        Spearman's correlation is therefore their mean, weighted by rows.
         """
         x, y = outputs[:, 0].double(), labels.double()
         rows = len(y)
@@ -42,12 +39,12 @@ class Regression(Supervised):
 
 
 def quantile_bins(known: Tensor, values: Tensor, bins: int) -> Tensor:
-    """Each value's bin among at most ``bins`` of about equally many ``known`` values; (N,) int64.
+    """Return each value's bin (N,), int64, among at most ``bins`` bins of about equally many ``known`` values.
 
-    Equal values share a bin, so that many equal ones make fewer bins.
+    Equal values share a bin, so there may be fewer bins.
     """
     ordered = known.sort().values
     places = (torch.arange(1, bins) * len(ordered)) // bins
     edges = ordered[places].unique()
-    edges = edges[edges > ordered[0]]  # below it there is nothing
+    edges = edges[edges > ordered[0]]  # no empty first bin
     return torch.searchsorted(edges, values.contiguous(), right=True)

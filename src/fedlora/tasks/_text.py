@@ -1,22 +1,21 @@
-"""What all tasks on sentences and pairs of sentences have in common: columns, tokens, padded batches."""
+"""Columns, tokens and padded batches of all tasks on sentences and pairs of sentences."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, Supervised
-from fedlora.tasks.data import rows as source
+from fedlora.tasks._base import Batch, Data, Examples, TableTask
 from fedlora.tasks.data.labels import Classes, Targets
-from fedlora.tasks.data.tokens import cut_note
-from fedlora.tasks.networks.pretrained import network, tokenizer
+from fedlora.tasks.data.rows import client_groups, concatenate, draw_rows, read_column
+from fedlora.tasks.data.tokens import flatten_rows, locate_rows, random_batch, truncation_note
+from fedlora.tasks.networks.pretrained import load_tokenizer, load_with_new_head
 
-# The columns that public sets use, tried in this order where task.text is not set.
+# The usual columns of public data sets, tried in this order if task.text is not set.
 USUAL = (
     ("question", "sentence"), ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text",), ("sentence",), ("content",),
@@ -24,65 +23,50 @@ USUAL = (
 
 
 @dataclass(frozen=True)
-class Texts(Supervised):
-    """The part of the ``[task]`` table that says where texts lie and how they are read."""
+class TextTask(TableTask):
+    """The keys of the ``[task]`` table about texts."""
 
-    data: PerMachine[str]  # a hub id, a folder, a file
-    data_config: PerMachine[str | None] = None  # of a hub id that has several
-    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
     text: PerMachine[str | list[str] | None] = None  # one column or two; None: the usual names
     label: PerMachine[str] = "label"
-    train_split: PerMachine[str] = "train"
-    test_split: PerMachine[str] = "test"
     max_length: int = 128  # tokens; longer texts are cut
-    pad_to_max_length: bool = False  # pad every batch to max_length instead of its own longest row
-    train_rows: int | None = None  # a seeded draw of so many rows
-    test_rows: int | None = None
+    pad_to_max_length: bool = False  # pad every batch to max_length instead of its longest row
     metric: str = ""
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     peft: ClassVar[str | None] = "SEQ_CLS"
 
     def __post_init__(self):
         super().__post_init__()
-        source.text_format(self)
         if self.max_length < 1:
             raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
 
-    @property
-    def test_splits(self) -> tuple[str, ...]:
-        """The splits that are tested on: one, or several that are scored each by itself."""
-        return (self.test_split,)
-
     def classes(self, splits: Sequence[Any]) -> Classes | None:
-        """The classes that the rows of these splits have; None where a target is a number."""
+        """Return the classes of these splits' rows; None for a regression."""
         return None
 
     @abstractmethod
     def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
-        """What is learnt, as numbers; ``ValueError`` names what is wrong with the column."""
+        """Return the targets as numbers. Raises ``ValueError`` if the column has other values."""
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
-        """What partitions by label go by, where ``values`` are no labels; ``known`` are the training rows' own."""
+        """Return labels for partitions by label if ``values`` are no labels; ``known`` are the training targets."""
         return None
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
-        """Reads, checks and tokenises all splits once."""
-        where = (self.data, self.data_config, self.train_split, self.test_splits)
-        found = source.splits(*where, seed, source.text_format(self))
-        counts = (self.train_rows, *[self.test_rows] * (len(found) - 1))
-        whats = ("training", *["test"] * (len(found) - 1))
-        classes = self.classes(found)
+        """Read, check and tokenize all splits once."""
+        splits = self.load_splits(seed)
+        classes = self.classes(splits)
         train, *tests = (
-            source.subset(split, rows, classes and classes.values(split, self.label), self.label, seed, what)
-            for split, rows, what in zip(found, counts, whats)
+            draw_rows(split, rows, classes and classes.values(split, self.label), self.label, seed, role)
+            for split, (rows, role) in zip(
+                splits, [(self.train_rows, "training"), *[(self.test_rows, "test")] * (len(splits) - 1)]
+            )
         )
-        test, sets = source.joined(tests)
-        columns, targets, own = self._columns(train), self.targets(train, test, classes), tokenizer(model)
+        test, sets = concatenate(tests)
+        columns, targets, tokenizer = self._columns(train), self.targets(train, test, classes), load_tokenizer(model)
         both, notes = [], list(targets.notes)
-        for split, labels, what in ((train, targets.train, "training"), (test, targets.test, "test")):
-            features, lengths, note = self._encoded(split, columns, own, what)
-            groups, strata = source.groups(split, client_column, what), self.strata(targets.train, labels)
+        for split, labels, role in ((train, targets.train, "training"), (test, targets.test, "test")):
+            features, lengths, note = self._encode(split, columns, tokenizer, role)
+            groups, strata = client_groups(split, client_column, role), self.strata(targets.train, labels)
             both.append(Examples(features, labels, lengths, groups, strata, sets=sets if split is test else None))
             notes += [note] if note else []
         return Data(*both, targets.names, tuple(notes), targets.reading)
@@ -100,11 +84,11 @@ class Texts(Supervised):
             raise ValueError(f"task.text names {len(columns)} columns; a text is one column, or a pair of two.")
         return columns
 
-    def _encoded(
-        self, split: Any, columns: Sequence[str], tokenizer: Any, what: str
+    def _encode(
+        self, split: Any, columns: Sequence[str], tokenizer: Any, role: str
     ) -> tuple[dict[str, Tensor], Tensor, str]:
-        """Features, each row's length, and a sentence that says what was cut, or nothing."""
-        texts = [source.column(split, name, "task.text") for name in columns]
+        """Return features, each row's length, and a note about texts that were cut, or an empty string."""
+        texts = [read_column(split, name, "task.text") for name in columns]
         for name, values in zip(columns, texts):
             odd = next((value for value in values if not isinstance(value, str)), None)
             if odd is not None:
@@ -113,63 +97,53 @@ class Texts(Supervised):
         if empty:
             raise ValueError(f"column {columns[0]!r} (task.text) has {empty} empty texts; drop these rows.")
         tokens = tokenizer(*texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
-        lengths = torch.tensor([len(ids) for ids in tokens["input_ids"]])
-        longest, most = int(lengths.max()), tokenizer.model_max_length
-        longest = self.max_length if self.pad_to_max_length else longest
+        # Stored without padding and in 32 bits, so that a million short texts take tens of megabytes.
+        flat = {name: flatten_rows(tokens[name]) for name in ("input_ids", "token_type_ids") if name in tokens}
+        offsets = flat["input_ids"][1]
+        lengths = offsets.diff()
+        longest = self.max_length if self.pad_to_max_length else int(lengths.max())
+        most = tokenizer.model_max_length
         if longest > most:
             raise ValueError(
                 f"task.max_length is {self.max_length} and a text comes to {longest} tokens, but the model reads at "
                 f"most {most}; set task.max_length to {most}."
             )
-        # Flat and 32 bits: a million short texts in tens of megabytes, and no padding until a batch is made.
-        features = {
-            name: torch.tensor(list(chain.from_iterable(tokens[name])), dtype=torch.int32)
-            for name in ("input_ids", "token_type_ids")
-            if name in tokens
-        }
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        pad = torch.tensor(tokenizer.pad_token_id)
-        cut = self._cut(texts, lengths, tokenizer)
-        note = cut_note(cut, len(lengths), self.max_length, tokenizer.truncation_side, what) + "." if cut else ""
-        return {**features, "offsets": offsets, "pad": pad}, lengths, note
+        cut = self._count_longer(texts, lengths, tokenizer)
+        note = truncation_note(cut, len(lengths), self.max_length, tokenizer.truncation_side, role) + "." if cut else ""
+        features = {name: ids for name, (ids, _) in flat.items()}
+        return {**features, "offsets": offsets, "pad": torch.tensor(tokenizer.pad_token_id)}, lengths, note
 
-    def _cut(self, texts: Sequence[Sequence[str]], lengths: Tensor, tokenizer: Any) -> int:
-        """How many rows were longer than ``max_length``, among those that fill it."""
+    def _count_longer(self, texts: Sequence[Sequence[str]], lengths: Tensor, tokenizer: Any) -> int:
+        """Return the number of rows that were longer than ``max_length``; only full rows are tokenized again."""
         full = (lengths >= self.max_length).nonzero()[:, 0].tolist()
         if not full:
             return 0
-        whole = tokenizer(*([part[i] for i in full] for part in texts), return_attention_mask=False, verbose=False)
-        return sum(len(ids) > self.max_length for ids in whole["input_ids"])
+        tokens = tokenizer(*([part[i] for i in full] for part in texts), return_attention_mask=False, verbose=False)
+        return sum(len(ids) > self.max_length for ids in tokens["input_ids"])
 
     def network(self, model: str, labels: int, seed: int) -> nn.Module:
-        """The pretrained network with a new head of so many outputs."""
+        """Return the pretrained network with a new head of ``labels`` outputs."""
         from transformers import AutoModelForSequenceClassification
 
-        self.fits(labels)
-        found = network(AutoModelForSequenceClassification, model, labels, seed)
-        if found.config.pad_token_id is None:  # causal models look for the last token that is none
-            found.config.pad_token_id = tokenizer(model).pad_token_id
-        return found
+        self.check_labels(labels)
+        network = load_with_new_head(AutoModelForSequenceClassification, model, labels, seed)
+        if network.config.pad_token_id is None:  # causal models use the last token that is not padding
+            network.config.pad_token_id = load_tokenizer(model).pad_token_id
+        return network
 
     def probe(self, network: nn.Module) -> Batch:
-        """Some tokens, to compare two networks on."""
-        draws = torch.Generator().manual_seed(0)
-        ids = torch.randint(network.config.vocab_size, (4, 12), generator=draws)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return random_batch(network.config.vocab_size)
 
     def preprocessor(self, model: str) -> Any:
-        """What has to be saved beside a network for others to use it."""
-        return tokenizer(model)
+        return load_tokenizer(model)
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
-        """A padded batch: rows by its longest row, or by ``max_length``."""
-        lengths = examples.lengths[rows]
-        width = self.max_length if self.pad_to_max_length else int(lengths.max())
-        places = torch.arange(width)
-        mask = places < lengths[:, None]
-        at = torch.where(mask, examples.features["offsets"][rows, None] + places, 0)
+        """Return a batch, padded to its longest row or to ``max_length``."""
+        places, mask = locate_rows(
+            examples.features["offsets"], rows, self.max_length if self.pad_to_max_length else None
+        )
         batch = {"attention_mask": mask.long(), "labels": examples.labels[rows]}
         for name, fill in (("input_ids", examples.features["pad"]), ("token_type_ids", 0)):
             if name in examples.features:
-                batch[name] = torch.where(mask, examples.features[name][at].long(), fill)
+                batch[name] = torch.where(mask, examples.features[name][places].long(), fill)
         return batch

@@ -1,6 +1,6 @@
 """Causal language models: prompt and response, chat messages, or plain text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -8,57 +8,59 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, Supervised
-from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.few_shot import BETWEEN, Asked, asked, golds, prompts_of, shots
+from fedlora.tasks._base import Batch, Data, Examples, TableTask
+from fedlora.tasks.data.few_shot import BETWEEN, Prompts, draw_shots, encode_prompts, read_golds, select_prompts
+from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.templates import (
     MESSAGES,
     PromptTemplate,
     Segment,
-    chosen,
-    columns,
-    conversations,
-    left_out,
-    selected,
-    strata,
+    choose_template,
+    dropped_note,
+    label_strata,
+    render_conversations,
+    select_rows,
+    template_columns,
 )
-from fedlora.tasks.data.tokens import IGNORED, Side, Tokens, cut, encoded, flat, packed, padded
-from fedlora.tasks.metrics.answers import right
+from fedlora.tasks.data.tokens import (
+    IGNORED,
+    Side,
+    Tokens,
+    encode,
+    flatten,
+    pack_batch,
+    pad_batch,
+    random_batch,
+    truncate,
+)
+from fedlora.tasks.metrics.answers import is_correct
 from fedlora.tasks.metrics.scores import Scores
-from fedlora.tasks.networks.generation import Writing, generate
-from fedlora.tasks.networks.pretrained import quietly, tokenizer, whole
+from fedlora.tasks.networks.generation import GenerationSettings, generate
+from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
-LEAK = 0.1  # of what a row before changes when nothing keeps it apart; rounding is a fifth of it in bfloat16
+LEAK = 0.1  # largest tolerated influence of the row before, relative to no separation; bfloat16 rounding is a fifth
 
 
 @dataclass(frozen=True)
-class CausalLM(Supervised):
+class CausalLM(TableTask):
     """The ``[task]`` table of causal language models."""
 
-    data: PerMachine[str]  # a hub id, a folder, a file
-    data_config: PerMachine[str | None] = None  # of a hub id that has several
-    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
     prompt: PerMachine[str | None] = None  # a column, or a template such as "{instruction}\n\n{context}"
-    response: PerMachine[str | None] = None  # the same for what is learnt; None: the usual names
+    response: PerMachine[str | None] = None  # the same for the learnt text; None: the usual names
     messages: PerMachine[str | None] = None  # or a column of chat messages, each with role and content
     text: PerMachine[str | None] = None  # or plain text, all of it learnt
-    chat_template: str | None = None  # for messages, in the place of the tokenizer's own (Jinja)
-    label: PerMachine[str | None] = None  # a column that partitions by label go by, such as a category
-    train_split: PerMachine[str] = "train"
-    test_split: PerMachine[str] = "test"
+    chat_template: str | None = None  # for messages, in place of the tokenizer's (Jinja)
+    label: PerMachine[str | None] = None  # a column for partitions by label, such as a category
     max_length: int = 512  # tokens of a row; longer rows are cut
-    truncation_side: Side = "right"  # where they are cut
-    drop_unlearnable: bool = False  # leave out rows in which nothing is left to learn; False: they are an error
+    truncation_side: Side = "right"  # of the cuts
+    drop_unlearnable: bool = False  # leave out rows with nothing to learn; False: they are an error
     packing: bool = False  # train on several rows in one sequence of up to max_length tokens
-    train_rows: int | None = None  # a seeded draw of so many rows
-    test_rows: int | None = None
     metric: str = "perplexity"  # or "token_accuracy" of the response, or "exact_match" of a generated answer
-    answer: Literal["number", "text"] = "number"  # what exact_match compares
+    answer: Literal["number", "text"] = "number"  # the kind of answer that exact_match compares
     answer_column: str | None = None  # the right answer; None: the response
     shots: int = 0  # solved training rows before each prompt, for exact_match
     max_new_tokens: int = 256  # of a generated answer
-    stop: list[str] | None = None  # strings that end one; None: with shots, a blank line
+    stop: list[str] | None = None  # strings that end an answer; None: with shots, a blank line
     auto: ClassVar[str] = "AutoModelForCausalLM"
     peft: ClassVar[str | None] = "CAUSAL_LM"
     quantizes: ClassVar[bool] = True
@@ -67,9 +69,11 @@ class CausalLM(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
-        source.text_format(self)
         if self.max_length < 2:
-            raise ValueError(f"task.max_length is {self.max_length}; a token is told from one before: at least 2.")
+            raise ValueError(
+                f"task.max_length is {self.max_length}; each token is predicted from the previous one, so a row needs "
+                "at least 2."
+            )
         if self.shots < 0:
             raise ValueError(f"task.shots is {self.shots}; it must be at least 0.")
         if (self.prompt is None) != (self.response is None):
@@ -78,105 +82,101 @@ class CausalLM(Supervised):
         ways = [key for key in ("prompt", "messages", "text") if getattr(self, key) is not None]
         if len(ways) > 1:
             raise ValueError(f"task.{ways[0]} and task.{ways[1]} are both set; keep one of them.")
-        if self.graded_by_answer and self.text is not None:
+        if self.grades_answers and self.text is not None:
             raise ValueError("task.metric is 'exact_match', but plain text asks nothing; set prompt and response.")
         if self.shots and self.messages is not None:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
-        self.writing  # noqa: B018 - wrong settings are said at once
+        self.generation  # noqa: B018 - raises if a setting is wrong
 
     @property
-    def graded_by_answer(self) -> bool:
+    def grades_answers(self) -> bool:
         """Whether evaluation generates answers."""
         return self.metric == "exact_match"
 
     @property
-    def writing(self) -> Writing:
-        """How answers are generated."""
+    def generation(self) -> GenerationSettings:
+        """The settings for generated answers."""
         stop = self.stop if self.stop is not None else [BETWEEN] * bool(self.shots)
-        return Writing(self.max_new_tokens, stop=tuple(stop))
+        return GenerationSettings(self.max_new_tokens, stop=tuple(stop))
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
-        """Reads, checks and tokenises both splits once."""
-        splits = source.splits(
-            self.data, self.data_config, self.train_split, [self.test_split], seed, source.text_format(self)
-        )
-        wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
-        both = [source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted)]
+        """Read, check and tokenize both splits once."""
+        both = self.draw_splits(seed)
         tokenizer, context = self.preprocessor(model), context_length(model)
-        read = [self._learnable(x, tokenizer, what) for x, (_, what) in zip(self._completed(*both), wanted)]
-        (train, test), rows, encoded_rows, said = zip(*read)
-        notes = tuple(note for some in said for note in some)
-        kinds = strata(train, test, self.label)
-        first, last = (
-            self._examples(split, some, kind, tokenizer, context, what, client_column)
-            for split, some, kind, (_, what) in zip((train, test), encoded_rows, kinds, wanted)
+        learnable = [
+            self._select_learnable(split, tokenizer, role)
+            for split, role in zip(self._add_columns(*both), ("training", "test"))
+        ]
+        splits, segments, tokens, notes = zip(*learnable)
+        strata = label_strata(*splits, self.label)
+        train, test = (
+            self._examples(*parts, tokenizer, context, role, client_column)
+            for *parts, role in zip(splits, tokens, strata, ("training", "test"))
         )
-        if self.graded_by_answer:
-            ask = self._asked(test, rows, kinds, tokenizer, context, seed)
-            features = {**last.features, **ask.features()}
-            last = Examples(features, last.labels, last.lengths, last.groups, last.strata, ask.texts)
-            notes += (ask.note + ".",) if ask.note else ()
-        return Data(first, last, (), notes)
+        messages = [note for several in notes for note in several]
+        if self.grades_answers:
+            prompts = self._prompts(splits[1], segments, strata, tokenizer, context, seed)
+            test = replace(test, features={**test.features, **prompts.features()}, texts=prompts.texts)
+            messages += [prompts.note + "."] if prompts.note else []
+        return Data(train, test, (), tuple(messages))
 
-    def template(self, there: list[str]) -> PromptTemplate | None:
-        """The templates of rows with these columns; None for chat messages."""
-        named = self.prompt or self.text
-        if self.messages is not None or (named is None and MESSAGES in there):
+    def template(self, available: list[str]) -> PromptTemplate | None:
+        """Return the template for rows with these columns; None for chat messages."""
+        column = self.prompt or self.text
+        if self.messages is not None or (column is None and MESSAGES in available):
             return None
-        return chosen(there, self.prompt, self.response, self.text)
+        return choose_template(available, self.prompt, self.response, self.text)
 
-    def _completed(self, train: Any, test: Any) -> tuple[Any, Any]:
-        """Both splits with all columns of the prompt: a key that no row of one of them has is empty there."""
-        there = list(dict.fromkeys([*train.column_names, *test.column_names]))
-        template = self.template(there)
-        named = columns(template.prompt) if template is not None else []
-        for name in (name for name in named if name in there):
-            train, test = (
-                split if name in split.column_names else split.add_column(name, [None] * len(split))
-                for split in (train, test)
-            )
+    def _add_columns(self, train: Any, test: Any) -> tuple[Any, Any]:
+        """Return both splits with all columns of the prompt; a column that only one split has is empty in the other."""
+        available = list(dict.fromkeys([*train.column_names, *test.column_names]))
+        template = self.template(available)
+        for name in template_columns(template.prompt) if template is not None else []:
+            if name in available:
+                train, test = (
+                    split if name in split.column_names else split.add_column(name, [None] * len(split))
+                    for split in (train, test)
+                )
         return train, test
 
-    def _worded(self, split: Any, tokenizer: Any) -> list[list[Segment]]:
-        template = self.template(split.column_names)
-        if template is None:
-            return conversations(split, self.messages or MESSAGES, tokenizer, self.drop_unlearnable)
-        return template.rows(split, self.drop_unlearnable)
-
-    def _learnable(
-        self, split: Any, tokenizer: Any, what: str
+    def _select_learnable(
+        self, split: Any, tokenizer: Any, role: str
     ) -> tuple[Any, list[list[Segment]], list[Tokens], list[str]]:
-        """The rows with something to learn: as they lie, in words and in tokens; and notes on the others."""
-        rows, count = self._worded(split, tokenizer), len(split)
+        """Return the rows with something to learn, their segments and tokens, and notes on the others."""
+        template, count = self.template(split.column_names), len(split)
+        if template is None:
+            rows = render_conversations(split, self.messages or MESSAGES, tokenizer, self.drop_unlearnable)
+        else:
+            rows = template.segment_rows(split, self.drop_unlearnable)
         if self.drop_unlearnable:
-            kept = [any(learnt and text.strip() for text, learnt in row) for row in rows]
-            split, rows = selected(kept, split, rows)
-        special = self.template(split.column_names) is not None  # a chat template writes its own start token
-        made = encoded(rows, tokenizer, special) if rows else []
-        how = (self.max_length, self.truncation_side, tokenizer.bos_token_id, what)
+            split, rows = select_rows(
+                [any(learnt and text.strip() for text, learnt in row) for row in rows], split, rows
+            )
+        # A chat template writes the start token.
+        tokens = encode(rows, tokenizer, special=template is not None) if rows else []
+        limits = (self.max_length, self.truncation_side, tokenizer.bos_token_id, role)
         if self.drop_unlearnable:
-            kept = [any(row.learnt) for row in cut(made, *how, blank=True)[0]]
-            split, rows, made = selected(kept, split, rows, made)
-        dropped = left_out(count, len(made), what, "; raise task.max_length, or give the rows responses")
-        found, note = cut(made, *how)
-        return split, rows, found, [text for text in (dropped, note) if text]
+            keep = [any(row.learnt) for row in truncate(tokens, *limits, allow_empty=True)[0]]
+            split, rows, tokens = select_rows(keep, split, rows, tokens)
+        dropped = dropped_note(count, len(tokens), role, "; raise task.max_length, or give the rows responses")
+        truncated, note = truncate(tokens, *limits)
+        return split, rows, truncated, [text for text in (dropped, note) if text]
 
     def _examples(
-        self, split: Any, found: list[Tokens], kinds: Tensor | None, tokenizer: Any, context: int, what: str,
+        self, split: Any, rows: list[Tokens], strata: Tensor | None, tokenizer: Any, context: int, role: str,
         client_column: str | None,
     ) -> Examples:  # fmt: skip
-        features, lengths = flat(found, tokenizer.pad_token_id)
+        features, lengths = flatten(rows, tokenizer.pad_token_id)
         longer = int((lengths > context).sum())
         if longer:
             raise ValueError(
-                f"the model reads at most {context} tokens, and {longer} of {len(found)} {what} rows would have more; "
+                f"the model reads at most {context} tokens, and {longer} of {len(rows)} {role} rows would have more; "
                 f"set task.max_length to {context} (it is {self.max_length})."
             )
-        labels = torch.zeros(len(found), dtype=torch.int64)  # a row has none
-        groups = source.groups(split, client_column, what)
-        return Examples(features, labels, lengths, groups, kinds)
+        labels = torch.zeros(len(rows), dtype=torch.int64)  # rows have no labels
+        return Examples(features, labels, lengths, client_groups(split, client_column, role), strata)
 
-    def _asked(self, test: Any, rows: Any, kinds: Any, tokenizer: Any, context: int, seed: int) -> Asked:
+    def _prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Prompts:
         room = context - self.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -184,88 +184,81 @@ class CausalLM(Supervised):
                 "included; lower it."
             )
         template = self.template(test.column_names)
-        if template is not None and not columns(template.prompt):
+        if template is not None and not template_columns(template.prompt):
             raise ValueError(
                 "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
             )
         if template is None and self.shots:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
-        train, test_rows = rows
-        both = [[0] * len(part) if of is None else of.tolist() for part, of in zip(rows, kinds)]
-        before = shots(train, *both, self.shots, seed) if self.shots else [""] * len(test_rows)
-        answers = golds(test, test_rows, self.answer_column, self.answer)
-        return asked(test_rows, answers, before, tokenizer, room, template is None)
+        train_rows, test_rows = segments
+        kinds = [[0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata)]
+        shots = draw_shots(train_rows, *kinds, self.shots, seed) if self.shots else [""] * len(test_rows)
+        golds = read_golds(test, test_rows, self.answer_column, self.answer)
+        return encode_prompts(test_rows, golds, shots, tokenizer, room, template is None)
 
-    def agreed(self) -> tuple[str, ...] | None:
-        """A row has no label."""
+    def known_labels(self) -> tuple[str, ...] | None:
         return ()
 
     def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
-        """The pretrained network as it is; ``loading`` as ``networks.quantised`` makes it."""
+        """Return the pretrained network; ``loading`` are the options of ``pretrained.quantization_options``."""
         from transformers import AutoModelForCausalLM
 
-        found = whole(AutoModelForCausalLM, model, loading)
+        network = load_complete(AutoModelForCausalLM, model, loading)
         if self.packing:
-            keeps_apart(found)
-        return found
+            check_packing(network)
+        return network
 
     def probe(self, network: nn.Module) -> Batch:
-        """Some tokens, to compare two networks on."""
-        draws = torch.Generator().manual_seed(0)
-        ids = torch.randint(network.config.get_text_config().vocab_size, (4, 12), generator=draws)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return random_batch(network.config.get_text_config().vocab_size)
 
     def preprocessor(self, model: str) -> Any:
-        """The tokenizer."""
-        return tokenizer(model, self.chat_template)
+        return load_tokenizer(model, self.chat_template)
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
-        """A batch to train on: a row a sequence, or packed."""
-        return packed(examples, rows, self.max_length) if self.packing else padded(examples, rows)
+        """Return one row in each sequence, or packed rows."""
+        return pack_batch(examples, rows, self.max_length) if self.packing else pad_batch(examples, rows)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the batch's learnt tokens, in float32 whatever the network runs in."""
-        logits, labels = _told(network, batch)
-        return functional.cross_entropy(logits, labels)
+        """Return the mean cross-entropy over the batch's learnt tokens."""
+        return functional.cross_entropy(*_learnt_logits(network, batch))
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's mean cross-entropy over its own learnt tokens (b,)."""
+        """Return each row's mean cross-entropy over its learnt tokens (b,)."""
         nll, tokens, _ = self.outputs(network, batch).unbind(1)
         return nll / tokens.clamp_min(1)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's negative log-likelihood, learnt tokens, and how many of these are the likeliest."""
-        logits, labels = _told(network, batch)
+        """Return each row's negative log-likelihood, number of learnt tokens, and number of correct predictions."""
+        logits, labels = _learnt_logits(network, batch)
         row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        figures = [functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(row)]
-        figures.append(logits.argmax(-1) == labels)
+        values = [functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(row)]
+        values.append(logits.argmax(-1) == labels)
         zeros = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=row.device)
-        return torch.stack([zeros.index_add(0, row, x.double()) for x in figures], 1)
+        return torch.stack([zeros.index_add(0, row, x.double()) for x in values], 1)
 
-    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
-        """What ``outputs`` has of each row, and whether the answer that is generated is right."""
-        batch = {name: x.to(device) for name, x in padded(examples, rows).items()}
-        found = self.outputs(network, batch).cpu()
-        if not self.graded_by_answer:
-            return found
-        assert examples.texts is not None, "the test rows say what is right"
-        prompts = prompts_of(examples.features, rows)
-        own = self.preprocessor(network.config.name_or_path)
-        said = generate(network, own, prompts, self.writing)
-        hits = [right(text, examples.texts[i]["gold"], self.answer) for i, text in zip(rows.tolist(), said)]
-        return torch.cat([found, torch.tensor(hits).double()[:, None]], 1)
+    def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """Return each row's ``outputs``, and whether the generated answer is right."""
+        batch = {name: x.to(device) for name, x in pad_batch(examples, rows).items()}
+        outputs = self.outputs(network, batch).cpu()
+        if not self.grades_answers:
+            return outputs
+        assert examples.texts is not None, "test rows have right answers"
+        tokenizer = self.preprocessor(network.config.name_or_path)
+        answers = generate(network, tokenizer, select_prompts(examples.features, rows), self.generation)
+        hits = [is_correct(text, examples.texts[i]["gold"], self.answer) for i, text in zip(rows.tolist(), answers)]
+        return torch.cat([outputs, torch.tensor(hits).double()[:, None]], 1)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """Sums over tokens, and over rows where answers were generated."""
-        nll, tokens, told, *hits = outputs.double().sum(0).tolist()
-        sums = {"nll": (nll, int(tokens)), "token_accuracy": (int(told), int(tokens))}
+        """Return sums over tokens, and over rows if answers were generated."""
+        nll, tokens, correct, *hits = outputs.double().sum(0).tolist()
+        sums = {"nll": (nll, int(tokens)), "token_accuracy": (int(correct), int(tokens))}
         if hits:
             sums["exact_match"] = (int(hits[0]), len(outputs))
         return Scores(sums)
 
 
-def _told(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The float32 logits of all learnt tokens of a batch, and these tokens."""
+def _learnt_logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the float32 logits of all learnt tokens of a batch, and these tokens."""
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     logits, labels = network(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
     learnt = labels != IGNORED
@@ -273,8 +266,8 @@ def _told(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def keeps_apart(network: nn.Module) -> None:
-    """``ValueError`` where rows in one sequence see each other, whatever their positions say."""
+def check_packing(network: nn.Module) -> None:
+    """Raise ``ValueError`` if packed rows attend to each other in this network."""
     draws = torch.Generator().manual_seed(0)
     device = next(network.parameters()).device
     ids = torch.randint(network.config.get_text_config().vocab_size, (1, 24), generator=draws).to(device)
@@ -282,13 +275,13 @@ def keeps_apart(network: nn.Module) -> None:
     training = network.training
     network.eval()
     try:
-        apart, mixed = (
+        packed, mixed = (
             network(input_ids=ids, **x, use_cache=False).logits[:, 12:] for x in ({"position_ids": positions}, {})
         )
         alone = network(input_ids=ids[:, 12:], use_cache=False).logits
-        away, most = ((x - alone).abs().max() for x in (apart, mixed))
-        leaks = bool(away > most * (LEAK if getattr(network, "is_quantized", False) else LEAK / 100))
-    except TypeError:  # it takes no positions
+        error, most = ((x - alone).abs().max() for x in (packed, mixed))
+        leaks = bool(error > most * (LEAK if getattr(network, "is_quantized", False) else LEAK / 100))
+    except TypeError:  # the network has no argument for positions
         leaks = True
     finally:
         network.train(training)
@@ -300,9 +293,8 @@ def keeps_apart(network: nn.Module) -> None:
 
 
 def context_length(model: str) -> int:
-    """How many tokens the model reads at most."""
+    """Return the number of tokens that the model reads at most."""
     from transformers import AutoConfig
 
-    config = quietly(AutoConfig, model).get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    return min(most or 10**9, tokenizer(model).model_max_length)
+    config = load_quietly(AutoConfig, model).get_text_config()
+    return min(max_positions(config), load_tokenizer(model).model_max_length)

@@ -1,4 +1,4 @@
-"""The GLUE benchmark's tasks by name, with their columns, labels and metrics."""
+"""The tasks of the GLUE benchmark, with their columns, labels and metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fedlora.registry import unknown
 from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Examples
-from fedlora.tasks._text import Texts
-from fedlora.tasks.data import rows as source
+from fedlora.tasks._text import TextTask
 from fedlora.tasks.data.labels import Classes, Targets
+from fedlora.tasks.data.rows import check_column, read_column
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.text_classification import TextClassification
 from fedlora.tasks.text_regression import TextRegression
@@ -24,7 +24,7 @@ class Subset(NamedTuple):
 
     text: tuple[str, ...]  # columns
     metric: str
-    labels: tuple[str, ...] | None  # in the order of their numbers; None: a score from 0 to 5
+    labels: tuple[str, ...] | None  # by number; None: a score from 0 to 5
     tests: tuple[str, ...] = ("validation",)
 
 
@@ -46,103 +46,94 @@ SUBSETS = {
     "rte": Subset(PAIR, "accuracy", ENTAILMENT),
     "wnli": Subset(PAIR, "accuracy", ("not_entailment", "entailment")),
 }
-HIDDEN = {"-1", "-1.0"}  # what GLUE's test rows have for a label
+HIDDEN = {"-1", "-1.0"}  # the label of GLUE's test rows
 
 
 @dataclass(frozen=True)
-class Glue(Texts):
-    """The ``[task]`` table of a GLUE task; what is left out is as the benchmark has it."""
+class Glue(TextTask):
+    """The ``[task]`` table of a GLUE task; the defaults are the benchmark's."""
 
     data: PerMachine[str] = "nyu-mll/glue"  # or a folder or file with the same columns
     subset: str = ""
-    test_split: PerMachine[str] = "validation"  # MNLI's is two, matched and mismatched, each scored by itself
+    test_split: PerMachine[str] = "validation"  # for MNLI both matched and mismatched, scored separately
 
     def __post_init__(self):
+        if not self.subset:
+            raise ValueError(f"task.subset is missing; it is one of {', '.join(SUBSETS)}.")
         if self.subset not in SUBSETS:
-            said = "task.subset is missing; it is one of " + ", ".join(SUBSETS) + "."
-            raise ValueError(unknown("GLUE task", self.subset, SUBSETS, "names (task.subset)") if self.subset else said)
-        # What the subset says is written out, so that the settings of a run are whole.
+            raise ValueError(unknown("GLUE task", self.subset, SUBSETS, "names (task.subset)"))
+        # Set here, so that the saved settings of a run are complete.
         object.__setattr__(self, "metric", self.metric or SUBSETS[self.subset].metric)
         object.__setattr__(self, "data_config", self.data_config or self.subset)
-        self.own  # noqa: B018 - what is wrong with the rest is said at once
+        self.task  # noqa: B018 - raises if another setting is wrong
 
     @cached_property
-    def own(self) -> TextClassification | TextRegression:
-        """The classification or regression that this is."""
-        given = {f.name: getattr(self, f.name) for f in fields(Texts)}
+    def task(self) -> TextClassification | TextRegression:
+        """The classification or regression with the same settings; most methods forward to it."""
+        settings = {f.name: getattr(self, f.name) for f in fields(TextTask)}
         labels = SUBSETS[self.subset].labels
-        if labels is None:
-            return TextRegression(**given)
-        return TextClassification(**given, label_names=list(labels))
+        return TextRegression(**settings) if labels is None else TextClassification(**settings, label_names=[*labels])
 
     @property
     def test_splits(self) -> tuple[str, ...]:
-        """The splits that are tested on."""
         return SUBSETS[self.subset].tests if self.test_split == "validation" else (self.test_split,)
 
     def classes(self, splits: Sequence[Any]) -> Classes | None:
-        """The benchmark's classes; None for a score."""
-        return self.own.classes(splits)
+        return self.task.classes(splits)
 
     def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
-        """Labels or scores; ``ValueError`` where they are hidden."""
+        """Return labels or scores. Raises ``ValueError`` if they are hidden."""
         for key, split in ((self.train_split, train), (self.test_split, test)):
-            if HIDDEN & {str(value) for value in source.column(split, self.label, "task.label")}:
+            if HIDDEN & set(map(str, read_column(split, self.label, "task.label"))):
                 raise ValueError(
                     f"the split {key!r} of GLUE's {self.subset} has the label -1, which stands for hidden: GLUE "
                     "keeps the labels of its test rows to itself; leave task.test_split out to test on validation rows."
                 )
-        return self.own.targets(train, test, classes)
+        return self.task.targets(train, test, classes)
 
     def _columns(self, split: Any) -> Sequence[str]:
-        if self.text is None:
-            for name in SUBSETS[self.subset].text:
-                source.present(split, name, f"of GLUE's {self.subset}; task.text names others")
-            return SUBSETS[self.subset].text
-        return super()._columns(split)
+        if self.text is not None:
+            return super()._columns(split)
+        for name in SUBSETS[self.subset].text:
+            check_column(split, name, f"of GLUE's {self.subset}; task.text names others")
+        return SUBSETS[self.subset].text
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor | None:
-        """What partitions by label go by."""
-        return self.own.strata(known, values)
+        return self.task.strata(known, values)
 
-    def agreed(self) -> tuple[str, ...] | None:
-        """The labels: known without any rows."""
-        return self.own.agreed()
+    def known_labels(self) -> tuple[str, ...] | None:
+        return self.task.known_labels()
 
     def all_labels(self) -> tuple[str, ...]:
-        """The labels of the benchmark; empty for a score."""
-        return self.own.all_labels()
+        return self.task.all_labels()
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy, or the mean squared error of a score."""
-        return self.own.loss(network, batch)
+        return self.task.loss(network, batch)
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's own loss."""
-        return self.own.losses(network, batch)
+        return self.task.losses(network, batch)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Logits, or predicted scores; rows by outputs."""
-        return self.own.outputs(network, batch)
+        return self.task.outputs(network, batch)
 
-    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
-        """Outputs, and where there are two test sets which of them a row is of."""
-        found = super().graded(network, examples, rows, device)
+    def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """Return the outputs, and each row's test set if there are two."""
+        outputs = super().evaluate(network, examples, rows, device)
         if len(self.test_splits) == 1:
-            return found
+            return outputs
         sets = torch.zeros(len(examples)) if examples.sets is None else examples.sets
-        return torch.cat([found.float(), sets[rows, None].to(found.device, torch.float32)], dim=1)
+        return torch.cat([outputs.float(), sets[rows, None].to(outputs.device, torch.float32)], dim=1)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """The metric's sums on the first test set; of the second, accuracy alone."""
+        """Return the metric's sums on the first test set, and the accuracy on the second."""
         if len(self.test_splits) == 1:
-            return self.own.scores(outputs, labels)
+            return self.task.scores(outputs, labels)
         outputs, second = outputs[:, :-1], outputs[:, -1] == 1
         if bool(second.all()):
             raise ValueError(
                 f"a client has no rows of {self.test_splits[0]!r}; give each some, or set task.test_split."
             )
-        sums = dict(self.own.scores(outputs[~second], labels[~second]).sums)
+        sums = dict(self.task.scores(outputs[~second], labels[~second]).sums)
         if second.any():
-            sums["accuracy_mismatched"] = self.own.scores(outputs[second], labels[second]).sums["accuracy"]
+            sums["accuracy_mismatched"] = self.task.scores(outputs[second], labels[second]).sums["accuracy"]
         return Scores(sums)

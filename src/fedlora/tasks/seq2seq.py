@@ -1,8 +1,6 @@
 """Sequence to sequence: a source text, a target text, as T5 does classification and question answering."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -10,38 +8,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, Supervised
-from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.columns import DROP, texts
+from fedlora.tasks._base import Batch, Data, Examples, TableTask
+from fedlora.tasks.data.columns import DROP, read_pairs
 from fedlora.tasks.data.labels import check_names
-from fedlora.tasks.data.templates import checked, left_out, selected, strata
+from fedlora.tasks.data.rows import client_groups
+from fedlora.tasks.data.templates import check_template, dropped_note, label_strata, select_rows
+from fedlora.tasks.data.tokens import IGNORED, flatten_rows, locate_rows
+from fedlora.tasks.metrics.answers import answer_f1, exact_match
 from fedlora.tasks.metrics.scores import Scores
-from fedlora.tasks.metrics.squad import answer_f1, exact_match
-from fedlora.tasks.networks.pretrained import quietly, tokenizer, whole
-
-IGNORED = -100  # cross_entropy's ignore_index
+from fedlora.tasks.networks.generation import generation_config
+from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
 
 @dataclass(frozen=True)
-class Seq2Seq(Supervised):
+class Seq2Seq(TableTask):
     """The ``[task]`` table of sequence-to-sequence models."""
 
-    data: PerMachine[str]  # a hub id, a folder, a file
-    data_config: PerMachine[str | None] = None  # of a hub id that has several
-    encoding: PerMachine[str | None] = None  # of CSV and JSON files; None: as the file shows, else UTF-8
-    delimiter: PerMachine[str | None] = None  # of CSV files; None: as the header shows
     source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
     target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
-    label: PerMachine[str | None] = None  # a column that partitions by label go by, such as the class
+    label: PerMachine[str | None] = None  # a column for partitions by label, such as the class
     label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
-    train_split: PerMachine[str] = "train"
-    test_split: PerMachine[str] = "test"
     max_source_length: int = 512  # tokens; longer sources are cut
     max_target_length: int = 64  # tokens; longer targets are an error
     max_new_tokens: int = 32  # of a generated answer
     drop_unlearnable: bool = False  # leave out rows without source or target, or with one too long; False: an error
-    train_rows: int | None = None  # a seeded draw of so many rows
-    test_rows: int | None = None
     metric: str = "exact_match"  # or "answer_f1", or "nll" without generating anything
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
@@ -50,7 +40,6 @@ class Seq2Seq(Supervised):
 
     def __post_init__(self):
         super().__post_init__()
-        source.text_format(self)
         for key in ("max_source_length", "max_target_length", "max_new_tokens"):
             if getattr(self, key) < 1:
                 raise ValueError(f"task.{key} is {getattr(self, key)}; it must be at least 1 token.")
@@ -58,7 +47,7 @@ class Seq2Seq(Supervised):
             given, lacks = ("target", "source") if self.source is None else ("source", "target")
             raise ValueError(f"task.{given} is set without task.{lacks}; set both, or neither for the usual columns.")
         for key, template in (("task.source", self.source), ("task.target", self.target)):
-            checked(template or "", key)
+            check_template(template or "", key)
         check_names(self.label_names)
         if self.label_names and "{" in (self.target or ""):
             raise ValueError(
@@ -66,185 +55,147 @@ class Seq2Seq(Supervised):
             )
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
-        """Reads, checks and tokenises both splits once."""
-        splits = source.splits(
-            self.data, self.data_config, self.train_split, [self.test_split], seed, source.text_format(self)
-        )
-        wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
-        both = [source.subset(x, rows, None, "", seed, what) for x, (rows, what) in zip(splits, wanted)]
-        found, notes = [], []
+        """Read, check and tokenize both splits once."""
+        both, roles, notes = self.draw_splits(seed), ("training", "test"), []
         if self.drop_unlearnable:
-            both, notes = map(list, zip(*(self._learnable(x, model, what) for x, (_, what) in zip(both, wanted))))
-        for split, kinds, what in zip(both, strata(*both, self.label), ("training", "test")):
-            groups = source.groups(split, client_column, what)
-            examples, more = self._encoded(split, model, kinds, groups, what)
-            found.append(examples)
+            learnable = [self._select_learnable(split, model, role) for split, role in zip(both, roles)]
+            both, notes = [split for split, _ in learnable], [note for _, note in learnable]
+        examples = []
+        for split, strata, role in zip(both, label_strata(*both, self.label), roles):
+            encoded, more = self._encode(split, model, strata, client_groups(split, client_column, role), role)
+            examples.append(encoded)
             notes += more
-        return Data(*found, (), tuple(note for note in notes if note))
+        return Data(*examples, (), tuple(note for note in notes if note))
 
-    def _learnable(self, split: Any, model: str, what: str) -> tuple[Any, str]:
-        """The rows with a source, and a target within the limit; and a note on the others."""
-        sources, golds, _ = texts(split, self.source, self.target, self.label_names, what, blank=True)
-        own = tokenizer(model)
-        ids = own(text_target=[right[0] if right else "" for right in golds])["input_ids"]
-        fits = [len(_ended(one, own.eos_token_id)) <= self.max_target_length for one in ids]
-        kept = [bool(text.strip() and right and fit) for text, right, fit in zip(sources, golds, fits)]
-        (some,) = selected(kept, split)
-        return some, left_out(len(kept), sum(kept), what, "; raise task.max_target_length, or give the rows texts")
+    def _select_learnable(self, split: Any, model: str, role: str) -> tuple[Any, str]:
+        """Return the rows with a source and with a target within the limit, and a note on the others."""
+        sources, golds, _ = read_pairs(split, self.source, self.target, self.label_names, role, allow_empty=True)
+        targets = _encode_targets(load_tokenizer(model), [answers[0] if answers else "" for answers in golds])
+        fits = [len(ids) <= self.max_target_length for ids in targets]
+        keep = [bool(text.strip() and answers and fit) for text, answers, fit in zip(sources, golds, fits)]
+        (kept,) = select_rows(keep, split)
+        return kept, dropped_note(len(keep), sum(keep), role, "; raise task.max_target_length, or give the rows texts")
 
-    def _encoded(self, split: Any, model: str, kinds: Any, groups: Any, what: str) -> tuple[Examples, list[str]]:
-        """The rows, encoded, and what has to be said of them."""
-        sources, golds, notes = texts(split, self.source, self.target, self.label_names, what)
+    def _encode(self, split: Any, model: str, strata: Any, groups: Any, role: str) -> tuple[Examples, list[str]]:
+        """Return the encoded rows, and notes on how they were read."""
+        sources, golds, notes = read_pairs(split, self.source, self.target, self.label_names, role)
         empty = sum(not text.strip() for text in sources)
         if empty:
-            raise ValueError(f"{empty} {what} rows have an empty source (task.source); {DROP}.")
-        own, most = tokenizer(model), _most(model)
-        asked = own(sources, return_attention_mask=False, verbose=False)["input_ids"]
-        cut = sum(len(ids) > self.max_source_length for ids in asked)
-        if cut:  # anew, so that the end token stays
-            short = own(sources, truncation=True, max_length=self.max_source_length, return_attention_mask=False)
-            asked = short["input_ids"]
-        learnt = [_ended(ids, own.eos_token_id) for ids in own(text_target=[g[0] for g in golds])["input_ids"]]
-        self._check(asked, learnt, most, what)
-        features = {"pad": torch.tensor(own.pad_token_id), **_flat("source", asked), **_flat("target", learnt)}
-        lengths = torch.tensor([len(ids) for ids in asked])
-        rows = tuple({"source": text, "golds": tuple(right)} for text, right in zip(sources, golds))
-        if cut:
-            notes.append(f"{cut} of {len(asked)} {what} sources were cut to {self.max_source_length} tokens.")
-        return Examples(features, torch.zeros(len(asked), dtype=torch.int64), lengths, groups, kinds, rows), notes
+            raise ValueError(f"{empty} {role} rows have an empty source (task.source); {DROP}.")
+        tokenizer, limit = load_tokenizer(model), self.max_source_length
+        inputs = tokenizer(sources, return_attention_mask=False, verbose=False)["input_ids"]
+        cut = sum(len(ids) > limit for ids in inputs)
+        if cut:  # encoded again, so that the end token stays
+            inputs = tokenizer(sources, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+            notes.append(f"{cut} of {len(inputs)} {role} sources were cut to {limit} tokens.")
+        targets = _encode_targets(tokenizer, [answers[0] for answers in golds])
+        self._check_lengths(max(map(len, inputs)), list(map(len, targets)), model, role)
+        features = {"pad": torch.tensor(tokenizer.pad_token_id)}
+        for name, rows in (("source", inputs), ("target", targets)):
+            features[name], features[f"{name}_offsets"] = flatten_rows(rows)
+        labels, lengths = torch.zeros(len(inputs), dtype=torch.int64), features["source_offsets"].diff()
+        texts = tuple({"source": text, "golds": tuple(answers)} for text, answers in zip(sources, golds))
+        return Examples(features, labels, lengths, groups, strata, texts), notes
 
-    def _check(self, asked: list, learnt: list, most: int, what: str) -> None:
-        longer = sum(len(ids) > self.max_target_length for ids in learnt)
+    def _check_lengths(self, source: int, targets: list[int], model: str, role: str) -> None:
+        from transformers import AutoConfig
+
+        longer = sum(length > self.max_target_length for length in targets)
         if longer:
             raise ValueError(
-                f"{longer} {what} rows have a target of more than task.max_target_length = {self.max_target_length} "
-                f"tokens, the longest {max(map(len, learnt))}; raise it, drop these rows, or set "
+                f"{longer} {role} rows have a target of more than task.max_target_length = {self.max_target_length} "
+                f"tokens, the longest {max(targets)}; raise it, drop these rows, or set "
                 "task.drop_unlearnable = true."
             )
-        if max(map(len, asked)) > most or max(map(len, learnt)) > most:
+        most = max_positions(load_quietly(AutoConfig, model))  # T5's positions are relative and unlimited
+        if max(source, *targets) > most:
             raise ValueError(
-                f"some {what} rows have more than the {most} tokens that the model reads at most; "
+                f"some {role} rows have more than the {most} tokens that the model reads at most; "
                 f"set task.max_source_length to {most}, and drop rows whose target is longer."
             )
 
-    def agreed(self) -> tuple[str, ...] | None:
-        """A row has no label that a network would need to know."""
+    def known_labels(self) -> tuple[str, ...] | None:
         return ()
 
     def network(self, model: str, labels: int, seed: int) -> nn.Module:
-        """The pretrained network as it is: its head is pretrained, so nothing is trained in full unless named."""
         from transformers import AutoModelForSeq2SeqLM
 
-        return whole(AutoModelForSeq2SeqLM, model)
+        return load_complete(AutoModelForSeq2SeqLM, model)
 
     def probe(self, network: nn.Module) -> Batch:
-        """Some tokens, to compare two networks on."""
         draws = torch.Generator().manual_seed(0)
-        ids, said = (torch.randint(network.config.vocab_size, (4, size), generator=draws) for size in (12, 5))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": said}
+        ids, target = (torch.randint(network.config.vocab_size, (4, size), generator=draws) for size in (12, 5))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": target}
 
     def preprocessor(self, model: str) -> Any:
-        """The tokenizer."""
-        return tokenizer(model)
+        return load_tokenizer(model)
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
-        """A batch padded to its longest source and its longest target; padding is labelled -100."""
-        ids, mask = _padded(examples, "source", rows, int(examples.features["pad"]))
-        labels, _ = _padded(examples, "target", rows, IGNORED)
+        """Return a batch, padded to its longest source and its longest target; padded labels are -100."""
+        ids, mask = _pad(examples, "source", rows, int(examples.features["pad"]))
+        labels, _ = _pad(examples, "target", rows, IGNORED)
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the batch's target tokens, in float32 whatever the network runs in."""
-        return functional.cross_entropy(_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
+        """Return the mean cross-entropy over the batch's target tokens."""
+        return functional.cross_entropy(_compute_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's mean cross-entropy over its own target tokens (b,)."""
+        """Return each row's mean cross-entropy over its target tokens (b,)."""
         nll, tokens = self.outputs(network, batch).unbind(1)
         return nll / tokens.clamp_min(1)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Each row's negative log-likelihood and number of target tokens."""
-        logits, labels = _logits(network, batch), batch["labels"]
-        each = functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
-        return torch.stack([each.sum(1), (labels != IGNORED).sum(1).float()], 1)
+        """Return each row's negative log-likelihood and number of target tokens."""
+        logits, labels = _compute_logits(network, batch), batch["labels"]
+        nll = functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+        return torch.stack([nll.sum(1), (labels != IGNORED).sum(1).float()], 1)
 
-    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
-        """What ``outputs`` has of each row, and how right the answer is that is generated."""
+    def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """Return each row's ``outputs``, and the exact match and F1 of the generated answer."""
         batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}
-        found = self.outputs(network, batch).cpu()
+        outputs = self.outputs(network, batch).cpu()
         if self.metric == "nll":
-            return found
-        assert examples.texts is not None, "the rows say what is right"
-        said = self.answers(network, batch)
+            return outputs
+        assert examples.texts is not None, "rows have right answers"
         golds = [examples.texts[row]["golds"] for row in rows.tolist()]
-        pairs = [(float(exact_match(text, right)), answer_f1(text, right)) for text, right in zip(said, golds)]
-        return torch.cat([found, torch.tensor(pairs)], 1)
+        answers = zip(self.answers(network, batch), golds)
+        pairs = [(float(exact_match(text, right)), answer_f1(text, right)) for text, right in answers]
+        return torch.cat([outputs, torch.tensor(pairs)], 1)
 
     @torch.no_grad()
     def answers(self, network: nn.Module, batch: Batch) -> list[str]:
-        """What the network says to each source: greedy, in one batch, without special tokens."""
-        own = tokenizer(network.config.name_or_path)
-        before = network.generation_config
-        # Swapped, since transformers fills in whatever a checkpoint sets (beams, penalties) and we leave out.
-        network.generation_config = _greedy(network, own, self.max_new_tokens)
-        try:
-            found = network.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        finally:
-            network.generation_config = before
-        return [text.strip() for text in own.batch_decode(found, skip_special_tokens=True)]
+        """Return the network's greedy answers, without special tokens."""
+        tokenizer, first = load_tokenizer(network.config.name_or_path), network.generation_config.decoder_start_token_id
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+        options["eos_token_id"] = tokenizer.eos_token_id
+        options["decoder_start_token_id"] = network.config.decoder_start_token_id if first is None else first
+        with generation_config(network, tokenizer, **options):
+            output = network.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """Sums over target tokens, and over rows where answers were generated."""
+        """Return sums over target tokens, and over rows if answers were generated."""
         nll, tokens, *right = outputs.double().sum(0).tolist()
         names = ("exact_match", "answer_f1")
         return Scores({"nll": (nll, int(tokens)), **{n: (x, len(outputs)) for n, x in zip(names, right)}})
 
 
-def _logits(network: nn.Module, batch: Batch) -> Tensor:
-    """Rows by target tokens by vocabulary, float32; the decoder sees the targets shifted by one."""
-    before = network.prepare_decoder_input_ids_from_labels(batch["labels"])
+def _compute_logits(network: nn.Module, batch: Batch) -> Tensor:
+    """Return rows by target tokens by vocabulary, float32; the decoder's inputs are the targets shifted by one."""
+    shifted = network.prepare_decoder_input_ids_from_labels(batch["labels"])
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-    found: Tensor = network(**inputs, decoder_input_ids=before, use_cache=False).logits.float()
-    return found
+    logits: Tensor = network(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
+    return logits
 
 
-def _greedy(network: nn.Module, own: Any, tokens: int) -> Any:
-    from transformers import GenerationConfig
-
-    config, first = network.config, network.generation_config.decoder_start_token_id
-    return GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, num_beams=1, use_cache=True, pad_token_id=own.pad_token_id,
-        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-        decoder_start_token_id=first if first is not None else config.decoder_start_token_id,
-    )  # fmt: skip
+def _pad(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of some rows, padded on the right to the longest, and their mask."""
+    places, mask = locate_rows(examples.features[f"{name}_offsets"], rows)
+    return torch.where(mask, examples.features[name][places].long(), fill), mask
 
 
-def _flat(name: str, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Without padding, in 32 bits: long texts in little memory."""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    return {
-        name: torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32),
-        f"{name}_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-    }
-
-
-def _padded(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-    """Rows by their longest, padded on the right, and where they are no padding."""
-    offsets = examples.features[f"{name}_offsets"]
-    lengths = offsets[rows + 1] - offsets[rows]
-    places = torch.arange(int(lengths.max()))
-    mask = places < lengths[:, None]
-    at = torch.where(mask, offsets[rows, None] + places, 0)
-    return torch.where(mask, examples.features[name][at].long(), fill), mask
-
-
-def _ended(ids: list[int], end: int | None) -> list[int]:
-    return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
-
-
-def _most(model: str) -> int:
-    """How many tokens the model reads at most; T5's positions are relative and have no end."""
-    from transformers import AutoConfig
-
-    found: int = getattr(quietly(AutoConfig, model), "max_position_embeddings", None) or 10**9
-    return found
+def _encode_targets(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of target texts, each with an end token."""
+    end, rows = tokenizer.eos_token_id, tokenizer(text_target=texts)["input_ids"]
+    return [ids if end is None or (ids and ids[-1] == end) else [*ids, end] for ids in rows]

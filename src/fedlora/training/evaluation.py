@@ -1,4 +1,4 @@
-"""Evaluation, by one path for all methods: receive, load, score."""
+"""Evaluation of trees on test rows, the same for all methods."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.tasks._base import Examples, Shard, Task
-from fedlora.tasks.metrics.scores import KNOWN, Scores, figures, pooled
+from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, compute_metrics, pool
 from fedlora.training.model import Model
 from fedlora.types import Tree
 
@@ -27,17 +27,17 @@ class Evaluation:
             if getattr(self, key) < 1:
                 raise ValueError(f"evaluation.{key} is {getattr(self, key)}; it must be at least 1.")
 
-    def due(self, round: int, rounds: int) -> bool:
+    def is_due(self, round: int, rounds: int) -> bool:
         """Whether round number ``round`` (from 0) ends with an evaluation."""
         return (round + 1) % self.every == 0 or round + 1 == rounds
 
 
 @dataclass
 class Evaluator:
-    """Scores trees on the test rows. Rows that a tree has been asked for before are not computed again.
+    """Scores trees on the test rows, and keeps the outputs of the last tree.
 
-    That makes nothing special of any method: where all clients hold the same leaves as the global model, a client's
-    rows are among the global test rows, and its scores are a selection.
+    So no method needs a special case: if all clients hold the global model's leaves, a client's rows are among the
+    global test rows, and its scores are a selection of their outputs.
     """
 
     model: Model
@@ -50,20 +50,21 @@ class Evaluator:
     _outputs: Tensor | None = None
     _known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
 
-    def everyone(self, tree: Tree) -> Scores:
-        """The tree on the global test rows, with the labels as they are."""
-        return self.task.scores(self._on(tree, torch.arange(len(self.test))), self.test.labels)
+    def score_all(self, tree: Tree) -> Scores:
+        """Return the scores of a tree on the global test rows, with the original labels."""
+        return self.task.scores(self._evaluate(tree, torch.arange(len(self.test))), self.test.labels)
 
-    def client(self, number: int, tree: Tree) -> Scores:
-        """The tree on one client's test rows, with that client's labels."""
+    def score_client(self, number: int, tree: Tree) -> Scores:
+        """Return the scores of a tree on one client's test rows, with that client's labels."""
         shard = self.shards[number]
         labels = self.test.labels[shard.test]
         labels = labels if shard.relabel is None else shard.relabel[labels]
-        return self.task.scores(self._on(tree, shard.test), labels)
+        return self.task.scores(self._evaluate(tree, shard.test), labels)
 
-    @torch.no_grad()  # not inference mode: loading may make new parameters, which must be fit for training
-    def _on(self, tree: Tree, rows: Tensor) -> Tensor:
-        if self._tree is None or self._base_version != self.model.base_version or not _same(tree, self._tree):
+    @torch.no_grad()  # not inference mode: loading may create parameters, which must be trainable later
+    def _evaluate(self, tree: Tree, rows: Tensor) -> Tensor:
+        """Return the outputs of some rows, computing only those that are not kept."""
+        if self._tree is None or self._base_version != self.model.base_version or not _is_same_tree(tree, self._tree):
             self._tree, self._base_version, self._outputs = tree, self.model.base_version, None
             self._known = torch.zeros(len(self.test), dtype=torch.bool)
         missing = rows[~self._known[rows]]
@@ -75,60 +76,53 @@ class Evaluator:
     def _compute(self, tree: Tree, rows: Tensor) -> None:
         self.model.load(tree)
         self.model.network.eval()
-        rows = rows[self.test.lengths[rows].argsort(stable=True)]  # like lengths together: less padding
-        for some in rows.split(self.batch_size):
+        rows = rows[self.test.lengths[rows].argsort(stable=True)]  # similar lengths together: less padding
+        for batch in rows.split(self.batch_size):
             with self.model.running():
-                outputs = self.task.graded(self.model.network, self.test, some, self.model.device).float().cpu()
-            if bool(outputs.isnan().any()):  # an accuracy would be read out of it all the same
+                outputs = self.task.evaluate(self.model.network, self.test, batch, self.model.device).float().cpu()
+            if bool(outputs.isnan().any()):  # an accuracy could be computed from it
                 raise FloatingPointError(
-                    "what the model says of test rows is no number (nan); lower training.learning_rate, or set "
+                    "the model's outputs for test rows are not numbers (nan); lower training.learning_rate, or set "
                     "training.max_grad_norm."
                 )
             if self._outputs is None:
                 self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
-            self._outputs[some] = outputs
+            self._outputs[batch] = outputs
         self._known[rows] = True
 
 
-def _same(a: Tree, b: Tree) -> bool:
+def _is_same_tree(a: Tree, b: Tree) -> bool:
     return a.keys() == b.keys() and all(
         a[part].keys() == b[part].keys() and all(a[part][leaf] is b[part][leaf] for leaf in a[part]) for part in a
     )
 
 
-def summary(
+def summarize(
     scores: Mapping[int, Scores], metric: str, count: int, capabilities: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """One metric over ``count`` clients: mean over clients, over all their rows, the worst client, the spread, each.
+    """Return a metric over ``count`` clients: the mean over clients and over rows, the worst, the spread, and each.
 
-    A client without scores counts in none of them and is ``None`` in ``each``. ``figures`` has the mean over clients
-    of every figure. Where clients differ in capability, ``capability`` has a group for each, the weakest first.
+    A client without scores does not count, and is ``None`` in ``each``. ``figures`` has the mean over clients of every
+    metric. If capabilities differ, ``capability`` has one group for each, the weakest first.
     """
-    found = {client: figures(one) for client, one in scores.items()}
-    own = {client: values[metric] for client, values in found.items()}
-    every = figures(pooled(scores.values()))
-    worst = (min if KNOWN[metric].higher else max)(own, key=own.__getitem__)
-    unequal = capabilities is not None and len(set(capabilities)) > 1
-    groups = {"capability": _groups(own, capabilities or (), KNOWN[metric].higher)} if unequal else {}
-    return {
-        "mean": statistics.fmean(own.values()),
-        "examples_mean": every[metric],
-        "worst": own[worst],
+    metrics = {client: compute_metrics(one) for client, one in scores.items()}
+    values = {client: every[metric] for client, every in metrics.items()}
+    pooled, worst_of = compute_metrics(pool(scores.values())), min if KNOWN_METRICS[metric].higher else max
+    worst = worst_of(values, key=values.__getitem__)
+    summary = {
+        "mean": statistics.fmean(values.values()),
+        "examples_mean": pooled[metric],
+        "worst": values[worst],
         "worst_client": worst,
-        "spread": statistics.pstdev(own.values()),
-        "figures": {name: statistics.fmean(values[name] for values in found.values()) for name in every},
-        "each": [own.get(client) for client in range(count)],
-        **groups,
+        "spread": statistics.pstdev(values.values()),
+        "figures": {name: statistics.fmean(every[name] for every in metrics.values()) for name in pooled},
+        "each": [values.get(client) for client in range(count)],
     }
-
-
-def _groups(own: Mapping[int, float], capabilities: Sequence[float], higher: bool) -> list[dict[str, Any]]:
-    found = []
-    for level in sorted(set(capabilities)):
-        values = [value for client, value in own.items() if capabilities[client] == level]
-        if values:
-            worst = (min if higher else max)(values)
-            found.append(
-                {"capability": level, "clients": len(values), "mean": statistics.fmean(values), "worst": worst}
-            )
-    return found
+    if capabilities is not None and len(set(capabilities)) > 1:
+        levels = {level: [x for k, x in values.items() if capabilities[k] == level] for level in set(capabilities)}
+        summary["capability"] = [
+            {"capability": level, "clients": len(group), "mean": statistics.fmean(group), "worst": worst_of(group)}
+            for level, group in sorted(levels.items())
+            if group
+        ]
+    return summary

@@ -1,4 +1,4 @@
-"""Local training: what one client does between receiving and sending."""
+"""Local training of one client in one round."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +17,9 @@ from fedlora.types import Tree, Turn
 
 @dataclass(frozen=True)
 class Training:
-    """The ``[training]`` table: one client's budget a round, and how it is spent."""
+    """The ``[training]`` table: one client's training in a round."""
 
-    local_steps: int | None = None  # optimiser steps a round; 10 where neither this nor local_epochs is set
+    local_steps: int | None = None  # optimizer steps a round; 10 if local_epochs is not set either
     local_epochs: int | None = None  # or passes over the client's rows
     batch_size: int = 16
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -27,13 +27,13 @@ class Training:
     weight_decay: float = 0.0
     momentum: float = 0.9  # sgd only
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # over the whole run, not one round
-    warmup: float = 0.0  # share of the run in which the rate rises from zero
+    warmup: float = 0.0  # share of the run with a rising learning rate
     max_grad_norm: float | None = 1.0
-    accumulation_steps: int = 1  # batches an optimiser step
+    accumulation_steps: int = 1  # batches in an optimizer step
     precision: Literal["auto", "float32", "bf16-autocast", "bf16"] = "auto"
-    keep_optimizer: bool = False  # each client keeps its moments from turn to turn
+    keep_optimizer: bool = False  # each client keeps its moments between rounds
     gradient_checkpointing: bool = False
-    group_by_length: bool = True  # rows of like length go into one batch
+    group_by_length: bool = True  # put rows of similar length into one batch
 
     def __post_init__(self):
         if self.local_steps is not None and self.local_epochs is not None:
@@ -48,13 +48,13 @@ class Training:
             raise ValueError(f"training.warmup is {self.warmup}; it is a share of the run, from 0 to below 1.")
 
     def steps(self, rows: int) -> int:
-        """Optimiser steps of a turn on so many rows."""
+        """Return the number of optimizer steps of a turn on this number of rows."""
         if self.local_epochs is None:
             return self.local_steps or 10
         return max(1, math.ceil(rows * self.local_epochs / (self.batch_size * self.accumulation_steps)))
 
     def rate(self, progress: float) -> float:
-        """The learning rate at ``progress`` (0 to 1) through the run."""
+        """Return the learning rate at ``progress`` (0 to 1) of the run."""
         if progress < self.warmup:
             return self.learning_rate * progress / self.warmup
         rest = (progress - self.warmup) / (1 - self.warmup)
@@ -62,7 +62,7 @@ class Training:
         return self.learning_rate * decay
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """A fresh optimiser over the leaves of one turn."""
+        """Return a new optimizer for the leaves of one turn."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(
                 parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
@@ -71,33 +71,32 @@ class Training:
         return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
 
 
-def batches(examples: Examples, rows: Tensor, training: Training, seed: int) -> Iterator[Tensor]:
-    """Row numbers of batch after batch, without end: shuffled passes over ``rows``, none repeated within a pass."""
+def sample_batches(examples: Examples, rows: Tensor, training: Training, seed: int) -> Iterator[Tensor]:
+    """Yield the row numbers of batches without end: shuffled passes over ``rows``, each row once a pass."""
     draws = torch.Generator().manual_seed(seed)
     size = training.batch_size
     while True:
         order = rows[torch.randperm(len(rows), generator=draws)]
         if training.group_by_length:
-            order = _by_length(order, examples.lengths, size, draws)
+            order = _group_by_length(order, examples.lengths, size, draws)
         yield from order.split(size)
 
 
-def _by_length(order: Tensor, lengths: Tensor, size: int, draws: torch.Generator) -> Tensor:
-    """Sorts within stretches of 8 batches, then shuffles the full batches: like lengths meet, in random order."""
-    stretches = [s[lengths[s].argsort(stable=True)] for s in order.split(size * 8)]
-    full, rest = [], []
-    for chunk in (chunk for stretch in stretches for chunk in stretch.split(size)):
-        (full if len(chunk) == size else rest).append(chunk)
+def _group_by_length(order: Tensor, lengths: Tensor, size: int, draws: torch.Generator) -> Tensor:
+    """Sort within groups of 8 batches by length, then shuffle the full batches."""
+    groups = [group[lengths[group].argsort(stable=True)] for group in order.split(size * 8)]
+    batches = [batch for group in groups for batch in group.split(size)]
+    full = [batch for batch in batches if len(batch) == size]
     shuffled = [full[i] for i in torch.randperm(len(full), generator=draws).tolist()]
-    return torch.cat([*shuffled, *rest])
+    return torch.cat([*shuffled, *(batch for batch in batches if len(batch) < size)])
 
 
-State = dict[tuple[str, str], dict[str, Any]]  # an optimiser's moments, leaf by leaf
+OptimizerState = dict[tuple[str, str], dict[str, Any]]  # an optimizer's moments, leaf by leaf
 
 
 @dataclass
 class LocalTrainer:
-    """One turn of one client on the process's one model; implements ``rounds.Trainer``."""
+    """Trains one client in one round, on the model of this process; implements ``rounds.Trainer``."""
 
     model: Model
     task: Task
@@ -106,42 +105,44 @@ class LocalTrainer:
     training: Training
     turn: Turn
     rounds: int
-    state: State | None = None  # moments kept from this client's last turn, and after ``fit`` those to keep
+    state: OptimizerState | None = None  # the client's kept moments; ``fit`` updates them
     step_done: Callable[[], None] = lambda: None
-    loss: float = math.nan  # mean over the turn's batches, once it is over
+    loss: float = math.nan  # mean over the turn's batches; set by ``fit``
 
     def batch(self, rows: Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Rows as keyword arguments of the network, with this client's own labels; varied by ``draws`` for a step."""
+        """Return rows as arguments of the network, with this client's labels; augmented if ``draws`` is given."""
         task, examples = self.task, self.examples
-        batch = task.collate(examples, rows) if draws is None else task.augmented(examples, rows, draws)
+        batch = task.collate(examples, rows) if draws is None else task.collate_for_training(examples, rows, draws)
         if self.shard.relabel is not None:
             batch["labels"] = self.shard.relabel[batch["labels"]]
         return {name: x.to(self.model.device, non_blocking=True) for name, x in batch.items()}
 
     def gradient(self, start: Tree) -> Tree:
-        """The gradient at ``start`` on the first batch of this turn, without dropout."""
+        """Return the gradient at ``start`` on one batch, without dropout."""
         self.model.load(start)
         self.model.network.eval()
-        rows = next(batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "gradient")))
+        rows = next(
+            sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "gradient"))
+        )
         batch = self.batch(rows)
         return self.model.gradient(lambda network: self.task.loss(network, batch))
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
-        """Trains the chosen leaves from ``start``; all others come back as the same objects."""
+        """Train the leaves of ``trained`` from ``start``, and return the tree; other leaves are the same objects."""
         self.model.load(start)
         parameters = self.model.select(trained)
         if not parameters:
             return start
         optimizer = self.training.build(list(parameters.values()))
         self._restore(optimizer, parameters)
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # dropout draws from the global generator
+        # Dropout draws from the global generator.
+        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.turn.seed)
             self.model.network.train()
             self._run(optimizer, parameters, rules)
         if self.training.keep_optimizer:
-            kept = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
-            self.state = {**(self.state or {}), **kept}
+            moments = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
+            self.state = {**(self.state or {}), **moments}
         end = self.model.read()
         return {
             path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
@@ -150,7 +151,7 @@ class LocalTrainer:
 
     def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
         steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
-        stream = batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
+        stream = sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
         draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))
         losses = []
         for step in range(steps):
@@ -168,8 +169,8 @@ class LocalTrainer:
             optimizer.zero_grad(set_to_none=True)
             self.step_done()
         self.loss = float(torch.stack(losses).mean())
-        sound = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
-        if not math.isfinite(self.loss) or not bool(sound):  # of the last step the loss does not know
+        is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
+        if not math.isfinite(self.loss) or not bool(is_finite):  # the loss does not include the last step
             what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
             raise FloatingPointError(
                 f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
@@ -182,8 +183,7 @@ class LocalTrainer:
 
     def _restore(self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor]) -> None:
         if self.training.keep_optimizer and self.state:
-            for key, parameter in parameters.items():
-                moments = self.state.get(key)
-                if moments is not None:
-                    # Copies: the optimiser works in place, and a turn that is broken off must leave no trace.
-                    optimizer.state[parameter] = {k: x.clone() if torch.is_tensor(x) else x for k, x in moments.items()}
+            for key in (key for key in parameters if key in self.state):
+                # Copied, because the optimizer works in place and the turn may be interrupted.
+                moments = {name: x.clone() if torch.is_tensor(x) else x for name, x in self.state[key].items()}
+                optimizer.state[parameters[key]] = moments

@@ -1,7 +1,7 @@
-"""A base network with adapted parts: the one mutable thing, entered by five doors.
+"""A base network with adapted parts, the only mutable object.
 
-The base is loaded once a process and shared by all clients. A client's model is the base plus a ``Tree``, and
-``load`` is total: it sets every leaf of every part, so nothing of one client can be left for the next.
+The base is loaded once a process and shared by all clients. A client's model is the base plus a ``Tree``. ``load`` sets
+every leaf of every part, so nothing of one client is left for the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,24 +18,24 @@ from fedlora.linalg.factors import compact, total
 from fedlora.methods._base import Method
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
-from fedlora.training.targets import adapted, trained_in_full
+from fedlora.training.targets import find_full_modules, find_targets
 from fedlora.types import Factors, Layer, Tree
 
 Precision = Literal["float32", "bf16-autocast", "bf16"]
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``."""
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
         self.base, self.adapter = base, adapter
         self.leaves = nn.ParameterDict()
-        self.overlay: Factors | None = None  # base updates that the base weight itself cannot take
+        self.overlay: Factors | None = None  # base updates that are not added to the base weight
 
     @property
     def weight(self) -> Tensor:
-        """The base's own: T5 looks at its layers' precision."""
+        """The base weight; T5 reads its dtype."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,22 +45,20 @@ class Adapted(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model, and where its leaves live."""
+    """One part of the model, whose leaves are in its module."""
 
     module: nn.Module
     adapter: Adapter
 
     @property
     def leaves(self) -> Mapping[str, nn.Parameter]:
-        return (
-            self.module.leaves
-            if isinstance(self.module, Adapted)
-            else dict(self.module.named_parameters(recurse=False))
-        )
+        if isinstance(self.module, AdaptedLinear):
+            return self.module.leaves
+        return _own_parameters(self.module)
 
 
 class Model:
-    """Attach once; then ``load``, ``read``, ``fold``, ``unfold`` and ``gradient`` are the only ways in and out."""
+    """Attach once; then use ``load``, ``read``, ``fold``, ``unfold`` and ``gradient`` only."""
 
     def __init__(
         self,
@@ -71,14 +69,14 @@ class Model:
         overlay: bool | None = None,
     ):
         self.network, self.parts, self.precision, self.device = network, parts, precision, device
-        # Rounded to bfloat16, a weight would lose most of an update that is small beside it, and autocast rounds too.
+        # In bfloat16, also under autocast, rounding would remove most of an update that is small beside the weight.
         self.overlay = precision != "float32" if overlay is None else overlay
-        self._pretrained: dict[str, Tensor] = {}  # base weights that folds have changed, as they were
-        self._initial = {p: _copies(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
-        self._started: dict[str, Factors] = {}  # updates that adapters begin with
-        self.started: Tree = {}  # all that ``start`` was given
-        self.base_version = 0  # how often the base has changed
-        self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that no training moves, as last loaded
+        self._pretrained: dict[str, Tensor] = {}  # the original base weights that ``fold`` has changed
+        self._initial = {p: _copy(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
+        self._started: dict[str, Factors] = {}  # the updates of a warm start
+        self.start_tree: Tree = {}  # all arguments of ``start_from``
+        self.base_version = 0  # the number of changes of the base
+        self._frozen: dict[tuple[str, str], Tensor] = {}  # leaves that are never trained, as last loaded
 
     @classmethod
     def attach(
@@ -91,111 +89,107 @@ class Model:
         device: str | torch.device = "cpu",
         overlay: bool | None = None,
     ) -> "Model":
-        """Freezes ``network``, wraps the target weights and frees the head.
+        """Freeze ``network``, wrap the target weights and make the head trainable.
 
         ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision. ``overlay``
-        keeps base updates beside the base weights instead of in them, for a base that is quantised or shared with
-        others; None: where the weights are multiplied in bfloat16. Raises ``ValueError`` where a pattern matches
-        nothing, or a weight is named as both.
+        keeps base updates beside the base weights, for a base that is quantized or shared; None: only if the weights
+        are multiplied in bfloat16. Raises ``ValueError`` if a pattern matches nothing, or if a weight is both target
+        and head.
         """
-        whole = trained_in_full(network, head)
-        chosen = adapted(network, targets, whole)
+        whole = find_full_modules(network, head)
+        chosen = find_targets(network, targets, whole)
         both = sorted(set(chosen) & set(whole))
         if both:
             raise ValueError(f"{both[0]!r} is named in model.targets and in model.head; name it in one of them.")
-        packed = getattr(network, "is_quantized", False)  # its weights are packed, and on the device that reads them
-        fixed = (
-            next((path for path, x in whole.items() if not next(x.parameters(recurse=False)).is_floating_point()), None)
-            if packed
-            else None
-        )
-        if fixed is not None:
-            raise ValueError(f"model.head names {fixed!r}, which is quantised and cannot be trained; leave it out.")
+        quantized = getattr(network, "is_quantized", False)
+        for path, module in whole.items() if quantized else ():
+            if not next(module.parameters(recurse=False)).is_floating_point():
+                raise ValueError(f"model.head names {path!r}, which is quantised and cannot be trained; leave it out.")
         network.requires_grad_(False)
-        if precision == "bf16":
-            _halved(network) if packed else network.to(torch.bfloat16)
+        if precision == "bf16" and not quantized:
+            network.to(torch.bfloat16)
+        elif precision == "bf16":  # a quantized network refuses to be cast as a whole
+            for parameter in network.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(torch.bfloat16)
         for module in whole.values():
             module.float()
         parts = {path: Part(_wrap(network, path, module, adapter), adapter) for path, module in chosen.items()}
-        parts |= {path: Part(module, Dense(_names(module))) for path, module in whole.items()}
-        if not packed:
+        parts |= {path: Part(module, Dense(frozenset(_own_parameters(module)))) for path, module in whole.items()}
+        if not quantized:  # quantized weights are on their device
             network.to(device)
         return cls(network, parts, precision, torch.device(device), overlay)
 
     def rules(self, method: Method, heads: Callable[[Dense], Method]) -> Rules:
-        """The run's method for adapted weights; ``heads(dense)`` makes the rule of a part trained in full."""
-        made: dict[Dense, Method] = {}
+        """Return the rule of each part: ``method`` for adapted weights, ``heads(dense)`` for parts trained in full."""
+        rules: dict[Dense, Method] = {}
         return {
-            path: made.setdefault(part.adapter, heads(part.adapter)) if isinstance(part.adapter, Dense) else method
+            path: rules.setdefault(part.adapter, heads(part.adapter)) if isinstance(part.adapter, Dense) else method
             for path, part in self.parts.items()
         }
 
     def initial(self, seed: int) -> Tree:
-        """What every party holds before the first round: made from the seed, so it never crosses the wire."""
+        """Return the tree before the first round, which every client draws from the seed and never receives."""
         tree: dict[str, Layer] = {}
-        # What weights have in common (VeRA's pair) stays one tensor on a GPU, too; held while their ids are keys.
+        # Tensors that several weights share (VeRA's pair) stay shared on a GPU. The originals are kept with their ids.
         moved: dict[int, tuple[Tensor, Tensor]] = {}
         for path, part in self.parts.items():
-            if isinstance(part.module, Adapted):
-                m, n = shape(part.module.base)
-                leaves = part.adapter.init(m, n, derive_seed(seed, "adapter", path))
-                if path in self._started:
-                    leaves = part.adapter.around(self._started[path], leaves)
-                for x in leaves.values():
-                    if id(x) not in moved:
-                        moved[id(x)] = x, x.to(self.device)
-                tree[path] = {leaf: moved[id(x)][1] for leaf, x in leaves.items()}
-            else:
+            if not isinstance(part.module, AdaptedLinear):
                 tree[path] = self._initial[path]
+                continue
+            leaves = part.adapter.init(*weight_shape(part.module.base), derive_seed(seed, "adapter", path))
+            if path in self._started:
+                leaves = part.adapter.around(self._started[path], leaves)
+            for x in leaves.values():
+                if id(x) not in moved:
+                    moved[id(x)] = x, x.to(self.device)
+            tree[path] = {leaf: moved[id(x)][1] for leaf, x in leaves.items()}
         return tree
 
-    def start(self, updates: Mapping[str, Factors], whole: Mapping[str, Layer]) -> None:
-        """Lets ``initial`` begin at known updates of weights and at known leaves of parts trained in full.
+    def start_from(self, updates: Mapping[str, Factors], whole: Mapping[str, Layer]) -> None:
+        """Make ``initial`` return these updates of weights and leaves of parts trained in full.
 
-        ``ValueError`` where a part is unknown here or has another size.
+        Raises ``ValueError`` if a part is unknown or has another size.
         """
-        sizes = {p: shape(part.module.base) for p, part in self.parts.items() if isinstance(part.module, Adapted)}
         for path, f in updates.items():
-            found = (f.U.shape[-2], f.V.shape[-1])
-            if sizes.get(path) != found:
-                here = f"it is {' x '.join(map(str, sizes[path]))} here" if path in sizes else "it is not adapted here"
-                raise ValueError(
-                    f"model.start adapts {path!r}, {found[0]} x {found[1]}, but {here}; name another start."
-                )
+            part, (m, n) = self.parts.get(path), (f.U.shape[-2], f.V.shape[-1])
+            size = weight_shape(part.module.base) if part and isinstance(part.module, AdaptedLinear) else None
+            if size != (m, n):
+                here = f"it is {size[0]} x {size[1]} here" if size else "it is not adapted here"
+                raise ValueError(f"model.start adapts {path!r}, {m} x {n}, but {here}; name another start.")
         for path, layer in whole.items():
-            own = self._initial.get(path, {})
-            if {leaf: x.shape for leaf, x in layer.items()} != {leaf: x.shape for leaf, x in own.items()}:
+            leaves = self._initial.get(path, {})
+            if {leaf: x.shape for leaf, x in layer.items()} != {leaf: x.shape for leaf, x in leaves.items()}:
                 raise ValueError(f"model.start holds {path!r}, which has another size or is not trained here; drop it.")
         self._started = dict(updates)
-        self.started = {**{path: f._asdict() for path, f in updates.items()}, **whole}
-        self._initial |= {path: _copies(layer) for path, layer in whole.items()}
+        self.start_tree = {**{path: f._asdict() for path, f in updates.items()}, **whole}
+        self._initial |= {path: _copy(layer) for path, layer in whole.items()}
 
     @torch.no_grad()
     def load(self, tree: Tree) -> None:
-        """Sets every leaf of every part. ``ValueError`` where a part or leaf is missing or unknown."""
+        """Set every leaf of every part. Raises ``ValueError`` if a part or leaf is missing or unknown."""
         if tree.keys() != self.parts.keys():
             raise ValueError(f"cannot load: parts {sorted(tree.keys() ^ self.parts.keys())} are missing or unknown.")
         for path, layer in tree.items():
-            part = self.parts[path]
-            leaves = part.leaves
+            part, leaves = self.parts[path], self.parts[path].leaves
             if len(leaves) and layer.keys() != leaves.keys():
                 raise ValueError(f"cannot load {path!r}: leaves {sorted(layer.keys() ^ leaves.keys())} do not fit.")
             for leaf, value in layer.items():
                 self._set(part, path, leaf, value)
 
     def _set(self, part: Part, path: str, leaf: str, value: Tensor) -> None:
-        moves = leaf in part.adapter.trainable
-        if not moves and self._frozen.get((path, leaf)) is value:
-            return  # the same object as last time, and nothing here writes to it
-        old = part.leaves.get(leaf) if isinstance(part.module, Adapted) else part.leaves[leaf]
-        if old is not None and old.shape == value.shape and moves:
+        trainable = leaf in part.adapter.trainable
+        if not trainable and self._frozen.get((path, leaf)) is value:
+            return  # already loaded, and nothing writes to it
+        old = part.leaves.get(leaf) if isinstance(part.module, AdaptedLinear) else part.leaves[leaf]
+        if old is not None and old.shape == value.shape and trainable:
             old.copy_(value)
-        elif isinstance(part.module, Adapted):  # first load, or a client of another rank
+        elif isinstance(part.module, AdaptedLinear):  # first load, or a client of another rank
             fresh = value.to(self.device, torch.float32)
-            if moves:  # rows in order, whatever the order of the value's: a product's last bits depend on it
+            if trainable:  # contiguous, because the last bits of a product depend on the memory format
                 fresh = fresh.clone(memory_format=torch.contiguous_format)
             part.module.leaves[leaf] = nn.Parameter(fresh, requires_grad=False)
-            if not moves:
+            if not trainable:
                 self._frozen[path, leaf] = value
         else:
             raise ValueError(
@@ -203,16 +197,16 @@ class Model:
             )
 
     def read(self) -> Tree:
-        """Copies of all leaves, float32."""
-        return {path: _copies(part.leaves) for path, part in self.parts.items()}
+        """Return copies of all leaves, float32."""
+        return {path: _copy(part.leaves) for path, part in self.parts.items()}
 
     @torch.no_grad()
     def fold(self, base_updates: Mapping[str, Sequence[Factors]]) -> None:
-        """Adds updates to base weights, or to their overlays; orientation was settled at attachment."""
+        """Add updates to base weights, or to their overlays."""
         self.base_version += 1
         for path, factors in base_updates.items():
             module = self.parts[path].module
-            if not isinstance(module, Adapted):
+            if not isinstance(module, AdaptedLinear):
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
             update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
             weight = module.base.weight
@@ -225,16 +219,16 @@ class Model:
 
     @torch.no_grad()
     def unfold(self) -> None:
-        """The pretrained base again, bit for bit."""
+        """Restore the pretrained base, bit for bit."""
         self.base_version += 1
         for path, part in self.parts.items():
-            if isinstance(part.module, Adapted):
+            if isinstance(part.module, AdaptedLinear):
                 part.module.overlay = None
                 if path in self._pretrained:
                     part.module.base.weight.copy_(self._pretrained.pop(path))
 
     def gradient(self, loss: Callable[[nn.Module], Tensor]) -> Tree:
-        """The loss' gradient at the loaded leaves, zero where a leaf has no influence."""
+        """Return the gradient of a loss at the loaded leaves; zero for a leaf without influence."""
         parameters = self.select({path: part.adapter.trainable for path, part in self.parts.items()})
         with self.running():
             value = loss(self.network)
@@ -245,7 +239,7 @@ class Model:
         return tree
 
     def select(self, trained: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], nn.Parameter]:
-        """Lets exactly these leaves require gradients, and returns them in a fixed order."""
+        """Make exactly these leaves require gradients, and return them in a fixed order."""
         chosen = {}
         for path, part in self.parts.items():
             for leaf, parameter in sorted(part.leaves.items()):
@@ -255,42 +249,35 @@ class Model:
         return chosen
 
     def layers(self) -> Tree:
-        """The live leaves, for a penalty's gradient; nobody else may hold them."""
+        """Return the parameters themselves, for the gradient of a penalty; keep no reference to them."""
         return {path: dict(part.leaves) for path, part in self.parts.items()}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The precision that forward passes run in."""
+        """Run forward passes in the model's precision."""
         mixed = self.precision != "float32"
         with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
             yield
 
 
-def shape(base: nn.Module) -> tuple[int, int]:
-    """``(m, n)``, outputs and inputs, of a ``Linear`` (weight m n, or packed) or ``Conv1D`` (weight n m)."""
+def weight_shape(base: nn.Module) -> tuple[int, int]:
+    """Return the outputs m and inputs n of a ``Linear``, which may be packed, or of a ``Conv1D`` (weight n m)."""
     if isinstance(base, Conv1D):
         n, m = base.weight.shape
         return m, n
     return base.out_features, base.in_features
 
 
-def _halved(network: nn.Module) -> None:
-    """What is not quantised, in bfloat16; a quantised network refuses to be cast as a whole."""
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _wrap(network: nn.Module, path: str, module: nn.Module, adapter: Adapter) -> Adapted:
+def _wrap(network: nn.Module, path: str, module: nn.Module, adapter: Adapter) -> AdaptedLinear:
     parent, _, name = path.rpartition(".")
-    wrapped = Adapted(module, adapter)
+    wrapped = AdaptedLinear(module, adapter)
     setattr(network.get_submodule(parent), name, wrapped)
     return wrapped
 
 
-def _names(module: nn.Module) -> frozenset[str]:
-    return frozenset(name for name, _ in module.named_parameters(recurse=False))
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False))
 
 
-def _copies(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {leaf: x.detach().float().clone() for leaf, x in leaves.items()}

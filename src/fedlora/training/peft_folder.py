@@ -1,10 +1,11 @@
-"""PEFT's adapter folders, read weight by weight and written so that PEFT loads them without fedlora."""
+"""PEFT's adapter folders: read weight by weight, written in PEFT's format, and checked for combination."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ from torch import Tensor
 from fedlora.adapters import LoRA
 from fedlora.files import Header, RefusedHeaderError, read_header, serialize, write
 from fedlora.text import display_safe
-from fedlora.training.base_model import Base
+from fedlora.training.base_model import BaseModel, is_same_base
 from fedlora.training.peft_keys import PREFIX, Keys, read_keys
-from fedlora.training.peft_settings import CONFIG, pattern_for, plain_settings, read_settings
+from fedlora.training.peft_settings import CONFIG, compare_settings, pattern_for, plain_settings, read_settings
 from fedlora.types import Layer
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-LABELS = "labels.json"  # what the labels are called, in the words of transformers' configurations
-DIGEST = "base_digest"  # in the notes of the tensors' file: of the base model's weights
+LABELS = "labels.json"  # the names of the labels, with the keys of transformers' configurations
+DIGEST = "base_digest"  # in the metadata of the tensors' file: of the base model's weights
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """One finished LoRA: its settings and where its tensors lie. Tensors are read when they are asked for."""
+    """One finished LoRA: its settings, and its tensors, which are read on access."""
 
     path: Path
     config: Mapping[str, Any]
@@ -36,13 +37,13 @@ class AdapterFolder:
     whole: Mapping[str, tuple[int, ...]]  # PEFT's keys of the modules that were trained in full -> shape
     keys: Keys
     dtypes: Mapping[str, torch.dtype]  # key in the file -> dtype
-    base: Base
-    labels: tuple[str, ...] | None = None  # what its outputs are called; None where the folder does not say
-    device: str | torch.device = "cpu"  # where tensors are put
+    base: BaseModel
+    labels: tuple[str, ...] | None = None  # of its outputs; None: unknown
+    device: str | torch.device = "cpu"  # of the tensors
 
     @classmethod
     def open(cls, path: str | Path) -> "AdapterFolder":
-        """Reads the settings and the tensors' names. ``ValueError`` says in a sentence what cannot be used."""
+        """Read the settings and the tensors' names. Raises ``ValueError`` if something is not supported."""
         folder = Path(path).expanduser()
         config = read_settings(folder)
         header = _header(folder)
@@ -53,90 +54,79 @@ class AdapterFolder:
         sizes = {key: entry.shape for key, entry in header.tensors.items()}
         dtypes = {key: DTYPES.get(entry.dtype, torch.float32) for key, entry in header.tensors.items()}
         whole = {f"{PREFIX}{path}": sizes[key] for path, key in sorted(keys.whole.items())}
-        base = Base.named(config, header.metadata.get(DIGEST))
-        found = cls(folder, config, _shapes(folder, keys, sizes), whole, keys, dtypes, base, read_labels(folder))
-        found._check_ranks()
-        return found
+        base = BaseModel.from_config(config, header.metadata.get(DIGEST))
+        adapter = cls(folder, config, _shapes(folder, keys, sizes), whole, keys, dtypes, base, read_labels(folder))
+        for part, (_, _, rank) in adapter.shapes.items():
+            setting = adapter._setting("rank_pattern", part, config.get("r", rank))
+            if setting != rank:
+                raise ValueError(
+                    f"{str(folder)!r} holds factors of rank {rank} for {part!r}, and its {CONFIG} says {setting}; "
+                    "copy both files again."
+                )
+        return adapter
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of its factors are stored in."""
-        found = (self.dtypes[key] for leaves in self.keys.factors.values() for key in leaves.values())
-        return Counter(found).most_common(1)[0][0]
+        """The dtype of most of its factors."""
+        dtypes = (self.dtypes[key] for leaves in self.keys.factors.values() for key in leaves.values())
+        return Counter(dtypes).most_common(1)[0][0]
 
     def lora(self, part: str) -> LoRA:
-        """The parametrisation of one weight: its rank and alpha, patterns included."""
-        return LoRA(
-            self.shapes[part][2],
-            float(self._set("alpha_pattern", part, self.config["lora_alpha"])),
-            bool(self.config["use_rslora"]),
-        )
+        """Return the parametrization of one weight, with its rank and alpha."""
+        alpha = float(self._setting("alpha_pattern", part, self.config["lora_alpha"]))
+        return LoRA(self.shapes[part][2], alpha, bool(self.config["use_rslora"]))
 
-    def _set(self, key: str, part: str, otherwise: Any) -> Any:
-        """What a table of patterns says of a weight."""
+    def _setting(self, key: str, part: str, default: Any) -> Any:
+        """Return the value of a table of patterns for a weight."""
         patterns = self.config[key]
-        return patterns.get(pattern_for(patterns, self.keys.paths[part]), otherwise)
-
-    def _check_ranks(self) -> None:
-        """``ValueError`` where the settings give a weight another rank than its factors have."""
-        for part, (_, _, rank) in self.shapes.items():
-            told = self._set("rank_pattern", part, self.config.get("r", rank))
-            if told != rank:
-                raise ValueError(
-                    f"{str(self.path)!r} holds factors of rank {rank} for {part!r}, and its {CONFIG} says {told}; "
-                    "copy both files again."
-                )
+        return patterns.get(pattern_for(patterns, self.keys.paths[part]), default)
 
     def layer(self, part: str) -> Layer:
-        """``A (r n)`` and ``B (m r)`` of one weight, float32."""
+        """Return ``A (r n)`` and ``B (m r)`` of one weight, float32."""
         return {leaf: self.factor(part, leaf) for leaf in "AB"}
 
     def factor(self, part: str, leaf: str) -> Tensor:
-        """``A`` or ``B`` of one weight, float32."""
-        return self.tensor(self.keys.factors[part][leaf])
+        """Return ``A`` or ``B`` of one weight, float32."""
+        return self.raw_tensor(self.keys.factors[part][leaf]).to(self.device, torch.float32)
 
     def parameter(self, key: str) -> Tensor:
-        """A parameter that was trained in full, by PEFT's key for it, float32."""
-        return self.tensor(self.where(key))
+        """Return a parameter that was trained in full by PEFT's key, float32."""
+        return self.raw_tensor(self.file_key(key)).to(self.device, torch.float32)
 
-    def where(self, key: str) -> str:
-        """The file's own key for what PEFT has under ``key``."""
+    def file_key(self, key: str) -> str:
+        """Return the key in the file for PEFT's key."""
         return self.keys.whole[key.removeprefix(PREFIX)]
 
     def modules(self) -> dict[str, Layer]:
-        """Modules trained in full: path -> its own parameters."""
-        found: dict[str, dict[str, Tensor]] = {}
+        """Return the modules trained in full: path -> its own parameters."""
+        modules: dict[str, dict[str, Tensor]] = {}
         for key in self.whole:
             path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-            found.setdefault(path, {})[leaf] = self.parameter(key)
-        return found
+            modules.setdefault(path, {})[leaf] = self.parameter(key)
+        return modules
 
     def verify(self, part: str, layer: Layer) -> None:
-        """``ValueError`` names a factor of this weight that is not finite."""
+        """Raise ``ValueError`` if a factor of this weight is not finite."""
         for leaf, x in layer.items():
-            self.finite(self.keys.factors[part][leaf], x)
+            self.check_finite(self.keys.factors[part][leaf], x)
 
-    def finite(self, key: str, x: Tensor) -> Tensor:
-        """``x``, or ``ValueError`` where it is not finite."""
+    def check_finite(self, key: str, x: Tensor) -> Tensor:
+        """Return ``x``; raise ``ValueError`` if it is not finite."""
         if not bool(x.isfinite().all()):
             raise ValueError(
                 f"{str(self.path)!r} holds values that are NaN or infinite in {key!r}; leave this adapter out."
             )
         return x
 
-    def tensor(self, key: str) -> Tensor:
-        """One tensor, float32."""
-        return self.stored(key).to(self.device, torch.float32)
-
-    def stored(self, key: str) -> Tensor:
-        """One tensor as the file has it."""
+    def raw_tensor(self, key: str) -> Tensor:
+        """Return one tensor as it is in the file."""
         try:
-            # Opened anew every time: what was mapped is let go with the tensor.
+            # Opened for each tensor, so that the mapped memory is freed with the tensor.
             with safe_open(self.path / WEIGHTS, framework="pt") as file:
-                found: Tensor = file.get_tensor(key)
+                tensor: Tensor = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file again.") from error
-        return found
+        return tensor
 
 
 def _header(folder: Path) -> Header:
@@ -155,20 +145,20 @@ def _header(folder: Path) -> Header:
 
 
 def _shapes(folder: Path, keys: Keys, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
-    """Each adapted weight's ``m, n, r``."""
-    found = {}
+    """Return ``m, n, r`` of each adapted weight."""
+    shapes = {}
     for part, leaves in sorted(keys.factors.items()):
         s = {leaf: sizes[key] for leaf, key in leaves.items()}
         if s.keys() != {"A", "B"} or any(len(x) != 2 for x in s.values()) or s["A"][0] != s["B"][1]:
             raise ValueError(f"{str(folder)!r}: the factors of {part!r} do not fit together: {s}.")
-        found[part] = (s["B"][0], s["A"][1], s["A"][0])
-    if not found:
+        shapes[part] = (s["B"][0], s["A"][1], s["A"][0])
+    if not shapes:
         raise ValueError(f"{str(folder / WEIGHTS)!r} holds no LoRA factors (keys ending in lora_A.weight).")
-    return found
+    return shapes
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
-    """What an adapter's outputs are called, in order; None where its folder does not say."""
+    """Return the names of an adapter's outputs, in order; None if its folder has none."""
     file = folder / LABELS
     if not file.exists():
         return None
@@ -183,7 +173,7 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
 
 
 def save_labels(folder: Path, names: Sequence[str]) -> None:
-    """Writes what an adapter's outputs are called, as keyword arguments of ``from_pretrained``."""
+    """Write the names of an adapter's outputs, as keyword arguments of ``from_pretrained``."""
     table = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     write(folder / LABELS, (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -197,20 +187,19 @@ def save_folder(
     dtype: torch.dtype = torch.float32,
     base_digest: str | None = None,
 ) -> None:
-    """Writes an ordinary PEFT folder; ``layers`` may have ranks of their own, ``alphas`` an alpha each.
+    """Write a PEFT folder. Each of ``layers`` may have its own rank, and has its alpha in ``alphas``.
 
-    ``like`` holds the settings that stay (base model, targets, rsLoRA). Ranks and alphas that are not the most common
-    go into ``rank_pattern`` and ``alpha_pattern``, by the weight's whole path. ``base_digest`` says which weights of a
-    base model they belong to.
+    ``like`` has the other settings (base model, targets, rsLoRA). Ranks and alphas other than the most common go into
+    ``rank_pattern`` and ``alpha_pattern``, by the weight's path. ``base_digest`` is the digest of the base model.
     """
     ranks = {part: layer["A"].shape[0] for part, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         **plain_settings(like),
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _to_number(alpha),
         "rank_pattern": {f"^{re.escape(part)}": r for part, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(part)}": _whole(a) for part, a in alphas.items() if a != alpha},
+        "alpha_pattern": {f"^{re.escape(part)}": _to_number(a) for part, a in alphas.items() if a != alpha},
         "inference_mode": True,
     }
     tensors = {
@@ -224,5 +213,65 @@ def save_folder(
     write(path / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _whole(x: float) -> float | int:
+def _to_number(x: float) -> float | int:
     return int(x) if float(x).is_integer() else x
+
+
+def check_together(adapters: Sequence[AdapterFolder], one_base: bool = False) -> None:
+    """Raise ``ValueError`` unless adapters have one base model, one task, and the same weights of the same sizes.
+
+    ``one_base``: the base models are known to be the same.
+    """
+    first = adapters[0]
+    _check_labels(adapters)
+    for other in adapters[1:]:
+        if not one_base:
+            _check_base(first, other)
+        compare_settings(first.path, first.config, other.path, other.config)
+        _check_weights(first, other)
+
+
+def _check_weights(first: AdapterFolder, other: AdapterFolder) -> None:
+    odd = sorted(set(first.shapes) ^ set(other.shapes)) or sorted(set(first.whole) ^ set(other.whole))
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise ValueError(
+            f"{str(first.path)!r} and {str(other.path)!r} do not adapt the same weights; only one of them has "
+            f"{', '.join(odd[:3])}{more}."
+        )
+    pairs = [(p, s[:2], other.shapes[p][:2]) for p, s in first.shapes.items()]
+    for part, *both in [*pairs, *((key, s, other.whole[key]) for key, s in first.whole.items())]:
+        here, there = (" x ".join(map(str, sizes)) for sizes in both)
+        if here != there:
+            raise ValueError(
+                f"{part!r} is {here} in {str(first.path)!r} but {there} in {str(other.path)!r}; combine adapters "
+                "of one model and task."
+            )
+
+
+def _check_base(first: AdapterFolder, other: AdapterFolder) -> None:
+    same = is_same_base(first.base, other.base)
+    if same is None:
+        raise ValueError(
+            f"the adapters have different base models: {first.base} in {str(first.path)!r} and {other.base} in "
+            f"{str(other.path)!r}; combine adapters of one model, or where these are two names of one, say --same-base."
+        )
+    if not same:
+        raise ValueError(
+            f"the adapters have different base models: the weights of {first.base} in {str(first.path)!r} are not "
+            f"those of {other.base} in {str(other.path)!r}; combine adapters of one model, or where the files differ "
+            "but not the weights, say --same-base."
+        )
+
+
+def _check_labels(adapters: Sequence[AdapterFolder]) -> None:
+    labelled = [(a.path, a.labels) for a in adapters if a.labels is not None]
+    for path, there in labelled[1:]:
+        first, here = labelled[0]
+        if here != there:
+            k, one, two = next((k, a, b) for k, (a, b) in enumerate(zip_longest(here, there)) if a != b)
+            one, two = ("none" if name is None else repr(name) for name in (one, two))
+            raise ValueError(
+                f"the adapters have different labels: label {k} is {one} in {str(first)!r} and {two} in "
+                f"{str(path)!r}; train them with one task.label_names."
+            )

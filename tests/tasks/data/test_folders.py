@@ -29,7 +29,7 @@ def picture(folder, name):
 
 
 def texts(folder, train="train", test="test"):
-    return tuple(list(split["text"]) for split in source.splits(str(folder), None, train, [test], 0))
+    return tuple(list(split["text"]) for split in source.load_splits(str(folder), None, train, [test], 0))
 
 
 ALL, SOME = [row["text"] for row in ROWS], [row["text"] for row in ROWS[:2]]
@@ -53,7 +53,7 @@ def test_files_about_the_rows_are_no_splits(tmp_path, train, test, about):
     for name in about:
         (tmp_path / name).write_text("{}")
     assert texts(tmp_path) == (ALL, SOME)
-    assert source.split_names(str(tmp_path), None) == ["test", "train"]
+    assert source.split_names(str(tmp_path), None, TextFormat()) == ["test", "train"]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
@@ -71,7 +71,7 @@ def test_types_are_those_of_all_shards(tmp_path):
     write(tmp_path, "train-00000-of-00002.csv", ROWS[:3])
     write(tmp_path, "train-00001-of-00002.csv", [{"text": "x", "label": "01"}])
     write(tmp_path, "test.csv")
-    train, _ = source.splits(str(tmp_path), None, "train", ["test"], 0)
+    train, _ = source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     assert list(train["label"]) == ["0", "1", "0", "01"]
 
 
@@ -107,7 +107,7 @@ def test_tables_beside_pictures(tmp_path):
             picture(tmp_path, f"{split}/{label}/0.png")
     write(tmp_path, "labels.csv")
     write(tmp_path, "notes.jsonl")
-    found = source.splits(str(tmp_path), None, "train", ["test"], 0)
+    found = source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     assert [split.features["label"].names for split in found] == [["cat", "dog"]] * 2
     write(tmp_path, "train.csv")
     with pytest.raises(ValueError, match="the split 'train' in train.csv and the split 'test' in folders of its own"):
@@ -139,30 +139,30 @@ def test_what_a_copy_of_the_hub_says_of_its_files(tmp_path):
     files = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: en/a.csv}\n  - {split: test, path: en/b.csv}\n"
     labels = "dataset_info:\n  features:\n  - {name: text, dtype: string}\n  - name: label\n    dtype:\n      class_label:\n        names: {'0': 'yes', '1': 'no'}\n"
     (tmp_path / "README.md").write_text(f"---\n{files}  sep: '|'\n{labels}---\n")
-    train, test = source.splits(str(tmp_path), None, "train", ["test"], 0)
+    train, test = source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     assert (list(train["text"]), list(test["text"])) == (["x, y", "z"], ["NA"])
     assert (list(train["label"]), train.features["label"].names) == ([0, 1], ["yes", "no"])
     (tmp_path / "en" / "b.csv").write_text("text|label\nNA|2\n")
     with pytest.raises(ValueError, match="column 'label' holds 2, and the README .* names the labels yes, no"):
-        source.splits(str(tmp_path), None, "train", ["test"], 0)
+        source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     for name in "ab":
         (tmp_path / "en" / f"{name}.csv").write_text("text|label\nx|1\ny|2\n")
     (tmp_path / "README.md").write_text(
         f"---\n{files}  sep: '|'\n{labels}---\n".replace("'yes'", "'1'").replace("'no'", "'2'")
     )
-    train, _ = source.splits(str(tmp_path), None, "train", ["test"], 0)
+    train, _ = source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     assert [train.features["label"].names[i] for i in train["label"]] == ["1", "2"], "by name, not by position"
     (tmp_path / "en" / "a.csv").write_text("text|label\nx|0\ny|1\n")
     with pytest.raises(ValueError, match="column 'label' holds 0, and the README .* names the labels 1, 2"):
-        source.splits(str(tmp_path), None, "train", ["test"], 0)
+        source.load_splits(str(tmp_path), None, "train", ["test"], 0)
     (tmp_path / "README.md").write_text(f"---\n{files}  skiprows: 1\n---\n")
     with pytest.raises(ValueError, match="README of .* sets 'skiprows' for its csv files, which is not understood"):
-        source.splits(str(tmp_path), None, "train", ["test"], 0)
+        source.load_splits(str(tmp_path), None, "train", ["test"], 0)
 
 
 def test_an_encoding_holds_for_all_files(tmp_path):
     for name in ("train.csv", "test.csv"):
         (tmp_path / name).write_bytes("text;label\nKöln;1\n".encode("latin-1"))
     form = TextFormat("latin-1", ";")
-    found = source.splits(str(tmp_path), None, "train", ["test"], 0, form)
+    found = source.load_splits(str(tmp_path), None, "train", ["test"], 0, form)
     assert [list(split["text"]) for split in found] == [["Köln"]] * 2

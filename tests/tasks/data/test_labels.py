@@ -9,10 +9,10 @@ from PIL import Image
 
 import fedlora
 from fedlora.runs.config import dumps
-from fedlora.tasks.data.columns import texts as asked_and_answered
+from fedlora.tasks.data.columns import read_pairs as asked_and_answered
 from fedlora.tasks.data.labels import Classes, is_number, label_map
-from fedlora.tasks.data.rows import groups
-from fedlora.tasks.data.templates import filled, strata
+from fedlora.tasks.data.rows import client_groups
+from fedlora.tasks.data.templates import fill_rows, label_strata
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.tasks.text_classification import TextClassification
 from tests.fixtures.federation import TABLE, TINY_VIT, config
@@ -204,13 +204,13 @@ def test_kept_labels_are_named_as_in_the_rows_or_by_name_and_do_not_depend_on_th
             len(kept) == 2 and sorted(targets.names) == sorted(map(str, keep)) and set(targets.train.tolist()) == {0, 1}
         )
     task = ImageClassification("x", label_names=["a", "b", "c", "d"], labels=["d", "b", "c"])
-    assert task.agreed() == ("b", "c", "d")
+    assert task.known_labels() == ("b", "c", "d")
     some = ImageClassification(
         saved(tmp_path / "p", rows(["a", "c", "d", "d"])), label_names=task.label_names, labels=task.labels
     )
     found = some.load(str(TINY_VIT), 0)
-    assert found.label_names == task.agreed() and found.train.labels.tolist() == [1, 2, 2]
-    assert label_map(task.all_labels(), task.agreed(), "position") == {"1": "b", "2": "c", "3": "d"}
+    assert found.label_names == task.known_labels() and found.train.labels.tolist() == [1, 2, 2]
+    assert label_map(task.all_labels(), task.known_labels(), "position") == {"1": "b", "2": "c", "3": "d"}
     with pytest.raises(ValueError, match="task.labels has 'e', which is no label; the labels are 'a', 'b'"):
         ImageClassification("x", label_names=["a", "b"], labels=["a", "e"])
 
@@ -282,9 +282,12 @@ def test_targets_of_sequence_to_sequence():
 
 def test_a_classlabel_in_a_template_or_a_column_of_clients_is_its_name():
     split = in_order(["cat", "dog"], ["dog", "cat"])
-    assert filled("a {label}", split, "task.prompt") == ["a cat", "a dog"]
-    assert [kinds.tolist() for kinds in strata(split, in_order(["cat"], ["cat", "dog"]), "label")] == [[0, 1], [0]]
-    assert groups(split, "label", "training") == ("cat", "dog")
+    assert fill_rows("a {label}", split, "task.prompt") == ["a cat", "a dog"]
+    assert [kinds.tolist() for kinds in label_strata(split, in_order(["cat"], ["cat", "dog"]), "label")] == [
+        [0, 1],
+        [0],
+    ]
+    assert client_groups(split, "label", "training") == ("cat", "dog")
 
 
 def small(data, **task):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.data import rows as source
-from fedlora.tasks.data.tables import TextFormat, read
+from fedlora.tasks.data.tables import TextFormat, read_text_files
 from fedlora.tasks.text_classification import TextClassification
 
 AS_IT_SHOWS = TextFormat()
@@ -24,7 +24,9 @@ MANY = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCh
 def load(file, **form):
     """A file's rows as ``splits`` would have them."""
     name = file.name.removesuffix(".gz")
-    return read([file], "csv" if name[-3:] in ("csv", "tsv") else "json", name.endswith("tsv"), TextFormat(**form))
+    return read_text_files(
+        [file], "csv" if name[-3:] in ("csv", "tsv") else "json", name.endswith("tsv"), TextFormat(**form)
+    )
 
 
 def put(folder, content, name="train.csv"):
@@ -170,7 +172,7 @@ def test_nan_is_missing(tmp_path):
     datasets.Dataset.from_dict({"label": [0.0, math.nan]}).to_parquet(str(tmp_path / "t.parquet"))
     for split in (found, datasets.Dataset.from_parquet(str(tmp_path / "t.parquet"), keep_in_memory=True)):
         with pytest.raises(ValueError, match=r"column 'label' \(task.label\) has [12] missing values"):
-            source.column(split, "label", "task.label")
+            source.read_column(split, "label", "task.label")
 
 
 # Types
@@ -184,11 +186,11 @@ def test_numbers_are_numbers_where_all_of_the_column_is(tmp_path):
 
 def test_regression_takes_numbers_from_text(tmp_path):
     split = load(put(tmp_path, "label\n1.50\n-2\n.5\n3e2\n"))
-    assert source.numbers(split, "label", "training").tolist() == [1.5, -2, 0.5, 300]
+    assert source.read_numbers(split, "label", "training").tolist() == [1.5, -2, 0.5, 300]
     for odd in ("1,5", "nan", "inf", "1_000", "1e40", "x", "٣"):
         split = load(put(tmp_path, f'label\n1.5\n"{odd}"\n'))
         with pytest.raises(ValueError, match="holds .* in the training rows; a regression needs a number"):
-            source.numbers(split, "label", "training")
+            source.read_numbers(split, "label", "training")
 
 
 LATE = {
@@ -207,7 +209,7 @@ LATE = {
 def test_types_that_change_late(tmp_path, values):
     """In a column that is not used, and the values themselves where it is."""
     rows = [{"text": f"row {i}", "label": i % 2, "other": value} for i, value in enumerate(values)]
-    (train, test) = source.splits(str(put(tmp_path, "".join(json.dumps(r) + "\n" for r in rows), "train.jsonl")), None, "train", ["test"], 0)  # fmt: skip
+    (train, test) = source.load_splits(str(put(tmp_path, "".join(json.dumps(r) + "\n" for r in rows), "train.jsonl")), None, "train", ["test"], 0)  # fmt: skip
     assert len(train) + len(test) == len(rows) and set(train["label"]) <= {0, 1}
     found = load(tmp_path / "train.jsonl")
     assert repr(list(found["other"])) == repr(values)
@@ -249,7 +251,7 @@ def test_encodings(tmp_path):
     "f.csv": "\"text, in words\";label\nso gut, ja;1\nso schlecht;0\n",
 }.items())  # fmt: skip
 def test_delimiters(tmp_path, name, content):
-    (train, test) = source.splits(str(put(tmp_path, content, name)), None, "train", ["test"], 0)
+    (train, test) = source.load_splits(str(put(tmp_path, content, name)), None, "train", ["test"], 0)
     rows = sorted([*zip(*columns(train).values()), *zip(*columns(test).values())])
     assert rows == [("so gut, ja", 1), ("so schlecht", 0)]
 
@@ -262,7 +264,7 @@ def test_delimiters_that_are_not_clear(tmp_path):
     assert columns(load(both, delimiter=",")) == {"a": [1], "b;c": ["2;3"]}
     split = load(put(tmp_path, "text:label\na:1\n"))
     with pytest.raises(ValueError, match="its columns are text:label; .*set task.delimiter|task.delimiter"):
-        source.present(split, "text", "task.text")
+        source.check_column(split, "text", "task.text")
     assert columns(load(tmp_path / "train.csv", delimiter=":")) == {"text": ["a"], "label": [1]}
 
 
@@ -318,5 +320,5 @@ def test_exact_columns_behave_as_others(tmp_path):
     values = [1, "a", None, [2], {"k": 1.5}] * 3
     split = load(put(tmp_path, "".join(json.dumps({"v": v, "n": i}) + "\n" for i, v in enumerate(values)), "t.jsonl"))
     cut = split.train_test_split(0.4, seed=1)
-    both, sets = source.joined([cut["train"], cut["test"]])
+    both, sets = source.concatenate([cut["train"], cut["test"]])
     assert [values[i] for i in both["n"]] == list(both["v"]) and torch.bincount(sets).tolist() == [9, 6]

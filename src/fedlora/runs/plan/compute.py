@@ -12,7 +12,7 @@ from fedlora.runs.plan.footprint import Cost, interpolated
 from fedlora.runs.plan.meta_model import MetaModel
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Examples
-from fedlora.training.local import batches
+from fedlora.training.local import sample_batches
 
 WATCHED = 20_000  # batches whose shapes are drawn beforehand; of a longer run, the first ones
 POINTS = 3  # widths at which a batch is tried
@@ -44,7 +44,7 @@ class Shapes:
     def add(self, f: Federation, number: int, client: int, examples: Examples) -> None:
         """One client's turn."""
         rows, training, self.turns = f.shards[client].train, f.training_of(number, client), self.turns + 1
-        stream = batches(examples, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
+        stream = sample_batches(examples, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
         for _ in range(training.steps(len(rows)) * training.accumulation_steps):
             some = next(stream)
             width = int(examples.lengths[some].max())
@@ -72,7 +72,7 @@ class Measured:
 
     def flops(self, f: Federation) -> dict[str, float]:
         """Per client and round, and of the run; evaluation where it is due."""
-        due = sum(f.evaluation.due(number, f.rounds) for number in range(f.rounds))
+        due = sum(f.evaluation.is_due(number, f.rounds) for number in range(f.rounds))
         turns = sum(len(f.clients.remaining(number, f.seed)) for number in range(f.rounds))
         run = self.each * turns + self.evaluating * due * f.clients.members
         return {"training": self.each, "evaluation": self.evaluating, "run": run}

@@ -19,7 +19,7 @@ from fedlora.runs.config import Config
 from fedlora.runs.plan.footprint import Bench
 from fedlora.runs.plan.traffic import Group, group_key, grouped
 from fedlora.tasks._base import Shard, Task
-from fedlora.tasks.networks.pretrained import located, quietly
+from fedlora.tasks.networks.pretrained import load_quietly, resolve_model
 from fedlora.training.device import checkpoint_activations
 from fedlora.training.model import Model
 from fedlora.types import Tree
@@ -38,11 +38,11 @@ class MetaModel:
 
 def build_meta_model(config: Config) -> MetaModel:
     """The federation of a configuration, with data but without weights."""
-    device = config.engine.chosen()
+    device = config.engine.select_device()
     data, shards = load_rows(config, None, True)
-    names = tuple(config.task.agreed() or ()) if data is None else data.label_names
+    names = tuple(config.task.known_labels() or ()) if data is None else data.label_names
     network = outlined(config.task, config.model.name, len(names))
-    training = config.engine.resolved(config.training, network)
+    training = config.engine.resolve_precision(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
         network.config.use_cache = False  # type: ignore[union-attr]  # transformers would do so, and say it
@@ -86,7 +86,7 @@ def outlined(task: Task, model: str, labels: int) -> nn.Module:
     import transformers
 
     settings = {"num_labels": labels} if labels else {}
-    config = quietly(transformers.AutoConfig, model, **settings)
+    config = load_quietly(transformers.AutoConfig, model, **settings)
     auto: Any = getattr(transformers, task.auto)
     with torch.device("meta"):
         network: nn.Module = auto.from_config(config, dtype=torch.float32)
@@ -132,7 +132,7 @@ def stored(model: str) -> list[str]:
     found: dict[str, str | None] = {}
     for name in ("model.safetensors.index.json", "model.safetensors"):
         found[name] = cached_file(
-            located(model), name, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            resolve_model(model), name, local_files_only=True, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
         )  # fmt: skip
     index, single = found.values()

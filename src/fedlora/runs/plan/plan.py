@@ -11,7 +11,7 @@ from fedlora.runs.plan.compute import WATCHED, Measured, Shapes, measured
 from fedlora.runs.plan.footprint import weight_bytes
 from fedlora.runs.plan.meta_model import MetaModel, build_meta_model
 from fedlora.runs.plan.traffic import Traffic, traffic
-from fedlora.training.model import Adapted, Model
+from fedlora.training.model import AdaptedLinear, Model
 
 
 def planned(table: Table, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -195,7 +195,7 @@ def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
 
 def _kept_base(model: Model) -> int:
     """Bytes of the adapted weights: folding into them keeps them as they were."""
-    parts = [part.module.base.weight for part in model.parts.values() if isinstance(part.module, Adapted)]
+    parts = [part.module.base.weight for part in model.parts.values() if isinstance(part.module, AdaptedLinear)]
     return sum(x.numel() * x.element_size() for x in parts)
 
 

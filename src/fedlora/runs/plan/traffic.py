@@ -21,7 +21,7 @@ from fedlora.engines.loop import ServerState
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn
 from fedlora.runs.plan.memory import Live
 from fedlora.seeds import derive_seed
-from fedlora.training.model import Model, shape
+from fedlora.training.model import Model, weight_shape
 from fedlora.types import Factors, Layer, Tree, Turn
 
 PROBED = 3  # rounds in which other stand-ins are tried, to see whether bytes depend on what training finds
@@ -105,14 +105,14 @@ def group_key(model: Model, rules: Rules, path: str) -> Any:
     part = model.parts[path]
     if isinstance(part.adapter, Dense):
         return rules[path], tuple(sorted((leaf, tuple(x.shape)) for leaf, x in part.leaves.items()))
-    return shape(cast(Any, part.module).base)
+    return weight_shape(cast(Any, part.module).base)
 
 
 def _layer(model: Model, path: str) -> Layer:
     part = model.parts[path]
     if isinstance(part.adapter, Dense):
         return {leaf: torch.empty(x.shape, device="meta") for leaf, x in part.leaves.items()}
-    return part.adapter.init(*shape(cast(Any, part.module).base), 0)
+    return part.adapter.init(*weight_shape(cast(Any, part.module).base), 0)
 
 
 def play(f: Federation, group: Group, trainer: "_Moves | None" = None) -> Traffic:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlora.security.attacks._base import Attack, TaskWrapper, scale_change
 from fedlora.tasks._base import Batch, Classification, Examples, Task
-from fedlora.tasks._text import Texts
+from fedlora.tasks._text import TextTask
 from fedlora.tasks.metrics.scores import Scores
 
 
@@ -43,7 +43,7 @@ class Backdoor(Attack):
             raise ValueError(f"attack.target is {self.target}; labels are numbered from 0.")
 
     def check(self, method, task, hidden):
-        if not (isinstance(task, Texts) and isinstance(task, Classification)):
+        if not (isinstance(task, TextTask) and isinstance(task, Classification)):
             raise ValueError(
                 "attack.name is 'backdoor', which puts a word into texts; take text-classification or glue."
             )
@@ -87,8 +87,8 @@ class _PoisonedTask(TaskWrapper):
         super().__init__(task)
         self.attack = attack
 
-    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
-        batch = self.task.augmented(examples, rows, draws)
+    def collate_for_training(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
+        batch = self.task.collate_for_training(examples, rows, draws)
         some = torch.rand(len(rows), generator=draws) < self.attack.poisoned
         batch = self.attack.insert_trigger(batch, some, self.max_length, examples.features["pad"])
         return {**batch, "labels": torch.where(some, self.attack.target, batch["labels"])}
@@ -100,7 +100,7 @@ class _SuccessTask(_PoisonedTask):
         everyone = torch.ones(len(rows), dtype=torch.bool)
         return self.attack.insert_trigger(batch, everyone, self.max_length, examples.features["pad"])
 
-    def graded(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+    def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}
         return self.task.outputs(network, batch)
 

@@ -38,8 +38,8 @@ class _FlippedTask(TaskWrapper):
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         return self._flip(self.task.collate(examples, rows), examples)
 
-    def augmented(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
-        return self._flip(self.task.augmented(examples, rows, draws), examples)
+    def collate_for_training(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
+        return self._flip(self.task.collate_for_training(examples, rows, draws), examples)
 
     def _flip(self, batch: Batch, examples: Examples) -> Batch:
         return {**batch, "labels": (batch["labels"] + 1) % (1 + int(examples.labels.max()))}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.adapters import Adapter
-from fedlora.training.model import Adapted, Model
+from fedlora.training.model import AdaptedLinear, Model
 from fedlora.types import Layer
 
 Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)
@@ -49,7 +49,7 @@ def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Ten
 
 @contextmanager
 def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Iterator[None]:
-    if isinstance(module, Adapted):
+    if isinstance(module, AdaptedLinear):
         before, module.adapter = module.adapter, _PerSample(path, module.adapter, leaves, rows)  # type: ignore[assignment]
         try:
             yield

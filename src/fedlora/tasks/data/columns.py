@@ -1,13 +1,13 @@
-"""Pairs of texts from rows: what is asked, and the answers that are right."""
+"""Pairs of texts from rows: the source and its right answers."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.labels import Classes
-from fedlora.tasks.data.templates import columns, filled, template
+from fedlora.tasks.data.rows import is_missing, read_column
+from fedlora.tasks.data.templates import fill_rows, template_columns, to_template
 
-# Templates over the columns that public sets use, tried in this order where nothing is named.
+# Templates over the usual columns of public data sets, tried in this order if nothing is set.
 USUAL = (
     ("question: {question} context: {context}", "answers"),  # SQuAD, MRQA
     ("{source}", "target"), ("{input}", "target"), ("{text}", "label_text"), ("{text}", "label"),
@@ -15,71 +15,71 @@ USUAL = (
 DROP = "fill or drop these rows, or set task.drop_unlearnable = true"
 
 
-def texts(
-    split: Any, asked: str | None, answer: str | None, names: Sequence[str] | None = None, what: str = "training",
-    blank: bool = False,
+def read_pairs(
+    split: Any, source: str | None, target: str | None, names: Sequence[str] | None = None, role: str = "training",
+    allow_empty: bool = False,
 ) -> tuple[list[str], list[list[str]], list[str]]:  # fmt: skip
-    """Each row's source, its right answers, the first of which is learnt, and notes on how they were read.
+    """Return each row's source, its right answers, the first of which is learnt, and notes on how they were read.
 
-    ``asked`` and ``answer`` are columns or templates; None: the first usual ones that the data has. ``names`` are all
-    texts that a target may be; None: what the data itself says. ``blank`` lets a row be without a target, and so
-    without answers. ``ValueError`` names a column that is not there or holds something else.
+    ``source`` and ``target`` are columns or templates; None: the first usual ones that the data has. ``names`` are all
+    texts that a target may be; None: any. With ``allow_empty`` a row without a target has no answers. Raises
+    ``ValueError`` if a column is missing or has other values.
     """
-    asked, answer = _columns(split, asked, answer)
-    sources = filled(asked, split, "task.source")
-    if "{" in answer:
-        targets = filled(answer, split, "task.target", optional=blank)
+    source, target = _choose_columns(split, source, target)
+    sources = fill_rows(source, split, "task.source")
+    if "{" in target:
+        targets = fill_rows(target, split, "task.target", allow_missing=allow_empty)
         empty = sum(not text.strip() for text in targets)
-        if empty and not blank:
+        if empty and not allow_empty:
             raise ValueError(f"task.target is empty in {empty} of {len(targets)} rows; {DROP}.")
         return sources, [[text] if text.strip() else [] for text in targets], []
-    values = source.cells(split, answer, "task.target") if blank else source.column(split, answer, "task.target")
+    values = read_column(split, target, "task.target", allow_empty)
     if names:
-        return sources, *_named(split, answer, values, Classes(tuple(names), True, key="task.target"), what)
-    own = getattr(split.features.get(answer), "names", None)
-    return sources, [_golds(value, own, answer, blank) for value in values], []
+        return sources, *_class_names(split, target, values, Classes(tuple(names), True, key="task.target"), role)
+    label_names = getattr(split.features.get(target), "names", None)
+    return sources, [_read_answers(value, label_names, target, allow_empty) for value in values], []
 
 
-def _named(
-    split: Any, answer: str, values: Sequence[Any], classes: Classes, what: str
+def _class_names(
+    split: Any, target: str, values: Sequence[Any], classes: Classes, role: str
 ) -> tuple[list[list[str]], list[str]]:
-    """The name of each row's class, none where the target is missing; and notes on how they were read."""
-    there = [i for i, value in enumerate(values) if not _is_blank(value)]
-    rows = split if len(there) == len(values) else split.select(there)
-    found: list[list[str]] = [[] for _ in values]
-    for i, number in zip(there, classes.of_rows(rows, answer, what).tolist(), strict=True):
-        found[i] = [classes.names[number]]
-    return found, classes.notes(rows, answer, what)
+    """Return the name of each row's class, or nothing if the target is missing, and notes on how they were read."""
+    present = [i for i, value in enumerate(values) if not _is_blank(value)]
+    rows = split if len(present) == len(values) else split.select(present)
+    answers: list[list[str]] = [[] for _ in values]
+    for i, number in zip(present, classes.of_rows(rows, target, role).tolist(), strict=True):
+        answers[i] = [classes.names[number]]
+    return answers, classes.notes(rows, target, role)
 
 
-def _columns(split: Any, asked: str | None, answer: str | None) -> tuple[str, str]:
-    if asked is not None and answer is not None:
-        return template(asked), answer
-    for usual, known in USUAL:
-        if {*columns(usual), known} <= set(split.column_names):
-            return usual, known
+def _choose_columns(split: Any, source: str | None, target: str | None) -> tuple[str, str]:
+    if source is not None and target is not None:
+        return to_template(source), target
+    for template, column in USUAL:
+        if {*template_columns(template), column} <= set(split.column_names):
+            return template, column
     raise ValueError(
         f"no source and target were found among {', '.join(split.column_names)}; set task.source and task.target."
     )
 
 
-def _golds(value: Any, names: Sequence[str] | None, column: str, blank: bool) -> list[str]:
-    """A row's right answers; a list without any is one that has nothing to say (SQuAD 2)."""
-    if blank and _is_blank(value):
+def _read_answers(value: Any, names: Sequence[str] | None, column: str, allow_empty: bool) -> list[str]:
+    """Return a row's right answers. An empty list of answers means an unanswerable question (SQuAD 2): ``[""]``."""
+    if allow_empty and _is_blank(value):
         return []
-    found = value["text"] if isinstance(value, dict) and "text" in value else value
-    if isinstance(found, list) and all(isinstance(text, str) for text in found):
-        return found or [""]
-    if isinstance(found, bool) or not isinstance(found, str | int):
+    answer = value["text"] if isinstance(value, dict) and "text" in value else value
+    if isinstance(answer, list) and all(isinstance(text, str) for text in answer):
+        return answer or [""]
+    if isinstance(answer, bool) or not isinstance(answer, str | int):
         raise ValueError(f"column {column!r} (task.target) holds {value!r}; it needs text, or a list of texts.")
-    if isinstance(found, int) and names is not None:
-        if not 0 <= found < len(names):
-            raise ValueError(f"column {column!r} (task.target) holds {found}, but there are {len(names)} label names.")
-        return [names[found]]
-    if not str(found).strip():
+    if isinstance(answer, int) and names is not None:
+        if not 0 <= answer < len(names):
+            raise ValueError(f"column {column!r} (task.target) holds {answer}, but there are {len(names)} label names.")
+        return [names[answer]]
+    if not str(answer).strip():
         raise ValueError(f"column {column!r} (task.target) holds an empty text; {DROP}.")
-    return [str(found)]
+    return [str(answer)]
 
 
 def _is_blank(value: Any) -> bool:
-    return source.is_missing(value) or (isinstance(value, str) and not value.strip())
+    return is_missing(value) or (isinstance(value, str) and not value.strip())

@@ -1,22 +1,13 @@
-"""The splits of a folder: which of its files belong to which, and what makes it ambiguous."""
+"""The splits of a folder by the names of its files."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-READERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".tsv": "csv",
-    ".tsv.gz": "csv",
-    ".parquet": "parquet",
-}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+READERS |= {f"{ending}.gz": kind for ending, kind in READERS.items()} | {".parquet": "parquet"}
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # Files about data: of the hub, of datasets, of image folders, of models.
 ABOUT = {"meta", "metadata", "dataset_info", "dataset_infos", "dataset_dict", "state", "config"}
 USUAL = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
@@ -24,14 +15,14 @@ F = TypeVar("F")
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?")
 
 
-def ending(file: Path | str) -> str | None:
-    """The file's ending among those that can be read."""
+def file_ending(file: Path | str) -> str | None:
+    """Return the file's ending among ``READERS``, or None."""
     name = str(file).lower()
     return next((e for e in sorted(READERS, key=len, reverse=True) if name.endswith(e)), None)
 
 
-class Files(Mapping[str, Any], Generic[F]):
-    """Splits that are read when they are asked for, so that none is kept from its user by another one."""
+class LazySplits(Mapping[str, Any], Generic[F]):
+    """Splits that are read on access, so that a broken split does not hide the others."""
 
     def __init__(self, files: Mapping[str, list[F]], read: Callable[[list[F]], Any]):
         self.files, self.read = files, read
@@ -39,7 +30,7 @@ class Files(Mapping[str, Any], Generic[F]):
     def __getitem__(self, split: str) -> Any:
         return self.read(self.files[split])
 
-    def __contains__(self, split: object) -> bool:  # without reading it
+    def __contains__(self, split: object) -> bool:  # Mapping would read the split
         return split in self.files
 
     def __iter__(self) -> Iterator[str]:
@@ -49,52 +40,47 @@ class Files(Mapping[str, Any], Generic[F]):
         return len(self.files)
 
 
-def split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files that lie in the folder itself, by their split: a file's name without its ending and its shard."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted(folder.iterdir()):
-        if is_table(file):
-            found.setdefault(_split(file), []).append(file)
-    return found
-
-
 def is_table(file: Path) -> bool:
-    """Whether this is a file of rows: none that is hidden or that describes other data."""
-    return file.is_file() and not file.name.startswith(".") and ending(file) is not None and _stem(file) not in ABOUT
+    """Whether this is a file of rows, neither hidden nor about other data."""
+    return (
+        file.is_file() and not file.name.startswith(".") and file_ending(file) is not None and _stem(file) not in ABOUT
+    )
 
 
-def is_picture(file: Path) -> bool:
-    """Whether a file's name says that it is a picture."""
-    return not file.name.startswith(".") and file.suffix.lower() in PICTURES
+def is_image(file: Path) -> bool:
+    """Whether a file has an image's ending and is not hidden."""
+    return not file.name.startswith(".") and file.suffix.lower() in IMAGES
 
 
 def inner_files(folder: Path) -> list[Path]:
-    """Files of all folders in the folder, none of them hidden."""
+    """Return the files in all folders below this folder, except hidden ones."""
     inside = (p for p in sorted(folder.rglob("*")) if p.parent != folder and p.is_file())
     return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
 
 
-def own_splits(folder: Path, inner: list[Path]) -> dict[str, list[Path]]:
-    """``split_files``, or none where the folder's rows lie in folders of its own, ``inner``.
+def top_level_splits(folder: Path, inner: list[Path]) -> dict[str, list[Path]]:
+    """Return the folder's own files by split, or nothing if the splits are in the folders of ``inner``.
 
-    ``ValueError`` where they could lie in either.
+    A file's split is its name without ending and shard number. Raises ``ValueError`` if both places have splits.
     """
-    own = split_files(folder)
-    below = {path.relative_to(folder).parts[0] for path in inner if is_table(path) or is_picture(path)}
+    splits: dict[str, list[Path]] = {}
+    for file in filter(is_table, sorted(folder.iterdir())):
+        splits.setdefault(_split(file), []).append(file)
+    below = {path.relative_to(folder).parts[0] for path in inner if is_table(path) or is_image(path)}
     below |= {_split(path) for path in inner if is_table(path)}
-    if not below or not own:
-        return own
-    usual, others = sorted(USUAL & set(own)), sorted(USUAL & below)
+    if not below or not splits:
+        return splits
+    usual, others = sorted(USUAL & set(splits)), sorted(USUAL & below)
     if usual and others:
         raise ValueError(
-            f"the folder {str(folder)!r} holds the split {usual[0]!r} in {own[usual[0]][0].name} and the split "
+            f"the folder {str(folder)!r} holds the split {usual[0]!r} in {splits[usual[0]][0].name} and the split "
             f"{others[0]!r} in folders of its own; name one of the two places as task.data, or move the other away."
         )
-    return own if usual else {}
+    return splits if usual else {}
 
 
 def _stem(file: Path) -> str:
-    return file.name[: -len(ending(file) or "")]
+    return file.name[: -len(file_ending(file) or "")]
 
 
 def _split(file: Path) -> str:
@@ -102,20 +88,19 @@ def _split(file: Path) -> str:
     return shard["split"] if shard else _stem(file)
 
 
-def ordered(files: list[Path], folder: Path) -> list[Path]:
-    """The files of one split in order. ``ValueError`` where they are no whole set of shards, or several files."""
+def order_shards(files: list[Path], folder: Path) -> list[Path]:
+    """Return the files of one split in order. Raises ``ValueError`` if they are not one complete set of shards."""
     matches, split = [SHARD.fullmatch(_stem(file)) for file in files], _split(files[0])
     counts = {shard["count"] if shard else None for shard in matches}
-    if len(files) > 1 and (len(counts) > 1 or None in counts or len({ending(file) for file in files}) > 1):
-        names = " and ".join((files[0].name, files[-1].name))
+    if len(files) > 1 and (len(counts) > 1 or None in counts or len(set(map(file_ending, files))) > 1):
         raise ValueError(
-            f"the folder {str(folder)!r} has several files for the split {split!r}, {names}; move all but one away, or "
-            "name one as task.data."
+            f"the folder {str(folder)!r} has several files for the split {split!r}, {files[0].name} and "
+            f"{files[-1].name}; move all but one away, or name one as task.data."
         )
     numbers, count = [int(shard["number"]) for shard in matches if shard], int(next(iter(counts)) or 0)
     if numbers != list(range(count)):
-        lacking = sorted(set(range(count)) - set(numbers))
-        hint = f"number {lacking[0]} is missing" if lacking else "some are there twice"
+        missing = sorted(set(range(count)) - set(numbers))
+        hint = f"number {missing[0]} is missing" if missing else "some are there twice"
         raise ValueError(
             f"the folder {str(folder)!r} has {len(numbers)} files of the {count} shards of the split {split!r}, and "
             f"{hint}; put each of them there once."

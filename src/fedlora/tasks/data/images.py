@@ -1,4 +1,4 @@
-"""Pictures as they lie in data: files, encoded bytes, raw pixels, arrays; each as uint8 or refused by its row."""
+"""Images from a column of files, encoded bytes, raw pixels or arrays, as uint8 tensors."""
 
 import io
 import json
@@ -10,71 +10,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.rows import check_column
 
 GREY = ("1", "L", "LA", "La")
 COLOUR = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "HSV")
-STRETCH = 512  # pictures that are unpacked at a time: those of a whole split may be far larger than what is kept
+BATCH = 512  # images that are decoded at a time: a decoded split may be far larger than the resized one
 
 
-def stretches(split: Any, name: str, shape: Sequence[int] | None, what: str) -> Iterator[list[Tensor]]:
-    """A column's pictures, uint8 (height, width, 1 or 3 channels), some at a time.
+def read_images(split: Any, name: str, shape: Sequence[int] | None, role: str) -> Iterator[list[Tensor]]:
+    """Yield a column's images, uint8 (height, width, 1 or 3 channels), in batches.
 
-    ``shape`` is that of raw bytes. ``ValueError`` names the row of a picture that cannot be read.
+    ``shape`` is the shape of raw bytes. Raises ``ValueError`` with the row of an image that cannot be read.
     """
     import datasets
 
-    source.present(split, name, "task.image")
+    check_column(split, name, "task.image")
     split = split.select_columns([name])
-    if isinstance(split.features[name], datasets.Image):  # unpacked here, where the row is known
+    if isinstance(split.features[name], datasets.Image):  # decoded below, so that an error has the row
         split = split.cast_column(name, datasets.Image(decode=False))
-    for start in range(0, len(split), STRETCH):
-        values = split[start : start + STRETCH][name]
-        yield [_decoded(value, shape, f"column {name!r}, {what} row {start + i}") for i, value in enumerate(values)]
+    for start in range(0, len(split), BATCH):
+        values = split[start : start + BATCH][name]
+        yield [_to_tensor(value, shape, f"column {name!r}, {role} row {start + i}") for i, value in enumerate(values)]
 
 
-def _decoded(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
+def _to_tensor(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
+    """Return an image as uint8 without transparency, which models do not use."""
     if isinstance(value, dict):
-        value, where = _packed(value, where)
+        path = value.get("path")
+        where = f"{where} ({path})" if path else where
+        value = _read_file(path, where) if path and value.get("bytes") is None else value.get("bytes")
     if value is None:
         raise ValueError(f"{where} has no picture; drop the row.")
     if isinstance(value, bytes) and shape is not None:
-        return _raw(value, shape, where)
-    if isinstance(value, bytes):
-        value = _opened(value, where)
-    return _array(value, where)
+        image = _from_raw(value, shape, where)
+    else:
+        image = _from_array(_decode(value, where) if isinstance(value, bytes) else value, where)
+    return image[..., :-1] if image.shape[-1] in (2, 4) else image
 
 
-def _packed(value: dict[str, Any], where: str) -> tuple[bytes | None, str]:
-    """A picture's bytes, and where it is in the words of its owner."""
-    path = value.get("path")
-    where = f"{where} ({path})" if path else where
-    if value.get("bytes") is not None or not path:
-        return value.get("bytes"), where
+def _read_file(path: str, where: str) -> bytes:
     try:
-        return Path(path).read_bytes(), where
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}; put the file back or drop the row.") from error
 
 
-def _raw(value: bytes, shape: Sequence[int], where: str) -> Tensor:
+def _from_raw(value: bytes, shape: Sequence[int], where: str) -> Tensor:
     height, width, channels = shape
     if len(value) != height * width * channels:
         raise ValueError(
             f"{where} has an image of {len(value)} bytes; the shape {list(shape)} needs {height * width * channels}; "
             "correct task.image_shape."
         )
-    return _opaque(torch.frombuffer(bytearray(value), dtype=torch.uint8).reshape(height, width, channels))
+    return torch.frombuffer(bytearray(value), dtype=torch.uint8).reshape(height, width, channels)
 
 
-def _opened(value: bytes, where: str) -> Any:
-    """An encoded picture as an array."""
+def _decode(value: bytes, where: str) -> Any:
+    """Return an encoded image as an array."""
     import numpy
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         image = Image.open(io.BytesIO(value))
-        # A phone's MPO holds the photograph and a small copy of it.
+        # A phone's MPO file has the photograph and a small copy of it.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -92,12 +90,12 @@ def _opened(value: bytes, where: str) -> Any:
             f"{where} has an image of mode {image.mode!r}; 8-bit grey or colour is needed, so convert it with the "
             "window you want."
         )
-    if image.mode in ("P", "PA"):  # a palette may have transparency of its own
+    if image.mode in ("P", "PA"):  # a palette may have transparency
         image = image.convert("RGBA")
     return numpy.asarray(image.convert("L" if image.mode in GREY else "RGB"))
 
 
-def _array(value: Any, where: str) -> Tensor:
+def _from_array(value: Any, where: str) -> Tensor:
     import numpy
 
     array = numpy.asarray(value)
@@ -112,9 +110,4 @@ def _array(value: Any, where: str) -> Tensor:
         raise ValueError(
             f"{where} has pixels from {array.min()} to {array.max()}; they should be from 0 to 255, or floats to 1."
         )
-    return _opaque(torch.from_numpy(array.astype("uint8")))
-
-
-def _opaque(image: Tensor) -> Tensor:
-    """Without transparency, which models do not see."""
-    return image[..., :-1] if image.shape[-1] in (2, 4) else image
+    return torch.from_numpy(array.astype("uint8"))

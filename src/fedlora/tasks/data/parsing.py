@@ -1,19 +1,19 @@
-"""The text of a CSV or JSON file as columns, every value as it is written, or one sentence with its line."""
+"""Parsers of CSV and JSON text that keep every value as it is written, and name the line of an error."""
 
 import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-Columns = dict[str, list[Any]]  # column -> its values; None where a row has none
-DELIMITERS = (",", ";", "\t", "|")  # what a CSV file is tried for
+Columns = dict[str, list[Any]]  # column -> its values; None if a row has none
+DELIMITERS = (",", ";", "\t", "|")  # the candidates for a CSV file
 
 
 def parse_csv(text: str, delimiter: str | None) -> Columns:
-    """Columns of text, None for an empty cell; rows are as wide as the header or an error."""
+    """Return the columns as text, None for an empty cell. Rows must be as wide as the header."""
     with _long_cells():
         delimiter = delimiter or _find_delimiter(text)
         rows = _csv_rows(text, delimiter)
@@ -21,42 +21,42 @@ def parse_csv(text: str, delimiter: str | None) -> Columns:
         table = []
         for line, cells in rows:
             if len(cells) != len(header):
-                raise ValueError(_width(line, len(cells), len(header), delimiter))
+                raise ValueError(
+                    f"line {line} has {len(cells)} cells separated by {delimiter!r}, and the header has {len(header)}; "
+                    f"put double quotes around a cell with {delimiter!r} in it, or set task.delimiter where another "
+                    "character separates cells"
+                )
             table.append(cells)
     if not table:
         raise ValueError("it holds no rows below its header" if header else "it holds no rows")
     columns = [(name, [row[i] or None for row in table]) for i, name in enumerate(header)]
     columns = [(name, values) for name, values in columns if name or any(v is not None for v in values)]
-    doubled = [name for name, count in Counter(name for name, _ in columns).items() if count > 1]
-    if doubled:
-        raise ValueError(f"its header has the column {doubled[0]!r} twice; give every column a name of its own")
+    twice = _find_duplicate(name for name, _ in columns)
+    if twice is not None:
+        raise ValueError(f"its header has the column {twice!r} twice; give every column a name of its own")
     return dict(columns)
 
 
-def _width(line: int, cells: int, wanted: int, delimiter: str) -> str:
-    return (
-        f"line {line} has {cells} cells separated by {delimiter!r}, and the header has {wanted}; put double "
-        f"quotes around a cell with {delimiter!r} in it, or set task.delimiter where another character separates cells"
-    )
+def _find_duplicate(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _find_delimiter(text: str) -> str:
-    """The one character that parts the header, or of several the one that parts all rows alike."""
-    widths = {mark: _header_width(text, mark) for mark in DELIMITERS}
-    parting = [mark for mark, width in widths.items() if width > 1]
-    if len(parting) > 1:
-        parting = [mark for mark in parting if _is_even(text, mark)]
-        if len(parting) != 1:
-            marks = " and ".join(repr(mark) for mark, width in widths.items() if width > 1)
-            raise ValueError(f"its cells may be separated by {marks}; set task.delimiter to one of them")
-    return parting[0] if parting else DELIMITERS[0]
+    """Return the only character that separates the header, or that gives all rows one width if there are several."""
+    marks = [mark for mark in DELIMITERS if _is_separating(text, mark)]
+    even = [mark for mark in marks if _is_even(text, mark)] if len(marks) > 1 else marks
+    if len(marks) > 1 and len(even) != 1:
+        raise ValueError(
+            f"its cells may be separated by {' and '.join(map(repr, marks))}; set task.delimiter to one of them"
+        )
+    return even[0] if even else DELIMITERS[0]
 
 
-def _header_width(text: str, delimiter: str) -> int:
+def _is_separating(text: str, delimiter: str) -> bool:
     try:
-        return len(next(_csv_rows(text, delimiter), (1, []))[1])
+        return len(next(_csv_rows(text, delimiter), (1, []))[1]) > 1
     except ValueError:
-        return 0
+        return False
 
 
 def _is_even(text: str, delimiter: str) -> bool:
@@ -67,7 +67,7 @@ def _is_even(text: str, delimiter: str) -> bool:
 
 
 def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row's first line and cells, without empty lines. ``ValueError`` where quotes or line ends do not fit."""
+    """Yield each row's first line and cells, without empty lines; wrong quotes and line ends are a ``ValueError``."""
     lines = _Lines(text)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     ends = set()
@@ -78,7 +78,7 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(_quotes(line, str(error))) from error
+            raise ValueError(_explain_quotes(line, str(error))) from error
         ends |= {lines.last[len(lines.last.rstrip("\r\n")) :]} - {""}
         if len(ends) > 1:
             raise ValueError(
@@ -86,16 +86,15 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 "a line break in it, and end all rows alike"
             )
         if delimiter == "\t" and any("\t" in cell and ("\n" in cell or "\r" in cell) for cell in cells):
-            raise ValueError(f"the double quotes that open in line {line} are closed {_after(reader, line)}")
+            raise ValueError(
+                f"the double quotes that open in line {line} are closed only in line {reader.line_num}, over tabs and "
+                "line breaks; double a quote that belongs to a text"
+            )
         if cells:
             yield line, cells
 
 
-def _after(reader: Any, line: int) -> str:
-    return f"only in line {reader.line_num}, over tabs and line breaks; double a quote that belongs to a text"
-
-
-def _quotes(line: int, reason: str) -> str:
+def _explain_quotes(line: int, reason: str) -> str:
     if "end of data" in reason:
         return f"the double quotes that open in line {line} are never closed"
     if "expected after" in reason:
@@ -107,7 +106,7 @@ def _quotes(line: int, reason: str) -> str:
 
 
 class _Lines:
-    """The lines of a text with their ends, and the last of them that was read."""
+    """An iterator over the lines of a text with their ends; ``last`` is the line that was read last."""
 
     def __init__(self, text: str):
         self.lines, self.last = io.StringIO(text, newline=""), ""
@@ -122,7 +121,7 @@ class _Lines:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Lifts the limit of the ``csv`` module on a cell's length."""
+    """Lift the limit of the ``csv`` module on a cell's length."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -131,8 +130,13 @@ def _long_cells() -> Iterator[None]:
 
 
 def parse_json(text: str) -> Columns:
-    """Columns of values: of one list of objects, or of an object a line. A key that a row lacks is None, as is NaN."""
-    rows = _json_list(text) if text.lstrip()[:1] == "[" else _json_lines(text)
+    """Return the columns of a list of objects, or of an object a line. A missing key and NaN are None."""
+    if text.lstrip()[:1] == "[":
+        escapes = "\\u" in text
+        rows = [_check_row(row, f"row {n}", escapes) for n, row in enumerate(_load_json(text, "the list"), 1)]
+    else:
+        lines = ((f"line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = [_check_row(_load_json(line, where), where, "\\u" in line) for where, line in lines]
     if not rows:
         raise ValueError("it holds no rows")
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -141,19 +145,9 @@ def parse_json(text: str) -> Columns:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _json_lines(text: str) -> list[Mapping[str, Any]]:
-    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [_json_row(_json(line, f"line {number}"), f"line {number}", "\\u" in line) for number, line in lines]
-
-
-def _json_list(text: str) -> list[Mapping[str, Any]]:
-    escapes = "\\u" in text
-    return [_json_row(row, f"row {number}", escapes) for number, row in enumerate(_json(text, "the list"), 1)]
-
-
-def _json(text: str, where: str) -> Any:
+def _load_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
+        return json.loads(text, parse_constant=_parse_constant, object_pairs_hook=_parse_object)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if where != "the list" else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is no JSON ({error.msg} at {place}); write one object a line") from error
@@ -161,19 +155,18 @@ def _json(text: str, where: str) -> Any:
         raise ValueError(f"{where} is no JSON that can be read ({str(error).rstrip('.')})") from error
 
 
-def _constant(name: str) -> float | None:
+def _parse_constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        doubled = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"an object has the key {doubled!r} twice")
-    return found
+def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"an object has the key {_find_duplicate(name for name, _ in pairs)!r} twice")
+    return row
 
 
-def _json_row(row: Any, where: str, escapes: bool) -> Mapping[str, Any]:
+def _check_row(row: Any, where: str, escapes: bool) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is {json.dumps(row)[:40]}; each row is an object with a key for every column")
     if escapes:

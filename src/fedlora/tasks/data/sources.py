@@ -1,4 +1,4 @@
-"""Where rows lie: a file, a folder, a data repository of the hub, or the digits that come with scikit-learn."""
+"""Data by its place: a file, a folder, a data repository of the hub, or scikit-learn's digits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -6,107 +6,110 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedlora.tasks.data.folders import READERS, Files, ending, inner_files, is_picture, is_table, ordered, own_splits
-from fedlora.tasks.data.tables import TextFormat, read
+from fedlora.tasks.data import folders
+from fedlora.tasks.data.tables import TextFormat, read_text_files
 
 DIGITS = "digits"
-ONLY = "all"  # the split of data that comes without any
-# What a repository may say of its CSV and JSON files.
+ONLY = "all"  # the split of data without splits
+# The settings that a repository may have for its CSV and JSON files.
 REPOSITORY = {"name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter", "encoding"}
 
 
-def load(data: str, config: str | None, form: TextFormat) -> Mapping[str, Any]:
-    """All splits by name, a single file's as ``ONLY``. ``ValueError`` says what cannot be read, and why."""
+def load_data(data: str, config: str | None, form: TextFormat) -> Mapping[str, Any]:
+    """Return all splits by name, a single file's as ``ONLY``. Raises ``ValueError`` if they cannot be read."""
     import datasets
     from huggingface_hub.utils import logging as hub
 
     datasets.disable_progress_bars()
-    hub.set_verbosity_error()  # its retries would be said six times before our one sentence
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # and a broken file's errors before ours
+    hub.set_verbosity_error()  # no messages of retries before our one sentence
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # nor of a broken file
     path = Path(data).expanduser()
     if data == DIGITS:
-        return _digits()
+        return _load_digits()
     try:
         if path.is_file():
             return {ONLY: _read([path], form)}
         if path.is_dir():
-            return _folder(path, config, form)
-        if data.startswith((".", "/", "~")) or ending(data):
+            return _load_folder(path, config, form)
+        if data.startswith((".", "/", "~")) or folders.file_ending(data):
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
-        return _repository(data, config, form, ["csv"])
+        return _load_repository(data, config, form, ["csv"])
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(
             f"the data {data!r} could not be read: {_reason(error)}; name a file, a folder or a hub id."
         ) from error
 
 
-def _folder(path: Path, config: str | None, form: TextFormat) -> Mapping[str, Any]:
+def _load_folder(path: Path, config: str | None, form: TextFormat) -> Mapping[str, Any]:
     import datasets
 
     if (path / "dataset_dict.json").exists():
         return dict(datasets.load_from_disk(str(path)))
     if (path / "dataset_info.json").exists() and (path / "state.json").exists():
         return {ONLY: datasets.load_from_disk(str(path))}
-    inner = inner_files(path)
-    files = own_splits(path, inner)
+    inner = folders.inner_files(path)
+    files = folders.top_level_splits(path, inner)
     if files:
-        return Files(files, lambda some: _read(ordered(some, path), form))
-    kinds = {READERS[ending(file) or ""] for file in inner if is_table(file)}
+        return folders.LazySplits(files, lambda shards: _read(folders.order_shards(shards, path), form))
+    kinds = {folders.READERS[folders.file_ending(file) or ""] for file in inner if folders.is_table(file)}
     if "parquet" in kinds:  # a copy of a hub's data repository
         return dict(datasets.load_dataset(str(path), config))
-    if any(map(is_picture, inner)):
+    if any(map(folders.is_image, inner)):
         return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
     if kinds:
-        return _repository(str(path), config, form, ["csv", "json"])
-    raise ValueError(f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(READERS)}).")
+        return _load_repository(str(path), config, form, ["csv", "json"])
+    raise ValueError(
+        f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(folders.READERS)})."
+    )
 
 
-def _repository(data: str, config: str | None, form: TextFormat, kinds: Sequence[str]) -> Mapping[str, Any]:
-    """A hub's data repository or a copy of one; its files of these kinds are read here, others by ``datasets``.
+def _load_repository(data: str, config: str | None, form: TextFormat, kinds: Sequence[str]) -> Mapping[str, Any]:
+    """Return the splits of a hub's data repository or of a copy; ``datasets`` reads files that are not of ``kinds``.
 
-    ``ValueError`` where the repository says of its files what is not understood.
+    Raises ``ValueError`` if the repository has settings for its files that are not supported.
     """
     import datasets
 
     builder = datasets.load_dataset_builder(data, config)
     if builder.name not in kinds:
         return dict(datasets.load_dataset(data, config))
-    own, usual = builder.config, type(builder.config)()
-    odd = [f.name for f in fields(own) if f.name not in REPOSITORY and getattr(own, f.name) != getattr(usual, f.name)]
+    settings, usual = builder.config, type(builder.config)()
+    odd = [
+        f.name
+        for f in fields(settings)
+        if f.name not in REPOSITORY and getattr(settings, f.name) != getattr(usual, f.name)
+    ]
     if odd:
         raise ValueError(
             f"the README of {data!r} sets {odd[0]!r} for its {builder.name} files, which is not understood; write the "
             "rows to files that need no settings, and name their folder as task.data."
         )
-    separator = getattr(own, "sep", None)
+    separator = getattr(settings, "sep", None)
     form = TextFormat(
-        form.encoding or (None if own.encoding == usual.encoding else own.encoding),
+        form.encoding or (None if settings.encoding == usual.encoding else settings.encoding),
         form.delimiter or (None if separator == getattr(usual, "sep", None) else separator),
     )
-    found = {str(split): list(map(str, files)) for split, files in own.data_files.items()}
-    return Files(found, lambda files: _named(_read(_downloaded(files), form), builder.info.features))
+
+    def read(files: list[str]) -> Any:  # local files are not copied
+        paths = [Path(file) for file in datasets.DownloadManager().download(files)]
+        return _set_label_names(_read(paths, form), builder.info.features)
+
+    return folders.LazySplits({str(split): list(map(str, files)) for split, files in settings.data_files.items()}, read)
 
 
-def _downloaded(files: Sequence[str]) -> list[Path]:
-    """The files on this machine; those that lie here are left where they are."""
-    import datasets
-
-    return [Path(file) for file in datasets.DownloadManager().download(list(files))]
-
-
-def _named(split: Any, declared: Mapping[str, Any] | None) -> Any:
-    """The rows with the label names that their repository declares."""
+def _set_label_names(split: Any, declared: Mapping[str, Any] | None) -> Any:
+    """Return the rows with the label names that their repository declares."""
     import datasets
 
     for name, feature in (declared or {}).items():
         if isinstance(feature, datasets.ClassLabel) and name in split.column_names:
-            order, numbers = split.column_names, [_class(value, feature.names, name) for value in split[name]]
+            order, numbers = split.column_names, [_class_number(value, feature.names, name) for value in split[name]]
             split = split.remove_columns(name).add_column(name, numbers, feature=feature).select_columns(order)
     return split
 
 
-def _class(value: Any, names: Sequence[str], column: str) -> int | None:
-    """The number of a label that is written as its name, or as its number where no name is one."""
+def _class_number(value: Any, names: Sequence[str], column: str) -> int | None:
+    """Return the number of a label, which is written as its name, or as a number if no name is a number."""
     if value is None or str(value) in names:
         return None if value is None else names.index(str(value))
     number = None if any(name.strip().lstrip("-").isdigit() for name in names) else value
@@ -121,15 +124,18 @@ def _class(value: Any, names: Sequence[str], column: str) -> int | None:
 def _read(files: list[Path], form: TextFormat) -> Any:
     import datasets
 
-    kind = READERS.get(ending(files[0]) or "")
+    ending = folders.file_ending(files[0]) or ""
+    kind = folders.READERS.get(ending)
     if kind is None:
-        raise ValueError(f"{str(files[0])!r} is of no kind that can be read; the kinds are {', '.join(READERS)}.")
+        raise ValueError(
+            f"{str(files[0])!r} is of no kind that can be read; the kinds are {', '.join(folders.READERS)}."
+        )
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"the file {str(file)!r} is empty; it needs rows.")
     if kind != "parquet":
-        return read(files, kind, ".tsv" in (ending(files[0]) or ""), form)
-    # A cache of its own for each run: two processes may read one file, and nothing is left in the home folder.
+        return read_text_files(files, kind, ".tsv" in ending, form)
+    # In memory, so that two processes may read one file, and no cache is left in the home folder.
     try:
         return datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", keep_in_memory=True)
     except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
@@ -137,7 +143,7 @@ def _read(files: list[Path], form: TextFormat) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what began it: the outer errors only say that something went wrong."""
+    """Return the first line of the innermost error, which says more than the outer ones."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
@@ -145,17 +151,17 @@ def _reason(error: BaseException) -> str:
 
 
 @cache
-def _digits() -> Mapping[str, Any]:
+def _load_digits() -> Mapping[str, Any]:
     import datasets
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype("uint8")
-    halves = train_test_split(range(len(pixels)), test_size=0.25, random_state=0, stratify=found.target)
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype("uint8")
+    halves = train_test_split(range(len(pixels)), test_size=0.25, random_state=0, stratify=digits.target)
     return {
         split: datasets.Dataset.from_dict(
-            {"image": [pixels[i].tobytes() for i in rows], "label": [int(found.target[i]) for i in rows]}
+            {"image": [pixels[i].tobytes() for i in rows], "label": [int(digits.target[i]) for i in rows]}
         )
         for split, rows in zip(("train", "test"), halves)
     }

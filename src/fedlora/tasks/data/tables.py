@@ -1,4 +1,4 @@
-"""Tables from text files: every value of a CSV or JSON file as it is written, or one sentence with its line."""
+"""Tables from CSV and JSON files, with their encodings."""
 
 import codecs
 import gzip
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from fedlora.tasks.data.parsing import Columns, parse_csv, parse_json
 
-INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # as Python writes one
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")  # in Python's notation
 LARGEST = 2**63 - 1
 ARROW = {str: "large_string", bool: "bool", float: "float64", int: "int64"}
 MARKS = (  # byte order marks, the longest first
@@ -25,7 +25,7 @@ MARKS = (  # byte order marks, the longest first
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text files are written, as ``task.encoding`` and ``task.delimiter`` say; None: as the file shows."""
+    """The settings ``task.encoding`` and ``task.delimiter`` of text files; None: detected from the file."""
 
     encoding: str | None = None
     delimiter: str | None = None
@@ -47,37 +47,31 @@ class TextFormat:
             )
 
 
-def read(files: Sequence[Path], kind: str, tabs: bool, form: TextFormat) -> Any:
-    """The rows of one or several ``csv`` or ``json`` files as a ``datasets.Dataset``, in the files' order.
+def read_text_files(files: Sequence[Path], kind: str, tabs: bool, form: TextFormat) -> Any:
+    """Return the rows of one or several ``csv`` or ``json`` files as a ``datasets.Dataset``, in the files' order.
 
-    ``tabs`` says that cells are separated by tabs unless ``form`` says otherwise. ``ValueError`` names the file and
-    the line that is not understood.
+    ``tabs``: the default delimiter is a tab. Raises ``ValueError`` with the file and the line of an error.
     """
     columns: Columns = {}
     rows = 0
     for file in files:
         try:
-            text = _decode(_content(file), form)
-            found = parse_csv(text, form.delimiter or ("\t" if tabs else None)) if kind == "csv" else parse_json(text)
-            if any("\0" in name for name in found):
+            text = _decode(_read_bytes(file), form)
+            more = parse_csv(text, form.delimiter or ("\t" if tabs else None)) if kind == "csv" else parse_json(text)
+            if any("\0" in name for name in more):
                 raise ValueError("the name of one of its columns has a null character in it; give it another")
-            if kind == "csv" and columns and list(found) != list(columns):
-                raise ValueError(f"its columns are {', '.join(found)}, and {files[0].name} has {', '.join(columns)}")
+            if kind == "csv" and columns and list(more) != list(columns):
+                raise ValueError(f"its columns are {', '.join(more)}, and {files[0].name} has {', '.join(columns)}")
         except ValueError as error:
             raise ValueError(f"{str(file)!r} could not be read as {kind}: {error}.") from error
-        rows = _append(columns, found, rows)
-    return _dataset({name: _integers(values) for name, values in columns.items()} if kind == "csv" else columns)
+        count = len(next(iter(more.values())))
+        for name in dict.fromkeys([*columns, *more]):
+            columns.setdefault(name, [None] * rows).extend(more.get(name, [None] * count))
+        rows += count
+    return _to_dataset({name: _to_integers(x) for name, x in columns.items()} if kind == "csv" else columns)
 
 
-def _append(columns: Columns, more: Columns, rows: int) -> int:
-    """Adds the rows of another file in place; returns how many rows there are."""
-    count = len(next(iter(more.values())))
-    for name in dict.fromkeys([*columns, *more]):
-        columns.setdefault(name, [None] * rows).extend(more.get(name, [None] * count))
-    return rows + count
-
-
-def _content(file: Path) -> bytes:
+def _read_bytes(file: Path) -> bytes:
     data = file.read_bytes()
     if not file.name.lower().endswith(".gz"):
         return data
@@ -99,7 +93,7 @@ def _decode(data: bytes, form: TextFormat) -> str:
         text = data.decode(encoding)
     except UnicodeError as error:
         start = getattr(error, "start", 0)
-        line = _line(data[:start].decode(encoding, "replace"))
+        line = data[:start].decode(encoding, "replace").count("\n") + 1
         other = "another encoding" if form.encoding else "the encoding it is written in"
         raise ValueError(
             f"line {line} is not {encoding} (byte 0x{data[start : start + 1].hex()}); set task.encoding to {other}, "
@@ -107,17 +101,13 @@ def _decode(data: bytes, form: TextFormat) -> str:
         ) from error
     text = text.removeprefix("\ufeff") if form.encoding else text
     if "\0" in text:
-        line = _line(text[: text.index("\0")])
+        line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(f"line {line} has a null character; if the file is UTF-16, set task.encoding to 'utf-16'")
     return text
 
 
-def _line(before: str) -> int:
-    return before.count("\n") + 1
-
-
-def _integers(values: list[Any]) -> list[Any]:
-    """Integers where all cells are written as such, else the cells as they are."""
+def _to_integers(values: list[Any]) -> list[Any]:
+    """Return integers if all cells are written as integers, else the cells unchanged."""
     cells = [value for value in values if value is not None]
     if not cells or not all(INTEGER.fullmatch(cell) and len(cell) <= 20 for cell in cells):
         return values
@@ -129,34 +119,34 @@ def _fits(numbers: Sequence[int]) -> bool:
     return min(numbers) >= -LARGEST and max(numbers) <= LARGEST
 
 
-def _dataset(columns: Columns) -> Any:
+def _to_dataset(columns: Columns) -> Any:
     import datasets
     import pyarrow
 
-    made = {name: _arrow(values) for name, values in columns.items()}
-    features = datasets.Features({name: feature for name, (_, feature) in made.items()})
-    table = pyarrow.table({name: array for name, (array, _) in made.items()})
+    arrays = {name: _to_arrow(values) for name, values in columns.items()}
+    features = datasets.Features({name: feature for name, (_, feature) in arrays.items()})
+    table = pyarrow.table({name: array for name, (array, _) in arrays.items()})
     return datasets.Dataset(datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features))
 
 
-def _arrow(values: list[Any]) -> tuple[Any, Any]:
-    """A column in Arrow, and its feature; values of several types, or with values inside, are kept as JSON."""
+def _to_arrow(values: list[Any]) -> tuple[Any, Any]:
+    """Return a column in Arrow and its feature. Mixed and nested values are stored as JSON."""
     import datasets
     import pyarrow
 
     present = [value for value in values if value is not None]
-    kinds = {type(value) for value in present}
-    kind = kinds.pop() if len(kinds) == 1 else str if not kinds else None
+    kinds = {type(value) for value in present} or {str}
+    kind = kinds.pop() if len(kinds) == 1 else None
     if kind not in ARROW or (kind is int and not _fits(present)):
-        written = [None if value is None else json.dumps(value) for value in values]
-        return pyarrow.array(written, pyarrow.large_string()), _json_feature()()
+        texts = [None if value is None else json.dumps(value) for value in values]
+        return pyarrow.array(texts, pyarrow.large_string()), _json_feature()()
     feature = datasets.Value(ARROW[kind])
     return pyarrow.array(values, feature.pa_type), feature
 
 
 @cache
 def _json_feature() -> type:
-    """A feature of ``datasets`` for values that are kept as JSON and come out as they went in."""
+    """Return a feature of ``datasets`` that stores values as JSON and returns them unchanged."""
     import pyarrow
     from datasets.features.features import register_feature
 
@@ -180,6 +170,6 @@ def _json_feature() -> type:
             return storage.cast(self.pa_type)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it says that it is experimental
+        warnings.simplefilter("ignore", UserWarning)  # it is experimental
         register_feature(ExactJson, "ExactJson")
     return ExactJson

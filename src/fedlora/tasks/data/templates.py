@@ -1,4 +1,4 @@
-"""What a row says to a language model: stretches of text, and which of them it is to learn."""
+"""Prompt templates: rows of a data set as segments of text, some of which are learnt."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.rows import is_missing, read_column, read_named_column
 
 Segment = tuple[str, bool]  # some text, and whether it is learnt
-# Columns of public sets, tried in this order where nothing is named: what is asked, and what is answered.
+# The prompts and responses of public data sets, tried in this order if no column is set.
 USUAL = (
     ("### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n", "{response}"),  # Dolly
     ("### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n", "{output}"),  # Alpaca
@@ -28,108 +28,110 @@ MESSAGES, TEXT = "messages", "text"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Templates for a prompt and its response; ``response`` alone for plain text."""
+    """Templates for a prompt and its response; the prompt is empty for plain text."""
 
     prompt: str
     response: str
-    keys: tuple[str, str] = ("task.prompt", "task.response")
+    keys: tuple[str, str] = ("task.prompt", "task.response")  # the settings that they come from
 
     def __post_init__(self):
         for key, template in zip(self.keys, (self.prompt, self.response)):
-            checked(template, key)
-        if not columns(self.response):
+            check_template(template, key)
+        if not template_columns(self.response):
             raise ValueError(f"{self.keys[1]} is {self.response!r}, which names no column; write {{column}}.")
 
-    def rows(self, split: Any, blank: bool = False) -> list[list[Segment]]:
-        """Each row's prompt and response; ``blank`` lets responses be empty.
+    def segment_rows(self, split: Any, allow_empty: bool = False) -> list[list[Segment]]:
+        """Return each row's prompt and response.
 
-        ``ValueError`` names a column that is not there or holds no text.
+        Raises ``ValueError`` if a column is missing or has no text, or, unless ``allow_empty``, if a response is empty.
         """
-        prompts = filled(self.prompt, split, self.keys[0])
-        responses = filled(self.response, split, self.keys[1], optional=True)
+        prompts = fill_rows(self.prompt, split, self.keys[0])
+        responses = fill_rows(self.response, split, self.keys[1], allow_missing=True)
         empty = sum(not text.strip() for text in responses)
-        if empty and not blank:
+        if empty and not allow_empty:
             raise ValueError(
                 f"{self.keys[1]} is empty in {empty} of {len(responses)} rows; drop these rows, or set "
                 "task.drop_unlearnable = true."
             )
         return [[(prompt, False), (response, True)] for prompt, response in zip(prompts, responses)]
 
-    def asked(self, text: str) -> str:
-        """A prompt of somebody's own: the text in the place of the template's first column, the others empty."""
-        names = columns(self.prompt)
+    def fill_prompt(self, text: str) -> str:
+        """Return the prompt with ``text`` in its first column and the other columns empty."""
+        names = template_columns(self.prompt)
         return fill(self.prompt, {name: text if name == names[0] else "" for name in names}) if names else text
 
 
-def chosen(there: Sequence[str], prompt: str | None, response: str | None, text: str | None) -> PromptTemplate:
-    """What is named, or else the first of the usual names that the data has."""
+def choose_template(
+    available: Sequence[str], prompt: str | None, response: str | None, text: str | None
+) -> PromptTemplate:
+    """Return the templates of the settings, or else the first usual ones whose columns are available."""
     if text is not None:
-        return PromptTemplate("", template(text), ("task.prompt", "task.text"))
+        return PromptTemplate("", to_template(text), ("task.prompt", "task.text"))
     if prompt is not None and response is not None:
-        return PromptTemplate(template(prompt, "\n"), template(response))
+        return PromptTemplate(to_template(prompt, "\n"), to_template(response))
     for usual in USUAL:
-        if set(columns(usual[0] + usual[1])) <= set(there):
+        if set(template_columns(usual[0] + usual[1])) <= set(available):
             return PromptTemplate(*usual)
-    if TEXT in there:
+    if TEXT in available:
         return PromptTemplate("", "{text}", ("task.prompt", "task.text"))
     raise ValueError(
-        f"no prompt and response were found among {', '.join(there)}; set task.prompt and task.response, "
+        f"no prompt and response were found among {', '.join(available)}; set task.prompt and task.response, "
         "task.messages or task.text to some of them."
     )
 
 
-def template(named: str, after: str = "") -> str:
-    """What is written as it is; a column's bare name stands for its text, and ``after``."""
-    return named if "{" in named else f"{{{named}}}{after}"
+def to_template(setting: str, after: str = "") -> str:
+    """Return a setting that is a template unchanged; a column's name becomes a template of it and ``after``."""
+    return setting if "{" in setting else f"{{{setting}}}{after}"
 
 
-def checked(template: str, key: str) -> str:
-    """The template, or ``ValueError`` where its braces do not match."""
+def check_template(template: str, key: str) -> None:
+    """Raise ``ValueError`` if the template's braces do not match."""
     try:
-        columns(template)
+        template_columns(template)
     except ValueError as error:
         raise ValueError(
             f"{key} is {template!r}, whose braces do not match; write {{column}}, and {{{{ for a brace."
         ) from error
-    return template
 
 
-def columns(template: str) -> list[str]:
-    """The columns that a template names, in order."""
+def template_columns(template: str) -> list[str]:
+    """Return the columns that a template names, in order."""
     return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
 
 
-def filled(template: str, split: Any, key: str, optional: bool = False) -> list[str]:
-    """The template with each row's values in it; a value that is missing is an empty text.
+def fill_rows(template: str, split: Any, key: str, allow_missing: bool = False) -> list[str]:
+    """Return the template with each row's values; a missing value is an empty text.
 
-    ``ValueError`` where a row has none of the template's columns, unless that is ``optional``.
+    Unless ``allow_missing``, a row without any of the template's columns is a ``ValueError``.
     """
-    names = columns(template)
-    rows = list(zip(*(source.named(split, name, key, gaps=True) for name in names))) if names else [()] * len(split)
-    lacking = sum(all(map(source.is_missing, row)) for row in rows) if names else 0
-    if lacking and not optional:
-        several = f"columns {', '.join(map(repr, names))} ({key}) are all missing in {lacking} of {len(rows)} rows"
-        one = f"column {names[0]!r} ({key}) has {lacking} missing values in {len(rows)} rows"
-        raise ValueError(f"{one if len(names) == 1 else several}; fill or drop them.")
-    return [fill(template, {name: _text(value, name, key) for name, value in zip(names, row)}) for row in rows]
+    names = template_columns(template)
+    if not names:
+        return [fill(template, {})] * len(split)
+    rows = list(zip(*(read_named_column(split, name, key, allow_missing=True) for name in names)))
+    missing = sum(all(map(is_missing, row)) for row in rows)
+    if missing and not allow_missing:
+        several = f"columns {', '.join(map(repr, names))} ({key}) are all missing in {missing} of {len(rows)} rows"
+        single = f"column {names[0]!r} ({key}) has {missing} missing values in {len(rows)} rows"
+        raise ValueError(f"{single if len(names) == 1 else several}; fill or drop them.")
+    return [fill(template, {name: _to_text(value, name, key) for name, value in zip(names, row)}) for row in rows]
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with values in it; a paragraph whose columns are all empty is left out."""
+    """Return the template with values; a paragraph is left out if all its columns are empty."""
     paragraphs = re.split(r"(\n\n)", template)
-    kept: list[str] = []
+    parts: list[str] = []
     for paragraph, gap in zip(paragraphs[::2], [*paragraphs[1::2], ""]):
-        names = columns(paragraph)
+        names = template_columns(paragraph)
         if not names or any(values[name].strip() for name in names):
-            parts = (
-                word + (values[name] if name is not None else "") for word, name, _, _ in Formatter().parse(paragraph)
-            )
-            kept += ["".join(parts), gap]
-    return "".join(kept)
+            for literal, name, _, _ in Formatter().parse(paragraph):
+                parts += [literal, "" if name is None else values[name]]
+            parts.append(gap)
+    return "".join(parts)
 
 
-def _text(value: Any, name: str, key: str) -> str:
-    if source.is_missing(value):
+def _to_text(value: Any, name: str, key: str) -> str:
+    if is_missing(value):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -138,45 +140,43 @@ def _text(value: Any, name: str, key: str) -> str:
     raise ValueError(f"column {name!r} ({key}) holds {value!r}, which is not text; name a text column.")
 
 
-def strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Both splits' values of a column as numbers from 0, for partitions by label; None where no column is named."""
+def label_strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return both splits' values of a column, numbered from 0, for partitions by label; None without a column."""
     if label is None:
         return None, None
-    both = [list(map(str, source.named(split, label, "task.label"))) for split in (train, test)]
+    both = [list(map(str, read_named_column(split, label, "task.label"))) for split in (train, test)]
     order = {name: i for i, name in enumerate(sorted({*both[0], *both[1]}))}
     return torch.tensor([order[v] for v in both[0]]), torch.tensor([order[v] for v in both[1]])
 
 
-def selected(kept: Sequence[bool], split: Any, *lists: list[Any]) -> tuple[Any, ...]:
-    """The rows of a split that are kept, and those of lists as long."""
-    some = split.select([i for i, keep in enumerate(kept) if keep])
-    return some, *([x for x, keep in zip(rows, kept) if keep] for rows in lists)
+def select_rows(keep: Sequence[bool], split: Any, *lists: list[Any]) -> tuple[Any, ...]:
+    """Return the rows of a split for which ``keep`` is true, and the same items of lists."""
+    indices = [i for i, kept in enumerate(keep) if kept]
+    return split.select(indices), *([items[i] for i in indices] for items in lists)
 
 
-def left_out(count: int, kept: int, what: str, advice: str) -> str:
-    """A sentence on rows that were dropped, or nothing. ``ValueError`` with ``advice`` where none is kept."""
+def dropped_note(count: int, kept: int, role: str, advice: str) -> str:
+    """Return a note about rows that were dropped, or "". Raises ``ValueError`` with ``advice`` if none is kept."""
     if not kept:
-        raise ValueError(f"nothing is left to learn in any of the {count} {what} rows{advice}.")
-    return f"{count - kept} of {count} {what} rows were left out: nothing is left to learn in them." * (kept < count)
+        raise ValueError(f"nothing is left to learn in any of the {count} {role} rows{advice}.")
+    return f"{count - kept} of {count} {role} rows were left out: nothing is left to learn in them." * (kept < count)
 
 
-def conversations(split: Any, name: str, tokenizer: Any, blank: bool = False) -> list[list[Segment]]:
-    """Each row's messages in the tokenizer's chat template; what assistants say is learnt.
+def render_conversations(split: Any, name: str, tokenizer: Any, allow_empty: bool = False) -> list[list[Segment]]:
+    """Return each row's messages in the tokenizer's chat template; the assistant's messages are learnt.
 
-    ``blank`` lets a row have nothing to learn: it has no text then.
-
-    ``ValueError`` where the tokenizer has no template, a row has no such messages, or the template says earlier turns
-    otherwise when later ones follow.
+    Raises ``ValueError`` if the tokenizer has no template, if a row has no such messages (unless ``allow_empty``), or
+    if the template changes earlier messages when later ones follow.
     """
-    needs_template(tokenizer)
+    check_chat_template(tokenizer)
     return [
-        _stretches(messages, tokenizer, f"row {number} of column {name!r} (task.messages)", blank)
-        for number, messages in enumerate(source.column(split, name, "task.messages"))
+        _render_segments(messages, tokenizer, f"row {number} of column {name!r} (task.messages)", allow_empty)
+        for number, messages in enumerate(read_column(split, name, "task.messages"))
     ]
 
 
-def needs_template(tokenizer: Any) -> None:
-    """``ValueError`` where the tokenizer has no chat template."""
+def check_chat_template(tokenizer: Any) -> None:
+    """Raise ``ValueError`` if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which messages need; take a model that "
@@ -184,33 +184,33 @@ def needs_template(tokenizer: Any) -> None:
         )
 
 
-def _stretches(messages: Any, tokenizer: Any, where: str, blank: bool) -> list[Segment]:
-    form = isinstance(messages, list) and all(
+def _render_segments(messages: Any, tokenizer: Any, where: str, allow_empty: bool) -> list[Segment]:
+    if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not form:
+    ):
         raise ValueError(f"{where} is no list of messages; each needs a role and a content, both text.")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]  # what is answered
-    if not turns and not blank:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    if not answers and not allow_empty:
         raise ValueError(
             f"{where} has no message by 'assistant' that answers another, so nothing to learn; drop it, or set "
             "task.drop_unlearnable = true."
         )
-    done, found = "", list[Segment]()
-    for i in turns:
-        before, after = rendered(messages[:i], tokenizer, where, True), rendered(messages[: i + 1], tokenizer, where)
+    done, segments = "", list[Segment]()
+    for i in answers:
+        before = render_messages(messages[:i], tokenizer, where, True)
+        after = render_messages(messages[: i + 1], tokenizer, where)
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} writes earlier turns of {where} otherwise when later "
                 "ones follow; set another task.chat_template, or task.prompt and task.response."
             )
-        found += [(before[len(done) :], False), (after[len(before) :], True)]
+        segments += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
-    return found
+    return segments
 
 
-def rendered(messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str, ask: bool = False) -> str:
-    """Messages as text; with ``ask``, up to where the assistant begins."""
+def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str, ask: bool = False) -> str:
+    """Return messages as text; with ``ask``, including the beginning of the assistant's turn."""
     from jinja2.exceptions import TemplateError
 
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -1,4 +1,4 @@
-"""Token sequences for language models: encoded once, kept flat, padded or packed when a batch is made."""
+"""Token sequences: encoded once, stored without padding, padded or packed in each batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,136 +23,148 @@ class Tokens:
     learnt: list[bool]
 
 
-def encoded(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool) -> list[Tokens]:
-    """Tokens of each row; the end token is learnt after a last stretch that is.
+def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool) -> list[Tokens]:
+    """Return the tokens of each row. An end token is added and learnt if the last segment is learnt.
 
-    A prompt has the tokens that it has by itself, as when an answer to it is generated; what follows has those that
-    it has in the whole text, where they go on from the prompt's. ``special`` adds the tokenizer's start token.
+    A prompt has the same tokens as alone, as in generation. The next segment has its tokens of the whole text, if the
+    whole text's tokens begin with the prompt's. ``special`` adds the tokenizer's start token.
     """
-    found = [Tokens([], []) for _ in rows]
+    encoded = [Tokens([], []) for _ in rows]
     for k in range(max(map(len, rows))):
-        there = [i for i, row in enumerate(rows) if k < len(row)]
-        whole = tokens(["".join(text for text, _ in rows[i][: k + 1]) for i in there], tokenizer, special)
-        apart = None
-        for place, i in enumerate(there):
-            row, before = found[i], len(found[i].ids)
+        longer = [i for i, row in enumerate(rows) if k < len(row)]
+        whole = tokenize(["".join(text for text, _ in rows[i][: k + 1]) for i in longer], tokenizer, special)
+        alone = None
+        for place, i in enumerate(longer):
+            row, before = encoded[i], len(encoded[i].ids)
             if whole[place][:before] == row.ids:
                 more = whole[place][before:]
-            else:  # the last token before and the first after would have become one
-                apart = apart or tokens([rows[j][k][0] for j in there], tokenizer, False)
-                more = apart[place]
+            else:  # the last token before and the first after would be merged
+                alone = alone or tokenize([rows[j][k][0] for j in longer], tokenizer, False)
+                more = alone[place]
             row.ids.extend(more)
             row.learnt.extend([rows[i][k][1]] * len(more))
-    for row, one in zip(found, rows):
-        _finish(row, one, tokenizer)
-    return found
-
-
-def tokens(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
-    """Token numbers of each text, without an end token."""
-    found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id if special else None
-    return [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in found]
-
-
-def _finish(row: Tokens, one: Sequence[Segment], tokenizer: Any) -> None:
-    last = row.ids[max((i + 1 for i, learnt in enumerate(row.learnt) if not learnt), default=0) :]
     end = tokenizer.eos_token_id
-    if one[-1][1] and end is not None and end not in last:  # a chat template may have ended the turn itself
-        row.ids.append(end)
-        row.learnt.append(True)
-    if row.learnt:
-        row.learnt[0] = False  # nothing stands before it that it could be told from
+    for row, segments in zip(encoded, rows):
+        last = row.ids[max((i + 1 for i, learnt in enumerate(row.learnt) if not learnt), default=0) :]
+        if segments[-1][1] and end is not None and end not in last:  # a chat template may have added it
+            row.ids.append(end)
+            row.learnt.append(True)
+        if row.learnt:
+            row.learnt[0] = False  # there is no token before it to predict it from
+    return encoded
 
 
-def cut(
-    rows: Sequence[Tokens], limit: int, side: Side, start: int | None, what: str = "training", blank: bool = False
+def tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
+    """Return the token ids of each text, without an end token."""
+    rows = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id if special else None
+    return [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in rows]
+
+
+def truncate(
+    rows: Sequence[Tokens], limit: int, side: Side, start: int | None, role: str = "training", allow_empty: bool = False
 ) -> tuple[list[Tokens], str]:
-    """Rows of at most ``limit`` tokens, and a sentence that says what was cut, or nothing.
+    """Return rows of at most ``limit`` tokens, and a note about the cuts, or an empty string.
 
-    ``side`` is where tokens are taken away; on the left the start token stays. ``ValueError`` says how many rows have
-    nothing left to learn, unless ``blank`` lets them.
+    Tokens are removed on ``side``; on the left the start token stays. Unless ``allow_empty``, rows with nothing to
+    learn are a ``ValueError``.
     """
-    found, prompts, responses = [], 0, 0
+    truncated, prompts, responses = [], 0, 0
     for row in rows:
         over = len(row.ids) - limit
         if over > 0:
             first = int(side == "left" and row.ids[0] == start)
-            gone = slice(first, first + over) if side == "left" else slice(limit, None)
-            responses += any(row.learnt[gone])
-            prompts += not all(row.learnt[gone])
+            removed = slice(first, first + over) if side == "left" else slice(limit, None)
+            responses += any(row.learnt[removed])
+            prompts += not all(row.learnt[removed])
             row = Tokens(list(row.ids), list(row.learnt))
-            del row.ids[gone], row.learnt[gone]
+            del row.ids[removed], row.learnt[removed]
             row.learnt[0] = False
-        found.append(row)
-    lost = sum(not any(row.learnt) for row in found)
-    if lost and not blank:
+        truncated.append(row)
+    empty = sum(not any(row.learnt) for row in truncated)
+    if empty and not allow_empty:
         other = "left" if side == "right" else "right"
         raise ValueError(
-            f"nothing is left to learn in {lost} of {len(rows)} {what} rows within task.max_length = {limit} tokens: "
+            f"nothing is left to learn in {empty} of {len(rows)} {role} rows within task.max_length = {limit} tokens: "
             f"the response was cut away on the {side}; raise task.max_length, set "
             f"task.truncation_side to {other!r}, or leave these rows out with task.drop_unlearnable = true."
         )
     several = sum(len(row.ids) > limit for row in rows)
-    text = cut_note(several, len(rows), limit, side, what)
-    return found, f"{text}: the prompt in {prompts}, the response in {responses}." if several else ""
+    note = truncation_note(several, len(rows), limit, side, role)
+    return truncated, f"{note}: the prompt in {prompts}, the response in {responses}." if several else ""
 
 
-def cut_note(several: int, rows: int, limit: int, side: str, what: str) -> str:
-    """The words of a note on rows that were cut, without an end."""
-    return f"{several} of {rows} {what} rows were cut to {limit} tokens on the {side}"
+def truncation_note(several: int, rows: int, limit: int, side: str, role: str) -> str:
+    """Return the beginning of a note about rows that were cut."""
+    return f"{several} of {rows} {role} rows were cut to {limit} tokens on the {side}"
 
 
-def flat(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of ``Examples``, without padding, and each row's length. 32 bits: long texts in little memory."""
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    features = {
-        "input_ids": torch.tensor(list(chain.from_iterable(row.ids for row in rows)), dtype=torch.int32),
-        "learnt": torch.tensor(list(chain.from_iterable(row.learnt for row in rows))),
-        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-        "pad": torch.tensor(pad),
-    }
-    return features, lengths
+def flatten(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the features of ``Examples``, without padding, and each row's length."""
+    ids, offsets = flatten_rows([row.ids for row in rows])
+    learnt = torch.tensor(list(chain.from_iterable(row.learnt for row in rows)))
+    return {"input_ids": ids, "learnt": learnt, "offsets": offsets, "pad": torch.tensor(pad)}, offsets.diff()
 
 
-def padded(examples: Examples, rows: Tensor) -> Batch:
-    """A row a sequence, padded on the right to the longest; what is not learnt is labelled -100."""
-    places = torch.arange(int(examples.lengths[rows].max()))
-    mask = places < examples.lengths[rows, None]
-    return {"attention_mask": mask.long(), **_laid(examples, examples.features["offsets"][rows, None] + places, mask)}
+def flatten_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return all token ids in one tensor, in 32 bits to save memory, and the offsets of the rows (N + 1,)."""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    return torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32), offsets
 
 
-def packed(examples: Examples, rows: Tensor, width: int) -> Batch:
-    """Several rows in each sequence of at most ``width`` tokens, told apart by positions that begin anew.
+def locate_rows(offsets: Tensor, rows: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the indices (b, width) of some rows' tokens in a flat tensor, padded on the right with 0, and the mask.
 
-    There is no attention mask: transformers makes one from the positions, so that no row sees another.
+    ``width`` None: the longest row's length.
     """
-    bins = _bins(examples.lengths[rows].tolist(), width)
-    longest = max(sum(int(examples.lengths[rows[i]]) for i in one) for one in bins)
-    at, mask, positions = (
-        torch.zeros(len(bins), longest, dtype=kind) for kind in (torch.int64, torch.bool, torch.int64)
-    )
-    for number, one in enumerate(bins):
-        lengths = [int(examples.lengths[rows[i]]) for i in one]
-        for i, length, end in zip(one, lengths, accumulate(lengths)):
-            place = slice(end - length, end)
-            at[number, place] = examples.features["offsets"][rows[i]] + torch.arange(length)
-            positions[number, place] = torch.arange(length)
-            mask[number, place] = True
-        left = longest - sum(lengths)
-        positions[number, longest - left :] = torch.arange(left)  # padding is a row of its own
-    return {"position_ids": positions, **_laid(examples, at, mask)}
+    starts, lengths = offsets[rows, None], (offsets[rows + 1] - offsets[rows])[:, None]
+    places = torch.arange(int(lengths.max()) if width is None else width)
+    mask = places < lengths
+    return torch.where(mask, starts + places, 0), mask
 
 
-def _laid(examples: Examples, at: Tensor, mask: Tensor) -> Batch:
-    """Tokens and labels from the flat storage: token ``at`` where ``mask`` holds, else padding."""
-    at = torch.where(mask, at, 0)
-    ids = torch.where(mask, examples.features["input_ids"][at].long(), examples.features["pad"])
-    return {"input_ids": ids, "labels": torch.where(mask & examples.features["learnt"][at], ids, IGNORED)}
+def random_batch(words: int) -> Batch:
+    """Return a small fixed batch of tokens, to compare two networks."""
+    ids = torch.randint(words, (4, 12), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _bins(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of rows that go into one sequence: the longest first, each where it fits."""
+def pad_batch(examples: Examples, rows: Tensor) -> Batch:
+    """Return one row in each sequence, padded on the right; tokens that are not learnt have the label -100."""
+    places, mask = locate_rows(examples.features["offsets"], rows)
+    return {"attention_mask": mask.long(), **_tokens_and_labels(examples, places, mask)}
+
+
+def pack_batch(examples: Examples, rows: Tensor, width: int) -> Batch:
+    """Return several rows in each sequence of at most ``width`` tokens; the positions begin again at each row.
+
+    There is no attention mask: transformers builds one from the positions, so that no row attends to another.
+    """
+    lengths = examples.lengths[rows].tolist()
+    bins = _assign_bins(lengths, width)
+    longest = max(sum(lengths[i] for i in members) for members in bins)
+    shape = (len(bins), longest)
+    places, positions, mask = torch.zeros(shape).long(), torch.zeros(shape).long(), torch.zeros(shape).bool()
+    for number, members in enumerate(bins):
+        ends = list(accumulate(lengths[i] for i in members))
+        for i, end in zip(members, ends):
+            tokens = slice(end - lengths[i], end)
+            places[number, tokens] = examples.features["offsets"][rows[i]] + torch.arange(lengths[i])
+            positions[number, tokens] = torch.arange(lengths[i])
+            mask[number, tokens] = True
+        positions[number, ends[-1] :] = torch.arange(longest - ends[-1])  # padding is a row of its own
+    return {"position_ids": positions, **_tokens_and_labels(examples, places, mask)}
+
+
+def _tokens_and_labels(examples: Examples, places: Tensor, mask: Tensor) -> Batch:
+    """Return the tokens at ``places`` of the flat tensors, or padding if ``mask`` is false, and their labels."""
+    ids = torch.where(mask, examples.features["input_ids"][places].long(), examples.features["pad"])
+    return {"input_ids": ids, "labels": torch.where(mask & examples.features["learnt"][places], ids, IGNORED)}
+
+
+def _assign_bins(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Return the rows of each sequence: the longest first, each in the first sequence with room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,56 +1,81 @@
-"""Answers graded as the benchmarks do: the number that a text comes to, or the answer's own words."""
+"""Graders of generated answers, as in the benchmarks: numbers, options, texts, and SQuAD's exact match and F1."""
 
 import re
+import string
+from collections import Counter
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
 Kind = Literal["number", "text"]
 
-# A sign belongs to a number only where nothing stands before it that it could be subtracted from: 7-3 ends with 3.
+# A sign is part of a number only if nothing to subtract from stands before it: 7-3 ends with 3.
 NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-−])?[$€£]?(?:(?<=[$€£])[-−])?"  # -3, -$3, $-3
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"  # 1,234.5 or 1234.5 or .5
 )
 MARK = "####"  # before the answer in GSM8K
-SAID = re.compile(r"\banswer is:?\s+", re.IGNORECASE)
+ANSWER_IS = re.compile(r"\banswer is:?\s+", re.IGNORECASE)
 OPTION = re.compile(r"\(([A-Za-z])\)")
 LONE_OPTION = re.compile(r"([A-Za-z])[.):]?(?:\s|$)")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def number(text: str) -> Decimal | None:
-    """The first number after the last ``####``, or else the last number of the text; None where there is none.
+def extract_number(text: str) -> Decimal | None:
+    """Return the first number after the last ``####``, or else the last number of the text; None if there is none.
 
-    1,234.5 and $1,234.50 and -3 and 50% are numbers; a full stop after one is none of it.
+    1,234.5 and $1,234.50 and -3 and 50% are numbers; a full stop after a number is not part of it.
     """
     _, marked, after = text.rpartition(MARK)
-    found = NUMBER.findall(after) if marked else NUMBER.findall(text)
-    if not found:
-        return number(text.replace(MARK, " ")) if marked else None
-    digits = found[0] if marked else found[-1]
-    return Decimal(re.sub(r"[^\d.−-]", "", digits).replace("−", "-"))
+    numbers = NUMBER.findall(after) if marked else NUMBER.findall(text)
+    if not numbers:
+        return extract_number(text.replace(MARK, " ")) if marked else None
+    return Decimal(re.sub(r"[^\d.−-]", "", numbers[0 if marked else -1]).replace("−", "-"))
 
 
-def words(text: str) -> str:
-    """A text's answer in a form to compare: what follows "the answer is", else the first line; small letters, single
-    spaces, no full stop at its end."""
-    said = SAID.split(text)[-1].strip()
-    line = said.splitlines()[0] if said else ""
+def normalize_text(text: str) -> str:
+    """Return the text after "the answer is", or else its first line, in lower case with single spaces, without a full
+    stop at the end."""
+    answer = ANSWER_IS.split(text)[-1].strip()
+    line = answer.splitlines()[0] if answer else ""
     return " ".join(line.casefold().split()).rstrip(".").rstrip()
 
 
-def option(text: str) -> str | None:
-    """The letter of an option that a text takes: (B), or B by itself at the beginning; None where there is none."""
-    said = SAID.split(text)[-1].strip()
-    found = OPTION.search(said) or LONE_OPTION.match(said)
-    return found[1].upper() if found else None
+def extract_option(text: str) -> str | None:
+    """Return the letter of the option in a text: (B), or B alone at the beginning; None if there is none."""
+    answer = ANSWER_IS.split(text)[-1].strip()
+    match = OPTION.search(answer) or LONE_OPTION.match(answer)
+    return match[1].upper() if match else None
 
 
-def right(text: str, gold: str, kind: Kind) -> bool:
-    """Whether ``text`` gives the answer that ``gold`` gives. ``gold`` may be an option, as in (B)."""
+def is_correct(text: str, gold: str, kind: Kind) -> bool:
+    """Whether ``text`` gives the answer of ``gold``, which may be an option, as in (B)."""
     if kind == "number":
-        found, wanted = number(text), number(gold)
-        return found is not None and found == wanted
-    chosen = OPTION.fullmatch(gold.strip())
-    if chosen:
-        return option(text) == chosen[1].upper()
-    return words(text) == words(gold)
+        number = extract_number(text)
+        return number is not None and number == extract_number(gold)
+    gold_option = OPTION.fullmatch(gold.strip())
+    if gold_option:
+        return extract_option(text) == gold_option[1].upper()
+    return normalize_text(text) == normalize_text(gold)
+
+
+def _squad_words(text: str) -> list[str]:
+    """Return the words in lower case, without punctuation and articles."""
+    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+
+
+def exact_match(text: str, golds: Sequence[str]) -> bool:
+    """Whether the text has the same words as one of the golds, as SQuAD compares them."""
+    return any(_squad_words(text) == _squad_words(gold) for gold in golds)
+
+
+def answer_f1(text: str, golds: Sequence[str]) -> float:
+    """Return SQuAD's F1 over words, 0 to 1, for the best gold; without words, 1 if both have none, else 0."""
+    return max(_f1(_squad_words(text), _squad_words(gold)) for gold in golds)
+
+
+def _f1(words: list[str], gold: list[str]) -> float:
+    if not words or not gold:
+        return float(words == gold)
+    return 2 * sum((Counter(words) & Counter(gold)).values()) / (len(words) + len(gold))

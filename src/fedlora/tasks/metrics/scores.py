@@ -1,7 +1,7 @@
-"""Figures from sums: what a client's rows add up to is additive, and every figure is a function of the sums.
+"""Metrics from sums over rows.
 
-So one figure can be had for one client, for all clients' rows together, or as a mean over clients, and nothing but a
-few sums ever leaves a client.
+Every metric is a function of a few sums, which add up over rows. So it can be computed for one client, for all clients'
+rows together or as a mean over clients, and only the sums leave a client.
 """
 
 import math
@@ -13,39 +13,39 @@ Sums = Mapping[str, tuple[float, int]]  # name -> sum, count
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums and counts, so that a report can take the mean over rows or over clients: ``{name: (sum, count)}``."""
+    """Sums over rows with their counts."""
 
     sums: Sums
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure, what it is made of, and which way is better."""
+    """A metric, the sums that it needs, and whether higher is better."""
 
     name: str
     needs: tuple[str, ...]  # names of sums
-    of: Callable[..., float]  # of the needed sums, each as (sum, count)
+    formula: Callable[..., float]  # of the needed sums, each as (sum, count)
     higher: bool = True  # is better
 
     def value(self, sums: Sums) -> float:
-        """The figure, of sums that hold all that it needs."""
-        return self.of(*(sums[name] for name in self.needs))
+        """Return the metric of sums that include all that it needs."""
+        return self.formula(*(sums[name] for name in self.needs))
 
 
 @dataclass(frozen=True)
 class Macro(Metric):
-    """The mean over labels of a figure whose sums are there for each label, as ``NAME.LABEL``.
+    """The mean over labels of a metric whose sums have the names ``NAME.LABEL``.
 
-    Labels that neither occur nor were predicted count in it no more than in scikit-learn's.
+    As in scikit-learn, labels that neither occur nor are predicted do not count.
     """
 
     def value(self, sums: Sums) -> float:
-        """The mean over labels with all sums; 0 where no label occurs."""
+        """Return the mean over labels, or 0 if no label occurs."""
         kinds = [name.partition(".")[0] for name in self.needs]
         labels = [name.partition(".")[2] for name in sums if name.startswith(f"{kinds[0]}.")]
         tables = [[sums.get(f"{kind}.{label}", (0, 0)) for kind in kinds] for label in labels]
-        there = [self.of(*table) for table in tables if any(total for total, _ in table)]
-        return math.fsum(there) / len(there) if there else 0.0
+        values = [self.formula(*table) for table in tables if any(total for total, _ in table)]
+        return math.fsum(values) / len(values) if values else 0.0
 
 
 def _mean(name: str, higher: bool = True) -> Metric:
@@ -53,37 +53,37 @@ def _mean(name: str, higher: bool = True) -> Metric:
 
 
 def _f1(tp, fp, fn) -> float:
-    """``2 tp / (2 tp + fp + fn)``; 0 where there is nothing to find and nothing was found, as scikit-learn has it."""
+    """Return ``2 tp / (2 tp + fp + fn)``; 0 if the label neither occurs nor is predicted, as in scikit-learn."""
     below = 2 * tp[0] + fp[0] + fn[0]
     return 2 * tp[0] / below if below else 0.0
 
 
 def _matthews(tp, fp, fn) -> float:
-    """Matthews' correlation; 0 where a row or column of the table is empty, as scikit-learn has it."""
+    """Return Matthews' correlation; 0 if a row or column of the table is empty, as in scikit-learn."""
     a, b, c = tp[0], fp[0], fn[0]
     d = tp[1] - a - b - c
     below = (a + b) * (a + c) * (d + b) * (d + c)
-    return (a * d - b * c) / math.sqrt(below) if below > 0 else 0.0  # below 0 only where a party made it up
+    return (a * d - b * c) / math.sqrt(below) if below > 0 else 0.0  # negative only for invented counts
 
 
 def _pearson(x, y, xx, yy, xy) -> float:
     n = x[1]
     vx, vy = xx[0] - x[0] * x[0] / n, yy[0] - y[0] * y[0] / n
-    # Nothing goes with a constant column, as with Matthews'; what its variance shows is rounding.
+    # 0 for a constant column, as for Matthews'; its computed variance is only rounding error.
     if min(vx / max(xx[0], 1e-300), vy / max(yy[0], 1e-300)) < 1e-12:
         return 0.0
     return (xy[0] - x[0] * y[0] / n) / (math.sqrt(vx) * math.sqrt(vy))
 
 
 def _perplexity(nll) -> float:
-    return math.exp(min(nll[0] / nll[1], 700.0))  # beyond it there is no such float
+    return math.exp(min(nll[0] / nll[1], 700.0))  # higher values overflow
 
 
-CONFUSION = ("tp", "fp", "fn")  # of the second of two labels
-PER_LABEL = tuple(f"{name}.0" for name in CONFUSION)  # and so on, for every label
+CONFUSION = ("tp", "fp", "fn")  # of label 1 of two
+PER_LABEL = tuple(f"{name}.0" for name in CONFUSION)  # and the same for every other label
 MOMENTS = ("x", "y", "xx", "yy", "xy")  # predictions x, targets y
 
-KNOWN = {
+KNOWN_METRICS = {
     metric.name: metric
     for metric in (
         _mean("accuracy"),
@@ -103,44 +103,46 @@ KNOWN = {
         _mean("loss", higher=False),
     )
 }
-SHARES = frozenset(  # 0 to the count
+SHARES = frozenset(  # sums from 0 to the count
     ("accuracy", "accuracy_mismatched", *CONFUSION, "exact_match", "answer_f1", "pass@1", "token_accuracy", "success")
 )
-SIGNED = frozenset(("spearman",))  # minus the count to the count
 
 
-def possible(name: str, total: float, count: int) -> bool:
+def is_possible(name: str, total: float, count: int) -> bool:
     """Whether a sum of this name over ``count`` rows can be ``total``."""
-    name = name.partition(".")[0]  # one label's
-    least, most = (0 if name in SHARES else -count), count
-    return not (name in SHARES or name in SIGNED) or least <= total <= most
+    name = name.partition(".")[0]  # without the label
+    if name == "spearman":
+        return -count <= total <= count
+    return name not in SHARES or 0 <= total <= count
 
 
 def moments(x: Sequence[float], y: Sequence[float]) -> dict[str, tuple[float, int]]:
-    """The sums that Pearson's correlation of predictions ``x`` with targets ``y`` is made of."""
+    """Return the sums for Pearson's correlation of predictions ``x`` with targets ``y``."""
     pairs = {"x": x, "y": y, "xx": [a * a for a in x], "yy": [b * b for b in y], "xy": [a * b for a, b in zip(x, y)]}
     return {name: (math.fsum(values), len(x)) for name, values in pairs.items()}
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The correlation of the ranks, equal values sharing theirs; 0 where one side is constant."""
+    """Return the correlation of the ranks; equal values share a rank. 0 if one side is constant."""
     from scipy.stats import rankdata
 
     return _pearson(*moments(*(rankdata(values).tolist() for values in (x, y))).values())
 
 
-def figures(scores: Scores) -> dict[str, float]:
-    """Every metric that the sums suffice for."""
+def compute_metrics(scores: Scores) -> dict[str, float]:
+    """Return every metric whose sums are there."""
     return {
-        name: metric.value(scores.sums) for name, metric in KNOWN.items() if scores.sums.keys() >= set(metric.needs)
+        name: metric.value(scores.sums)
+        for name, metric in KNOWN_METRICS.items()
+        if scores.sums.keys() >= set(metric.needs)
     }
 
 
-def pooled(scores: Iterable[Scores]) -> Scores:
-    """All rows together."""
-    found: dict[str, tuple[float, int]] = {}
-    for one in scores:
-        for name, (total, count) in one.sums.items():
-            before = found.get(name, (0, 0))
-            found[name] = (before[0] + total, before[1] + count)
-    return Scores(found)
+def pool(scores: Iterable[Scores]) -> Scores:
+    """Return the sums over several clients' rows."""
+    sums: dict[str, tuple[float, int]] = {}
+    for client in scores:
+        for name, (total, count) in client.sums.items():
+            before = sums.get(name, (0, 0))
+            sums[name] = (before[0] + total, before[1] + count)
+    return Scores(sums)

@@ -1,18 +1,19 @@
-"""Texts that a network writes: batched, with the KV cache, greedy or sampled from a seed of its own."""
+"""Text generation in batches with the KV cache, greedy or sampled from a seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.tasks.networks.pretrained import check_ids
+from fedlora.tasks.networks.pretrained import check_token_ids
 
 
 @dataclass(frozen=True)
-class Writing:
-    """How texts are generated. ``temperature`` 0 takes the likeliest token; ``stop`` are strings that end a text."""
+class GenerationSettings:
+    """Settings of text generation: ``temperature`` 0 is greedy; ``stop`` are strings that end a text."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -32,65 +33,64 @@ class Writing:
 
 @torch.no_grad()
 def generate(
-    network: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], writing: Writing, seed: int = 0
+    network: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings, seed: int = 0
 ) -> list[str]:
-    """What the network writes after each prompt, without the prompt, the end token and the stop string.
+    """Return the network's continuation of each prompt, without the prompt, the end token and the stop string.
 
-    ``prompts`` are token numbers, of any lengths: they are padded on the left and masked. Every draw comes from
-    ``seed``: the global generators are as they were afterwards. Sampled texts depend on the batch they are drawn in,
-    greedy ones do not.
+    ``prompts`` are token ids of any lengths. Random numbers come from ``seed``, and the global generators are restored.
+    Sampled texts depend on the other prompts of the batch, greedy ones do not.
     """
-    ids, mask = padded(prompts, tokenizer.pad_token_id)
+    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
     words = getattr(network.get_input_embeddings(), "num_embeddings", None)
     if words is not None:
-        check_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
-    device = next(network.parameters()).device
-    training, own = network.training, network.generation_config
+        check_token_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
+    device, training = next(network.parameters()).device, network.training
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    options = sampling if settings.temperature else {"do_sample": False}
+    options |= {"max_new_tokens": settings.max_new_tokens, "eos_token_id": end_tokens(network, tokenizer) or None}
+    stop = {"stop_strings": list(settings.stop), "tokenizer": tokenizer} if settings.stop else {}
     network.eval()
-    # Swapped, since transformers fills in whatever a checkpoint sets (penalties, top_k) and we leave out.
-    network.generation_config = _settings(network, tokenizer, writing)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            generation_config(network, tokenizer, **options),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(seed)
-            stop = {"stop_strings": list(writing.stop), "tokenizer": tokenizer} if writing.stop else {}
-            found = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
+            output = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
     finally:
-        network.generation_config = own
         network.train(training)
-    texts = tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
-    return [_until(text, writing.stop) for text in texts]
+    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return [_cut_at_stop(text, settings.stop) for text in texts]
 
 
-def padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token numbers and mask, rows by the longest prompt, padded on the left."""
+@contextmanager
+def generation_config(network: nn.Module, tokenizer: Any, **options: Any) -> Iterator[None]:
+    """Replace the network's generation config, because transformers adds a checkpoint's settings to ours."""
+    from transformers import GenerationConfig
+
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    before, network.generation_config = network.generation_config, GenerationConfig(**tokens, use_cache=True, **options)
+    try:
+        yield
+    finally:
+        network.generation_config = before
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return token ids and mask, padded on the left to the longest prompt."""
     width = max(1, max(map(len, prompts)))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     return ids, mask
 
 
-def ends(network: nn.Module, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the model's own, and its tokenizer's."""
-    own = network.generation_config.eos_token_id
-    several = own if isinstance(own, list) else [own]
+def end_tokens(network: nn.Module, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the model's and the tokenizer's."""
+    tokens = network.generation_config.eos_token_id
+    several = tokens if isinstance(tokens, list) else [tokens]
     return sorted({token for token in (*several, tokenizer.eos_token_id) if token is not None})
 
 
-def _settings(network: nn.Module, tokenizer: Any, writing: Writing) -> Any:
-    from transformers import GenerationConfig
-
-    drawn = {"do_sample": True, "temperature": writing.temperature, "top_p": writing.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=writing.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends(network, tokenizer) or None,
-        use_cache=True,
-        **(drawn if writing.temperature else {"do_sample": False}),
-    )
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first stop string."""
+def _cut_at_stop(text: str, stop: Sequence[str]) -> str:
     places = [place for place in map(text.find, stop) if place >= 0]
     return text[: min(places)] if places else text

@@ -1,4 +1,4 @@
-"""Pretrained networks by hub id or folder, loaded quietly, with nothing but the head new."""
+"""Loading of pretrained networks and tokenizers by hub id or folder."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -13,11 +13,11 @@ from torch import nn
 from fedlora.seeds import derive_seed
 
 DEMO = "demo-vit"  # the small ViT that ships with the library
-IDS = ("input_ids", "prompts", "source", "target")  # features that hold token numbers
+IDS = ("input_ids", "prompts", "source", "target")  # features with token ids
 
 
-def located(model: str) -> str:
-    """A name that ``from_pretrained`` understands. ``ValueError`` for a folder that is not there."""
+def resolve_model(model: str) -> str:
+    """Return the argument of ``from_pretrained``. Raises ``ValueError`` if a folder has no model."""
     if model == DEMO:
         return str(files("fedlora.tasks") / "demo_vit")
     path = Path(model).expanduser()
@@ -32,17 +32,17 @@ def located(model: str) -> str:
     return model
 
 
-def quietly(load: Any, model: str, **kwargs: Any) -> Any:
-    """``from_pretrained`` without its bars and its warnings about a new head; failures are one sentence."""
+def load_quietly(auto: Any, model: str, **kwargs: Any) -> Any:
+    """Call ``auto.from_pretrained`` without progress bars and warnings. Raises ``ValueError`` of one sentence."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    hub.set_verbosity_error()  # its retries would be said six times before our one sentence
+    hub.set_verbosity_error()  # no messages of retries before our one sentence
     logging.disable_progress_bar()
     try:
-        return load.from_pretrained(located(model), **kwargs)
+        return auto.from_pretrained(resolve_model(model), **kwargs)
     except (OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"the model {model!r} could not be loaded: {reason}") from error
@@ -52,47 +52,62 @@ def quietly(load: Any, model: str, **kwargs: Any) -> Any:
             logging.enable_progress_bar()
 
 
-def whole(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
-    """A pretrained network with the head that its checkpoint brings, in float32 or as ``loading`` says.
+def load_complete(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return a pretrained network with its checkpoint's head, in float32 unless ``loading`` has other options.
 
-    Nothing of it is trained in full unless it is named. ``ValueError`` where the checkpoint is of another kind or lacks
-    weights: they would be noise that nobody trains.
+    Nothing is trained in full unless a setting names it. Raises ``ValueError`` if the checkpoint is of another kind or
+    lacks weights, which would be random and never trained.
     """
-    try:
-        found, report = quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **(loading or {})})
-    except ValueError as error:
-        raise _of_another_kind(auto, model, error) from error
-    lost = sorted(report["missing_keys"])
-    if lost:
+    network, missing = _load_network(auto, model, **(loading or {}))
+    if missing:
         raise ValueError(
-            f"the model {model!r} lacks {len(lost)} weights of {type(found).__name__}, such as {lost[0]!r}; "
+            f"the model {model!r} lacks {len(missing)} weights of {type(network).__name__}, such as {missing[0]!r}; "
             "name a checkpoint of that kind."
         )
-    found.put_on_top = []  # read by targets.trained_in_full
-    return found
+    network.put_on_top = []  # read by targets.new_modules
+    return network
 
 
-def _of_another_kind(auto: Any, model: str, error: ValueError) -> ValueError:
-    """What to say where ``auto`` has no network for such a model: transformers lists all that it has one for."""
-    if "Unrecognized configuration class" not in str(error):
-        return error
-    kind = quietly(_config(), model).model_type
-    return ValueError(
-        f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load; "
-        "name another, or another task.name."
-    )
+def load_with_new_head(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
+    """Return a pretrained network in float32 with a new head of ``labels`` outputs, drawn from ``seed``.
+
+    A pooler that the checkpoint lacks is drawn as well, and trained like the head. Raises ``ValueError`` if other
+    weights of the body are missing, which would be random and never trained.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seed(seed, "network"))
+        network, missing = _load_network(auto, model, num_labels=labels, ignore_mismatched_sizes=True)
+    body = [key for key in missing if key.startswith(f"{network.base_model_prefix}.")]
+    lost = [key for key in body if ".pooler." not in key]
+    if lost:
+        raise ValueError(
+            f"the model {model!r} lacks {len(lost)} weights of its body, such as {lost[0]!r}; name a whole checkpoint."
+        )
+    network.drawn_anew = sorted({key.rpartition(".")[0] for key in body})  # read by targets.new_modules
+    return network
 
 
-def _config() -> Any:
-    from transformers import AutoConfig
+def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]]:
+    """Return a network and the names of the weights that its checkpoint lacks."""
+    try:
+        network, report = load_quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **loading})
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        from transformers import AutoConfig
 
-    return AutoConfig
+        kind = load_quietly(AutoConfig, model).model_type
+        raise ValueError(
+            f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load; "
+            "name another, or another task.name."
+        ) from error
+    return network, sorted(report["missing_keys"])
 
 
-def quantised(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to hold linear layers in 4 or 8 bits on a GPU.
+def quantization_options(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` for linear layers in 4 or 8 bits on a GPU.
 
-    ``ValueError`` where there is no GPU, or no bitsandbytes.
+    Raises ``ValueError`` if there is no GPU, or no bitsandbytes.
     """
     if device.type != "cuda":
         raise ValueError(
@@ -111,74 +126,56 @@ def quantised(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, 
 
 
 @lru_cache(maxsize=4)
-def tokenizer(model: str, chat_template: str | None = None) -> Any:
-    """The model's tokenizer, with something to pad with; ``chat_template`` in the place of its own."""
+def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
+    """Return the model's tokenizer with a padding token, and with ``chat_template`` in place of its own."""
     from transformers import AutoTokenizer
 
     try:
-        found = quietly(AutoTokenizer, model)
+        tokenizer = load_quietly(AutoTokenizer, model)
     except ValueError as error:
         if "backend tokenizer" not in str(error):
             raise
         raise ValueError(f"the model {model!r} has no tokenizer that can be read; name a model of texts.") from error
-    if found.pad_token_id is None:  # masked out everywhere, so any token will do
-        found.pad_token = found.eos_token or found.convert_ids_to_tokens(0)
+    if tokenizer.pad_token_id is None:  # masked everywhere, so any token works
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if chat_template is not None:
-        found.chat_template = chat_template
-    return found
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
-def network(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
-    """The network in float32 with a head for so many labels, drawn from the seed.
-
-    A pooler that the checkpoint lacks is new as well, and trained like the head. ``ValueError`` where it lacks other
-    weights of the body: they would be noise that nobody trains.
-    """
-    loading = {"ignore_mismatched_sizes": True, "output_loading_info": True, "dtype": torch.float32}
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derive_seed(seed, "network"))
-        try:
-            found, report = quietly(auto, model, num_labels=labels, **loading)
-        except ValueError as error:
-            raise _of_another_kind(auto, model, error) from error
-    body = found.base_model_prefix
-    lost = sorted(key for key in report["missing_keys"] if key.startswith(f"{body}.") and ".pooler." not in key)
-    if lost:
-        raise ValueError(
-            f"the model {model!r} lacks {len(lost)} weights of its body, such as {lost[0]!r}; name a whole checkpoint."
-        )
-    poolers = {key.rpartition(".")[0] for key in report["missing_keys"] if key.startswith(f"{body}.")}
-    found.drawn_anew = sorted(poolers)  # read by targets.trained_in_full
-    return found
+def max_positions(config: Any) -> int:
+    """Return the number of positions in a model's configuration; a large number if they are unlimited."""
+    return getattr(config, "max_position_embeddings", None) or 10**9
 
 
 def check_tokens(network: nn.Module, model: str, splits: Mapping[str, Any], width: int = 0) -> None:
-    """``ValueError`` where rows hold what the network has no embedding for: tokens, segments or places.
+    """Raise ``ValueError`` if rows have tokens, segments or positions without an embedding in the network.
 
-    ``splits`` are ``Examples`` by what they are called, and ``width`` the length that batches are padded to.
+    ``splits`` are ``Examples`` by name; ``width`` is the length that batches are padded to.
     """
-    if not any(key in own.features for own in splits.values() for key in IDS):
+    if not any(key in examples.features for examples in splits.values() for key in IDS):
         return
     words = getattr(network.get_input_embeddings(), "num_embeddings", None)
-    for what, examples in splits.items():
+    for name, examples in splits.items():
         for key in (key for key in (*IDS, "pad") if key in examples.features and words is not None):
-            check_ids(int(examples.features[key].max()), int(words), model, f"{what} rows")
-        kinds = _entries(network, "token_type_embeddings")
-        if kinds is not None and (seen := int(examples.features.get("token_type_ids", torch.zeros(1)).max())) >= kinds:
+            check_token_ids(int(examples.features[key].max()), int(words), model, f"{name} rows")
+        kinds = _count_inputs(network, "token_type_embeddings")
+        kind = int(examples.features.get("token_type_ids", torch.zeros(1)).max())
+        if kinds is not None and kind >= kinds:
             raise ValueError(
-                f"the tokenizer of {model!r} marks the second text of a pair by {seen}, but the model knows {kinds} "
+                f"the tokenizer of {model!r} marks the second text of a pair by {kind}, but the model knows {kinds} "
                 "kinds of text; take the tokenizer that the model was trained with."
             )
-        places, longest = _entries(network, "position_embeddings"), max(width, int(examples.lengths.max()))
+        places, longest = _count_inputs(network, "position_embeddings"), max(width, int(examples.lengths.max()))
         if places is not None and "input_ids" in examples.features and longest > places:
             raise ValueError(
-                f"{what} rows come to {longest} tokens, but the model {model!r} reads at most {places}; set "
+                f"{name} rows come to {longest} tokens, but the model {model!r} reads at most {places}; set "
                 f"task.max_length to {places}."
             )
 
 
-def check_ids(largest: int, words: int, model: str, where: str) -> None:
-    """``ValueError`` where a token has no row in the model's embedding."""
+def check_token_ids(largest: int, words: int, model: str, where: str) -> None:
+    """Raise ``ValueError`` if a token has no row in the model's embedding."""
     if largest >= words:
         raise ValueError(
             f"the {where} hold the token number {largest}, but the model {model!r} has embeddings for {words} tokens; "
@@ -187,10 +184,10 @@ def check_ids(largest: int, words: int, model: str, where: str) -> None:
         )
 
 
-def _entries(network: nn.Module, name: str) -> int | None:
-    """How many different inputs an embedding takes; None where the network has none of that name."""
+def _count_inputs(network: nn.Module, name: str) -> int | None:
+    """Return the number of inputs of an embedding, or None if the network has none of that name."""
     for path, module in network.named_modules():
         if path.rpartition(".")[2] == name and isinstance(module, nn.Embedding):
-            taken = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's places begin after it
-            return module.num_embeddings - (taken if name == "position_embeddings" else 0)
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # of RoBERTa's positions
+            return module.num_embeddings - (first if name == "position_embeddings" else 0)
     return None
