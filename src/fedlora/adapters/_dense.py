@@ -14,9 +14,7 @@ class Dense(Adapter):
 
     names: frozenset[str] = frozenset({"weight", "bias"})
 
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset()
+    inputs = frozenset()
 
     @property
     def outputs(self) -> frozenset[str]:

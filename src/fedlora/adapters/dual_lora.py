@@ -27,18 +27,13 @@ class DualLoRA(Adapter):
 
     own = frozenset({"A_own", "B_own"})  # the pair that never leaves its client
 
+    inputs = frozenset({"A", "A_own"})
+    outputs = frozenset({"B", "B_own"})
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
         check_alpha(self.alpha)
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset({"A", "A_own"})
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"B", "B_own"})
 
     @property
     def budget(self) -> int:

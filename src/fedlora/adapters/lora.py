@@ -30,6 +30,9 @@ class LoRA(Adapter):
     alpha: float = 16.0
     use_rslora: bool = False
 
+    inputs = frozenset({"A"})
+    outputs = frozenset({"B"})
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
@@ -38,14 +41,6 @@ class LoRA(Adapter):
     @property
     def cite(self) -> str:  # type: ignore[override]
         return CITE + ("\n" + CITE_RS if self.use_rslora else "")
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset({"A"})
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"B"})
 
     @property
     def budget(self) -> int:

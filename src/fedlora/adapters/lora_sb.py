@@ -31,19 +31,14 @@ class LoRASB(Adapter):
     core_rank: int | None = None
     lora_rank: int = 8
 
+    inputs = frozenset()
+    outputs = frozenset({"R"})
+
     def __post_init__(self) -> None:
         for key in ("core_rank", "lora_rank"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset()
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"R"})
 
     @property
     def budget(self) -> int:

@@ -35,6 +35,8 @@ class MultiHead(Adapter):
     lora_rank: int = 8
     basis: Basis = "gram_schmidt"
 
+    inputs = frozenset()
+
     def __post_init__(self) -> None:
         if self.heads < 1:
             raise ValueError(f"adapter.heads is {self.heads}; Ravan needs at least 1 head.")
@@ -50,10 +52,6 @@ class MultiHead(Adapter):
     @property
     def scales(self) -> tuple[str, ...]:
         return tuple(f"s{i}" for i in range(self.heads))
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset()
 
     @property
     def outputs(self) -> frozenset[str]:

@@ -27,19 +27,14 @@ class VeRA(Adapter):
     d_initial: float = 0.1
     projection_seed: int = 0
 
+    inputs = frozenset({"d"})
+    outputs = frozenset({"b"})
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"adapter.rank is {self.rank}; VeRA needs a rank of at least 1.")
         if not 0 < abs(self.d_initial) < math.inf:
             raise ValueError(f"adapter.d_initial is {self.d_initial}; from 0 nothing would be trained.")
-
-    @property
-    def inputs(self) -> frozenset[str]:
-        return frozenset({"d"})
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        return frozenset({"b"})
 
     @property
     def budget(self) -> int:
