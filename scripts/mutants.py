@@ -38,14 +38,14 @@ MUTANTS = [
     ),
     Mutant(
         "rounds.py",
-        "return [w * upload.factor / whole for w, upload in zip(own, uploads)]",
-        "return [w * upload.factor for w, upload in zip(own, uploads)]",
+        "return [w * upload.factor / total for w, upload in zip(weights, uploads)]",
+        "return [w * upload.factor for w, upload in zip(weights, uploads)]",
         (*ALGEBRA, "tests/security/test_robust.py", "tests/security/test_validation.py"),
     ),
     Mutant(
         "rounds.py",
-        "fold = tuple(Factors(f.U[i], f.V[i]) for f in outcome.fold)",
-        "fold = tuple(Factors(f.U[0], f.V[i]) for f in outcome.fold)",
+        "base_update = tuple(Factors(f.U[i], f.V[i]) for f in outcome.base_update)",
+        "base_update = tuple(Factors(f.U[0], f.V[i]) for f in outcome.base_update)",
         ALGEBRA,
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""The vocabulary: what one adapted weight is made of, and what one client's turn is."""
+"""The types of one adapted weight and of one client's turn."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ Tree = Mapping[str, Layer]  # part of the model -> its leaves
 
 
 class Factors(NamedTuple):
-    """A weight update kept as a product, ``ΔW = U @ V``, with every scale folded in."""
+    """A weight update as a product, ``ΔW = U @ V``, including every scale."""
 
     U: Float[Tensor, "*stack m r"]
     V: Float[Tensor, "*stack r n"]
 
     def dense(self) -> Float[Tensor, "*stack m n"]:
-        """The update written out; for tests and small weights only."""
+        """Return the update as one matrix; for tests and small weights only."""
         return self.U @ self.V
 
 
@@ -28,12 +28,12 @@ class Turn:
 
     round: int  # from 0
     client: int  # from 0
-    rank: int  # the client's budget: its LoRA rank, or how many Ravan heads it can train
+    rank: int  # the client's budget: its LoRA rank, or its number of Ravan heads
     seed: int = 0  # of this client in this round
 
 
 class Work(NamedTuple):
-    """What one client did to one weight."""
+    """One client's training of one weight."""
 
     start: Layer
     end: Layer
@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
 
 class Upload(NamedTuple):
-    """What the server holds of one client at the end of a round."""
+    """One client's upload of one weight at the end of a round."""
 
     turn: Turn
     weight: float  # the client's share of the cohort; shares sum to one
@@ -50,9 +50,9 @@ class Upload(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round makes of one weight: the next shared leaves, and what to add to the base.
+    """The result of a round for one weight: the next shared leaves, and updates to add to the base.
 
-    ``notes`` are the method's own figures about this round (name -> one number a weight), for reports.
+    ``notes`` are the method's own figures of this round (name -> one value per weight), for reports.
     """
 
     layer: Layer

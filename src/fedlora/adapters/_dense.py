@@ -1,4 +1,4 @@
-"""A part that is trained in full, such as a classifier: its leaves are its own parameters."""
+"""A part that is trained in full, such as a classifier: its leaves are its parameters."""
 
 from dataclasses import dataclass
 

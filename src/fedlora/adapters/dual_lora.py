@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
+from fedlora.adapters._base import Adapter, check_alpha, check_positive, generator, uniform
 from fedlora.types import Factors, Layer
 
 
@@ -31,8 +31,7 @@ class DualLoRA(Adapter):
     outputs = frozenset({"B", "B_own"})
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
+        check_positive(self, "rank")
         check_alpha(self.alpha)
 
     @property

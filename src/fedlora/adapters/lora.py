@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.adapters._base import Adapter, check_alpha, generator, uniform
+from fedlora.adapters._base import Adapter, check_alpha, check_positive, generator, uniform
 from fedlora.linalg.factors import truncate
 from fedlora.linalg.sums import Term
 from fedlora.types import Factors, Layer
@@ -34,8 +34,7 @@ class LoRA(Adapter):
     outputs = frozenset({"B"})
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank is {self.rank}; a LoRA needs a rank of at least 1.")
+        check_positive(self, "rank")
         check_alpha(self.alpha)
 
     @property
@@ -51,7 +50,7 @@ class LoRA(Adapter):
         return other if isinstance(other, cls) else cls(rank=getattr(other, "lora_rank", 8))
 
     def scale(self, rank: int) -> float:
-        """``s`` of a layer of this rank; a client of smaller rank has its own."""
+        """Return ``s`` for a layer of this rank; it depends on the client's rank."""
         return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
     def init(self, m: int, n: int, seed: int) -> dict[str, Tensor]:
@@ -69,7 +68,7 @@ class LoRA(Adapter):
         return Term(weight * self.scale(layer["A"].shape[-2]), layer["B"], layer["A"])
 
     def split(self, f: Factors) -> Layer:
-        """The leaves whose update is ``f``: the inverse of ``delta``."""
+        """Return the leaves whose update is ``f``: the inverse of ``delta``."""
         return {"A": f.V, "B": f.U / self.scale(f.V.shape[-2])}
 
     def around(self, update: Factors, fresh: Layer) -> Layer:
@@ -89,7 +88,7 @@ class LoRA(Adapter):
         return {**layer, "A": layer["A"][..., :rank, :], "B": B}
 
     def pad(self, layer: Layer, rank: int) -> Layer:
-        """The same update at a larger rank, with zeros; at a smaller one, its leading part."""
+        """Pad the factors with zeros to a larger rank, or cut them to a smaller one; the scale is adapted."""
         A, B = layer["A"], layer["B"]
         if A.shape[-2] == rank:
             return layer

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapters._base import Adapter, generator
+from fedlora.adapters._base import Adapter, check_positive, generator
 from fedlora.linalg.sums import exact_svd
 from fedlora.types import Factors, Layer
 
@@ -35,10 +35,7 @@ class LoRASB(Adapter):
     outputs = frozenset({"R"})
 
     def __post_init__(self) -> None:
-        for key in ("core_rank", "lora_rank"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
+        check_positive(self, "core_rank", "lora_rank")
 
     @property
     def budget(self) -> int:

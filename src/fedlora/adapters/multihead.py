@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapters._base import Adapter, generator
+from fedlora.adapters._base import Adapter, check_positive, generator
 from fedlora.types import Factors, Layer
 
 Basis = Literal["gram_schmidt", "normal", "constant", "shared_subspace"]
@@ -38,12 +38,7 @@ class MultiHead(Adapter):
     inputs = frozenset()
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ValueError(f"adapter.heads is {self.heads}; Ravan needs at least 1 head.")
-        for key in ("head_rank", "lora_rank"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"adapter.{key} is {value}; it must be at least 1.")
+        check_positive(self, "heads", "head_rank", "lora_rank")
 
     @property
     def cores(self) -> tuple[str, ...]:

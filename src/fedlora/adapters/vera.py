@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.adapters._base import Adapter, generator, uniform
+from fedlora.adapters._base import Adapter, check_positive, generator, uniform
 from fedlora.types import Factors, Layer
 
 
@@ -31,8 +31,7 @@ class VeRA(Adapter):
     outputs = frozenset({"b"})
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"adapter.rank is {self.rank}; VeRA needs a rank of at least 1.")
+        check_positive(self, "rank")
         if not 0 < abs(self.d_initial) < math.inf:
             raise ValueError(f"adapter.d_initial is {self.d_initial}; from 0 nothing would be trained.")
 

@@ -7,12 +7,12 @@ METHODS = Registry(Method, "method", group="fedlora.methods", package=__name__)
 
 
 def merging_methods() -> dict[str, type[Method]]:
-    """The methods that combine finished LoRAs, by name."""
+    """Return the methods that can merge finished LoRAs, by name."""
     return {name: kind for name, kind in METHODS.classes().items() if kind.merge_obstacle() is None}
 
 
 def load_merging_method(name: str) -> type[Method]:
-    """The class of a method that combines finished LoRAs. ``ValueError`` where this one cannot."""
+    """Return the class of a method that can merge finished LoRAs. Raises ``ValueError`` if this one cannot."""
     near, subject = name_or_nearest("method", name, [*([name] if ":" in name else []), *METHODS.names()])
     if near is not None and (why := METHODS.load(near).merge_obstacle()):
         able = ", ".join(merging_methods())

@@ -59,21 +59,19 @@ class BestRank(Method):
         exact = terms(self.adapter, uploads)
         goal = Lazy(len(exact), lambda k: exact[k]._replace(c=exact[k].c / s))  # B A, without the scale
         alike = len({u.turn.rank for u in uploads}) == 1
-        means = self.adapter.pad(mean(uploads if alike else [self._wide(u, rank) for u in uploads]), rank)
+        padded = uploads if alike else [u._replace(layer=self.adapter.pad(u.layer, rank)) for u in uploads]
+        means = self.adapter.pad(mean(padded), rank)
         A, B = self._factors(goal, means, rank)
         layer = {**shared, "A": A, "B": B}
         if not self.fold_rest:
             return Outcome(layer)
         return Outcome(layer, base_update=(stack([*exact, Term(-s, B, A)]),))
 
-    def _wide(self, upload: Upload, rank: int) -> Upload:
-        return upload._replace(layer=self.adapter.pad(upload.layer, rank))
-
     def _factors(self, goal: Sequence[Term], means: Layer, rank: int) -> Pair:
         A, B = means["A"], means["B"]
         if self.sweeps:
             return refine(goal, A, B, self.sweeps)
-        found = truncated_svd(goal, rank, A.mT)
+        svd = truncated_svd(goal, rank, A.mT)
         if self.gauge == "anchor":
-            return anchor(found, A, B)
-        return rotate(*balance(found, rank), A, B) if self.gauge == "rotation" else balance(found, rank)
+            return anchor(svd, A, B)
+        return rotate(*balance(svd, rank), A, B) if self.gauge == "rotation" else balance(svd, rank)
