@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.reporting.html import page
-from fedlora.reporting.load import runs
+from fedlora.reporting.html import render_page
+from fedlora.reporting.load import load_runs
 from fedlora.schema import dumps
 
 PARTS = [f"vit.encoder.layer.{i}.attention.{name}_proj" for i in range(12) for name in "qv"]
@@ -58,9 +58,9 @@ def measure(many: int = 50, rounds: int = 200, clients: int = 100) -> dict[str, 
     with TemporaryDirectory() as place:
         folders = make(Path(place), many, rounds, clients)
         read = sum((folder / "metrics.jsonl").stat().st_size for folder in folders)
-        page(runs(folders[:1]))  # imports, and Vega's own memory
+        render_page(load_runs(folders[:1]))  # imports, and Vega's own memory
         before, began = peak(), time.process_time()
-        size = len(page(runs(folders)).encode())
+        size = len(render_page(load_runs(folders)).encode())
         taken = time.process_time() - began
     return {"runs": many, "rounds": rounds, "clients": clients, "MB read": read / 1e6, "MB of the page": size / 1e6,
             "processor seconds": taken, "MB of memory": peak() - before, "MB with imports": peak()}  # fmt: skip

@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.report import make
-from fedlora.reporting.html import page
-from fedlora.reporting.load import runs
+from fedlora.reporting.html import render_page
+from fedlora.reporting.load import load_runs
 
 STEP = 400  # pixels a turn of the wheel
 WATCH = """() => {
@@ -51,7 +51,7 @@ def measure(many: int = 50, rounds: int = 200, clients: int = 100) -> dict[str, 
 
     with TemporaryDirectory() as place, sync_playwright() as driver:
         made = Path(place) / "report.html"
-        made.write_text(page(runs(make(Path(place), many, rounds, clients))), encoding="utf-8")
+        made.write_text(render_page(load_runs(make(Path(place), many, rounds, clients))), encoding="utf-8")
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         tab = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.compare import execute, for_label
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import Table, apply_overrides, build, read_table
@@ -200,7 +200,7 @@ def start(study: Study, models: Path, data: Path) -> Path:
         own = apply_overrides(read_table(ROOT / "examples" / "papers" / study.config), study.start)
         with TemporaryDirectory() as made:
             found = run(build(local(own, models, data, "test")), Path(made) / "run").summary["final"]["global"]
-            export(RunFolder.open(Path(made) / "run"), folder)
+            export_model(RunFolder.open(Path(made) / "run"), folder)
         print("start of", study.config, json.dumps(found), flush=True)
     return folder
 

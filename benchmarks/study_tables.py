@@ -9,8 +9,8 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from benchmarks.studies import STUDIES, Book, Study, best_rate
-from fedlora.reporting.tables.comparison import Paired, p_value
-from fedlora.reporting.tables.comparison import paired as tested
+from fedlora.reporting.tables.comparison import PairedTest, compute_p_value
+from fedlora.reporting.tables.comparison import compare_pairs as tested
 
 DIGITS = {"perplexity": 2}
 
@@ -29,7 +29,7 @@ def spread(found: Sequence[float], digits: int) -> str:
     return text if len(found) < 2 else f"{text} ± {statistics.stdev(found):.{digits}f}"
 
 
-def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> Paired | None:
+def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> PairedTest | None:
     """Against the first label over the same seeds and settings."""
     if label == study.labels[0]:
         return None
@@ -40,7 +40,7 @@ def paired(study: Study, rows: Sequence[dict[str, Any]], label: str) -> Paired |
     return tested(one, other)
 
 
-def compared(test: Paired, digits: int) -> str:
+def compared(test: PairedTest, digits: int) -> str:
     """A paired test in words; no test can be made of differences that are all the same."""
     p = "the same every time" if isnan(test.p) else f"p = {test.p:.2g}"
     return f"{test.difference:+.{digits}f}, {p} (n = {test.pairs})"
@@ -135,7 +135,7 @@ def explained(name: str) -> str:
         return ""
     return (
         f"Rank correlation of error and goodness over methods: {spread(found, 2)} over {len(found)} federations "
-        f"(-1: the smaller the error the better; p = {p_value(found):.2g})."
+        f"(-1: the smaller the error the better; p = {compute_p_value(found):.2g})."
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 import fedlora
-from fedlora.export.peft import export
-from fedlora.reporting.citations import cited
-from fedlora.reporting.method_catalog import entry
+from fedlora.export.peft import export_model
+from fedlora.reporting.citations import collect_citations
+from fedlora.reporting.method_catalog import describe_method
 from fedlora.runs.config import Config, ModelTable, build, read
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan
@@ -104,9 +104,12 @@ def test_plan_export_methods_and_cite_take_them(names, tmp_path):
     config = build({**own, "engine": {"name": "inprocess"}})
     run = fedlora.run(config, tmp_path / "run")
     assert plan(config)["bytes"]["run"] == run.summary["bytes"]
-    found = export(RunFolder.open(tmp_path / "run"), tmp_path / "adapter")
+    found = export_model(RunFolder.open(tmp_path / "run"), tmp_path / "adapter")
     assert found["ranks"] == [3] and found["difference"] < 1e-5
-    assert entry(names["method"])["title"] == "Damped" and entry(names["method"])["adapters"] == ["LoRA", "FrozenPair"]
-    assert [e.key for e in cited(names["method"])] == ["fedlora"] and "fedlora" in [
-        e.key for e in cited(tmp_path / "run")
+    assert describe_method(names["method"])["title"] == "Damped" and describe_method(names["method"])["adapters"] == [
+        "LoRA",
+        "FrozenPair",
+    ]
+    assert [e.key for e in collect_citations(names["method"])] == ["fedlora"] and "fedlora" in [
+        e.key for e in collect_citations(tmp_path / "run")
     ]

@@ -167,10 +167,10 @@ def test_a_broken_entry_point_is_named_with_its_package_and_breaks_nothing_else(
 
 
 def test_the_list_of_methods_says_what_cannot_be_loaded(package, capsys):
-    from fedlora.cli.methods import methods
+    from fedlora.cli.methods import methods_command
 
     package(BROKEN)
-    methods(name=None, as_json=True)
+    methods_command(name=None, as_json=True)
     out, err = capsys.readouterr()
     assert '"name": "good"' in out and '"name": "gone"' not in out
     assert err.count("fedlora: the method '") == 2 and "of the package 'others-package'" in err

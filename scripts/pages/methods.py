@@ -44,7 +44,7 @@ HOOKS = {
 
 def pages(found: Results, drawn: Curves) -> dict[str, str]:
     """File name -> Markdown: a page a method, and ``index.md``."""
-    entries = [method_catalog.entry(name) for name in sorted(METHODS.builtin)]  # not those of other packages
+    entries = [method_catalog.describe_method(name) for name in sorted(METHODS.builtin)]  # not those of other packages
     files = {f"{one['name']}.md": page(one, found, drawn) for one in entries}
     return {**files, "index.md": index(entries)}
 

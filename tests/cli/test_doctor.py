@@ -7,10 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from fedlora.cli import _doctor as doctor
 from fedlora.cli import _selftests as selftests
-from fedlora.cli._doctor import BROKEN, MISSING, WORKS
-from fedlora.cli._doctor_report import health
+from fedlora.cli import doctor
+from fedlora.cli.doctor import BROKEN, MISSING, WORKS
+from fedlora.reporting.terminal import show
 
 
 def test_every_test_has_its_packages_and_every_extra_is_tested():
@@ -35,13 +35,13 @@ def test_what_is_found_and_said(capsys):
     missing = [one for one in found["tests"] if one["state"] == MISSING]
     assert all(one["said"] == f"pip install 'fedlora[{one['name']}]'" and one["name"] not in heard for one in missing)
     assert json.loads(json.dumps(found)) == found and found["memory"]["free"] > 0
-    health(found)
+    show(*doctor.describe(found))
     out = capsys.readouterr().out
     assert "Broken: peft." in out and "[red]no" in out and "\x1b" not in out
 
 
 def test_a_missing_core_package_is_broken_not_optional(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    monkeypatch.setattr(doctor, "_find_version", lambda package: None)
     found = doctor.examine(lambda name: {"state": BROKEN, "said": "No module named 'torch'"})
     assert found["broken"] == list(doctor.CORE)
     assert {one["state"] for one in found["tests"] if one["name"] not in doctor.CORE} == {MISSING}
@@ -58,7 +58,7 @@ def test_a_missing_core_package_is_broken_not_optional(monkeypatch):
 def test_a_package_that_crashes_only_says_that_it_is_broken(code, said, monkeypatch):
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **more: real([sys.executable, "-c", code], **more))
-    assert doctor.in_process_of_its_own("peft") == {"state": BROKEN, "said": said}
+    assert doctor.run_in_process("peft") == {"state": BROKEN, "said": said}
 
 
 def test_one_that_never_answers(monkeypatch):
@@ -67,7 +67,7 @@ def test_one_that_never_answers(monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **more: real([sys.executable, "-c", "import time; time.sleep(60)"], **more)
     )
-    assert "did not answer" in doctor.in_process_of_its_own("peft")["said"]
+    assert "did not answer" in doctor.run_in_process("peft")["said"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -86,22 +86,20 @@ def test_a_wrong_package_fails_its_test(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "T", property(lambda self: self.mT * 2), raising=False)
     with pytest.raises(AssertionError, match="a gradient is wrong"):
-        selftests.torch()
+        selftests.try_torch()
 
 
 def test_exit_status_1_where_something_is_broken(monkeypatch):
     import typer
 
-    from fedlora.cli import doctor as checking
-
     for broken, leaves in ((["peft"], True), ([], False)):
-        monkeypatch.setattr(doctor, "examine", lambda told, broken=broken: {"broken": broken})
+        monkeypatch.setattr(doctor, "examine", lambda begin, broken=broken: {"broken": broken})
         if leaves:
             with pytest.raises(typer.Exit) as left:
-                checking.doctor(as_json=True)
+                doctor.doctor_command(as_json=True)
             assert left.value.exit_code == 1
         else:
-            checking.doctor(as_json=True)
+            doctor.doctor_command(as_json=True)
 
 
 TRACKERS = """

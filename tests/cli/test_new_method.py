@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli._new_method import new_method
+from fedlora.cli._new_method import write_method
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def checkout(tmp_path):
 
 
 def test_a_new_method_is_found_and_held_to_the_laws(checkout):
-    paths = new_method("fed-new", "https://example.org/paper", checkout)
+    paths = write_method("fed-new", "https://example.org/paper", checkout)
     assert [path.name for path in paths] == ["fed_new.py", "test_fed_new.py"]
     wrong = paths[1].with_name("test_fed_new_wrong.py")
     wrong.write_text(paths[1].read_text().replace("zip(c.w, c.A)", "zip(c.w[::-1], c.A)"))
@@ -43,9 +43,9 @@ def test_a_new_method_is_found_and_held_to_the_laws(checkout):
 
 
 def test_mistakes(checkout, tmp_path):
-    with pytest.raises(ValueError, match="'FedSVD' will not do; a method's name is lower-case"):
-        new_method("FedSVD", None, checkout)
+    with pytest.raises(ValueError, match="a method cannot be called 'FedSVD'; its name is lower-case"):
+        write_method("FedSVD", None, checkout)
     with pytest.raises(ValueError, match="there is a method 'fedit' already"):
-        new_method("fedit", None, checkout)
+        write_method("fedit", None, checkout)
     with pytest.raises(ValueError, match="is no checkout of fedlora"):
-        new_method("fed-new", None, tmp_path / "elsewhere")
+        write_method("fed-new", None, tmp_path / "elsewhere")

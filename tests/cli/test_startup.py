@@ -43,14 +43,16 @@ def test_what_is_not_there_is_said():
 
 
 def test_methods_complete():
-    assert completing.names() == METHODS.names(), "without importing a method"
-    assert completing.method("fedr") == ["fedrot-lora"]
-    assert completing.methods("fedit,fedr") == ["fedit,fedrot-lora"]
-    assert "fedit,fedit" not in completing.methods("fedit,") and "fedit,centralised" in completing.methods("fedit,")
-    assert completing.override("method.name=ra") == ["method.name=ravan"] and completing.override("meth") == [
-        "method.name="
-    ]
-    assert completing.override("rounds=") == []
+    assert completing.list_methods() == METHODS.names(), "without importing a method"
+    assert completing.complete_method("fedr") == ["fedrot-lora"]
+    assert completing.complete_methods("fedit,fedr") == ["fedit,fedrot-lora"]
+    assert "fedit,fedit" not in completing.complete_methods(
+        "fedit,"
+    ) and "fedit,centralised" in completing.complete_methods("fedit,")
+    assert completing.complete_override("method.name=ra") == ["method.name=ravan"] and completing.complete_override(
+        "meth"
+    ) == ["method.name="]
+    assert completing.complete_override("rounds=") == []
 
 
 def test_the_shell_is_offered_commands_and_methods(commands, tmp_path):

@@ -32,7 +32,7 @@ def test_an_edit_of_a_generated_page_or_figure_is_found(files, tmp_path):
 
 def test_every_method_says_when_to_use_it_and_when_not(files):
     for name in METHODS.names():
-        one, text = method_catalog.entry(name), files[DOCS / "methods" / f"{name}.md"]
+        one, text = method_catalog.describe_method(name), files[DOCS / "methods" / f"{name}.md"]
         assert len(one["use"].split()) > 4 and len(one["avoid"].split()) > 4, name
         assert "Use it when" not in one["reference"] and one["reference"]
         for title in ("The equation", "What it claims", "What it costs", "Source"):

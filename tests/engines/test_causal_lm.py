@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fedlora
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import apply_overrides, build
 from fedlora.runs.folder import RunFolder
@@ -77,7 +77,7 @@ def test_by_role(by_role, tmp_path, name):
     assert len(told) == 2 and "training rows were cut to 48 tokens on the right" in told[0]
     if name == "flora":
         assert run.summary["base_updates"] == 3
-    found = export(RunFolder.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
+    found = export_model(RunFolder.open(run.folder), tmp_path / "out", 1 if name == "fedsa-lora" else None)
     assert found["difference"] < 1e-4
 
 
@@ -87,8 +87,8 @@ def test_the_export_is_what_peft_loads_by_itself(by_role, tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = RunFolder.open(by_role("fedit").folder)
-    export(run, tmp_path / "out")
-    export(run, tmp_path / "merged", merged=True)
+    export_model(run, tmp_path / "out")
+    export_model(run, tmp_path / "merged", merged=True)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from fedlora.export.aggregate import aggregate, method_for
+from fedlora.export.aggregate import aggregate_adapters, build_method
 from fedlora.methods import merging_methods
 from fedlora.training.device import Engine
 from fedlora.training.peft_folder import AdapterFolder
@@ -83,7 +83,7 @@ KINDS = {
 def test_exact_is_the_mean_of_the_merged_models(tmp_path, family, kind):
     weights = [3, 1, 1]
     folders = [trained(tmp_path / str(i), family, i, **settings) for i, settings in enumerate(KINDS[kind])]
-    report = aggregate(folders, method_for("flora"), tmp_path / "out", weights, exact=True)
+    report = aggregate_adapters(folders, build_method("flora"), tmp_path / "out", weights, exact=True)
     wanted = merged_mean(folders, family, [w / 5 for w in weights])(IDS).logits
     torch.testing.assert_close(loaded(tmp_path / "out", family)(IDS).logits, wanted, rtol=1e-5, atol=1e-5)
     assert report.total("served") < 1e-6
@@ -92,8 +92,8 @@ def test_exact_is_the_mean_of_the_merged_models(tmp_path, family, kind):
 @pytest.mark.parametrize("name", merging_methods())
 def test_what_the_report_says_is_what_was_written(tmp_path, name):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
-    method = method_for(name)
-    report = aggregate(folders, method, tmp_path / "out", exact=name in ("flora", "fedex-lora"))
+    method = build_method(name)
+    report = aggregate_adapters(folders, method, tmp_path / "out", exact=name in ("flora", "fedex-lora"))
     opened = [AdapterFolder.open(f) for f in (*folders, tmp_path / "out")]
     away = norm = 0.0
     for part in opened[0].shapes:
@@ -110,7 +110,7 @@ def test_what_the_report_says_is_what_was_written(tmp_path, name):
 
 def test_a_residual_is_a_second_adapter(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(2)]
-    aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "rest")
+    aggregate_adapters(folders, build_method("fedex-lora"), tmp_path / "out", residual=tmp_path / "rest")
     model = loaded(tmp_path / "out", "bert")
     model.load_adapter(tmp_path / "rest", "rest")
     model.base_model.set_adapter(["default", "rest"])
@@ -124,7 +124,7 @@ def test_half_precision_stays_and_is_combined_in_float32(tmp_path, dtype):
     for folder in folders:
         file = folder / "adapter_model.safetensors"
         save_file({k: x.to(dtype) for k, x in load_file(file).items()}, file, {"format": "pt"})
-    report = aggregate(folders, method_for("flora"), tmp_path / "out", exact=True)
+    report = aggregate_adapters(folders, build_method("flora"), tmp_path / "out", exact=True)
     assert {x.dtype for x in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {dtype}
     assert report.total("served") < (2e-3 if dtype == torch.float16 else 2e-2)
 
@@ -133,7 +133,7 @@ def test_rank_truncates_and_the_best_is_least(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
     errors = {}
     for name in ("fedit", "svd", "flexlora"):
-        report = aggregate(folders, method_for(name), tmp_path / name, rank=2)
+        report = aggregate_adapters(folders, build_method(name), tmp_path / name, rank=2)
         assert set(report.ranks.values()) == {2}
         errors[name] = report.total("served")
     assert errors["svd"] == pytest.approx(errors["flexlora"], rel=1e-5)
@@ -142,8 +142,8 @@ def test_rank_truncates_and_the_best_is_least(tmp_path):
 
 def test_one_mix_for_all_weights(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
-    per_weight = aggregate(folders, method_for("flora-na"), tmp_path / "a").total("served")
-    for_all = aggregate(folders, method_for("flora-na", ["scope=model"]), tmp_path / "b").total("served")
+    per_weight = aggregate_adapters(folders, build_method("flora-na"), tmp_path / "a").total("served")
+    for_all = aggregate_adapters(folders, build_method("flora-na", ["scope=model"]), tmp_path / "b").total("served")
     assert per_weight <= for_all
 
 
@@ -217,7 +217,7 @@ def test_adapters_that_do_not_belong_together(tmp_path, damage, sentence):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(2)]
     damage(folders[1])
     with pytest.raises(ValueError, match=sentence) as caught:
-        aggregate(folders, method_for("fedit"), tmp_path / "out")
+        aggregate_adapters(folders, build_method("fedit"), tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "nothing half-written"
 
@@ -244,23 +244,23 @@ def test_wrong_requests(tmp_path, settings, sentence):
     folder = trained(tmp_path / "a", "bert", 0)
     with pytest.raises(ValueError, match=sentence):
         rest = {k: tmp_path / x if k == "residual" else x for k, x in settings.items() if k != "method"}
-        aggregate([folder], method_for(settings.get("method", "fedit")), tmp_path / "out", **rest)
+        aggregate_adapters([folder], build_method(settings.get("method", "fedit")), tmp_path / "out", **rest)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_device_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="engine.device is 'abacus'"):
-        aggregate(
-            [trained(tmp_path / "a", "bert", 0)], method_for("fedit"), tmp_path / "o", engine=Engine(device="abacus")
+        aggregate_adapters(
+            [trained(tmp_path / "a", "bert", 0)], build_method("fedit"), tmp_path / "o", engine=Engine(device="abacus")
         )
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
     folder = trained(tmp_path / "a", "bert", 0)
     with pytest.raises(ValueError, match="exists already and is not empty"):
-        aggregate([folder], method_for("fedit"), folder)
+        aggregate_adapters([folder], build_method("fedit"), folder)
     with pytest.raises(ValueError, match="no adapters were named"):
-        aggregate([], method_for("fedit"), tmp_path / "out")
+        aggregate_adapters([], build_method("fedit"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["fedit", "svd", "flexlora", "hetlora", "lora-fair", "fedrot-lora", "flora-na"])
@@ -268,10 +268,10 @@ def test_reading_anew_at_every_pass_changes_nothing(tmp_path, name, monkeypatch)
     """The streaming form: nothing is held between passes, neither files nor stacks of them."""
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(5)]
     settings = ["residual_rank=2"] if name == "fedex-lora" else []
-    held = aggregate(folders, method_for(name, settings), tmp_path / "held")
+    held = aggregate_adapters(folders, build_method(name, settings), tmp_path / "held")
     for module in ("export.aggregate", "linalg.sums"):
         monkeypatch.setattr(f"fedlora.{module}.CACHE_LIMIT", 0)
-    streamed = aggregate(folders, method_for(name, settings), tmp_path / "streamed")
+    streamed = aggregate_adapters(folders, build_method(name, settings), tmp_path / "streamed")
     one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("held", "streamed"))
     assert all(torch.equal(x, two[key]) for key, x in one.items())
     assert held.as_table() == streamed.as_table()
@@ -297,7 +297,7 @@ def test_exact_on_a_real_model(tmp_path, shared):
         model.save_pretrained(tmp_path / str(i))
         folders.append(tmp_path / str(i))
         states.append(model.merge_and_unload().state_dict())
-    aggregate(folders, method_for("flora"), tmp_path / "out", [5, 2, 1], exact=True)
+    aggregate_adapters(folders, build_method("flora"), tmp_path / "out", [5, 2, 1], exact=True)
     oracle = real()
     mean = {k: sum(w * s[k].double() for w, s in zip((5, 2, 1), states)) / 8 for k in states[0]}
     oracle.load_state_dict({k: x.to(states[0][k].dtype) for k, x in mean.items()})
@@ -311,18 +311,22 @@ def test_exact_on_a_real_model(tmp_path, shared):
 def test_one_folder_for_both_is_refused(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(2)]
     with pytest.raises(ValueError, match="name two folders"):
-        aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "x" / ".." / "out")
+        aggregate_adapters(
+            folders, build_method("fedex-lora"), tmp_path / "out", residual=tmp_path / "x" / ".." / "out"
+        )
 
 
 def test_the_error_of_plain_means_is_fedits_whatever_the_method(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i) for i in range(3)]
-    errors = [aggregate(folders, method_for(n), tmp_path / n).total("fedit") for n in ("fedit", "fedrot-lora")]
+    errors = [
+        aggregate_adapters(folders, build_method(n), tmp_path / n).total("fedit") for n in ("fedit", "fedrot-lora")
+    ]
     assert errors[0] == errors[1]
 
 
 def test_a_residual_of_adapters_for_a_task_loads_alone(tmp_path):
     folders = [trained(tmp_path / str(i), "bert", i, task_type="SEQ_CLS") for i in range(2)]
-    aggregate(folders, method_for("fedex-lora"), tmp_path / "out", residual=tmp_path / "rest")
+    aggregate_adapters(folders, build_method("fedex-lora"), tmp_path / "out", residual=tmp_path / "rest")
     assert loaded(tmp_path / "rest", "bert")(IDS).logits.isfinite().all()
 
 
@@ -337,7 +341,7 @@ def test_names_that_end_alike_keep_their_ranks(tmp_path):
         }
         like = {"peft_type": "LORA", "target_modules": ["fc", "other"], "bias": "none"}
         save_folder(tmp_path / str(k), like, layers, {"fc": 8.0, "sub.fc": 3.0, "sub.other": 3.0})
-    aggregate([tmp_path / "0", tmp_path / "1"], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "0", tmp_path / "1"], build_method("svd"), tmp_path / "out")
 
     def base():
         torch.manual_seed(0)
@@ -358,5 +362,5 @@ def test_nothing_is_made_or_taken_where_it_fails(tmp_path):
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "empty", tmp_path / "new" / "deep"):
         with pytest.raises(ValueError, match="leaves a residual"):
-            aggregate(folders, method_for("fedex-lora"), out)
+            aggregate_adapters(folders, build_method("fedex-lora"), out)
     assert (tmp_path / "empty").is_dir() and not (tmp_path / "new").exists()

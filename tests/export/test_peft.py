@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 import fedlora
-from fedlora.export.aggregate import aggregate, method_for
-from fedlora.export.peft import export
+from fedlora.export.aggregate import aggregate_adapters, build_method
+from fedlora.export.peft import export_model
 from fedlora.methods import METHODS
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
@@ -34,7 +34,7 @@ def opened(reference):
 def test_every_methods_result_is_a_plain_lora(tmp_path, name, opened):
     run = opened(name)
     personal = run.config.method.personal
-    found = export(run, tmp_path / "out", client=1 if personal else None)
+    found = export_model(run, tmp_path / "out", client=1 if personal else None)
     assert found["difference"] < 1e-4 and found["error"] == 0
     model = PeftModel.from_pretrained(run.network(), tmp_path / "out").eval()
     x = run.config.task.probe(run.network())
@@ -51,15 +51,15 @@ def test_merged_models_are_whole(tmp_path, name, opened):
     from transformers import AutoModelForImageClassification
 
     run = opened(name)
-    assert export(run, tmp_path / "out", merged=True)["difference"] < 1e-4
+    assert export_model(run, tmp_path / "out", merged=True)["difference"] < 1e-4
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label[3] == "3"
 
 
 def test_cutting_the_rank_says_what_it_costs(tmp_path, opened):
     run = opened("fedex-lora")
-    whole = export(run, tmp_path / "whole")
-    less, least = (export(run, tmp_path / str(r), rank=r) for r in (4, 1))
+    whole = export_model(run, tmp_path / "whole")
+    less, least = (export_model(run, tmp_path / str(r), rank=r) for r in (4, 1))
     assert whole["error"] == 0 < less["error"] < least["error"] < 1
     assert least["ranks"] == [1] and max(whole["ranks"]) > 4
 
@@ -67,7 +67,7 @@ def test_cutting_the_rank_says_what_it_costs(tmp_path, opened):
 def test_clients_of_unequal_rank(tmp_path):
     run = finished(tmp_path, "flexlora", "clients.ranks=[1, 2, 3]", "adapter.rank=3")
     for client in run.clients():
-        found = export(run, tmp_path / str(client), client=client)
+        found = export_model(run, tmp_path / str(client), client=client)
         assert found["ranks"] == [client + 1]
         settings = json.loads((tmp_path / str(client) / "adapter_config.json").read_text())
         assert settings["r"] == client + 1 and settings["lora_alpha"] == run.config.method.adapter.alpha
@@ -75,9 +75,9 @@ def test_clients_of_unequal_rank(tmp_path):
 
 def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch, opened):
     run = opened("fedit")
-    monkeypatch.setattr("fedlora.export.peft._reloaded", lambda run, folder, merged: run.network())
+    monkeypatch.setattr("fedlora.export.peft._reload", lambda run, folder, merged: run.network())
     with pytest.raises(RuntimeError, match="the export's logits differ"):
-        export(run, tmp_path / "out")
+        export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -88,9 +88,9 @@ def test_mistakes(tmp_path, reference, opened):
         (7, "no client 7; the run has.* 0 to 2"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            export(run, tmp_path / "out", client)
+            export_model(run, tmp_path / "out", client)
     with pytest.raises(ValueError, match="not empty"):
-        export(run, reference("fedsa-lora").folder, 0)
+        export_model(run, reference("fedsa-lora").folder, 0)
     with pytest.raises(ValueError, match="holds the folders of runs"):
         RunFolder.open(reference("fedsa-lora").folder.parent)
     (tmp_path / "empty").mkdir()
@@ -100,7 +100,7 @@ def test_mistakes(tmp_path, reference, opened):
 
 def test_a_run_goes_on_from_an_export(tmp_path, opened):
     run = opened("fedit")
-    export(run, tmp_path / "out")
+    export_model(run, tmp_path / "out")
     for name in ("fedit", "svd", "fed-sb"):
         extra = ["adapter={name = 'lora-sb', core_rank = 7}"] if name == "fed-sb" else ["adapter.rank=3"]
         again = config(f"method.name={name}", *extra, f"model.start={tmp_path / 'out'}").federation()
@@ -136,7 +136,7 @@ OTHERS = {  # what an adapter says of its base, and what is said of it; None: it
 def test_a_start_of_another_base_is_refused(what, tmp_path, opened):
     """Without a digest beside its tensors, as PEFT writes an adapter."""
     said, sentence = OTHERS[what]
-    export(opened("fedit"), tmp_path / "out")
+    export_model(opened("fedit"), tmp_path / "out")
     for name, factor in (("copy", 1.0), ("other", 1.5)):
         shutil.copytree(TINY_VIT, tmp_path / name)
         weights = load_file(tmp_path / name / "model.safetensors")
@@ -166,7 +166,7 @@ def test_a_start_of_changed_weights_under_the_same_name_is_refused(tmp_path, ope
     shutil.copytree(TINY_VIT, tmp_path / "vit")
     own = f"model.name={tmp_path / 'vit'}"
     fedlora.run(config(own, "rounds=1"), tmp_path / "run")
-    export(RunFolder.open(tmp_path / "run"), tmp_path / "out")
+    export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out")
     config(own, f"model.start={tmp_path / 'out'}").federation()
     weights = load_file(tmp_path / "vit" / "model.safetensors")
     save_file({k: 1.5 * x for k, x in weights.items()}, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
@@ -176,7 +176,7 @@ def test_a_start_of_changed_weights_under_the_same_name_is_refused(tmp_path, ope
 
 def test_a_start_whose_base_has_two_names_goes_on_under_the_other(tmp_path, opened):
     """Whether two names are one model is no setting of a run's bits."""
-    export(opened("fedit"), tmp_path / "out")
+    export_model(opened("fedit"), tmp_path / "out")
     forget_digest(tmp_path / "out", str(TINY_VIT))
     start = (f"model.start={tmp_path / 'out'}", "rounds=2", "training.local_steps=1")
 
@@ -193,14 +193,14 @@ def test_a_start_whose_base_has_two_names_goes_on_under_the_other(tmp_path, open
 
 
 def test_base_updates_come_to_no_more_than_the_weights_sides(tmp_path, opened):
-    found = export(opened("flora"), tmp_path / "out")
+    found = export_model(opened("flora"), tmp_path / "out")
     assert found["ranks"] == [WIDTH] and found["difference"] < 1e-4, "4 rounds of three clients at rank 2 are 24"
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
 def test_veras_vectors_are_multiplied_in(tmp_path, name):
     fedlora.run(config(f"method.name={name}", "adapter={name = 'vera', rank = 16}"), tmp_path / "run")
-    found = export(RunFolder.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
+    found = export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out", client=2 if name == "fedsa-lora" else None)
     assert found["ranks"] == [16] and found["difference"] < 1e-4
 
 
@@ -275,7 +275,7 @@ def named(folder):
 )
 def test_pefts_own_class_loads_a_classifier_with_its_labels(tmp_path, trained, family, overrides):
     run = trained(family, ["dog", "cat", "emu"], *overrides)
-    export(run, tmp_path / "out")
+    export_model(run, tmp_path / "out")
     torch.manual_seed(7)  # what a checkpoint lacks is drawn anew by who loads it
     model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **named(tmp_path / "out")).eval()
     assert model.config.id2label == {0: "dog", 1: "cat", 2: "emu"}
@@ -290,7 +290,7 @@ def test_pefts_own_class_loads_a_classifier_with_its_labels(tmp_path, trained, f
 
 def test_images_say_their_class_and_their_labels(tmp_path, opened):
     run = opened("fedit")
-    export(run, tmp_path / "out")
+    export_model(run, tmp_path / "out")
     fits = {"ignore_mismatched_sizes": True}  # this checkpoint has a head of another size
     model = AutoPeftModel.from_pretrained(tmp_path / "out", **named(tmp_path / "out"), **fits).eval()
     assert type(model.get_base_model()).__name__ == "ViTForImageClassification" and model.config.id2label[3] == "3"
@@ -303,10 +303,10 @@ def test_images_say_their_class_and_their_labels(tmp_path, opened):
 def test_exports_of_other_labels_are_neither_combined_nor_gone_on_from(tmp_path, trained):
     orders = {"a": ["dog", "cat", "emu"], "b": ["cat", "dog", "emu"], "c": ["dog", "cat", "emu"]}
     for name, labels in orders.items():
-        export(trained("bert", labels, name=name), tmp_path / f"out-{name}")
+        export_model(trained("bert", labels, name=name), tmp_path / f"out-{name}")
     with pytest.raises(ValueError, match="different labels: label 0 is 'dog' in .*out-a.* and 'cat' in .*out-b"):
-        aggregate([tmp_path / "out-a", tmp_path / "out-b"], method_for("svd"), tmp_path / "both")
-    aggregate([tmp_path / "out-a", tmp_path / "out-c"], method_for("svd"), tmp_path / "both")
+        aggregate_adapters([tmp_path / "out-a", tmp_path / "out-b"], build_method("svd"), tmp_path / "both")
+    aggregate_adapters([tmp_path / "out-a", tmp_path / "out-c"], build_method("svd"), tmp_path / "both")
     assert named(tmp_path / "both") == named(tmp_path / "out-a")
     table = RunFolder.open(tmp_path / "b").config.table
     with pytest.raises(
@@ -318,7 +318,7 @@ def test_exports_of_other_labels_are_neither_combined_nor_gone_on_from(tmp_path,
 
 def test_the_cards_code_runs(tmp_path, trained):
     run = trained("bert", ["dog", "cat", "emu"])
-    export(run, tmp_path / "out")
+    export_model(run, tmp_path / "out")
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found = {}
     exec(code.replace("this folder", str(tmp_path / "out")), found)
@@ -326,14 +326,14 @@ def test_the_cards_code_runs(tmp_path, trained):
 
 
 def test_exports_of_one_base_at_two_paths_are_known_by_the_digest_that_they_carry(tmp_path, trained):
-    export(trained("bert", ["dog", "cat", "emu"]), tmp_path / "a")
+    export_model(trained("bert", ["dog", "cat", "emu"]), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name in "ab":  # on another machine, where neither base lies
         file = tmp_path / name / "adapter_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": f"/mnt/{name}/bert"}))
-    aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
-    aggregate([tmp_path / "out", tmp_path / "b"], method_for("svd"), tmp_path / "again")
+    aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "out", tmp_path / "b"], build_method("svd"), tmp_path / "again")
     with pytest.raises(ValueError, match="the weights of '/mnt/a/bert' in .* are not those of"):
         file = tmp_path / "b" / "adapter_model.safetensors"
         save_file(load_file(file), file, {"format": "pt", "base_digest": "0" * 32})
-        aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "odd")
+        aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "odd")

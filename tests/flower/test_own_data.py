@@ -104,24 +104,28 @@ def test_a_party_whose_file_is_wrong_is_left_out_and_its_own_log_says_why(tmp_pa
 def test_a_partys_own_model_is_exported_on_its_own_machine(tmp_path):
     """FedSA: the server's folder has no party's B, and says so; the party's state has all that its model needs."""
     pytest.importorskip("peft")
-    from fedlora.export.peft import export
+    from fedlora.export.peft import export_model
     from fedlora.flower.deploy.client_result import write_result
     from fedlora.runs.folder import RunFolder
 
     for name in ("fedsa-lora", "fedex-lora"):
-        own = (f"method.name={name}", "rounds=2", *SERVED)  # the export sums more rounds' base updates with rounding
+        own = (
+            f"method.name={name}",
+            "rounds=2",
+            *SERVED,
+        )  # the export sums more rounds' base updates with rounding
         world = World(tmp_path / name / "state", *own)
         run_server(world.config, world.grid, tmp_path / name / "server")
         here = fedlora.run(world.config, tmp_path / name / "here")
         write_result(world.config, tmp_path / name / "state", 1, tmp_path / name / "mine")
-        found = export(RunFolder.open(tmp_path / name / "mine"), tmp_path / name / "adapter", 1)
-        wanted = export(RunFolder.open(here.folder), tmp_path / name / "wanted", 1)
+        found = export_model(RunFolder.open(tmp_path / name / "mine"), tmp_path / name / "adapter", 1)
+        wanted = export_model(RunFolder.open(here.folder), tmp_path / name / "wanted", 1)
         assert found["difference"] < 1e-4
         a, b = ((tmp_path / name / n / "adapter_model.safetensors").read_bytes() for n in ("adapter", "wanted"))
         assert a == b, name
         assert found["ranks"] == wanted["ranks"]
     with pytest.raises(fedlora.ConfigError, match="client 1's own part of FedSA-LoRA lies on its own machine"):
-        export(RunFolder.open(tmp_path / "fedsa-lora" / "server"), tmp_path / "no", 1)
+        export_model(RunFolder.open(tmp_path / "fedsa-lora" / "server"), tmp_path / "no", 1)
     with pytest.raises(fedlora.ConfigError, match="has no state of client 2 in the run 'nope'"):
         write_result(world.config, tmp_path / name / "state", 2, tmp_path / "nothing", "nope")
     assert not (tmp_path / "nothing").exists()

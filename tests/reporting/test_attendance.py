@@ -11,15 +11,19 @@ import fedlora
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.loop import Event
 from fedlora.export import model_card as card
-from fedlora.reporting.figures import draw_comparison, figures
-from fedlora.reporting.files import files
-from fedlora.reporting.html import page
-from fedlora.reporting.load import runs
-from fedlora.reporting.tables.by_round import curves
-from fedlora.reporting.tables.comparison import compared, methods, one_by_one, scored_clients
-from fedlora.reporting.tables.run import summary as tables_of
+from fedlora.reporting.figures import draw_comparison, draw_figures
+from fedlora.reporting.files import write_files
+from fedlora.reporting.html import describe_run, render_page
+from fedlora.reporting.load import load_runs
+from fedlora.reporting.tables.by_round import tabulate_curves
+from fedlora.reporting.tables.comparison import (
+    describe_coverage,
+    tabulate_by_method,
+    tabulate_comparison,
+    tabulate_runs,
+)
+from fedlora.reporting.tables.run import tabulate_summary as tables_of
 from fedlora.reporting.terminal import show
-from fedlora.reporting.words import hardware
 from fedlora.runs.attendance import describe_means, fault_lines, is_complete
 from fedlora.runs.comparison import Cell, Compared, comparison_rows
 from fedlora.runs.progress import Lines
@@ -66,13 +70,13 @@ def test_a_notebook_and_a_card_say_it_too(summary, records):
     shown.summary, shown.records = summary, records
     assert "2 of 3 clients" in shown._repr_html_() and f"client 2, absent in round 3, 4: {GONE}" in shown._repr_html_()
     about = {"client": None, "ranks": [2], "error": None}
-    assert GONE in card.card(config(), {**summary, "labels": [0, 1]}, about, False)
+    assert GONE in card.write_card(config(), {**summary, "labels": [0, 1]}, about, False)
 
 
 def test_a_comparison_says_it_below_its_table(summary, capsys):
     whole = {**summary, "scored": {"clients": 3, "of": 3}, "absent": {}, "unscored": {}, "quarantined": {}}
     cells = Compared([Cell("fedit", 0, {}, None, summary), Cell("svd", 0, {}, None, whole)])
-    show(*compared(comparison_rows(cells)))
+    show(*tabulate_comparison(comparison_rows(cells)))
     out = capsys.readouterr().out
     assert f"fedit: seed 0, client 2, absent in round 3, 4: {GONE}" in out
     assert "fedit *: clients' own over seed 0: 2 of 3 clients" in out and "svd *" not in out
@@ -103,8 +107,8 @@ def test_clients_that_never_take_part_are_not_missing(tmp_path):
     result = fedlora.run(config("clients.new=1", "rounds=1", "evaluation.measure=false"), tmp_path / "run")
     assert result.summary["final"]["clients"]["each"][2] is None
     assert is_complete(result.summary) and result.summary["scored"] == {"clients": 2, "of": 2}
-    (run,) = runs([tmp_path / "run"])
-    assert scored_clients(run) == "all" and run.digest.means == ""
+    (run,) = load_runs([tmp_path / "run"])
+    assert describe_coverage(run) == "all" and run.digest.means == ""
 
 
 @pytest.mark.parametrize(
@@ -128,25 +132,25 @@ def test_figures_say_it_in_the_page_and_where_a_file_stands_alone(tmp_path):
         record["clients"]["each"][2] = None
         record["unscored"] = {"2": GONE}
     (gone / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
-    read = runs([gone, write_run(tmp_path / "whole", method="svd", rounds=5)])
+    read = load_runs([gone, write_run(tmp_path / "whole", method="svd", rounds=5)])
     said = "Not over all clients: gone: mean over 2 of 3 clients in rounds 3–5."
-    drawn = {figure.name: figure for figure in figures(read)}
+    drawn = {figure.name: figure for figure in draw_figures(read)}
     for name, figure in drawn.items():
         assert (said in figure.caption) == (said in figure.remark) == name.startswith("clients-by"), name
     assert "Scored were only 2 of 3 clients in gone." in drawn["clients"].caption
-    assert said in unescape(page(read)) and "figures are over 2 of 3 clients in gone" in page(read)
-    table = curves(read)
+    assert said in unescape(render_page(read)) and "figures are over 2 of 3 clients in gone" in render_page(read)
+    table = tabulate_curves(read)
     assert said in table.note and "clients scored" in {column.title for column in table.columns}
     assert [r["scored"] for r in table.rows if (r["model"], r["label"]) == ("clients", "fedit")] == [3, 3, 2, 2, 2]
-    files(read, tmp_path / "plots")
+    write_files(read, tmp_path / "plots")
     svg = {name: (tmp_path / "plots" / f"{name}.svg").read_text() for name in ("clients-by-round", "global-by-round")}
     assert "rounds 3–5" in svg["clients-by-round"] and "rounds 3–5" not in svg["global-by-round"]
     assert draw_comparison(read, tmp_path) == [tmp_path / f"accuracy-by-{x}.png" for x in ("round", "megabyte")]
     text = (tmp_path / "accuracy-by-round.svg").read_text()
     assert "fedit, seed 0: mean over 2 of 3 clients in rounds 3–5" in text and "svd, seed 0" not in text
-    whole = runs([tmp_path / "whole"])
-    assert not any(figure.remark or "Not over all" in figure.caption for figure in figures(whole))
-    assert "clients scored" not in {column.title for column in curves(whole).columns}
+    whole = load_runs([tmp_path / "whole"])
+    assert not any(figure.remark or "Not over all" in figure.caption for figure in draw_figures(whole))
+    assert "clients scored" not in {column.title for column in tabulate_curves(whole).columns}
 
 
 def test_a_log_counts_no_quarantined_turn(capsys):
@@ -168,12 +172,12 @@ def test_a_whole_run_says_nothing(reference, capsys):
 
 def test_a_reports_tables_say_it(summary, tmp_path):
     more = {"absent": {"2": GONE}, "clients": {"mean": 0.5, "worst": 0.4, "worst_client": 0, "each": [0.6, 0.4, None]}}
-    (run,) = runs([write_run(tmp_path / "r", more=more)])
-    (row,) = one_by_one([run]).rows
+    (run,) = load_runs([write_run(tmp_path / "r", more=more)])
+    (row,) = tabulate_runs([run]).rows
     assert (row["away"], row["over"]) == (3, "2 of 3 clients")
-    assert {"away", "over"} <= {column.key for column in one_by_one([run]).columns}
-    assert "2 of 3 clients" in methods([run]).note
-    (whole,) = runs([write_run(tmp_path / "w")])
-    assert not {"away", "over"} & {column.key for column in one_by_one([whole]).columns}
-    said = dict(hardware(dataclasses.replace(run, summary=summary)))
+    assert {"away", "over"} <= {column.key for column in tabulate_runs([run]).columns}
+    assert "2 of 3 clients" in tabulate_by_method([run]).note
+    (whole,) = load_runs([write_run(tmp_path / "w")])
+    assert not {"away", "over"} & {column.key for column in tabulate_runs([whole]).columns}
+    said = dict(describe_run(dataclasses.replace(run, summary=summary)))
     assert said["clients' own figures are over"] == "2 of 3 clients" and GONE in said["client 2, absent in round"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.reporting.html import page as written
-from fedlora.reporting.load import runs
+from fedlora.reporting.html import render_page as written
+from fedlora.reporting.load import load_runs
 from tests.fixtures.run_folders import HOSTILE, write_comparison
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -35,7 +35,7 @@ def report(tmp_path_factory) -> Path:
     folder = write_comparison(place / "c", methods=("fedit", "svd"), more=more)
     for path in folder.glob("*/rows.json"):
         path.write_text(json.dumps({"labels": [HOSTILE, "cat"], "clients": {HOSTILE: {"labels": [3, 4]}}}))
-    (place / "report.html").write_text(written(runs([folder])), encoding="utf-8")
+    (place / "report.html").write_text(written(load_runs([folder])), encoding="utf-8")
     return place / "report.html"
 
 

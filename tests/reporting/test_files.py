@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from fedlora.reporting.figures import figures
-from fedlora.reporting.files import as_csv, as_latex, as_markdown, files
-from fedlora.reporting.load import runs
+from fedlora.reporting.figures import draw_figures
+from fedlora.reporting.files import format_csv, format_latex, format_markdown, write_files
+from fedlora.reporting.load import load_runs
 from fedlora.runs.table import Column, Table
 from tests.fixtures.run_folders import write_comparison, write_run
 
@@ -18,10 +18,10 @@ ODD = Table("odd", "Odd", (Column("name", "a_b & c"), Column("x", "x", 2)), [{"n
 
 def test_figures_are_as_wide_as_a_column_and_have_a_mark_for_every_row(tmp_path):
     more = {"quarantined": {"1": "odd"}, "privacy": {"epsilon": 2.0, "delta": 1e-5}}
-    found = runs([write_comparison(tmp_path / "c", methods=("fedit", "svd"), seeds=(0, 1), more=more)])
-    written, absent = files(found, tmp_path / "out")
+    found = load_runs([write_comparison(tmp_path / "c", methods=("fedit", "svd"), seeds=(0, 1), more=more)])
+    written, absent = write_files(found, tmp_path / "out")
     assert [figure.name for figure in absent] == ["oracle"]
-    shown = [figure for figure in figures(found) if figure.chart is not None]
+    shown = [figure for figure in draw_figures(found) if figure.chart is not None]
     assert len(written) == 3 * len(shown) + 3 * len(list((tmp_path / "out").glob("*.csv")))
     for figure in shown:
         svg = (tmp_path / "out" / f"{figure.name}.svg").read_text()
@@ -41,16 +41,16 @@ def test_csv_has_all_digits_and_no_formula(tmp_path):
     table = Table("t", "T", (Column("name", "name"), Column("x", "x", 2, "x_std")), [
         {"name": "=HYPERLINK(1)", "x": 0.123456789, "x_std": 0.5}, {"name": 'a,"b"', "x": None},
     ])  # fmt: skip
-    rows = list(csv.reader(io.StringIO(as_csv(table))))
+    rows = list(csv.reader(io.StringIO(format_csv(table))))
     assert rows == [["name", "x", "x, standard deviation"], ["'=HYPERLINK(1)", "0.123456789", "0.5"], ['a,"b"', "", ""]]
 
 
 def test_latex_and_markdown_escape_what_they_would_obey():
-    tex = as_latex(ODD)
+    tex = format_latex(ODD)
     assert r"a\_b \& c & x \\" in tex and r"50\% of \#1\_\{x\}\textbar{}\textless{}b\textgreater{} & 1.00 \\" in tex
     for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}{lr}"):
         assert rule in tex
-    line = as_markdown(ODD).splitlines()[2]
+    line = format_markdown(ODD).splitlines()[2]
     assert line == r"| 50% of \#1\_{x}\|&lt;b&gt; | 1.00 |" and len(re.findall(r"(?<!\\)\|", line)) == 3
 
 
@@ -64,7 +64,7 @@ def test_what_is_small_is_not_written_as_nothing():
 
 def test_a_width_that_is_none_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="--width is 2; .* from 20 to 600"):
-        files(runs([write_run(tmp_path / "r")]), tmp_path / "out", 2)
+        write_files(load_runs([write_run(tmp_path / "r")]), tmp_path / "out", 2)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from fedlora.reporting import charts
 from fedlora.reporting import figures as drawing
-from fedlora.reporting.html import page, script_json
-from fedlora.reporting.load import runs
+from fedlora.reporting.html import dump_script_json, render_page
+from fedlora.reporting.load import load_runs
 from tests.fixtures.run_folders import HOSTILE, write_comparison, write_run
 
 
@@ -47,9 +47,9 @@ def no_bundle(monkeypatch):
 
 
 def test_every_figure_has_its_rows_once_a_caption_and_a_text(tmp_path):
-    found = runs([write_comparison(tmp_path / "c")])
-    read = Read(page(found))
-    shown = [figure for figure in drawing.figures(found) if figure.chart is not None]
+    found = load_runs([write_comparison(tmp_path / "c")])
+    read = Read(render_page(found))
+    shown = [figure for figure in drawing.draw_figures(found) if figure.chart is not None]
     assert len(shown) >= 12 and len(read.data) == len(shown)
     for figure in shown:
         about = read.data[f"f-{figure.name}-data"]
@@ -63,7 +63,7 @@ def test_every_figure_has_its_rows_once_a_caption_and_a_text(tmp_path):
 
 
 def test_what_is_not_there_is_a_sentence(tmp_path):
-    read = Read(page(runs([write_run(tmp_path / "r", ended=False)])))
+    read = Read(render_page(load_runs([write_run(tmp_path / "r", ended=False)])))
     for sentence in ("No upload was quarantined", "run fedlora compare CONFIG --oracle", "no guarantee of privacy"):
         assert sentence in read.text
     assert "f-oracle-data" not in read.data and "f-epsilon-data" not in read.data
@@ -81,7 +81,7 @@ def test_hostile_names_are_text(tmp_path):
     (folder / "rows.json").write_text(json.dumps({"labels": [HOSTILE], "clients": {HOSTILE: {"labels": [3]}}}))
     summary = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**summary, "notes": [HOSTILE], "versions": {HOSTILE: HOSTILE}}))
-    text = page(runs([folder]))
+    text = render_page(load_runs([folder]))
     read = Read(text)
     assert "img" not in {tag for tag, _ in read.tags}
     assert not [about for _, about in read.tags if any(key.startswith("on") for key in about)]
@@ -91,17 +91,17 @@ def test_hostile_names_are_text(tmp_path):
 
 
 def test_json_in_a_script_cannot_end_it():
-    text = script_json({"</script>": "<!--\u2028&"})
+    text = dump_script_json({"</script>": "<!--\u2028&"})
     assert not set("<>&\u2028") & set(text) and json.loads(text) == {"</script>": "<!--\u2028&"}
     with pytest.raises(ValueError):
-        script_json(float("nan"))
+        dump_script_json(float("nan"))
 
 
 def test_the_policy_names_the_pages_own_scripts_and_no_address(tmp_path):
     import base64
     import hashlib
 
-    text = page(runs([write_run(tmp_path / "r")]))
+    text = render_page(load_runs([write_run(tmp_path / "r")]))
     scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
     for script in scripts:
@@ -110,10 +110,10 @@ def test_the_policy_names_the_pages_own_scripts_and_no_address(tmp_path):
 
 
 def test_several_runs_have_a_table_to_sort_and_a_test(tmp_path):
-    read = Read(page(runs([write_comparison(tmp_path / "c")])))
+    read = Read(render_page(load_runs([write_comparison(tmp_path / "c")])))
     assert [about.get("id") for tag, about in read.tags if tag == "table"][:3] == ["t-methods", "t-tests", "t-runs"]
     assert sum(about.get("aria-sort") == "none" for _, about in read.tags) > 10
-    alone = Read(page(runs([write_comparison(tmp_path / "d", seeds=(0,))])))
+    alone = Read(render_page(load_runs([write_comparison(tmp_path / "d", seeds=(0,))])))
     assert "There is no paired test" in alone.text
 
 
@@ -133,7 +133,7 @@ def test_colours_stand_out_on_both_grounds(ground):
 def test_a_method_keeps_its_colour(tmp_path):
     shown = {
         f.name: f.chart.to_dict(validate=False)
-        for f in drawing.figures(runs([write_comparison(tmp_path / "c")]))
+        for f in drawing.draw_figures(load_runs([write_comparison(tmp_path / "c")]))
         if f.chart
     }
     seen = {}
@@ -152,7 +152,7 @@ def test_a_large_report_stays_small(tmp_path):
         config.write_text(config.read_text().replace("local_steps = 10", f"local_steps = {number + 1}"))
     read = sum((tmp_path / f"r{number}" / "metrics.jsonl").stat().st_size for number in range(10))
     tracemalloc.start()
-    text = page(runs([tmp_path / f"r{number}" for number in range(10)]))
+    text = render_page(load_runs([tmp_path / f"r{number}" for number in range(10)]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(text.encode()) < 3e6, "besides Vega's 0.9 MB"

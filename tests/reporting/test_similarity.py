@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from fedlora.cli import app
-from fedlora.reporting.similarity import means, similarity
+from fedlora.reporting.similarity import measure_similarity
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError, build
 from fedlora.runs.folder import RunFolder
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def test_figures_are_those_of_the_pairs(folder):
-    found, opened = similarity(folder), RunFolder.open(folder)
+    (found, _), opened = measure_similarity(folder), RunFolder.open(folder)
     start = attach_adapters(opened.config, opened.network()).initial(0)
     trees = [opened.tree(client) for client in range(3)]
     assert len(found) == sum("A" in layer for layer in opened.shared.values())
@@ -51,10 +51,10 @@ def test_figures_are_those_of_the_pairs(folder):
 
 def test_the_command(folder):
     shown = CliRunner().invoke(app, ["similarity", str(folder), "--json"])
-    assert shown.exit_code == 0 and json.loads(shown.stdout)["mean"] == means(similarity(folder))
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["mean"] == measure_similarity(folder)[1]
     assert "A change" in CliRunner().invoke(app, ["similarity", str(folder)]).stdout
 
 
 def test_a_shared_model_has_no_similarity(reference):
     with pytest.raises(ConfigError, match="all hold the shared model"):
-        similarity(reference("fedit").folder)
+        measure_similarity(reference("fedit").folder)

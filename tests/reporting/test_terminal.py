@@ -3,7 +3,7 @@
 import io
 import re
 
-from fedlora.reporting.terminal import Plain, show
+from fedlora.reporting.terminal import PlainConsole, show
 from fedlora.runs.table import Column, Table, from_pairs
 from tests.fixtures.terminal import on_pty
 
@@ -12,13 +12,13 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*(3[0-7]|4[0-7]|38;|48;|9[0-7])[0-9;]*m")
 
 ROWS = """
 import fcntl, struct, sys, termios
-from fedlora.reporting.tables.comparison import compared
+from fedlora.reporting.tables.comparison import tabulate_comparison
 from fedlora.reporting.terminal import show
 row = lambda name: {"method": name, "metric": {"name": "accuracy", "higher": True}, "seeds": [0], "diverged": 0,
     **{key: {"mean": 0.1234, "std": 0.0} for key in ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")}}
 for width in map(int, sys.argv[1:]):
     fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    show(*compared([row("fedit"), row("fedsa-lora")]))
+    show(*tabulate_comparison([row("fedit"), row("fedsa-lora")]))
     print("====", flush=True)
 """
 
@@ -61,14 +61,14 @@ def test_lines_that_can_be_copied_are_never_broken():
 
 def test_a_table_without_headings_becomes_lines_of_a_name_and_a_figure():
     file = io.StringIO()
-    Plain(file=file, width=24).print(from_pairs("Of a run", [("clients'-own-accuracy-mean", "0.1234")]))
+    PlainConsole(file=file, width=24).print(from_pairs("Of a run", [("clients'-own-accuracy-mean", "0.1234")]))
     assert file.getvalue().split() == ["Of", "a", "run", "clients'-own-accuracy-me", "an:", "0.1234"]
 
 
 def test_a_rule_parts_the_rows():
     file = io.StringIO()
     rows = [{"a": "mean"}, {"a": "0"}]
-    Plain(file=file, width=30).print(Table("t", "T", (Column("a", "a"),), rows, rules=frozenset({1})))
+    PlainConsole(file=file, width=30).print(Table("t", "T", (Column("a", "a"),), rows, rules=frozenset({1})))
     assert [line[0] for line in file.getvalue().splitlines()[4:]] == ["│", "├", "│", "└"]
 
 
@@ -77,7 +77,7 @@ def test_hostile_cells_stay_text_in_a_list_and_in_a_table():
     rows = [{"name": "[blink]a\x1b]0;x\x07[/blink]", "v": "1"}]
     for width in (30, 120):
         file = io.StringIO()
-        console = Plain(file=file, width=width, force_terminal=True, no_color=True)
+        console = PlainConsole(file=file, width=width, force_terminal=True, no_color=True)
         console.print(Table("t", "[red]T[/red]\x1b[2J", columns, rows))
         out = file.getvalue()
         assert "[blink]a" in out and "\x07" not in out and "\x1b[2J" not in out and "\\x1b" in out

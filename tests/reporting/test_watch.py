@@ -46,10 +46,10 @@ def folder_of(path, progress=PROGRESS, records=()):
 def text_of(at, width=100, height=30, name="runs/a"):
     import io
 
-    from fedlora.reporting.terminal import Plain
+    from fedlora.reporting.terminal import PlainConsole
 
     out = io.StringIO()
-    Plain(file=out, width=width, force_terminal=False).print(watching.picture(at, name, width, height, NOW))
+    PlainConsole(file=out, width=width, force_terminal=False).print(watching.draw_status(at, name, width, height, NOW))
     return out.getvalue()
 
 
@@ -133,7 +133,9 @@ def test_states(tmp_path):
     assert is_running({**PROGRESS, "pid": gone.pid, "host": "elsewhere"}), "nobody can know of another machine"
     assert not is_running({**PROGRESS, "born": "1"}), "the number belongs to another process now"
     replace_json(tmp_path / "run" / "progress.json", {**PROGRESS, "state": "failed", "error": "too large"})
-    assert following.read().is_over and "failed after 1 of 4 rounds: too large" in watching.now_doing(following.read())
+    assert following.read().is_over and "failed after 1 of 4 rounds: too large" in watching.describe_state(
+        following.read()
+    )
     (tmp_path / "run" / "comparison.json").write_text("{}")
     with pytest.raises(ValueError, match="is a comparison; name the folder of one of its runs"):
         following.read()
@@ -154,10 +156,10 @@ def test_metrics_are_read_once_and_anew_where_a_run_goes_on(tmp_path):
 
 def test_time_left():
     at = RunStatus("running", PROGRESS, [record(1, seconds={"total": 4.0}), record(2, seconds={"total": 8.0})])
-    assert watching.remaining(at, NOW) == 12 and watching.remaining(at, NOW + 5) == 7
-    assert watching.remaining(at, NOW + 50) == 0
-    assert watching.remaining(RunStatus("running", PROGRESS, []), NOW) is None
-    assert [watching.span(s) for s in (8, 100, 7000)] == ["8 s", "2 min", "1:57 h"]
+    assert watching.estimate_remaining(at, NOW) == 12 and watching.estimate_remaining(at, NOW + 5) == 7
+    assert watching.estimate_remaining(at, NOW + 50) == 0
+    assert watching.estimate_remaining(RunStatus("running", PROGRESS, []), NOW) is None
+    assert [watching.format_duration(s) for s in (8, 100, 7000)] == ["8 s", "2 min", "1:57 h"]
 
 
 def test_the_file_is_written_seldom_and_cheaply(tmp_path, monkeypatch):
@@ -206,7 +208,7 @@ def test_who_is_left_out_now_is_said_until_it_is_back(tmp_path, monkeypatch):
     assert "client 2 since round 3" in shown() and "in rounds 3–4" in shown()
     one.on_event(Event("turn", 4, 2, 0.5))
     assert "left out now" not in shown()
-    line = watching.row_line(records[2], 5, "accuracy")
+    line = watching.format_round(records[2], 5, "accuracy")
     assert line.endswith("; client 2 absent and not scored, client 0 quarantined")
     one.on_event(Event("absent", 4, 2, text="\x1b[2J"))
     assert "\x1b" not in shown()

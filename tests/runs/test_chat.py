@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import app
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.chat import Chat
 from fedlora.runs.config import build, merge_tables
 from fedlora.runs.folder import RunFolder
@@ -93,7 +93,7 @@ def by_transformers(folder, prompt, special=True):
 )
 def test_it_says_what_the_exported_model_says(runs, tmp_path, name, client, text, prompt):
     run = RunFolder.open(runs / name)
-    export(run, tmp_path / "out", client, merged=True)
+    export_model(run, tmp_path / "out", client, merged=True)
     said = Chat.open(run, client).say(text, SHORT)
     assert said == by_transformers(tmp_path / "out", prompt, special=name != "talked")
     base = run.config.model.name
@@ -162,7 +162,7 @@ def test_typing(runs, monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    chatting.chat(runs / "plain", client=1, max_new_tokens=12, stop=None)
+    chatting.chat_command(runs / "plain", client=1, max_new_tokens=12, stop=None)
     found = capsys.readouterr()
     chat = Chat.open(RunFolder.open(runs / "plain"), 1)
     assert found.out == "".join(chat.say(text, SHORT) + "\n" for text in ("The dog", "A cat"))

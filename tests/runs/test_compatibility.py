@@ -5,7 +5,7 @@ import re
 import pytest
 
 from fedlora.methods import METHODS
-from fedlora.reporting.method_catalog import covered
+from fedlora.reporting.method_catalog import describe_privacy
 from fedlora.runs.compare import compare_aggregation, for_label
 from fedlora.runs.config import apply_overrides, build, merge_tables
 from fedlora.runs.plan.plan import problems
@@ -95,7 +95,7 @@ def test_a_comparison_gives_every_method_equal_weights_and_the_upper_line_no_cli
 
 
 def test_a_methods_page_says_what_is_covered():
-    said = {name: covered(METHODS.load(name)) for name in METHODS.names()}
+    said = {name: describe_privacy(METHODS.load(name)) for name in METHODS.names()}
     assert "noise on a round's sum or each upload, for A, clipped" in said["fedsa-lora"]
     assert "; B, parts trained in full stay with a client, uncovered" in said["fedsa-lora"]
     assert "for A, B and the parts trained in full, clipped" in said["rolora"] and "stay" not in said["rolora"]

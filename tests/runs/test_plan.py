@@ -240,7 +240,7 @@ def test_a_method_that_cannot_be_run_says_why_in_its_row():
     table = {**TABLE, "clients": {"count": 2, "ranks": [1, 4]}, "rounds": 1}
     fedit, flora = planned(table, ["fedit", "flora"])
     assert "needs one rank for all" in fedit["problem"] and flora["bytes"]["run"]["up"]["adapter"] > 0
-    show(*plans.plans([fedit, flora]))
+    show(*plans.tabulate_plans([fedit, flora]))
     with pytest.raises(ConfigError, match="needs one rank for all"):
         planned(table, ["fedit"])
 
@@ -256,7 +256,7 @@ def test_parties_with_own_data_are_planned_without_rows():
     found = planned(own)[0]
     assert found["rows"]["train"] is None and found["flops"]["training"] > 0
     assert any("No rows are here" in said for said in found["estimates"])
-    show(*plans.plan(found))
+    show(*plans.tabulate_plan(found))
 
 
 def test_operations_grow_with_what_is_asked():

@@ -12,7 +12,7 @@ import fedlora
 from fedlora.cli import app
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.config import apply_overrides, build, dumps, merge_tables
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan
@@ -88,7 +88,7 @@ def test_epsilon_is_said_everywhere_and_grows(tmp_path):
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
     figure = f"ε = {spent[1]:.3g}"
     assert shown.exit_code == 0 and figure in shown.stdout
-    export(RunFolder.open(tmp_path / "run"), tmp_path / "out")
+    export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out")
     assert figure in (tmp_path / "out" / "README.md").read_text()
     (tmp_path / "my.toml").write_text(dumps(made.table))
     assert figure in CliRunner().invoke(app, ["plan", str(tmp_path / "my.toml")]).stdout

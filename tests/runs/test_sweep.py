@@ -146,7 +146,7 @@ def test_a_trial_whose_figure_is_not_over_all_clients_says_so(monkeypatch, tmp_p
     monkeypatch.setattr(sweeping, "execute_all", one_short)
     found = Sweep.plan(TABLE, [RATES]).run(tmp_path / "s")
     assert [trial["over"] for trial in found["methods"][0]["trials"]] == [None, "1 of 2 clients", None]
-    show(*tuning.sweep(found))
+    show(*tuning.tabulate_sweep(found))
     assert "chosen, mean over 1 of 2 clients" in " ".join(capsys.readouterr().out.split())
 
 

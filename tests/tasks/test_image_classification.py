@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import fedlora
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.config import ConfigError, build
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.data import images as pictures
@@ -391,14 +391,14 @@ def test_every_family_trains_its_adapters_and_all_of_its_head(kind, models, tmp_
         assert "pooler" not in part, "nothing is trained that has no influence"
         assert any(not torch.equal(x, before[part][leaf]) for leaf, x in layer.items()), part
     assert len(result.shared) > len(heads)
-    assert export(RunFolder.open(tmp_path / "run"), tmp_path / "out", merged=True)["difference"] < 1e-4
+    assert export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out", merged=True)["difference"] < 1e-4
     assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "dark", 1: "light"}
 
 
 def test_an_export_brings_the_processor_along(models, tmp_path):
     model = models("vit", PROCESSORS["bicubic"][1])
     fedlora.run(federation_of(model, saved(tmp_path / "d", ("train", "test"), per=4)), tmp_path / "run")
-    export(RunFolder.open(tmp_path / "run"), tmp_path / "out", merged=True)
+    export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out", merged=True)
     assert AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil").resample == 3
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from fedlora.adapters import LoRA
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
@@ -210,7 +210,7 @@ def test_a_client_has_the_kinds_that_its_split_gave_it(model, data):
 
 
 def test_an_export_is_an_adapter_that_peft_generates_with(finished, model, tmp_path):
-    found = export(finished, tmp_path / "out")
+    found = export_model(finished, tmp_path / "out")
     assert found["difference"] < 1e-4
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_2_SEQ_LM" and settings["modules_to_save"] is None
@@ -222,7 +222,7 @@ def test_an_export_is_an_adapter_that_peft_generates_with(finished, model, tmp_p
 
 
 def test_a_merged_model_needs_nothing_else(finished, tmp_path):
-    assert export(finished, tmp_path / "out", merged=True)["difference"] < 1e-4
+    assert export_model(finished, tmp_path / "out", merged=True)["difference"] < 1e-4
     theirs, own = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out"), seq2seq.load_tokenizer(str(tmp_path / "out"))
     said = theirs.generate(**own("classify : sky grass", return_tensors="pt"), max_new_tokens=4)
     assert own.decode(said[0], skip_special_tokens=True) == "green"

@@ -14,7 +14,7 @@ from sklearn.metrics import mean_squared_error
 from transformers import AutoModelForSequenceClassification
 
 import fedlora
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks._regression import quantile_bins
@@ -160,7 +160,7 @@ def test_it_learns(places):
 def test_an_export_has_one_output(places, tmp_path, merged):
     fedlora.run(config(places), tmp_path / "run")
     run = RunFolder.open(tmp_path / "run")
-    assert export(run, tmp_path / "out", merged=merged)["difference"] < 1e-4
+    assert export_model(run, tmp_path / "out", merged=merged)["difference"] < 1e-4
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| pearson, global test rows |" in text
     if merged:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.export.aggregate import aggregate, method_for
+from fedlora.export.aggregate import aggregate_adapters, build_method
 from fedlora.training.base_model import BaseModel, is_same_base
 from fedlora.training.peft_folder import LABELS, WEIGHTS, AdapterFolder, save_labels
 from fedlora.training.peft_settings import CONFIG
@@ -52,7 +52,7 @@ NAMES = {
 def test_keys_under_other_names_give_an_adapter_that_peft_loads(tmp_path, adapter, name):
     folder, logits = adapter
     other = renamed(folder, tmp_path / "other", name)
-    aggregate([other, folder], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([other, folder], build_method("svd"), tmp_path / "out")
     assert_same(reloaded(tmp_path / "out"), logits)
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == load_file(folder / WEIGHTS).keys()
 
@@ -63,7 +63,7 @@ def test_patterns_count_for_the_path_that_peft_knew(tmp_path):
     plain = written(tmp_path / "plain")
     folder = renamed(tmp_path / "plain", tmp_path / "compiled", NAMES["compiled before PEFT"])
     edited(folder, alpha_pattern=pattern, target_modules=["_orig_mod.bert.encoder.layer.0.attention.self.query"])
-    aggregate([folder], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([folder], build_method("svd"), tmp_path / "out")
     assert_same(reloaded(tmp_path / "out"), plain)
 
 
@@ -88,7 +88,7 @@ def test_keys_that_are_not_understood_are_refused_by_name(tmp_path, adapter, dam
     folder = shutil.copytree(adapter[0], tmp_path / "a")
     damage(folder)
     with pytest.raises(ValueError, match=sentence):
-        aggregate([folder], method_for("svd"), tmp_path / "out")
+        aggregate_adapters([folder], build_method("svd"), tmp_path / "out")
 
 
 def test_a_file_among_the_folders_is_one_sentence(tmp_path, adapter):
@@ -114,7 +114,7 @@ def test_a_head_keeps_its_precision_beside_factors_in_half(tmp_path, adapter):
         shutil.copytree(adapter[0], tmp_path / name)
         file = tmp_path / name / WEIGHTS
         save_file({k: x.half() if "lora" in k else x for k, x in load_file(file).items()}, file, {"format": "pt"})
-    aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "out")
     before, after = (load_file(folder / WEIGHTS) for folder in (tmp_path / "a", tmp_path / "out"))
     assert {k: x.dtype for k, x in after.items()} == {k: x.dtype for k, x in before.items()}
     key = f"{OURS}classifier.weight"
@@ -127,10 +127,10 @@ def test_counts_are_kept_where_they_agree_and_refused_where_not(tmp_path, adapte
         shutil.copytree(adapter[0], tmp_path / name)
         file = tmp_path / name / WEIGHTS
         save_file({**load_file(file), key: x}, file, {"format": "pt"})
-    aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[key], counts)
     with pytest.raises(ValueError, match="classifier.steps' holds torch.int64 and differs between"):
-        aggregate([tmp_path / "a", tmp_path / "c"], method_for("svd"), tmp_path / "out2")
+        aggregate_adapters([tmp_path / "a", tmp_path / "c"], build_method("svd"), tmp_path / "out2")
 
 
 # ------------------------------------------------------------------------------ one base under two names
@@ -153,7 +153,7 @@ def of_bases(tmp_path, adapter, *names, **settings):
 
 def test_one_base_at_two_paths_is_known_by_its_weights(tmp_path, adapter, bases):
     folders = of_bases(tmp_path, adapter, bases["one"], bases["two"])
-    aggregate(folders, method_for("svd"), tmp_path / "out")
+    aggregate_adapters(folders, build_method("svd"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == bases["one"]
 
 
@@ -161,8 +161,8 @@ def test_one_base_at_two_paths_is_known_by_its_weights(tmp_path, adapter, bases)
 def test_another_base_is_refused_unless_it_is_said_to_be_the_same(tmp_path, adapter, bases, other):
     folders = of_bases(tmp_path, adapter, bases["one"], bases[other])
     with pytest.raises(ValueError, match=f"different base models: .*one/bert.*{other}/bert.*say --same-base"):
-        aggregate(folders, method_for("svd"), tmp_path / "out")
-    aggregate(folders, method_for("svd"), tmp_path / "out", one_base=True)
+        aggregate_adapters(folders, build_method("svd"), tmp_path / "out")
+    aggregate_adapters(folders, build_method("svd"), tmp_path / "out", one_base=True)
     assert_same(reloaded(tmp_path / "out"), adapter[1])
 
 
@@ -227,13 +227,13 @@ DIFFER = {
 def test_other_labels_are_refused(tmp_path, adapter, one, other, sentence):
     folders = labelled(tmp_path, adapter, None, one, other)
     with pytest.raises(ValueError, match=sentence):
-        aggregate(folders, method_for("svd"), tmp_path / "out")
+        aggregate_adapters(folders, build_method("svd"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_labels_go_along(tmp_path, adapter):
     names = ["chat", "été", "7"]
-    aggregate(labelled(tmp_path, adapter, names, None, names), method_for("svd"), tmp_path / "out")
+    aggregate_adapters(labelled(tmp_path, adapter, names, None, names), build_method("svd"), tmp_path / "out")
     assert AdapterFolder.open(tmp_path / "out").labels == tuple(names)
 
 
@@ -257,7 +257,7 @@ def test_labels_that_were_edited_are_refused(tmp_path, adapter, text):
 )
 def test_no_method_is_suggested_that_is_then_refused(name, sentence):
     with pytest.raises(ValueError, match=sentence):
-        method_for(name)
+        build_method(name)
 
 
 @pytest.mark.parametrize("name", ["fedsb", "ravna", "feddp"])

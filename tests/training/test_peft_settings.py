@@ -10,7 +10,7 @@ import pytest
 from peft import LoraConfig, TaskType
 from peft.tuners.lora import config as settings_of_peft
 
-from fedlora.export.aggregate import aggregate, method_for
+from fedlora.export.aggregate import aggregate_adapters, build_method
 from fedlora.training.peft_settings import CONFIG
 from tests.fixtures.peft_adapters import assert_same, edited, reloaded, written
 
@@ -94,7 +94,7 @@ def test_an_adapter_with_itself_is_itself_or_is_refused_by_name(tmp_path, name, 
     logits, beside = written(tmp_path / "a", **{name: value, **BESIDE.get(name, {})}), BESIDE.get(name, {})
     why = None
     try:
-        aggregate([tmp_path / "a"] * 2, method_for("svd"), tmp_path / "out")
+        aggregate_adapters([tmp_path / "a"] * 2, build_method("svd"), tmp_path / "out")
     except ValueError as error:
         why = str(error)
     if why is not None:
@@ -114,14 +114,14 @@ def test_a_setting_of_peft_to_come_is_refused_where_it_is_set(tmp_path, value):
     written(tmp_path / "a")
     edited(tmp_path / "a", use_of_next_year=value)
     with pytest.raises(ValueError, match="sets use_of_next_year to .*, a setting of PEFT that is not understood"):
-        aggregate([tmp_path / "a"] * 2, method_for("svd"), tmp_path / "out")
+        aggregate_adapters([tmp_path / "a"] * 2, build_method("svd"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [None, False, "", [], {}], ids=str)
 def test_a_setting_of_peft_to_come_is_taken_where_it_is_not_set(tmp_path, value):
     logits = written(tmp_path / "a")
     edited(tmp_path / "a", use_of_next_year=value)
-    aggregate([tmp_path / "a"] * 2, method_for("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "a"] * 2, build_method("svd"), tmp_path / "out")
     assert_same(reloaded(tmp_path / "out"), logits)
 
 
@@ -132,10 +132,10 @@ def test_a_default_that_peft_has_is_no_setting(tmp_path, monkeypatch):
     for good, bad in (({"depth": 3}, {"depth": 2}), ({"careful": True}, {"careful": False})):
         edited(tmp_path / "a", depth=3, careful=True)
         edited(tmp_path / "a", **good)
-        aggregate([tmp_path / "a"], method_for("svd"), tmp_path / str(good))
+        aggregate_adapters([tmp_path / "a"], build_method("svd"), tmp_path / str(good))
         edited(tmp_path / "a", **bad)
         with pytest.raises(ValueError, match=f"sets {next(iter(bad))} to"):
-            aggregate([tmp_path / "a"], method_for("svd"), tmp_path / "out")
+            aggregate_adapters([tmp_path / "a"], build_method("svd"), tmp_path / "out")
 
 
 TOGETHER = {  # settings of two adapters, each right by itself
@@ -152,14 +152,14 @@ def test_settings_that_must_be_alike_are_compared(tmp_path, one, other, sentence
     for name, settings in (("a", one), ("b", other)):
         written(tmp_path / name, **settings)
     with pytest.raises(ValueError, match=sentence):
-        aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
+        aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_task_that_one_of_them_says_is_kept(tmp_path):
     for name, settings in (("a", {}), ("b", {"task_type": "SEQ_CLS"})):
         logits = written(tmp_path / name, **settings)
-    aggregate([tmp_path / "a", tmp_path / "b"], method_for("svd"), tmp_path / "out")
+    aggregate_adapters([tmp_path / "a", tmp_path / "b"], build_method("svd"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["task_type"] == "SEQ_CLS"
     assert_same(reloaded(tmp_path / "out"), logits)
 
@@ -169,7 +169,7 @@ def test_an_alpha_that_scales_nothing_is_refused(tmp_path, alpha):
     written(tmp_path / "a")
     edited(tmp_path / "a", lora_alpha=alpha)
     with pytest.raises(ValueError, match="sets lora_alpha to"):
-        aggregate([tmp_path / "a"], method_for("svd"), tmp_path / "out")
+        aggregate_adapters([tmp_path / "a"], build_method("svd"), tmp_path / "out")
 
 
 def test_factors_of_another_rank_than_the_settings_are_refused(tmp_path):
@@ -178,4 +178,4 @@ def test_factors_of_another_rank_than_the_settings_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds factors of rank 4 for 'bert.*query', and its adapter_config.json says 3"
     ):
-        aggregate([tmp_path / "a"], method_for("svd"), tmp_path / "out")
+        aggregate_adapters([tmp_path / "a"], build_method("svd"), tmp_path / "out")

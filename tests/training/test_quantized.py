@@ -130,7 +130,7 @@ def test_tasks_with_a_head_of_their_own_refuse():
 def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     import fedlora
-    from fedlora.export.peft import export
+    from fedlora.export.peft import export_model
     from fedlora.runs.folder import RunFolder
 
     table = {
@@ -153,4 +153,4 @@ def test_a_run_on_a_quantised_base(kind, shared, tmp_path):
     run = fedlora.run(config, tmp_path / "run")
     found = [record["global"]["perplexity"] for record in run.records]
     assert found[1] < found[0] and run.summary["base_updates"] == 2
-    assert export(RunFolder.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4
+    assert export_model(RunFolder.open(tmp_path / "run"), tmp_path / "out")["difference"] < 1e-4

@@ -6,47 +6,36 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import chat as chatting
-from fedlora.cli import code_eval as grading
-from fedlora.cli import doctor as checking
-from fedlora.cli import export as folders
-from fedlora.cli import flower
-from fedlora.cli import methods as authoring
-from fedlora.cli import plan as preparing
-from fedlora.cli import report as reporting
-from fedlora.cli import run as running
-from fedlora.cli import study as studying
-from fedlora.cli import watch as watching
-from fedlora.cli._options import say
-from fedlora.cli._plain import Command, Group
-from fedlora.runs import error_log as crash
+from fedlora.cli import chat, code_eval, doctor, export, flower, methods, plan, report, run
+from fedlora.cli._options import Command, PlainGroup, say
+from fedlora.runs import error_log
 
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    cls=PlainGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
 )  # fmt: skip
-
-
-@app.callback()
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
-    """Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly."""
-
-
 for command in (
-    preparing.plan, preparing.sweep, running.run, running.resume, running.compare, watching.watch,
-    folders.show, reporting.report, reporting.plots, folders.personal, folders.aggregate, folders.export,
-    studying.similarity, chatting.chat, grading.solve, grading.grade,
-    authoring.methods, authoring.cite, checking.doctor, running.demo,
+    plan.plan_command, plan.sweep_command, run.run_command, run.resume_command, run.compare_command,
+    report.watch_command, export.show_command, report.report_command, report.plots_command, export.personal_command,
+    export.aggregate_command, export.export_command, report.similarity_command, chat.chat_command,
+    code_eval.solve_command, code_eval.grade_command, methods.methods_command, methods.cite_command,
+    doctor.doctor_command, run.demo_command, methods.new_method_command,
 ):  # fmt: skip
-    app.command(cls=Command)(command)
-app.command("new-method", cls=Command)(authoring.new_method)
+    app.command(command.__name__.removesuffix("_command").replace("_", "-"), cls=Command)(command)
 app.add_typer(flower.app, name="flower")
 
 
-def main() -> None:
-    """The entry point: an error is one sentence on stderr and exit status 2, without a traceback.
+@app.callback()
+def show_version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly."""
 
-    The traceback of an error that is no user's mistake is written to a file, which the sentence names.
+
+def main() -> None:
+    """Run the command line; an error is one sentence on stderr and exit status 2, without a traceback.
+
+    The traceback of an unexpected error is written to a file that the sentence names.
     """
     if sys.argv[1:] == ["--version"]:
         from importlib.metadata import version
@@ -55,8 +44,8 @@ def main() -> None:
         return
     try:
         app(standalone_mode=True)
-    except SystemExit as left:  # typer leaves without a word where Ctrl-C was pressed
-        if isinstance(getattr(left.__context__, "__cause__", None), KeyboardInterrupt):
+    except SystemExit as exit:  # typer exits silently after Ctrl-C
+        if isinstance(getattr(exit.__context__, "__cause__", None), KeyboardInterrupt):
             say("Stopped.")
         raise
     except KeyboardInterrupt:
@@ -65,5 +54,5 @@ def main() -> None:
     except Exception:
         if os.environ.get("FEDLORA_TRACEBACK") or (error := sys.exc_info()[1]) is None:
             raise
-        say(f"fedlora: {crash.sentence(error)}")
+        say(f"fedlora: {error_log.sentence(error)}")
         sys.exit(2)

@@ -1,30 +1,28 @@
-"""What the shell offers when Tab is pressed; nothing heavy is imported."""
+"""Completions of the shell, without any heavy import."""
 
 from fedlora.registry import Registry
 
-SPECIAL = ["centralised"]  # what compare takes besides methods
 
-
-def names() -> list[str]:
-    """All methods. ``METHODS`` has the same names, but importing it imports torch."""
+def list_methods() -> list[str]:
+    """List all methods. ``METHODS`` has the same names, but importing it imports torch."""
     return Registry(object, "method", group="fedlora.methods", package="fedlora.methods").names()
 
 
-def method(incomplete: str) -> list[str]:
-    """Methods that begin so."""
-    return [name for name in names() if name.startswith(incomplete)]
+def complete_method(incomplete: str) -> list[str]:
+    """Complete the name of a method."""
+    return [name for name in list_methods() if name.startswith(incomplete)]
 
 
-def methods(incomplete: str) -> list[str]:
-    """The same of the last of several with commas between them."""
+def complete_methods(incomplete: str) -> list[str]:
+    """Complete the last of several methods that are separated by commas, or ``centralised``."""
     before, comma, last = incomplete.rpartition(",")
-    taken = before.split(",")
-    return [f"{before}{comma}{n}" for n in [*names(), *SPECIAL] if n.startswith(last) and n not in taken]
+    names = [*list_methods(), "centralised"]
+    return [f"{before}{comma}{name}" for name in names if name.startswith(last) and name not in before.split(",")]
 
 
-def override(incomplete: str) -> list[str]:
-    """``method.name=`` and its methods."""
+def complete_override(incomplete: str) -> list[str]:
+    """Complete ``method.name=`` and the method behind it."""
     key, equals, value = incomplete.partition("=")
     if key == "method.name" and equals:
-        return [f"{key}={name}" for name in method(value)]
+        return [f"{key}={name}" for name in complete_method(value)]
     return ["method.name="] if "method.name=".startswith(incomplete) else []

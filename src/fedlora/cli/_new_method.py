@@ -1,4 +1,4 @@
-"""A new method's two files: its skeleton and its test. Nothing else needs to be edited."""
+"""The skeleton of a new method and its test; no other file needs an edit."""
 
 import re
 from importlib.resources import files
@@ -11,14 +11,11 @@ from fedlora.methods import METHODS
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-def new_method(name: str, paper: str | None = None, root: Path = Path(".")) -> list[Path]:
-    """Writes ``src/fedlora/methods/NAME.py`` and ``tests/methods/test_NAME.py`` below ``root``, a checkout.
-
-    ``ValueError`` for a name of another form or one that is taken, and where ``root`` is no checkout.
-    """
+def write_method(name: str, paper: str | None = None, root: Path = Path(".")) -> list[Path]:
+    """Write ``src/fedlora/methods/NAME.py`` and ``tests/methods/test_NAME.py`` below ``root``, a checkout."""
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"the name {name!r} will not do; a method's name is lower-case words joined by '-', e.g. fed-svd."
+            f"a method cannot be called {name!r}; its name is lower-case words joined by '-', e.g. fed-svd."
         )
     module = name.replace("-", "_")
     source, tests = root / "src" / "fedlora" / "methods", root / "tests" / "methods"

@@ -1,54 +1,74 @@
-"""What the commands have in common: options, answers on stdout, words on stderr."""
+"""Shared parts of the commands: options, parsing, results on stdout, messages on stderr."""
 
 import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from fedlora.cli import _completion as completing
+from fedlora.cli import _completion
 
 Override = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads Optional
+    list[str] | None,
     typer.Option(
         "-o", "--override", metavar="KEY=VALUE", help="Set one value, e.g. -o training.learning_rate=1e-3.",
-        autocompletion=completing.override,
+        autocompletion=_completion.complete_override,
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to run.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.")]
 
 
-def numbers(text: str, kind: type, option: str, example: str) -> list:
-    """The numbers of an option, with commas between them."""
+class _PlainHelp:
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the text of ``--help``; Typer escapes its brackets for rich wherever rich is installed."""
+        text: str = super().get_help(ctx)  # type: ignore[misc]
+        return text.replace("\\[", "[")
+
+
+class Command(_PlainHelp, TyperCommand):
+    """A command whose ``--help`` is plain text."""
+
+
+class PlainGroup(_PlainHelp, TyperGroup):
+    """A group of commands whose ``--help`` is plain text."""
+
+
+def parse_numbers(text: str, kind: type, option: str, example: str) -> list:
+    """Parse the numbers of an option, which are separated by commas."""
     try:
         return [kind(number) for number in text.split(",")]
     except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ValueError(f"{option} is {text!r}; it should be {what} with commas, e.g. {example}.") from error
+        needed = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} is {text!r}; it should be {needed} with commas, e.g. {example}.") from error
 
 
-def names(text: str | None) -> list[str]:
-    """The names of an option, with commas between them."""
+def parse_names(text: str | None) -> list[str]:
+    """Parse the names of an option, which are separated by commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def answer(as_json: bool, value, table) -> None:
-    """Tables and JSON go to stdout."""
+def print_result(as_json: bool, value: Any, tables: Callable[[], Iterable] = tuple, whole: Sequence[str] = ()) -> None:
+    """Print ``value`` as JSON on stdout, or else ``tables`` and then ``whole``: lines that are not wrapped."""
     if as_json:
         typer.echo(json.dumps(value, indent=2))
-    else:
-        table()
+        return
+    from fedlora.reporting import terminal
+
+    terminal.show(*tables(), whole=tuple(whole))
 
 
 def say(text: str) -> None:
-    """What is no result goes to stderr."""
+    """Print a message on stderr."""
     typer.echo(text, err=True)
 
 
-def numbered(folder: Path) -> Path:
-    """``folder-1``, or the first number that is free."""
+def choose_folder(name: str) -> Path:
+    """Return the first of the folders ``runs/name-1``, ``runs/name-2``, … that does not exist."""
     number = 1
-    while (path := folder.with_name(f"{folder.name}-{number}")).exists():
+    while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return path

@@ -1,6 +1,6 @@
-"""One small operation of each package that fedlora can use, for ``fedlora doctor``: each in a process of its own.
+"""One small operation of each package that fedlora can use, for ``fedlora doctor``.
 
-``python -m fedlora.cli._selftests NAME`` prints a line of JSON, ``{"said": ...}``, or fails as the package does.
+``python -m fedlora.cli._selftests NAME`` prints a line of JSON, ``{"said": ...}``, or fails with the package's error.
 """
 
 import json
@@ -8,15 +8,14 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-VALUES = {"train/loss": 0.5}
 
-
-def torch() -> dict[str, Any]:
-    """A product and its gradient, and the devices that there are."""
+def try_torch() -> dict[str, Any]:
+    """Compute a product and its gradient, and list the devices."""
     import torch
 
     x = torch.arange(6.0).reshape(2, 3).requires_grad_()
@@ -33,22 +32,18 @@ def torch() -> dict[str, Any]:
     return {"said": "a gradient is right", "devices": devices}
 
 
-def model() -> dict[str, Any]:
-    """A Transformers network from a configuration, its adapter, and one pass through it."""
+def try_model() -> dict[str, Any]:
+    """Build a Transformers network from a configuration, attach an adapter, and run one forward pass."""
     import torch
     from transformers import BertConfig, BertModel
 
     from fedlora.adapters import LoRA
     from fedlora.training.model import Model
 
-    sizes = {
-        "vocab_size": 16,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    network = BertModel(BertConfig(**sizes)).eval()
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )  # fmt: skip
+    network = BertModel(config).eval()
     rows = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = network(rows).last_hidden_state
@@ -59,19 +54,18 @@ def model() -> dict[str, Any]:
     return {"said": f"{len(attached.parts)} weights adapted"}
 
 
-def figures() -> dict[str, Any]:
-    """A figure as SVG."""
+def try_figures() -> dict[str, Any]:
+    """Draw a figure as SVG."""
     import altair as alt
     import vl_convert
 
     chart = alt.Chart(alt.Data(values=[{"x": 1, "y": 2}])).mark_point().encode(x="x:Q", y="y:Q")
-    drawn = vl_convert.vegalite_to_svg(chart.to_json())
-    assert "<svg" in drawn, "no picture was drawn"
+    assert "<svg" in vl_convert.vegalite_to_svg(chart.to_json()), "no picture was drawn"
     return {"said": "a figure is drawn"}
 
 
-def peft() -> dict[str, Any]:
-    """PEFT's LoRA and ours on the same leaves."""
+def try_peft() -> dict[str, Any]:
+    """Compare PEFT's LoRA with fedlora's on the same leaves."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from torch import nn
@@ -89,8 +83,8 @@ def peft() -> dict[str, Any]:
     return {"said": "its LoRA is ours"}
 
 
-def dp() -> dict[str, Any]:
-    """Opacus' accountants on one setting."""
+def try_dp() -> dict[str, Any]:
+    """Run Opacus' accountants on one setting."""
     from fedlora.security.privacy.accounting import compute_epsilon
 
     found = {name: compute_epsilon(name, 1.0, 0.1, 10, 1e-5) for name in ("prv", "rdp")}
@@ -98,8 +92,8 @@ def dp() -> dict[str, Any]:
     return {"said": f"ε = {found['prv']:.2f}"}
 
 
-def flower() -> dict[str, Any]:
-    """A message's record there and back, and a signature."""
+def try_flower() -> dict[str, Any]:
+    """Encode and decode a message's record, and check a signature."""
     import torch
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -114,8 +108,8 @@ def flower() -> dict[str, Any]:
     return {"said": "a record and a signature hold"}
 
 
-def simulation() -> dict[str, Any]:
-    """One call on a Ray actor."""
+def try_simulation() -> dict[str, Any]:
+    """Call a Ray actor once."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -128,8 +122,8 @@ def simulation() -> dict[str, Any]:
     return {"said": "an actor answers"}
 
 
-def quantize() -> dict[str, Any]:
-    """A matrix to four bits and back, on a GPU where there is one."""
+def try_quantize() -> dict[str, Any]:
+    """Quantise a matrix to four bits and back, on a GPU if there is one."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -141,52 +135,27 @@ def quantize() -> dict[str, Any]:
     return {"said": f"four bits on {device}: relative error {error:.2f}"}
 
 
-def _tracked(name: str, **settings: Any) -> dict[str, Any]:
-    """A run of one round at a tracker's local backend, in a folder that is thrown away."""
-    from fedlora.runs.trackers import TRACKERS, RunInfo
-
-    with TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as place:
-        named = {key: value.format(place=place) for key, value in settings.items()}
-        session = TRACKERS.load(name)(**named).open(RunInfo("doctor", Path(place), {"rounds": 1}, None))
-        session.log(1, VALUES)
-        session.close("finished")
-        files = sum(1 for path in Path(place).rglob("*") if path.is_file() and path.stat().st_size)
-    assert files, "nothing was written"
-    return {"said": "a round is kept"}
-
-
-def tensorboard() -> dict[str, Any]:
-    """Event files."""
-    return _tracked("tensorboard")
-
-
-def mlflow() -> dict[str, Any]:
-    """A SQLite store."""
-    return _tracked("mlflow", uri="sqlite:///{place}/mlflow.db")
-
-
-def wandb() -> dict[str, Any]:
-    """Offline files."""
-    return _tracked("wandb", mode="offline")
-
-
-def trackio() -> dict[str, Any]:
-    """Its SQLite files, by ``TRACKIO_DIR`` in a folder that is thrown away."""
-    with TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as place:
-        os.environ["TRACKIO_DIR"] = place
+def try_tracker(name: str, **settings: Any) -> dict[str, Any]:
+    """Log one round with a tracker's local backend, in a temporary folder."""
+    with TemporaryDirectory(prefix="fedlora-", ignore_cleanup_errors=True) as folder:
+        os.environ["TRACKIO_DIR"] = folder  # read when trackio is imported
         from fedlora.runs.trackers import TRACKERS, RunInfo
 
-        session = TRACKERS.load("trackio")(project="doctor").open(RunInfo("doctor", None, {"rounds": 1}, None))
-        session.log(1, VALUES)
+        options = {key: value.format(folder=folder) for key, value in settings.items()}
+        session = TRACKERS.load(name)(**options).open(RunInfo("doctor", Path(folder), {"rounds": 1}, None))
+        session.log(1, {"train/loss": 0.5})
         session.close("finished")
-        assert list(Path(place).glob("doctor*.db")), "nothing was written"
+        assert any(path.is_file() and path.stat().st_size for path in Path(folder).rglob("*")), "nothing was written"
     return {"said": "a round is kept"}
 
 
 TESTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "torch": torch, "model": model, "figures": figures, "peft": peft, "dp": dp, "flower": flower,
-    "flower-simulation": simulation, "quantize": quantize, "track-tensorboard": tensorboard, "track-mlflow": mlflow,
-    "track-wandb": wandb, "track-trackio": trackio,
+    "torch": try_torch, "model": try_model, "figures": try_figures, "peft": try_peft, "dp": try_dp,
+    "flower": try_flower, "flower-simulation": try_simulation, "quantize": try_quantize,
+    "track-tensorboard": partial(try_tracker, "tensorboard"),
+    "track-mlflow": partial(try_tracker, "mlflow", uri="sqlite:///{folder}/mlflow.db"),
+    "track-wandb": partial(try_tracker, "wandb", mode="offline"),
+    "track-trackio": partial(try_tracker, "trackio", project="doctor"),
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
-"""The command that talks with what a run has trained: chat."""
+"""The command ``chat``."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from fedlora.cli._options import say
 
 
-def chat(
+def chat_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a causal-lm run.")],
-    client: Annotated[Optional[int], typer.Option(help="This client's own model [default: the shared one].")] = None,  # noqa: UP045
+    client: Annotated[int | None, typer.Option(help="This client's own model [default: the shared one].")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    stop: Annotated[Optional[list[str]], typer.Option(help="A text that ends an answer.")] = None,  # noqa: UP045
-    system: Annotated[Optional[str], typer.Option(help="What a chat template's system message says.")] = None,  # noqa: UP045
-    prompt: Annotated[Optional[str], typer.Option(help="Answer this and leave.")] = None,  # noqa: UP045
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message of a chat template.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
 ) -> None:
-    """Let a run's model write: answers to --prompt, to what is typed, or to each line of stdin."""
+    """Let a run's model write: answers to --prompt, to prompts typed on the terminal, or to each line of stdin."""
     from fedlora.runs.chat import Chat
     from fedlora.runs.folder import RunFolder
     from fedlora.tasks.networks.generation import GenerationSettings
@@ -34,29 +33,23 @@ def chat(
         typer.echo(talk.say(prompt, writing))
     elif sys.stdin.isatty():
         say("Type a prompt and Return; Ctrl-D ends.")
-        for line in _read_lines():
-            _print_answer(talk, line, writing)
+        _converse(talk, writing)
     else:
         for line in sys.stdin:
             typer.echo(talk.say(line.rstrip("\n"), writing))
 
 
-def _read_lines() -> Iterator[str]:
-    import readline  # noqa: F401 - input() has a history and can be edited then
+def _converse(talk, writing) -> None:
+    """Answer each line that is typed; a prompt that is too long is reported and does not end the conversation."""
+    import readline  # noqa: F401 - gives input() a history and editing
 
     while True:
         try:
             line = input("> ")
         except EOFError:
-            say("")
-            return
-        if line.strip():
-            yield line
-
-
-def _print_answer(talk, line: str, writing) -> None:
-    """Print the answer to a line; a prompt that is too long is reported and does not end the conversation."""
-    try:
-        typer.echo(talk.say(line, writing))
-    except ValueError as error:
-        say(str(error))
+            return say("")
+        try:
+            if line.strip():
+                typer.echo(talk.say(line, writing))
+        except ValueError as error:
+            say(str(error))

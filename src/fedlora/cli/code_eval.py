@@ -1,55 +1,57 @@
-"""Commands for programs that a model writes: solve lets it write them, grade runs them."""
+"""Commands for programs that a model writes: solve, grade."""
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from fedlora.cli._options import Json, answer, numbers, say
+from fedlora.cli._options import Json, parse_numbers, print_result, say
+
+Data = Annotated[str, typer.Option(help="HumanEval or MBPP: a folder, a file or a hub id.")]
+Benchmark = Annotated[str | None, typer.Option(help="humaneval or mbpp [default: by its columns].")]
+Split = Annotated[str, typer.Option(help="Of a folder or a hub id.")]
 
 
-def grade(
+def grade_command(
     predictions: Annotated[
         Path, typer.Argument(metavar="PREDICTIONS.jsonl", help='{"task_id", "completion"} lines, several a task.')
     ],
-    data: Annotated[str, typer.Option(help="The benchmark: a folder, a file or a hub id.")],
-    benchmark: Annotated[Optional[str], typer.Option(help="humaneval or mbpp [default: by its columns].")] = None,  # noqa: UP045
-    split: Annotated[str, typer.Option(help="Of a folder or a hub id.")] = "test",
+    data: Data,
+    benchmark: Benchmark = None,
+    split: Split = "test",
     k: Annotated[str, typer.Option("--k", help="pass@k, with commas, e.g. 1,10.")] = "1",
     workers: Annotated[int, typer.Option(min=1, help="Programs at the same time.")] = min(4, os.cpu_count() or 1),
     seconds: Annotated[int, typer.Option(min=1, help="Processor time of one program.")] = 10,
     memory_mb: Annotated[int, typer.Option(min=64, help="Memory of one program.")] = 512,
-    out: Annotated[Optional[Path], typer.Option(help="The verdicts [default: PREDICTIONS.verdicts.jsonl].")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="The verdicts [default: PREDICTIONS.verdicts.jsonl].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the programs that a model wrote for HumanEval or MBPP, confined, and count what passes (Linux)."""
-    from fedlora.code_eval.grade import grade_file
+    """Run the programs that a model wrote for HumanEval or MBPP, confined, and count those that pass (Linux)."""
+    from fedlora.code_eval.grade import grade_file, tabulate_grades
     from fedlora.code_eval.sandbox import Sandbox
-    from fedlora.reporting import terminal
-    from fedlora.reporting.tables.code_eval import grades
     from fedlora.runs.progress import Counted
 
-    ks = numbers(k, int, "--k", "1,10")
+    ks = parse_numbers(k, int, "--k", "1,10")
     box = Sandbox(seconds=seconds, wall_seconds=6.0 * seconds, memory_mb=memory_mb)
     with Counted("programs") as bar:
         found = grade_file(predictions, data, benchmark, split, ks, workers, box, out, bar.done)
-    answer(as_json, found, lambda: terminal.show(grades(found)))
+    print_result(as_json, found, lambda: [tabulate_grades(found)])
 
 
-def solve(
+def solve_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a causal-lm run.")],
-    data: Annotated[str, typer.Option(help="HumanEval or MBPP: a folder, a file or a hub id.")],
-    out: Annotated[Path, typer.Option(help="The answers, for fedlora grade; a file that is there is gone on with.")],
-    benchmark: Annotated[Optional[str], typer.Option(help="humaneval or mbpp [default: by its columns].")] = None,  # noqa: UP045
-    split: Annotated[str, typer.Option(help="Of a folder or a hub id.")] = "test",
-    client: Annotated[Optional[int], typer.Option(help="This client's own model [default: the shared one].")] = None,  # noqa: UP045
+    data: Data,
+    out: Annotated[Path, typer.Option(help="The answers, for fedlora grade; an existing file is continued.")],
+    benchmark: Benchmark = None,
+    split: Split = "test",
+    client: Annotated[int | None, typer.Option(help="This client's own model [default: the shared one].")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Problems at a time.")] = 16,
-    worded: Annotated[bool, typer.Option("--worded", help="Ask in the words that the run was trained with.")] = False,
+    worded: Annotated[bool, typer.Option("--worded", help="Ask with the run's prompt template.")] = False,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -63,11 +65,12 @@ def solve(
     from fedlora.tasks.networks.generation import GenerationSettings
 
     writing = GenerationSettings(max_new_tokens, temperature, top_p)
-    known = parse_problems(read_benchmark(data, split), benchmark)
+    problems = parse_problems(read_benchmark(data, split), benchmark)
     talk = Chat.open(RunFolder.open(folder), client, seed=seed)
-    with Counted("answers", samples * len(known)) as bar:
-        found = write_answers(talk, known, out, writing, samples, batch_size, worded, bar.more)
-    answer(as_json, found, lambda: typer.echo(f"{found['answers']} answers to {found['problems']} problems in {out}."))
+    with Counted("answers", samples * len(problems)) as bar:
+        found = write_answers(talk, problems, out, writing, samples, batch_size, worded, bar.more)
+    text = f"{found['answers']} answers to {found['problems']} problems in {out}."
+    print_result(as_json, found, whole=[text])
     if found["too_long"]:
         say(f"{found['too_long']} problems leave no room for an answer of {max_new_tokens} tokens, and have none.")
     say(f"Next: fedlora grade {out} --data {data}")

@@ -1,102 +1,94 @@
-"""Commands that work on what is there: show, personal, aggregate, export."""
+"""Commands on finished runs and adapters: show, personal, aggregate, export."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from fedlora.cli._options import Json, answer, numbers
+from fedlora.cli._options import Json, parse_numbers, print_result
 
 
-def show(
+def show_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's or a comparison's folder.")],
     as_json: Json = False,
 ) -> None:
-    """Show what a run or a comparison came to."""
-    from fedlora.reporting import terminal
-    from fedlora.reporting.tables.comparison import compared
-    from fedlora.reporting.tables.run import summary
+    """Show the results of a run or of a comparison."""
+    from fedlora.reporting.tables.comparison import tabulate_comparison
+    from fedlora.reporting.tables.run import tabulate_summary
     from fedlora.runs.file_names import COMPARISON
     from fedlora.runs.folder import RunFolder, read_json
 
     if (folder / COMPARISON).exists():
         found = read_json(folder / COMPARISON)
-        answer(as_json, found, lambda: terminal.show(*compared(found["rows"])))
-    else:
-        run = RunFolder(folder)
-        found = {"summary": run.summary, "records": run.records}
-        whole = (*run.summary.get("notes", ()), f"Folder: {folder}")
-        answer(as_json, found, lambda: terminal.show(*summary(run.summary, run.records), whole=whole))
+        return print_result(as_json, found, lambda: tabulate_comparison(found["rows"]))
+    run = RunFolder(folder)
+    lines = (*run.summary.get("notes", ()), f"Folder: {folder}")
+    found = {"summary": run.summary, "records": run.records}
+    print_result(as_json, found, lambda: tabulate_summary(run.summary, run.records), lines)
 
 
-def personal(
+def personal_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder; its data must still be there.")],
     steps: Annotated[int, typer.Option(min=1, help="Of the local fine-tuning.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
-    from fedlora.reporting import terminal
-    from fedlora.reporting.tables.personalization import personal as tables
+    from fedlora.reporting.tables.personalization import tabulate_personal
     from fedlora.runs.folder import RunFolder
-    from fedlora.runs.personalization import personal as score
+    from fedlora.runs.personalization import personal
     from fedlora.runs.progress import Progress
 
     run = RunFolder.open(folder)
     with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
-        found = score(run, steps, progress.watch)
-    answer(as_json, found, lambda: terminal.show(*tables(found), whole=(f"Folder: {folder}",)))
+        found = personal(run, steps, progress.watch)
+    print_result(as_json, found, lambda: tabulate_personal(found), [f"Folder: {folder}"])
 
 
-def aggregate(
+def aggregate_command(
     adapters: Annotated[list[Path], typer.Argument(metavar="DIR...", help="PEFT adapter folders.")],
     out: Annotated[Path, typer.Option(help="The combined adapter: a new folder that PEFT loads.")],
-    method: Annotated[Optional[str], typer.Option(help="[default: svd, or flora with --exact]")] = None,  # noqa: UP045
-    weights: Annotated[Optional[str], typer.Option(help="Shares, e.g. 3,1,1 [default: equal].")] = None,  # noqa: UP045
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Of the result [default: the largest].")] = None,  # noqa: UP045
-    residual: Annotated[Optional[Path], typer.Option(help="A second adapter: what the method folds.")] = None,  # noqa: UP045
+    method: Annotated[str | None, typer.Option(help="[default: svd, or flora with --exact]")] = None,
+    weights: Annotated[str | None, typer.Option(help="Shares, e.g. 3,1,1 [default: equal].")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the result [default: the largest].")] = None,
+    residual: Annotated[Path | None, typer.Option(help="A second adapter: the method's base update.")] = None,
     exact: Annotated[bool, typer.Option(help="One adapter with everything, of the sum of the ranks.")] = False,
     same_base: Annotated[
         bool, typer.Option("--same-base", help="The adapters' base models are one, under different names.")
     ] = False,
-    option: Annotated[Optional[list[str]], typer.Option("-o", help="A setting of the method: key=value.")] = None,  # noqa: UP045
+    option: Annotated[list[str] | None, typer.Option("-o", help="A setting of the method: key=value.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")] = "auto",
-    threads: Annotated[Optional[int], typer.Option(min=1, help="Of the processor [default: all].")] = None,  # noqa: UP045
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the processor [default: all].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Combine LoRA adapters that are trained already; no base model is needed."""
-    from fedlora.export import aggregate as aggregation
-    from fedlora.reporting import terminal
-    from fedlora.reporting.tables.adapters import aggregation as table
+    """Combine trained LoRA adapters; no base model is needed."""
+    from fedlora.export.aggregate import aggregate_adapters, build_method, tabulate_aggregation
     from fedlora.training.device import Engine
 
     name = method or ("flora" if exact else "svd")
-    shares = None if weights is None else numbers(weights, float, "--weights", "3,1,1")
-    rule = aggregation.method_for(name, option or [])
-    engine = Engine(device=device, threads=threads)
-    report = aggregation.aggregate(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
+    shares = None if weights is None else parse_numbers(weights, float, "--weights", "3,1,1")
+    rule, engine = build_method(name, option or []), Engine(device=device, threads=threads)
+    report = aggregate_adapters(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
     found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
-    answer(as_json, found, lambda: terminal.show(table(found)))
+    print_result(as_json, found, lambda: [tabulate_aggregation(found)])
 
 
-def export(
+def export_command(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     out: Annotated[Path, typer.Option(help="A new folder; with --all-clients, one folder a client in it.")],
-    client: Annotated[Optional[int], typer.Option(help="This client's own model.")] = None,  # noqa: UP045
+    client: Annotated[int | None, typer.Option(help="This client's own model.")] = None,
     all_clients: Annotated[bool, typer.Option("--all-clients", help="Every client's own model.")] = False,
     merged: Annotated[bool, typer.Option("--merged", help="A whole model instead of an adapter.")] = False,
-    rank: Annotated[Optional[int], typer.Option(min=1, help="Cut to this rank; says what that loses.")] = None,  # noqa: UP045
+    rank: Annotated[int | None, typer.Option(min=1, help="Truncate to this rank, and report the loss.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's result as a PEFT adapter or a merged model, and check it by loading it again."""
-    from fedlora.export.peft import export as write
+    from fedlora.export.peft import export_model, tabulate_exports
     from fedlora.files import check_new_folder
-    from fedlora.reporting import terminal
-    from fedlora.reporting.tables.adapters import exports
     from fedlora.runs.folder import RunFolder
 
     if all_clients and client is not None:
         raise ValueError("--client and --all-clients exclude each other; keep one of them.")
     run = RunFolder.open(folder)
-    wanted = {check_new_folder(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
-    found = [write(run, path, who, rank, merged) for path, who in wanted.items()]
-    answer(as_json, found, lambda: terminal.show(exports(found)))
+    targets = {check_new_folder(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
+    found = [export_model(run, path, number, rank, merged) for path, number in targets.items()]
+    print_result(as_json, found, lambda: [tabulate_exports(found)])

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from fedlora.code_eval.problems import Graded, Problem, compute_pass_rates, pars
 from fedlora.code_eval.sandbox import Sandbox
 from fedlora.files import check_output_file, write
 from fedlora.registry import nearest
+from fedlora.runs.table import Table, from_pairs
 from fedlora.tasks.data import rows as source
 
 
@@ -98,3 +99,13 @@ def grade_file(
         "passed": sum(answer.passed for answer in graded),
         "verdicts": str(target),
     }
+
+
+def tabulate_grades(found: Mapping[str, Any]) -> Table:
+    """Build the table of the result of ``grade_file``."""
+    rows = [(name, f"{value:.4f}") for name, value in found["figures"].items()]
+    rows.append(("answers that pass", str(found["passed"])))
+    if found["missing"]:
+        rows.append(("problems without an answer, counted as wrong", str(found["missing"])))
+    title = f"{found['answers']} answers to {found['problems']} problems"
+    return from_pairs(title, [*rows, ("verdicts", found["verdicts"])])

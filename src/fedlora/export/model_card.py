@@ -1,4 +1,4 @@
-"""The model card of an export: where it comes from, in the words a reader of the Hub expects."""
+"""The model card of an export, in the form of the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import {auto}
 {second}base = {auto}.from_pretrained({base!r}{labels})
 model = PeftModel.from_pretrained(base, "this folder")
 ```"""
-LABELLED = {  # JSON has no numbers for names
+LABELLED = {  # JSON's keys are strings
     "first": "import json\n\n",
     "second": """with open("this folder/labels.json") as file:
     id2label = {int(number): name for number, name in json.load(file)["id2label"].items()}
@@ -30,19 +30,18 @@ model = {auto}.from_pretrained("this folder")
 ```"""
 
 
-def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
-    """Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
-    whose = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
-    named = {"first": "", "second": "", "labels": ""} if not summary["labels"] or config.task.brings_head else LABELLED
-    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **named)
+def write_card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
+    """Return Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
+    model = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
+    parts = LABELLED if summary["labels"] and not config.task.brings_head else dict.fromkeys(LABELLED, "")
+    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **parts)
     front = [
-        "---",
-        f"base_model: {strip_folders(config.model.name)}",
+        "---", f"base_model: {strip_folders(config.model.name)}",
         "library_name: " + ("transformers" if merged else "peft"),
-    ]
-    front += ["tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---"]
+        "tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---",
+    ]  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))
-    title = f"# {summary['title'] or summary['method']}: {whose}"
+    title = f"# {summary['title'] or summary['method']}: {model}"
     settings = f"```toml\n{dumps(strip_folders(config.table)).strip()}\n```"
     return "\n".join(
         [*front, "", title, "", "| | |", "|---|---|", rows, "", "## Use", "", use, "", "## Settings", "", settings, ""]
@@ -50,16 +49,14 @@ def card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], m
 
 
 def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    final, sent, metric = summary.get("final", {}), summary["bytes"], summary["metric"]["name"]
+    final, metric = summary.get("final", {}), summary["metric"]["name"]
+    up, down = (sum(summary["bytes"][direction].values()) / 1e6 for direction in ("up", "down"))
     rows = [
         ("method", f"{summary['title']} (`{summary['method']}`)"),
         ("clients", f"{summary['clients']}, split {config.clients.partitioner}"),
         ("rounds", str(summary["rounds"]) + (" (interrupted)" if summary["interrupted"] else "")),
         ("seed", str(summary["seed"])),
-        (
-            "sent by all clients",
-            f"{sum(sent['up'].values()) / 1e6:.2f} MB up, {sum(sent['down'].values()) / 1e6:.2f} MB down",
-        ),
+        ("sent by all clients", f"{up:.2f} MB up, {down:.2f} MB down"),
         ("ranks", ", ".join(map(str, about["ranks"]))),
     ]
     rows += fault_lines(summary)
@@ -70,12 +67,8 @@ def _rows(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any]) 
         rows.append(("aggregation error", f"{summary['errors']['served']:.2e}, mean over weights and rounds"))
     if about["client"] is None and "global" in final:
         rows.append((f"{metric.replace('_', ' ')}, global test rows", f"{final['global'][metric]:.4f}"))
-    own = None if about["client"] is None else _own(final, about["client"])
-    if own is not None:
-        rows.append((f"{metric.replace('_', ' ')}, the client's test rows", f"{own:.4f}"))
+    if about["client"] is not None and "clients" in final:
+        score = final["clients"]["each"][about["client"]]
+        if score is not None:
+            rows.append((f"{metric.replace('_', ' ')}, the client's test rows", f"{score:.4f}"))
     return [*rows, ("made with", "fedlora " + summary["versions"]["fedlora"])]
-
-
-def _own(final: Mapping[str, Any], client: int) -> float | None:
-    found: float | None = final["clients"]["each"][client] if "clients" in final else None
-    return found

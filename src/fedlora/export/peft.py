@@ -1,8 +1,8 @@
-"""A run's result as something that others load without fedlora: a PEFT adapter, or a merged model."""
+"""Export of a run's result for use without fedlora: a PEFT adapter, or a merged model."""
 
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
-from fedlora.export.model_card import card
+from fedlora.export.model_card import write_card
 from fedlora.files import check_new_folder, write
 from fedlora.linalg.factors import compact, total, truncate
 from fedlora.linalg.geometry import distances
@@ -19,6 +19,7 @@ from fedlora.linalg.sums import Term
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
+from fedlora.runs.table import Column, Table, format_relative
 from fedlora.tasks.networks.pretrained import resolve_model
 from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model
@@ -28,65 +29,71 @@ from fedlora.training.targets import new_modules
 from fedlora.types import Factors, Layer, Tree
 
 HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
-CLOSE = 1e-3  # of the largest logit: what a reloaded model may differ by in float32 before the export has failed
+CLOSE = 1e-3  # largest difference of a reloaded model's logits in float32, relative to the largest logit
 
 
-def export(
+def export_model(
     run: RunFolder, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
 ) -> dict[str, Any]:
-    """Writes the shared model's adapter, or one client's, to a new folder, and returns what was written.
+    """Write the shared model's adapter, or one client's, to a new folder; returns the folder and its errors.
 
-    ``rank`` cuts every weight's update to its best approximation of that rank. ``merged`` writes the whole model
-    instead. What was written is loaded again, by PEFT or by transformers, and its logits are compared with the run's
-    own model; ``RuntimeError``, and nothing left, where they differ.
+    ``rank`` truncates every weight's update to its best approximation of that rank. ``merged`` writes the whole model
+    instead. The export is loaded again, by PEFT or by transformers, and its logits are compared with those of the
+    run's own model. If they differ, the folder is removed and ``RuntimeError`` is raised.
     """
     tree, folder = run.tree(client), check_new_folder(out)
     model = attach_adapters(run.config, run.network())
-    whole = updates(model, tree, run.base_updates)
+    whole = collect_updates(model, tree, run.base_updates)
     cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
-    about = {"client": client, "error": _cut_off(whole, cut), "ranks": sorted({f.V.shape[-2] for f in cut.values()})}
+    about = {
+        "client": client,
+        "error": _truncation_error(whole, cut),
+        "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
+    }
     heads = {part: tree[part] for part in model.parts if part not in whole}
-    wanted = _logits(run, _played(run, model, tree, cut if rank else None))
+    _load_run(run, model, tree, cut if rank else None)
+    expected = _compute_logits(run, model.network)
     try:
         if merged:
-            _write_merged(run, folder, cut, heads)
+            _merge_and_write(run, folder, cut, heads)
         else:
-            _write_adapter(run, folder, model, _layers(run, tree, cut, bool(rank)), heads)
-        away = float((_logits(run, _reloaded(run, folder, merged)) - wanted).abs().max() / wanted.abs().max())
-        if away > CLOSE:
+            _write_adapter(run, folder, model, *_build_layers(run, tree, cut, bool(rank)), heads)
+        logits = _compute_logits(run, _reload(run, folder, merged))
+        difference = float((logits - expected).abs().max() / expected.abs().max())
+        if difference > CLOSE:
             raise RuntimeError(
-                f"the export's logits differ from the run's by {away:.1e} of the largest; please report it."
+                f"the export's logits differ from the run's by {difference:.1e} of the largest; please report it."
             )
-        write(folder / "README.md", card(run.config, run.summary, about, merged).encode())
+        write(folder / "README.md", write_card(run.config, run.summary, about, merged).encode())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return {"folder": str(folder), **about, "difference": away}
+    return {"folder": str(folder), **about, "difference": difference}
 
 
-def updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors]) -> dict[str, Factors]:
-    """All that separates each adapted weight from the pretrained one: the adapter's update and what was folded."""
-    found = {}
+def collect_updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return each adapted weight's difference from the pretrained one: the adapter's update and the base updates."""
+    updates = {}
     for part, p in model.parts.items():
         if not isinstance(p.adapter, Dense):
             own = p.adapter.delta(tree[part])
             both = [f for f in (own, base_updates.get(part)) if f is not None and bool(f.U.any())]
-            found[part] = compact(total(both)) if both else own
-    return found
+            updates[part] = compact(total(both)) if both else own
+    return updates
 
 
-def _cut_off(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
-    """What truncation lost, relative to all updates together (Frobenius)."""
+def _truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
+    """Return the error of truncation, relative to all updates together (Frobenius norm)."""
     pairs = [(Term(1.0, *whole[part]), Term(1.0, *cut[part])) for part in whole if cut[part] is not whole[part]]
     lost = sum((norm * away[0]) ** 2 for norm, away in (distances([f], [[c]]) for f, c in pairs))
     everything = sum(distances([Term(1.0, *f)], [])[0] ** 2 for f in whole.values())
     return float(lost / everything) ** 0.5 if everything else 0.0
 
 
-def _layers(
+def _build_layers(
     run: RunFolder, tree: Tree, cut: Mapping[str, Factors], truncated: bool
 ) -> tuple[dict[str, Layer], LoRA | None]:
-    """Each weight's factors, and the run's own LoRA; None: factors with their scale inside."""
+    """Return each weight's factors, and the run's own LoRA, or None if the factors include their scale."""
     adapter = run.config.method.adapter
     if isinstance(adapter, LoRA) and not run.base_updates and not truncated:
         return {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
@@ -97,10 +104,10 @@ def _write_adapter(
     run: RunFolder,
     folder: Path,
     model: Model,
-    made: tuple[Mapping[str, Layer], LoRA | None],
+    layers: Mapping[str, Layer],
+    lora: LoRA | None,
     heads: Mapping[str, Layer],
 ) -> None:
-    layers, lora = made
     bases = [model.parts[part].module.base for part in layers]
     network, task = run.network(), run.config.task
     roots = find_modules_to_save(network, heads, task.peft)
@@ -108,7 +115,7 @@ def _write_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": task.peft,
-        # PEFT's word for networks that it has no task for.
+        # PEFT's setting for networks without one of its tasks.
         "auto_mapping": None if task.peft else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": run.config.model.name,
         "target_modules": sorted(layers),
@@ -118,7 +125,7 @@ def _write_adapter(
         "bias": "none",
         "lora_dropout": 0.0,
     }
-    # Where the scale is inside the factors, alpha = rank makes PEFT's scale one.
+    # If the factors include their scale, alpha = rank makes PEFT's scale one.
     alphas = {part: lora.alpha if lora else float(layer["A"].shape[-2]) for part, layer in layers.items()}
     whole = {f"{path}.{leaf}": x for path in roots for leaf, x in network.get_submodule(path).state_dict().items()}
     whole |= {f"{part}.{leaf}": x for part, layer in heads.items() for leaf, x in layer.items()}
@@ -130,19 +137,19 @@ def _write_adapter(
 
 
 def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | None) -> list[str]:
-    """PEFT's ``modules_to_save``: what was trained in full, and what the checkpoint lacks, trained or not.
+    """Return PEFT's ``modules_to_save``: the modules trained in full, and those that the checkpoint lacks.
 
-    For classifiers PEFT itself saves more than was asked for, and it cannot save a module inside a saved one.
+    For classifiers PEFT saves further modules by itself, and it cannot save a module inside a saved one.
     """
     paths = [path for path, _ in network.named_modules()]
-    found = {*heads, *(path for path in new_modules(network) if network.get_submodule(path).state_dict())}
+    modules = {*heads, *(path for path in new_modules(network) if network.get_submodule(path).state_dict())}
     if task == "SEQ_CLS":
-        found |= {path for path in paths if path.endswith(HEADS)}
-    return sorted(path for path in found if not any(path.startswith(f"{other}.") for other in found))
+        modules |= {path for path in paths if path.endswith(HEADS)}
+    return sorted(path for path in modules if not any(path.startswith(f"{other}.") for other in modules))
 
 
 @torch.no_grad()
-def _write_merged(run: RunFolder, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
+def _merge_and_write(run: RunFolder, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
     network = run.network()
     for part, f in cut.items():
         module = network.get_submodule(part)
@@ -156,19 +163,16 @@ def _write_merged(run: RunFolder, folder: Path, cut: Mapping[str, Factors], head
         preprocessor.save_pretrained(folder)
 
 
-def _played(run: RunFolder, model: Model, tree: Tree, instead: Mapping[str, Factors] | None) -> nn.Module:
-    """The run's own model; or with other updates in the place of its adapters and base updates."""
-    if instead is None:
-        model.load(tree)
-        model.fold({part: (f,) for part, f in run.base_updates.items()})
-    else:
+def _load_run(run: RunFolder, model: Model, tree: Tree, updates: Mapping[str, Factors] | None) -> None:
+    """Load the run's tree and base updates, or ``updates`` instead of the adapters and base updates."""
+    if updates is not None:
         blank = model.initial(run.config.seed)
-        model.load({part: blank[part] if part in instead else tree[part] for part in model.parts})
-        model.fold({part: (f,) for part, f in instead.items()})
-    return model.network
+        tree = {part: blank[part] if part in updates else tree[part] for part in model.parts}
+    model.load(tree)
+    model.fold({part: (f,) for part, f in (run.base_updates if updates is None else updates).items()})
 
 
-def _reloaded(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
+def _reload(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
     if merged:
         return run.config.task.network(str(folder), len(run.summary["labels"]), run.config.seed)
     try:
@@ -178,12 +182,25 @@ def _reloaded(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
             "an export is checked with PEFT, which is not installed: pip install 'fedlora[peft]'."
         ) from error
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own business
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # raised inside PEFT
         return PeftModel.from_pretrained(run.network(), folder)
 
 
 @torch.no_grad()
-def _logits(run: RunFolder, network: nn.Module) -> Tensor:
+def _compute_logits(run: RunFolder, network: nn.Module) -> Tensor:
     network.eval()
-    found: Tensor = network(**run.config.task.probe(network)).logits
-    return found
+    logits: Tensor = network(**run.config.task.probe(network)).logits
+    return logits
+
+
+def tabulate_exports(exports: Sequence[Mapping[str, Any]]) -> Table:
+    """Build the table of exported folders, with their distances from the run's own model."""
+    rows = [
+        {"folder": row["folder"], "client": "shared" if row["client"] is None else str(row["client"]),
+         "ranks": ", ".join(map(str, row["ranks"])), "error": format_relative(row["error"]),
+         "difference": format_relative(row["difference"])}
+        for row in exports
+    ]  # fmt: skip
+    columns = (Column("folder", "folder"), Column("client", "client"), Column("ranks", "ranks"),
+               Column("error", "cut off"), Column("difference", "largest difference of logits"))  # fmt: skip
+    return Table("exports", "Exported, loaded again and compared", columns, rows)

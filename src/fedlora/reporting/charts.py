@@ -23,12 +23,12 @@ Rows = Sequence[dict[str, Any]]
 DATA = alt.NamedData("rows")  # whoever writes the chart out puts them in
 
 
-def with_rows(chart: alt.TopLevelMixin, rows: Rows, **more: Any) -> dict[str, Any]:
+def to_vega(chart: alt.TopLevelMixin, rows: Rows, **more: Any) -> dict[str, Any]:
     """The chart as Vega-Lite, with its data and what else it is to have."""
     return {"height": 240, **chart.to_dict(validate=False), "datasets": {DATA.name: list(rows)}, **more}
 
 
-def band(
+def build_band(
     rows: Rows, x: str, x_title: str, y: str, y_title: str, log: bool = False, by: str = "label",
     every: Sequence[str] = (),
 ) -> alt.LayerChart:  # fmt: skip
@@ -59,12 +59,12 @@ def band(
     return alt.layer(*([area] if spread else []), *lines, point)
 
 
-def panels(
+def build_panels(
     rows: Mapping[str, Rows], x: str, x_title: str, y: str, y_title: str, log: bool, every: Sequence[str]
 ) -> alt.HConcatChart:
     """``band`` once for each title in ``rows`` that has any, side by side on the same scales, with their data."""
     drawn = [
-        band(own, x, x_title, y, y_title, log, every=every).properties(
+        build_band(own, x, x_title, y, y_title, log, every=every).properties(
             width=330, height=260, title=title, data=alt.Data(values=list(own))
         )
         for title, own in rows.items()
@@ -73,7 +73,7 @@ def panels(
     return alt.hconcat(*drawn).resolve_scale(x="shared", y="shared")
 
 
-def strip(rows: Rows, y_title: str) -> alt.Chart:
+def build_strip(rows: Rows, y_title: str) -> alt.Chart:
     """Every client a point, a row for each model."""
     names = list(dict.fromkeys(row["label"] for row in rows))
     return (
@@ -88,7 +88,7 @@ def strip(rows: Rows, y_title: str) -> alt.Chart:
     )
 
 
-def heat(
+def build_heat_map(
     rows: Rows, x: str, x_title: str, y: str, y_title: str | None, value: str, title: str, step: int = 18,
     most: float | None = None,
 ) -> alt.Chart:  # fmt: skip
@@ -109,7 +109,7 @@ def heat(
     )  # fmt: skip
 
 
-def stacked(rows: Rows, x: str, x_title: str, part: str, part_title: str, split: str | None = None) -> alt.Chart:
+def build_bars(rows: Rows, x: str, x_title: str, part: str, part_title: str, split: str | None = None) -> alt.Chart:
     """A bar for each label, or for each label and ``split``, put together from its parts."""
     names, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", part))
     chart = (
@@ -129,7 +129,7 @@ def stacked(rows: Rows, x: str, x_title: str, part: str, part_title: str, split:
     )
 
 
-def counts(rows: Rows) -> alt.Chart:
+def build_counts(rows: Rows) -> alt.Chart:
     """Faults by round, a colour a kind."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     return (
@@ -177,7 +177,7 @@ def _tooltip(keys: Sequence[str]) -> list[alt.Tooltip]:
     ]
 
 
-def page_config() -> dict[str, Any]:
+def get_page_config() -> dict[str, Any]:
     """Vega-Lite's config in a page: text takes the page's own colour, so light, dark and print need no redrawing."""
     ink, faint = "currentColor", "#80808059"
     return {
@@ -192,13 +192,13 @@ def page_config() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def screen_config() -> dict[str, Any]:
+def get_screen_config() -> dict[str, Any]:
     """Vega-Lite's config of a picture on its own: black on white, in the sizes of a page."""
     return {"background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
             "line": {"strokeWidth": 1.6}}  # fmt: skip
 
 
-def paper_config() -> dict[str, Any]:
+def get_paper_config() -> dict[str, Any]:
     """The same on paper: black on white, 8 points."""
     small = {"labelFontSize": 7, "titleFontSize": 8, "titleFontWeight": "normal"}
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlora.methods import METHODS
 from fedlora.registry import unknown
-from fedlora.reporting.method_catalog import reference
+from fedlora.reporting.method_catalog import build_reference
 from fedlora.runs.config import Config, ConfigError, build, read
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import read_json
@@ -48,7 +48,7 @@ LAST = re.compile(r"\s*,?\s*\}")
 
 
 @dataclass(frozen=True)
-class Entry:
+class BibEntry:
     """One BibTeX entry."""
 
     kind: str
@@ -60,7 +60,7 @@ class Entry:
         return f"@{self.kind}{{{self.key},\n{rows}}}\n"
 
 
-def cited(what: str) -> list[Entry]:
+def collect_citations(what: str) -> list[BibEntry]:
     """The entries for a method's name, a run's folder or a comparison's, fedlora's own first.
 
     ``ConfigError`` where it is none of these.
@@ -68,23 +68,28 @@ def cited(what: str) -> list[Entry]:
     place = Path(what).expanduser()
     known = METHODS.names()
     if what in known or (":" in str(what) and not place.exists()):
-        return unique([ours(), *parsed(_of(reference(METHODS.load(what))))])
+        return remove_duplicates([cite_fedlora(), *parse_bibtex(_of(build_reference(METHODS.load(what))))])
     if (place / COMPARISON).exists():
         configs = [build(row["table"]) for row in read_json(place / COMPARISON)["runs"]]
     elif (place / CONFIG).exists():
         configs = [read(place / CONFIG)]
     else:
         raise ConfigError(f"{unknown('method', what, known, 'methods').rstrip('.')}, nor is it a run's folder.")
-    return unique([ours(), *(entry for config in configs for text in used(config) for entry in parsed(text))])
+    return remove_duplicates(
+        [
+            cite_fedlora(),
+            *(entry for config in configs for text in list_entries(config) for entry in parse_bibtex(text)),
+        ]
+    )
 
 
-def ours() -> Entry:
+def cite_fedlora() -> BibEntry:
     """fedlora itself, as it is installed."""
     title = "{fedlora}: federated low-rank adaptation of pretrained transformers"
-    return Entry("misc", "fedlora", (("title", title), ("version", version("fedlora"))))
+    return BibEntry("misc", "fedlora", (("title", title), ("version", version("fedlora"))))
 
 
-def used(config: Config) -> Iterator[str]:
+def list_entries(config: Config) -> Iterator[str]:
     """BibTeX of each thing that a configuration uses."""
     yield _of(config.method)
     yield _of(config.method.adapter)
@@ -105,15 +110,15 @@ def _of(thing: object) -> str:
     return str(getattr(thing, "cite", ""))
 
 
-def unique(entries: Iterable[Entry]) -> list[Entry]:
+def remove_duplicates(entries: Iterable[BibEntry]) -> list[BibEntry]:
     """One entry a paper, in order."""
-    found: dict[str, Entry] = {}
+    found: dict[str, BibEntry] = {}
     for entry in entries:
         found.setdefault(entry.key, entry)
     return list(found.values())
 
 
-def parsed(text: str) -> list[Entry]:
+def parse_bibtex(text: str) -> list[BibEntry]:
     """The entries of a BibTeX text. ``ValueError`` where it is none."""
     found, at = [], 0
     while text[at:].strip():
@@ -123,7 +128,7 @@ def parsed(text: str) -> list[Entry]:
                 f"no BibTeX entry begins at {text[at : at + 40]!r}; write @kind{{key, name = {{value}}, ...}}."
             )
         rows, at = _fields(text, head.end())
-        found.append(Entry(head[1], head[2], tuple(rows)))
+        found.append(BibEntry(head[1], head[2], tuple(rows)))
     return found
 
 

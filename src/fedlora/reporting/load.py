@@ -1,4 +1,4 @@
-"""Folders of runs, finished or not, and of comparisons, as ``Run``s: what every figure and table is made of."""
+"""Loading of runs, finished or not, and of comparisons as ``Run`` values, the input of all figures and tables."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.reporting.digest import Digest
+from fedlora.runs.comparison import Cell
 from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
 from fedlora.runs.folder import RunFolder, read_json
 from fedlora.schema import construct_by_name
@@ -20,7 +21,7 @@ NAME = 80  # characters of a run's name
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, read. ``label`` says which runs are seeds of one and the same thing."""
+    """The contents of one run's folder. Runs with the same ``label`` differ in the seed only."""
 
     folder: Path
     label: str
@@ -28,14 +29,14 @@ class Run:
     metric: str
     higher: bool  # is better
     digest: Digest = field(repr=False)
-    summary: Mapping[str, Any] | None = None  # None: under way, or broken off without a word
+    summary: Mapping[str, Any] | None = None  # None: under way, or broken off
     failure: str | None = None  # why it diverged
     rows: Mapping[str, Any] | None = None  # rows.json
     personal: Mapping[str, Any] | None = None  # personal.json
 
     @property
     def name(self) -> str:
-        """The folder's name, fit to be shown."""
+        """The folder's name, safe to display."""
         return display_safe(self.folder.resolve().name, NAME)
 
     @property
@@ -53,85 +54,86 @@ class Run:
         return "interrupted" if self.summary.get("interrupted") else "finished"
 
     @property
-    def personal_method(self) -> bool:
-        """Whether each client holds a model of its own, as far as the run says."""
+    def is_personal(self) -> bool:
+        """Whether each client has its own model; False if the run does not record it."""
         return bool((self.summary or {}).get("personal", False))
 
 
-def runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of all folders: of a run, itself; of a comparison, finished or not, its runs.
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Load the runs in folders of runs and of comparisons.
 
-    ``ValueError`` where a folder has no run, or where the runs are judged by different metrics.
+    Raises ``ValueError`` if a folder has no run, or if the runs have different metrics.
     """
-    found = [run for path in dict.fromkeys(Path(f).expanduser() for f in folders) for run in _of_folder(path)]
-    metrics = dict.fromkeys(run.metric for run in found)
+    runs = [run for path in dict.fromkeys(Path(f).expanduser() for f in folders) for run in _load_folder(path)]
+    metrics = dict.fromkeys(run.metric for run in runs)
     if len(metrics) > 1:
         raise ValueError(
             f"the runs are judged by {' and by '.join(map(display_safe, metrics))}, which no table can compare; report "
             "on runs of one metric at a time."
         )
-    return labelled(found)
+    return assign_labels(runs)
 
 
-def labelled(found: Sequence[Run]) -> list[Run]:
-    """Runs that differ in nothing but the seed share a label; two that differ otherwise never do.
+def load_cells(cells: Sequence[Cell]) -> list[Run]:
+    """Load the finished runs of a comparison."""
+    return [load_run(Path(cell.folder), cell.label) for cell in cells if cell.folder and cell.summary is not None]
 
-    A comparison brings its labels along. Another run's is its method's name, and its folder's beside it where that
-    name is taken.
+
+def assign_labels(runs: Sequence[Run]) -> list[Run]:
+    """Give runs the same label if and only if they differ in the seed only.
+
+    A run keeps its label, the comparison's or its method's name, with the folder's name beside it if that is taken.
     """
     seen: dict[tuple[str, int], int] = {}
     keys = []
-    for run in found:
+    for run in runs:
         same = json.dumps({k: v for k, v in run.table.items() if k not in ("seed", "engine", "compare")}, default=str)
-        again = seen[same, run.seed] = seen.get((same, run.seed), -1) + 1  # a repeated run is no further seed
+        again = seen[same, run.seed] = seen.get((same, run.seed), -1) + 1  # a repeated run is not a further seed
         keys.append((run.label, same, again))
     names: dict[tuple[str, str, int], str] = {}
-    for run, key in zip(found, keys):
+    for run, key in zip(runs, keys):
         if key not in names:
             alone = len({other for other in keys if other[0] == run.label}) == 1
-            names[key] = _free(run.label if alone else f"{run.label} ({run.name})", set(names.values()))
-    return [replace(run, label=names[key]) for run, key in zip(found, keys)]
+            name = run.label if alone else f"{run.label} ({run.name})"
+            more = (f"{name}, {count}" for count in itertools.count(2))
+            names[key] = next(x for x in itertools.chain([name], more) if x not in names.values())
+    return [replace(run, label=names[key]) for run, key in zip(runs, keys)]
 
 
-def _free(name: str, taken: set[str]) -> str:
-    """The name, with a number where another has it already."""
-    more = (f"{name}, {count}" for count in itertools.count(2))
-    return next(one for one in itertools.chain([name], more) if one not in taken)
-
-
-def _of_folder(path: Path) -> list[Run]:
+def _load_folder(path: Path) -> list[Run]:
+    """Load a run, or the runs of a comparison, whose folders may have been moved together."""
     if (path / COMPARISON).exists():
-        cells = read_json(path / COMPARISON).get("runs", [])
-        found = [_cell(path, cell) for cell in cells]
-        return [run for run in found if run is not None] or _nothing(path)
-    if (path / METRICS).exists() or (path / SUMMARY).exists():
-        return [opened(path)]
-    inside = sorted(p.parent for p in path.glob(f"*/{METRICS}")) if path.is_dir() else []
-    return [opened(p, p.name.rpartition("-seed")[0] or p.name) for p in inside] or _nothing(path)
-
-
-def _nothing(path: Path) -> list[Run]:
+        runs = []
+        for cell in read_json(path / COMPARISON).get("runs", []):
+            folder = path / Path(str(cell.get("folder") or f"{cell['label']}-seed{cell['seed']}")).name
+            if (folder / METRICS).exists():
+                runs.append(load_run(folder, str(cell["label"]), cell.get("failure")))
+    elif (path / METRICS).exists() or (path / SUMMARY).exists():
+        runs = [load_run(path)]
+    else:
+        folders = sorted(p.parent for p in path.glob(f"*/{METRICS}")) if path.is_dir() else []
+        runs = [load_run(p, p.name.rpartition("-seed")[0] or p.name) for p in folders]
+    if runs:
+        return runs
     raise ValueError(
         f"{display_safe(path)!r} holds no run: it has no {METRICS}; name a folder that `fedlora run` or `fedlora "
         "compare` made."
     )
 
 
-def _cell(path: Path, cell: Mapping[str, Any]) -> Run | None:
-    """One run of a comparison, whose folders may have been moved together."""
-    folder = path / Path(str(cell.get("folder") or f"{cell['label']}-seed{cell['seed']}")).name
-    return opened(folder, str(cell["label"]), cell.get("failure")) if (folder / METRICS).exists() else None
-
-
-def opened(folder: Path, label: str | None = None, failure: str | None = None) -> Run:
-    """One run's folder. ``ValueError`` where a file in it is not readable."""
+def load_run(folder: Path, label: str | None = None, failure: str | None = None) -> Run:
+    """Load one run's folder; ``ValueError`` if a file in it is not readable."""
     if not (folder / CONFIG).exists():
         raise ValueError(
             f"{display_safe(folder)!r} has no {CONFIG}; name a folder that `fedlora run` made, as it left it."
         )
     run = RunFolder(folder)
     table, summary = run.table, run.summary if run.has_summary else None
-    metric, higher = _metric(table, summary)
+    if summary is not None and summary.get("metric"):
+        metric, higher = str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
+    else:
+        metric = construct_by_name(TASKS, "task", table.get("task", {})).metric
+        higher = KNOWN_METRICS[metric].higher
     digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
     for record in run.each_record():
         digest.take(record)
@@ -139,12 +141,3 @@ def opened(folder: Path, label: str | None = None, failure: str | None = None) -
     return Run(
         folder, display_safe(name, NAME), table, metric, higher, digest, summary, failure, run.rows, run.personal
     )
-
-
-def _metric(table: Mapping[str, Any], summary: Mapping[str, Any] | None) -> tuple[str, bool]:
-    """What a run is judged by, and whether more of it is better."""
-    if summary is not None and summary.get("metric"):
-        return str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
-    about = table.get("task", {})
-    task = construct_by_name(TASKS, "task", about)
-    return task.metric, KNOWN_METRICS[task.metric].higher

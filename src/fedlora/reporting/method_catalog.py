@@ -1,7 +1,8 @@
-"""What each method is, claims and costs: read from its class, and counted by running its hooks once."""
+"""The catalog of methods: each one's description and claims, and its bytes from a run of its hooks."""
 
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods import METHODS, Method
 from fedlora.runs.plan.traffic import Group, play
+from fedlora.runs.table import Column, Table
 from fedlora.tasks._base import Shard
 from fedlora.training.evaluation import Evaluation
 from fedlora.training.local import Training
@@ -21,24 +23,24 @@ from fedlora.types import Turn, Work
 REFERENCE = (768, 768, 8)  # outputs, inputs and rank of the weight that bytes are counted on
 CLIENTS = 2
 ROUNDS = 2  # a method that alternates sends one thing and then the other
-ADVICE = {"use": "Use it when", "avoid": "Not when"}  # how the lines begin that say so in a method's file
+CLAIMS = {"exact": "exact", "any_rank": "any rank", "personal": "personal", "secure_aggregation": "secure aggr."}
+ADVICE = {"use": "Use it when", "avoid": "Not when"}  # the beginnings of these lines in a method's file
 HOOKS = ("receive", "trains", "penalty", "send", "keep", "combine", "combine_all")
 
 
-def reference(kind: type[Method]) -> Method:
-    """The method with the adapter that stands for a LoRA of the reference rank."""
-    _, _, rank = REFERENCE
-    lora = LoRA(rank=rank)
+def build_reference(kind: type[Method]) -> Method:
+    """Build the method with a LoRA of the reference rank, or with its own adapter of that size."""
+    lora = LoRA(rank=REFERENCE[2])
     return kind(adapter=lora if issubclass(LoRA, kind.adapters) else kind.adapters[0].like(lora))
 
 
-def traffic(kind: type[Method]) -> dict[str, float]:
-    """Bytes a client, a round and an adapted weight of the reference size, each way, as the plan of a run counts them.
+def estimate_bytes(kind: type[Method]) -> dict[str, float]:
+    """Return the bytes up and down of a client, a round and a weight of the reference size, as a plan counts them.
 
-    A download brings the result of the round before, so there is one round more of downloads than of uploads.
+    A download has the result of the previous round, so there is one more round of downloads than of uploads.
     """
     m, n, _ = REFERENCE
-    method = reference(kind)
+    method = build_reference(kind)
     layer, row = method.adapter.init(m, n, 0), torch.zeros(1, dtype=torch.int64)
     federation = Federation(
         {"weight": method}, method, cast(Any, None), cast(Any, None), None, Clients(count=CLIENTS),
@@ -58,18 +60,18 @@ def parse_docstring(doc: str) -> dict[str, str]:
 
     The first line is ``TITLE: idea.``; a line that opens with ``Use it when`` or ``Not when`` begins the advice.
     """
-    found = dict.fromkeys(("idea", "reference", *ADVICE), "")
+    texts = dict.fromkeys(("idea", "reference", *ADVICE), "")
     first, _, rest = doc.partition("\n")
-    found["idea"], at = first.partition(": ")[2].rstrip("."), "reference"
+    texts["idea"], part = first.partition(": ")[2].rstrip("."), "reference"
     for line in filter(None, map(str.strip, rest.splitlines())):
-        opened = next((key for key, words in ADVICE.items() if line.startswith(words)), None)
-        at, line = (opened, line.removeprefix(ADVICE[opened]).strip()) if opened else (at, line)
-        found[at] = f"{found[at]} {line}".strip()
-    return found
+        advice = next((key for key, words in ADVICE.items() if line.startswith(words)), None)
+        part, line = (advice, line.removeprefix(ADVICE[advice]).strip()) if advice else (part, line)
+        texts[part] = f"{texts[part]} {line}".strip()
+    return texts
 
 
-def entry(name: str) -> dict[str, Any]:
-    """One method as a JSON-able record."""
+def describe_method(name: str) -> dict[str, Any]:
+    """Describe a method as a JSON-able record."""
     kind = METHODS.load(name)
     parsed = parse_docstring(inspect.getdoc(sys.modules[kind.__module__]) or "")
     return {
@@ -86,18 +88,18 @@ def entry(name: str) -> dict[str, Any]:
             "personal": kind.personal,
             "secure_aggregation": kind.sums,
         },
-        "privacy": covered(kind),
+        "privacy": describe_privacy(kind),
         "adapters": [adapter.__name__ for adapter in kind.adapters],
         "changes": [hook for hook in HOOKS if hook in vars(kind)],
-        "settings": settings(kind),
-        "bytes": traffic(kind),
+        "settings": {f.name: None if f.default is MISSING else f.default for f in fields(kind) if f.name != "adapter"},
+        "bytes": estimate_bytes(kind),
         "bytes_of": "a client, a round and a weight of {} x {} at LoRA rank {}, float32".format(*REFERENCE),
     }
 
 
-def covered(kind: type[Method]) -> str:
-    """What ``[privacy]`` can cover of a method and how, found by letting its hooks send and keep once."""
-    method = reference(kind)
+def describe_privacy(kind: type[Method]) -> str:
+    """Describe the leaves that ``[privacy]`` can cover, as a run of the method's hooks shows them."""
+    method = build_reference(kind)
     layer = method.adapter.init(*REFERENCE[:2], 0)
     sent, stays = set[str](), set[str]()
     for round in range(ROUNDS):
@@ -118,12 +120,36 @@ def covered(kind: type[Method]) -> str:
     )
 
 
-def settings(kind: type[Method]) -> dict[str, Any]:
-    """What ``[method]`` may set for it, with the defaults."""
-    own = [f for f in fields(kind) if f.name != "adapter"]
-    return {f.name: None if f.default is MISSING else f.default for f in own}
+def tabulate_catalog(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Build the table of all methods, with claims and bytes."""
+    rows = [
+        {"name": entry["name"], "idea": entry["idea"], **entry["bytes"]}
+        | {key: "yes" if entry["claims"][key] else None for key in CLAIMS}
+        for entry in entries
+    ]
+    claims = (Column(key, title, align="center") for key, title in CLAIMS.items())
+    columns = (
+        Column("name", "name"),
+        Column("idea", "idea"),
+        *claims,
+        Column("up", "up", 0),
+        Column("down", "down", 0),
+    )
+    return Table("methods", f"Bytes: {entries[0]['bytes_of']}" if entries else "No methods", columns, rows)
 
 
-def entries() -> list[dict[str, Any]]:
-    """All methods that can be loaded."""
-    return [entry(name) for name in METHODS.classes()]
+def format_method(entry: Mapping[str, Any]) -> list[str]:
+    """Format the description of one method as lines."""
+    claims = [key.replace("_", " ") for key, value in entry["claims"].items() if value] or ["none"]
+    advice = [f"{words} {entry[key]}" for key, words in ADVICE.items() if entry[key]]
+    return [
+        f"{entry['title']} ({entry['name']}): {entry['idea']}.\n\n{entry['equation']}\n",
+        f"Paper: {entry['reference']}",
+        *advice,
+        f"Changes from FedIT: {', '.join(entry['changes']) or 'nothing'}",
+        f"Claims: {', '.join(claims)}",
+        f"Adapters: {', '.join(entry['adapters'])}",
+        f"Privacy: {entry['privacy']}",
+        f"Settings of [method]: {', '.join(f'{k} = {v!r}' for k, v in entry['settings'].items())}",
+        f"Bytes up {entry['bytes']['up']:,.0f}, down {entry['bytes']['down']:,.0f} ({entry['bytes_of']})",
+    ]

@@ -13,7 +13,7 @@ from fedlora.text import display_safe
 WIDE = 200  # characters of a line outside of a terminal: a program cannot read a folded table
 
 
-class Plain(Console):
+class PlainConsole(Console):
     """A console that obeys nothing in the texts it shows: names may come from other parties."""
 
     def __init__(self, **options: Any):
@@ -29,12 +29,12 @@ class Plain(Console):
 
     def _fit(self, table: Table) -> rich.table.Table | Group:
         """Below its least width, rich would cut or break what should stay in one piece."""
-        grid = to_rich(table)
+        grid = build_grid(table)
         need = self.measure(grid, options=self.options.update(max_width=10_000)).minimum
-        return grid if need <= self.width else to_list(table)
+        return grid if need <= self.width else build_list(table)
 
 
-def to_rich(table: Table) -> rich.table.Table:
+def build_grid(table: Table) -> rich.table.Table:
     """The table as rich draws it."""
     grid = rich.table.Table(title=table.title, show_header=table.has_header)
     for column in table.columns:
@@ -46,7 +46,7 @@ def to_rich(table: Table) -> rich.table.Table:
     return grid
 
 
-def to_list(table: Table) -> Group:
+def build_list(table: Table) -> Group:
     """The rows one after the other, each cell on a line with its heading before it."""
     lines = [table.title] if table.title else []
     for row in table.rows:
@@ -64,8 +64,8 @@ def _safe(text: str) -> str:
 
 def stdout() -> Console:
     """The console for results: as wide as the terminal, and ``WIDE`` in a pipe."""
-    console = Plain()
-    return console if console.is_terminal else Plain(width=WIDE, file=sys.stdout)
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=WIDE, file=sys.stdout)
 
 
 def show(*things: Table | str, whole: tuple[str, ...] = ()) -> None:

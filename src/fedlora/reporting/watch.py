@@ -35,7 +35,7 @@ def _left_out(found: Mapping[str, float]) -> str:
     return str(gone) if gone else "–"
 
 
-def columns(metric: str) -> list[tuple[str, Cell]]:
+def list_columns(metric: str) -> list[tuple[str, Cell]]:
     """Headings and cells of a round's row, the most wanted first: a narrow terminal shows as many as fit."""
     return [
         ("round", _figure("round", "{:.0f}")),
@@ -59,7 +59,7 @@ def _rows(at: RunStatus) -> list[dict[str, float]]:
     return [{"round": record["round"], **round_figures(record)} for record in at.records]
 
 
-def remaining(at: RunStatus, now: float) -> float | None:
+def estimate_remaining(at: RunStatus, now: float) -> float | None:
     """Seconds until the last round ends, if the rest goes as the last rounds went; None before there is one."""
     lately = [s for record in at.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
     if not lately or at.state != RUNNING:
@@ -68,14 +68,14 @@ def remaining(at: RunStatus, now: float) -> float | None:
     return max(0.0, fmean(lately) * left - max(0.0, now - at.progress["at"]))
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """So long, in words short enough for a line."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{timedelta(minutes=round(seconds / 60))!s}"[:-3] + " h"
 
 
-def picture(at: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
+def draw_status(at: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
     """What a terminal of so many columns and lines shows of a run."""
     metric = str(at.progress.get("metric", "accuracy"))
     said_of_it = list(_head(at, name, now))
@@ -109,12 +109,12 @@ def _head(at: RunStatus, name: str, now: float) -> Iterator[str]:
     if at.state == LOADING:
         yield "the model and the data are being loaded"
     if at.progress:
-        yield now_doing(at)
-        yield from attending(at)
+        yield describe_state(at)
+        yield from describe_attendance(at)
         yield _times(at, now)
 
 
-def attending(at: RunStatus) -> Iterator[str]:
+def describe_attendance(at: RunStatus) -> Iterator[str]:
     """Who is left out now, and whom the means over clients of the rounds are over; nothing where all are there."""
     found, of = at.progress.get("missing") or {}, at.progress.get("clients", 0)
     if count := found.get("count"):
@@ -125,7 +125,7 @@ def attending(at: RunStatus) -> Iterator[str]:
         yield f"clients' own models: {text}"
 
 
-def now_doing(at: RunStatus) -> str:
+def describe_state(at: RunStatus) -> str:
     """Where a run stands, in a line."""
     said, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
     if at.is_over:
@@ -139,8 +139,10 @@ def now_doing(at: RunStatus) -> str:
 
 def _times(at: RunStatus, now: float) -> str:
     until = at.progress["at"] if at.is_over else now
-    left = remaining(at, now)
-    return f"{span(until - at.progress['began'])} so far" + ("" if left is None else f", about {span(left)} left")
+    left = estimate_remaining(at, now)
+    return f"{format_duration(until - at.progress['began'])} so far" + (
+        "" if left is None else f", about {format_duration(left)} left"
+    )
 
 
 def _curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Iterator[str]:
@@ -151,10 +153,10 @@ def _curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Ite
     ):
         values = [row[name] for row in rows if name in row]
         if len(values) > 1:
-            yield f"{title:<16.16} {spark(values[-max(4, width - 34) :])} {values[-1]:.4f}"
+            yield f"{title:<16.16} {draw_sparkline(values[-max(4, width - 34) :])} {values[-1]:.4f}"
 
 
-def spark(values: Sequence[float]) -> str:
+def draw_sparkline(values: Sequence[float]) -> str:
     """A line of blocks, the least value lowest."""
     low, high = min(values), max(values)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
@@ -164,7 +166,7 @@ def spark(values: Sequence[float]) -> str:
 def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Table:
     table, left = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), width
     cells: list[list[str]] = [[] for _ in rows]
-    for title, cell in columns(metric):
+    for title, cell in list_columns(metric):
         found = [cell(row) for row in rows]
         wide = max(len(text) for text in (title, *found)) + 2
         if all(text == "–" for text in found) or wide > left + 2:
@@ -178,20 +180,20 @@ def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Tabl
     return table
 
 
-def row_line(record: Mapping[str, Any], rounds: int, metric: str) -> str:
+def format_round(record: Mapping[str, Any], rounds: int, metric: str) -> str:
     """A finished round as a line of a log."""
     found = {"round": record["round"], **round_figures(record)}
-    told = [f"{display_safe(title)} {text}" for title, cell in columns(metric)[1:] if (text := cell(found)) != "–"]
+    told = [f"{display_safe(title)} {text}" for title, cell in list_columns(metric)[1:] if (text := cell(found)) != "–"]
     missing = name_faults(record)
     return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
 
 
-def live(following: ProgressReader, console: Console, every: float) -> RunStatus:
+def watch_screen(following: ProgressReader, console: Console, every: float) -> RunStatus:
     """Draws until the run is over, and leaves the last picture standing."""
     name, wide = str(following.folder), console.encoding.startswith("utf")
 
     def drawn(at: RunStatus) -> RenderableType:
-        return picture(at, name, console.width, console.height, time.time(), wide)
+        return draw_status(at, name, console.width, console.height, time.time(), wide)
 
     at = following.read()
     screen = Live(drawn(at), console=console, auto_refresh=False, screen=True)
@@ -207,7 +209,7 @@ def live(following: ProgressReader, console: Console, every: float) -> RunStatus
     return at
 
 
-def lines(following: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
+def watch_lines(following: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
     """A line for each finished round and for whatever was said, until the run is over."""
     told, heard, state = 0, list[str](), ""
     while True:
@@ -221,11 +223,11 @@ def lines(following: ProgressReader, say: Callable[[str], None], every: float) -
                 heard.append(text)
                 say(display_safe(text))
         for record in at.records[min(told, len(at.records)) :]:
-            say(row_line(record, rounds, metric))
+            say(format_round(record, rounds, metric))
         told = len(at.records)
         if at.is_over:
-            for text in attending(at):
+            for text in describe_attendance(at):
                 say(text)
-            say(now_doing(at) if at.progress else at.state)
+            say(describe_state(at) if at.progress else at.state)
             return at
         time.sleep(every)

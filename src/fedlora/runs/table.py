@@ -132,3 +132,8 @@ def group_by(rows: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
+
+
+def format_relative(value: float | None) -> str:
+    """Format a relative error in scientific notation."""
+    return DASH if value is None else f"{value:.2e}"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import fedlora
 from fedlora.engines import inputs
-from fedlora.export.peft import export
+from fedlora.export.peft import export_model
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks._base import Examples
 from tests.fixtures.own_files import ROWS, on_files, reset, write
@@ -109,7 +109,7 @@ def test_another_adapter_in_the_place_of_model_start_is_refused(world):
     for name, seed in (("first", 1), ("second", 2)):
         one = replace(made, seed=seed, rounds=1)
         fedlora.run(one, place / name)
-        export(RunFolder.open(place / name), place / f"{name}-adapter")
+        export_model(RunFolder.open(place / name), place / f"{name}-adapter")
     shutil.copytree(place / "first-adapter", place / "start")
     shutil.rmtree(place / "run")
     begun = replace(made, model=replace(made.model, start=str(place / "start")))

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fedlora.reporting.load import Run
-from fedlora.reporting.tables.adapters import relative
-from fedlora.reporting.tables.by_round import MODELS, RUN, metric_of
+from fedlora.reporting.tables.by_round import MODELS, RUN, get_metric
 from fedlora.runs import comparison
-from fedlora.runs.table import Column, Table, group_by, mean_std
+from fedlora.runs.table import Column, Table, format_relative, group_by, mean_std
 
 K = TypeVar("K", bound=Hashable)
 FIGURES = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
@@ -22,7 +21,7 @@ LEVEL = 0.05  # p (Holm) from which on a difference may be chance
 MODEL_NAMES = {"global": "shared model", "clients": "clients' own models"}
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+def tabulate_comparison(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """The rows of ``comparison.json``: mean ± standard deviation over seeds, and the verdict of the paired test."""
     by_capability = [_by_capability(rows)] if any("capability" in row for row in rows) else []
     return [
@@ -31,7 +30,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
         "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds.",
         *comparison.coverage_notes(rows),
-        *([conclude(rows)] if rows else []),
+        *([summarise(rows)] if rows else []),
     ]
 
 
@@ -52,7 +51,7 @@ def _mean_std(value: Mapping[str, float]) -> str:
     return Table("", "", (column,), []).text(value, column)
 
 
-def conclude(rows: Sequence[Mapping[str, Any]]) -> str:
+def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     """The best methods by the paired test, and the one that sends least, in a sentence or two."""
     clauses = [text for key, model in MODEL_NAMES.items() if (text := _ahead(rows, key, model))]
     sent = {row["method"]: row["mb_up"]["mean"] + row["mb_down"]["mean"] for row in rows if row["mb_up"]}
@@ -68,7 +67,7 @@ def conclude(rows: Sequence[Mapping[str, Any]]) -> str:
 def _ahead(rows: Sequence[Mapping[str, Any]], key: str, model: str) -> str | None:
     """The best method where the paired test finds one; else those that are level with the one ahead."""
     there = [row for row in rows if row[key]]
-    found = ranking({row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in there},
+    found = rank({row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in there},
                     bool(there) and there[0]["metric"]["higher"])  # fmt: skip
     if found is None:
         return None if not there else f"{model}: {there[0][key]['mean']:.3f} ({there[0]['method']})"
@@ -76,11 +75,11 @@ def _ahead(rows: Sequence[Mapping[str, Any]], key: str, model: str) -> str | Non
     return f"{model}: {verb} {found.first} ({found.mean:.3f}; {found.verdict})"
 
 
-def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> list[Table | str]:
+def tabulate_oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> list[Table | str]:
     """What each method would have served of one run's uploads."""
     titles = {"error": "error, mean", "first": "first round", "last": "last round", "gauge": "factors moved"}
     table_rows = [
-        {"method": row["method"], **{key: relative(row[key]) for key in titles}}
+        {"method": row["method"], **{key: format_relative(row[key]) for key in titles}}
         for row in sorted(rows, key=lambda row: row["error"])
     ]
     columns = (Column("method", "method"), *(Column(key, title, align="right") for key, title in titles.items()))
@@ -94,7 +93,7 @@ def oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> l
     ]
 
 
-def final(run: Run) -> dict[str, float | None]:
+def get_final(run: Run) -> dict[str, float | None]:
     """A run's figures at its last evaluated round, and sums and means over its rounds."""
     scored = next((row for row in reversed(run.digest.rounds) if row["clients"] is not None), {})
     sums = {d: sum(mb for (way, _), mb in run.digest.bytes.items() if way == d) for d in ("up", "down")}
@@ -106,7 +105,7 @@ def final(run: Run) -> dict[str, float | None]:
     }  # fmt: skip
 
 
-def one_by_one(runs: Sequence[Run]) -> Table:
+def tabulate_runs(runs: Sequence[Run]) -> Table:
     """A row a run."""
     rows = []
     for run in runs:
@@ -114,9 +113,9 @@ def one_by_one(runs: Sequence[Run]) -> Table:
         said = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
         count = run.digest.counted
         done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": count.get("quarantined", 0)}
-        done |= {"away": count.get("absent", 0), "over": scored_clients(run)}
-        rows.append({**said, **done, **final(run)})
-    figures = (replace(column, spread=None) for column in comparison.figure_columns(metric_of(runs), True))
+        done |= {"away": count.get("absent", 0), "over": describe_coverage(run)}
+        rows.append({**said, **done, **get_final(run)})
+    figures = (replace(column, spread=None) for column in comparison.figure_columns(get_metric(runs), True))
     columns = (RUN, Column("run", "folder"), Column("seed", "seed", 0), Column("state", "state"),
                Column("rounds", "rounds", 0), *figures,
                *([Column("epsilon", "ε", 3)] if any(row["epsilon"] is not None for row in rows) else []),
@@ -126,30 +125,30 @@ def one_by_one(runs: Sequence[Run]) -> Table:
     return Table("runs", "Runs", columns, rows, "Figures of the last evaluated round, never of the best one.")
 
 
-def scored_clients(run: Run) -> str:
+def describe_coverage(run: Run) -> str:
     """The clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
     scored = next((row["scored"] for row in reversed(run.digest.rounds) if row["scored"] is not None), 0)
     return "all" if scored == run.digest.of else f"{scored} of {run.digest.of} clients"
 
 
-def methods(runs: Sequence[Run]) -> Table:
+def tabulate_by_method(runs: Sequence[Run]) -> Table:
     """A row a label: mean and sample standard deviation over its seeds. Runs that diverged count in no figure."""
     rows = []
     for label, own in group_by(runs, lambda run: run.label).items():
-        finals = [final(run) for run in own if run.failure is None]
+        finals = [get_final(run) for run in own if run.failure is None]
         row = {"method": label, "seeds": [run.seed for run in own], "diverged": len(own) - len(finals)}
-        row |= {"metric": {"name": runs[0].metric}, "over": any(scored_clients(run) != "all" for run in own)}
+        row |= {"metric": {"name": runs[0].metric}, "over": any(describe_coverage(run) != "all" for run in own)}
         rows.append(row | {key: comparison.mean_std_table(one[key] for one in finals) for key in FIGURES})
     note = (
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
     )
-    few = [f"{run.name}: {who}" for run in runs if (who := scored_clients(run)) != "all"]
+    few = [f"{run.name}: {who}" for run in runs if (who := describe_coverage(run)) != "all"]
     note += f" Clients' own figures are not over all clients (*) in {'; '.join(few)}." if few else ""
     return replace(comparison.comparison_table(rows, is_detailed=True), title="Methods", note=note)
 
 
-def tests(runs: Sequence[Run]) -> Table:
+def tabulate_tests(runs: Sequence[Run]) -> Table:
     """Every label against the first, by Student's paired test over the seeds that both have, corrected by Holm."""
     rows = []
     for model in MODELS:
@@ -158,8 +157,8 @@ def tests(runs: Sequence[Run]) -> Table:
         if not found:
             continue
         first, *others = found
-        made = [(label, test) for label in others if (test := paired(found[label], found[first])) is not None]
-        for (label, test), p in zip(made, holm([test.p for _, test in made])):
+        made = [(label, test) for label in others if (test := compare_pairs(found[label], found[first])) is not None]
+        for (label, test), p in zip(made, correct_holm([test.p for _, test in made])):
             row = {"label": label, "against": first, "model": MODELS[model], "difference": test.difference}
             rows.append({**row, "p": _number(test.p), "holm": _number(p), "pairs": test.pairs})
     columns = (RUN, Column("against", "against"), Column("model", "model"), Column("difference", "mean difference", 4),
@@ -169,7 +168,7 @@ def tests(runs: Sequence[Run]) -> Table:
 
 
 def _by_seed(runs: Sequence[Run], model: str) -> Mapping[int, float]:
-    found = {run.seed: final(run)[model] for run in runs if run.failure is None}
+    found = {run.seed: get_final(run)[model] for run in runs if run.failure is None}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -178,7 +177,7 @@ def _number(p: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTest:
     """One against another over the same pairs."""
 
     difference: float  # mean of one less the other
@@ -186,15 +185,15 @@ class Paired:
     pairs: int
 
 
-def paired(one: Mapping[K, float], other: Mapping[K, float]) -> Paired | None:
+def compare_pairs(one: Mapping[K, float], other: Mapping[K, float]) -> PairedTest | None:
     """Student's paired test over the keys that both have; None of fewer than two pairs."""
     differences = [one[key] - other[key] for key in one if key in other]
     if len(differences) < 2:
         return None
-    return Paired(statistics.fmean(differences), p_value(differences), len(differences))
+    return PairedTest(statistics.fmean(differences), compute_p_value(differences), len(differences))
 
 
-def p_value(differences: Sequence[float]) -> float:
+def compute_p_value(differences: Sequence[float]) -> float:
     """Student's test of a mean of zero, two-sided."""
     from scipy.stats import ttest_1samp
 
@@ -203,7 +202,7 @@ def p_value(differences: Sequence[float]) -> float:
         return float(ttest_1samp(differences, 0).pvalue)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
+def correct_holm(ps: Sequence[float]) -> list[float]:
     """The p-values of several tests, corrected for their number; NaN is no test and stays."""
     real = sorted((p, i) for i, p in enumerate(ps) if p == p)
     found, least = list(ps), 0.0
@@ -232,15 +231,15 @@ class Ranking:
         return f"level with {many}; {why}"
 
 
-def ranking(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> Ranking | None:
+def rank(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> Ranking | None:
     """Of a name's figures by seed: who is ahead, and who is level with it. None of fewer than two names."""
     means = {name: statistics.fmean(own.values()) for name, own in values.items() if own}
     if len(means) < 2:
         return None
     first = (max if higher else min)(means, key=means.__getitem__)
     others = [name for name in means if name != first]
-    found = {name: paired(values[first], values[name]) for name in others}
-    ps = holm([one.p for one in found.values() if one is not None])
+    found = {name: compare_pairs(values[first], values[name]) for name in others}
+    ps = correct_holm([one.p for one in found.values() if one is not None])
     p_values = dict(zip((name for name, one in found.items() if one is not None), ps))
     level = tuple(name for name in others if not p_values.get(name, 1.0) < LEVEL)  # NaN is no difference
     pairs = min((one.pairs if one is not None else 1) for one in found.values())

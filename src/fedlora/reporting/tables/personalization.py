@@ -15,7 +15,7 @@ TITLES = {
 MEANS = {"mean": "mean over clients", "examples_mean": "over all their rows", "worst": "worst client"}
 
 
-def personal(found: Mapping[str, Any]) -> list[Table]:
+def tabulate_personal(found: Mapping[str, Any]) -> list[Table]:
     """Means, the worst and each client; then the clients that never took part."""
     name = found["metric"]["name"].replace("_", " ").capitalize()
     own = _table(found["columns"], f"{name} on the clients' own test rows, {found['title']}", found["steps"])

@@ -34,7 +34,7 @@ MEMORY = {
 }
 
 
-def plan(found: Mapping[str, Any]) -> list[Table | str]:
+def tabulate_plan(found: Mapping[str, Any]) -> list[Table | str]:
     """One method's plan, in full."""
     privacy = [from_pairs("Privacy of the whole run", Privacy.describe(found["privacy"]))] if "privacy" in found else []
     memory = ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())
@@ -49,7 +49,7 @@ def plan(found: Mapping[str, Any]) -> list[Table | str]:
     ]
 
 
-def plans(found: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+def tabulate_plans(found: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """A row a method, to compare them."""
     titles = (
         "trainable", "MB up a client, round", "MB down", "MB up, run", "MB down, run", "MB client", "MB server",

@@ -18,11 +18,11 @@ ERRORS = {
 }
 
 
-def summary(found: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
+def tabulate_summary(found: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
     """A run's final figures by its ``summary.json``, and a row a round where there are ``records``."""
     title = f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}"
     tables = [from_pairs(title, _figures(found))]
-    return [*tables, rounds(records, found["metric"]["name"])] if records else tables
+    return [*tables, tabulate_rounds(records, found["metric"]["name"])] if records else tables
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -66,7 +66,7 @@ def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]
     yield f"clients' own {name}, last {last['rounds']} evaluated rounds{few}", f"{last['clients']:.4f}"
 
 
-def rounds(records: Sequence[RoundRecord], metric: str) -> Table:
+def tabulate_rounds(records: Sequence[RoundRecord], metric: str) -> Table:
     """A row a round: mean loss, scores and bytes."""
     rows = []
     for record in records:

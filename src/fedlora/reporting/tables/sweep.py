@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.reporting.tables.comparison import ranking
+from fedlora.reporting.tables.comparison import rank
 from fedlora.runs.table import DASH, Column, Table
 
 
-def sweep(found: Mapping[str, Any]) -> list[Table | str]:
+def tabulate_sweep(found: Mapping[str, Any]) -> list[Table | str]:
     """A row a trial, and a sentence on the choice for each method."""
     metric = found["metric"]["name"].replace("_", " ") if found["metric"] else "figure"
     seeds = f", mean over {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else ""
@@ -23,7 +23,7 @@ def sweep(found: Mapping[str, Any]) -> list[Table | str]:
     return [Table("sweep", title, columns, rows), *(_sentence(row, metric, found) for row in found["methods"])]
 
 
-def next_command(found: Mapping[str, Any], folder: str) -> tuple[str, ...]:
+def format_next_command(found: Mapping[str, Any], folder: str) -> tuple[str, ...]:
     """The command that compares the chosen settings; nothing where no trial was chosen."""
     chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
     return (f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2",) if chosen else ()
@@ -49,7 +49,7 @@ def _sentence(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> 
 def _standing(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """How sure the choice is: the chosen trial beside the others, by the paired test over seeds."""
     values = {t["trial"]: dict(zip(found["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
-    one = ranking({f"trial {k}": own for k, own in values.items()}, found["metric"]["higher"])
+    one = rank({f"trial {k}": own for k, own in values.items()}, found["metric"]["higher"])
     trials = f"chosen of {len(row['trials'])} by the mean"
     return (
         trials

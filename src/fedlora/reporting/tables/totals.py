@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.reporting.digest import PHASES
 from fedlora.reporting.load import Run
-from fedlora.reporting.tables.by_round import RUN, metric_of
+from fedlora.reporting.tables.by_round import RUN, get_metric
 from fedlora.runs.table import Column, Table, group_by, mean_std
 from fedlora.text import display_safe
 
@@ -17,18 +17,18 @@ MODEL = {True: "own", False: "global"}
 DIRECTIONS = {"up": "up", "down": "down"}
 
 
-def clients(runs: Sequence[Run]) -> Table:
+def tabulate_clients(runs: Sequence[Run]) -> Table:
     """Every client's figure in the final round, mean over seeds, and those that ``fedlora personal`` took."""
     rows = []
     for label, own in group_by(runs, lambda run: run.label).items():
         finals = [run.digest.each for run in own]
-        rows += list(_each(label, MODEL[own[0].personal_method], finals))
+        rows += list(_each(label, MODEL[own[0].is_personal], finals))
         for key, what in SIDES.items():
             found = [side for run in own if (side := _side(run, key))]
             rows += list(_each(f"{label}: {what}", what, found)) if found else []
-    columns = (RUN, Column("model", "model"), CLIENT, Column("value", metric_of(runs), 4), Column("seeds", "seeds", 0))
+    columns = (RUN, Column("model", "model"), CLIENT, Column("value", get_metric(runs), 4), Column("seeds", "seeds", 0))
     note = "Final round, each client's own test rows."
-    return Table("clients", f"{metric_of(runs).capitalize()} of each client", columns, rows, note)
+    return Table("clients", f"{get_metric(runs).capitalize()} of each client", columns, rows, note)
 
 
 def _side(run: Run, key: str) -> list[float | None]:
@@ -43,14 +43,14 @@ def _each(label: str, model: str, finals: Sequence[Sequence[float | None]]) -> I
             yield {"label": label, "model": model, "client": str(client), "value": found.mean, "seeds": found.n}
 
 
-def worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str, float]]]:
+def find_worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str, float]]]:
     """Label -> its worst clients with their figures, the worst first."""
     groups = group_by(table.rows, lambda row: row["label"])
     ordered = {k: sorted(own, key=lambda row: row["value"], reverse=not higher) for k, own in groups.items()}
     return {k: [(row["client"], row["value"]) for row in own[:many]] for k, own in ordered.items()}
 
 
-def labels(runs: Sequence[Run]) -> Table:
+def tabulate_labels(runs: Sequence[Run]) -> Table:
     """How many training rows of each label every client has, in the first run that says so."""
     run = next((run for run in runs if run.rows and run.rows.get("labels")), None)
     names = [] if run is None else [display_safe(name, 60) for name in (run.rows or {})["labels"]]
@@ -65,7 +65,7 @@ def labels(runs: Sequence[Run]) -> Table:
     return Table("labels", "Labels of each client", columns, rows, f"Training rows, as{whose} split them{alike}.")
 
 
-def sent(runs: Sequence[Run]) -> Table:
+def tabulate_bytes(runs: Sequence[Run]) -> Table:
     """Megabytes up and down by part, of a whole run, mean over seeds."""
     rows = []
     for label, own in group_by(runs, lambda run: run.label).items():
@@ -79,7 +79,7 @@ def sent(runs: Sequence[Run]) -> Table:
     )
 
 
-def phases(runs: Sequence[Run]) -> Table:
+def tabulate_phases(runs: Sequence[Run]) -> Table:
     """Seconds of a whole run by phase, mean over seeds."""
     rows = []
     for label, own in group_by(runs, lambda run: run.label).items():
@@ -91,7 +91,7 @@ def phases(runs: Sequence[Run]) -> Table:
     return Table("time", "Time by phase", columns, rows, "Seconds of a whole run, mean over seeds.")
 
 
-def faults(runs: Sequence[Run]) -> Table:
+def tabulate_faults(runs: Sequence[Run]) -> Table:
     """Quarantined uploads, clients that were away, scores that did not come."""
     rows = [{"label": run.label, "seed": run.seed, **fault} for run in runs for fault in run.digest.faults]
     columns = (RUN, Column("seed", "seed", 0), Column("round", "round", 0), CLIENT, Column("kind", "what"),
@@ -99,7 +99,7 @@ def faults(runs: Sequence[Run]) -> Table:
     return Table("faults", "Quarantined uploads and faults", columns, rows)
 
 
-def counted(runs: Sequence[Run]) -> Mapping[str, int]:
+def count_faults(runs: Sequence[Run]) -> Mapping[str, int]:
     """Kind of fault -> how many in all runs."""
     found: dict[str, int] = {}
     for run in runs:
