@@ -36,8 +36,8 @@ def test_an_absurd_upload_is_quarantined_and_the_rest_go_on(monkeypatch, caplog,
     made = strategy(method, fraction_evaluate=0.0, validation={})
     with caplog.at_level(logging.WARNING, "flwr"):
         world.run(made)
-    assert list(made.quarantined) == [1] and list(made.quarantined[1]) == [3]
-    assert "above validation.norm_limit" in made.quarantined[1][3]
+    assert list(made.quarantine) == [1] and list(made.quarantine[1]) == [3]
+    assert "above validation.norm_limit" in made.quarantine[1][3]
     assert "node 3 is left out, its upload is quarantined: its update's norm is" in caplog.text
     clean = Federation(monkeypatch, {node: about for node, about in FIVE.items() if node != 3})
     clean.run(strategy(method, fraction_evaluate=0.0))
@@ -53,7 +53,7 @@ def test_a_node_that_does_so_again_and_again_is_not_asked_any_more(monkeypatch, 
     asked = [m.metadata.dst_node_id for m in world.sent_down()]
     assert asked.count(3) == 1
     world.run(made)
-    assert list(made.quarantined) == [1], "another run begins anew"
+    assert list(made.quarantine) == [1], "another run begins anew"
 
 
 def test_a_robust_rule_outvotes_what_hygiene_lets_in(monkeypatch):
@@ -63,7 +63,7 @@ def test_a_robust_rule_outvotes_what_hygiene_lets_in(monkeypatch):
         world = Federation(monkeypatch, FIVE, post=flipped)
         made = strategy("fedit", fraction_evaluate=0.0, robust=robust)
         world.run(made)
-        assert made.quarantined == {}
+        assert made.quarantine == {}
         ends[str(robust)] = world.served[1]
     honest = Federation(monkeypatch, {node: about for node, about in FIVE.items() if node != 3})
     honest.run(strategy("fedit", fraction_evaluate=0.0))

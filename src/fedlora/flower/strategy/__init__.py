@@ -1,1 +1,1 @@
-"""For projects that have Flower and PEFT already: a strategy for the server, and two calls for the client."""
+"""For existing projects with Flower and PEFT: a strategy for the server, and two calls for the client."""

@@ -20,17 +20,14 @@ from fedlora.runs.config import construct
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Layer, Turn, Upload, Work
 
-RECORD, BASE_UPDATES = (
-    "fedlora",
-    "fedlora.base_updates",
-)  # of a message: the instructions, and the base updates that the node lacks
+RECORD, BASE_UPDATES = "fedlora", "fedlora.base_updates"  # records of a message: instructions, missing base updates
 PROTOCOL = 1
 PROBE = LoRA(rank=1, alpha=1.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The constants of a run: the method by its name with its settings, and the scale of ``B`` in messages."""
+    """The constants of a run: the method's name and settings, and the scale of ``B`` in messages."""
 
     method: str
     lora_alpha: float
@@ -44,7 +41,7 @@ class Recipe:
             raise ValueError(f"lora_alpha is {self.lora_alpha!r}; give the number in the server's LoraConfig.")
 
     def build(self) -> Method:
-        """The method. ``ValueError`` where it cannot work in somebody else's training loop."""
+        """Return the method. Raises ``ValueError`` if it cannot work in a user's own training loop."""
         try:
             return _build(self.method, json.dumps(dict(self.method_options)))
         except TypeError as error:
@@ -53,19 +50,18 @@ class Recipe:
             ) from error
 
     def rules(self, adapter: PeftState) -> Rules:
-        """Which rule looks after which part: the method, with each part's own rank and scale, and one for heads."""
+        """Return the rule of each part: the method with the part's rank and scale, or the rule for heads."""
         method = self.build()
         heads = FedIT if method.shares_head else Local
         return {
-            part: replace(method, adapter=self._lora(part, layer["A"].shape[0]))
+            part: replace(method, adapter=LoRA(layer["A"].shape[0], self._alpha(part), self.use_rslora))
             if part in adapter.adapted
             else heads(Dense(frozenset(layer)), method.weighting)
             for part, layer in adapter.tree.items()
         }
 
-    def _lora(self, part: str, rank: int) -> LoRA:
-        alpha = self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha)
-        return LoRA(rank, float(alpha), self.use_rslora)
+    def _alpha(self, part: str) -> float:
+        return float(self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha))
 
 
 @dataclass(frozen=True)
@@ -75,27 +71,27 @@ class Instructions:
     recipe: Recipe
     round: int  # from 0
     seed: int  # of this client in this round
-    series: str  # names the run: what a node kept of another one does not count
-    arrays: str  # the record that holds the adapter
-    first: int = 0  # the base updates that come along are those after the first so many,
-    last: int = 0  # up to this one
+    series: str  # names the run: a node discards what it kept of another run
+    arrays: str  # the record with the adapter
+    first: int = 0  # the message has the base updates after the first ``first`` ones,
+    last: int = 0  # up to number ``last``
 
     def record(self) -> ConfigRecord:
-        """As a record of the message."""
+        """Return a record for the message."""
         rest = {key: value for key, value in vars(self).items() if key != "recipe"}
         return ConfigRecord({**rest, "recipe": json.dumps(asdict(self.recipe)), "protocol": PROTOCOL})
 
     @classmethod
     def read(cls, message: Message) -> "Instructions | None":
-        """A message's instructions; None where the server's strategy is not fedlora's."""
+        """Return a message's instructions, or None if the server's strategy is not fedlora's."""
         if RECORD not in message.content:
             return None
-        found = dict(message.content[RECORD])
-        if found.pop("protocol", None) != PROTOCOL:
+        values = dict(message.content[RECORD])
+        if values.pop("protocol", None) != PROTOCOL:
             raise ValueError(
                 "the server's fedlora speaks another protocol than this node's; install one version at both."
             )
-        return cls(**{**found, "recipe": Recipe(**json.loads(found["recipe"]))})
+        return cls(**{**values, "recipe": Recipe(**json.loads(values["recipe"]))})
 
 
 @lru_cache(maxsize=64)
@@ -124,12 +120,12 @@ def _build(name: str, options: str) -> Method:
 
 
 def list_methods() -> list[str]:
-    """The methods that PEFT's LoRA can be trained with."""
+    """Return the methods that can train PEFT's LoRA."""
     return [name for name, kind in METHODS.classes().items() if LoRA in kind.adapters]
 
 
 def needs_client(method: Method) -> bool:
-    """Whether clients must call ``receive`` and ``send``: the method does something there, or changes the base."""
+    """Whether clients must call ``receive`` and ``send``: the method has client hooks, or changes the base."""
     hooks = ("trains", "send", "keep")
     if method.personal or any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks):
         return True
@@ -139,7 +135,7 @@ def needs_client(method: Method) -> bool:
 
 
 def changes_base(method: Method) -> bool:
-    """Whether a round with these settings adds something to the base."""
+    """Whether a round with these settings updates the base."""
     rule = replace(method, adapter=PROBE)
     uploads = [
         Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
@@ -148,18 +144,18 @@ def changes_base(method: Method) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def select_sent(rule: Method, round: int) -> frozenset[str]:
-    """Selects the leaves that a client sends in a round, by letting the rule work on a weight of one number."""
+def sent_leaves(rule: Method, round: int) -> frozenset[str]:
+    """Return the leaves that a client sends in a round, by running the rule on a tiny weight."""
     dense = isinstance(rule.adapter, Dense)
     rule = rule if dense else replace(rule, adapter=PROBE)
     layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else _probe(1)
     turn = Turn(round, 0, 1)
     start = public_leaves(rule.receive(layer, {}, turn))
-    return frozenset(rule.send(Work(start, start, select_trained(rule, start, turn)), turn))
+    return frozenset(rule.send(Work(start, start, trainable_leaves(rule, start, turn)), turn))
 
 
-def select_trained(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
-    """Selects the leaves to train. ``ValueError`` where the method asks for a gradient first."""
+def trainable_leaves(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
+    """Return the leaves to train. Raises ``ValueError`` if the method needs a gradient first."""
     return rule.trains(start, turn, _no_gradient)
 
 

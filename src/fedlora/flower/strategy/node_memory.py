@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
@@ -23,7 +23,7 @@ class NodeMemory:
 
     @classmethod
     def of(cls, state: RecordDict, instructions: Instructions) -> "NodeMemory":
-        """The node's memory; empty where what it holds belongs to another run of the strategy."""
+        """Return the node's memory, emptied if it belongs to another run of the strategy."""
         if STATE not in state or state[STATE]["series"] != instructions.series:
             for name in (KEPT, SETTLED, RECENT):
                 state[name] = ArrayRecord()
@@ -31,60 +31,46 @@ class NodeMemory:
         return cls(state)
 
     @property
-    def seen(self) -> int:
-        """The number of base updates that the node has received."""
-        return self._count("seen")
-
-    @property
     def message(self) -> str:
-        """The id of the message that ``receive`` has seen last."""
+        """The id of the message that ``receive`` has processed last."""
         return cast(str, self.state[STATE]["message"])
 
-    def _count(self, name: str) -> int:
-        return cast(int, self.state[STATE][name])
-
     def load(self) -> Tree:
-        """The private leaves."""
+        """Return the private leaves."""
         record = cast(ArrayRecord, self.state[KEPT])
         return record_to_tree(record) if record else {}
 
     def save(self, tree: Tree) -> None:
-        """Saves private leaves for this client's next turn; those saved before and not touched now stay."""
+        """Save private leaves for this client's next turn. Leaves that were saved before and are not in it stay."""
         self.state[KEPT] = tree_to_record(overlay(self.load(), tree))
 
     def receive_base_updates(
-        self, instructions: Instructions, message: str, sent: ArrayRecord | None
+        self, instructions: Instructions, message: str, record: ArrayRecord | None
     ) -> dict[str, Factors]:
-        """Takes in a message's base updates. Returns the sum of all so far: part -> ``U (m p)`` and ``V (p n)``.
+        """Add a message's base updates, and return the sum of all so far: part -> ``U (m p)`` and ``V (p n)``.
 
-        The same message again changes nothing. The base updates of the last message stay apart from those before: the
-        server counts a fold as received only when a reply says so, so the next message may begin where the last one
-        did.
+        The same message again changes nothing. The base updates of the last message are separate from those before it:
+        the server counts them as received only after a reply, so the next message may begin where the last one did.
         """
         settled, recent = (read_base_updates(cast(ArrayRecord, self.state[name])) for name in (SETTLED, RECENT))
-        received = {0: {}, self._count("settled"): settled, self.seen: add_base_update(settled, recent)}
+        numbers: Any = self.state[STATE]
+        sums = {0: {}, numbers["settled"]: settled, numbers["seen"]: add_base_updates(settled, recent)}
         if instructions.first == 0:
-            received[0] = {}
-        if instructions.first not in received:
+            sums[0] = {}
+        if instructions.first not in sums:
             raise ValueError(
-                f"this node holds {self.seen} base updates, and the message begins after {instructions.first}; it has "
-                "lost what it kept, and the server will send all of them next time."
+                f"this node holds {numbers['seen']} base updates, and the message begins after {instructions.first}; "
+                "it has lost what it kept, and the server will send all of them next time."
             )
-        settled, recent = received[instructions.first], read_base_updates(sent or {})
+        settled, recent = sums[instructions.first], read_base_updates(record or {})
         self.state[SETTLED], self.state[RECENT] = (ArrayRecord(encode_base_updates(x)) for x in (settled, recent))
-        self.state[STATE] = ConfigRecord(
-            {
-                "series": instructions.series,
-                "settled": instructions.first,
-                "seen": instructions.last,
-                "message": message,
-            }
-        )
-        return add_base_update(settled, recent)
+        values = {"settled": instructions.first, "seen": instructions.last, "message": message}
+        self.state[STATE] = ConfigRecord({"series": instructions.series, **values})
+        return add_base_updates(settled, recent)
 
 
-def add_base_update(*several: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The sum of base updates, part by part."""
+def add_base_updates(*several: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the sum of base updates, part by part."""
     parts: dict[str, list[Factors]] = {}
     for base_updates in several:
         for part, factors in base_updates.items():

@@ -1,4 +1,4 @@
-"""Base updates in the base of a PEFT model: each is added once, however often the model is used."""
+"""Base updates in the base of a PEFT model: each is added once, even if the model is used several times."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fedlora.training.peft_keys import PREFIX, strip_wrappers
 from fedlora.types import Factors
 
-OWN = "_fedlora_fold"  # on a base layer: the sum of the base updates that it has
+ATTRIBUTE = "_fedlora_fold"  # of a base layer: the sum of the base updates in it
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers by the part's name."""
+    """Return the adapted layers by the part's name."""
     return {
         strip_wrappers(path).removeprefix(PREFIX): module
         for path, module in model.named_modules()
@@ -21,11 +21,11 @@ def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     }
 
 
-def fold(model: nn.Module, base_updates: Mapping[str, Factors]) -> None:
-    """Sets the base to the pretrained weights plus ``base_updates``, which replace those of an earlier call.
+def apply_base_updates(model: nn.Module, base_updates: Mapping[str, Factors]) -> None:
+    """Set the base to the pretrained weights plus ``base_updates``, which replace those of an earlier call.
 
-    Weights in float32 or float64 are changed in place. Those in less, or quantised, would lose a small update: there
-    the fold stays beside the weight, as a forward hook, and is no part of what ``merge_and_unload`` saves.
+    Weights in float32 or float64 are changed in place. In a lower precision, or quantised, they would lose a small
+    update: there, the update is added by a forward hook, and ``merge_and_unload`` does not save it.
     """
     layers = find_lora_layers(model)
     missing = sorted(base_updates.keys() - layers.keys())
@@ -36,11 +36,12 @@ def fold(model: nn.Module, base_updates: Mapping[str, Factors]) -> None:
         )
     for part, layer in layers.items():
         base, new = layer.get_base_layer(), base_updates.get(part)
-        old: Factors | None = getattr(base, OWN, None)
+        old: Factors | None = getattr(base, ATTRIBUTE, None)
         if not _is_same(old, new):
-            _check(part, base, layer, new)
+            if new is not None:
+                _check_shape(part, layer, new)
             _change(base, layer, old, new)
-            setattr(base, OWN, new)
+            setattr(base, ATTRIBUTE, new)
 
 
 def _is_same(old: Factors | None, new: Factors | None) -> bool:
@@ -49,13 +50,12 @@ def _is_same(old: Factors | None, new: Factors | None) -> bool:
     return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(old, new))
 
 
-def _check(part: str, base: nn.Module, layer: LoraLayer, new: Factors | None) -> None:
-    needed = (layer.out_features, layer.in_features)
-    found = None if new is None else (new.U.shape[0], new.V.shape[1])
-    if found not in (None, needed):
+def _check_shape(part: str, layer: LoraLayer, new: Factors) -> None:
+    m, n = new.U.shape[0], new.V.shape[1]
+    if (m, n) != (layer.out_features, layer.in_features):
         raise ValueError(
-            f"the server folds an update of {found[0]} x {found[1]} into {part!r}, a weight of {needed[0]} x "
-            f"{needed[1]}; start server and client from one base model."
+            f"the server folds an update of {m} x {n} into {part!r}, a weight of {layer.out_features} x "
+            f"{layer.in_features}; start server and client from one base model."
         )
 
 
@@ -63,18 +63,18 @@ def _check(part: str, base: nn.Module, layer: LoraLayer, new: Factors | None) ->
 def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors | None) -> None:
     weight = getattr(base, "weight", None)  # some quantised layers have none
     if weight is None or weight.dtype not in (torch.float32, torch.float64):
-        if not hasattr(base, OWN):
+        if not hasattr(base, ATTRIBUTE):
             base.register_forward_hook(_add_base_update)
         return
     for sign, factors in ((-1, old), (1, new)):
         if factors is not None:
-            U, V = (x.to(base.weight) for x in factors)
-            # Transposed where the base keeps its weight as (inputs, outputs), as GPT-2 does.
-            base.weight.add_((U @ V).T if layer.fan_in_fan_out else U @ V, alpha=sign)
+            U, V = (x.to(weight) for x in factors)
+            # Transposed if the base has its weight as (inputs, outputs), as in GPT-2.
+            weight.add_((U @ V).T if layer.fan_in_fan_out else U @ V, alpha=sign)
 
 
 def _add_base_update(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    factors: Factors | None = getattr(base, OWN, None)
+    factors: Factors | None = getattr(base, ATTRIBUTE, None)
     if factors is None:
         return output
     U, V = (x.to(inputs[0].device) for x in factors)

@@ -1,10 +1,11 @@
 """PEFT's state dict as a tree of parts and leaves, and base updates beside it, in one record of arrays.
 
-Replies and results are read by PEFT itself, too, so they keep its keys and Flower's own array format. This is why they
-are not written as ``fedlora.flower.wire`` writes trees.
+PEFT also reads replies and results, so they have its keys and Flower's own array format, unlike the trees of
+``fedlora.flower.wire``.
 """
 
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from fedlora.text import display_safe
 from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
 from fedlora.types import Factors, Layer, Tree
 
-FOLD = "fedlora.fold."  # + part + ".U" or ".V": what is added to the weight of the base
-MARK = "fedlora.turn"  # [round, base updates held]: in a reply that `send` made
+FOLD = "fedlora.fold."  # + part + ".U" or ".V": an update of the base weight
+MARK = "fedlora.turn"  # [round, number of base updates] in a reply of `send`
 NUMBERS = "fiub"  # kinds of numpy's dtypes that are numbers
 UNREADABLE = (  # by numpy
     ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, RecursionError,
@@ -28,14 +29,13 @@ UNREADABLE = (  # by numpy
 
 
 def parse_key(key: str) -> tuple[str, str, bool]:
-    """The part and the leaf that a key of PEFT's state dict names, and whether it is a factor of a LoRA.
+    """Return the part and the leaf of a key of PEFT's state dict, and whether it is a factor of a LoRA.
 
-    ``ValueError`` where what the key holds is no part of ``s B A`` and no module trained in full.
+    Raises ``ValueError`` if the key is neither a factor of ``s B A`` nor a module trained in full.
     """
     name = strip_wrappers(key).removeprefix(PREFIX)
-    found = FACTOR.match(name)
-    if found:
-        return found["part"], found["leaf"], True
+    if factor := FACTOR.match(name):
+        return factor["part"], factor["leaf"], True
     if ".lora_" in name or "vera_" in name:
         raise ValueError(
             f"the arrays hold {key!r}, which is no factor A or B of a LoRA on a linear layer and cannot be combined; "
@@ -50,16 +50,16 @@ def parse_key(key: str) -> tuple[str, str, bool]:
 
 
 def parse_keys(keys: Iterable[str]) -> dict[tuple[str, str], str]:
-    """(part, leaf) -> the key that names it. ``ValueError`` for keys that cannot be combined or come twice."""
-    found: dict[tuple[str, str], str] = {}
+    """Return (part, leaf) -> key. Raises ``ValueError`` for keys that cannot be combined or occur twice."""
+    names: dict[tuple[str, str], str] = {}
     for key in keys:
         part, leaf, _ = parse_key(key)
-        if (part, leaf) in found:
+        if (part, leaf) in names:
             raise ValueError(
-                f"the arrays hold {found[part, leaf]!r} and {key!r}, two adapters on one weight; send one adapter."
+                f"the arrays hold {names[part, leaf]!r} and {key!r}, two adapters on one weight; send one adapter."
             )
-        found[part, leaf] = key
-    return found
+        names[part, leaf] = key
+    return names
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ class PeftState:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "PeftState":
-        """From a state dict. ``ValueError`` names a key that cannot be combined."""
+        """Build from a state dict. Raises ``ValueError`` for a key that cannot be combined."""
         keys = parse_keys(tensors)
         tree: dict[str, dict[str, Tensor]] = {}
         for (part, leaf), key in keys.items():
             tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
-        adapted = frozenset(parse_key(key)[0] for key in keys.values() if parse_key(key)[2])
+        parsed = map(parse_key, tensors)
+        adapted = frozenset(part for part, _, is_factor in parsed if is_factor)
         for part in adapted:
             _check_pair(part, tree[part])
         if not adapted:
@@ -87,8 +88,13 @@ class PeftState:
             )
         return cls(tree, adapted, keys)
 
+    @classmethod
+    def read(cls, arrays: Mapping[str, Array]) -> "PeftState":
+        """Build from received arrays. Raises ``ValueError`` for an array that cannot be read."""
+        return cls.of({key: read_tensor(key, array) for key, array in arrays.items()})
+
     def ranks(self) -> dict[str, int]:
-        """Each adapted part's rank."""
+        """Return each adapted part's rank."""
         return {part: self.tree[part]["A"].shape[0] for part in self.adapted}
 
 
@@ -103,9 +109,9 @@ def _check_pair(part: str, layer: Layer) -> None:
 
 
 def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
-    """Checks the header of an array in numpy's format against the record's shape and the bytes that follow.
+    """Check the header of an array in numpy's format against the record's shape and the number of bytes.
 
-    Raises ``RefusedHeaderError``; numpy itself would make the array that a header asks for before it looks for bytes.
+    Raises ``RefusedHeaderError``. numpy itself would allocate the array of a header before it checks the bytes.
     """
     stream = io.BytesIO(data)
     try:
@@ -114,9 +120,7 @@ def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
         header_shape, _, dtype = read(stream)
     except UNREADABLE as error:
         raise RefusedHeaderError(f"it is no array in numpy's format ({type(error).__name__})") from error
-    size = dtype.itemsize
-    for count in header_shape:
-        size *= count
+    size = math.prod(header_shape) * dtype.itemsize
     if dtype.kind not in NUMBERS or tuple(header_shape) != tuple(shape) or size != len(data) - stream.tell():
         raise RefusedHeaderError(
             f"it says {display_safe(tuple(shape), 60)}, its header {display_safe(header_shape, 60)} of "
@@ -125,28 +129,28 @@ def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
 
 
 def read_tensor(key: str, array: Array) -> Tensor:
-    """A received array as float32. ``ValueError`` where it cannot be read or holds no finite numbers."""
+    """Return a received array as float32. Raises ``ValueError`` if it cannot be read or is not finite."""
     try:
         check_npy(array.data, tuple(array.shape))
         value = array.numpy()
-        found = torch.from_numpy(np.array(value, dtype=np.float32)) if value.dtype.kind == "f" else None
+        x = torch.from_numpy(np.array(value, dtype=np.float32)) if value.dtype.kind == "f" else None
     except UNREADABLE as error:
         raise ValueError(f"{key!r} cannot be read ({type(error).__name__})") from error
-    if found is None:
+    if x is None:
         raise ValueError(f"{key!r} holds {value.dtype} where floats are needed")
-    if not bool(found.isfinite().all()):
+    if not bool(x.isfinite().all()):
         raise ValueError(f"{key!r} holds values that are NaN or infinite")
-    return found
+    return x
 
 
 def split_arrays(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
-    """The adapter's arrays, and the base updates beside them: part -> the update of its base weight."""
+    """Return the adapter's arrays, and the base updates beside them: part -> the update of its base weight."""
     plain = {key: array for key, array in arrays.items() if not key.startswith(FOLD)}
     return plain, read_base_updates(arrays)
 
 
 def read_base_updates(arrays: Mapping[str, Array]) -> dict[str, Factors]:
-    """The base updates among arrays, float32."""
+    """Return the base updates among arrays, in float32."""
     parts = [key[len(FOLD) : -2] for key in arrays if key.startswith(FOLD) and key.endswith(".U")]
     return {
         part: Factors(*(read_tensor(key, arrays[key]) for key in (f"{FOLD}{part}.U", f"{FOLD}{part}.V")))
@@ -155,7 +159,7 @@ def read_base_updates(arrays: Mapping[str, Array]) -> dict[str, Factors]:
 
 
 def encode_base_updates(base_updates: Mapping[str, Factors]) -> dict[str, Array]:
-    """Base updates as arrays: two a part."""
+    """Return base updates as two arrays per part."""
     return {
         f"{FOLD}{part}.{side}": Array(getattr(factors, side).contiguous().numpy())
         for part, factors in base_updates.items()
@@ -164,12 +168,12 @@ def encode_base_updates(base_updates: Mapping[str, Factors]) -> dict[str, Array]
 
 
 def encode_mark(round: int, base_updates: int) -> Array:
-    """The mark that ``send`` puts beside the leaves: the round (from 0) and the node's number of base updates."""
+    """Return the mark of a reply of ``send``: the round (from 0) and the node's number of base updates."""
     return Array(torch.tensor([round, base_updates]).numpy())
 
 
 def read_mark(mark: Array) -> tuple[int, int]:
-    """The round and the number of base updates of a reply's mark."""
+    """Return the round and the number of base updates of a reply's mark."""
     try:
         round, base_updates = (int(x) for x in mark.numpy())
     except UNREADABLE as error:

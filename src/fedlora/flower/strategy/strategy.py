@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.flower.replies import MALFORMED, describe_error
 from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
-from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, read_tensor, split_arrays
+from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, split_arrays
 from fedlora.flower.strategy.replies import (
     Guard,
     ReplyChecks,
@@ -30,19 +30,19 @@ from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
-LOGGED = 16  # base updates that are kept one by one; a node that lacks more is sent the sum of all
+LOGGED = 16  # base updates that are kept singly; a node that lacks more is sent the sum of all
 
 
 class FedLoRA(FedAvg):
-    """``FedAvg`` with another rule for the arrays, which are what PEFT's ``get_peft_model_state_dict`` returns.
+    """``FedAvg`` with another rule for the arrays, which are a PEFT state dict (``get_peft_model_state_dict``).
 
     ``lora_alpha``, ``use_rslora`` and ``alpha_pattern`` are those of the server's ``LoraConfig``; clients that call
-    ``fedlora.flower.receive`` and ``send`` may have a scale of their own. ``r`` is the largest rank (None: that of the
-    initial arrays). ``method_options`` are the settings of the method's table in fedlora's TOML. All arguments of
-    ``FedAvg`` keep their meaning. ``validation`` holds settings of fedlora's table of that name, which is always on,
-    and ``robust`` the name of a robust rule, or its table; ``quarantined`` says of each round which nodes were left out
-    and why. The arrays of a result hold what a method folded, too, under keys that begin with ``fedlora.fold.``:
-    ``fedlora.flower.load(model, arrays)`` takes both. ``ValueError`` says what cannot be done.
+    ``fedlora.flower.receive`` and ``send`` may have another scale. ``r`` is the largest rank (None: that of the initial
+    arrays). ``method_options`` and ``validation`` are the settings of these tables in fedlora's TOML; validation is
+    always on. ``robust`` is the name of a robust aggregator, or its table. The arguments of ``FedAvg`` keep their
+    meaning. ``quarantine`` has the nodes that were left out of each round, with the reasons. The arrays of a result
+    include the method's updates of the base, under keys that begin with ``fedlora.fold.``:
+    ``fedlora.flower.load(model, arrays)`` loads both. Raises ``ValueError`` for settings that exclude each other.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class FedLoRA(FedAvg):
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = BaseUpdateLog()
-        self._known: dict[int, int] = {}  # node -> the number of base updates that its last reply said it holds
+        self._known: dict[int, int] = {}  # node -> its number of base updates, by its last reply
         self._series, self._round = "", 0
         self._asked: frozenset[int] = frozenset()
-        self._arrays = ArrayRecord()  # as it was given or returned last
+        self._arrays = ArrayRecord()  # the last ones that were passed in or returned
 
     def summary(self) -> None:
-        """Flower's summary, the method, and what it asks of the apps."""
+        """Log Flower's summary, the method, and its requirements for the apps."""
         super().summary()
         LOG.info("\t└──> fedlora: %s %s", self.method.title, dict(self.recipe.method_options) or "")
         if self.needs_client:
@@ -83,29 +83,29 @@ class FedLoRA(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with instructions for its node and the base updates that it lacks."""
+        """Return ``FedAvg``'s messages, each with instructions and the base updates that its node lacks."""
         self._open(server_round, arrays)
         messages = list(super().configure_train(server_round, self._plain, config, grid))
-        there = set(self.guard.filter_nodes([m.metadata.dst_node_id for m in messages], server_round - 1))
-        messages = [message for message in messages if message.metadata.dst_node_id in there]
-        self._asked = frozenset(message.metadata.dst_node_id for message in messages)
+        nodes = [message.metadata.dst_node_id for message in messages]
+        self._asked = frozenset(self.guard.filter_nodes(nodes, server_round - 1))
+        messages = [message for message in messages if message.metadata.dst_node_id in self._asked]
         return self._add_instructions(messages, server_round - 1)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """``FedAvg``'s messages, each with instructions for its node and the base updates that it lacks."""
+        """Return ``FedAvg``'s messages, each with instructions and the base updates that its node lacks."""
         plain = ArrayRecord(split_arrays(arrays)[0])
         return self._add_instructions(list(super().configure_evaluate(server_round, plain, config, grid)), server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The method's combination of the good replies; the arrays as they were where it has too few of them."""
+        """Return the method's combination of the good replies, or the old arrays if there are too few good replies."""
         replies = list(replies)
         if not self._asked:
             return None, None
-        self._forget(replies)
+        self._forget_failed(replies)
         good = self._screen(server_round - 1, replies)
         LOG.info("aggregate_train: %s good replies of %s", len(good), len(self._asked))
         if len(good) < max(1, self.min_train_nodes):
@@ -122,9 +122,9 @@ class FedLoRA(FedAvg):
         return self._arrays, metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The metrics of the good replies, averaged; the others are left out by name."""
+        """Return the mean metrics of the good replies; the log has the others."""
         replies, good = list(replies), {}
-        self._forget(replies)
+        self._forget_failed(replies)
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
@@ -138,15 +138,15 @@ class FedLoRA(FedAvg):
         return self.evaluate_metrics_aggr_fn(select_alike(good.values()), self.weighted_by_key) if good else None
 
     def _open(self, server_round: int, arrays: ArrayRecord) -> None:
-        """Reads the arrays of a round; a start from other arrays than this strategy's last begins anew."""
-        plain, begun = split_arrays(arrays)
+        """Read the arrays of a round. Arrays that are not this strategy's last ones begin a new run."""
+        plain, base_updates = split_arrays(arrays)
         self._plain = ArrayRecord(plain)
-        self._shared = PeftState.of({key: read_tensor(key, array) for key, array in plain.items()})
+        self._shared = PeftState.read(plain)
         self._rules: Rules = self.recipe.rules(self._shared)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
             self.guard.reset()
-            self._log = BaseUpdateLog(begun, 1, []) if begun else BaseUpdateLog()
+            self._log = BaseUpdateLog(base_updates, 1, []) if base_updates else BaseUpdateLog()
             self._check_start()
         self._round, self._arrays = server_round, arrays
 
@@ -167,16 +167,14 @@ class FedLoRA(FedAvg):
                 )
 
     def _add_instructions(self, messages: Sequence[Message], round: int) -> list[Message]:
-        records: dict[int, ArrayRecord] = {}  # first missing fold -> one record for all nodes that lack it
+        records: dict[int, ArrayRecord] = {}  # first missing base update -> its record
         for message in messages:
             node = message.metadata.dst_node_id
             first = self._known.get(node, 0)
             first = first if first >= self._log.start else 0
             if first not in records:
-                missed = (
-                    {part: f[0] for part, f in self._log.missing_sum(first).items()} if first < len(self._log) else {}
-                )
-                records[first] = ArrayRecord(encode_base_updates(missed))
+                missing = self._log.missing_sum(first) if first < len(self._log) else {}
+                records[first] = ArrayRecord(encode_base_updates({part: f[0] for part, f in missing.items()}))
             seed = derive_seed(self.recipe.seed, "turn", round, node)
             instructions = Instructions(
                 self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
@@ -185,28 +183,26 @@ class FedLoRA(FedAvg):
             message.content = RecordDict({**message.content, RECORD: instructions.record(), **more})
         return list(messages)
 
-    def _forget(self, replies: Sequence[Message]) -> None:
-        """A node that failed may have lost what it kept: it is sent everything next time."""
+    def _forget_failed(self, replies: Sequence[Message]) -> None:
+        """Send everything to the nodes that failed, next time: they may have lost their memory."""
         for reply in replies:
             if reply.has_error():
                 self._known.pop(reply.metadata.src_node_id, None)
 
-    def _reply_checks(self, round: int) -> ReplyChecks:
-        return ReplyChecks(
+    def _screen(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
+        """Return the replies that pass the checks, alone and in comparison."""
+        checks = ReplyChecks(
             self._rules, self._shared, round, self._asked, self.weighted_by_key, self.method.any_rank,
             self.needs_client, len(self._log),
         )  # fmt: skip
-
-    def _screen(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
-        """Selects the replies that pass the checks, each by itself and beside the others."""
-        good = self._reply_checks(round).select_good(replies)
+        good = checks.select_good(replies)
         uploads = self.guard.screen(self._rules, self._shared.tree, round, {node: u for node, (u, _) in good.items()})
         return {node: (uploads[node], content) for node, (_, content) in good.items() if node in uploads}
 
     @property
-    def quarantined(self) -> Mapping[int, Mapping[int, str]]:
-        """Round -> node -> why its upload was quarantined."""
-        return self.guard.quarantined
+    def quarantine(self) -> Mapping[int, Mapping[int, str]]:
+        """Round -> node -> the reason why its upload was quarantined."""
+        return self.guard.quarantine
 
     def _combine(self, server_round: int, uploads: Sequence[Received]) -> ArrayRecord:
         try:
@@ -215,31 +211,31 @@ class FedLoRA(FedAvg):
                 raise ValueError("a robust rule needs 3 good replies.")
             served = server_turn(self._rules, self._shared.tree, uploads)
             _check_finite(served)
-            written = self._to_arrays(served.shared)
+            arrays = self._to_arrays(served.shared)
         except (ValueError, torch.linalg.LinAlgError) as error:
             LOG.warning("round %s cannot be combined, the model stays as it was: %s", server_round, error)
             return self._arrays
         if served.base_updates:
             self._log.append(served.base_updates)
             self._log.settle(max(self._log.start, len(self._log) - LOGGED))
-        return ArrayRecord({**written, **encode_base_updates(self._log.total())})
+        return ArrayRecord({**arrays, **encode_base_updates(self._log.total())})
 
     def _to_arrays(self, shared: Tree) -> dict[str, Array]:
-        """The adapter under the keys and in the precision that it had; what did not move stays bit for bit."""
-        found: dict[str, Array] = {}
+        """Return the adapter with its keys and its precision; leaves that did not change keep their bits."""
+        arrays: dict[str, Array] = {}
         for (part, leaf), key in self._shared.keys.items():
             old, new = self._plain[key], shared[part][leaf]
-            moved = new is not self._shared.tree[part][leaf]
-            found[key] = Array(_cast(new, old.numpy().dtype, key)) if moved else old
-        return found
+            changed = new is not self._shared.tree[part][leaf]
+            arrays[key] = Array(_cast(new, old.numpy().dtype, key)) if changed else old
+        return arrays
 
 
 def _cast(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        found = x.contiguous().numpy().astype(dtype)
-    if not np.isfinite(found).all():
+        array = x.contiguous().numpy().astype(dtype)
+    if not np.isfinite(array).all():
         raise ValueError(f"{key!r} is too large for {dtype}; send the adapter in float32.")
-    return found
+    return array
 
 
 def _check_finite(served: Served) -> None:
