@@ -15,7 +15,7 @@ from fedlora.engines.loop import Event
 from fedlora.files import Limits, RefusedHeaderError, load_about, load_tree, read_header, save_tree
 from fedlora.reporting.terminal import PlainConsole
 from fedlora.runs.compare import for_label
-from fedlora.runs.progress import told
+from fedlora.runs.progress import describe_event
 from fedlora.text import display_safe, safe_filename
 from fedlora.training.peft_folder import AdapterFolder
 
@@ -170,7 +170,7 @@ def test_terminals_obey_nothing(capsys):
     bad = "\x1b[31m[red]evil[/red]\r\x07\u202e"
     assert display_safe(bad) == "\\x1b[31m[red]evil[/red]\\r\\x07\\u202e"
     assert display_safe("x" * 1000) == "x" * 400 + "..."
-    assert told(Event("absent", 0, 1, text=bad)) == f"round 1, client 1: {display_safe(bad)}"
+    assert describe_event(Event("absent", 0, 1, text=bad)) == f"round 1, client 1: {display_safe(bad)}"
     console = PlainConsole(width=100)
     console.print(bad)
     from rich.table import Table

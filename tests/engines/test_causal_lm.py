@@ -160,5 +160,5 @@ def test_a_comparison_says_it_once(capsys):
     with Cells(2, 1) as progress:
         progress.watch(cells[0], Event("note", 0, text="one"))
         for cell in cells:
-            progress.done(cell)
+            progress.finish(cell)
     assert capsys.readouterr().err.splitlines() == ["one", "two"]

@@ -83,7 +83,7 @@ def test_the_sweeps_values_win_over_tuned_ones():
         (["seed=0,1"], [], "--seeds"),
         (["method.name=fedit,ravan"], [], "--methods"),
         (["compare.fedit.training.learning_rate=1e-3,1e-2"], ["fedit", "svd"], "would get 2 trials and 'svd' 1"),
-        (["compare.ravan.training.learning_rate=1e-3,1e-2"], ["fedit"], "not among its methods"),
+        (["compare.ravan.training.learning_rate=1e-3,1e-2"], ["fedit"], "none of its methods"),
         (["training.learning_rate=1e-4:1e-2:log"], [], "--trials"),
         (["training.learning_rate=1e-3,1e-2"], ["fedit", "svvd"], "no method 'svvd'; did you mean 'svd'"),
         (["training.learning_rate=1e-2:1e-4"], [], "from a smaller to a larger"),
@@ -241,14 +241,16 @@ def test_validation_rows_are_the_datas_own_unless_asked_otherwise(tmp_path):
         (tmp_path / f"{split}.csv").write_text("text,label\n" + "a,0\nb,1\n" * 10)
     task = {"name": "text-classification", "data": str(tmp_path)}
     table = {**TABLE, "task": task}
-    assert sweeping.validation_split(table, None) == "validation"
-    assert sweeping.validation_split(table, 0.2) == "train * 0.2"
-    assert sweeping.validation_split({**table, "task": {**task, "test_split": "validation"}}, None) == "train * 0.1"
+    assert sweeping.find_validation_split(table, None) == "validation"
+    assert sweeping.find_validation_split(table, 0.2) == "train * 0.2"
+    assert (
+        sweeping.find_validation_split({**table, "task": {**task, "test_split": "validation"}}, None) == "train * 0.1"
+    )
     with pytest.raises(ConfigError, match="--holdout is 1.5"):
-        sweeping.validation_split(table, 1.5)
+        sweeping.find_validation_split(table, 1.5)
     own = {**table, "task": {**task, "label_names": ["0", "1"]}, "clients": {"count": 2, "partition": {"name": "own"}}}
     with pytest.raises(ConfigError, match="no validation data"):
-        sweeping.validation_split(own, None)
+        sweeping.find_validation_split(own, None)
 
 
 @pytest.mark.shared

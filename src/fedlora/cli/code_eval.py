@@ -30,12 +30,12 @@ def grade_command(
     """Run the programs that a model wrote for HumanEval or MBPP, confined, and count those that pass (Linux)."""
     from fedlora.code_eval.grade import grade_file, tabulate_grades
     from fedlora.code_eval.sandbox import Sandbox
-    from fedlora.runs.progress import Counted
+    from fedlora.runs.progress import LiveBar
 
     ks = parse_numbers(k, int, "--k", "1,10")
     box = Sandbox(seconds=seconds, wall_seconds=6.0 * seconds, memory_mb=memory_mb)
-    with Counted("programs") as bar:
-        found = grade_file(predictions, data, benchmark, split, ks, workers, box, out, bar.done)
+    with LiveBar(None, "programs") as bar:
+        found = grade_file(predictions, data, benchmark, split, ks, workers, box, out, lambda grade: bar.advance(1))
     print_result(as_json, found, lambda: [tabulate_grades(found)])
 
 
@@ -61,14 +61,14 @@ def solve_command(
     from fedlora.code_eval.solve import write_answers
     from fedlora.runs.chat import Chat
     from fedlora.runs.folder import RunFolder
-    from fedlora.runs.progress import Counted
+    from fedlora.runs.progress import LiveBar
     from fedlora.tasks.networks.generation import GenerationSettings
 
     writing = GenerationSettings(max_new_tokens, temperature, top_p)
     problems = parse_problems(read_benchmark(data, split), benchmark)
     talk = Chat.open(RunFolder.open(folder), client, seed=seed)
-    with Counted("answers", samples * len(problems)) as bar:
-        found = write_answers(talk, problems, out, writing, samples, batch_size, worded, bar.more)
+    with LiveBar(samples * len(problems), "answers") as bar:
+        found = write_answers(talk, problems, out, writing, samples, batch_size, worded, bar.advance)
     text = f"{found['answers']} answers to {found['problems']} problems in {out}."
     print_result(as_json, found, whole=[text])
     if found["too_long"]:

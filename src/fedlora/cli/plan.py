@@ -56,7 +56,7 @@ def sweep_command(
     folder = out or choose_folder(f"{config.stem}-sweep")
     with Cells(len(sweep.trials) * len(sweep.seeds), sweep.table.get("rounds", 20)) as progress:
         try:
-            found = sweep.run(folder, jobs, progress.watch, progress.done)
+            found = sweep.run(folder, jobs, progress.watch, progress.finish)
         except KeyboardInterrupt:
             say(f"Finished trials are in {folder}; the same command with --out {folder} goes on.")
             raise

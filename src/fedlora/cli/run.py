@@ -106,7 +106,7 @@ def compare_command(
     out = out or choose_folder(f"{config.stem}-compare")
     with Cells(len(labels) * len(numbers), table.get("rounds", 20)) as progress:
         try:
-            cells = compare(table, labels, numbers, out, jobs, progress.watch, progress.done)
+            cells = compare(table, labels, numbers, out, jobs, progress.watch, progress.finish)
         except KeyboardInterrupt:
             say(
                 f"The runs that were finished are in {out}, each in a folder of its own; the same command with "

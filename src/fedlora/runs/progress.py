@@ -1,4 +1,4 @@
-"""Progress on stderr: round, client, loss and time left; silent where nobody watches."""
+"""Progress on stderr (only on a terminal), and lines for a log."""
 
 from statistics import fmean
 from typing import Self
@@ -11,11 +11,11 @@ from fedlora.engines.loop import Event
 from fedlora.runs.comparison import Cell
 from fedlora.text import display_safe
 
-NOTE = 4000  # characters of one line
+LENGTH = 4000  # characters of a line
 
 
-class _Live:
-    """A bar that is there only on a terminal."""
+class LiveBar:
+    """A progress bar that is shown only on a terminal; ``total`` may be unknown."""
 
     def __init__(self, total: int | None, unit: str):
         self.bar = Bar(
@@ -26,7 +26,7 @@ class _Live:
         self.task = self.bar.add_task("starting", total=total)
 
     def __enter__(self) -> Self:
-        try:  # after a Ctrl-C in the first drawing, too, the terminal gets its cursor back
+        try:  # a Ctrl-C in the first drawing must not leave the terminal without its cursor
             self.bar.start()
         except BaseException:
             self.bar.stop()
@@ -36,48 +36,54 @@ class _Live:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-class Progress(_Live):
-    """Of one run."""
+    def advance(self, count: int, description: str = "running") -> None:
+        """Advance the bar."""
+        self.bar.update(self.task, description=description, advance=count)
+
+
+class Progress(LiveBar):
+    """The progress of one run."""
 
     def __init__(self, rounds: int):
         super().__init__(rounds, "rounds")
         self.loss = self.spent = ""
 
     def watch(self, event: Event) -> None:
-        """Told of every step."""
+        """Show an event."""
         if event.epsilon is not None:
             self.spent = f", ε {event.epsilon:.2f}"
-        if event.loss:  # 0 stands for a loss that privacy keeps with its client
+        if event.loss:  # 0 stands for a private loss
             self.loss = f", loss {event.loss:.3f}"
         if event.text:
-            self.bar.console.print(told(event), highlight=False, markup=False, soft_wrap=True)
+            self.print(describe_event(event))
             return
         where = f"round {event.round + 1}" + ("" if event.client is None else f", client {event.client}")
-        self.bar.update(
-            self.task, description=f"{where}{self.loss}{self.spent}", advance=1 if event.kind == "round" else 0
-        )
+        self.advance(1 if event.kind == "round" else 0, f"{where}{self.loss}{self.spent}")
 
 
-def told(event: Event) -> str:
-    """An event with something to say, as a line; a note is of no round."""
+def describe_event(event: Event) -> str:
+    """Return the text of an event with its round and client; a note has neither."""
     if event.kind == "note":
-        return display_safe(event.text, NOTE)
+        return display_safe(event.text, LENGTH)
     who = "" if event.client is None else f", client {event.client}"
-    return f"round {event.round + 1}{who}: {display_safe(event.text, NOTE)}"
+    return f"round {event.round + 1}{who}: {display_safe(event.text, LENGTH)}"
 
 
 class Lines:
-    """A line for each round and for whatever happens in it, for a log."""
+    """Prints a line for each round and for each event with a text, for a log."""
 
     def __init__(self, rounds: int):
         self.rounds, self.losses = rounds, dict[int | None, float]()
 
     def watch(self, event: Event) -> None:
-        """Told of every step."""
+        """Print an event."""
         if event.text:
-            print(("note: " if event.kind == "note" else "") + told(event), flush=True)
-            if event.kind == "quarantined":  # after its turn, which counts for nothing
+            print(("note: " if event.kind == "note" else "") + describe_event(event), flush=True)
+            if event.kind == "quarantined":  # its turn does not count
                 self.losses.pop(event.client, None)
         elif event.loss is not None and event.client is not None:
             self.losses[event.client] = event.loss
@@ -88,48 +94,30 @@ class Lines:
             self.losses.clear()
 
 
-class Cells(_Live):
-    """Of a comparison."""
+class Cells(LiveBar):
+    """The progress of a comparison or a sweep."""
 
     def __init__(self, cells: int, rounds: int):
         super().__init__(cells * rounds, "rounds")
-        self.rounds, self.seen, self.told = rounds, dict[tuple[str, int], int](), set[str]()
+        self.rounds, self.seen, self.notes = rounds, dict[tuple[str, int], int](), set[str]()
 
     def watch(self, cell: Cell, event: Event) -> None:
-        """Told of every step of a run in this process."""
-        key = (cell.label, cell.seed)
+        """Show an event of a run in this process."""
         if event.kind == "note":
             self.note(event.text)
         if event.kind == "round":
-            self.seen[key] = self.seen.get(key, 0) + 1
-            self.bar.update(
-                self.task, description=f"{cell.label}, seed {cell.seed}, round {event.round + 1}", advance=1
-            )
+            self.seen[cell.label, cell.seed] = self.seen.get((cell.label, cell.seed), 0) + 1
+            self.advance(1, f"{cell.label}, seed {cell.seed}, round {event.round + 1}")
 
     def note(self, text: str) -> None:
-        """Said once, however many runs read the same rows."""
-        if text not in self.told:
-            self.told.add(text)
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a note once, even if several runs have it."""
+        if text not in self.notes:
+            self.notes.add(text)
+            self.print(text)
 
-    def done(self, cell: Cell) -> None:
-        """Told of every finished run; in another process that is all there is to hear."""
+    def finish(self, cell: Cell) -> None:
+        """Show the end of a run; of one in another process, nothing was shown before."""
         for note in (cell.summary or {}).get("notes", ()):
             self.note(note)
         missing = self.rounds - self.seen.get((cell.label, cell.seed), 0)
-        self.bar.update(self.task, description=f"{cell.label}, seed {cell.seed}: done", advance=missing)
-
-
-class Counted(_Live):
-    """Of things that end one by one; how many there will be may be unknown."""
-
-    def __init__(self, unit: str, total: int | None = None):
-        super().__init__(total, unit)
-
-    def more(self, several: int) -> None:
-        """Told of several at once."""
-        self.bar.update(self.task, description="running", advance=several)
-
-    def done(self, one: object) -> None:
-        """Told of each."""
-        self.bar.update(self.task, description="running", advance=1)
+        self.advance(missing, f"{cell.label}, seed {cell.seed}: done")

@@ -1,11 +1,11 @@
-"""Tuning: every method gets as many trials, and is chosen by rows that are neither trained on nor test rows."""
+"""Tune methods: as many trials for each method, compared on rows that are neither training rows nor test rows."""
 
 import hashlib
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,86 +15,95 @@ from fedlora.files import save_json, write
 from fedlora.runs.attendance import describe_scored
 from fedlora.runs.compare import execute_all, for_label
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import ConfigError, Table, apply_overrides, build, dumps, merge_tables
+from fedlora.runs.config import build
 from fedlora.runs.run import check_same
 from fedlora.runs.search_space import Grid, Values
-from fedlora.schema import get_key, remove_key, set_keys, table_difference
+from fedlora.schema import (
+    ConfigError,
+    Table,
+    apply_overrides,
+    dumps,
+    get_key,
+    merge_tables,
+    remove_key,
+    set_keys,
+    table_difference,
+)
 from fedlora.tasks.data import rows as source
 
 REPORT, CHOSEN = "sweep.json", "chosen.toml"
-VALIDATION = ("validation", "val", "valid", "dev")  # what data calls the rows that are there for choosing
-HELD_OUT = 0.1  # of the training rows, where there are none
-CHEAP = {"evaluation": {"every": 2**31, "measure": False}}  # the last round is always evaluated; nothing else is asked
+VALIDATION = ("validation", "val", "valid", "dev")  # names of validation splits
+HELD_OUT = 0.1  # of the training rows, for data without a validation split
+CHEAP = {"evaluation": {"every": 2**31, "measure": False}}  # evaluates the last round only
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One method's attempt with one set of values."""
+    """One method with one set of values."""
 
     label: str
     number: int  # from 1, within the method
     values: Values
-    table: Table  # the whole configuration, without seed and with the test split as the user has it
+    table: Table  # the configuration without seed, and with the user's test split
+
+    def folder_name(self, seed: int) -> str:
+        """Return the name of the folder of one run."""
+        return f"{self.label.replace(':', '-')}-{self.number}-seed{seed}"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All trials, checked; ``run`` does them."""
+    """The trials of all methods; their configurations are valid."""
 
-    table: Table  # as it was given, with the overrides that are no alternatives
+    table: Table  # the configuration, with the overrides that have one value
     grid: Grid
     trials: list[Trial]
     seeds: list[int]
-    split: str  # what stands in for the test split
+    split: str  # used as the test split
 
     @classmethod
     def plan(
         cls, table: Table, overrides: Sequence[str], labels: Sequence[str] = (), seeds: Sequence[int] = (0,),
         holdout: float | None = None, trials: int | None = None,
     ) -> "Sweep":  # fmt: skip
-        """Every trial of every method, each configuration checked before the first is run.
+        """Build the trials of each method, and check every configuration. Raises ``ConfigError``.
 
-        ``labels`` are as of a comparison; none: the table's own method. ``ConfigError`` says what is wrong.
+        ``labels`` are those of a comparison; without any, the table's method is tuned.
         """
         grid = Grid.read(overrides)
         table = apply_overrides(table, grid.fixed)
-        own = table.get("method", {}).get("name", "fedit")
-        labels, seeds = list(dict.fromkeys(labels or [own])), list(dict.fromkeys(seeds))
-        split = validation_split(table, holdout)
-        points = grid.for_all(labels, trials, table.get("seed", 0))
-        found = [
-            Trial(label, number, values, tried(table, label, values))
+        labels = list(dict.fromkeys(labels or [table.get("method", {}).get("name", "fedit")]))
+        split = find_validation_split(table, holdout)
+        points = grid.points_by_label(labels, trials, table.get("seed", 0))
+        all_trials = [
+            Trial(label, number, values, build_trial_table(table, label, values))
             for label in labels
             for number, values in enumerate(points[label], 1)
         ]
-        planned = cls(table, grid, found, seeds, split)
-        for trial in found:
-            build(planned.asked(trial, seeds[0]))
-            twin = next(t for t in found if t.label == trial.label and t.table == trial.table)
+        sweep = cls(table, grid, all_trials, list(dict.fromkeys(seeds)), split)
+        for trial in all_trials:
+            build(sweep.run_table(trial, sweep.seeds[0]))
+            twin = next(t for t in all_trials if t.label == trial.label and t.table == trial.table)
             if twin is not trial:
                 raise ConfigError(
                     f"trials {twin.number} and {trial.number} of {trial.label!r} are one and the same: "
                     f"{' and '.join(trial.values)} make no difference to it; sweep something that does."
                 )
-        return planned
+        return sweep
 
-    def asked(self, trial: Trial, seed: int) -> Table:
-        """A trial as it is run: on validation rows, with one evaluation at its end."""
+    def run_table(self, trial: Trial, seed: int) -> Table:
+        """Return the configuration of one run: on validation rows, with one evaluation at the end."""
         return merge_tables({**trial.table, "seed": seed}, {"task": {"test_split": self.split}, **CHEAP})
 
-    def cells(self, folder: Path) -> list[Cell]:
-        """Every run, each with a folder of its own."""
-        return [
-            Cell(f"{t.label} {t.number}", seed, self.asked(t, seed), str(folder / "trials" / _name(t, seed)))
-            for t in self.trials
-            for seed in self.seeds
-        ]
+    @property
+    def _runs(self) -> Iterator[tuple[Trial, int]]:
+        return ((trial, seed) for trial in self.trials for seed in self.seeds)
 
     @property
-    def digest(self) -> str:
-        """Of all that is asked for: another sweep cannot go on from this one's trials."""
-        asked = [[self.asked(trial, seed) for trial in self.trials] for seed in self.seeds]
-        return hashlib.blake2b(json.dumps(asked, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    def _digest(self) -> str:
+        """The identity of the sweep: another sweep cannot be resumed from its trials."""
+        tables = [[self.run_table(trial, seed) for trial in self.trials] for seed in self.seeds]
+        return hashlib.blake2b(json.dumps(tables, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def run(
         self,
@@ -103,64 +112,67 @@ class Sweep:
         watch: Callable[[Cell, Event], None] = lambda cell, event: None,
         done: Callable[[Cell], None] = lambda cell: None,
     ) -> dict[str, Any]:
-        """Runs what ``out`` does not hold yet; writes ``sweep.json`` after each trial, ``chosen.toml`` at the end.
+        """Run the trials that ``out`` does not have, and write ``sweep.json`` and, at the end, ``chosen.toml``.
 
-        A trial that diverges counts as one, and loses. ``ConfigError`` where ``out`` holds something else.
+        A trial that diverges counts as a trial, and is not chosen. Raises ``ConfigError`` if ``out`` has other content.
         """
         folder = Path(out).expanduser()
-        known = self._known(folder)
-        cells = {cell.folder: cell for cell in self.cells(folder)}
-        self._check_same(folder, known)
-        waiting = [cell for path, cell in cells.items() if Path(str(path)).name not in known]
-        for cell in waiting:  # what an interrupted trial left
-            shutil.rmtree(str(cell.folder), ignore_errors=True)
-        self._save(folder, known)
-        for cell in execute_all(waiting, jobs, watch):
-            known[Path(str(cell.folder)).name] = _outcome(cell)
-            self._save(folder, known)
+        outcomes = self._read_outcomes(folder)
+        self._check_same(folder, outcomes)
+        cells = []
+        for trial, seed in self._runs:
+            path = folder / "trials" / trial.folder_name(seed)
+            if path.name not in outcomes:
+                shutil.rmtree(path, ignore_errors=True)  # an interrupted trial
+                cells.append(Cell(f"{trial.label} {trial.number}", seed, self.run_table(trial, seed), str(path)))
+        self._save(folder, outcomes)
+        for cell in execute_all(cells, jobs, watch):
+            outcomes[Path(str(cell.folder)).name] = _outcome(cell)
+            self._save(folder, outcomes)
             done(cell)
-        found = self.report(known)
-        write(folder / CHOSEN, dumps(self.chosen(found)).encode())
-        return found
+        report = self._report(outcomes)
+        write(folder / CHOSEN, dumps(self._chosen_table(report)).encode())
+        return report
 
-    def _known(self, folder: Path) -> dict[str, Any]:
+    def _read_outcomes(self, folder: Path) -> dict[str, Any]:
+        """Read the outcomes of the finished trials, by the name of their folder."""
         file = folder / REPORT
         if not file.exists():
             if folder.exists() and any(folder.iterdir()):
                 raise ConfigError(f"{str(folder)!r} holds something else; choose another folder with --out.")
             return {}
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("digest") != self.digest:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report.get("digest") != self._digest:
             raise ConfigError(
                 f"{str(folder)!r} holds another sweep; choose another folder with --out, or ask for the same."
             )
-        return dict(found["runs"])
+        return dict(report["runs"])
 
-    def _check_same(self, folder: Path, known: Mapping[str, Any]) -> None:
-        """``ValueError`` where the data have changed since the trials that are finished: they could not be compared."""
+    def _check_same(self, folder: Path, outcomes: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if the data have changed since the finished trials; checks one trial of each seed."""
         for seed in self.seeds:
-            names = {_name(trial, seed): trial for trial in self.trials}
-            done = next((name for name in names if name in known and (folder / "trials" / name).exists()), None)
+            places = {trial.folder_name(seed): trial for trial in self.trials}
+            done = next((name for name in places if name in outcomes and (folder / "trials" / name).exists()), None)
             if done is not None:
-                check_same(build(self.asked(names[done], seed)), folder / "trials" / done)
+                check_same(build(self.run_table(places[done], seed)), folder / "trials" / done)
 
-    def _save(self, folder: Path, known: Mapping[str, Any]) -> None:
-        save_json(folder / REPORT, {**self.report(known), "digest": self.digest, "runs": known})
+    def _save(self, folder: Path, outcomes: Mapping[str, Any]) -> None:
+        save_json(folder / REPORT, {**self._report(outcomes), "digest": self._digest, "runs": outcomes})
 
-    def report(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """A row a method: its trials with what they came to, and the one to take."""
-        metric = next((run["metric"] for run in known.values() if run["metric"]), None)
+    def _report(self, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return each method's trials and its best one."""
+        metric = next((run["metric"] for run in outcomes.values() if run["metric"]), None)
         labels = list(dict.fromkeys(trial.label for trial in self.trials))
         return {
             "validation": self.split,
             "metric": metric,
             "seeds": self.seeds,
-            "finished": len(known) == len(self.trials) * len(self.seeds),
-            "methods": [self._row(label, known, metric) for label in labels],
+            "finished": len(outcomes) == len(self.trials) * len(self.seeds),
+            "methods": [self._row(label, outcomes, metric) for label in labels],
         }
 
-    def _row(self, label: str, known: Mapping[str, Any], metric: Mapping[str, Any] | None) -> dict[str, Any]:
-        trials = [self._trial(trial, known) for trial in self.trials if trial.label == label]
+    def _row(self, label: str, outcomes: Mapping[str, Any], metric: Mapping[str, Any] | None) -> dict[str, Any]:
+        trials = [self._trial_row(trial, outcomes) for trial in self.trials if trial.label == label]
         good = [trial for trial in trials if trial["value"] is not None]
         best: dict[str, Any] = {"trial": None, "values": {}, "value": None}
         if good and metric is not None:
@@ -175,80 +187,72 @@ class Sweep:
             "trials": trials,
         }
 
-    def _trial(self, trial: Trial, known: Mapping[str, Any]) -> dict[str, Any]:
-        runs = [known.get(_name(trial, seed)) for seed in self.seeds]
-        values = [run["value"] for run in runs if run is not None]
-        whole = len(values) == len(self.seeds) and None not in values
+    def _trial_row(self, trial: Trial, outcomes: Mapping[str, Any]) -> dict[str, Any]:
+        runs = [run for seed in self.seeds if (run := outcomes.get(trial.folder_name(seed))) is not None]
+        values = [run["value"] for run in runs]
+        is_whole = len(values) == len(self.seeds) and None not in values
         return {
             "trial": trial.number,
             "values": trial.values,
-            "value": statistics.fmean(values) if whole else None,
+            "value": statistics.fmean(values) if is_whole else None,
             "each": values,
-            "by": next((run["by"] for run in runs if run and run["by"]), None),
-            "over": next((run["over"] for run in runs if run and run.get("over") not in (None, "clients")), None),
+            "by": next((run["by"] for run in runs if run["by"]), None),
+            "over": next((run["over"] for run in runs if run.get("over") not in (None, "clients")), None),
             "diverged": values.count(None),
-            "seconds": sum(run["seconds"] for run in runs if run is not None),
+            "seconds": sum(run["seconds"] for run in runs),
         }
 
-    def chosen(self, found: Mapping[str, Any]) -> Table:
-        """The given configuration, with each method's values in its ``[compare.METHOD]`` table."""
+    def _chosen_table(self, report: Mapping[str, Any]) -> Table:
+        """Return the configuration with the best values of each method in its ``[compare.METHOD]`` table."""
         tables = {}
-        for row in found["methods"]:
-            if row["chosen"] is not None:
-                trial = next(t for t in self.trials if (t.label, t.number) == (row["method"], row["chosen"]))
+        chosen = {(row["method"], row["chosen"]) for row in report["methods"]}
+        for trial in self.trials:
+            if (trial.label, trial.number) in chosen:
                 base = for_label(remove_key(self.table, ["compare", trial.label]), trial.label)
-                said = {key: value for key, value in trial.values.items() if get_key(trial.table, key) == value}
-                tables[trial.label] = set_keys(table_difference(trial.table, base), said)
+                swept = {key: value for key, value in trial.values.items() if get_key(trial.table, key) == value}
+                tables[trial.label] = set_keys(table_difference(trial.table, base), swept)
         return {**self.table, "compare": {**self.table.get("compare", {}), **tables}}
 
 
-def tried(table: Table, label: str, values: Values) -> Table:
-    """A method's configuration with these values, whatever the table says of it already.
+def build_trial_table(table: Table, label: str, values: Values) -> Table:
+    """Return a method's configuration with these values, which replace those of the table.
 
-    A method whose adapter is of another kind gets one with as many numbers, as in a comparison.
+    If the method's adapter is of another kind, it gets as many parameters, as in a comparison.
     """
-    own = {key: value for key, value in values.items() if key.startswith("method.")}
-    rest = {key: value for key, value in values.items() if key not in own}
-    table = set_keys(table, rest)
     tuned = table.get("compare", {}).get(label, {})
     for key in values:
         tuned = remove_key(tuned, key.split("."))
+    of_method = {key: value for key, value in values.items() if key.startswith("method.")}
+    table = set_keys(table, {key: value for key, value in values.items() if key not in of_method})
     table = {**table, "compare": {**table.get("compare", {}), label: tuned}}
-    return set_keys(for_label(table, label), own)
+    return set_keys(for_label(table, label), of_method)
 
 
-def validation_split(table: Table, share: float | None) -> str:
-    """The test split that a sweep uses instead: the data's own validation rows, or a share of the training rows.
-
-    ``ConfigError`` where there is neither.
-    """
+def find_validation_split(table: Table, share: float | None) -> str:
+    """Return the data's validation split, or ``share`` of its training rows. Raises ``ConfigError`` without rows."""
     config = build({key: value for key, value in table.items() if key != "compare"})
     task: Any = config.task
     if config.clients.own_data or not hasattr(task, "test_split"):
         raise ConfigError(
-            "there is no validation data to choose by, since every party has its own rows elsewhere; "
+            "there is no validation data to choose by, since every client has its own rows elsewhere; "
             "sweep on a data set of your own, and take over the chosen values."
         )
     if share is not None and not 0 < share < 1:
         raise ConfigError(f"--holdout is {share}; it is a share of the training rows, between 0 and 1.")
     names = source.split_names(task.data, task.data_config, source.text_format(task)) if share is None else []
-    free = [name for name in VALIDATION if name in names and name not in (task.train_split, task.test_split)]
-    return free[0] if free else source.held_out_split(task.train_split, share or HELD_OUT)
-
-
-def _name(trial: Trial, seed: int) -> str:
-    return f"{trial.label.replace(':', '-')}-{trial.number}-seed{seed}"
+    unused = [name for name in VALIDATION if name in names and name not in (task.train_split, task.test_split)]
+    return unused[0] if unused else source.held_out_split(task.train_split, share or HELD_OUT)
 
 
 def _outcome(cell: Cell) -> dict[str, Any]:
-    """What a trial came to; no figure where it diverged. A shared model is judged on all rows, others by client."""
-    found: dict[str, Any] = {"value": None, "by": None, "metric": None, "seconds": 0.0, "failure": cell.failure}
+    """Return the final figure of a run, None if it diverged: of the shared model, or else the clients' mean."""
+    outcome: dict[str, Any] = {"value": None, "by": None, "metric": None, "seconds": 0.0, "failure": cell.failure}
     if cell.summary is None:
-        return found
+        return outcome
     final, metric = cell.summary["final"], cell.summary["metric"]
     by = "global" if "global" in final else "clients"
     value = float(final["global"][metric["name"]] if by == "global" else final["clients"]["mean"])
-    return found | {
+    return outcome | {
         "value": value if math.isfinite(value) else None,
         "by": by,
         "over": describe_scored(cell.summary) if by == "clients" else None,

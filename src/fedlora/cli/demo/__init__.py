@@ -23,6 +23,6 @@ def run_demo(out: Path, jobs: int, say: Callable[[str], None]) -> tuple[list[dic
         say("Ten clients, 1,347 handwritten digits between them, unevenly split; a small ViT that was pretrained on")
         say("letters. Each trains a LoRA of rank 4 on its own digits; eight ways to combine them:")
         with Cells(len(METHODS), table["rounds"]) as progress:
-            cells = compare(table, METHODS, [table["seed"]], out, jobs, progress.watch, progress.done)
+            cells = compare(table, METHODS, [table["seed"]], out, jobs, progress.watch, progress.finish)
         shutil.copy(path, out / "demo.toml")
     return comparison_rows(cells), draw_comparison(load_cells(cells), out)
