@@ -12,7 +12,7 @@ from fedlora.reporting.citations import collect_citations
 from fedlora.reporting.method_catalog import describe_method
 from fedlora.runs.config import Config, ModelTable, build, read
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.plan.plan import plan
+from fedlora.runs.plan.plan import plan_run
 from tests.fixtures.federation import TABLE, TINY_VIT, same
 from tests.fixtures.plugins import importable, installed  # noqa: F401
 
@@ -103,7 +103,7 @@ def test_plan_export_methods_and_cite_take_them(names, tmp_path):
     own = table(names, rounds=1)
     config = build({**own, "engine": {"name": "inprocess"}})
     run = fedlora.run(config, tmp_path / "run")
-    assert plan(config)["bytes"]["run"] == run.summary["bytes"]
+    assert plan_run(config)["bytes"]["run"] == run.summary["bytes"]
     found = export_model(RunFolder.open(tmp_path / "run"), tmp_path / "adapter")
     assert found["ranks"] == [3] and found["difference"] < 1e-5
     assert describe_method(names["method"])["title"] == "Damped" and describe_method(names["method"])["adapters"] == [

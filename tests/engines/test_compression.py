@@ -13,7 +13,7 @@ from fedlora.engines.in_process import InProcess
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import public_leaves
-from fedlora.runs.plan.plan import build_meta_model, byte_plan
+from fedlora.runs.plan.plan import build_meta_model, plan_bytes
 from fedlora.types import Turn
 from tests.fixtures.federation import HEAD, LORA, REFERENCE, WEIGHTS, config, same, settings
 
@@ -219,7 +219,7 @@ def test_the_plan_is_exact(name):
         rough = [COARSE[0], COARSE[2], "compression.down=int8"]
     made = config(*settings(name), *rough, "compression.base_updates=bfloat16", "rounds=4",
                   "clients.per_round=2", "evaluation.every=4", "evaluation.measure=false", "training.local_steps=1")  # fmt: skip
-    plan = byte_plan(build_meta_model(made))
+    plan = plan_bytes(build_meta_model(made))
     assert plan["exact"] and plan["run"] == fedlora.run(made).summary["bytes"]
 
 

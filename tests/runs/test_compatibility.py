@@ -8,7 +8,7 @@ from fedlora.methods import METHODS
 from fedlora.reporting.method_catalog import describe_privacy
 from fedlora.runs.compare import compare_aggregation, for_label
 from fedlora.runs.config import apply_overrides, build, merge_tables
-from fedlora.runs.plan.plan import problems
+from fedlora.runs.plan.plan import find_problems
 from tests.fixtures.federation import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")
@@ -104,4 +104,4 @@ def test_a_methods_page_says_what_is_covered():
 
 def test_a_plan_lists_what_is_wrong_and_not_what_is_right():
     table = {**made("fedit", *CLIENT).table, "rounds": 0}
-    assert problems(table) == ["rounds is 0; a run needs at least 1."]
+    assert find_problems(table) == ["rounds is 0; a run needs at least 1."]

@@ -44,7 +44,7 @@ def broken(commands, tmp_path):
         ("engines.client_turn:client_turn", "RuntimeError('CUDA error')", ["compare", "my.toml", "--methods", "local", "--out", "c"], "c/local-seed0"),
         ("runs.config:Config.federation", "KeyError('x')", ["run", "my.toml", "--out", "r"], "."),
         ("runs.config:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
-        ("runs.plan.plan:planned", "TypeError('no')", ["plan", "my.toml"], "."),
+        ("runs.plan.plan:plan_methods", "TypeError('no')", ["plan", "my.toml"], "."),
         ("runs.sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
         ("export.aggregate:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
         ("runs.folder:RunFolder.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
@@ -65,15 +65,15 @@ def test_an_unexpected_error_is_one_sentence_and_a_file(broken, tmp_path, where,
 
 def test_a_second_error_is_added_and_a_traceback_can_be_asked_for(broken, tmp_path):
     for _ in range(2):
-        broken("runs.plan.plan:planned", "TypeError('no')", "plan", "my.toml")
+        broken("runs.plan.plan:plan_methods", "TypeError('no')", "plan", "my.toml")
     assert (tmp_path / "error.log").read_text().count("Traceback") == 2
-    found = broken("runs.plan.plan:planned", "TypeError('no')", "plan", "my.toml", FEDLORA_TRACEBACK="1")
+    found = broken("runs.plan.plan:plan_methods", "TypeError('no')", "plan", "my.toml", FEDLORA_TRACEBACK="1")
     assert found.returncode == 1 and "Traceback" in found.stderr
     assert (tmp_path / "error.log").read_text().count("Traceback") == 2
 
 
 def test_a_users_mistake_leaves_no_file(broken, tmp_path):
-    found = broken("runs.plan.plan:planned", "TypeError('no')", "run", "none.toml")
+    found = broken("runs.plan.plan:plan_methods", "TypeError('no')", "run", "none.toml")
     assert found.returncode == 2 and "there is no configuration file" in found.stderr
     assert not (tmp_path / "error.log").exists()
 

@@ -16,7 +16,7 @@ from fedlora.reporting.tables import plan as plans
 from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
-from fedlora.runs.plan.plan import build_meta_model, byte_plan, planned, problems
+from fedlora.runs.plan.plan import build_meta_model, find_problems, plan_bytes, plan_methods
 from fedlora.runs.run import run
 from tests.fixtures.federation import TINY_VIT
 
@@ -41,7 +41,7 @@ def agree(table, label=None):
     """The plan's bytes and the run's; returns both plan and run."""
     table = wide(table, label)
     config = build(for_label(table, label) if label else table)
-    found, result = byte_plan(build_meta_model(config)), run(config)
+    found, result = plan_bytes(build_meta_model(config)), run(config)
     assert found["exact"]
     assert found["run"] == result.summary["bytes"]
     return found, result
@@ -73,7 +73,7 @@ def test_bytes_and_steps_of_clients_that_drop_out_are_slow_or_new(name):
     table = {**TABLE, "clients": clients, "training": {"local_steps": 4, "batch_size": 4}}
     agree(table, name)
     f = build(for_label(wide(table, name), name)).federation()
-    rows = planned(wide(table, name), [name])[0]["rows"]
+    rows = plan_methods(wide(table, name), [name])[0]["rows"]
     assert (rows["clients"], len(rows["train"])) == (5, 5)
     assert rows["steps"] == [f.training_of(0, k).steps(len(f.shards[k].train)) for k in range(5)]
     assert len(set(rows["steps"])) > 1
@@ -99,15 +99,17 @@ def test_bytes_that_depend_on_training_are_the_most():
     method = {"name": "hetlora", "decay": 0.5, "tail_penalty": 50.0}
     training = {"local_steps": 5, "batch_size": 8, "learning_rate": 0.05}
     table = {**TABLE, "method": method, "training": training, "clients": {"count": 2}, "rounds": 4}
-    plan = planned(table)[0]
-    assert not plan["bytes"]["exact"] and any("depend on what training finds" in said for said in plan["estimates"])
+    plan = plan_methods(table)[0]
+    assert not plan["bytes"]["exact"] and any(
+        "depend on the values that training finds" in said for said in plan["estimates"]
+    )
     spent = run(build(table)).summary["bytes"]
     assert sum(spent["up"].values()) < sum(plan["bytes"]["run"]["up"].values()), "the clients have pruned themselves"
 
 
 def test_rows_numbers_and_steps_are_those_of_the_run():
     table = {**TABLE, "training": {"local_epochs": 2, "batch_size": 4}}
-    plan = planned(table)[0]
+    plan = plan_methods(table)[0]
     f = build(table).federation()
     assert plan["rows"]["train"] == [len(s.train) for s in f.shards]
     assert plan["rows"]["test"] == [len(s.test) for s in f.shards]
@@ -167,16 +169,16 @@ def test_memory_is_within_a_fifth(shared, model, batch, scored, precision):
         [sys.executable, "-c", MEASURE, json.dumps(table)], capture_output=True, text=True, check=True, env=environment
     )
     spent = int(found.stdout)
-    said = planned(table)[0]["memory"]["one_process"]
+    said = plan_methods(table)[0]["memory"]["one_process"]
     assert said == pytest.approx(spent, rel=0.2)
 
 
 # ------------------------------------------------------------------------------ what a user meets
 def test_no_weights_are_needed(tmp_path):
-    whole = planned(TABLE)[0]
+    whole = plan_methods(TABLE)[0]
     shutil.copytree(TINY_VIT, tmp_path / "vit")
     (tmp_path / "vit" / "model.safetensors").unlink()
-    assert planned({**TABLE, "model": {"name": str(tmp_path / "vit")}})[0] == whole
+    assert plan_methods({**TABLE, "model": {"name": str(tmp_path / "vit")}})[0] == whole
 
 
 @pytest.mark.shared
@@ -218,42 +220,44 @@ def test_a_head_that_the_checkpoint_brings_is_not_trained(shared, tmp_path):
             agree(table, label)
         assert build_meta_model(build(table)).federation.heads == build(table).federation().heads == frozenset()
     asked = {**task, "metric": "exact_match", "max_new_tokens": 4}
-    said = " ".join(planned({**table, "task": asked, "model": {**table["model"], "quantize": "4bit"}})[0]["estimates"])
+    said = " ".join(
+        plan_methods({**table, "task": asked, "model": {**table["model"], "quantize": "4bit"}})[0]["estimates"]
+    )
     assert "Answers are generated" in said and "model.quantize" in said
 
 
 def test_all_that_is_wrong_is_said_at_once():
     table = {**TABLE, "rounds": 0, "clients": {"count": -1}, "training": {"lr": 1.0}, "evaluation": {"every": 0}}
-    found = problems(table)
+    found = find_problems(table)
     assert len(found) == 4
     for words in ("rounds is 0", "clients.count is -1", "'training.lr'", "evaluation.every is 0"):
         assert sum(words in sentence for sentence in found) == 1
-    assert problems(TABLE) == []
+    assert find_problems(TABLE) == []
     heads = {**TABLE, "adapter": {"name": "multihead"}, "method": {"name": "ravan"}, "rounds": -1}
-    assert problems(heads) == ["rounds is -1; a run needs at least 1."], "sections are judged with those they need"
-    assert "needs one rank" in problems({**TABLE, "clients": {"count": 2, "ranks": [1, 2]}})[0]
-    both = problems({**TABLE, "adapter": {"rank": 0}, "clients": {"count": 0}})
+    assert find_problems(heads) == ["rounds is -1; a run needs at least 1."], "sections are judged with those they need"
+    assert "needs one rank" in find_problems({**TABLE, "clients": {"count": 2, "ranks": [1, 2]}})[0]
+    both = find_problems({**TABLE, "adapter": {"rank": 0}, "clients": {"count": 0}})
     assert [sentence.split(" is")[0] for sentence in both] == ["clients.count", "adapter.rank"], "none hides another"
 
 
 def test_a_method_that_cannot_be_run_says_why_in_its_row():
     table = {**TABLE, "clients": {"count": 2, "ranks": [1, 4]}, "rounds": 1}
-    fedit, flora = planned(table, ["fedit", "flora"])
+    fedit, flora = plan_methods(table, ["fedit", "flora"])
     assert "needs one rank for all" in fedit["problem"] and flora["bytes"]["run"]["up"]["adapter"] > 0
     show(*plans.tabulate_plans([fedit, flora]))
     with pytest.raises(ConfigError, match="needs one rank for all"):
-        planned(table, ["fedit"])
+        plan_methods(table, ["fedit"])
 
 
 def test_a_hub_id_that_is_not_here_is_one_sentence():
     with pytest.raises(ConfigError, match="'nobody/nothing' could not be loaded"):
-        planned({**TABLE, "model": {"name": "nobody/nothing"}})
+        plan_methods({**TABLE, "model": {"name": "nobody/nothing"}})
 
 
 def test_parties_with_own_data_are_planned_without_rows():
     task = {**TABLE["task"], "label_names": [str(i) for i in range(10)]}
     own = {**TABLE, "task": task, "clients": {"count": 3, "partition": {"name": "own"}}}
-    found = planned(own)[0]
+    found = plan_methods(own)[0]
     assert found["rows"]["train"] is None and found["flops"]["training"] > 0
     assert any("No rows are here" in said for said in found["estimates"])
     show(*plans.tabulate_plan(found))
@@ -261,11 +265,11 @@ def test_parties_with_own_data_are_planned_without_rows():
 
 def test_operations_grow_with_what_is_asked():
     once, twice = (
-        planned({**TABLE, "training": {"local_steps": n, "batch_size": 4}})[0]["flops"]["training"] for n in (2, 4)
+        plan_methods({**TABLE, "training": {"local_steps": n, "batch_size": 4}})[0]["flops"]["training"] for n in (2, 4)
     )
     assert twice == pytest.approx(2 * once)
-    small = planned({**TABLE, "adapter": {"name": "lora", "rank": 1}})[0]
-    large = planned({**TABLE, "adapter": {"name": "lora", "rank": 16}})[0]
+    small = plan_methods({**TABLE, "adapter": {"name": "lora", "rank": 1}})[0]
+    large = plan_methods({**TABLE, "adapter": {"name": "lora", "rank": 16}})[0]
     assert large["memory"]["moments"] > 5 * small["memory"]["moments"]
     assert large["flops"]["training"] > small["flops"]["training"]
 

@@ -15,7 +15,7 @@ from fedlora.engines.loop import Event
 from fedlora.export.peft import export_model
 from fedlora.runs.config import apply_overrides, build, dumps, merge_tables
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.plan.plan import plan
+from fedlora.runs.plan.plan import plan_run
 from fedlora.security.privacy import Privacy
 from fedlora.security.privacy.client_level import iterate_leaves, starting_leaves
 from tests.fixtures.federation import ADAPTERS, TABLE, same
@@ -84,7 +84,7 @@ def test_epsilon_is_said_everywhere_and_grows(tmp_path):
     assert 0 < spent[0] < spent[1] == result.summary["privacy"]["epsilon"]
     assert [e.epsilon for e in told if isinstance(e, Event) and e.kind == "round"] == spent
     assert spent[1] == max(result.summary["privacy"]["clients"].values())
-    assert plan(made)["privacy"] == result.summary["privacy"]
+    assert plan_run(made)["privacy"] == result.summary["privacy"]
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
     figure = f"ε = {spent[1]:.3g}"
     assert shown.exit_code == 0 and figure in shown.stdout

@@ -69,14 +69,14 @@ def plan_command(config: ConfigPath, override: Override = None, methods: Methods
     """Estimate the costs of a run before it begins: bytes, memory, operations; and report errors in the settings."""
     from fedlora.reporting.tables.plan import tabulate_plan, tabulate_plans
     from fedlora.runs.config import apply_overrides, read_table
-    from fedlora.runs.plan.plan import planned, problems
+    from fedlora.runs.plan.plan import find_problems, plan_methods
 
     table = apply_overrides(read_table(config), override or [])
-    errors = problems(table)
+    errors = find_problems(table)
     if errors:
         for sentence in errors:
             say(f"fedlora: {' '.join(sentence.split())}")
         print_result(as_json, {"problems": errors})
         raise typer.Exit(2)
-    found = planned(table, parse_names(methods))
+    found = plan_methods(table, parse_names(methods))
     print_result(as_json, found, lambda: tabulate_plan(found[0]) if len(found) == 1 else tabulate_plans(found))

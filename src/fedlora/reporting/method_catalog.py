@@ -13,7 +13,7 @@ from fedlora.engines.clients import Clients
 from fedlora.engines.federation import Federation
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods import METHODS, Method
-from fedlora.runs.plan.traffic import Group, play
+from fedlora.runs.plan.traffic import PartGroup, simulate_group
 from fedlora.runs.table import Column, Table
 from fedlora.tasks._base import Shard
 from fedlora.training.evaluation import Evaluation
@@ -47,7 +47,7 @@ def estimate_bytes(kind: type[Method]) -> dict[str, float]:
         [Shard(row, row)] * CLIENTS, [method.adapter.budget] * CLIENTS, Training(), Evaluation(), ServerOptimizer(),
         ROUNDS + 1, 0,
     )  # fmt: skip
-    rows = play(federation, Group("weight", layer, 1)).rows
+    rows = simulate_group(federation, PartGroup("weight", layer, 1)).rows
     turns = ROUNDS * CLIENTS
     return {
         "up": sum(row.bytes for row in rows if row.direction == "up" and row.round < ROUNDS) / turns,

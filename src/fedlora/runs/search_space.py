@@ -66,9 +66,7 @@ class Grid:
         """Return each method's trials: all combinations, or ``trials`` draws. Raises ``ConfigError`` if unequal."""
         others = (label for key in self.settings if (label := _split_key(key)[0]) not in (None, *labels))
         if (other := next(others, None)) is not None:
-            raise ConfigError(
-                f"the sweep sets values of {other!r}, which is not among its methods; add it to --methods."
-            )
+            raise ConfigError(f"the sweep sets values of {other!r}, which is none of its methods; add it to --methods.")
         points = {label: self._points(label, trials, seed) for label in labels}
         most, least = (pick(points, key=lambda label: len(points[label])) for pick in (max, min))
         if len(points[most]) != len(points[least]):

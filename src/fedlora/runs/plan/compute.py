@@ -1,59 +1,152 @@
-"""What the batches of a run cost: the shapes that the seeds will draw, a few of them tried, the others in between."""
+"""Computation and memory of a run's batches, measured on fake tensors.
+
+The shapes of the batches follow from the seeds. A few of them are tried, and the others are interpolated.
+"""
 
 import statistics
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedlora.engines.federation import Federation
-from fedlora.runs.plan.footprint import Cost, interpolated
+from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.runs.plan.meta_model import MetaModel
 from fedlora.seeds import derive_seed
-from fedlora.tasks._base import Examples
+from fedlora.tasks._base import Batch
 from fedlora.training.local import sample_batches
 
-WATCHED = 20_000  # batches whose shapes are drawn beforehand; of a longer run, the first ones
-POINTS = 3  # widths at which a batch is tried
+MAX_BATCHES = 20_000  # batches whose shapes are drawn; of a longer run, the first ones
+POINTS = 3  # widths that are tried
+CPU_ATTENTION = {  # torch counts these on a GPU only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **_: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *rest, **_: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BatchCost:
+    """Floating point operations and bytes of one batch."""
+
+    flops: int
+    saved: int  # activations for the backward pass
+    peak: int  # at most at a time, beside the weights and leaves: with gradients and moments
+    gradients: int = 0
+    moments: int = 0
+
+
+class Bench:
+    """Runs batches of any shape on a meta model with fake tensors."""
+
+    def __init__(self, meta: MetaModel):
+        f = meta.federation
+        self.model, self.task, self.training, self.fake = f.model, f.task, f.training, meta.fake
+        self.is_approximate = False  # whether a loss depends on values, and was taken at every position
+        leaves: dict[int, Tensor] = {}
+        with self.fake:
+            for x in (x for layer in meta.tree.values() for x in layer.values()):  # a shared leaf stays one tensor
+                leaves[id(x)] = leaves.get(id(x), torch.empty(x.shape, device=self.model.device))
+        self.model.load({part: {k: leaves[id(x)] for k, x in layer.items()} for part, layer in meta.tree.items()})
+        self.known = [*self.model.network.parameters(), *self.model.network.buffers()]
+
+    def train(self, shapes: Mapping[str, Tensor], trained: Mapping[str, frozenset[str]]) -> BatchCost:
+        """Measure one optimiser step, with the moments of earlier steps."""
+        parameters = list(self.model.select(trained).values())
+        if not parameters:
+            return BatchCost(0, 0, 0)
+        optimizer = self.training.build(parameters)
+        self.model.network.train()
+        with self.fake, MemoryTracker(self.known) as memory:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()  # allocates the moments
+            optimizer.zero_grad(set_to_none=True)
+            memory.peak = before = memory.now
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                loss = self._loss(shapes)
+                saved = memory.now - before
+                loss.backward()
+            del loss
+            gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            if self.training.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            states = (x for state in optimizer.state.values() for x in state.values())
+            moments = sum(x.nbytes for x in states if isinstance(x, Tensor))
+            return BatchCost(counter.get_total_flops(), saved, memory.peak, gradients, moments)
+
+    def score(self, shapes: Mapping[str, Tensor]) -> BatchCost:
+        """Measure a forward pass for evaluation."""
+        self.model.network.eval()
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        with self.fake, torch.no_grad(), MemoryTracker(self.known) as memory, counter:
+            batch = self._batch(shapes)
+            with self.model.running():
+                self._run(lambda: self.task.outputs(self.model.network, batch), batch)
+        return BatchCost(counter.get_total_flops(), 0, memory.peak)
+
+    def _loss(self, shapes: Mapping[str, Tensor]) -> Tensor:
+        batch = self._batch(shapes)
+        with self.model.running():
+            return self._run(lambda: self.task.loss(self.model.network, batch), batch)
+
+    def _batch(self, shapes: Mapping[str, Tensor]) -> Batch:
+        return {name: torch.zeros(x.shape, dtype=x.dtype, device=self.model.device) for name, x in shapes.items()}
+
+    def _run(self, compute: Callable[[], Tensor], batch: Batch) -> Tensor:
+        """Run the task's computation, or take the loss at every position if its shapes depend on values."""
+        try:
+            return compute()
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self.is_approximate = True
+            output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
+            flat = output.logits.flatten(0, -2).float()
+            return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
 
 @dataclass
 class Shapes:
-    """The batches that the seeds will draw: how many of each number of rows and width, and the rows of some."""
+    """The batches of a run: how many have each number of rows and width, and one batch of each width."""
 
     counts: Counter[tuple[int, int]] = field(default_factory=Counter)
     rows: dict[int, Tensor] = field(default_factory=dict)  # width -> the largest batch of that width
-    complete: bool = True
+    is_complete: bool = True
     turns: int = 0
 
     @classmethod
     def of(cls, f: Federation) -> "Shapes":
-        """Of the whole run, or its first part."""
-        found = cls()
-        if f.data is None:
-            return found
-        for number in range(f.rounds):
+        """Draw the batches of the run, or of its first part."""
+        shapes = cls()
+        for number in range(f.rounds if f.data is not None else 0):
             for client in f.clients.remaining(number, f.seed):
-                if found.counts.total() >= WATCHED:
-                    found.complete = False
-                    return found
-                found.add(f, number, client, f.data.train)
-        return found
+                if shapes.counts.total() >= MAX_BATCHES:
+                    shapes.is_complete = False
+                    return shapes
+                shapes._add_turn(f, number, client)
+        return shapes
 
-    def add(self, f: Federation, number: int, client: int, examples: Examples) -> None:
-        """One client's turn."""
+    def _add_turn(self, f: Federation, number: int, client: int) -> None:
+        assert f.data is not None
         rows, training, self.turns = f.shards[client].train, f.training_of(number, client), self.turns + 1
-        stream = sample_batches(examples, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
+        stream = sample_batches(f.data.train, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
         for _ in range(training.steps(len(rows)) * training.accumulation_steps):
-            some = next(stream)
-            width = int(examples.lengths[some].max())
-            self.counts[len(some), width] += 1
-            if width not in self.rows or len(self.rows[width]) < len(some):
-                self.rows[width] = some
+            batch = next(stream)
+            width = int(f.data.train.lengths[batch].max())
+            self.counts[len(batch), width] += 1
+            if width not in self.rows or len(self.rows[width]) < len(batch):
+                self.rows[width] = batch
 
-    def tried(self) -> list[int]:
-        """Widths worth trying: the largest batch's, and at most two others that are far from it."""
+    def widths(self) -> list[int]:
+        """Return the widths to try: that of the largest batch, the smallest and the median."""
         if not self.rows:
             return []
         largest = max(self.rows, key=lambda width: (len(self.rows[width]) * width, width))
@@ -62,88 +155,93 @@ class Shapes:
 
 
 @dataclass
-class Measured:
-    """What batches cost."""
+class ComputeEstimate:
+    """The most expensive batches, and the mean operations of a client."""
 
-    train: Cost
-    score: Cost
-    each: float  # FLOPs of a client's turn, mean
-    evaluating: float  # FLOPs of a client's evaluation on its own rows, mean
+    train: BatchCost
+    score: BatchCost
+    turn_flops: float  # mean over turns
+    evaluation_flops: float  # of a client's evaluation on its own rows, mean
 
     def flops(self, f: Federation) -> dict[str, float]:
-        """Per client and round, and of the run; evaluation where it is due."""
-        due = sum(f.evaluation.is_due(number, f.rounds) for number in range(f.rounds))
+        """Return the operations of a turn, of an evaluation and of the run."""
+        evaluations = sum(f.evaluation.is_due(number, f.rounds) for number in range(f.rounds)) * f.clients.members
         turns = sum(len(f.clients.remaining(number, f.seed)) for number in range(f.rounds))
-        run = self.each * turns + self.evaluating * due * f.clients.members
-        return {"training": self.each, "evaluation": self.evaluating, "run": run}
+        run = self.turn_flops * turns + self.evaluation_flops * evaluations
+        return {"training": self.turn_flops, "evaluation": self.evaluation_flops, "run": run}
 
 
-def measured(o: MetaModel, shapes: Shapes) -> Measured:
-    """The dearest batch of training and of evaluation, and what a client's turn takes on average."""
-    f, bench = o.federation, o.bench
-    trained = _trained(o)
+def estimate_compute(meta: MetaModel, bench: Bench, shapes: Shapes) -> ComputeEstimate:
+    """Measure the most expensive batches, and interpolate the operations of all others."""
+    f, trained = meta.federation, _trained_leaves(meta)
     if f.data is None:
-        batch = _stand_in(o)
+        batch = _batch_without_rows(meta)
         cost = max((bench.train(batch, leaves) for leaves in trained), key=lambda c: c.peak)
-        score = bench.score(batch)
         steps = f.training.steps(1) * f.training.accumulation_steps
-        return Measured(cost, score, float(cost.flops * steps), 0.0)
+        return ComputeEstimate(cost, bench.score(batch), float(cost.flops * steps), 0.0)
     points: dict[int, float] = {}
-    most = Cost(0, 0, 0)
-    for width in shapes.tried():
-        batch = o.config.task.collate(f.data.train, shapes.rows[width])
+    most = BatchCost(0, 0, 0)
+    for width in shapes.widths():
+        batch = meta.config.task.collate(f.data.train, shapes.rows[width])
         costs = [bench.train(batch, leaves) for leaves in trained]
         points[width] = statistics.fmean(cost.flops for cost in costs) / len(shapes.rows[width])
         most = max(most, *costs, key=lambda cost: cost.peak)
-    at = interpolated(points)
-    total = sum(many * rows * at(width) for (rows, width), many in shapes.counts.items())
-    score, evaluating = _scored(o)
-    return Measured(most, score, total / shapes.turns, evaluating)
+    row_flops = _interpolate(points)
+    total = sum(count * rows * row_flops(width) for (rows, width), count in shapes.counts.items())
+    return ComputeEstimate(most, *_estimate_evaluation(meta, bench, total / shapes.turns))
 
 
-def _scored(o: MetaModel) -> tuple[Cost, float]:
-    """The widest batch of an evaluation, and what a client's evaluation takes on average."""
-    f = o.federation
+def _estimate_evaluation(meta: MetaModel, bench: Bench, turn_flops: float) -> tuple[BatchCost, float, float]:
+    """Return the most expensive batch of an evaluation, ``turn_flops``, and the mean operations of a client."""
+    f = meta.federation
     assert f.data is not None
     test, size = f.data.test, f.evaluation.batch_size
-    ordered = torch.arange(len(test))[test.lengths.argsort(stable=True)]
-    some = [ordered.split(size)[i] for i in {0, len(ordered.split(size)) // 2, len(ordered.split(size)) - 1}]
-    costs = [
-        (int(test.lengths[rows].max()), len(rows), o.bench.score(o.config.task.collate(test, rows))) for rows in some
-    ]
-    at = interpolated({width: cost.flops / rows for width, rows, cost in costs})
-    own = []
+    parts = torch.arange(len(test))[test.lengths.argsort(stable=True)].split(size)
+    tried = [parts[i] for i in {0, len(parts) // 2, len(parts) - 1}]
+    costs = [bench.score(meta.config.task.collate(test, rows)) for rows in tried]
+    row_flops = _interpolate(
+        {int(test.lengths[rows].max()): cost.flops / len(rows) for rows, cost in zip(tried, costs)}
+    )
+    totals = []
     for client in range(f.clients.members):
         rows = f.shards[client].test
-        parts = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
-        own.append(sum(len(part) * at(int(test.lengths[part].max())) for part in parts))
-    return max((cost for _, _, cost in costs), key=lambda cost: cost.peak), statistics.fmean(own)
+        own = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
+        totals.append(sum(len(part) * row_flops(int(test.lengths[part].max())) for part in own))
+    return max(costs, key=lambda cost: cost.peak), turn_flops, statistics.fmean(totals)
 
 
-def _trained(o: MetaModel) -> list[dict[str, frozenset[str]]]:
-    """What a client with all resources trains in the first two rounds, once where that is the same."""
-    f, found = o.federation, []
-    first = f.budgets.index(max(f.budgets))
+def _trained_leaves(meta: MetaModel) -> list[dict[str, frozenset[str]]]:
+    """Return the leaves that a client with the full budget trains in the first two rounds, once if they are equal."""
+    f, rounds = meta.federation, []
     for number in range(min(2, f.rounds)):
-        turn = f.turn(number, first)
-        known: dict[str, frozenset[str]] = {}
-        for group in o.groups:
-            rule, layer = f.rules[group.part], group.layer
-            known[group.part] = rule.trains(layer, turn, lambda layer=layer: layer)
-        found.append({path: known[_standing(o, path)] for path in f.model.parts})
-    return [found[0]] if found[0] == found[-1] else found
+        turn = f.turn(number, f.budgets.index(max(f.budgets)))
+        leaves = {}
+        for group in meta.groups:
+            leaves[id(group.layer)] = f.rules[group.part].trains(group.layer, turn, lambda group=group: group.layer)
+        rounds.append({part: leaves[id(meta.tree[part])] for part in f.model.parts})
+    return rounds[:1] if rounds[0] == rounds[-1] else rounds
 
 
-def _standing(o: MetaModel, path: str) -> str:
-    return next(group.part for group in o.groups if group.layer is o.bench.tree[path])
-
-
-def _stand_in(o: MetaModel) -> dict[str, Tensor]:
-    """A batch of rows that nobody here has seen, each as long as the task lets it be."""
-    probe = o.config.task.probe(o.federation.model.network)
-    rows, width = o.federation.training.batch_size, getattr(o.config.task, "max_length", None)
+def _batch_without_rows(meta: MetaModel) -> dict[str, Tensor]:
+    """Return a batch of rows with the task's maximal length, for data on other machines."""
+    probe = meta.config.task.probe(meta.federation.model.network)
+    rows, width = meta.federation.training.batch_size, getattr(meta.config.task, "max_length", None)
     shapes = {
         name: torch.empty((rows, *((width,) if x.ndim == 2 and width else x.shape[1:])), dtype=x.dtype, device="meta")
         for name, x in probe.items()
     }
     return {**shapes, "labels": torch.empty(rows, dtype=torch.int64, device="meta")}
+
+
+def _interpolate(points: Mapping[int, float]) -> Callable[[int], float]:
+    """Return the polynomial through ``{width: figure}``; a transformer's cost of a row is quadratic in its width."""
+
+    def evaluate(width: int) -> float:
+        total = 0.0
+        for point, figure in points.items():
+            for other in points:
+                figure *= (width - other) / (point - other) if other != point else 1.0
+            total += figure
+        return total
+
+    return evaluate

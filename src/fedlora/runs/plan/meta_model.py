@@ -1,7 +1,7 @@
-"""A network without its weights: shapes, types and a device, but no numbers, so that one of any size fits anywhere."""
+"""A federation whose network has shapes, dtypes and a device, but no weights, so that one of any size fits."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,76 +13,61 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.engines.federation import Federation
 from fedlora.files import read_header
-from fedlora.rounds import Rules
 from fedlora.runs.build import attach_adapters, head_rule, load_rows
 from fedlora.runs.config import Config
-from fedlora.runs.plan.footprint import Bench
-from fedlora.runs.plan.traffic import Group, group_key, grouped
+from fedlora.runs.plan.traffic import PartGroup, group_parts
 from fedlora.tasks._base import Shard, Task
 from fedlora.tasks.networks.pretrained import load_quietly, resolve_model
 from fedlora.training.device import checkpoint_activations
-from fedlora.training.model import Model
 from fedlora.types import Tree
 
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A federation whose network has no weights, and what stands for its parts."""
+    """A federation without weights, the groups of its parts, and ``tree``, the shapes of all leaves."""
 
     config: Config
     federation: Federation
-    groups: list[Group]
+    groups: list[PartGroup]
+    tree: Tree
     fake: FakeTensorMode
-    bench: Bench
 
 
 def build_meta_model(config: Config) -> MetaModel:
-    """The federation of a configuration, with data but without weights."""
+    """Build the federation of a configuration with data, but without weights."""
     device = config.engine.select_device()
     data, shards = load_rows(config, None, True)
     names = tuple(config.task.known_labels() or ()) if data is None else data.label_names
-    network = outlined(config.task, config.model.name, len(names))
+    network = _build_network(config.task, config.model.name, len(names))
     training = config.engine.resolve_precision(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
-        network.config.use_cache = False  # type: ignore[union-attr]  # transformers would do so, and say it
+        network.config.use_cache = False  # type: ignore[union-attr]  # else transformers warns and sets it
     model = attach_adapters(config, network, training.precision, "meta")  # type: ignore[arg-type]
     rules = model.rules(config.method, partial(head_rule, config.method))
-    groups = grouped(model, rules)
+    groups, tree = group_parts(model, rules)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
+    all_shards = _AllShards(shards if isinstance(shards, Mapping) else enumerate(shards))
     f = Federation(
-        rules, config.method, model, config.task, data, config.clients, _Known(shards), budgets, training,
+        rules, config.method, model, config.task, data, config.clients, all_shards, budgets, training,
         config.evaluation, config.server, config.rounds, config.seed, names, compression=config.compression,
         privacy=config.privacy,
     )  # fmt: skip
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    tree = whole(model, groups, rules)
-    faked(network, fake, device)
+    _replace_by_fake_tensors(network, fake, device)
     model.device = device
-    return MetaModel(config, f, groups, fake, Bench(model, config.task, training, fake, tree))
+    return MetaModel(config, f, groups, tree, fake)
 
 
-class _Known(dict[int, Any]):
-    """Every client's rows; a client whose rows lie elsewhere has one, so that it has a weight."""
-
-    def __init__(self, shards: Mapping[int, Any] | Sequence[Any]):
-        super().__init__(shards if isinstance(shards, Mapping) else enumerate(shards))
+class _AllShards(dict[int, Any]):
+    """Every client's rows; a client with rows on another machine has one row, so that it has a weight."""
 
     def __missing__(self, client: int) -> Any:
         return Shard(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
-def whole(model: Model, groups: Sequence[Group], rules: Rules) -> Tree:
-    """Every part's leaves, by shape: those of the part that stands for it."""
-    layers = {group_key(model, rules, group.part): group.layer for group in groups}
-    return {path: layers[group_key(model, rules, path)] for path in model.parts}
-
-
-def outlined(task: Task, model: str, labels: int) -> nn.Module:
-    """What ``task.network`` would load, on the meta device: from the configuration and the names in the checkpoint.
-
-    ``ValueError`` where the model is not known here.
-    """
+def _build_network(task: Task, model: str, labels: int) -> nn.Module:
+    """Build the network that ``task.network`` would load, on the meta device. Raises ``ValueError``."""
     import transformers
 
     settings = {"num_labels": labels} if labels else {}
@@ -94,50 +79,43 @@ def outlined(task: Task, model: str, labels: int) -> nn.Module:
         network.config.pad_token_id = 0
     if task.brings_head:
         network.put_on_top = []  # type: ignore[assignment]  # as networks.whole has it
-    network.drawn_anew = _poolers(network, model)  # type: ignore[assignment]  # read by targets.trained_in_full
+    network.drawn_anew = _new_poolers(network, model)  # type: ignore[assignment]  # read by targets.trained_in_full
     return network
 
 
-def faked(network: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:
-    """Gives a network on the meta device fake tensors on ``device``: kernels are chosen as there, none is run."""
-    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
-
-    def fresh(x: torch.Tensor) -> torch.Tensor:
-        if id(x) not in made:
-            with fake:
-                y = torch.empty(x.shape, dtype=x.dtype, device=device)
-                made[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
-        return made[id(x)]
-
+def _replace_by_fake_tensors(network: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:
+    """Give a network on the meta device fake tensors on ``device``, whose kernels are selected but not run."""
+    fakes: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for module in network.modules():
         for table in (module._parameters, module._buffers):
-            for name, x in list(table.items()):
-                if x is not None:
-                    table[name] = fresh(x)  # type: ignore[assignment]
+            for name, x in ((name, x) for name, x in list(table.items()) if x is not None):
+                if id(x) not in fakes:
+                    with fake:
+                        y = torch.empty(x.shape, dtype=x.dtype, device=device)
+                        fakes[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
+                table[name] = fakes[id(x)]  # type: ignore[assignment]
 
 
-def _poolers(network: nn.Module, model: str) -> list[str]:
-    """The poolers that the checkpoint lacks; none where its names cannot be had."""
-    known = stored(model)
+def _new_poolers(network: nn.Module, model: str) -> list[str]:
+    """Return the poolers that are not in the checkpoint; empty if its tensors are not known."""
+    known = _tensor_names(model)
     body = f"{network.base_model_prefix}."
     poolers = [name for name, _ in network.named_parameters() if name.startswith(body) and ".pooler." in name]
     lost = [name for name in poolers if not any(key.endswith(name.removeprefix(body)) for key in known)]
     return sorted({name.rpartition(".")[0] for name in lost}) if known else []
 
 
-def stored(model: str) -> list[str]:
-    """The names of a checkpoint's tensors; no tensor is read."""
+def _tensor_names(model: str) -> list[str]:
+    """Return the names of a local checkpoint's tensors, without reading them; empty without a checkpoint."""
     from transformers.utils import cached_file
 
-    found: dict[str, str | None] = {}
-    for name in ("model.safetensors.index.json", "model.safetensors"):
-        found[name] = cached_file(
+    index, single = (
+        cached_file(
             resolve_model(model), name, local_files_only=True, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )  # fmt: skip
-    index, single = found.values()
+        )
+        for name in ("model.safetensors.index.json", "model.safetensors")
+    )  # fmt: skip
     if index is not None:
         return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    if single is None:
-        return []
-    return list(read_header(single).tensors)
+    return list(read_header(single).tensors) if single is not None else []

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is spent: numbers, bytes, memory and operations, without pretrained weights."""
+"""Plan a run without pretrained weights: its parameters, rows, bytes, memory and operations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,46 +6,59 @@ from typing import Any
 from fedlora.adapters import Dense
 from fedlora.engines.federation import Federation
 from fedlora.runs.compare import for_label
-from fedlora.runs.config import Config, ConfigError, Table, build
-from fedlora.runs.plan.compute import WATCHED, Measured, Shapes, measured
-from fedlora.runs.plan.footprint import weight_bytes
+from fedlora.runs.config import Config, build
+from fedlora.runs.plan.compute import MAX_BATCHES, Bench, ComputeEstimate, Shapes, estimate_compute
 from fedlora.runs.plan.meta_model import MetaModel, build_meta_model
-from fedlora.runs.plan.traffic import Traffic, traffic
-from fedlora.training.model import AdaptedLinear, Model
+from fedlora.runs.plan.traffic import Traffic, estimate_traffic
+from fedlora.schema import ConfigError, Table
+from fedlora.training.model import AdaptedLinear
+
+# A configuration in which one section at a time is checked, and the other sections that a section is checked with.
+SOUND: Table = {"model": {"name": "demo-vit"}, "task": {"name": "image-classification", "data": "digits"}}
+NEEDED = {
+    "adapter": ("method",),
+    "method": ("adapter",),
+    "server": ("method", "adapter"),
+    "clients": ("method", "adapter"),
+    "flower": ("method", "adapter", "clients"),
+    "privacy": ("method", "adapter", "clients"),
+}
 
 
-def planned(table: Table, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A plan for each method, or for the table's own; a method that cannot be run so says why (``problem``).
+def plan_methods(table: Table, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return a plan for each method, or for the table's; a method that cannot be run has a ``problem``.
 
-    ``ConfigError`` where none can.
+    Raises ``ConfigError`` if none can be run.
     """
-    names = list(dict.fromkeys(labels)) or [None]
-    found = [_plan_of(table, name) for name in names]
-    bad = [plan["problem"] for plan in found if "problem" in plan]
-    if len(bad) == len(found):
-        raise ConfigError(bad[0])
-    return found
+    plans = []
+    base = {key: value for key, value in table.items() if key != "compare"}
+    for label in dict.fromkeys(labels or [None]):
+        name = label or table.get("method", {}).get("name", "fedit")
+        try:
+            plans.append({"method": name, **plan_run(build(for_label(table, label) if label else base))})
+        except ValueError as error:
+            plans.append({"method": name, "problem": str(error)})
+    if all("problem" in plan for plan in plans):
+        raise ConfigError(plans[0]["problem"])
+    return plans
 
 
-def problems(table: Table) -> list[str]:
-    """All that is wrong with a configuration, a sentence each: section by section, then together."""
-    own = {key: value for key, value in table.items() if key != "compare"}
-    try:
-        build(own)
-    except ValueError as error:
-        found = [_problem_of(own, key) for key in own]
-        return list(dict.fromkeys(text for text in (*found, str(error)) if text is not None))
-    return []
+def find_problems(table: Table) -> list[str]:
+    """Return all errors of a configuration, a sentence each: those of each section, then those of all together."""
+    table = {key: value for key, value in table.items() if key != "compare"}
+    error = _error_of(table)
+    if error is None:
+        return []
+    errors = []
+    for key in table:
+        others = {k: table[k] for k in NEEDED.get(key, ()) if k in table}
+        if _error_of({**SOUND, **others}):  # the others are wrong themselves
+            others = {}
+        errors.append(_error_of({**SOUND, **others, key: table[key]}))
+    return list(dict.fromkeys(text for text in (*errors, error) if text is not None))
 
 
-def _problem_of(own: Table, key: str) -> str | None:
-    """What is wrong with one section; with the method's defaults where it is the method that is wrong."""
-    others = {k: own[k] for k in WITH.get(key, ()) if k in own}
-    wrong = _problem({**SOUND, **others})
-    return _problem({**SOUND, **({} if wrong else others), key: own[key]})
-
-
-def _problem(table: Table) -> str | None:
+def _error_of(table: Table) -> str | None:
     try:
         build(table)
     except ValueError as error:
@@ -53,66 +66,49 @@ def _problem(table: Table) -> str | None:
     return None
 
 
-# What a section can only be judged with.
-WITH = {"adapter": ("method",), "method": ("adapter",), "server": ("method", "adapter")}
-WITH |= {"clients": ("method", "adapter"), "flower": ("method", "adapter", "clients")}
-WITH |= {"privacy": ("method", "adapter", "clients")}
-SOUND: Table = {
-    "model": {"name": "demo-vit"},
-    "task": {"name": "image-classification", "data": "digits"},
-}  # a configuration in which one section at a time is looked at
-
-
-def _plan_of(table: Table, label: str | None) -> dict[str, Any]:
-    base = {key: value for key, value in table.items() if key != "compare"}
-    name = label or table.get("method", {}).get("name", "fedit")
-    try:
-        return {"method": name, **plan(build(for_label(table, label) if label else base))}
-    except ValueError as error:
-        return {"method": name, "problem": str(error)}
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """One run's plan, JSON-able. ``ValueError`` says what the run would stop at."""
-    o = build_meta_model(config)
-    crossing = traffic(o.federation, o.groups)
-    shapes = Shapes.of(o.federation)
-    work = measured(o, shapes)
+def plan_run(config: Config) -> dict[str, Any]:
+    """Return the plan of one run. Raises the ``ValueError`` that the run would raise."""
+    meta = build_meta_model(config)
+    f = meta.federation
+    traffic = estimate_traffic(f, meta.groups)
+    shapes, bench = Shapes.of(f), Bench(meta)
+    compute = estimate_compute(meta, bench, shapes)
     return {
         "title": config.method.title,
-        "options": options(config, crossing),
-        "numbers": _numbers(o),
-        "rows": _rows(o.federation),
-        **o.federation.privacy_ledger.report(config.rounds, plan=True),
-        "bytes": byte_plan(o, crossing),
-        "memory": _memory(o, crossing, work),
-        "flops": work.flops(o.federation),
-        "estimates": _estimates(o, crossing, shapes),
+        "options": _options(config, traffic),
+        "numbers": _numbers(meta),
+        "rows": _rows(f),
+        **f.privacy_ledger.report(config.rounds, plan=True),
+        "bytes": plan_bytes(meta, traffic),
+        "memory": _memory(f, traffic, compute),
+        "flops": compute.flops(f),
+        "estimates": _estimates(meta, traffic, shapes, bench),
     }
 
 
-def options(config: Config, crossing: Traffic) -> dict[str, Any]:
-    """What the method can do, and what these settings ask of it."""
-    method, base_updates = config.method, crossing.base_updates > 0
+def _options(config: Config, traffic: Traffic) -> dict[str, Any]:
+    """Return the method's properties with these settings."""
+    method, has_updates = config.method, traffic.base_updates > 0
     return {
         "exact": bool(method.exact),
         "any_rank": method.any_rank,
         "secure_aggregation": method.sums,
         "server_optimizer": method.averages,
-        "quantised_base": "base updates are kept beside it" if base_updates else "yes",
-        "partial_participation": "who was absent is sent the base updates it missed" if base_updates else "yes",
+        "quantised_base": "base updates are kept beside it" if has_updates else "yes",
+        "partial_participation": "who was absent is sent the base updates it missed" if has_updates else "yes",
         "result": "a model for each client" if method.personal else "one model for all",
         "head": "shared" if method.shares_head else "each client's own",
         "weighting": method.weighting,
     }
 
 
-def _numbers(o: MetaModel) -> dict[str, Any]:
-    model, f = o.federation.model, o.federation
+def _numbers(meta: MetaModel) -> dict[str, Any]:
+    """Count the parameters."""
+    f, model = meta.federation, meta.federation.model
     sums = {"adapter": 0, "head": 0}
     for path, part in model.parts.items():
         kind = "head" if isinstance(part.adapter, Dense) else "adapter"
-        sums[kind] += sum(x.numel() for leaf, x in o.bench.tree[path].items() if leaf in part.adapter.trainable)
+        sums[kind] += sum(x.numel() for leaf, x in meta.tree[path].items() if leaf in part.adapter.trainable)
     leaves = {id(x) for part in model.parts.values() for x in part.leaves.values()}
     frozen = sum(x.numel() for x in model.network.parameters() if id(x) not in leaves)
     trained = sum(sums.values())
@@ -123,59 +119,61 @@ def _numbers(o: MetaModel) -> dict[str, Any]:
 
 
 def _rows(f: Federation) -> dict[str, Any]:
+    """Count the clients' rows and steps; None for rows on other machines."""
     count = f.clients.members
-    cohort = f.clients.per_round or count
+    rows = {"clients": count, "cohort": f.clients.per_round or count, "rounds": f.rounds}
     if f.data is None:
-        return {"clients": count, "cohort": cohort, "rounds": f.rounds, "train": None, "test": None, "passes": None,
-                "steps": None if f.training.local_epochs else f.training.steps(1)}  # fmt: skip
+        steps = None if f.training.local_epochs else f.training.steps(1)
+        return rows | {"train": None, "test": None, "passes": None, "steps": steps}
     train = [len(f.shards[k].train) for k in range(count)]
     turns = [(number, client) for number in range(f.rounds) for client in f.clients.remaining(number, f.seed)]
-    taken = sum(f.training_of(*turn).steps(train[turn[1]]) for turn in turns)
-    return {
-        "clients": count,
-        "cohort": cohort,
-        "rounds": f.rounds,
+    steps = sum(f.training_of(*turn).steps(train[turn[1]]) for turn in turns)
+    return rows | {
         "train": train,
         "test": [len(f.shards[k].test) for k in range(count)],
-        "steps": [f.training_of(0, client).steps(rows) for client, rows in enumerate(train)],  # of the first round
-        "passes": taken * f.training.batch_size * f.training.accumulation_steps / sum(train),
+        "steps": [f.training_of(0, client).steps(size) for client, size in enumerate(train)],  # of the first round
+        "passes": steps * f.training.batch_size * f.training.accumulation_steps / sum(train),
     }
 
 
-def byte_plan(o: MetaModel, crossing: Traffic | None = None) -> dict[str, Any]:
-    """Bytes of the run by direction and kind, as its summary will have them, and of one client's round."""
-    f = o.federation
-    crossing = crossing or traffic(f, o.groups)
-    turns = [len(f.clients.remaining(number, f.seed)) for number in range(f.rounds)]
+def plan_bytes(meta: MetaModel, traffic: Traffic | None = None) -> dict[str, Any]:
+    """Return the bytes of the run by direction and kind, as its summary has them, and of one client in a round."""
+    f = meta.federation
+    traffic = traffic or estimate_traffic(f, meta.groups)
+    first, *later = [len(f.clients.remaining(number, f.seed)) for number in range(f.rounds)]
     return {
-        "exact": not crossing.varies,
-        "run": {d: crossing.kinds(d) for d in ("up", "down")},
+        "exact": not traffic.varies,
+        "run": {d: traffic.kinds(d) for d in ("up", "down")},
         "client": {
             d: {
-                "first_round": crossing.a_client(d, True, turns[0]),
-                "later_rounds": crossing.a_client(d, False, sum(turns[1:])),
+                "first_round": traffic.by_client(d, True, first),
+                "later_rounds": traffic.by_client(d, False, sum(later)),
             }
             for d in ("up", "down")
         },
     }
 
 
-def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
-    f, model = o.federation, o.federation.model
-    weights = weight_bytes(model)
+def _memory(f: Federation, traffic: Traffic, compute: ComputeEstimate) -> dict[str, Any]:
+    """Return the bytes of the tensors of a client, of the server and of one process that is both."""
+    model, train, score = f.model, compute.train, compute.score
     stored = {x.untyped_storage()._cdata: x for part in model.parts.values() for x in part.leaves.values()}
-    leaves = sum(x.numel() * x.element_size() for x in stored.values())
-    kept_base = _kept_base(model) if crossing.base_updates and not model.overlay else 0
-    base_updates = kept_base or (crossing.base_updates if model.overlay else 0)
-    train, score = spent.train, spent.score
-    up = [row for row in crossing.rows if row.direction == "up"]
+    leaves = sum(x.nbytes for x in stored.values())
+    ids = {id(x) for part in model.parts.values() for x in part.leaves.values()}
+    network = (*model.network.parameters(), *model.network.buffers())
+    weights = sum({id(x): x.nbytes for x in network if id(x) not in ids}.values())  # a tied weight counts once
+    base_updates = traffic.base_updates if model.overlay else 0
+    if traffic.base_updates and not model.overlay:  # a copy of the adapted weights from before the updates
+        parts = [part.module.base.weight for part in model.parts.values() if isinstance(part.module, AdaptedLinear)]
+        base_updates = sum(x.nbytes for x in parts)
+    up = [row for row in traffic.rows if row.direction == "up"]
     uploads = max(sum(4 * row.numbers for row in up if row.round == n) for n in range(f.rounds))  # decoded, float32
     moments = train.moments * f.clients.members if f.training.keep_optimizer else 0
     client = weights + 2 * leaves + base_updates + max(train.peak, score.peak)
-    server = weights + 2 * leaves + base_updates + crossing.base_updates + uploads + crossing.combining
-    work = max(train.peak, score.peak, crossing.combining)
-    loading = sum(x.numel() * 4 for x in model.network.parameters())  # weights arrive in float32
-    together = weights + 3 * leaves + base_updates + crossing.base_updates + uploads + crossing.kept + moments + work
+    server = weights + 2 * leaves + base_updates + traffic.base_updates + uploads + traffic.combining
+    work = max(train.peak, score.peak, traffic.combining)
+    loading = sum(x.numel() * 4 for x in model.network.parameters())  # weights are loaded in float32
+    together = weights + 3 * leaves + base_updates + traffic.base_updates + uploads + traffic.kept + moments + work
     return {
         "weights": weights,
         "leaves": leaves,
@@ -186,38 +184,31 @@ def _memory(o: MetaModel, crossing: Traffic, spent: Measured) -> dict[str, Any]:
         "evaluation_peak": score.peak,
         "base_updates": base_updates,
         "uploads": uploads,
-        "combining": crossing.combining,
+        "combining": traffic.combining,
         "client": max(client, loading),
         "server": max(server, loading),
         "one_process": max(together, loading),
     }
 
 
-def _kept_base(model: Model) -> int:
-    """Bytes of the adapted weights: folding into them keeps them as they were."""
-    parts = [part.module.base.weight for part in model.parts.values() if isinstance(part.module, AdaptedLinear)]
-    return sum(x.numel() * x.element_size() for x in parts)
-
-
-def _estimates(o: MetaModel, crossing: Traffic, shapes: Shapes) -> list[str]:
-    """What of the plan is no exact figure, and why."""
-    said = [
+def _estimates(meta: MetaModel, traffic: Traffic, shapes: Shapes, bench: Bench) -> list[str]:
+    """Explain the figures that are not exact."""
+    data = meta.federation.data
+    texts = [
         "Memory counts tensors. Python, its libraries and the data come on top (about 600 MB), and gaps between "
         'blocks: with engine.allocator = "keep" processes took 1.4 to 3 times as much, with "return" '
         "as much as is said here."
     ]
-    if o.config.model.quantize is not None:
-        said.append("Memory is that of a base in float32: what model.quantize saves is not taken off.")
-    if o.federation.data is not None and o.federation.data.test.texts is not None:
-        said.append("Answers are generated in every evaluation: what that takes is not counted.")
-    if crossing.varies:
-        said.append("Bytes depend on what training finds with these settings; they are those of a run without luck.")
-    if not shapes.complete:
-        said.append(f"Operations and memory are those of the run's first {WATCHED:,} batches.")
-    if o.federation.data is None:
-        said.append(
-            "No rows are here: every row is taken to be as long as the task allows, and an evaluation is left out."
-        )
-    if o.bench.stood_in:
-        said.append("The loss is taken over every position: which ones count depends on the rows.")
-    return said
+    if meta.config.model.quantize is not None:
+        texts.append("Memory is that of a base in float32: what model.quantize saves is not taken off.")
+    if data is not None and data.test.texts is not None:
+        texts.append("Answers are generated in every evaluation: what that takes is not counted.")
+    if traffic.varies:
+        texts.append("Bytes depend on the values that training finds; these are the bytes of stand-ins.")
+    if not shapes.is_complete:
+        texts.append(f"Operations and memory are those of the run's first {MAX_BATCHES:,} batches.")
+    if data is None:
+        texts.append("No rows are here: every row is assumed to have the maximal length, without an evaluation.")
+    if bench.is_approximate:
+        texts.append("The loss is taken over every position: which ones count depends on the rows.")
+    return texts

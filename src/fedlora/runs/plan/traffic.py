@@ -1,7 +1,7 @@
-"""Bytes of a run before it is run: the real round loop, channel and hooks, on stand-ins for what training finds.
+"""Estimate the bytes that a run sends: the round loop, the channel and the hooks run on stand-ins for trained leaves.
 
-Leaves of one shape are played by one of them. Adapted weights get real numbers, since methods compute with them;
-parts trained in full are only averaged, so theirs are shapes without numbers.
+One part stands for all parts of equal shape. The leaves of adapted weights have values, since methods compute with
+them. Parts that are trained in full are averaged only, so theirs are meta tensors.
 """
 
 from collections import Counter, deque
@@ -19,51 +19,44 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import ServerState
 from fedlora.rounds import SMALL, Rules, client_turn, server_turn
-from fedlora.runs.plan.memory import Live
+from fedlora.runs.plan.memory import MemoryTracker
+from fedlora.runs.table import group_by
 from fedlora.seeds import derive_seed
 from fedlora.training.model import Model, weight_shape
 from fedlora.types import Factors, Layer, Tree, Turn
 
-PROBED = 3  # rounds in which other stand-ins are tried, to see whether bytes depend on what training finds
+PROBED = 3  # rounds that are repeated with other stand-ins, to find out whether bytes depend on values
 STEP = 0.01
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parts that are alike, and the one of them that stands for all."""
+class PartGroup:
+    """Parts of equal shape, and the one that stands for all."""
 
     part: str
     layer: Layer
-    many: int
+    count: int
 
 
 @dataclass
 class Traffic:
-    """What crosses the wire in a run, and what of it is held where at its end."""
+    """The transfers of a run, and the memory that goes with them."""
 
     rows: list[Transfer] = field(default_factory=list)
-    varies: bool = False  # whether the figures depend on what training finds; they are then the most that was seen
-    kept: int = 0  # bytes that all clients keep for themselves at the end
-    base_updates: int = 0  # bytes of the updates that were folded, as they are kept for those who missed them
-    combining: int = 0  # bytes that combining a round takes beside the uploads, at most
-
-    def bytes(self, direction: str, kind: str | None = None, first: bool | None = None) -> int:
-        """Bytes that cross, over all clients; ``first`` picks the first round or the later ones."""
-        return sum(
-            row.bytes
-            for row in self.rows
-            if row.direction == direction and kind in (None, row.kind) and first in (None, row.round == 0)
-        )
+    varies: bool = False  # whether the bytes depend on the values of trained leaves
+    kept: int = 0  # bytes of the leaves that all clients keep
+    base_updates: int = 0  # bytes of the base-update log
+    combining: int = 0  # bytes that combining a round takes at most, beside the uploads
 
     def kinds(self, direction: str) -> dict[str, int]:
-        """The whole run's bytes by kind, as a run's summary has them."""
-        return {
-            kind: self.bytes(direction, kind)
-            for kind in dict.fromkeys(r.kind for r in self.rows if r.direction == direction)
-        }
+        """Return the bytes of the run by kind, as the summary has them."""
+        sums: Counter[str] = Counter()
+        for row in (row for row in self.rows if row.direction == direction):
+            sums[row.kind] += row.bytes
+        return dict(sums)
 
-    def a_client(self, direction: str, first: bool, turns: int) -> dict[str, float]:
-        """Bytes a client and round by kind: the mean over ``turns`` turns, and the most that one client's turn has."""
+    def by_client(self, direction: str, first: bool, turns: int) -> dict[str, float]:
+        """Return the bytes of a client in a round: by kind, as mean over ``turns`` turns, and the most of one turn."""
         rows = [row for row in self.rows if row.direction == direction and (row.round == 0) == first]
         sums: Counter[Any] = Counter()
         most: Counter[Any] = Counter()
@@ -74,34 +67,32 @@ class Traffic:
         return {**means, "mean": sum(means.values()), "most": max(most.values(), default=0)}
 
 
-def traffic(f: Federation, groups: Iterable[Group]) -> Traffic:
-    """Plays the rounds of a federation for each group of parts; its model, data and training are not looked at."""
-    found = Traffic()
+def estimate_traffic(f: Federation, groups: Iterable[PartGroup]) -> Traffic:
+    """Simulate the rounds of a federation for each group of parts, without its model, data and training."""
+    total = Traffic()
     for group in groups:
-        played = play(f, group)
+        traffic = simulate_group(f, group)
         if not isinstance(f.rules[group.part].adapter, Dense):
             short = replace(f, rounds=min(f.rounds, PROBED))
-            first = [row for row in played.rows if row.round < short.rounds]
-            for other in (_Moves(seed=1), _Moves(shrinks=True)):
-                played.varies |= play(short, group, other).rows != first
-        found.rows += played.rows
-        found.varies |= played.varies
-        found.kept += played.kept
-        found.base_updates += played.base_updates
-        found.combining += played.combining
-    return found
+            first = [row for row in traffic.rows if row.round < short.rounds]
+            for other in (_StandInTrainer(seed=1), _StandInTrainer(shrinks=True)):
+                total.varies |= simulate_group(short, group, other).rows != first
+        total.rows += traffic.rows
+        total.kept += traffic.kept
+        total.base_updates += traffic.base_updates
+        total.combining += traffic.combining
+    return total
 
 
-def grouped(model: Model, rules: Rules) -> list[Group]:
-    """The model's parts in groups of equal shapes."""
-    known: dict[Any, list[str]] = {}
-    for path in model.parts:
-        known.setdefault(group_key(model, rules, path), []).append(path)
-    return [Group(paths[0], _layer(model, paths[0]), len(paths)) for paths in known.values()]
+def group_parts(model: Model, rules: Rules) -> tuple[list[PartGroup], Tree]:
+    """Return the model's parts in groups of equal shape, and the layer that stands for each part."""
+    groups = group_by(model.parts, lambda part: _group_key(model, rules, part)).values()
+    layers = [_layer(model, parts[0]) for parts in groups]
+    tree = {part: layer for parts, layer in zip(groups, layers) for part in parts}
+    return [PartGroup(parts[0], layer, len(parts)) for parts, layer in zip(groups, layers)], tree
 
 
-def group_key(model: Model, rules: Rules, path: str) -> Any:
-    """What parts of one group have in common."""
+def _group_key(model: Model, rules: Rules, path: str) -> Any:
     part = model.parts[path]
     if isinstance(part.adapter, Dense):
         return rules[path], tuple(sorted((leaf, tuple(x.shape)) for leaf, x in part.leaves.items()))
@@ -115,34 +106,29 @@ def _layer(model: Model, path: str) -> Layer:
     return part.adapter.init(*weight_shape(cast(Any, part.module).base), 0)
 
 
-def play(f: Federation, group: Group, trainer: "_Moves | None" = None) -> Traffic:
-    """Play all rounds for one group of parts, with stand-ins for what training finds."""
+def simulate_group(f: Federation, group: PartGroup, trainer: "_StandInTrainer | None" = None) -> Traffic:
+    """Simulate all rounds for one group of parts."""
     initial: Tree = {group.part: group.layer}
-    own = replace(
-        f, rules={group.part: f.rules[group.part]}, model=cast(Model, _Stand(initial)), data=None,
-        attack=None,
-    )  # fmt: skip
-    engine = Rehearsal(trainer=trainer or _Moves())
-    last = deque(engine.run(own), maxlen=1)[0]
+    model = cast(Model, _StandInModel(initial))
+    alone = replace(f, rules={group.part: f.rules[group.part]}, model=model, data=None, attack=None)
+    engine = Rehearsal(trainer=trainer or _StandInTrainer())
+    last = deque(engine.run(alone), maxlen=1)[0]
     log = last.base_updates
     factors = [x for f in log.prefix.values() for x in f]
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]
+    kept = [x for tree in last.kept.values() for layer in tree.values() for x in layer.values()]
     numbers = sum(x.numel() for x in group.layer.values())
     return Traffic(
-        [row._replace(numbers=row.numbers * group.many, bytes=row.bytes * group.many) for row in last.ledger],
-        kept=group.many * sum(_size(layer.values()) for tree in last.kept.values() for layer in tree.values()),
-        base_updates=group.many * _size(factors),
-        combining=engine.most * min(group.many, max(1, SMALL // max(1, numbers))),
+        [row._replace(numbers=row.numbers * group.count, bytes=row.bytes * group.count) for row in last.ledger],
+        kept=group.count * sum(x.nbytes for x in kept),
+        base_updates=group.count * sum(x.nbytes for x in factors),
+        combining=engine.peak * min(group.count, max(1, SMALL // max(1, numbers))),
     )
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 @dataclass(frozen=True)
-class _Stand:
-    """What a round needs of a model: where it begins."""
+class _StandInModel:
+    """The part of a model that a round needs: its initial leaves."""
 
     tree: Tree
 
@@ -150,12 +136,12 @@ class _Stand:
         return self.tree
 
     def fold(self, base_updates: Mapping[str, Any]) -> None:
-        """There is no base to fold into."""
+        """Do nothing, as there is no base."""
 
 
 @dataclass(frozen=True)
-class _Moves:
-    """Trains nothing but pretends to: every trained leaf comes back as a new tensor, larger or smaller than before."""
+class _StandInTrainer:
+    """Returns every trained leaf as a new tensor, whose values are larger or smaller than before."""
 
     shrinks: bool = False
     seed: int = 0
@@ -166,55 +152,52 @@ class _Moves:
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
         return {
-            path: {leaf: self._moved(x) if leaf in trained[path] else x for leaf, x in layer.items()}
+            path: {leaf: self._perturb(x) if leaf in trained[path] else x for leaf, x in layer.items()}
             for path, layer in start.items()
         }
 
-    def _moved(self, x: Tensor) -> Tensor:
+    def _perturb(self, x: Tensor) -> Tensor:
         if x.is_meta:
             return torch.empty_like(x)
         assert self.turn is not None
         draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "stand-in", self.seed))
-        away = STEP * torch.rand(x.shape, generator=draws)
-        return torch.where(x == 0, away, x / 2) if self.shrinks else x + torch.where(x < 0, -away, away)
+        step = STEP * torch.rand(x.shape, generator=draws)
+        return torch.where(x == 0, step, x / 2) if self.shrinks else x + torch.where(x < 0, -step, step)
 
 
 @dataclass
 class Rehearsal(InProcess):
-    """The engine of one process with stand-ins for training; nothing is evaluated or measured."""
+    """The in-process engine with a stand-in for training, without evaluation and error measures."""
 
-    trainer: _Moves = field(default_factory=_Moves)
-    most: int = field(default=0, init=False)
+    trainer: _StandInTrainer = field(default_factory=_StandInTrainer)
+    peak: int = field(default=0, init=False)
 
     def is_measured(self, f):
         return False
 
     def receive_upload(self, upload):
-        return upload  # there are no values to judge
+        return upload  # meta tensors have no values to check
 
     def _screen(self, f, at, replies):
         return replies
 
     def aggregate(self, f, at, uploads):
-        return server_turn(f.rules, at.shared, uploads)  # noise has no bytes
+        return server_turn(f.rules, at.shared, uploads)  # noise does not change the bytes
 
     def score_clients(self, f, at, number, evaluator):
         return {}
 
     def train(self, own, shared, state):
-        sent, kept = client_turn(
-            own.federation.rules, shared, state.kept, own.turn, replace(self.trainer, turn=own.turn)
-        )
+        trainer = replace(self.trainer, turn=own.turn)
+        sent, kept = client_turn(own.federation.rules, shared, state.kept, own.turn, trainer)
         return ClientUpdate(sent, sent, ClientState(kept), 0.0)
 
     def _combine(self, f: Federation, at: ServerState, uploads: list) -> Any:
         count = len(at.base_updates)
-        with Live() as live:
+        with MemoryTracker() as memory:
             served = super()._combine(f, at, uploads)
-        self.most = max(self.most, live.peak)
-        if (
-            len(at.base_updates) > count
-        ):  # large ones without numbers: adding up what a client missed costs nothing then
+        self.peak = max(self.peak, memory.peak)
+        if len(at.base_updates) > count:  # large updates lose their values, so that adding them up costs nothing
             at.base_updates.entries[-1] = {
                 part: tuple(
                     f if max(f.U.numel(), f.V.numel()) <= SMALL else Factors(*(x.to("meta") for x in f))
