@@ -51,7 +51,7 @@ def test_init_writes_an_app_that_flower_accepts(toml, tmp_path):
         (["init", "{new}", "--config", "{missing}"], "there is no configuration file"),
         (["init", "{new}", "--config", "{toml}", "-o", "method.name=fedsalora"], "did you mean 'fedsa-lora'"),
         (["local", "{toml}", "--insecure", "--tls"], "--insecure and --tls exclude each other"),
-        (["local", "{toml}", "--parties", "{missing}"], "cannot be read"),
+        (["local", "{toml}", "--parties", "{missing}"], "there is no configuration file"),
         (["local", "{toml}", "-o", "flower.secure_aggregation=true", "--nodes", "2"], "it needs 3 clients"),
     ],
 )

@@ -175,7 +175,7 @@ def arrays(**named):
         (lambda d: d.update({B0: np.full((16, 4), np.nan, np.float32)}), "NaN or infinite"),
         (
             lambda d: d.update({B0.replace("lora_B", "lora_magnitude_vector"): np.zeros(3, np.float32)}),
-            "no factor A or B",
+            "no part of s B A",
         ),
         (lambda d: d.update({B0.replace(".weight", ".other.weight"): d[B0]}), "two adapters on one weight"),
         (lambda d: [d.pop(key) for key in list(d)], "hold no LoRA factors"),

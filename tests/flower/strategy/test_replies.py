@@ -11,7 +11,7 @@ pytest.importorskip("peft", reason="needs the peft extra")
 from flwr.app import Array
 
 from fedlora.flower import FedLoRA
-from fedlora.flower.strategy.replies import Guard, read_limits, read_rule
+from fedlora.flower.strategy.replies import Guard
 from fedlora.methods.fedit import FedIT
 from fedlora.security.validation import Validation
 from tests.fixtures.flower_strategy import Federation, gap, mean, spoiled, strategy
@@ -100,5 +100,5 @@ def test_settings_that_do_not_fit_are_said_at_once(settings, words):
 def test_weights_of_another_app_may_be_fractions():
     assert Validation().cap_examples([0.001, 0.002, 0.003, 9.0]) == [0.001, 0.002, 0.003, pytest.approx(0.25)]
     assert Validation().cap_examples([1, 2, 10**12]) == [1, 2, 200]
-    guard = Guard(read_limits(None), read_rule(None, FedIT()), FedIT(), 0)
+    guard = Guard(None, None, FedIT(), 0)
     assert guard.filter_nodes([3, 2], 0) == [3, 2]

@@ -6,7 +6,6 @@ PEFT also reads replies and results, so they have its keys and Flower's own arra
 
 import io
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from fedlora.files import RefusedHeaderError
 from fedlora.text import display_safe
-from fedlora.training.peft_keys import FACTOR, PREFIX, strip_wrappers
+from fedlora.training.peft_keys import read_keys
 from fedlora.types import Factors, Layer, Tree
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": an update of the base weight
@@ -28,38 +27,19 @@ UNREADABLE = (  # by numpy
 )  # fmt: skip
 
 
-def parse_key(key: str) -> tuple[str, str, bool]:
-    """Return the part and the leaf of a key of PEFT's state dict, and whether it is a factor of a LoRA.
+def parse_keys(keys: Iterable[str]) -> tuple[dict[tuple[str, str], str], frozenset[str]]:
+    """Return (part, leaf) -> key in the given order, and the parts that have LoRA factors.
 
-    Raises ``ValueError`` if the key is neither a factor of ``s B A`` nor a module trained in full.
+    Raises ``ValueError`` for keys that cannot be combined or occur twice.
     """
-    name = strip_wrappers(key).removeprefix(PREFIX)
-    if factor := FACTOR.match(name):
-        return factor["part"], factor["leaf"], True
-    if ".lora_" in name or "vera_" in name:
-        raise ValueError(
-            f"the arrays hold {key!r}, which is no factor A or B of a LoRA on a linear layer and cannot be combined; "
-            "train without DoRA, VeRA and adapted embeddings."
-        )
-    if name.endswith(".base_layer.weight") or ".original_module." in name:
-        raise ValueError(
-            f"the arrays hold {key!r}, a weight of the base model; send what PEFT's get_peft_model_state_dict returns."
-        )
-    part, _, leaf = re.sub(r"\.modules_to_save\.[^.]+", "", name).rpartition(".")
-    return part, leaf, False
-
-
-def parse_keys(keys: Iterable[str]) -> dict[tuple[str, str], str]:
-    """Return (part, leaf) -> key. Raises ``ValueError`` for keys that cannot be combined or occur twice."""
-    names: dict[tuple[str, str], str] = {}
-    for key in keys:
-        part, leaf, _ = parse_key(key)
-        if (part, leaf) in names:
-            raise ValueError(
-                f"the arrays hold {names[part, leaf]!r} and {key!r}, two adapters on one weight; send one adapter."
-            )
-        names[part, leaf] = key
-    return names
+    keys = list(keys)
+    try:
+        parsed = read_keys(keys)
+    except ValueError as error:
+        raise ValueError(f"the adapter {error}.") from error
+    names = {key: (part, leaf) for part, pair in parsed.factors.items() for leaf, key in pair.items()}
+    names |= {key: path.rpartition(".")[::2] for path, key in parsed.whole.items()}
+    return {names[key]: key for key in keys}, frozenset(parsed.factors)
 
 
 @dataclass(frozen=True)
@@ -73,12 +53,10 @@ class PeftState:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "PeftState":
         """Build from a state dict. Raises ``ValueError`` for a key that cannot be combined."""
-        keys = parse_keys(tensors)
+        keys, adapted = parse_keys(tensors)
         tree: dict[str, dict[str, Tensor]] = {}
         for (part, leaf), key in keys.items():
             tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
-        parsed = map(parse_key, tensors)
-        adapted = frozenset(part for part, _, is_factor in parsed if is_factor)
         for part in adapted:
             _check_pair(part, tree[part])
         if not adapted:

@@ -4,7 +4,7 @@ In comparison, uploads pass fedlora's validation and, if one is set, a robust ag
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from logging import getLogger
 from math import isfinite
 from typing import Any
@@ -91,7 +91,7 @@ class ReplyChecks:
             )
 
     def _tree(self, arrays: Mapping[str, Array]) -> dict[str, dict[str, Tensor]]:
-        keys = parse_keys(arrays)
+        keys, _ = parse_keys(arrays)
         wanted = {(part, leaf) for part, rule in self.rules.items() for leaf in sent_leaves(rule, self.round)}
         which = ", which the method does not send in this round"
         for verb, odd, end in (("lacks", wanted - keys.keys(), ""), ("sent", keys.keys() - wanted, which)):
@@ -148,38 +148,31 @@ def select_alike(contents: Iterable[RecordDict]) -> list[RecordDict]:
     return largest
 
 
-def read_limits(table: Mapping[str, Any] | None) -> Validation:
-    """Return the settings of ``[validation]``; those of files do not apply, since a strategy has no folder."""
-    limits: Validation = construct(Validation, "validation", dict(table or {}), ("keep_files", "keep_mb"))
-    return limits
-
-
-def read_rule(robust: str | Mapping[str, Any] | None, method: Method) -> RobustAggregator | None:
-    """Return a robust aggregator by its name, or by a table. Raises ``ValueError`` if it does not suit the method."""
-    if robust is None:
-        return None
-    table = {"name": robust} if isinstance(robust, str) else dict(robust)
-    if not isinstance(table.get("name"), str):
-        raise ValueError(f"robust names no rule; give one of {', '.join(ROBUST_RULES.names())}.")
-    rule: RobustAggregator = construct_by_name(ROBUST_RULES, "robust", table)
-    rule.check(method, hidden=False)
-    return rule
-
-
-@dataclass
 class Guard:
-    """Validation and robust aggregation of one run of a strategy."""
+    """Validation and robust aggregation of one run of a strategy.
 
-    limits: Validation
-    rule: RobustAggregator | None
-    method: Method
-    seed: int
-    quarantine: dict[int, dict[int, str]] = field(default_factory=dict)  # round (from 1) -> node -> reason
-    conduct: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ``validation`` has settings of the table ``[validation]``, except those of files, since a strategy has no folder.
+    ``robust`` is the name of a robust aggregator, or its table. Raises ``ValueError`` if it does not suit the method.
+    """
+
+    def __init__(
+        self, validation: Mapping[str, Any] | None, robust: str | Mapping[str, Any] | None, method: Method, seed: int
+    ):
+        self.limits: Validation = construct(Validation, "validation", dict(validation or {}), ("keep_files", "keep_mb"))
+        self.rule: RobustAggregator | None = None
+        self.method, self.seed = method, seed
+        self.reset()
+        if robust is not None:
+            table = {"name": robust} if isinstance(robust, str) else dict(robust)
+            if not isinstance(table.get("name"), str):
+                raise ValueError(f"robust names no rule; give one of {', '.join(ROBUST_RULES.names())}.")
+            self.rule = construct_by_name(ROBUST_RULES, "robust", table)
+            self.rule.check(method, hidden=False)
 
     def reset(self) -> None:
         """Begin another run; the misconduct of the last run is forgotten."""
-        self.quarantine, self.conduct = {}, {}
+        self.quarantine: dict[int, dict[int, str]] = {}  # round (from 1) -> node -> reason
+        self.conduct: dict[str, dict[str, Any]] = {}
 
     def filter_nodes(self, nodes: Collection[int], round: int) -> list[int]:
         """Return the nodes that may take part in a round (from 0); the log has the others."""

@@ -20,8 +20,6 @@ from fedlora.flower.strategy.replies import (
     Guard,
     ReplyChecks,
     check_error,
-    read_limits,
-    read_rule,
     read_weight,
     select_alike,
 )
@@ -62,7 +60,7 @@ class FedLoRA(FedAvg):
         super().__init__(**fedavg)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
         self.method = self.recipe.build()
-        self.guard = Guard(read_limits(validation), read_rule(robust, self.method), self.method, seed)
+        self.guard = Guard(validation, robust, self.method, seed)
         self.r = r
         self.needs_client = needs_client(self.method)
         self._log = BaseUpdateLog()
