@@ -15,7 +15,7 @@ import torch
 from fedlora.adapters import LoRA
 from fedlora.methods import METHODS, merging_methods
 from fedlora.methods._base import Method
-from fedlora.training.device import keep_memory
+from fedlora.training.device import set_allocator
 from fedlora.types import Layer, Turn, Upload, Work
 
 LONG = 2.0  # seconds: not repeated
@@ -131,7 +131,7 @@ def dense(m: int, n: int, r: int, K: int) -> dict[str, float]:
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Shapes, ranks and clients; the largest cases at the paper's rank only."""
     names = list(merging_methods())
-    keep_memory()  # as fedlora's own commands do
+    set_allocator("keep")  # as fedlora's own commands do
     found: dict[str, Any] = {"multiples of reading the bytes": {}}
     for label, (m, n) in SHAPES.items():
         for r in (8, 16, 64):

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fedlora.runs.config import build
-from fedlora.training.device import keep_memory
+from fedlora.training.device import set_allocator
 from fedlora.training.local import LocalTrainer, sample_batches
 
 STEPS, PAIRS, BATCH = 30, 7, 16
@@ -30,7 +30,7 @@ def table(models: Path, data: Path) -> dict[str, Any]:
 
 def measure(models: Path, data: Path) -> dict[str, Any]:
     """Samples a second of both, in turn, and the median of the pairs' ratios."""
-    keep_memory()
+    set_allocator("keep")
     config = build(table(models, data))
     f = config.federation()
     theirs = config.task.network(config.model.name, len(f.data.label_names), 0)

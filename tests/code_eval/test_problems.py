@@ -163,7 +163,7 @@ def test_bad_files_are_one_sentence(folder, content, said):
 def test_data_of_another_kind_and_odd_ks_are_refused(folder):
     with pytest.raises(ValueError, match="needs task_id, test_list"):
         parse_problems(read_benchmark(str(folder / "data")), "mbpp")
-    with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of these: test"):
+    with pytest.raises(ValueError, match="has no split 'dev'; set --split to one of: test"):
         read_benchmark(str(folder / "data"), "dev")
     with pytest.raises(ValueError, match="'humaneval' or 'mbpp'"):
         parse_problems(read_benchmark(str(folder / "data")), "apps")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from fedlora.tasks._base import Examples, Shard
 from fedlora.tasks.causal_lm import CausalLM, check_packing
 from fedlora.tasks.data.templates import fill
-from fedlora.tasks.data.tokens import IGNORED, encode, flatten, pack_batch, pad_batch, truncate
+from fedlora.tasks.data.tokens import IGNORED, encode, flatten_tokens, pack_batch, pad_batch, truncate_rows
 from fedlora.tasks.metrics.scores import compute_metrics, pool
 from fedlora.training.device import checkpoint_activations
 from fedlora.training.evaluation import Evaluator
@@ -132,9 +132,9 @@ def test_a_first_token_is_learnt_from_nothing_and_so_not_at_all(model, network):
     assert all(
         row.ids[0] != tokenizer.bos_token_id and row.learnt == [False] + [True] * (len(row.ids) - 1) for row in rows
     )
-    cut_rows, _ = truncate(rows, 6, "left", tokenizer.bos_token_id)
+    cut_rows, _ = truncate_rows(rows, 6, "left", tokenizer.bos_token_id)
     assert all(row.learnt == [False] + [True] * 5 for row in cut_rows)
-    features, lengths = flatten(rows, 0)
+    features, lengths = flatten_tokens(rows, 0)
     examples = Examples(features, torch.zeros(4, dtype=torch.int64), lengths)
     losses = [
         CausalLM("x").loss(network, batch(examples, torch.arange(4))).item()

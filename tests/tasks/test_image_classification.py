@@ -311,7 +311,7 @@ def test_a_copy_of_a_hubs_repository(tmp_path):
 def test_columns_that_are_not_usual_are_said(tmp_path):
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_dict({"scan": [encoded(COLOURS)] * 9, "finding": [0, 1, 0] * 3}).to_parquet(str(path))
-    with pytest.raises(ValueError, match=r"no column named image, img.* among scan, finding; set task.image to one"):
+    with pytest.raises(ValueError, match=r"no column image, img.* among scan, finding; set task.image to one"):
         ImageClassification(str(path)).load("demo-vit", 0)
     with pytest.raises(ValueError, match=r"among scan, finding; set task.label to one"):
         ImageClassification(str(path), image="scan").load("demo-vit", 0)

@@ -257,7 +257,7 @@ def test_sources_and_golds(tmp_path, model, row, settings, source, golds):
 @pytest.mark.parametrize(
     "row, settings, said",
     [
-        ({"a": "x"}, {}, "no source and target were found among a; set task.source and task.target"),
+        ({"a": "x"}, {}, "no source and target among a; set task.source and task.target"),
         ({"a": "x", "b": "y"}, {"source": "a"}, "task.source is set without task.target"),
         ({"a": "x", "b": "y"}, {"source": "{a", "target": "b"}, "braces do not match"),
         ({"a": "x", "b": "y"}, {"source": "{c}", "target": "b"}, r"no column 'c' \(task.source\)"),

@@ -17,9 +17,8 @@ import fedlora
 from fedlora.export.peft import export_model
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
-from fedlora.tasks._regression import quantile_bins
 from fedlora.tasks.metrics.scores import compute_metrics, pool
-from fedlora.tasks.text_regression import TextRegression
+from fedlora.tasks.text_regression import TextRegression, quantile_bins
 
 TASK = TextRegression("none")
 PAIRS = ("plane", "dog", "river", "guitar", "market", "snow")

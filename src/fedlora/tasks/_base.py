@@ -119,9 +119,9 @@ class Task(ABC):
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's loss (b,), independent of the other rows."""
 
-    @abstractmethod
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the network's outputs for scoring, one entry a row."""
+        """Return the network's outputs for scoring, one entry a row: by default its logits."""
+        return compute_logits(network, batch)
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return the input of ``scores`` for some rows: a fixed number of values a row."""
@@ -164,14 +164,16 @@ class TableTask(Task):
         return (self.test_split,)
 
     def load_splits(self, seed: int) -> Splits:
-        """Return the training split and the test splits, with all rows."""
+        """Return the training split and the test splits with all rows."""
         return load_splits(self.data, self.data_config, self.train_split, self.test_splits, seed, text_format(self))
 
-    def draw_splits(self, seed: int) -> list[Any]:
-        """Return the training and the test split, reduced to ``train_rows`` and ``test_rows``."""
-        wanted = ((self.train_rows, "training"), (self.test_rows, "test"))
-        splits = self.load_splits(seed)
-        return [draw_rows(split, count, None, "", seed, role) for split, (count, role) in zip(splits, wanted)]
+    def draw_splits(self, splits: Splits, seed: int, label: str = "", classes: Classes | None = None) -> list[Any]:
+        """Return splits reduced to ``train_rows`` and ``test_rows``, and to the labels that ``classes`` keep."""
+        limits = [(self.train_rows, "training"), *[(self.test_rows, "test")] * (len(splits) - 1)]
+        return [
+            draw_rows(split, rows, classes and classes.values(split, label), label, seed, role)
+            for split, (rows, role) in zip(splits, limits)
+        ]
 
 
 class Classification(Task):
@@ -207,9 +209,6 @@ class Classification(Task):
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(self.outputs(network, batch).float(), batch["labels"], reduction="none")
 
-    def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        return compute_logits(network, batch)
-
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
         """Return the sums for accuracy and cross-entropy, and the confusion counts if the metric needs them."""
         predicted, rows = outputs.argmax(-1), len(labels)
@@ -233,8 +232,7 @@ def confusion_counts(predicted: Tensor, actual: Tensor) -> dict[str, tuple[int, 
 
 def compute_logits(network: nn.Module, batch: Batch) -> Tensor:
     """Return the logits of a batch, rows by outputs."""
-    logits: Tensor = network(**{name: x for name, x in batch.items() if name != "labels"}).logits
-    return logits
+    return network(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
 
 def lengths_of_one(rows: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, TableTask
 from fedlora.tasks.data.labels import Classes, Targets
-from fedlora.tasks.data.rows import client_groups, concatenate, draw_rows, read_column
+from fedlora.tasks.data.rows import client_groups, concatenate, read_column
 from fedlora.tasks.data.tokens import flatten_rows, locate_rows, random_batch, truncation_note
 from fedlora.tasks.networks.pretrained import load_tokenizer, load_with_new_head
 
@@ -55,12 +55,7 @@ class TextTask(TableTask):
         """Read, check and tokenize all splits once."""
         splits = self.load_splits(seed)
         classes = self.classes(splits)
-        train, *tests = (
-            draw_rows(split, rows, classes and classes.values(split, self.label), self.label, seed, role)
-            for split, (rows, role) in zip(
-                splits, [(self.train_rows, "training"), *[(self.test_rows, "test")] * (len(splits) - 1)]
-            )
-        )
+        train, *tests = self.draw_splits(splits, seed, self.label, classes)
         test, sets = concatenate(tests)
         columns, targets, tokenizer = self._columns(train), self.targets(train, test, classes), load_tokenizer(model)
         both, notes = [], list(targets.notes)
@@ -76,9 +71,7 @@ class TextTask(TableTask):
             for columns in USUAL:
                 if set(columns) <= set(split.column_names):
                     return columns
-            raise ValueError(
-                f"no text column was found among {', '.join(split.column_names)}; set task.text to one or two of them."
-            )
+            raise ValueError(f"no text column among {', '.join(split.column_names)}; set task.text to one or two.")
         columns = [self.text] if isinstance(self.text, str) else self.text
         if not 1 <= len(columns) <= 2:
             raise ValueError(f"task.text names {len(columns)} columns; a text is one column, or a pair of two.")
@@ -139,9 +132,8 @@ class TextTask(TableTask):
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Return a batch, padded to its longest row or to ``max_length``."""
-        places, mask = locate_rows(
-            examples.features["offsets"], rows, self.max_length if self.pad_to_max_length else None
-        )
+        width = self.max_length if self.pad_to_max_length else None
+        places, mask = locate_rows(examples.features["offsets"], rows, width)
         batch = {"attention_mask": mask.long(), "labels": examples.labels[rows]}
         for name, fill in (("input_ids", examples.features["pad"]), ("token_type_ids", 0)):
             if name in examples.features:

@@ -9,35 +9,26 @@ from torch.nn import functional
 
 from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, TableTask
-from fedlora.tasks.data.few_shot import BETWEEN, Prompts, draw_shots, encode_prompts, read_golds, select_prompts
+from fedlora.tasks.data import templates
+from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
-from fedlora.tasks.data.templates import (
-    MESSAGES,
-    PromptTemplate,
-    Segment,
-    choose_template,
-    dropped_note,
-    label_strata,
-    render_conversations,
-    select_rows,
-    template_columns,
-)
 from fedlora.tasks.data.tokens import (
     IGNORED,
     Side,
     Tokens,
     encode,
-    flatten,
+    flatten_tokens,
     pack_batch,
     pad_batch,
     random_batch,
-    truncate,
-)
+    truncate_rows,
+)  # fmt: skip
 from fedlora.tasks.metrics.answers import is_correct
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
+PLAIN = "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
 LEAK = 0.1  # largest tolerated influence of the row before, relative to no separation; bfloat16 rounding is a fifth
 
 
@@ -83,7 +74,7 @@ class CausalLM(TableTask):
         if len(ways) > 1:
             raise ValueError(f"task.{ways[0]} and task.{ways[1]} are both set; keep one of them.")
         if self.grades_answers and self.text is not None:
-            raise ValueError("task.metric is 'exact_match', but plain text asks nothing; set prompt and response.")
+            raise ValueError(PLAIN)
         if self.shots and self.messages is not None:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
         self.generation  # noqa: B018 - raises if a setting is wrong
@@ -101,37 +92,37 @@ class CausalLM(TableTask):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Read, check and tokenize both splits once."""
-        both = self.draw_splits(seed)
+        both = self.draw_splits(self.load_splits(seed), seed)
         tokenizer, context = self.preprocessor(model), context_length(model)
         learnable = [
             self._select_learnable(split, tokenizer, role)
             for split, role in zip(self._add_columns(*both), ("training", "test"))
         ]
         splits, segments, tokens, notes = zip(*learnable)
-        strata = label_strata(*splits, self.label)
+        strata = templates.label_strata(*splits, self.label)
         train, test = (
             self._examples(*parts, tokenizer, context, role, client_column)
             for *parts, role in zip(splits, tokens, strata, ("training", "test"))
         )
         messages = [note for several in notes for note in several]
         if self.grades_answers:
-            prompts = self._prompts(splits[1], segments, strata, tokenizer, context, seed)
-            test = replace(test, features={**test.features, **prompts.features()}, texts=prompts.texts)
-            messages += [prompts.note + "."] if prompts.note else []
+            prompts, texts, note = self._prompts(splits[1], segments, strata, tokenizer, context, seed)
+            test = replace(test, features={**test.features, **prompts}, texts=texts)
+            messages += [note] if note else []
         return Data(train, test, (), tuple(messages))
 
-    def template(self, available: list[str]) -> PromptTemplate | None:
+    def template(self, available: list[str]) -> templates.PromptTemplate | None:
         """Return the template for rows with these columns; None for chat messages."""
         column = self.prompt or self.text
-        if self.messages is not None or (column is None and MESSAGES in available):
+        if self.messages is not None or (column is None and templates.MESSAGES in available):
             return None
-        return choose_template(available, self.prompt, self.response, self.text)
+        return templates.choose_template(available, self.prompt, self.response, self.text)
 
     def _add_columns(self, train: Any, test: Any) -> tuple[Any, Any]:
         """Return both splits with all columns of the prompt; a column that only one split has is empty in the other."""
         available = list(dict.fromkeys([*train.column_names, *test.column_names]))
         template = self.template(available)
-        for name in template_columns(template.prompt) if template is not None else []:
+        for name in templates.template_columns(template.prompt) if template is not None else []:
             if name in available:
                 train, test = (
                     split if name in split.column_names else split.add_column(name, [None] * len(split))
@@ -141,32 +132,32 @@ class CausalLM(TableTask):
 
     def _select_learnable(
         self, split: Any, tokenizer: Any, role: str
-    ) -> tuple[Any, list[list[Segment]], list[Tokens], list[str]]:
+    ) -> tuple[Any, list[list[templates.Segment]], list[Tokens], list[str]]:
         """Return the rows with something to learn, their segments and tokens, and notes on the others."""
         template, count = self.template(split.column_names), len(split)
         if template is None:
-            rows = render_conversations(split, self.messages or MESSAGES, tokenizer, self.drop_unlearnable)
+            column = self.messages or templates.MESSAGES
+            rows = templates.render_conversations(split, column, tokenizer, self.drop_unlearnable)
         else:
             rows = template.segment_rows(split, self.drop_unlearnable)
         if self.drop_unlearnable:
-            split, rows = select_rows(
-                [any(learnt and text.strip() for text, learnt in row) for row in rows], split, rows
-            )
+            keep = [any(learnt and text.strip() for text, learnt in row) for row in rows]
+            split, rows = templates.select_rows(keep, split, rows)
         # A chat template writes the start token.
         tokens = encode(rows, tokenizer, special=template is not None) if rows else []
         limits = (self.max_length, self.truncation_side, tokenizer.bos_token_id, role)
         if self.drop_unlearnable:
-            keep = [any(row.learnt) for row in truncate(tokens, *limits, allow_empty=True)[0]]
-            split, rows, tokens = select_rows(keep, split, rows, tokens)
-        dropped = dropped_note(count, len(tokens), role, "; raise task.max_length, or give the rows responses")
-        truncated, note = truncate(tokens, *limits)
+            keep = [any(row.learnt) for row in truncate_rows(tokens, *limits, allow_empty=True)[0]]
+            split, rows, tokens = templates.select_rows(keep, split, rows, tokens)
+        dropped = templates.dropped_note(count, len(tokens), role, "; raise task.max_length or give the rows responses")
+        truncated, note = truncate_rows(tokens, *limits)
         return split, rows, truncated, [text for text in (dropped, note) if text]
 
     def _examples(
         self, split: Any, rows: list[Tokens], strata: Tensor | None, tokenizer: Any, context: int, role: str,
         client_column: str | None,
     ) -> Examples:  # fmt: skip
-        features, lengths = flatten(rows, tokenizer.pad_token_id)
+        features, lengths = flatten_tokens(rows, tokenizer.pad_token_id)
         longer = int((lengths > context).sum())
         if longer:
             raise ValueError(
@@ -176,7 +167,8 @@ class CausalLM(TableTask):
         labels = torch.zeros(len(rows), dtype=torch.int64)  # rows have no labels
         return Examples(features, labels, lengths, client_groups(split, client_column, role), strata)
 
-    def _prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Prompts:
+    def _prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Any:
+        """Return the result of ``encode_prompts`` for the test rows."""
         room = context - self.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -184,15 +176,13 @@ class CausalLM(TableTask):
                 "included; lower it."
             )
         template = self.template(test.column_names)
-        if template is not None and not template_columns(template.prompt):
-            raise ValueError(
-                "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
-            )
+        if template is not None and not templates.template_columns(template.prompt):
+            raise ValueError(PLAIN)
         if template is None and self.shots:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
         train_rows, test_rows = segments
         kinds = [[0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata)]
-        shots = draw_shots(train_rows, *kinds, self.shots, seed) if self.shots else [""] * len(test_rows)
+        shots = draw_shots(train_rows, *kinds, self.shots, seed)
         golds = read_golds(test, test_rows, self.answer_column, self.answer)
         return encode_prompts(test_rows, golds, shots, tokenizer, room, template is None)
 

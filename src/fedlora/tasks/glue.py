@@ -29,6 +29,7 @@ class Subset(NamedTuple):
 
 
 PAIR = ("sentence1", "sentence2")
+MATCHED = ("validation_matched", "validation_mismatched")
 ENTAILMENT = ("entailment", "not_entailment")
 SUBSETS = {
     "cola": Subset(("sentence",), "matthews", ("unacceptable", "acceptable")),
@@ -36,12 +37,7 @@ SUBSETS = {
     "mrpc": Subset(PAIR, "f1", ("not_equivalent", "equivalent")),
     "qqp": Subset(("question1", "question2"), "f1", ("not_duplicate", "duplicate")),
     "stsb": Subset(PAIR, "pearson", None),
-    "mnli": Subset(
-        ("premise", "hypothesis"),
-        "accuracy",
-        ("entailment", "neutral", "contradiction"),
-        ("validation_matched", "validation_mismatched"),
-    ),
+    "mnli": Subset(("premise", "hypothesis"), "accuracy", ("entailment", "neutral", "contradiction"), MATCHED),
     "qnli": Subset(("question", "sentence"), "accuracy", ENTAILMENT),
     "rte": Subset(PAIR, "accuracy", ENTAILMENT),
     "wnli": Subset(PAIR, "accuracy", ("not_entailment", "entailment")),
@@ -130,9 +126,7 @@ class Glue(TextTask):
             return self.task.scores(outputs, labels)
         outputs, second = outputs[:, :-1], outputs[:, -1] == 1
         if bool(second.all()):
-            raise ValueError(
-                f"a client has no rows of {self.test_splits[0]!r}; give each some, or set task.test_split."
-            )
+            raise ValueError(f"a client has no rows of {self.test_splits[0]!r}; give it some, or set task.test_split.")
         sums = dict(self.task.scores(outputs[~second], labels[~second]).sums)
         if second.any():
             sums["accuracy_mismatched"] = self.task.scores(outputs[second], labels[second]).sums["accuracy"]

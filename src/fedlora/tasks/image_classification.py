@@ -13,7 +13,7 @@ from fedlora.tasks._base import Batch, Classification, Data, Examples, TableTask
 from fedlora.tasks.data.image_transforms import ImageTransform, image_size, load_image_processor, normalize
 from fedlora.tasks.data.images import read_images
 from fedlora.tasks.data.labels import Classes
-from fedlora.tasks.data.rows import client_groups, draw_rows, image_shape
+from fedlora.tasks.data.rows import client_groups, image_shape
 from fedlora.tasks.networks.pretrained import load_with_new_head
 
 # The usual columns of public data sets, tried in this order if task.image and task.label are not set.
@@ -51,10 +51,7 @@ class ImageClassification(Classification, TableTask):
             )
         label = self.label or _usual_column(splits[0], LABELS, "task.label")
         classes = Classes.of(splits, label, self.label_names, self.labels)
-        train, test = (
-            draw_rows(split, rows, classes.values(split, label), label, seed, role)
-            for split, rows, role in zip(splits, (self.train_rows, self.test_rows), ("training", "test"))
-        )
+        train, test = self.draw_splits(splits, seed, label, classes)
         targets = classes.targets(train, test, label)
         transform, shape = ImageTransform.of(model), self.image_shape or image_shape(self.data)
         both = (
@@ -99,18 +96,15 @@ class ImageClassification(Classification, TableTask):
 
 def _is_unlabelled(split: Any) -> bool:
     """Whether this is a folder of images without label folders, or with only one."""
-    return split.column_names == ["image"] or (
-        split.column_names == ["image", "label"] and all(label is None for label in split["label"])
-    )
+    names = split.column_names
+    return names == ["image"] or (names == ["image", "label"] and all(label is None for label in split["label"]))
 
 
 def _usual_column(split: Any, names: Sequence[str], key: str) -> str:
     for name in names:
         if name in split.column_names:
             return name
-    raise ValueError(
-        f"no column named {', '.join(names)} was found among {', '.join(split.column_names)}; set {key} to one of them."
-    )
+    raise ValueError(f"no column {', '.join(names)} among {', '.join(split.column_names)}; set {key} to one of them.")
 
 
 def _read_pixels(split: Any, image: str, shape: Sequence[int] | None, role: str, transform: ImageTransform) -> Tensor:

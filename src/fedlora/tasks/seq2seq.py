@@ -50,13 +50,11 @@ class Seq2Seq(TableTask):
             check_template(template or "", key)
         check_names(self.label_names)
         if self.label_names and "{" in (self.target or ""):
-            raise ValueError(
-                "task.label_names names what a target column holds, and task.target is a template; keep one."
-            )
+            raise ValueError("task.label_names is for a target column, but task.target is a template; keep one.")
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Read, check and tokenize both splits once."""
-        both, roles, notes = self.draw_splits(seed), ("training", "test"), []
+        both, roles, notes = self.draw_splits(self.load_splits(seed), seed), ("training", "test"), []
         if self.drop_unlearnable:
             learnable = [self._select_learnable(split, model, role) for split, role in zip(both, roles)]
             both, notes = [split for split, _ in learnable], [note for _, note in learnable]
@@ -185,8 +183,7 @@ def _compute_logits(network: nn.Module, batch: Batch) -> Tensor:
     """Return rows by target tokens by vocabulary, float32; the decoder's inputs are the targets shifted by one."""
     shifted = network.prepare_decoder_input_ids_from_labels(batch["labels"])
     inputs = {name: x for name, x in batch.items() if name != "labels"}
-    logits: Tensor = network(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
-    return logits
+    return network(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
 
 
 def _pad(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:

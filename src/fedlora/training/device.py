@@ -3,7 +3,6 @@
 import ctypes
 import platform
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,10 +44,8 @@ class Engine:
         """Apply the settings to this process, and return the device."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.allocator == "keep":
-            keep_memory()
-        elif self.allocator == "return":
-            return_memory()
+        if self.allocator != "system":
+            set_allocator(self.allocator)
         return self.select_device()
 
     def resolve_precision(self, training: Training, network: nn.Module) -> Training:
@@ -85,22 +82,15 @@ def checkpoint_activations(network: nn.Module) -> None:
     getattr(network, f"{kind}_checkpointing_enable")(**options)
 
 
-def keep_memory() -> bool:
-    """Make glibc serve large blocks from its heap and keep freed memory. Returns False without glibc.
+def set_allocator(kind: Literal["keep", "return"]) -> bool:
+    """Make glibc keep freed memory in its heap, or return every freed large block. Returns False without glibc.
 
     Each training step frees and allocates the same large blocks. By default, glibc returns them to the kernel, which
-    zeroes every page again. The price is that the process stays at its peak memory.
+    zeroes every page again. The price of ``keep`` is that the process stays at its peak memory; ``return`` is slower.
     """
-    return _set_malloc_options({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1})
-
-
-def return_memory() -> bool:
-    """Make glibc return every freed large block; slower than ``keep_memory``. Returns False without glibc."""
-    return _set_malloc_options({M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: LARGE, M_TRIM_THRESHOLD: LARGE})
-
-
-def _set_malloc_options(options: Mapping[int, int]) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
+    keep = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    options = keep if kind == "keep" else {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: LARGE, M_TRIM_THRESHOLD: LARGE}
     libc = ctypes.CDLL("libc.so.6")
     return all(libc.mallopt(option, value) for option, value in options.items())

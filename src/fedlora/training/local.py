@@ -63,12 +63,10 @@ class Training:
 
     def build(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Return a new optimizer for the leaves of one turn."""
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return kind(parameters, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+            return torch.optim.SGD(parameters, momentum=self.momentum, **options)
+        return (torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam)(parameters, fused=True, **options)
 
 
 def sample_batches(examples: Examples, rows: Tensor, training: Training, seed: int) -> Iterator[Tensor]:
@@ -121,10 +119,8 @@ class LocalTrainer:
         """Return the gradient at ``start`` on one batch, without dropout."""
         self.model.load(start)
         self.model.network.eval()
-        rows = next(
-            sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "gradient"))
-        )
-        batch = self.batch(rows)
+        seed = derive_seed(self.turn.seed, "gradient")
+        batch = self.batch(next(sample_batches(self.examples, self.shard.train, self.training, seed)))
         return self.model.gradient(lambda network: self.task.loss(network, batch))
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:

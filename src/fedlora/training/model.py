@@ -61,13 +61,9 @@ class Model:
     """Attach once; then use ``load``, ``read``, ``fold``, ``unfold`` and ``gradient`` only."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        parts: Mapping[str, Part],
-        precision: Precision,
-        device: torch.device,
+        self, network: nn.Module, parts: Mapping[str, Part], precision: Precision, device: torch.device,
         overlay: bool | None = None,
-    ):
+    ):  # fmt: skip
         self.network, self.parts, self.precision, self.device = network, parts, precision, device
         # In bfloat16, also under autocast, rounding would remove most of an update that is small beside the weight.
         self.overlay = precision != "float32" if overlay is None else overlay
@@ -80,15 +76,10 @@ class Model:
 
     @classmethod
     def attach(
-        cls,
-        network: nn.Module,
-        adapter: Adapter,
-        targets: Sequence[str] | str | None = None,
-        head: Sequence[str] | None = None,
-        precision: Precision = "float32",
-        device: str | torch.device = "cpu",
+        cls, network: nn.Module, adapter: Adapter, targets: Sequence[str] | str | None = None,
+        head: Sequence[str] | None = None, precision: Precision = "float32", device: str | torch.device = "cpu",
         overlay: bool | None = None,
-    ) -> "Model":
+    ) -> "Model":  # fmt: skip
         """Freeze ``network``, wrap the target weights and make the head trainable.
 
         ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision. ``overlay``
@@ -114,7 +105,10 @@ class Model:
                     parameter.data = parameter.data.to(torch.bfloat16)
         for module in whole.values():
             module.float()
-        parts = {path: Part(_wrap(network, path, module, adapter), adapter) for path, module in chosen.items()}
+        parts = {path: Part(AdaptedLinear(module, adapter), adapter) for path, module in chosen.items()}
+        for path, part in parts.items():
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, part.module)
         parts |= {path: Part(module, Dense(frozenset(_own_parameters(module)))) for path, module in whole.items()}
         if not quantized:  # quantized weights are on their device
             network.to(device)
@@ -147,10 +141,7 @@ class Model:
         return tree
 
     def start_from(self, updates: Mapping[str, Factors], whole: Mapping[str, Layer]) -> None:
-        """Make ``initial`` return these updates of weights and leaves of parts trained in full.
-
-        Raises ``ValueError`` if a part is unknown or has another size.
-        """
+        """Make ``initial`` return these updates of weights, and leaves of parts trained in full."""
         for path, f in updates.items():
             part, (m, n) = self.parts.get(path), (f.U.shape[-2], f.V.shape[-1])
             size = weight_shape(part.module.base) if part and isinstance(part.module, AdaptedLinear) else None
@@ -192,9 +183,7 @@ class Model:
             if not trainable:
                 self._frozen[path, leaf] = value
         else:
-            raise ValueError(
-                f"cannot load {path!r}: leaf {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}."
-            )
+            raise ValueError(f"cannot load {path!r}: {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}.")
 
     def read(self) -> Tree:
         """Return copies of all leaves, float32."""
@@ -266,13 +255,6 @@ def weight_shape(base: nn.Module) -> tuple[int, int]:
         n, m = base.weight.shape
         return m, n
     return base.out_features, base.in_features
-
-
-def _wrap(network: nn.Module, path: str, module: nn.Module, adapter: Adapter) -> AdaptedLinear:
-    parent, _, name = path.rpartition(".")
-    wrapped = AdaptedLinear(module, adapter)
-    setattr(network.get_submodule(parent), name, wrapped)
-    return wrapped
 
 
 def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -113,9 +113,7 @@ class AdapterFolder:
     def check_finite(self, key: str, x: Tensor) -> Tensor:
         """Return ``x``; raise ``ValueError`` if it is not finite."""
         if not bool(x.isfinite().all()):
-            raise ValueError(
-                f"{str(self.path)!r} holds values that are NaN or infinite in {key!r}; leave this adapter out."
-            )
+            raise ValueError(f"{str(self.path)!r} holds NaN or infinite values in {key!r}; leave this adapter out.")
         return x
 
     def raw_tensor(self, key: str) -> Tensor:
@@ -123,10 +121,9 @@ class AdapterFolder:
         try:
             # Opened for each tensor, so that the mapped memory is freed with the tensor.
             with safe_open(self.path / WEIGHTS, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
+                return file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file again.") from error
-        return tensor
 
 
 def _header(folder: Path) -> Header:
@@ -179,14 +176,9 @@ def save_labels(folder: Path, names: Sequence[str]) -> None:
 
 
 def save_folder(
-    path: Path,
-    like: Mapping[str, Any],
-    layers: Mapping[str, Layer],
-    alphas: Mapping[str, float],
-    whole: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    base_digest: str | None = None,
-) -> None:
+    path: Path, like: Mapping[str, Any], layers: Mapping[str, Layer], alphas: Mapping[str, float],
+    whole: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32, base_digest: str | None = None,
+) -> None:  # fmt: skip
     """Write a PEFT folder. Each of ``layers`` may have its own rank, and has its alpha in ``alphas``.
 
     ``like`` has the other settings (base model, targets, rsLoRA). Ranks and alphas other than the most common go into
@@ -218,10 +210,7 @@ def _to_number(x: float) -> float | int:
 
 
 def check_together(adapters: Sequence[AdapterFolder], one_base: bool = False) -> None:
-    """Raise ``ValueError`` unless adapters have one base model, one task, and the same weights of the same sizes.
-
-    ``one_base``: the base models are known to be the same.
-    """
+    """Raise ``ValueError`` unless adapters have one base model (or ``one_base``), one task, and the same weights."""
     first = adapters[0]
     _check_labels(adapters)
     for other in adapters[1:]:

@@ -65,8 +65,6 @@ def _check(key: str, path: str, factor: re.Match[str] | None) -> None:
     if not factor and ".lora_" in f".{path}":
         raise ValueError(f"holds {key!r}, which is no part of s B A and cannot be combined")
     if ".base_layer." in f"{path}." or ".original_module." in path:
-        raise ValueError(
-            f"holds {key!r}, a weight of the base model; save what PEFT's get_peft_model_state_dict returns"
-        )
+        raise ValueError(f"holds {key!r}, a base model's weight; save the result of PEFT's get_peft_model_state_dict")
     if path.startswith("base_model."):
         raise ValueError(f"holds {key!r}, an adapter on an adapted model; merge the inner one, and save the outer one")

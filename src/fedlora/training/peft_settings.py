@@ -63,10 +63,9 @@ UNSET = (None, False, "", [], {})
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of a PEFT folder. Raises ``ValueError`` for a setting that is not supported."""
     settings = _read_json(folder)
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{str(folder)!r} holds an adapter of kind {settings.get('peft_type')!r}; only LORA can be used."
-        )
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{str(folder)!r} holds an adapter of kind {kind!r}; only LORA can be used.")
     for key, value in settings.items():
         reason = _unsupported_reason(key, value)
         if reason:
@@ -161,11 +160,9 @@ def _explain_missing(folder: Path) -> str:
     inside = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG}"))
     if not inside:
         return f"{str(folder)!r} holds no {CONFIG}; name a folder that PEFT's save_pretrained wrote."
-    if len(inside) == 1:
-        return f"{str(folder)!r} holds no {CONFIG}, but {inside[0]!r} does; name that folder."
-    more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
-    names = ", ".join(map(repr, inside[:3]))
-    return f"{str(folder)!r} holds no {CONFIG}, but {names}{more} do; name one of these."
+    names = ", ".join(map(repr, inside[:3])) + (f" and {len(inside) - 3} more" if len(inside) > 3 else "")
+    advice = "does; name that folder" if len(inside) == 1 else "do; name one of these"
+    return f"{str(folder)!r} holds no {CONFIG}, but {names} {advice}."
 
 
 def _check_scale(folder: Path, key: str, value: Any, default: Any) -> None:

@@ -40,9 +40,9 @@ def find_targets(
         names = _usual_names(weights) if patterns is None else patterns
         for pattern in names:
             if not any(matches(path, pattern) for path in weights):
-                raise ValueError(_explain_unmatched(network, "model.targets", pattern, list(weights)))
+                raise ValueError(_explain_mismatch(network, "model.targets", pattern, list(weights)))
         targets = {path: module for path, module in weights.items() if any(matches(path, p) for p in names)}
-    _check_untied(network, targets, "model.targets")
+    _check_ties(network, targets, "model.targets")
     return targets
 
 
@@ -58,7 +58,7 @@ def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module
             "of whole paths, or a list of names."
         ) from error
     if not targets:
-        reason = _explain_unmatched(network, "model.targets", text, list(weights))
+        reason = _explain_mismatch(network, "model.targets", text, list(weights))
         raise ValueError(f"{reason[:-1]}; one text is a regular expression of whole paths, and names go into a list.")
     return targets
 
@@ -80,7 +80,7 @@ def find_full_modules(network: nn.Module, patterns: Sequence[str] | None) -> dic
     paths = [path for path, _ in network.named_modules() if path]
     for pattern in patterns or ():
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(_explain_unmatched(network, "model.head", pattern, paths))
+            raise ValueError(_explain_mismatch(network, "model.head", pattern, paths))
     patterns = new_modules(network) if patterns is None else patterns
     roots = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
     modules = {
@@ -89,7 +89,7 @@ def find_full_modules(network: nn.Module, patterns: Sequence[str] | None) -> dic
         if any(path == root or path.startswith(root + ".") for root in roots)
         and next(module.parameters(recurse=False), None) is not None
     }
-    _check_untied(network, modules, "model.head")
+    _check_ties(network, modules, "model.head")
     return modules
 
 
@@ -100,7 +100,7 @@ def new_modules(network: nn.Module) -> list[str]:
     return [*getattr(network, "put_on_top", on_top), *getattr(network, "drawn_anew", [])]
 
 
-def _check_untied(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
+def _check_ties(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
     """Raise ``ValueError`` if a chosen weight also belongs to another module, which would change with it."""
     owners: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -122,7 +122,7 @@ def _usual_names(weights: Mapping[str, nn.Module]) -> Sequence[str]:
     )
 
 
-def _explain_unmatched(network: nn.Module, key: str, pattern: str, paths: Sequence[str]) -> str:
+def _explain_mismatch(network: nn.Module, key: str, pattern: str, paths: Sequence[str]) -> str:
     """Return why a pattern matches nothing, with near names, a whole path, and a pattern for all such paths."""
     names = _last_names(paths)
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
@@ -132,9 +132,8 @@ def _explain_unmatched(network: nn.Module, key: str, pattern: str, paths: Sequen
     path = names[near[0]]
     alike = ".".join("*" if name.isdigit() else name for name in path.split("."))
     more = f", and the pattern {alike!r} matches all of them" if alike != path else ""
-    why = (_explain_other_kind(network, pattern) if key == "model.targets" else None) or (
-        "matches no module of this network"
-    )
+    kind = _explain_other_kind(network, pattern) if key == "model.targets" else None
+    why = kind or "matches no module of this network"
     return f"{key} has {pattern!r}, which {why}; near names are {', '.join(near)} (one is {path!r}{more})."
 
 

@@ -15,13 +15,7 @@ from fedlora.types import Layer, Turn
 
 
 def warm_start(
-    model: Model,
-    rules: Rules,
-    method: Method,
-    folder: str | Path,
-    seed: int,
-    labels: Sequence[str] = (),
-    base: str | None = None,
+    model: Model, rules: Rules, method: Method, folder: str | Path, seed: int, labels: Sequence[str], base: str | None
 ) -> None:
     """Start the model from a PEFT folder that all clients have.
 
@@ -42,9 +36,7 @@ def warm_start(
     client = client_start(rules, shared, {}, Turn(0, 0, method.adapter.budget))
     for part in adapter.shapes:
         if not torch.equal(*(method.adapter.delta(tree[part]).U for tree in (shared, client))):
-            raise ValueError(
-                f"{method.title} begins every turn afresh and would lose model.start; take another method."
-            )
+            raise ValueError(f"{method.title} begins every turn afresh and would lose model.start; use another method.")
 
 
 def _check_base(adapter: AdapterFolder, name: str) -> None:

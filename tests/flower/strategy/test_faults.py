@@ -50,7 +50,7 @@ FAULTS = {
     "broadcast": (put(B0, np.zeros((1, 4), np.float32)), "is needed"),
     "missing": (drop, f"it lacks '{B0}'"),
     "unknown": (put("base_model.model.model.norm.weight", np.zeros(16, np.float32)), "which the method does not send"),
-    "base": (put("base_model.model.x.base_layer.weight", np.zeros(1, np.float32)), "a weight of the base model"),
+    "base": (put("base_model.model.x.base_layer.weight", np.zeros(1, np.float32)), "a base model's weight"),
     "whole numbers": (put(B0, np.zeros((16, 4), np.int64)), "where floats are needed"),
     "garbage": (garbage, "cannot be read"),
     "no rows": (metric("num-examples", 0), "where a number above 0 is needed"),

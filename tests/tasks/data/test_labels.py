@@ -211,7 +211,7 @@ def test_kept_labels_are_named_as_in_the_rows_or_by_name_and_do_not_depend_on_th
     found = some.load(str(TINY_VIT), 0)
     assert found.label_names == task.known_labels() and found.train.labels.tolist() == [1, 2, 2]
     assert label_map(task.all_labels(), task.known_labels(), "position") == {"1": "b", "2": "c", "3": "d"}
-    with pytest.raises(ValueError, match="task.labels has 'e', which is no label; the labels are 'a', 'b'"):
+    with pytest.raises(ValueError, match="task.labels has 'e', which is no label; labels are 'a', 'b'"):
         ImageClassification("x", label_names=["a", "b"], labels=["a", "e"])
 
 

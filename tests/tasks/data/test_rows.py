@@ -101,7 +101,7 @@ BAD = {
     "no text column": (
         [{"x": "a", "label": 0}, {"x": "a", "label": 1}] * 9,
         {},
-        r"no text column was found among x, label",
+        r"no text column among x, label",
     ),
     "missing value": ([{"text": "a", "label": 0}, {"text": None, "label": 1}] * 9, {}, r"has \d+ missing values"),
     "empty text": ([{"text": "a", "label": 0}, {"text": " ", "label": 1}] * 9, {}, r"\d+ empty texts"),
@@ -118,7 +118,7 @@ BAD = {
         {"label_names": ["no", "yes"]},
         r"holds 7 in the training rows, which matches no label; .* positions, 0 = no, 1 = yes; correct the rows",
     ),
-    "kept but not there": (ROWS, {"labels": [0, 5]}, r"task.labels has 5, which is no label; the labels are 0, 1"),
+    "kept but not there": (ROWS, {"labels": [0, 5]}, r"task.labels has 5, which is no label; labels are 0, 1"),
     "one kept": (ROWS, {"labels": [0]}, r"task.labels keeps only 1 label"),
     "no rows": (
         ROWS,
@@ -157,11 +157,11 @@ def test_training_rows_alone_are_cut_in_two(tmp_path, model):
 
 def test_places_that_are_wrong(tmp_path, model):
     (tmp_path / "empty").mkdir()
-    for data, sentence in (("./none", "no data at"), (str(tmp_path / "empty"), "holds no data")):
+    for data, sentence in (("./none", "no data at"), (str(tmp_path / "empty"), "has no data")):
         with pytest.raises(ValueError, match=sentence):
             TextClassification(data).load(model, 0)
     write(tmp_path, "train.jsonl")
-    with pytest.raises(ValueError, match=r"no split 'dev'; set task.test_split to one of these: train"):
+    with pytest.raises(ValueError, match=r"no split 'dev'; set task.test_split to one of: train"):
         TextClassification(str(tmp_path), test_split="dev").load(model, 0)
     broken = {
         "broken.jsonl": '{"text": "a", "label"',

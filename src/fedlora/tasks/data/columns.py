@@ -58,9 +58,7 @@ def _choose_columns(split: Any, source: str | None, target: str | None) -> tuple
     for template, column in USUAL:
         if {*template_columns(template), column} <= set(split.column_names):
             return template, column
-    raise ValueError(
-        f"no source and target were found among {', '.join(split.column_names)}; set task.source and task.target."
-    )
+    raise ValueError(f"no source and target among {', '.join(split.column_names)}; set task.source and task.target.")
 
 
 def _read_answers(value: Any, names: Sequence[str] | None, column: str, allow_empty: bool) -> list[str]:

@@ -1,7 +1,6 @@
 """Prompts for answers that are generated and graded, with solved examples before them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +15,6 @@ from fedlora.tasks.metrics.answers import Kind, extract_number
 BETWEEN = "\n\n"  # between a solved example and the next
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """The prompt of every test row, as tokens, and the right answer."""
-
-    ids: list[list[int]]
-    texts: tuple[Mapping[str, str], ...]  # "prompt" and "gold"
-    note: str = ""
-
-    def features(self) -> dict[str, Tensor]:
-        """Return the tokens as features of ``Examples``, without padding."""
-        prompts, offsets = flatten_rows(self.ids)
-        return {"prompts": prompts, "prompt_offsets": offsets}
-
-
 def encode_prompts(
     rows: Sequence[Sequence[Segment]],
     golds: Sequence[str],
@@ -37,17 +22,18 @@ def encode_prompts(
     tokenizer: Any,
     room: int,
     chat: bool,
-) -> Prompts:
-    """Return each row without its last segment, which is the answer; ``before`` are the rows' solved examples.
+) -> tuple[dict[str, Tensor], tuple[Mapping[str, str], ...], str]:
+    """Return each row's prompt (its solved examples ``before``, and all but its last segment) as features and as text.
 
-    Prompts of more than ``room`` tokens lose their beginning, and the note has their number.
+    Prompts of more than ``room`` tokens lose their beginning; the third value is a note with their number.
     """
     texts = [shots + "".join(text for text, _ in row[:-1]) for shots, row in zip(before, rows)]
     prompts = tokenize(texts, tokenizer, not chat)
     longer = sum(len(ids) > room for ids in prompts)
-    note = f"{longer} of {len(prompts)} prompts were longer than {room} tokens and lost their beginning"
+    note = f"{longer} of {len(prompts)} prompts were longer than {room} tokens and lost their beginning."
+    ids, offsets = flatten_rows([_shorten(ids, room, tokenizer.bos_token_id) for ids in prompts])
     both = tuple({"prompt": text, "gold": gold} for text, gold in zip(texts, golds))
-    return Prompts([_shorten(ids, room, tokenizer.bos_token_id) for ids in prompts], both, note if longer else "")
+    return {"prompts": ids, "prompt_offsets": offsets}, both, note if longer else ""
 
 
 def _shorten(ids: list[int], room: int, start: int | None) -> list[int]:
@@ -57,18 +43,13 @@ def _shorten(ids: list[int], room: int, start: int | None) -> list[int]:
 
 
 def select_prompts(features: Mapping[str, Tensor], rows: Tensor) -> list[list[int]]:
-    """Return the prompts of some rows from ``Prompts.features``."""
+    """Return the prompts of some rows from the features of ``encode_prompts``."""
     offsets = features["prompt_offsets"]
     return [features["prompts"][offsets[i] : offsets[i + 1]].tolist() for i in rows.tolist()]
 
 
-def draw_shots(
-    train: Sequence[Sequence[Segment]], kinds: Sequence[int], wanted: Sequence[int], count: int, seed: int
-) -> list[str]:
-    """Return for each test row ``count`` training rows of its kind, one random draw a kind.
-
-    Raises ``ValueError`` if a kind has fewer training rows.
-    """
+def draw_shots(train: Sequence[list[Segment]], kinds: list[int], wanted: list[int], count: int, seed: int) -> list[str]:
+    """Return for each test row ``count`` training rows of its kind, one random draw for each kind."""
     shots = {}
     for kind in set(wanted):
         rows = [i for i, other in enumerate(kinds) if other == kind]

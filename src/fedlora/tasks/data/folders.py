@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 READERS |= {f"{ending}.gz": kind for ending, kind in READERS.items()} | {".parquet": "parquet"}
@@ -11,7 +11,6 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".p
 # Files about data: of the hub, of datasets, of image folders, of models.
 ABOUT = {"meta", "metadata", "dataset_info", "dataset_infos", "dataset_dict", "state", "config"}
 USUAL = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
-F = TypeVar("F")
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?:-[0-9a-f]{16})?")
 
 
@@ -21,10 +20,10 @@ def file_ending(file: Path | str) -> str | None:
     return next((e for e in sorted(READERS, key=len, reverse=True) if name.endswith(e)), None)
 
 
-class LazySplits(Mapping[str, Any], Generic[F]):
+class LazySplits(Mapping[str, Any]):
     """Splits that are read on access, so that a broken split does not hide the others."""
 
-    def __init__(self, files: Mapping[str, list[F]], read: Callable[[list[F]], Any]):
+    def __init__(self, files: Mapping[str, list[Any]], read: Callable[[list[Any]], Any]):
         self.files, self.read = files, read
 
     def __getitem__(self, split: str) -> Any:
@@ -42,9 +41,8 @@ class LazySplits(Mapping[str, Any], Generic[F]):
 
 def is_table(file: Path) -> bool:
     """Whether this is a file of rows, neither hidden nor about other data."""
-    return (
-        file.is_file() and not file.name.startswith(".") and file_ending(file) is not None and _stem(file) not in ABOUT
-    )
+    hidden = file.name.startswith(".")
+    return file.is_file() and not hidden and file_ending(file) is not None and _stem(file) not in ABOUT
 
 
 def is_image(file: Path) -> bool:

@@ -92,8 +92,7 @@ class ImageTransform:
     def _process(self, x: Tensor, **steps: bool) -> Tensor:
         image = x.round().to(torch.uint8).numpy()
         options = {"input_data_format": "channels_first", "return_tensors": "pt", "do_convert_rgb": False}
-        pixels: Tensor = self.processor(image, **options, **steps)["pixel_values"][0]
-        return pixels
+        return self.processor(image, **options, **steps)["pixel_values"][0]
 
 
 def normalize(pixels: Tensor, scale: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -102,10 +101,7 @@ def normalize(pixels: Tensor, scale: Tensor, mean: Tensor, std: Tensor) -> Tenso
 
 
 def load_image_processor(model: str) -> Any:
-    """Return the model's image processor, or None if it has none.
-
-    It is always the one that uses PIL: otherwise the pixels would depend on the packages that are installed.
-    """
+    """Return the model's image processor or None; always PIL's, so that pixels do not depend on installed packages."""
     from transformers import AutoImageProcessor
     from transformers.image_processing_utils import BaseImageProcessor
 

@@ -42,7 +42,14 @@ def _to_tensor(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
     if value is None:
         raise ValueError(f"{where} has no picture; drop the row.")
     if isinstance(value, bytes) and shape is not None:
-        image = _from_raw(value, shape, where)
+        height, width, channels = shape
+        size = height * width * channels
+        if len(value) != size:
+            raise ValueError(
+                f"{where} has an image of {len(value)} bytes; the shape {list(shape)} needs {size}; "
+                "correct task.image_shape."
+            )
+        image = torch.frombuffer(bytearray(value), dtype=torch.uint8).reshape(height, width, channels)
     else:
         image = _from_array(_decode(value, where) if isinstance(value, bytes) else value, where)
     return image[..., :-1] if image.shape[-1] in (2, 4) else image
@@ -53,16 +60,6 @@ def _read_file(path: str, where: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}; put the file back or drop the row.") from error
-
-
-def _from_raw(value: bytes, shape: Sequence[int], where: str) -> Tensor:
-    height, width, channels = shape
-    if len(value) != height * width * channels:
-        raise ValueError(
-            f"{where} has an image of {len(value)} bytes; the shape {list(shape)} needs {height * width * channels}; "
-            "correct task.image_shape."
-        )
-    return torch.frombuffer(bytearray(value), dtype=torch.uint8).reshape(height, width, channels)
 
 
 def _decode(value: bytes, where: str) -> Any:
@@ -107,7 +104,5 @@ def _from_array(value: Any, where: str) -> Tensor:
     if array.dtype.kind in "fb" and 0 <= array.min() <= array.max() <= 1:
         array = array * 255  # floats in 0 to 1
     if not 0 <= array.min() <= array.max() <= 255:
-        raise ValueError(
-            f"{where} has pixels from {array.min()} to {array.max()}; they should be from 0 to 255, or floats to 1."
-        )
+        raise ValueError(f"{where} has pixels from {array.min()} to {array.max()}; they go to 255, or as floats to 1.")
     return torch.from_numpy(array.astype("uint8"))

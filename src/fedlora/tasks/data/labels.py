@@ -73,9 +73,7 @@ class Classes:
         for value in values:
             number = self.find(value)
             if number is None:
-                raise ValueError(
-                    f"task.labels has {value!r}, which is no label; the labels are {join_values(self.names)}."
-                )
+                raise ValueError(f"task.labels has {value!r}, which is no label; labels are {join_values(self.names)}.")
             numbers.add(number)
         if len(numbers) < 2:
             raise ValueError(f"task.labels keeps only {len(numbers)} label; a classification needs at least 2.")
@@ -144,10 +142,7 @@ class Classes:
         return Targets(*numbers, self.outputs, tuple(notes), POSITION if by_position else NAME)
 
     def of_rows(self, split: Any, column: str, role: str) -> Tensor:
-        """Return each row's class (N,), int64, as an index into ``outputs``.
-
-        Raises ``ValueError`` with the values that match no class.
-        """
+        """Return each row's class (N,), int64, as an index into ``outputs``; unknown values are a ``ValueError``."""
         values, label_names = read_column(split, column, self.key), _label_names(split, column)
         _check_values(values, column, self.key, role)
         places = {i: place for place, i in enumerate(self.kept or range(len(self.names)))}
@@ -157,10 +152,8 @@ class Classes:
             raise ValueError(self._explain_strange(strange, label_names, column, role))
         return torch.tensor([places[classes[value]] for value in values], dtype=torch.int64)
 
-    def _explain_strange(
-        self, strange: Sequence[Any], label_names: Sequence[str] | None, column: str, role: str
-    ) -> str:
-        values = [label_names[v] if label_names is not None and 0 <= v < len(label_names) else v for v in strange]
+    def _explain_strange(self, strange: Sequence[Any], names: Sequence[str] | None, column: str, role: str) -> str:
+        values = [names[v] if names is not None and 0 <= v < len(names) else v for v in strange]
         texts = [v for v in values if isinstance(v, str)]
         near = nearest(texts[0], self.names) if texts else None
         hint = f"; did you mean {near!r}?" if near else ""
@@ -242,17 +235,10 @@ def _label_names(split: Any, column: str) -> Sequence[str] | None:
 
 
 def _check_values(values: Sequence[Any], column: str, key: str, role: str) -> None:
-    """Raise ``ValueError`` if a value is missing, or is neither a number nor a text."""
-    wrong = [value for value in values if not _is_label(value)]
-    missing = sum(map(is_missing, wrong))
-    if missing:
-        raise ValueError(
-            f"column {column!r} ({key}) has {missing} missing values in the {role} rows; fill or drop them."
-        )
-    if wrong:
-        raise ValueError(
-            f"column {column!r} ({key}) holds {wrong[0]!r} in the {role} rows; a label is one number or string."
-        )
+    """Raise ``ValueError`` if a value is neither a number nor a text; missing values were checked before."""
+    odd = [value for value in values if not _is_label(value)]
+    if odd:
+        raise ValueError(f"column {column!r} ({key}) holds {odd[0]!r} in the {role} rows; a label is a number or text.")
 
 
 def _is_label(value: Any) -> bool:

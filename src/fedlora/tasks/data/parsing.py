@@ -5,7 +5,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 Columns = dict[str, list[Any]]  # column -> its values; None if a row has none
@@ -14,7 +14,8 @@ DELIMITERS = (",", ";", "\t", "|")  # the candidates for a CSV file
 
 def parse_csv(text: str, delimiter: str | None) -> Columns:
     """Return the columns as text, None for an empty cell. Rows must be as wide as the header."""
-    with _long_cells():
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
         delimiter = delimiter or _find_delimiter(text)
         rows = _csv_rows(text, delimiter)
         _, header = next(rows, (1, []))
@@ -27,6 +28,8 @@ def parse_csv(text: str, delimiter: str | None) -> Columns:
                     "character separates cells"
                 )
             table.append(cells)
+    finally:
+        csv.field_size_limit(limit)
     if not table:
         raise ValueError("it holds no rows below its header" if header else "it holds no rows")
     columns = [(name, [row[i] or None for row in table]) for i, name in enumerate(header)]
@@ -43,33 +46,31 @@ def _find_duplicate(names: Iterable[str]) -> str | None:
 
 def _find_delimiter(text: str) -> str:
     """Return the only character that separates the header, or that gives all rows one width if there are several."""
-    marks = [mark for mark in DELIMITERS if _is_separating(text, mark)]
-    even = [mark for mark in marks if _is_even(text, mark)] if len(marks) > 1 else marks
+    marks = [mark for mark in DELIMITERS if max(_row_widths(text, mark, 1), default=0) > 1]
+    even = [mark for mark in marks if len(_row_widths(text, mark)) == 1] if len(marks) > 1 else marks
     if len(marks) > 1 and len(even) != 1:
-        raise ValueError(
-            f"its cells may be separated by {' and '.join(map(repr, marks))}; set task.delimiter to one of them"
-        )
+        raise ValueError(f"its cells may be separated by {' and '.join(map(repr, marks))}; set task.delimiter to one")
     return even[0] if even else DELIMITERS[0]
 
 
-def _is_separating(text: str, delimiter: str) -> bool:
+def _row_widths(text: str, delimiter: str, most: int | None = None) -> set[int]:
+    """Return the different widths of all rows, or of the first ``most``; empty if a row cannot be parsed."""
     try:
-        return len(next(_csv_rows(text, delimiter), (1, []))[1]) > 1
+        return {len(cells) for _, cells in islice(_csv_rows(text, delimiter), most)}
     except ValueError:
-        return False
-
-
-def _is_even(text: str, delimiter: str) -> bool:
-    try:
-        return len({len(cells) for _, cells in _csv_rows(text, delimiter)}) == 1
-    except ValueError:
-        return False
+        return set()
 
 
 def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield each row's first line and cells, without empty lines; wrong quotes and line ends are a ``ValueError``."""
-    lines = _Lines(text)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    last = ""
+
+    def read_lines() -> Iterator[str]:
+        nonlocal last
+        for last in io.StringIO(text, newline=""):  # noqa: UP028 - the last line is needed below
+            yield last
+
+    reader = csv.reader(read_lines(), delimiter=delimiter, strict=True)
     ends = set()
     while True:
         line = reader.line_num + 1
@@ -79,7 +80,7 @@ def _csv_rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise ValueError(_explain_quotes(line, str(error))) from error
-        ends |= {lines.last[len(lines.last.rstrip("\r\n")) :]} - {""}
+        ends |= {last[len(last.rstrip("\r\n")) :]} - {""}
         if len(ends) > 1:
             raise ValueError(
                 f"line {line} has a different line ending than the lines before; put double quotes around a cell with "
@@ -103,30 +104,6 @@ def _explain_quotes(line: int, reason: str) -> str:
             "no space before the delimiter"
         )
     return f"line {line}: {reason.rstrip('.')}"
-
-
-class _Lines:
-    """An iterator over the lines of a text with their ends; ``last`` is the line that was read last."""
-
-    def __init__(self, text: str):
-        self.lines, self.last = io.StringIO(text, newline=""), ""
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        self.last = next(self.lines)
-        return self.last
-
-
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Lift the limit of the ``csv`` module on a cell's length."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def parse_json(text: str) -> Columns:

@@ -52,9 +52,7 @@ def load_splits(
         return _cut(rows, HELD_OUT, derive_seed(seed, "held out"))
     for key, split in [("train_split", train), *(("test_split", test) for test in tests if test != ANY)]:
         if split not in splits:
-            raise ValueError(
-                f"{data!r} has no split {split!r}; set task.{key} to one of these: {', '.join(sorted(splits))}."
-            )
+            raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of: {', '.join(sorted(splits))}.")
     return Splits((splits[train], *(None if test == ANY else splits[test] for test in tests)))
 
 
@@ -82,9 +80,7 @@ def _share(text: str, rows: int) -> float:
     except ValueError as error:
         raise ValueError(f"task.test_split ends with {text!r}; a share of the rows is a number, e.g. 0.1.") from error
     if not 0 < share < 1 or rows * share < 1 or rows * (1 - share) < 1:
-        raise ValueError(
-            f"{text} of {rows} training rows cannot be held out; take a share between 0 and 1, or more rows."
-        )
+        raise ValueError(f"{text} of {rows} training rows cannot be held out; take a share from 0 to 1, or more rows.")
     return share
 
 
@@ -114,9 +110,8 @@ def check_column(split: Any, name: str, key: str) -> None:
         hint = f"did you mean {near!r}? Its" if near else "its"
         single = len(split.column_names) == 1
         more = "; if a CSV file's columns are separated by another character, set task.delimiter" if single else ""
-        raise ValueError(
-            f"the data has no column {name!r} ({key}); {hint} columns are {', '.join(split.column_names)}{more}."
-        )
+        known = ", ".join(split.column_names)
+        raise ValueError(f"the data has no column {name!r} ({key}); {hint} columns are {known}{more}.")
 
 
 def is_missing(value: Any) -> bool:
@@ -128,11 +123,9 @@ def read_column(split: Any, name: str, key: str, allow_missing: bool = False) ->
     """Return a column's values. Raises ``ValueError`` if there is no such column, or if values are missing."""
     check_column(split, name, key)
     values = list(split[name])
-    missing = 0 if allow_missing else sum(is_missing(value) for value in values)
-    if missing:
-        raise ValueError(
-            f"column {name!r} ({key}) has {missing} missing values in {len(values)} rows; fill or drop them."
-        )
+    gaps = 0 if allow_missing else sum(map(is_missing, values))
+    if gaps:
+        raise ValueError(f"column {name!r} ({key}) has {gaps} missing values in {len(values)} rows; fill or drop them.")
     return values
 
 
@@ -179,9 +172,8 @@ def draw_rows(split: Any, rows: int | None, keep: Collection[Any] | None, label:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, "rows", role)))
         split = split.select(sorted(order[:rows].tolist()))
     if len(split) == 0:
-        raise ValueError(
-            f"the {role} split has no rows{'' if keep is None else ' with the labels of task.labels'}; it needs some."
-        )
+        kept = "" if keep is None else " with the labels of task.labels"
+        raise ValueError(f"the {role} split has no rows{kept}; it needs some.")
     return split
 
 

@@ -35,9 +35,8 @@ def load_data(data: str, config: str | None, form: TextFormat) -> Mapping[str, A
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
         return _load_repository(data, config, form, ["csv"])
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(
-            f"the data {data!r} could not be read: {_reason(error)}; name a file, a folder or a hub id."
-        ) from error
+        cause = _reason(error)
+        raise ValueError(f"the data {data!r} could not be read: {cause}; name a file, a folder or a hub id.") from error
 
 
 def _load_folder(path: Path, config: str | None, form: TextFormat) -> Mapping[str, Any]:
@@ -58,9 +57,8 @@ def _load_folder(path: Path, config: str | None, form: TextFormat) -> Mapping[st
         return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
     if kinds:
         return _load_repository(str(path), config, form, ["csv", "json"])
-    raise ValueError(
-        f"the folder {str(path)!r} holds no data; it needs train and test files ({', '.join(folders.READERS)})."
-    )
+    endings = ", ".join(folders.READERS)
+    raise ValueError(f"the folder {str(path)!r} has no data; it needs train and test files ({endings}).")
 
 
 def _load_repository(data: str, config: str | None, form: TextFormat, kinds: Sequence[str]) -> Mapping[str, Any]:
@@ -74,11 +72,8 @@ def _load_repository(data: str, config: str | None, form: TextFormat, kinds: Seq
     if builder.name not in kinds:
         return dict(datasets.load_dataset(data, config))
     settings, usual = builder.config, type(builder.config)()
-    odd = [
-        f.name
-        for f in fields(settings)
-        if f.name not in REPOSITORY and getattr(settings, f.name) != getattr(usual, f.name)
-    ]
+    names = [f.name for f in fields(settings) if f.name not in REPOSITORY]
+    odd = [name for name in names if getattr(settings, name) != getattr(usual, name)]
     if odd:
         raise ValueError(
             f"the README of {data!r} sets {odd[0]!r} for its {builder.name} files, which is not understood; write the "
@@ -127,9 +122,7 @@ def _read(files: list[Path], form: TextFormat) -> Any:
     ending = folders.file_ending(files[0]) or ""
     kind = folders.READERS.get(ending)
     if kind is None:
-        raise ValueError(
-            f"{str(files[0])!r} is of no kind that can be read; the kinds are {', '.join(folders.READERS)}."
-        )
+        raise ValueError(f"{str(files[0])!r} has an unknown ending; the known ones are {', '.join(folders.READERS)}.")
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"the file {str(file)!r} is empty; it needs rows.")

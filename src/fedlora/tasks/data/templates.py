@@ -41,10 +41,7 @@ class PromptTemplate:
             raise ValueError(f"{self.keys[1]} is {self.response!r}, which names no column; write {{column}}.")
 
     def segment_rows(self, split: Any, allow_empty: bool = False) -> list[list[Segment]]:
-        """Return each row's prompt and response.
-
-        Raises ``ValueError`` if a column is missing or has no text, or, unless ``allow_empty``, if a response is empty.
-        """
+        """Return each row's prompt and response. Unless ``allow_empty``, an empty response is a ``ValueError``."""
         prompts = fill_rows(self.prompt, split, self.keys[0])
         responses = fill_rows(self.response, split, self.keys[1], allow_missing=True)
         empty = sum(not text.strip() for text in responses)
@@ -61,21 +58,19 @@ class PromptTemplate:
         return fill(self.prompt, {name: text if name == names[0] else "" for name in names}) if names else text
 
 
-def choose_template(
-    available: Sequence[str], prompt: str | None, response: str | None, text: str | None
-) -> PromptTemplate:
-    """Return the templates of the settings, or else the first usual ones whose columns are available."""
+def choose_template(names: Sequence[str], prompt: str | None, response: str | None, text: str | None) -> PromptTemplate:
+    """Return the templates of the settings, or else the first usual ones whose columns are among ``names``."""
     if text is not None:
         return PromptTemplate("", to_template(text), ("task.prompt", "task.text"))
     if prompt is not None and response is not None:
         return PromptTemplate(to_template(prompt, "\n"), to_template(response))
     for usual in USUAL:
-        if set(template_columns(usual[0] + usual[1])) <= set(available):
+        if set(template_columns(usual[0] + usual[1])) <= set(names):
             return PromptTemplate(*usual)
-    if TEXT in available:
+    if TEXT in names:
         return PromptTemplate("", "{text}", ("task.prompt", "task.text"))
     raise ValueError(
-        f"no prompt and response were found among {', '.join(available)}; set task.prompt and task.response, "
+        f"no prompt and response were found among {', '.join(names)}; set task.prompt and task.response, "
         "task.messages or task.text to some of them."
     )
 
@@ -165,8 +160,7 @@ def dropped_note(count: int, kept: int, role: str, advice: str) -> str:
 def render_conversations(split: Any, name: str, tokenizer: Any, allow_empty: bool = False) -> list[list[Segment]]:
     """Return each row's messages in the tokenizer's chat template; the assistant's messages are learnt.
 
-    Raises ``ValueError`` if the tokenizer has no template, if a row has no such messages (unless ``allow_empty``), or
-    if the template changes earlier messages when later ones follow.
+    Unless ``allow_empty``, a row without an answer of the assistant is a ``ValueError``.
     """
     check_chat_template(tokenizer)
     return [

@@ -61,7 +61,7 @@ def tokenize(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]
     return [ids[:-1] if ids and ids[-1] == end and len(ids) > 1 else ids for ids in rows]
 
 
-def truncate(
+def truncate_rows(
     rows: Sequence[Tokens], limit: int, side: Side, start: int | None, role: str = "training", allow_empty: bool = False
 ) -> tuple[list[Tokens], str]:
     """Return rows of at most ``limit`` tokens, and a note about the cuts, or an empty string.
@@ -99,7 +99,7 @@ def truncation_note(several: int, rows: int, limit: int, side: str, role: str) -
     return f"{several} of {rows} {role} rows were cut to {limit} tokens on the {side}"
 
 
-def flatten(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+def flatten_tokens(rows: Sequence[Tokens], pad: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return the features of ``Examples``, without padding, and each row's length."""
     ids, offsets = flatten_rows([row.ids for row in rows])
     learnt = torch.tensor(list(chain.from_iterable(row.learnt for row in rows)))
@@ -114,10 +114,7 @@ def flatten_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def locate_rows(offsets: Tensor, rows: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the indices (b, width) of some rows' tokens in a flat tensor, padded on the right with 0, and the mask.
-
-    ``width`` None: the longest row's length.
-    """
+    """Return the indices (b, width) of some rows' tokens in a flat tensor, padded with 0 on the right, and the mask."""
     starts, lengths = offsets[rows, None], (offsets[rows + 1] - offsets[rows])[:, None]
     places = torch.arange(int(lengths.max()) if width is None else width)
     mask = places < lengths

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora.tasks.networks.pretrained import check_token_ids
 
@@ -40,57 +40,38 @@ def generate(
     ``prompts`` are token ids of any lengths. Random numbers come from ``seed``, and the global generators are restored.
     Sampled texts depend on the other prompts of the batch, greedy ones do not.
     """
-    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
+    width = max(1, *map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     words = getattr(network.get_input_embeddings(), "num_embeddings", None)
     if words is not None:
         check_token_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
-    device, training = next(network.parameters()).device, network.training
+    ends = network.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     options = sampling if settings.temperature else {"do_sample": False}
-    options |= {"max_new_tokens": settings.max_new_tokens, "eos_token_id": end_tokens(network, tokenizer) or None}
+    options |= {"max_new_tokens": settings.max_new_tokens, "eos_token_id": sorted(ends) or None}
     stop = {"stop_strings": list(settings.stop), "tokenizer": tokenizer} if settings.stop else {}
-    network.eval()
-    try:
-        with (
-            generation_config(network, tokenizer, **options),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
-            torch.manual_seed(seed)
-            output = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
-    finally:
-        network.train(training)
-    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [_cut_at_stop(text, settings.stop) for text in texts]
+    device = next(network.parameters()).device
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with generation_config(network, tokenizer, **options), random_state:
+        torch.manual_seed(seed)
+        output = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text[: min((i for i in map(text.find, settings.stop) if i >= 0), default=None)] for text in texts]
 
 
 @contextmanager
 def generation_config(network: nn.Module, tokenizer: Any, **options: Any) -> Iterator[None]:
-    """Replace the network's generation config, because transformers adds a checkpoint's settings to ours."""
+    """Set the network to evaluation, and replace its generation config: transformers would add the checkpoint's."""
     from transformers import GenerationConfig
 
     tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    before, network.generation_config = network.generation_config, GenerationConfig(**tokens, use_cache=True, **options)
+    before, training = network.generation_config, network.training
+    network.generation_config = GenerationConfig(**tokens, use_cache=True, **options)
+    network.eval()
     try:
         yield
     finally:
         network.generation_config = before
-
-
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, padded on the left to the longest prompt."""
-    width = max(1, max(map(len, prompts)))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-def end_tokens(network: nn.Module, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text: the model's and the tokenizer's."""
-    tokens = network.generation_config.eos_token_id
-    several = tokens if isinstance(tokens, list) else [tokens]
-    return sorted({token for token in (*several, tokenizer.eos_token_id) if token is not None})
-
-
-def _cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    places = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(places)] if places else text
+        network.train(training)

@@ -23,9 +23,7 @@ def resolve_model(model: str) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(
-                f"the folder {model!r} holds no model: it has no config.json; name a Hugging Face model folder."
-            )
+            raise ValueError(f"the folder {model!r} has no config.json; name a Hugging Face model folder.")
         return str(path)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ValueError(f"there is no model folder {model!r}; name a Hugging Face model folder or a hub id.")
@@ -55,8 +53,7 @@ def load_quietly(auto: Any, model: str, **kwargs: Any) -> Any:
 def load_complete(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a pretrained network with its checkpoint's head, in float32 unless ``loading`` has other options.
 
-    Nothing is trained in full unless a setting names it. Raises ``ValueError`` if the checkpoint is of another kind or
-    lacks weights, which would be random and never trained.
+    Raises ``ValueError`` if the checkpoint lacks weights, which would be random and never trained.
     """
     network, missing = _load_network(auto, model, **(loading or {}))
     if missing:
@@ -105,10 +102,7 @@ def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]
 
 
 def quantization_options(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
-    """Return the options of ``from_pretrained`` for linear layers in 4 or 8 bits on a GPU.
-
-    Raises ``ValueError`` if there is no GPU, or no bitsandbytes.
-    """
+    """Return the options of ``from_pretrained`` for 4 or 8 bits; ``ValueError`` without a GPU or bitsandbytes."""
     if device.type != "cuda":
         raise ValueError(
             f"model.quantize is {kind!r}, which needs a CUDA device, but engine.device comes to {device.type!r}; "
@@ -149,10 +143,7 @@ def max_positions(config: Any) -> int:
 
 
 def check_tokens(network: nn.Module, model: str, splits: Mapping[str, Any], width: int = 0) -> None:
-    """Raise ``ValueError`` if rows have tokens, segments or positions without an embedding in the network.
-
-    ``splits`` are ``Examples`` by name; ``width`` is the length that batches are padded to.
-    """
+    """Raise ``ValueError`` if rows, padded to ``width``, have tokens, segments or positions without an embedding."""
     if not any(key in examples.features for examples in splits.values() for key in IDS):
         return
     words = getattr(network.get_input_embeddings(), "num_embeddings", None)
