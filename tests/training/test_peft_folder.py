@@ -75,7 +75,10 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 REFUSED = {
     "two names for one factor": (added(f"{QUERY}.lora_A.weight"), "two adapters on one weight; save one"),
     "two adapters": (added(f"{OURS}x.lora_A.other.weight"), "of two adapters; save one|do not fit together"),
-    "a weight of the base": (added(f"{OURS}{QUERY}.base_layer.weight"), "base model's weight; save the result of PEFT's"),
+    "a weight of the base": (
+        added(f"{OURS}{QUERY}.base_layer.weight"),
+        "base model's weight; save the result of PEFT's",
+    ),
     "the original head": (added(f"{OURS}classifier.original_module.weight"), "a base model's weight"),
     "an adapter on an adapted model": (added(f"{OURS}{OURS}{QUERY}.lora_A.weight"), "an adapter on an adapted model"),
     "factors of another program": (added("lora_unet_q.lora_down.weight"), "which is no part of s B A"),
