@@ -94,7 +94,7 @@ def test_privacy_and_the_servers_optimizer(tmp_path):
     adam = small("fedit", "server={optimizer='adam'}")
     hidden = small("fedit", "flower.secure_aggregation=true")
     found = [
-        [e.key for c in citing.list_entries(config) for e in parse_bibtex(c)] for config in (private, adam, hidden)
+        [e.key for c in citing.iterate_bibtex(config) for e in parse_bibtex(c)] for config in (private, adam, hidden)
     ]
     assert found == [
         ["zhang2024fedit", "hu2022lora", "mcmahan2018dp", "mironov2019renyi"],

@@ -11,7 +11,7 @@ from fedlora.reporting.load import load_runs
 from fedlora.reporting.tables import by_round as by_round
 from fedlora.reporting.tables import comparison as standing
 from fedlora.reporting.tables import totals
-from fedlora.reporting.tables.comparison import compare_pairs, correct_holm, summarise
+from fedlora.reporting.tables.comparison import compare_pairs, correct_holm, summarise_comparison
 from tests.fixtures.run_folders import HOSTILE, METHODS, value, write_comparison, write_run
 
 
@@ -175,14 +175,14 @@ def test_a_winner_is_named_only_where_the_paired_test_says_so():
         ]  # fmt: skip
 
     clear = {"svd": [0.90, 0.80, 0.85], "fedit": [0.80, 0.70, 0.751], "local": [0.70, 0.601, 0.65]}
-    text = summarise(rows(clear, True))
+    text = summarise_comparison(rows(clear, True))
     assert "shared model: best with svd" in text and "level" not in text
     noisy = {"svd": [47.2, 49.1, 48.1], "fedit": [48.9, 47.3, 48.3], "local": [70.0, 71.0, 70.4]}
-    text = summarise(rows(noisy, False))  # 48.133 beside 48.167, and a spread of one
+    text = summarise_comparison(rows(noisy, False))  # 48.133 beside 48.167, and a spread of one
     assert "best with" not in text and "no winner" in text and "level with fedit" in text and "local" not in text
-    (one,) = [summarise(rows({"svd": [0.9], "fedit": [0.1]}, True))]
+    (one,) = [summarise_comparison(rows({"svd": [0.9], "fedit": [0.1]}, True))]
     assert "best with" not in one and "no test" in one
-    same = summarise(rows({"svd": [0.5, 0.6], "fedit": [0.5, 0.6]}, True))
+    same = summarise_comparison(rows({"svd": [0.5, 0.6], "fedit": [0.5, 0.6]}, True))
     assert "level with fedit" in same
 
 
@@ -194,8 +194,8 @@ def test_a_sweeps_choice_says_what_it_is_level_with():
         return {"method": "fedit", "chosen": 0, "values": {}, "value": trials[0]["value"], "edge": [], "trials": trials}
 
     found = {"seeds": [0, 1, 2], "metric": {"higher": True}}
-    assert "level with trial 1" in tuning._sentence(row([0.9, 0.7, 0.8], [0.7, 0.9, 0.79]), "accuracy", found)
-    assert "best of 2" in tuning._sentence(row([0.9, 0.8, 0.7], [0.8, 0.7, 0.601]), "accuracy", found)
+    assert "level with trial 1" in tuning._describe_choice(row([0.9, 0.7, 0.8], [0.7, 0.9, 0.79]), "accuracy", found)
+    assert "best of 2" in tuning._describe_choice(row([0.9, 0.8, 0.7], [0.8, 0.7, 0.601]), "accuracy", found)
 
 
 def test_thinning_keeps_every_lines_end():

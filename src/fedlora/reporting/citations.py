@@ -1,4 +1,4 @@
-"""What to cite: BibTeX of a method, or of everything that a run used."""
+"""BibTeX of a method, or of everything that a run used."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from fedlora.runs.config import Config, ConfigError, build, read
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import read_json
 
-# Papers behind settings that are no class of their own.
+# Papers of settings that have no class.
 PRIVACY = {
     "example": r"""@inproceedings{abadi2016dpsgd, title = {Deep Learning with Differential Privacy},
       author = {Abadi and others}, booktitle = {CCS}, year = {2016}, eprint = {1607.00133},
@@ -61,14 +61,11 @@ class BibEntry:
 
 
 def collect_citations(what: str) -> list[BibEntry]:
-    """The entries for a method's name, a run's folder or a comparison's, fedlora's own first.
-
-    ``ConfigError`` where it is none of these.
-    """
+    """Collect the entries for a method's name, a run's folder or a comparison's, with fedlora's first."""
     place = Path(what).expanduser()
     known = METHODS.names()
     if what in known or (":" in str(what) and not place.exists()):
-        return remove_duplicates([cite_fedlora(), *parse_bibtex(_of(build_reference(METHODS.load(what))))])
+        return remove_duplicates([cite_fedlora(), *parse_bibtex(_get_bibtex(build_reference(METHODS.load(what))))])
     if (place / COMPARISON).exists():
         configs = [build(row["table"]) for row in read_json(place / COMPARISON)["runs"]]
     elif (place / CONFIG).exists():
@@ -78,23 +75,23 @@ def collect_citations(what: str) -> list[BibEntry]:
     return remove_duplicates(
         [
             cite_fedlora(),
-            *(entry for config in configs for text in list_entries(config) for entry in parse_bibtex(text)),
+            *(entry for config in configs for text in iterate_bibtex(config) for entry in parse_bibtex(text)),
         ]
     )
 
 
 def cite_fedlora() -> BibEntry:
-    """fedlora itself, as it is installed."""
+    """Return the entry of the installed fedlora."""
     title = "{fedlora}: federated low-rank adaptation of pretrained transformers"
     return BibEntry("misc", "fedlora", (("title", title), ("version", version("fedlora"))))
 
 
-def list_entries(config: Config) -> Iterator[str]:
-    """BibTeX of each thing that a configuration uses."""
-    yield _of(config.method)
-    yield _of(config.method.adapter)
+def iterate_bibtex(config: Config) -> Iterator[str]:
+    """Yield the BibTeX of each component that a configuration uses."""
+    yield _get_bibtex(config.method)
+    yield _get_bibtex(config.method.adapter)
     for part in (config.robust, config.attack):
-        yield "" if part is None else _of(part)
+        yield "" if part is None else _get_bibtex(part)
     yield OPTIMIZERS.get(config.server.optimizer, "")
     if config.privacy.on:
         yield PRIVACY[config.privacy.level]
@@ -102,49 +99,49 @@ def list_entries(config: Config) -> Iterator[str]:
     if config.flower.secure_aggregation:
         yield SECURE_AGGREGATION
     for chain in (config.compression.upward, config.compression.downward):
-        yield from (_of(stage) for stage in (() if chain is None else chain.stages))
+        yield from (_get_bibtex(stage) for stage in (() if chain is None else chain.stages))
 
 
-def _of(thing: object) -> str:
-    """Things of other packages need not say."""
-    return str(getattr(thing, "cite", ""))
+def _get_bibtex(component: object) -> str:
+    """Return a component's BibTeX; empty if a component of another package has none."""
+    return str(getattr(component, "cite", ""))
 
 
 def remove_duplicates(entries: Iterable[BibEntry]) -> list[BibEntry]:
-    """One entry a paper, in order."""
-    found: dict[str, BibEntry] = {}
+    """Keep the first entry of each key, in order."""
+    first: dict[str, BibEntry] = {}
     for entry in entries:
-        found.setdefault(entry.key, entry)
-    return list(found.values())
+        first.setdefault(entry.key, entry)
+    return list(first.values())
 
 
 def parse_bibtex(text: str) -> list[BibEntry]:
-    """The entries of a BibTeX text. ``ValueError`` where it is none."""
-    found, at = [], 0
+    """Parse a BibTeX text; ``ValueError`` if it is malformed."""
+    entries, at = [], 0
     while text[at:].strip():
         head = HEAD.match(text, at)
         if head is None:
             raise ValueError(
                 f"no BibTeX entry begins at {text[at : at + 40]!r}; write @kind{{key, name = {{value}}, ...}}."
             )
-        rows, at = _fields(text, head.end())
-        found.append(BibEntry(head[1], head[2], tuple(rows)))
-    return found
+        rows, at = _parse_fields(text, head.end())
+        entries.append(BibEntry(head[1], head[2], tuple(rows)))
+    return entries
 
 
-def _fields(text: str, at: int) -> tuple[Sequence[tuple[str, str]], int]:
+def _parse_fields(text: str, at: int) -> tuple[Sequence[tuple[str, str]], int]:
     rows: list[tuple[str, str]] = []
     while (end := LAST.match(text, at)) is None:
         field = FIELD.match(text, at + (text[at : at + 1] == ","))
         if field is None:
             raise ValueError(f"no BibTeX field begins at {text[at : at + 40]!r}; write name = {{value}}.")
-        at = _closed(text, field.end())
+        at = _find_close(text, field.end())
         rows.append((field[1], " ".join(text[field.end() : at - 1].split())))
     return rows, end.end()
 
 
-def _closed(text: str, at: int) -> int:
-    """Behind the brace that closes the one before ``at``."""
+def _find_close(text: str, at: int) -> int:
+    """Return the index behind the brace that closes the one before ``at``."""
     depth = 1
     while depth and at < len(text):
         depth += {"{": 1, "}": -1}.get(text[at], 0)

@@ -20,7 +20,7 @@ from fedlora.reporting.figures import Figure, draw_figures
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables import comparison, totals
 from fedlora.reporting.tables.by_round import get_metric
-from fedlora.reporting.tables.comparison import describe_coverage, get_final, rank
+from fedlora.reporting.tables.comparison import describe_coverage, get_final, join_names, rank
 from fedlora.runs.attendance import describe_scored, fault_lines, is_complete
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.table import Table, from_pairs, group_by, to_html
@@ -278,6 +278,4 @@ def _shorten(value: object) -> str:
 def _join(names: Sequence[str]) -> str:
     """Join names with commas, and give the number of further names."""
     more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
-    if more or len(names) == 1:
-        return ", ".join(names[:SOME]) + more
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return ", ".join(names[:SOME]) + more if more else join_names(names)

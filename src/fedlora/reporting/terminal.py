@@ -1,4 +1,4 @@
-"""Tables on stdout, readable on a narrow terminal and in a pipe; texts of other parties cannot control it."""
+"""Tables on stdout, readable on a narrow terminal and in a pipe; texts of other clients cannot control it."""
 
 import sys
 from typing import Any
@@ -10,32 +10,32 @@ from rich.text import Text
 from fedlora.runs.table import Table
 from fedlora.text import display_safe
 
-WIDE = 200  # characters of a line outside of a terminal: a program cannot read a folded table
+WIDE = 200  # characters of a line outside a terminal: a program cannot read a folded table
 
 
 class PlainConsole(Console):
-    """A console that obeys nothing in the texts it shows: names may come from other parties."""
+    """A console without markup and control characters, since names may come from other clients."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"markup": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text as it is, without rich's markup, and with escapes where a terminal would act on a character."""
+        """Return the text without rich's markup, and with control characters escaped."""
         return super().render_str(_safe(text), **{**options, "markup": False})
 
     def print(self, *things: Any, **options: Any) -> None:
-        """Print tables and text; a table that is wider than the terminal becomes a list of its rows, uncut."""
+        """Print tables and text; a table that is wider than the terminal becomes a list of its rows."""
         super().print(*(self._fit(thing) if isinstance(thing, Table) else thing for thing in things), **options)
 
     def _fit(self, table: Table) -> rich.table.Table | Group:
-        """Below its least width, rich would cut or break what should stay in one piece."""
+        """Build a grid, or a list if the terminal is so narrow that rich would truncate or break words."""
         grid = build_grid(table)
         need = self.measure(grid, options=self.options.update(max_width=10_000)).minimum
         return grid if need <= self.width else build_list(table)
 
 
 def build_grid(table: Table) -> rich.table.Table:
-    """The table as rich draws it."""
+    """Convert the table for rich."""
     grid = rich.table.Table(title=table.title, show_header=table.has_header)
     for column in table.columns:
         grid.add_column(column.title, justify=column.alignment, overflow="fold")
@@ -47,7 +47,7 @@ def build_grid(table: Table) -> rich.table.Table:
 
 
 def build_list(table: Table) -> Group:
-    """The rows one after the other, each cell on a line with its heading before it."""
+    """Build a list of the rows, each cell on a line with its title before it."""
     lines = [table.title] if table.title else []
     for row in table.rows:
         cells = [(column.title, table.text(row, column)) for column in table.columns]
@@ -62,15 +62,15 @@ def _safe(text: str) -> str:
     return "\n".join(display_safe(line, len(line)) for line in text.split("\n"))
 
 
-def stdout() -> Console:
-    """The console for results: as wide as the terminal, and ``WIDE`` in a pipe."""
+def open_stdout() -> Console:
+    """Open the console for results: as wide as the terminal, and ``WIDE`` in a pipe."""
     console = PlainConsole()
     return console if console.is_terminal else PlainConsole(width=WIDE, file=sys.stdout)
 
 
 def show(*things: Table | str, whole: tuple[str, ...] = ()) -> None:
-    """Print tables and lines on stdout. ``whole`` lines come last and are never broken: they can be copied."""
-    console = stdout()
+    """Print tables and lines on stdout. ``whole`` lines come last and are not wrapped, so they can be copied."""
+    console = open_stdout()
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str) and not console.is_terminal)
     for line in whole:

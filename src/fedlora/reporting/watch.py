@@ -1,4 +1,4 @@
-"""A run under way on a terminal: a picture that is drawn again and again, or lines where nobody looks."""
+"""The display of a run under way: a screen that is redrawn, or lines where the output is no terminal."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, ProgressReader
 from fedlora.runs.record import round_figures
 from fedlora.text import display_safe
 
-LATELY = 5  # rounds that the time left is taken from
+LATELY = 5  # last rounds, from which the remaining time is estimated
 BARS = "▁▂▃▄▅▆▇█"
 DOING = {
     "starting": "starting", "step": "training", "turn": "training", "evaluation": "scored", "round": "scored",
@@ -26,83 +26,78 @@ DOING = {
 Cell = Callable[[Mapping[str, float]], str]
 
 
-def _figure(name: str, form: str = "{:.4f}", scale: float = 1.0) -> Cell:
-    return lambda found: form.format(found[name] / scale) if name in found else "–"
+def _format_figure(name: str, form: str = "{:.4f}", scale: float = 1.0) -> Cell:
+    return lambda row: form.format(row[name] / scale) if name in row else "–"
 
 
-def _left_out(found: Mapping[str, float]) -> str:
-    gone = sum(int(found.get(f"faults/{name}", 0)) for name in ("absent", "quarantined"))
-    return str(gone) if gone else "–"
+def _count_missing(row: Mapping[str, float]) -> str:
+    count = sum(int(row.get(f"faults/{name}", 0)) for name in ("absent", "quarantined"))
+    return str(count) if count else "–"
 
 
 def list_columns(metric: str) -> list[tuple[str, Cell]]:
-    """Headings and cells of a round's row, the most wanted first: a narrow terminal shows as many as fit."""
+    """List titles and cells of a round's row, the most important first; a narrow terminal shows as many as fit."""
     return [
-        ("round", _figure("round", "{:.0f}")),
-        (f"own {metric}", _figure("clients/mean")),
-        ("loss", _figure("train/loss")),
-        (f"global {metric}", _figure(f"global/{metric}")),
-        ("worst", _figure("clients/worst")),
-        ("error", _figure("aggregation/served", "{:.1e}")),
-        ("MB up", _figure("bytes_up/total", "{:.2f}", 1e6)),
-        ("MB down", _figure("bytes_down/total", "{:.2f}", 1e6)),
-        ("clients", _figure("train/clients", "{:.0f}")),
-        ("left out", _left_out),
-        ("quarantined", _figure("faults/quarantined", "{:.0f}")),
-        ("not scored", _figure("faults/unscored", "{:.0f}")),
-        ("ε", _figure("privacy/epsilon", "{:.2f}")),
-        ("seconds", _figure("seconds/total", "{:.1f}")),
+        ("round", _format_figure("round", "{:.0f}")),
+        (f"own {metric}", _format_figure("clients/mean")),
+        ("loss", _format_figure("train/loss")),
+        (f"global {metric}", _format_figure(f"global/{metric}")),
+        ("worst", _format_figure("clients/worst")),
+        ("error", _format_figure("aggregation/served", "{:.1e}")),
+        ("MB up", _format_figure("bytes_up/total", "{:.2f}", 1e6)),
+        ("MB down", _format_figure("bytes_down/total", "{:.2f}", 1e6)),
+        ("clients", _format_figure("train/clients", "{:.0f}")),
+        ("left out", _count_missing),
+        ("quarantined", _format_figure("faults/quarantined", "{:.0f}")),
+        ("not scored", _format_figure("faults/unscored", "{:.0f}")),
+        ("ε", _format_figure("privacy/epsilon", "{:.2f}")),
+        ("seconds", _format_figure("seconds/total", "{:.1f}")),
     ]
 
 
-def _rows(at: RunStatus) -> list[dict[str, float]]:
+def _list_rows(at: RunStatus) -> list[dict[str, float]]:
     return [{"round": record["round"], **round_figures(record)} for record in at.records]
 
 
 def estimate_remaining(at: RunStatus, now: float) -> float | None:
-    """Seconds until the last round ends, if the rest goes as the last rounds went; None before there is one."""
-    lately = [s for record in at.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
-    if not lately or at.state != RUNNING:
+    """Estimate the seconds until the end from the last rounds; None before the first round."""
+    times = [s for record in at.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
+    if not times or at.state != RUNNING:
         return None
     left = at.progress["rounds"] - len(at.records)
-    return max(0.0, fmean(lately) * left - max(0.0, now - at.progress["at"]))
+    return max(0.0, fmean(times) * left - max(0.0, now - at.progress["at"]))
 
 
 def format_duration(seconds: float) -> str:
-    """So long, in words short enough for a line."""
+    """Format a duration in a few characters."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{timedelta(minutes=round(seconds / 60))!s}"[:-3] + " h"
 
 
 def draw_status(at: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
-    """What a terminal of so many columns and lines shows of a run."""
+    """Draw a run's status for a terminal of ``width`` columns and ``height`` lines."""
     metric = str(at.progress.get("metric", "accuracy"))
-    said_of_it = list(_head(at, name, now))
-    head: list[RenderableType] = [Text(text, overflow="fold") for text in said_of_it]
+    texts = list(_describe_status(at, name, now))
+    head: list[RenderableType] = [Text(text, overflow="fold") for text in texts]
     if at.progress:
-        head.insert(1, _bar(len(at.records), at.progress["rounds"], width))
-    rows = _rows(at)
-    curves = [_line(text) for text in _curves(rows, metric, width)] if unicode else []
-    said = [_line(display_safe(text)) for text in at.progress.get("said", [])[-4:]]
-    folded = sum(len(text) // width for text in said_of_it)
-    room = height - len(head) - 2 * folded - len(curves) - len(said) - 3
-    table = [_table(rows[-max(1, room) :], metric, width)] if rows else []
-    return Group(*head, *curves, *table, *said)
-
-
-def _bar(done: int, rounds: int, width: int) -> Table:
-    """In a grid, since a bar alone does not end its line."""
-    grid = Table.grid()
-    grid.add_row(ProgressBar(rounds, done, width=min(width, 60)))
-    return grid
+        grid = Table.grid()  # since a bar alone does not end its line
+        grid.add_row(ProgressBar(at.progress["rounds"], len(at.records), width=min(width, 60)))
+        head.insert(1, grid)
+    rows = _list_rows(at)
+    curves = [_line(text) for text in _draw_curves(rows, metric, width)] if unicode else []
+    notes = [_line(display_safe(text)) for text in at.progress.get("said", [])[-4:]]
+    folded = sum(len(text) // width for text in texts)
+    room = height - len(head) - 2 * folded - len(curves) - len(notes) - 3
+    table = [_build_table(rows[-max(1, room) :], metric, width)] if rows else []
+    return Group(*head, *curves, *table, *notes)
 
 
 def _line(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _head(at: RunStatus, name: str, now: float) -> Iterator[str]:
+def _describe_status(at: RunStatus, name: str, now: float) -> Iterator[str]:
     yield ", ".join([display_safe(name), *([display_safe(at.progress["title"])] if "title" in at.progress else [])])
     if at.state == WAITING:
         yield "waiting for the run to begin; Ctrl-C leaves"
@@ -111,41 +106,38 @@ def _head(at: RunStatus, name: str, now: float) -> Iterator[str]:
     if at.progress:
         yield describe_state(at)
         yield from describe_attendance(at)
-        yield _times(at, now)
+        left = estimate_remaining(at, now)
+        until = at.progress["at"] if at.is_over else now
+        rest = "" if left is None else f", about {format_duration(left)} left"
+        yield f"{format_duration(until - at.progress['began'])} so far{rest}"
 
 
 def describe_attendance(at: RunStatus) -> Iterator[str]:
-    """Who is left out now, and whom the means over clients of the rounds are over; nothing where all are there."""
-    found, of = at.progress.get("missing") or {}, at.progress.get("clients", 0)
-    if count := found.get("count"):
-        named = [display_safe(text) for text in found["first"]]
-        more = f"; and {count - len(named)} more clients" if count > len(named) else ""
-        yield f"left out {'at its end' if at.is_over else 'now'}: {'; '.join(named)}{more}"
-    if text := describe_means([(r["round"], count_scored(r)) for r in at.records if "clients" in r], of):
+    """Describe the clients that are missing now, and the clients behind the means; nothing if none is missing."""
+    missing, total = at.progress.get("missing") or {}, at.progress.get("clients", 0)
+    if count := missing.get("count"):
+        first = [display_safe(text) for text in missing["first"]]
+        more = f"; and {count - len(first)} more clients" if count > len(first) else ""
+        yield f"left out {'at its end' if at.is_over else 'now'}: {'; '.join(first)}{more}"
+    if text := describe_means([(r["round"], count_scored(r)) for r in at.records if "clients" in r], total):
         yield f"clients' own models: {text}"
 
 
 def describe_state(at: RunStatus) -> str:
-    """Where a run stands, in a line."""
-    said, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
+    """Describe the state of a run in a line."""
+    progress, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
     if at.is_over:
-        why = f": {display_safe(said['error'])}" if said.get("error") else ""
+        why = f": {display_safe(progress['error'])}" if progress.get("error") else ""
         return f"{at.state} after {done}{why}"
-    who = "" if said.get("client") is None else f", client {said['client']}"
-    loss = "" if said.get("loss") is None else f", loss {said['loss']:.4f}"
-    where = f"round {min(said['round'], said['rounds'])}: {DOING.get(said['doing'], said['doing'])}{who}"
-    return f"{done}; {where}, {said['answered']} of {said['cohort']} clients answered{loss}"
-
-
-def _times(at: RunStatus, now: float) -> str:
-    until = at.progress["at"] if at.is_over else now
-    left = estimate_remaining(at, now)
-    return f"{format_duration(until - at.progress['began'])} so far" + (
-        "" if left is None else f", about {format_duration(left)} left"
+    who = "" if progress.get("client") is None else f", client {progress['client']}"
+    loss = "" if progress.get("loss") is None else f", loss {progress['loss']:.4f}"
+    where = (
+        f"round {min(progress['round'], progress['rounds'])}: {DOING.get(progress['doing'], progress['doing'])}{who}"
     )
+    return f"{done}; {where}, {progress['answered']} of {progress['cohort']} clients answered{loss}"
 
 
-def _curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Iterator[str]:
+def _draw_curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Iterator[str]:
     for title, name in (
         ("loss", "train/loss"),
         (f"own {metric}", "clients/mean"),
@@ -157,74 +149,74 @@ def _curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Ite
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """A line of blocks, the least value lowest."""
+    """Draw values as a line of blocks, the least value lowest."""
     low, high = min(values), max(values)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in values)
 
 
-def _table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Table:
+def _build_table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Table:
     table, left = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), width
     cells: list[list[str]] = [[] for _ in rows]
     for title, cell in list_columns(metric):
-        found = [cell(row) for row in rows]
-        wide = max(len(text) for text in (title, *found)) + 2
-        if all(text == "–" for text in found) or wide > left + 2:
+        texts = [cell(row) for row in rows]
+        size = max(len(text) for text in (title, *texts)) + 2
+        if all(text == "–" for text in texts) or size > left + 2:
             continue
-        left -= wide
+        left -= size
         table.add_column(display_safe(title), justify="right", no_wrap=True)
-        for own, text in zip(cells, found):
-            own.append(text)
-    for own in cells:
-        table.add_row(*own)
+        for line, text in zip(cells, texts):
+            line.append(text)
+    for line in cells:
+        table.add_row(*line)
     return table
 
 
 def format_round(record: Mapping[str, Any], rounds: int, metric: str) -> str:
-    """A finished round as a line of a log."""
-    found = {"round": record["round"], **round_figures(record)}
-    told = [f"{display_safe(title)} {text}" for title, cell in list_columns(metric)[1:] if (text := cell(found)) != "–"]
+    """Format a finished round as a line of a log."""
+    row = {"round": record["round"], **round_figures(record)}
+    texts = [f"{display_safe(title)} {text}" for title, cell in list_columns(metric)[1:] if (text := cell(row)) != "–"]
     missing = name_faults(record)
-    return f"round {record['round']} of {rounds}: " + ", ".join(told) + (f"; {missing}" if missing else "")
+    return f"round {record['round']} of {rounds}: " + ", ".join(texts) + (f"; {missing}" if missing else "")
 
 
-def watch_screen(following: ProgressReader, console: Console, every: float) -> RunStatus:
-    """Draws until the run is over, and leaves the last picture standing."""
-    name, wide = str(following.folder), console.encoding.startswith("utf")
+def watch_screen(reader: ProgressReader, console: Console, every: float) -> RunStatus:
+    """Redraw the status until the run is over; the last picture stays on the terminal."""
+    name, unicode = str(reader.folder), console.encoding.startswith("utf")
 
-    def drawn(at: RunStatus) -> RenderableType:
-        return draw_status(at, name, console.width, console.height, time.time(), wide)
+    def draw(at: RunStatus) -> RenderableType:
+        return draw_status(at, name, console.width, console.height, time.time(), unicode)
 
-    at = following.read()
-    screen = Live(drawn(at), console=console, auto_refresh=False, screen=True)
-    try:  # not `with`: a Ctrl-C in the first drawing, inside __enter__, would leave the terminal without its cursor
+    at = reader.read()
+    screen = Live(draw(at), console=console, auto_refresh=False, screen=True)
+    try:  # not `with`: Ctrl-C during the first drawing, in __enter__, would leave the terminal without its cursor
         screen.start(refresh=True)
         while not at.is_over:
             time.sleep(every)
-            at = following.read()
-            screen.update(drawn(at), refresh=True)
+            at = reader.read()
+            screen.update(draw(at), refresh=True)
     finally:
         screen.stop()
-    console.print(drawn(at))
+    console.print(draw(at))
     return at
 
 
-def watch_lines(following: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
-    """A line for each finished round and for whatever was said, until the run is over."""
-    told, heard, state = 0, list[str](), ""
+def watch_lines(reader: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
+    """Print a line for each finished round and each note, until the run is over."""
+    count, notes, state = 0, set[str](), ""
     while True:
-        at = following.read()
+        at = reader.read()
         if at.state != state and at.state in (WAITING, LOADING):
-            say(f"{display_safe(str(following.folder))}: {at.state}")
+            say(f"{display_safe(str(reader.folder))}: {at.state}")
         state = at.state
         metric, rounds = str(at.progress.get("metric", "accuracy")), at.progress.get("rounds", len(at.records))
         for text in at.progress.get("said", []):
-            if text not in heard:
-                heard.append(text)
+            if text not in notes:
+                notes.add(text)
                 say(display_safe(text))
-        for record in at.records[min(told, len(at.records)) :]:
+        for record in at.records[min(count, len(at.records)) :]:
             say(format_round(record, rounds, metric))
-        told = len(at.records)
+        count = len(at.records)
         if at.is_over:
             for text in describe_attendance(at):
                 say(text)

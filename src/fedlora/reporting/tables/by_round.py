@@ -1,6 +1,7 @@
 """Tables over rounds: scores, errors, drift, cosine similarity and epsilon. Each row is a mean over seeds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from fedlora.reporting.digest import ERRORS
@@ -16,67 +17,63 @@ Read = Callable[[Mapping[str, Any]], float | None]
 
 
 def get_metric(runs: Sequence[Run]) -> str:
-    """The runs' metric in words."""
+    """Return the name of the runs' metric for display."""
     return runs[0].metric.replace("_", " ")
 
 
 def average_by_round(runs: Sequence[Run], read: Read, value: str) -> Iterator[dict[str, Any]]:
-    """A row a label and round: the figure's mean, ``low`` and ``high`` (a standard deviation away), ``seeds``.
+    """Yield a row by label and round: a figure's mean, ``low`` and ``high`` (a standard deviation away), ``seeds``.
 
-    ``mb`` and ``seconds`` are how much was sent and how long it took until then, mean over the same seeds.
+    ``mb`` and ``seconds`` are the bytes and the time until then, as means over the same seeds.
     """
-    for label, own in group_by(runs, lambda run: run.label).items():
-        rounds = group_by((row for run in own for row in run.digest.rounds), lambda row: int(row["round"]))
+    for label, group in group_by(runs, lambda run: run.label).items():
+        rounds = group_by((row for run in group for row in run.digest.rounds), lambda row: int(row["round"]))
         for round, rows in sorted(rounds.items()):
             rows = [row for row in rows if read(row) is not None]
-            found = mean_std(map(read, rows))
-            if found is not None:
-                ends = {"low": found.mean - found.std, "high": found.mean + found.std, "seeds": found.n}
-                until = {key: sum(row[key] for row in rows) / len(rows) for key in ("mb", "seconds")}
-                yield {"label": label, "round": round, value: found.mean, **ends, **until, **_scored(rows)}
+            mean = mean_std(map(read, rows))
+            if mean is None:
+                continue
+            ends = {"low": mean.mean - mean.std, "high": mean.mean + mean.std, "seeds": mean.n}
+            until = {key: sum(row[key] for row in rows) / len(rows) for key in ("mb", "seconds")}
+            scored = [row["scored"] for row in rows]
+            fewest = {} if None in scored else {"scored": min(scored)}
+            yield {"label": label, "round": round, value: mean.mean, **ends, **until, **fewest}
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many clients were scored in a round, the fewest over its seeds."""
-    return {} if any(row["scored"] is None for row in rows) else {"scored": min(row["scored"] for row in rows)}
+def _average_each(runs: Sequence[Run], value: str, key: str, reads: Mapping[str, Read]) -> list[dict[str, Any]]:
+    """Average several figures by round; each row has the figure's name at ``key``."""
+    return [{**row, key: name} for name, read in reads.items() for row in average_by_round(runs, read, value)]
 
 
 def tabulate_curves(runs: Sequence[Run]) -> Table:
-    """The metric by round, megabyte and second."""
-    rows = [
-        {**row, "model": model}
-        for model in MODELS
-        for row in average_by_round(runs, lambda row, m=model: row[m], "value")  # type: ignore[misc]
-    ]
+    """Build the table of the metric by round, megabyte and second."""
+    rows = _average_each(runs, "value", "model", {model: itemgetter(model) for model in MODELS})
+    missing = describe_missing(runs)
     columns = (RUN, Column("model", "model"), ROUND, Column("mb", "MB sent and received", 3),
                Column("seconds", "seconds", 1), Column("value", get_metric(runs), 4),
                Column("low", "less a standard deviation", 4), Column("high", "more a standard deviation", 4),
-               SEEDS, *([Column("scored", "clients scored", 0)] if describe_missing(runs) else []))  # fmt: skip
+               SEEDS, *([Column("scored", "clients scored", 0)] if missing else []))  # fmt: skip
     note = "global: the shared model on the global test rows; clients: each on its own test rows, mean over clients."
-    return Table("curves", f"{get_metric(runs).capitalize()} by round", columns, rows, note + describe_missing(runs))
+    return Table("curves", f"{get_metric(runs).capitalize()} by round", columns, rows, note + missing)
 
 
 def describe_missing(runs: Sequence[Run], most: int = 6) -> str:
-    """Of the runs whose means over clients are not over all clients, in which rounds; empty where there are none."""
-    said = [f"{run.name}: {text}" for run in runs if (text := run.digest.means)]
-    more = [f"{len(said) - most} more runs"] if len(said) > most else []
-    return f" Not over all clients: {'; '.join([*said[:most], *more])}." if said else ""
+    """Name the runs and rounds whose means over clients are not over all clients; empty if there are none."""
+    texts = [f"{run.name}: {text}" for run in runs if (text := run.digest.means)]
+    more = [f"{len(texts) - most} more runs"] if len(texts) > most else []
+    return f" Not over all clients: {'; '.join([*texts[:most], *more])}." if texts else ""
 
 
 def tabulate_errors(runs: Sequence[Run]) -> Table:
-    """Aggregation errors by round: as served, and what FedIT and the best of the rank made of the same uploads."""
-    rows = [
-        {**row, "measure": MEASURES[name]}
-        for name in ERRORS
-        for row in average_by_round(runs, lambda row, n=name: row[n], "error")  # type: ignore[misc]
-    ]
+    """Build the table of aggregation errors by round, with those of FedIT and of the best approximation of the rank."""
+    rows = _average_each(runs, "error", "measure", {MEASURES[name]: itemgetter(name) for name in ERRORS})
     columns = (RUN, Column("measure", "what"), ROUND, Column("error", "relative error", 5), SEEDS)
     note = "‖served − exact mean‖ / ‖exact mean‖, mean over the adapted weights and over seeds."
     return Table("errors", "Aggregation error by round", columns, rows, note)
 
 
 def tabulate_oracle_by_round(runs: Sequence[Run]) -> Table:
-    """What every method would have served of the same uploads (``fedlora compare --oracle``)."""
+    """Build the table of every method's error on the same uploads (``fedlora compare --oracle``)."""
     names = dict.fromkeys(name for run in runs for row in run.digest.rounds for name in row["oracle"])
     several = len({run.label for run in runs if any(row["oracle"] for row in run.digest.rounds)}) > 1
     rows = [
@@ -90,48 +87,45 @@ def tabulate_oracle_by_round(runs: Sequence[Run]) -> Table:
 
 
 def tabulate_drift(runs: Sequence[Run]) -> Table:
-    """How far the clients' weights lie from their mean."""
-    rows = list(average_by_round(runs, lambda row: row["drift"], "drift"))
+    """Build the table of the distances of the clients' weights from their mean."""
+    rows = list(average_by_round(runs, itemgetter("drift"), "drift"))
     columns = (RUN, ROUND, Column("drift", "client drift", 4), SEEDS)
     note = "√(Σ w ‖client − mean‖²) / ‖mean‖ of the clients' updates, mean over the adapted weights."
     return Table("drift", "Client drift by round", columns, rows, note)
 
 
 def tabulate_cosines(runs: Sequence[Run]) -> Table:
-    """How alike the clients' A and B are."""
-    rows = [
-        {**row, "factor": leaf}
-        for leaf in "AB"
-        for row in average_by_round(runs, lambda row, n=f"cosine {leaf}": row[n], "cosine")  # type: ignore[misc]
-    ]
+    """Build the table of the cosine similarity of the clients' A and B."""
+    rows = _average_each(runs, "cosine", "factor", {leaf: itemgetter(f"cosine {leaf}") for leaf in "AB"})
     columns = (RUN, Column("factor", "factor"), ROUND, Column("cosine", "cosine", 4), SEEDS)
     note = "Cosine of two clients' factors at the end of their turns, mean over pairs of clients and adapted weights."
     return Table("cosine", "Cosine similarity of the clients' A and B", columns, rows, note)
 
 
 def tabulate_epsilon(runs: Sequence[Run]) -> Table:
-    """What has been spent of the privacy budget."""
-    rows = list(average_by_round(runs, lambda row: row["epsilon"], "epsilon"))
+    """Build the table of the privacy budget spent by round."""
+    rows = list(average_by_round(runs, itemgetter("epsilon"), "epsilon"))
     columns = (RUN, ROUND, Column("epsilon", "ε", 3), SEEDS)
     deltas = sorted({row["delta"] for run in runs for row in run.digest.rounds if row["delta"] is not None})
-    at = f" at δ = {' and '.join(f'{x:.2g}' for x in deltas)}" if deltas else ""
-    return Table("epsilon", "Privacy spent by round", columns, rows, f"ε of the worst client{at}, after each round.")
+    delta = f" at δ = {' and '.join(f'{x:.2g}' for x in deltas)}" if deltas else ""
+    return Table("epsilon", "Privacy spent by round", columns, rows, f"ε of the worst client{delta}, after each round.")
 
 
 def tabulate_layers(runs: Sequence[Run]) -> Table:
-    """The served error of each adapted weight, over stretches of rounds."""
+    """Build the table of the served error of each adapted weight, over stretches of rounds."""
     rows = []
-    for label, own in group_by(runs, lambda run: run.label).items():
-        sums: dict[tuple[str, int], list[tuple[float, int]]] = {}
-        for run in own:
-            for part, bins in run.digest.layers.items():
-                for place, pair in bins.items():
-                    sums.setdefault((part, place), []).append(pair)
-        last = max((row["round"] for run in own for row in run.digest.rounds), default=0)
-        for (part, place), pairs in sums.items():
-            error = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
-            until = min(place + own[0].digest.width - 1, last)
-            rows.append({"label": label, "part": part, "round": place, "until": until, "error": error})
+    for label, group in group_by(runs, lambda run: run.label).items():
+        pairs = (
+            (part, start, pair)
+            for run in group
+            for part, bins in run.digest.layers.items()
+            for start, pair in bins.items()
+        )
+        last = max((row["round"] for run in group for row in run.digest.rounds), default=0)
+        for (part, start), same in group_by(pairs, lambda item: item[:2]).items():
+            error = sum(total for _, _, (total, _) in same) / sum(count for _, _, (_, count) in same)
+            until = min(start + group[0].digest.width - 1, last)
+            rows.append({"label": label, "part": part, "round": start, "until": until, "error": error})
     columns = (
         RUN,
         Column("part", "weight"),

@@ -1,15 +1,15 @@
-"""Tables that compare: a row a run, a row a method, and Student's paired test over the seeds of two methods.
+"""Tables that compare runs and methods, with Student's paired test over the seeds of two methods.
 
 Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scandinavian Journal of Statistics 6, 1979.
 """
 
-import math
 import statistics
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from fedlora.reporting.digest import to_finite
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables.by_round import MODELS, RUN, get_metric
 from fedlora.runs import comparison
@@ -17,43 +17,42 @@ from fedlora.runs.table import Column, Table, format_relative, group_by, mean_st
 
 K = TypeVar("K", bound=Hashable)
 FIGURES = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
-LEVEL = 0.05  # p (Holm) from which on a difference may be chance
+LEVEL = 0.05  # a difference with a larger p (Holm) may be chance
 MODEL_NAMES = {"global": "shared model", "clients": "clients' own models"}
 
 
 def tabulate_comparison(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
-    """The rows of ``comparison.json``: mean ± standard deviation over seeds, and the verdict of the paired test."""
-    by_capability = [_by_capability(rows)] if any("capability" in row for row in rows) else []
+    """Build the tables of ``comparison.json``: means over seeds, and the verdict of the paired test."""
     return [
         comparison.comparison_table(rows),
-        *by_capability,
+        *([_tabulate_capability(rows)] if any("capability" in row for row in rows) else []),
         "global: the shared model on the global test rows. clients' own: what each client holds on its own test rows,\n"
         "mean over clients. aggregation error: served against the exact mean, relative, mean over weights and rounds.",
         *comparison.coverage_notes(rows),
-        *([summarise(rows)] if rows else []),
+        *([summarise_comparison(rows)] if rows else []),
     ]
 
 
-def _by_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The clients' own models, in groups by what the clients can do."""
+def _tabulate_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Build the table of the clients' own models, grouped by the clients' capability."""
     levels = sorted({group["capability"] for row in rows for group in row.get("capability", ())})
     table_rows = []
     for row in rows:
-        groups = {f"{group['capability']:g}": group for group in row.get("capability", ())}
-        cells = {level: f"{_mean_std(one['mean'])} ({_mean_std(one['worst'])})" for level, one in groups.items()}
+        cells = {f"{group['capability']:g}": f"{_format_mean(group['mean'])} ({_format_mean(group['worst'])})"
+                 for group in row.get("capability", ())}  # fmt: skip
         table_rows.append({"method": row["method"], **cells})
     columns = (Column("method", "method"), *(Column(f"{k:g}", f"{k:g}", align="right") for k in levels))
     return Table("capability", "Clients' own models by the clients' capability: mean (worst)", columns, table_rows)
 
 
-def _mean_std(value: Mapping[str, float]) -> str:
+def _format_mean(value: Mapping[str, float]) -> str:
     column = Column("mean", "", 3, "std")
     return Table("", "", (column,), []).text(value, column)
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The best methods by the paired test, and the one that sends least, in a sentence or two."""
-    clauses = [text for key, model in MODEL_NAMES.items() if (text := _ahead(rows, key, model))]
+def summarise_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Name the best methods by the paired test, and those that send least."""
+    clauses = [text for key, model in MODEL_NAMES.items() if (text := _describe_best(rows, key, model))]
     sent = {row["method"]: row["mb_up"]["mean"] + row["mb_down"]["mean"] for row in rows if row["mb_up"]}
     if sent := {name: size for name, size in sent.items() if size > 0}:
         least = min(sent.values())
@@ -64,19 +63,21 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(clauses) + f" ({note})."
 
 
-def _ahead(rows: Sequence[Mapping[str, Any]], key: str, model: str) -> str | None:
-    """The best method where the paired test finds one; else those that are level with the one ahead."""
-    there = [row for row in rows if row[key]]
-    found = rank({row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in there},
-                    bool(there) and there[0]["metric"]["higher"])  # fmt: skip
-    if found is None:
-        return None if not there else f"{model}: {there[0][key]['mean']:.3f} ({there[0]['method']})"
-    verb = "best with" if not found.level else "no winner, ahead by the mean is"
-    return f"{model}: {verb} {found.first} ({found.mean:.3f}; {found.verdict})"
+def _describe_best(rows: Sequence[Mapping[str, Any]], key: str, model: str) -> str | None:
+    """Name the best method by the paired test, or the first by the mean and those level with it."""
+    scored = [row for row in rows if row[key]]
+    if not scored:
+        return None
+    values = {row["method"]: row.get("by_seed", {}).get(key) or {0: row[key]["mean"]} for row in scored}
+    best = rank(values, scored[0]["metric"]["higher"])
+    if best is None:
+        return f"{model}: {scored[0][key]['mean']:.3f} ({scored[0]['method']})"
+    verb = "best with" if not best.level else "no winner, ahead by the mean is"
+    return f"{model}: {verb} {best.first} ({best.mean:.3f}; {best.verdict})"
 
 
 def tabulate_oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, float]) -> list[Table | str]:
-    """What each method would have served of one run's uploads."""
+    """Build the table of the aggregates of one run's uploads under each method."""
     titles = {"error": "error, mean", "first": "first round", "last": "last round", "gauge": "factors moved"}
     table_rows = [
         {"method": row["method"], **{key: format_relative(row[key]) for key in titles}}
@@ -94,27 +95,25 @@ def tabulate_oracle(rows: Sequence[Mapping[str, Any]], uploads: Mapping[str, flo
 
 
 def get_final(run: Run) -> dict[str, float | None]:
-    """A run's figures at its last evaluated round, and sums and means over its rounds."""
+    """Return a run's figures at its last evaluated round, and sums and means over its rounds."""
     scored = next((row for row in reversed(run.digest.rounds) if row["clients"] is not None), {})
-    sums = {d: sum(mb for (way, _), mb in run.digest.bytes.items() if way == d) for d in ("up", "down")}
     error = mean_std(row["served"] for row in run.digest.rounds)
     return {
         **{key: scored.get(key) for key in ("global", "clients", "worst")},
-        "mb_up": sums["up"], "mb_down": sums["down"], "error": None if error is None else error.mean,
-        "seconds": run.digest.seconds,
+        **{f"mb_{d}": sum(mb for (way, _), mb in run.digest.bytes.items() if way == d) for d in ("up", "down")},
+        "error": None if error is None else error.mean, "seconds": run.digest.seconds,
     }  # fmt: skip
 
 
 def tabulate_runs(runs: Sequence[Run]) -> Table:
-    """A row a run."""
+    """Build the table of all runs."""
     rows = []
     for run in runs:
         epsilon = next((row["epsilon"] for row in reversed(run.digest.rounds) if row["epsilon"] is not None), None)
-        said = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
-        count = run.digest.counted
-        done = {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": count.get("quarantined", 0)}
-        done |= {"away": count.get("absent", 0), "over": describe_coverage(run)}
-        rows.append({**said, **done, **get_final(run)})
+        counts = run.digest.counted
+        row = {"label": run.label, "run": run.name, "seed": run.seed, "state": run.state}
+        row |= {"rounds": len(run.digest.rounds), "epsilon": epsilon, "bad": counts.get("quarantined", 0)}
+        rows.append({**row, "away": counts.get("absent", 0), "over": describe_coverage(run), **get_final(run)})
     figures = (replace(column, spread=None) for column in comparison.figure_columns(get_metric(runs), True))
     columns = (RUN, Column("run", "folder"), Column("seed", "seed", 0), Column("state", "state"),
                Column("rounds", "rounds", 0), *figures,
@@ -126,19 +125,19 @@ def tabulate_runs(runs: Sequence[Run]) -> Table:
 
 
 def describe_coverage(run: Run) -> str:
-    """The clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
+    """Return the clients that the means of the last evaluated round are over: ``all``, or ``2 of 3 clients``."""
     scored = next((row["scored"] for row in reversed(run.digest.rounds) if row["scored"] is not None), 0)
     return "all" if scored == run.digest.of else f"{scored} of {run.digest.of} clients"
 
 
 def tabulate_by_method(runs: Sequence[Run]) -> Table:
-    """A row a label: mean and sample standard deviation over its seeds. Runs that diverged count in no figure."""
+    """Build the table of means and sample standard deviations over seeds, without the runs that diverged."""
     rows = []
-    for label, own in group_by(runs, lambda run: run.label).items():
-        finals = [get_final(run) for run in own if run.failure is None]
-        row = {"method": label, "seeds": [run.seed for run in own], "diverged": len(own) - len(finals)}
-        row |= {"metric": {"name": runs[0].metric}, "over": any(describe_coverage(run) != "all" for run in own)}
-        rows.append(row | {key: comparison.mean_std_table(one[key] for one in finals) for key in FIGURES})
+    for label, group in group_by(runs, lambda run: run.label).items():
+        finals = [get_final(run) for run in group if run.failure is None]
+        row = {"method": label, "seeds": [run.seed for run in group], "diverged": len(group) - len(finals)}
+        row |= {"metric": {"name": runs[0].metric}, "over": any(describe_coverage(run) != "all" for run in group)}
+        rows.append(row | {key: comparison.mean_std_table(final[key] for final in finals) for key in FIGURES})
     note = (
         "Mean ± sample standard deviation over seeds, of the last evaluated round. Errors: served against the exact "
         "mean, relative, over weights and rounds."
@@ -149,44 +148,35 @@ def tabulate_by_method(runs: Sequence[Run]) -> Table:
 
 
 def tabulate_tests(runs: Sequence[Run]) -> Table:
-    """Every label against the first, by Student's paired test over the seeds that both have, corrected by Holm."""
+    """Build the table of Student's paired tests of every label against the first, corrected by Holm."""
     rows = []
     for model in MODELS:
-        found = {label: _by_seed(own, model) for label, own in group_by(runs, lambda run: run.label).items()}
-        found = {label: values for label, values in found.items() if values}
-        if not found:
-            continue
-        first, *others = found
-        made = [(label, test) for label in others if (test := compare_pairs(found[label], found[first])) is not None]
-        for (label, test), p in zip(made, correct_holm([test.p for _, test in made])):
+        by_label = {
+            label: {run.seed: x for run in group if run.failure is None and (x := get_final(run)[model]) is not None}
+            for label, group in group_by(runs, lambda run: run.label).items()
+        }
+        first, *others = [label for label, values in by_label.items() if values] or [""]
+        tests = {label: test for label in others if (test := compare_pairs(by_label[label], by_label[first]))}
+        for (label, test), p in zip(tests.items(), correct_holm([test.p for test in tests.values()])):
             row = {"label": label, "against": first, "model": MODELS[model], "difference": test.difference}
-            rows.append({**row, "p": _number(test.p), "holm": _number(p), "pairs": test.pairs})
+            rows.append({**row, "p": to_finite(test.p), "holm": to_finite(p), "pairs": test.pairs})
     columns = (RUN, Column("against", "against"), Column("model", "model"), Column("difference", "mean difference", 4),
                Column("p", "p", 4), Column("holm", "p (Holm)", 4), Column("pairs", "seeds", 0))  # fmt: skip
     note = "Student's paired test over seeds, two-sided; p (Holm) is corrected for the number of tests of one model."
     return Table("tests", "Paired tests", columns, rows, note)
 
 
-def _by_seed(runs: Sequence[Run], model: str) -> Mapping[int, float]:
-    found = {run.seed: get_final(run)[model] for run in runs if run.failure is None}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def _number(p: float) -> float | None:
-    return None if math.isnan(p) else p
-
-
 @dataclass(frozen=True)
 class PairedTest:
-    """One against another over the same pairs."""
+    """The result of a paired test."""
 
-    difference: float  # mean of one less the other
-    p: float  # two-sided; NaN where all differences are alike
+    difference: float  # mean of the first minus the second
+    p: float  # two-sided; NaN if all differences are equal
     pairs: int
 
 
 def compare_pairs(one: Mapping[K, float], other: Mapping[K, float]) -> PairedTest | None:
-    """Student's paired test over the keys that both have; None of fewer than two pairs."""
+    """Apply Student's paired test over the common keys; None for fewer than two pairs."""
     differences = [one[key] - other[key] for key in one if key in other]
     if len(differences) < 2:
         return None
@@ -194,57 +184,58 @@ def compare_pairs(one: Mapping[K, float], other: Mapping[K, float]) -> PairedTes
 
 
 def compute_p_value(differences: Sequence[float]) -> float:
-    """Student's test of a mean of zero, two-sided."""
+    """Return the two-sided p-value of Student's test of a mean of zero."""
     from scipy.stats import ttest_1samp
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of differences that are all alike: it is then 0 or NaN, and shown
+        warnings.simplefilter("ignore")  # for equal differences, whose p-value is 0 or NaN
         return float(ttest_1samp(differences, 0).pvalue)
 
 
 def correct_holm(ps: Sequence[float]) -> list[float]:
-    """The p-values of several tests, corrected for their number; NaN is no test and stays."""
+    """Correct the p-values of several tests for their number; NaN counts as no test and stays."""
     real = sorted((p, i) for i, p in enumerate(ps) if p == p)
-    found, least = list(ps), 0.0
+    corrected, least = list(ps), 0.0
     for place, (p, i) in enumerate(real):
-        least = found[i] = max(least, min(1.0, p * (len(real) - place)))
-    return found
+        least = corrected[i] = max(least, min(1.0, p * (len(real) - place)))
+    return corrected
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Who is ahead by the mean, and whom the test does not tell from it; ``pairs`` are the fewest of any test."""
+    """The name with the best mean, and the names that no test separates from it."""
 
     first: Hashable
     mean: float
-    level: tuple[Hashable, ...]  # nobody: ``first`` is the best
-    pairs: int
+    level: tuple[Hashable, ...]  # empty: ``first`` is the best
+    pairs: int  # the fewest of any test
 
     @property
     def verdict(self) -> str:
-        """The verdict of the paired test on ``first``, for a sentence."""
+        """The verdict of the paired test on ``first``, as part of a sentence."""
         if not self.level:
             return f"paired test over {self.pairs} seeds, p (Holm) < {LEVEL:g}"
         names = [str(name) for name in self.level]
-        many = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else _listed(names)
+        many = f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 4 else join_names(names)
         why = f"paired test over {self.pairs} seeds" if self.pairs > 1 else "one seed: no test"
         return f"level with {many}; {why}"
 
 
 def rank(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> Ranking | None:
-    """Of a name's figures by seed: who is ahead, and who is level with it. None of fewer than two names."""
+    """Rank names by their figures, name -> seed -> figure; None for fewer than two names."""
     means = {name: statistics.fmean(own.values()) for name, own in values.items() if own}
     if len(means) < 2:
         return None
     first = (max if higher else min)(means, key=means.__getitem__)
     others = [name for name in means if name != first]
-    found = {name: compare_pairs(values[first], values[name]) for name in others}
-    ps = correct_holm([one.p for one in found.values() if one is not None])
-    p_values = dict(zip((name for name, one in found.items() if one is not None), ps))
-    level = tuple(name for name in others if not p_values.get(name, 1.0) < LEVEL)  # NaN is no difference
-    pairs = min((one.pairs if one is not None else 1) for one in found.values())
+    tests = {name: compare_pairs(values[first], values[name]) for name in others}
+    ps = correct_holm([test.p for test in tests.values() if test is not None])
+    p_values = dict(zip((name for name, test in tests.items() if test is not None), ps))
+    level = tuple(name for name in others if not p_values.get(name, 1.0) < LEVEL)  # NaN means no difference
+    pairs = min(test.pairs if test is not None else 1 for test in tests.values())
     return Ranking(first, means[first], level, pairs)
 
 
-def _listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
+    """Join names with commas and "and"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,4 +1,4 @@
-"""A run's models side by side, client by client."""
+"""The tables of ``fedlora personal``: a run's models side by side, client by client."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +16,15 @@ MEANS = {"mean": "mean over clients", "examples_mean": "over all their rows", "w
 
 
 def tabulate_personal(found: Mapping[str, Any]) -> list[Table]:
-    """Means, the worst and each client; then the clients that never took part."""
+    """Build the tables of means, the worst and each client; and those of the clients that never took part."""
     name = found["metric"]["name"].replace("_", " ").capitalize()
-    own = _table(found["columns"], f"{name} on the clients' own test rows, {found['title']}", found["steps"])
-    if not found["new"]:
-        return [own]
-    return [own, _table(found["new"], f"{name} of clients that never took part", found["steps"])]
+    tables = [_build_table(found["columns"], f"{name} on the clients' own test rows, {found['title']}", found["steps"])]
+    if found["new"]:
+        tables.append(_build_table(found["new"], f"{name} of clients that never took part", found["steps"]))
+    return tables
 
 
-def _table(columns: Mapping[str, Any], title: str, steps: int) -> Table:
+def _build_table(columns: Mapping[str, Any], title: str, steps: int) -> Table:
     scored = {name: column for name, column in columns.items() if column is not None}
     rows = [{"client": what, **{name: one[key] for name, one in scored.items()}} for key, what in MEANS.items()]
     clients = [k for k, value in enumerate(next(iter(scored.values()))["each"]) if value is not None]

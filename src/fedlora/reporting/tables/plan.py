@@ -35,14 +35,14 @@ MEMORY = {
 
 
 def tabulate_plan(found: Mapping[str, Any]) -> list[Table | str]:
-    """One method's plan, in full."""
+    """Build the tables of one method's plan."""
     privacy = [from_pairs("Privacy of the whole run", Privacy.describe(found["privacy"]))] if "privacy" in found else []
-    memory = ((name, _mb(found["memory"][key])) for key, name in MEMORY.items())
-    abilities = ((name, _word(found["options"][key])) for key, name in ABILITIES.items())
+    memory = ((name, _format_mb(found["memory"][key])) for key, name in MEMORY.items())
+    abilities = ((name, _format_value(found["options"][key])) for key, name in ABILITIES.items())
     return [
-        _sizes(found),
+        _tabulate_sizes(found),
         *privacy,
-        _traffic(found["bytes"]),
+        _tabulate_traffic(found["bytes"]),
         from_pairs("Memory (estimate), MB", memory),
         from_pairs(f"{found['title']} supports", abilities),
         *found["estimates"],
@@ -50,7 +50,7 @@ def tabulate_plan(found: Mapping[str, Any]) -> list[Table | str]:
 
 
 def tabulate_plans(found: Sequence[Mapping[str, Any]]) -> list[Table | str]:
-    """A row a method, to compare them."""
+    """Build the table that compares the plans of several methods."""
     titles = (
         "trainable", "MB up a client, round", "MB down", "MB up, run", "MB down, run", "MB client", "MB server",
         "TFLOP a client, round", "unequal ranks", "secure aggr.",
@@ -70,24 +70,24 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     later = "later_rounds" if one["rows"]["rounds"] > 1 else "first_round"
     return [
         f"{one['numbers']['trainable']:,}",
-        *(most + _mb(each[d][later]["mean"]) for d in ("up", "down")),
-        *(most + _mb(sum(run[d].values())) for d in ("up", "down")),
-        _mb(memory["client"]), _mb(memory["server"]), f"{one['flops']['training'] / 1e12:.3f}",
-        _word(one["options"]["any_rank"]), _word(one["options"]["secure_aggregation"]),
+        *(most + _format_mb(each[d][later]["mean"]) for d in ("up", "down")),
+        *(most + _format_mb(sum(run[d].values())) for d in ("up", "down")),
+        _format_mb(memory["client"]), _format_mb(memory["server"]), f"{one['flops']['training'] / 1e12:.3f}",
+        _format_value(one["options"]["any_rank"]), _format_value(one["options"]["secure_aggregation"]),
     ]  # fmt: skip
 
 
-def _sizes(found: Mapping[str, Any]) -> Table:
+def _tabulate_sizes(found: Mapping[str, Any]) -> Table:
     numbers, rows, flops = found["numbers"], found["rows"], found["flops"]
     lines = [
         ("trainable numbers", f"{numbers['trainable']:,} ({100 * numbers['share']:.3g} % of the model)"),
         ("of these adapter, head", f"{numbers['adapter']:,}, {numbers['head']:,}"),
-        ("weights adapted", f"{numbers['weights_adapted']} at rank {_spread(numbers['ranks'])}"),
+        ("weights adapted", f"{numbers['weights_adapted']} at rank {_format_range(numbers['ranks'])}"),
         ("clients, of these a round", f"{rows['clients']}, {rows['cohort']}"),
         ("rounds", str(rows["rounds"])),
-        ("training rows a client", _spread(rows["train"])),
-        ("test rows a client", _spread(rows["test"])),
-        ("steps a client and round", _spread(rows["steps"])),
+        ("training rows a client", _format_range(rows["train"])),
+        ("test rows a client", _format_range(rows["test"])),
+        ("steps a client and round", _format_range(rows["steps"])),
         ("passes over a client's rows, whole run", DASH if rows["passes"] is None else f"{rows['passes']:.2f}"),
         ("TFLOP a client and round, training", f"{flops['training'] / 1e12:.4f}"),
         ("TFLOP a client, evaluation", f"{flops['evaluation'] / 1e12:.4f}"),
@@ -96,13 +96,13 @@ def _sizes(found: Mapping[str, Any]) -> Table:
     return from_pairs(f"{found['title'] or found['method']}: before anything is spent", lines)
 
 
-def _traffic(sizes: Mapping[str, Any]) -> Table:
+def _tabulate_traffic(sizes: Mapping[str, Any]) -> Table:
     rows = []
     for direction in ("up", "down"):
         each = sizes["client"][direction]
         for kind, size in sizes["run"][direction].items():
-            first, later = (_mb(each[when].get(kind, 0.0)) for when in ("first_round", "later_rounds"))
-            rows.append({"direction": direction, "kind": kind, "first": first, "later": later, "run": _mb(size)})
+            first, later = (_format_mb(each[when].get(kind, 0.0)) for when in ("first_round", "later_rounds"))
+            rows.append({"direction": direction, "kind": kind, "first": first, "later": later, "run": _format_mb(size)})
     columns = (Column("direction", "direction"), Column("kind", "kind"),
                Column("first", "a client, first round", align="right"),
                Column("later", "a client, later rounds", align="right"),
@@ -110,17 +110,17 @@ def _traffic(sizes: Mapping[str, Any]) -> Table:
     return Table("traffic", f"Traffic{'' if sizes['exact'] else ', at most'}, MB", columns, rows)
 
 
-def _spread(values: Any) -> str:
+def _format_range(values: Any) -> str:
     if values is None:
         return DASH
-    several = values if isinstance(values, list) else [values]
-    low, high = min(several), max(several)
+    listed = values if isinstance(values, list) else [values]
+    low, high = min(listed), max(listed)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def _mb(size: float) -> str:
+def _format_mb(size: float) -> str:
     return f"{size / 1e6:,.3f}" if size < 1e8 else f"{size / 1e6:,.0f}"

@@ -19,19 +19,19 @@ ERRORS = {
 
 
 def tabulate_summary(found: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
-    """A run's final figures by its ``summary.json``, and a row a round where there are ``records``."""
+    """Build the tables of a run's ``summary.json`` and, if any, of its records."""
     title = f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}"
-    tables = [from_pairs(title, _figures(found))]
+    tables = [from_pairs(title, _list_figures(found))]
     return [*tables, tabulate_rounds(records, found["metric"]["name"])] if records else tables
 
 
-def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     final, metric = found.get("final", {}), found["metric"]["name"]
     for name, value in final.get("global", {}).items():
         if name == metric or name != "loss":
             yield f"global {name.replace('_', ' ')}", f"{value:.4f}"
     if "clients" in final:
-        yield from _clients(found, metric)
+        yield from _list_clients(found, metric)
     if "attack" in final:
         yield "attack's success", f"{final['attack']['success']:.4f}"
     yield from fault_lines(found)
@@ -47,8 +47,8 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"seconds, {name}", f"{found['seconds'][name]:.1f}"
 
 
-def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
-    """The figures of the clients' own models."""
+def _list_clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
+    """List the figures of the clients' own models."""
     clients, last, name = found["final"]["clients"], found["last_rounds"], metric.replace("_", " ")
     over = describe_scored(found)
     yield f"clients' own {name}, mean over {over}", f"{clients['mean']:.4f}"
@@ -67,7 +67,7 @@ def _clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]
 
 
 def tabulate_rounds(records: Sequence[RoundRecord], metric: str) -> Table:
-    """A row a round: mean loss, scores and bytes."""
+    """Build the table of mean loss, scores and bytes by round."""
     rows = []
     for record in records:
         loss, clients = mean_std(record["loss"].values()), record.get("clients", {})

@@ -1,4 +1,4 @@
-"""The table of a sweep: its trials, and the choice for each method."""
+"""The table of a sweep."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,57 +8,52 @@ from fedlora.runs.table import DASH, Column, Table
 
 
 def tabulate_sweep(found: Mapping[str, Any]) -> list[Table | str]:
-    """A row a trial, and a sentence on the choice for each method."""
+    """Build the table of the trials, and a sentence on the choice for each method."""
     metric = found["metric"]["name"].replace("_", " ") if found["metric"] else "figure"
     seeds = f", mean over {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else ""
     title = f"{metric.capitalize()} on validation rows ({found['validation']}) in the final round{seeds}"
     rows = [
-        {"method": row["method"], "trial": str(trial["trial"]), "values": _values(trial["values"]),
-         "value": trial["value"], "remark": _remark(row, trial)}
+        {"method": row["method"], "trial": str(trial["trial"]), "values": _format_values(trial["values"]),
+         "value": trial["value"], "remark": _describe_trial(row, trial)}
         for row in found["methods"]
         for trial in row["trials"]
     ]  # fmt: skip
     columns = (Column("method", "method"), Column("trial", "trial"), Column("values", "values"),
                Column("value", metric, 4), Column("remark", "remark"))  # fmt: skip
-    return [Table("sweep", title, columns, rows), *(_sentence(row, metric, found) for row in found["methods"])]
+    return [Table("sweep", title, columns, rows), *(_describe_choice(row, metric, found) for row in found["methods"])]
 
 
 def format_next_command(found: Mapping[str, Any], folder: str) -> tuple[str, ...]:
-    """The command that compares the chosen settings; nothing where no trial was chosen."""
+    """Return the command that compares the chosen settings; empty if no trial was chosen."""
     chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
     return (f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2",) if chosen else ()
 
 
-def _remark(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
+def _describe_trial(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
     if trial["diverged"]:
         return "diverged"
-    over = [f"mean over {trial['over']}"] if trial.get("over") else []
-    return ", ".join((["chosen"] if trial["trial"] == row["chosen"] else []) + over)
+    remarks = ["chosen"] if trial["trial"] == row["chosen"] else []
+    return ", ".join([*remarks, *([f"mean over {trial['over']}"] if trial.get("over") else [])])
 
 
-def _sentence(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
+def _describe_choice(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
     trials = len(row["trials"])
     if row["chosen"] is None:
         return f"{row['method']}: none of {trials} trials came to a figure; try smaller learning rates."
-    said = f"{row['method']}: {_values(row['values'])} ({metric} {row['value']:.4f}, {_standing(row, found)})"
+    score = f"{metric} {row['value']:.4f}, {_describe_certainty(row, found)}"
+    choice = f"{row['method']}: {_format_values(row['values'])} ({score})"
     if row["edge"]:
-        return f"{said}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
-    return f"{said}."
+        return f"{choice}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
+    return f"{choice}."
 
 
-def _standing(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """How sure the choice is: the chosen trial beside the others, by the paired test over seeds."""
+def _describe_certainty(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Compare the chosen trial with the others by the paired test over seeds."""
     values = {t["trial"]: dict(zip(found["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
-    one = rank({f"trial {k}": own for k, own in values.items()}, found["metric"]["higher"])
-    trials = f"chosen of {len(row['trials'])} by the mean"
-    return (
-        trials
-        if one is None
-        else f"{trials}; {one.verdict}"
-        if one.level
-        else f"best of {len(row['trials'])}; {one.verdict}"
-    )
+    best = rank({f"trial {k}": by_seed for k, by_seed in values.items()}, found["metric"]["higher"])
+    how = "best of {}" if best is not None and not best.level else "chosen of {} by the mean"
+    return how.format(len(row["trials"])) + ("" if best is None else f"; {best.verdict}")
 
 
-def _values(values: Mapping[str, Any]) -> str:
+def _format_values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {value}" for key, value in values.items()) or DASH

@@ -1,6 +1,8 @@
-"""Tables of what runs came to: clients, labels, bytes, time, faults."""
+"""Tables of totals: clients, labels, bytes, time, faults."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from fedlora.reporting.digest import PHASES
@@ -13,96 +15,88 @@ CLIENT = Column("client", "client")
 SIDES = {  # of `fedlora personal`
     "global": "global", "held": "own", "tuned": "fine-tuned", "local": "local-only", "centralised": "centralised",
 }  # fmt: skip
-MODEL = {True: "own", False: "global"}
-DIRECTIONS = {"up": "up", "down": "down"}
 
 
 def tabulate_clients(runs: Sequence[Run]) -> Table:
-    """Every client's figure in the final round, mean over seeds, and those that ``fedlora personal`` took."""
-    rows = []
-    for label, own in group_by(runs, lambda run: run.label).items():
-        finals = [run.digest.each for run in own]
-        rows += list(_each(label, MODEL[own[0].is_personal], finals))
-        for key, what in SIDES.items():
-            found = [side for run in own if (side := _side(run, key))]
-            rows += list(_each(f"{label}: {what}", what, found)) if found else []
+    """Build the table of every client's final figure, mean over seeds, with those of ``fedlora personal``."""
+    rows: list[dict[str, Any]] = []
+    for label, group in group_by(runs, lambda run: run.label).items():
+        model = "own" if group[0].is_personal else "global"
+        rows += _average_clients(label, model, [run.digest.each for run in group])
+        for key, model in SIDES.items():
+            sides = [((run.personal or {}).get("columns") or {}).get(key) or {} for run in group]
+            rows += _average_clients(f"{label}: {model}", model, [side.get("each", []) for side in sides])
     columns = (RUN, Column("model", "model"), CLIENT, Column("value", get_metric(runs), 4), Column("seeds", "seeds", 0))
     note = "Final round, each client's own test rows."
     return Table("clients", f"{get_metric(runs).capitalize()} of each client", columns, rows, note)
 
 
-def _side(run: Run, key: str) -> list[float | None]:
-    column = ((run.personal or {}).get("columns") or {}).get(key) or {}
-    return list(column.get("each", []))
-
-
-def _each(label: str, model: str, finals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
+def _average_clients(label: str, model: str, finals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
     for client in range(max(map(len, finals), default=0)):
-        found = mean_std(final[client] for final in finals if client < len(final))
-        if found is not None:
-            yield {"label": label, "model": model, "client": str(client), "value": found.mean, "seeds": found.n}
+        mean = mean_std(final[client] for final in finals if client < len(final))
+        if mean is not None:
+            yield {"label": label, "model": model, "client": str(client), "value": mean.mean, "seeds": mean.n}
 
 
 def find_worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str, float]]]:
-    """Label -> its worst clients with their figures, the worst first."""
-    groups = group_by(table.rows, lambda row: row["label"])
-    ordered = {k: sorted(own, key=lambda row: row["value"], reverse=not higher) for k, own in groups.items()}
-    return {k: [(row["client"], row["value"]) for row in own[:many]] for k, own in ordered.items()}
+    """Return label -> its worst clients with their figures, the worst first."""
+    ordered = sorted(table.rows, key=lambda row: row["value"], reverse=not higher)
+    worst = group_by(ordered, lambda row: row["label"])
+    labels = dict.fromkeys(row["label"] for row in table.rows)
+    return {label: [(row["client"], row["value"]) for row in worst[label][:many]] for label in labels}
 
 
 def tabulate_labels(runs: Sequence[Run]) -> Table:
-    """How many training rows of each label every client has, in the first run that says so."""
+    """Build the table of every client's training rows of each label, in the first run that records them."""
     run = next((run for run in runs if run.rows and run.rows.get("labels")), None)
-    names = [] if run is None else [display_safe(name, 60) for name in (run.rows or {})["labels"]]
+    data: Mapping[str, Any] = {"labels": [], "clients": {}} if run is None or run.rows is None else run.rows
+    names = [display_safe(name, 60) for name in data["labels"]]
     rows = [
         {"client": display_safe(client, 60), "target": name, "rows": int(count)}
-        for client, own in ((run.rows or {})["clients"] if run else {}).items()
-        for name, count in zip(names, own["labels"])
+        for client, counts in data["clients"].items()
+        for name, count in zip(names, counts["labels"])
     ]
     columns = (CLIENT, Column("target", "label"), Column("rows", "training rows", 0))
-    whose = f" {run.name} (seed {run.seed})" if run is not None else ""
-    alike = "" if run is None or len({r.seed for r in runs}) == 1 else "; other seeds split otherwise"
-    return Table("labels", "Labels of each client", columns, rows, f"Training rows, as{whose} split them{alike}.")
+    source = f" {run.name} (seed {run.seed})" if run is not None else ""
+    others = "" if run is None or len({r.seed for r in runs}) == 1 else "; other seeds split otherwise"
+    return Table("labels", "Labels of each client", columns, rows, f"Training rows, as{source} split them{others}.")
 
 
 def tabulate_bytes(runs: Sequence[Run]) -> Table:
-    """Megabytes up and down by part, of a whole run, mean over seeds."""
+    """Build the table of a whole run's megabytes up and down by part, mean over seeds."""
     rows = []
-    for label, own in group_by(runs, lambda run: run.label).items():
-        for direction, part in sorted({key for run in own for key in run.digest.bytes}, reverse=True):
-            found = mean_std(run.digest.bytes.get((direction, part), 0.0) for run in own)
-            assert found is not None, "there are runs"
-            rows.append({"label": label, "direction": direction, "part": display_safe(part, 60), "mb": found.mean})
+    for label, group in group_by(runs, lambda run: run.label).items():
+        for direction, part in sorted({key for run in group for key in run.digest.bytes}, reverse=True):
+            mean = fmean(run.digest.bytes.get((direction, part), 0.0) for run in group)
+            rows.append({"label": label, "direction": direction, "part": display_safe(part, 60), "mb": mean})
     columns = (RUN, Column("direction", "direction"), Column("part", "part"), Column("mb", "MB", 3))
-    return Table(
-        "bytes", "Megabytes up and down, by part", columns, rows, "All rounds and clients; tensors that crossed."
-    )
+    note = "All rounds and clients; tensors that crossed."
+    return Table("bytes", "Megabytes up and down, by part", columns, rows, note)
 
 
 def tabulate_phases(runs: Sequence[Run]) -> Table:
-    """Seconds of a whole run by phase, mean over seeds."""
+    """Build the table of a whole run's seconds by phase, mean over seeds."""
     rows = []
-    for label, own in group_by(runs, lambda run: run.label).items():
+    for label, group in group_by(runs, lambda run: run.label).items():
         for phase in (*PHASES, "rest"):
-            found = mean_std(run.digest.phases.get(phase) for run in own)
-            if found is not None:
-                rows.append({"label": label, "phase": phase, "seconds": found.mean})
+            mean = mean_std(run.digest.phases.get(phase) for run in group)
+            if mean is not None:
+                rows.append({"label": label, "phase": phase, "seconds": mean.mean})
     columns = (RUN, Column("phase", "phase"), Column("seconds", "seconds", 2))
     return Table("time", "Time by phase", columns, rows, "Seconds of a whole run, mean over seeds.")
 
 
 def tabulate_faults(runs: Sequence[Run]) -> Table:
-    """Quarantined uploads, clients that were away, scores that did not come."""
+    """Build the table of quarantined uploads, absent clients and missing scores."""
     rows = [{"label": run.label, "seed": run.seed, **fault} for run in runs for fault in run.digest.faults]
     columns = (RUN, Column("seed", "seed", 0), Column("round", "round", 0), CLIENT, Column("kind", "what"),
                Column("reason", "why"))  # fmt: skip
     return Table("faults", "Quarantined uploads and faults", columns, rows)
 
 
-def count_faults(runs: Sequence[Run]) -> Mapping[str, int]:
-    """Kind of fault -> how many in all runs."""
-    found: dict[str, int] = {}
+def count_faults(runs: Sequence[Run]) -> dict[str, int]:
+    """Count the faults of all runs by kind."""
+    counts: Counter[str] = Counter()
     for run in runs:
-        for kind, many in run.digest.counted.items():
-            found[kind] = found.get(kind, 0) + many
-    return found
+        counts.update(run.digest.counted)
+    return dict(counts)
