@@ -1,13 +1,14 @@
-"""Files: trees as safetensors and tables as JSON, written whole or not at all, and headers checked before use.
+"""Files: trees as safetensors and tables as JSON. Writes are atomic, and headers are checked before use.
 
-The name of a verified file ends with a digest of its content, so a file that was cut off or altered is noticed.
+The name of a verified file ends with a digest of its content, so damage is detected.
 
-``read_header`` is the one reader of safetensors headers. It reads the eight bytes that say how long the header is, then
-the header, and checks both against the file before a tensor is made; nothing of a pickle is ever read.
+``read_header`` is the only reader of safetensors headers. It checks the header and its length against the file before
+a tensor is created. No pickle is ever read.
 """
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from fedlora.text import display_safe
 from fedlora.types import Layer, Tree
 
 SEPARATOR = "/"  # between part and leaf; module paths have dots, never this
-SIZES = {  # bytes a number, by safetensors' names of dtypes
+SIZES = {  # bytes per value, by safetensors' names of dtypes
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
@@ -36,16 +37,16 @@ BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeEr
 
 
 class RefusedFileError(ValueError):
-    """A verified file whose content is not the one that was written; the text says why."""
+    """A verified file was damaged; the text has the reason."""
 
 
 class RefusedHeaderError(ValueError):
-    """A file or message whose header is not what it should be; the text says what was found, without a full stop."""
+    """The header of a file or message is invalid; the text has the reason, without a full stop."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a file or message is taken in. The defaults are for files that a user names."""
+    """The largest accepted file or message. The defaults are for files that a user names."""
 
     size: int = 2**36  # bytes of the whole
     tensors: int = 100_000
@@ -54,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """The header's entry of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A header that fits its file: each tensor's dtype and shape, and the notes beside them."""
+    """A valid header: each tensor's dtype and shape, and the metadata."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -72,30 +73,32 @@ FILES = Limits()
 
 
 def upload_limits(megabytes: float) -> Limits:
-    """For one message of a party."""
+    """Return the limits of one message of a client."""
     return Limits(int(megabytes * 1e6), 20_000, 2**22)
 
 
 def read_header(source: str | Path | bytes, limits: Limits = FILES) -> Header:
-    """The header of a safetensors file, or of the bytes of one, checked against the limits and its own size.
+    """Return the header of a safetensors file or of its bytes, checked against the limits and the file's size.
 
-    Raises ``RefusedHeaderError`` where size, header, names, dtypes, shapes or offsets are not in order, and ``OSError``
-    where there is no such file. At most the header is held in memory.
+    Only the header is read. Raises ``RefusedHeaderError`` if size, header, names, dtypes, shapes or offsets are
+    invalid, and ``OSError`` if there is no such file.
     """
     if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
         raise RefusedHeaderError("it is no file")  # reading a pipe would wait for ever
     if isinstance(source, bytes):
-        return _parsed(source[8 : 8 + _header_size(source[:8], len(source), limits)], len(source), limits)
+        return _parse_header(source[8 : 8 + _header_size(source[:8], len(source), limits)], len(source), limits)
     with open(source, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        return _parsed(_exactly(file, _header_size(_exactly(file, 8, size), size, limits), size), size, limits)
+        return _parse_header(
+            _read_exactly(file, _header_size(_read_exactly(file, 8, size), size, limits), size), size, limits
+        )
 
 
-def _exactly(file: BinaryIO, count: int, size: int) -> bytes:
-    found = file.read(count)
-    if len(found) != count:
+def _read_exactly(file: BinaryIO, count: int, size: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
         raise RefusedHeaderError(f"it ends within its header, after {size} bytes")
-    return found
+    return data
 
 
 def _header_size(start: bytes, size: int, limits: Limits) -> int:
@@ -111,72 +114,70 @@ def _header_size(start: bytes, size: int, limits: Limits) -> int:
     return length
 
 
-def _parsed(text: bytes, size: int, limits: Limits) -> Header:
+def _parse_header(text: bytes, size: int, limits: Limits) -> Header:
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         why = str(error) if isinstance(error, RefusedHeaderError) else f"its header is no JSON ({type(error).__name__})"
         raise RefusedHeaderError(why) from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise RefusedHeaderError("its header is no table of tensors")
-    notes = found.pop(METADATA, {})
+    notes = table.pop(METADATA, {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise RefusedHeaderError("its notes are no texts")
-    if len(found) > limits.tensors:
-        raise RefusedHeaderError(f"it holds {len(found)} tensors, and {limits.tensors} are the most that is taken")
-    spans = [_span(name, told) for name, told in found.items()]
-    _covers(spans, size - 8 - len(text))
-    return Header({name: TensorInfo(told["dtype"], tuple(told["shape"])) for name, told in found.items()}, notes)
+    if len(table) > limits.tensors:
+        raise RefusedHeaderError(f"it holds {len(table)} tensors, and {limits.tensors} are the most that is taken")
+    _check_spans([_check_tensor(name, entry) for name, entry in table.items()], size - 8 - len(text))
+    return Header({name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in table.items()}, notes)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
         raise RefusedHeaderError("its header has a name twice")
-    return found
+    return table
 
 
-def _span(name: str, told: Any) -> tuple[int, int]:
-    """Where a tensor lies, if its name, dtype and shape are in order and fit that."""
+def _check_tensor(name: str, entry: Any) -> tuple[int, int]:
+    """Check a tensor's name, dtype and shape against its offsets, and return the offsets."""
     if not 0 < len(name) <= NAME or not name.isprintable():
         raise RefusedHeaderError(f"it names a tensor {display_safe(name, 60)!r}, which is no plain name")
-    if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise RefusedHeaderError(f"its entry {name!r} is no tensor")
-    shape, span = (_counts(name, told[key]) for key in ("shape", "data_offsets"))
-    width = SIZES.get(told["dtype"]) if isinstance(told["dtype"], str) else None
+    shape, span = (_check_counts(name, entry[key]) for key in ("shape", "data_offsets"))
+    width = SIZES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if width is None or len(shape) > DIMENSIONS or len(span) != 2:
         raise RefusedHeaderError(f"its entry {name!r} has no usual dtype, shape and offsets")
-    for count in shape:
-        width *= count
-    if span[1] - span[0] != width:
-        raise RefusedHeaderError(f"its tensor {name!r} claims {width} bytes and has {span[1] - span[0]}")
+    size = width * math.prod(shape)
+    if span[1] - span[0] != size:
+        raise RefusedHeaderError(f"its tensor {name!r} claims {size} bytes and has {span[1] - span[0]}")
     return span[0], span[1]
 
 
-def _counts(name: str, told: Any) -> list[int]:
-    if not isinstance(told, list) or not all(type(x) is int and 0 <= x < 2**48 for x in told):
+def _check_counts(name: str, counts: Any) -> list[int]:
+    if not isinstance(counts, list) or not all(type(x) is int and 0 <= x < 2**48 for x in counts):
         raise RefusedHeaderError(f"its entry {name!r} has sizes that are no counts")
-    return told
+    return counts
 
 
-def _covers(spans: list[tuple[int, int]], size: int) -> None:
-    """The tensors lie one after the other, without gaps, and fill the file."""
-    at = 0
+def _check_spans(spans: list[tuple[int, int]], size: int) -> None:
+    """Check that the tensors fill the file without gaps."""
+    last = 0
     for begin, end in sorted(spans):
-        if begin != at:
+        if begin != last:
             raise RefusedHeaderError("its tensors overlap, or leave gaps")
-        at = end
-    if at != size:
-        raise RefusedHeaderError(f"its tensors end after {at} of {size} bytes; it is cut off, or longer than it says")
+        last = end
+    if last != size:
+        raise RefusedHeaderError(f"its tensors end after {last} of {size} bytes; it is cut off, or longer than it says")
 
 
 def flatten(tree: Tree) -> dict[str, Tensor]:
-    """``part/leaf`` -> leaf, the very tensors of the tree."""
+    """Return ``part/leaf`` -> leaf, without copies."""
     return {f"{part}{SEPARATOR}{leaf}": x for part, layer in tree.items() for leaf, x in layer.items()}
 
 
 def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tree of leaves that ``flatten`` named. Parts without leaves are lost."""
+    """Invert ``flatten``. Parts without leaves are lost."""
     tree: dict[str, dict[str, Tensor]] = {}
     for key, x in leaves.items():
         part, _, leaf = key.rpartition(SEPARATOR)
@@ -185,16 +186,16 @@ def unflatten(leaves: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def encode_tree(tree: Tree, notes: Mapping[str, str] | None = None) -> bytes:
-    """A tree as the bytes of a safetensors file: the one form of trees on disk and in messages."""
+    """Return a tree as the bytes of a safetensors file, its form on disk and in messages."""
     # Cloned, since safetensors refuses tensors that share memory.
     leaves = {key: x.detach().cpu().clone().contiguous() for key, x in flatten(tree).items()}
     return serialize(leaves, notes)
 
 
 def decode_tree(source: bytes | Path, limits: Limits = FILES) -> dict[str, dict[str, Tensor]]:
-    """The tree that ``encode_tree`` wrote, from its bytes or its file. Its header is checked before a tensor is made.
+    """Return the tree of ``encode_tree``, from its bytes or its file.
 
-    Each leaf has memory of its own: safetensors gives views at any offset, and the last bits of a factorisation depend
+    Each leaf has its own memory: safetensors returns views at any offset, and the last bits of a factorisation depend
     on the alignment. Raises ``RefusedHeaderError``, ``SafetensorError`` or, for a file, ``OSError``.
     """
     read_header(source, limits)
@@ -203,7 +204,7 @@ def decode_tree(source: bytes | Path, limits: Limits = FILES) -> dict[str, dict[
 
 
 def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file whose bytes follow from its content: safetensors itself orders notes by chance."""
+    """Return the bytes of a safetensors file. They depend on the content only: notes are sorted."""
     data = save(tensors, dict(notes or {}) or None)
     if not notes:
         return data
@@ -216,12 +217,12 @@ def serialize(tensors: dict[str, Tensor], notes: Mapping[str, str] | None = None
 
 
 def save_tree(path: Path, tree: Tree, about: Mapping[str, str] | None = None) -> None:
-    """Writes a tree as a safetensors file, every leaf in its own dtype."""
+    """Write a tree as a safetensors file, every leaf in its own dtype."""
     write(path, encode_tree(tree, {"format": "pt", **(about or {})}))
 
 
 def load_tree(path: Path) -> Tree:
-    """The tree that ``save_tree`` wrote. ``ValueError`` where the file is missing or broken."""
+    """Return the tree of ``save_tree``. Raises ``ValueError`` if the file is missing or broken."""
     try:
         return decode_tree(path)
     except (RefusedHeaderError, SafetensorError, OSError) as error:
@@ -231,7 +232,7 @@ def load_tree(path: Path) -> Tree:
 
 
 def load_about(path: Path) -> dict[str, Any]:
-    """The notes that ``save_tree`` put beside a tree under ``about``. ``ValueError`` where they are not there."""
+    """Return the notes of ``save_tree`` with the key ``about``. Raises ``ValueError`` if there are none."""
     try:
         return _parse_about(read_header(path))
     except (ValueError, KeyError, OSError, RecursionError) as error:
@@ -239,36 +240,36 @@ def load_about(path: Path) -> dict[str, Any]:
 
 
 def _parse_about(header: Header) -> dict[str, Any]:
-    found = json.loads(header.metadata["about"])
-    if not isinstance(found, dict):
+    about = json.loads(header.metadata["about"])
+    if not isinstance(about, dict):
         raise ValueError("its notes are no table")
-    return found
+    return about
 
 
 def encode_state(tree: Tree, about: Mapping[str, Any]) -> bytes:
-    """Encodes a tree and plain values as a safetensors file, with the layout of each leaf in memory.
+    """Return a tree and plain values as a safetensors file, with the memory layout of each leaf.
 
-    The last bits of a product depend on the order of its factors' numbers.
+    The last bits of a product depend on the layout of its factors.
     """
     orders = {key: order for key, x in flatten(tree).items() if (order := _stride_order(x)) is not None}
     return encode_tree(tree, {"format": "pt", "about": json.dumps({**about, "orders": orders})})
 
 
 def decode_state(content: bytes) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Decodes the tree and the values of ``encode_state``. Raises ``RefusedFileError`` if there are none."""
+    """Invert ``encode_state``. Raises ``RefusedFileError`` if the content is of another kind."""
     try:
         about = _parse_about(read_header(content))
         leaves = flatten(decode_tree(content))
         for key, order in about.pop("orders").items():
-            back = sorted(range(len(order)), key=order.__getitem__)
-            leaves[key] = leaves[key].permute(order).contiguous().permute(back)
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            leaves[key] = leaves[key].permute(order).contiguous().permute(inverse)
     except BROKEN as error:
         raise RefusedFileError(f"it holds no tree of leaves ({error})") from error
     return unflatten(leaves), about
 
 
 def _stride_order(x: Tensor) -> list[int] | None:
-    """The dimensions from the widest stride to the narrowest; None for a contiguous tensor."""
+    """Return the dimensions from the largest stride to the smallest; None for a contiguous tensor."""
     if x.is_contiguous():
         return None
     stride = x.stride()
@@ -277,14 +278,14 @@ def _stride_order(x: Tensor) -> list[int] | None:
 
 
 def write_verified_file(folder: Path, stem: str, content: bytes) -> str:
-    """Writes ``STEM-DIGEST.safetensors`` and returns that name."""
+    """Write ``STEM-DIGEST.safetensors``, and return that name."""
     name = _verified_name(stem, content)
     write(folder / name, content)
     return name
 
 
 def read_verified_file(path: Path) -> bytes:
-    """Reads a verified file. Raises ``RefusedFileError`` if it is missing or its content is not that of its name."""
+    """Return the content of a verified file. Raises ``RefusedFileError`` if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -299,7 +300,7 @@ def _verified_name(stem: str, content: bytes) -> str:
 
 
 class OffloadedTree(Mapping[str, Layer]):
-    """A tree on disk: a part is read when it is asked for, and let go with what was made of it."""
+    """A tree on disk. A part is read when it is accessed, and is not kept in memory."""
 
     def __init__(self, path: Path, tree: Tree):
         self.path = path
@@ -311,7 +312,7 @@ class OffloadedTree(Mapping[str, Layer]):
         save_tree(path, tree)
 
     def form(self, part: str) -> Layer:
-        """Leaves and shapes, without values."""
+        """Return a part's leaves without values."""
         return self.forms[part]
 
     def __iter__(self) -> Iterator[str]:
@@ -322,54 +323,53 @@ class OffloadedTree(Mapping[str, Layer]):
 
     def __getitem__(self, part: str) -> Layer:
         with safe_open(self.path, framework="pt") as file:
-            found = {leaf: file.get_tensor(f"{part}{SEPARATOR}{leaf}") for leaf in self.forms[part]}
-        return {leaf: x.to(self.device) for leaf, x in found.items()}
+            return {leaf: file.get_tensor(f"{part}{SEPARATOR}{leaf}").to(self.device) for leaf in self.forms[part]}
 
 
 def check_new_folder(folder: str | Path) -> Path:
-    """A folder that may be written, new or empty; nothing is made yet. ``ValueError`` where it would overwrite."""
+    """Return the path of a new or empty folder. Raises ``ValueError`` if files would be overwritten."""
     path = Path(folder).expanduser()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
-    _within_reach(path)
+    _check_writable(path)
     return path
 
 
 def check_output_file(file: str | Path) -> Path:
-    """A file that may be written or written over; nothing is made yet. ``ValueError`` where it cannot be."""
+    """Return the path of a file. Raises ``ValueError`` if it cannot be written."""
     path = Path(file).expanduser()
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; name a file in it.")
-    _within_reach(path.parent)
+    _check_writable(path.parent)
     return path
 
 
-def _within_reach(path: Path) -> None:
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"cannot write to {str(path)!r}: {str(there)!r} is no folder to write in; choose another.")
+def _check_writable(path: Path) -> None:
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"cannot write to {str(path)!r}: {str(parent)!r} is no folder to write in; choose another.")
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Indented JSON, written whole or not at all."""
+    """Write indented JSON atomically."""
     write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def digest(tree: Tree) -> str:
-    """Names, shapes, dtypes and bits of all leaves as one short text."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a hash of the names, shapes, dtypes and bits of all leaves."""
+    hasher = hashlib.blake2b(digest_size=16)
     for part in sorted(tree):
         for leaf in sorted(tree[part]):
             x = tree[part][leaf].detach().cpu().contiguous()
-            found.update(f"{part}{SEPARATOR}{leaf} {tuple(x.shape)} {x.dtype};".encode())
-            found.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            hasher.update(f"{part}{SEPARATOR}{leaf} {tuple(x.shape)} {x.dtype};".encode())
+            hasher.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def write(path: Path, content: bytes) -> None:
-    """Through a temporary file beside it, synced and renamed: a crash or a full disk leaves the old file.
+    """Write a file atomically, by a temporary file that is synced and renamed. A crash leaves the old file.
 
-    The folder is synced, too: what is written afterwards may count on this file, whatever happens to the machine.
+    The folder is synced, too, so that later writes may rely on this file even if the machine crashes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -386,18 +386,18 @@ def write(path: Path, content: bytes) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what ``write`` had begun in a folder when its process was killed; nobody may be writing there now."""
+    """Remove the temporary files of interrupted writes from a folder. No process may be writing to it."""
     for ending in ("safetensors", "json", "jsonl", "toml"):
         for path in folder.glob(f".*.{ending}.????????"):
             path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """What was renamed or removed in a folder is so on the disk, where the system lets a folder be synced."""
+    """Sync a folder's entries to disk, on systems that support it."""
     if os.name != "posix":
         return
-    place = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(place)
+        os.fsync(descriptor)
     finally:
-        os.close(place)
+        os.close(descriptor)

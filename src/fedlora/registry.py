@@ -50,8 +50,8 @@ class Registry(Generic[T]):
         return {name.replace("_", "-"): f"{self.package}.{name}" for name in files} | dict(self.listed)
 
     def names(self) -> list[str]:
-        """All names: built-in plug-ins and entry points. Imports none of them."""
-        return sorted({*self.builtin, *self._installed()})
+        """Return all names of built-in plug-ins and entry points, without importing them."""
+        return sorted({*self.builtin, *_find_plugins(self.group)})
 
     def load(self, name: str) -> type[T]:
         """Return the class of a name, or of ``"package.module:Class"``.
@@ -61,7 +61,7 @@ class Registry(Generic[T]):
         """
         if place := self.builtin.get(name):
             return self._from_path(place) if ":" in place else self._from_file(place)
-        if point := self._installed().get(name):
+        if point := _find_plugins(self.group).get(name):
             package = f" of the package {point.dist.name!r}" if point.dist else ""
             return self._from_outside(point.value, f"the {self.noun} {name!r}{package}")
         if ":" not in name:
@@ -74,12 +74,12 @@ class Registry(Generic[T]):
             self.load(name)
 
     def classes(self) -> dict[str, type[T]]:
-        """All classes by name, except entry points that cannot be loaded; ``errors`` has these."""
+        """Return all classes by name, except entry points that cannot be loaded; ``errors`` has these."""
         return {name: kind for name in self.names() if not isinstance(kind := self._try(name), str)}
 
     def errors(self) -> list[str]:
-        """One sentence for each entry point that cannot be loaded."""
-        return [error for name in self._installed() if isinstance(error := self._try(name), str)]
+        """Return one sentence for each entry point that cannot be loaded."""
+        return [error for name in _find_plugins(self.group) if isinstance(error := self._try(name), str)]
 
     def name_of(self, kind: type) -> str:
         """Return the name that leads to a class: the inverse of ``load``.
@@ -90,7 +90,7 @@ class Registry(Generic[T]):
         module, path = kind.__module__, f"{kind.__module__}:{kind.__qualname__}"
         root = module.partition(".")[0]
         names = [name for name, place in self.builtin.items() if place in (module, path)]
-        names += [name for name, point in self._installed().items() if re.split("[.:]", point.value)[0] == root]
+        names += [name for name, point in _find_plugins(self.group).items() if re.split("[.:]", point.value)[0] == root]
         for name in [*names, path]:
             if self._try(name) is kind:
                 return name
@@ -98,9 +98,6 @@ class Registry(Generic[T]):
             f"the {self.noun} {path} cannot be imported by name, so the run could not be repeated; define it at the "
             "top of a module."
         )
-
-    def _installed(self) -> dict[str, "EntryPoint"]:
-        return _installed(tuple(sys.path), self.group)
 
     def _try(self, name: str) -> type[T] | str:
         try:
@@ -124,7 +121,7 @@ class Registry(Generic[T]):
         return found
 
     def _from_outside(self, path: str, subject: str) -> type[T]:
-        """The class at a path, if it can be imported and keeps the contract; ``subject`` names it in messages."""
+        """Return the class at a path, checked; ``subject`` names it in messages."""
         try:
             found = self._from_path(path)
         except Exception:
@@ -140,22 +137,21 @@ class Registry(Generic[T]):
         return cast("type[T]", found)
 
 
-@cache
-def _installed(path: tuple[str, ...], group: str) -> dict[str, "EntryPoint"]:
-    """The entry points of a group by name; the first on ``path`` counts."""
-    return {point.name: point for point in reversed(tuple(_entry_points(path).select(group=group)))}
+def _find_plugins(group: str) -> dict[str, "EntryPoint"]:
+    """Return the entry points of a group by name; the first on ``sys.path`` counts."""
+    return {point.name: point for point in reversed(tuple(_entry_points(tuple(sys.path)).select(group=group)))}
 
 
 @cache
 def _entry_points(path: tuple[str, ...]) -> Any:
-    """All entry points. Cached, because this reads every package on ``path``."""
+    """Return all entry points. Cached, because this reads every package on ``path``."""
     from importlib.metadata import entry_points
 
     return entry_points()
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that ``name`` begins, or else the most alike; None where none is near."""
+    """Return the known name that begins with ``name``, or else the most similar one, or None."""
     options = list(known)
     begun = [option for option in options if len(name) > 2 and option.startswith(name.lower())]
     alike = difflib.get_close_matches(name.lower().replace("_", "-"), options, n=1, cutoff=0.5)
@@ -164,7 +160,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def name_or_nearest(what: str, name: str, known: Iterable[str]) -> tuple[str | None, str]:
-    """The known name, or else the nearest (None where none is near), and the subject of a sentence about it."""
+    """Return the known name, or else the nearest or None, and the subject of a sentence about it."""
     options = list(known)
     if name in options:
         return name, f"the {what} {name!r}"
@@ -173,7 +169,7 @@ def name_or_nearest(what: str, name: str, known: Iterable[str]) -> tuple[str | N
 
 
 def unknown(what: str, name: str, known: Iterable[str], plural: str) -> str:
-    """One sentence: that there is no such thing, which was meant, and what there is."""
+    """Return a sentence that a name is unknown, with the nearest name and all names."""
     options = list(known)
     near = nearest(name.rpartition(".")[2], options)
     hint = f"; did you mean {near!r}?" if near else "."

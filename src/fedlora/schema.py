@@ -1,4 +1,4 @@
-"""TOML tables: read, laid over each other, and turned into a dataclass whose fields are the schema."""
+"""TOML tables: reading, merging, and conversion to dataclasses, whose fields are the schema."""
 
 import tomllib
 import typing
@@ -16,15 +16,15 @@ Table = dict[str, Any]
 T = TypeVar("T")
 PER_MACHINE = "per machine"
 PerMachine = Annotated[T, PER_MACHINE]  # the type of a setting in which the machines of one federation may differ
-PLAIN = ("model", "engine")  # tables whose name is a value like any other; elsewhere it says which keys there are
+PLAIN = ("model", "engine")  # tables whose name is an ordinary value; in other tables it determines the keys
 
 
 class ConfigError(ValueError):
-    """A user's mistake in a configuration; its text is one sentence."""
+    """An error in a configuration; its text is one sentence."""
 
 
 def read_table(path: str | Path) -> Table:
-    """A TOML file as it stands."""
+    """Return the table of a TOML file."""
     try:
         return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -36,7 +36,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def apply_overrides(table: Table, overrides: Sequence[str]) -> Table:
-    """The table with ``a.b=value`` set; a value that is no TOML is taken as a string."""
+    """Return the table with overrides ``a.b=value``; a value that is no TOML is a string."""
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
@@ -45,43 +45,43 @@ def apply_overrides(table: Table, overrides: Sequence[str]) -> Table:
             value = tomllib.loads(f"x = {text}")["x"]
         except tomllib.TOMLDecodeError:
             value = text
-        table = merge_tables(table, _nested(key.strip().split("."), value))
+        table = merge_tables(table, _nest(key.strip().split("."), value))
     return table
 
 
 def merge_tables(table: Mapping[str, Any], other: Mapping[str, Any], plain: bool = False) -> Table:
-    """``other`` laid over ``table``, table by table; another ``name`` starts its table anew, unless it is ``plain``."""
-    both = {} if _renamed(other, table, plain) else dict(table)
+    """Return ``table`` updated by ``other``, recursively; another ``name`` replaces a table that is not ``plain``."""
+    result = {} if _has_other_name(other, table, plain) else dict(table)
     for key, value in other.items():
-        old = both.get(key)
+        old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             value = merge_tables(old, value, key in PLAIN)
-        both[key] = value
-    return both
+        result[key] = value
+    return result
 
 
-def _renamed(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool) -> bool:
-    """Whether ``table`` is of another kind than ``base``, so that the keys of one say nothing of the other."""
+def _has_other_name(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool) -> bool:
+    """Whether the names of two tables differ, so that their keys have different meanings."""
     return not plain and table.get("name", base.get("name")) != base.get("name")
 
 
 def set_keys(table: Table, values: Mapping[str, Any]) -> Table:
-    """The table with each dotted key set."""
+    """Return the table with these values at dotted keys."""
     for key, value in values.items():
-        table = merge_tables(table, _nested(key.split("."), value))
+        table = merge_tables(table, _nest(key.split("."), value))
     return table
 
 
 def get_key(table: Table, key: str) -> Any:
-    """What a dotted key leads to; None where there is nothing."""
-    found: Any = table
+    """Return the value at a dotted key, or None."""
+    value: Any = table
     for name in key.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def remove_key(table: Table, keys: Sequence[str]) -> Table:
-    """The table without what the keys lead to, one table after the other."""
+    """Return the table without the value at a path of keys."""
     if keys[0] not in table:
         return table
     if len(keys) == 1:
@@ -90,18 +90,18 @@ def remove_key(table: Table, keys: Sequence[str]) -> Table:
 
 
 def table_difference(table: Mapping[str, Any], base: Mapping[str, Any], plain: bool = False) -> Table:
-    """What has to be laid over ``base`` for ``table`` to come out."""
-    if _renamed(table, base, plain):
+    """Return the smallest table that ``merge_tables`` merges with ``base`` to get ``table``."""
+    if _has_other_name(table, base, plain):
         return dict(table)
-    found: Table = {}
+    result: Table = {}
     for key, value in table.items():
         old = base.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             inner = table_difference(value, old, key in PLAIN)
-            found |= {key: inner} if inner else {}
+            result |= {key: inner} if inner else {}
         elif key not in base or old != value:
-            found[key] = value
-    return found
+            result[key] = value
+    return result
 
 
 def flatten_table(table: Mapping[str, Any], prefix: str = "") -> Table:
@@ -113,12 +113,12 @@ def flatten_table(table: Mapping[str, Any], prefix: str = "") -> Table:
     return flat
 
 
-def _nested(keys: list[str], value: Any) -> Table:
-    return {keys[0]: value if len(keys) == 1 else _nested(keys[1:], value)}
+def _nest(keys: list[str], value: Any) -> Table:
+    return {keys[0]: value if len(keys) == 1 else _nest(keys[1:], value)}
 
 
 def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **ready: Any) -> Any:
-    """An instance of a dataclass from a table: unknown keys, missing keys and wrong types are ``ConfigError``s."""
+    """Return an instance of a dataclass from a table. Raises ``ConfigError`` for wrong or missing keys, and types."""
     settable = [f for f in fields(cls) if f.init and f.name not in skip and not f.name.startswith("_")]
     check_keys(path, table, [f.name for f in settable])
     missing = [f.name for f in settable if f.default is f.default_factory is MISSING and f.name not in table]
@@ -133,13 +133,13 @@ def construct(cls: Any, path: str, table: Table, skip: tuple[str, ...] = (), **r
 
 
 def per_machine_fields(cls: type) -> list[str]:
-    """The names of a dataclass' fields that are ``PerMachine``."""
+    """Return the names of a dataclass's fields that are ``PerMachine``."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return [f.name for f in fields(cls) if PER_MACHINE in getattr(hints[f.name], "__metadata__", ())]
 
 
 def load_class(registry: Registry[T], name: str) -> type[T]:
-    """Return ``registry.load(name)``, with a ``ConfigError`` where that is a ``ValueError``."""
+    """Return ``registry.load(name)``. Its ``ValueError`` becomes a ``ConfigError``."""
     try:
         return registry.load(name)
     except ValueError as error:
@@ -147,7 +147,7 @@ def load_class(registry: Registry[T], name: str) -> type[T]:
 
 
 def construct_by_name(registry: Registry[T], path: str, table: Mapping[str, Any]) -> T:
-    """Return an instance of the class that the table's ``name`` picks from a registry, with the table's other keys."""
+    """Return an instance of the class that a table names, with the table's other keys as settings."""
     name = table.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"[{path}] has no name; set {path}.name to a string.")
@@ -158,7 +158,7 @@ def construct_by_name(registry: Registry[T], path: str, table: Mapping[str, Any]
 
 
 def check_type(path: str, value: Any, kind: Any) -> Any:
-    """The value, checked strictly against a type: ``"8"`` is no int, 8 is a float. ``ConfigError`` names the key."""
+    """Return the value as a type, checked strictly: ``"8"`` is no int, 8 is a float. Raises ``ConfigError``."""
     if isinstance(value, float) and value != value:
         raise ConfigError(f"{path} is nan; it should be a number.")
     try:
@@ -169,7 +169,7 @@ def check_type(path: str, value: Any, kind: Any) -> Any:
 
 
 def check_keys(path: str, table: Table, allowed: list[str]) -> None:
-    """``ConfigError`` where the table has a key that is not allowed; names the nearest."""
+    """Raise ``ConfigError`` if the table has a key that is not allowed."""
     for key in table:
         if key not in allowed:
             if not allowed:
@@ -179,14 +179,14 @@ def check_keys(path: str, table: Table, allowed: list[str]) -> None:
 
 
 def dumps(table: Table) -> str:
-    """TOML text."""
+    """Return the table as TOML text."""
     return tomli_w.dumps(table)
 
 
 def strip_folders(value: Any) -> Any:
-    """A table, or a value of one, with the last part of every absolute path: what others may read."""
+    """Return a value with each absolute path replaced by its last part, for publication."""
     if isinstance(value, Mapping):
-        return {key: strip_folders(one) for key, one in value.items()}
+        return {key: strip_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [strip_folders(one) for one in value]
+        return [strip_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else value

@@ -103,7 +103,7 @@ class FedLoRA(FedAvg):
         replies = list(replies)
         if not self._asked:
             return None, None
-        self._forget_failed(replies)
+        self._forget_failures(replies)
         good = self._screen(server_round - 1, replies)
         LOG.info("aggregate_train: %s good replies of %s", len(good), len(self._asked))
         if len(good) < max(1, self.min_train_nodes):
@@ -122,7 +122,7 @@ class FedLoRA(FedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean metrics of the good replies; the log has the others."""
         replies, good = list(replies), {}
-        self._forget_failed(replies)
+        self._forget_failures(replies)
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
@@ -181,7 +181,7 @@ class FedLoRA(FedAvg):
             message.content = RecordDict({**message.content, RECORD: instructions.record(), **more})
         return list(messages)
 
-    def _forget_failed(self, replies: Sequence[Message]) -> None:
+    def _forget_failures(self, replies: Sequence[Message]) -> None:
         """Send everything to the nodes that failed, next time: they may have lost their memory."""
         for reply in replies:
             if reply.has_error():
