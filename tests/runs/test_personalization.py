@@ -13,7 +13,7 @@ from fedlora.rounds import client_start
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import ConfigError, build, dumps
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.personalization import Sides, personal
+from fedlora.runs.personalization import PersonalModels, evaluate_personalization
 from fedlora.tasks.metrics.scores import compute_metrics
 from fedlora.training.local import LocalTrainer
 from tests.fixtures.federation import ADAPTERS, config, same
@@ -42,8 +42,8 @@ def runs(tmp_path_factory):
 def test_global_and_held_are_what_the_run_scored(name, runs):
     unequal = ["clients.ranks=[1, 2]"] if name == "hetlora" else []
     folder, result = runs(name, *unequal)
-    sides, final = Sides(RunFolder.open(folder), 1), result.summary["final"]
-    found = sides.columns(range(3))
+    sides, final = PersonalModels(RunFolder.open(folder), 1), result.summary["final"]
+    found = sides.score(range(3))
     each = [compute_metrics(found["held"][client])["accuracy"] for client in range(3)]
     assert each == final["clients"]["each"][:3] and final["clients"]["each"][3] is None
     assert (found["global"] is None) == result.summary["personal"]
@@ -54,7 +54,7 @@ def test_global_and_held_are_what_the_run_scored(name, runs):
 @pytest.mark.parametrize("name", ["fedit", "fedsa-lora"])
 def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
     folder, result = runs(name)
-    sides = Sides(RunFolder.open(folder), 4)
+    sides = PersonalModels(RunFolder.open(folder), 4)
     for client in (1, 3):  # one that took part, and a new one
         f = config(f"method.name={name}", *NEW).federation()
         turn = f.turn(2, client)
@@ -62,13 +62,13 @@ def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
         training = replace(f.training, local_steps=4)
         trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[client], training, turn, f.rounds)
         end = trainer.fit(start, {part: rule.adapter.trainable for part, rule in f.rules.items()}, f.rules)
-        assert same(sides.tuned(client), end)
+        assert same(sides.fine_tune(client), end)
         assert not same(end, start)
         batch = f.task.collate(f.data.test, f.shards[client].test)
         f.model.load(end)
         with torch.inference_mode():
             right = f.task.outputs(f.model.network.eval(), batch).argmax(-1) == batch["labels"]
-        mine = compute_metrics(sides.evaluator.score_client(client, sides.tuned(client)))["accuracy"]
+        mine = compute_metrics(sides.evaluator.score_client(client, sides.fine_tune(client)))["accuracy"]
         assert mine == pytest.approx(float(right.float().mean()))
 
 
@@ -79,13 +79,13 @@ def test_fine_tuning_has_a_constant_rate_after_a_schedule(runs):
     training, turn = replace(f.training, local_steps=2), f.turn(2, 0)
     trainer = LocalTrainer(f.model, f.task, f.data.train, f.shards[0], training, turn, f.rounds)
     end = trainer.fit(result.shared, {part: rule.adapter.trainable for part, rule in f.rules.items()}, f.rules)
-    assert f.training.schedule == "constant" and same(Sides(RunFolder.open(folder), 2).tuned(0), end)
+    assert f.training.schedule == "constant" and same(PersonalModels(RunFolder.open(folder), 2).fine_tune(0), end)
 
 
 def test_local_only_is_the_method_local_with_the_same_budget(runs):
     unequal = ["clients.capability='uniform'", "clients.capability_scales=['steps']", "clients.stragglers=0.5"]
     folder, _ = runs("fedit", *unequal, "clients.dropout=0.34")
-    found = personal(RunFolder.open(folder), 1)["columns"]["local"]
+    found = evaluate_personalization(RunFolder.open(folder), 1)["columns"]["local"]
     alone = fedlora.run(config("method.name=local", *NEW, *unequal, "clients.dropout=0.34")).summary["final"]["clients"]
     assert found == {**alone, "capability": found["capability"]}
     assert found["capability"] == alone["capability"]
@@ -95,7 +95,7 @@ def test_centralised_is_that_of_a_comparison_where_everybody_takes_part(tmp_path
     folder = tmp_path / "r"
     fedlora.run(config("clients.count=3"), folder)
     run = RunFolder.open(folder)
-    found = personal(run, 1)["columns"]["centralised"]
+    found = evaluate_personalization(run, 1)["columns"]["centralised"]
     one = build({**for_label(run.config.table, "centralised")}).federation()
     *_, last = InProcess().run(one)
     f = config("clients.count=3").federation()
@@ -122,19 +122,19 @@ def test_new_clients_rows_are_never_trained_on(runs, monkeypatch):
     theirs = set(f.shards[3].train.tolist())
     assert theirs and not seen & theirs
     assert seen == {int(row) for shard in f.shards[:3] for row in shard.train}
-    sides = Sides(RunFolder.open(runs("fedit")[0]), 1)
+    sides = PersonalModels(RunFolder.open(runs("fedit")[0]), 1)
     seen.clear()
-    sides.together(range(4), lambda event: None)
+    sides.score_centralised(range(4), lambda event: None)
     assert seen and not seen & theirs, "new to the centralised model, too"
     seen.clear()
-    sides.alone(lambda event: None)
+    sides.score_alone(lambda event: None)
     assert not seen & theirs
 
 
 def test_new_clients_begin_with_the_global_model_or_with_nothing_of_their_own(runs):
     for name in ("fedit", "fedsa-lora"):
         folder, result = runs(name)
-        found = personal(RunFolder.open(folder), 3)
+        found = evaluate_personalization(RunFolder.open(folder), 3)
         assert found["new"]["held"]["each"][:3] == [None] * 3
         f = config(f"method.name={name}", *NEW).federation()
         f.model.load(result.shared)  # FedSA's shared B is zero, and its head the pretrained network's
@@ -144,7 +144,7 @@ def test_new_clients_begin_with_the_global_model_or_with_nothing_of_their_own(ru
         assert found["new"]["held"]["each"][3] == pytest.approx(float(right.float().mean()))
         assert (found["new"]["global"] is None) == (name == "fedsa-lora")
         assert set(found["new"]) == {"global", "held", "tuned", "centralised"}
-        again = personal(RunFolder.open(folder), 3)
+        again = evaluate_personalization(RunFolder.open(folder), 3)
         assert found == again == json.loads((folder / "personal.json").read_text())
 
 
@@ -156,15 +156,15 @@ def test_mistakes(runs, tmp_path):
     for change, sentence in (({"rounds": 0}, "has no finished round"), ({"kept": False}, "lies on its own machine")):
         (copy / "summary.json").write_text(json.dumps({**summary, **change}))
         with pytest.raises(ConfigError, match=sentence):
-            personal(RunFolder.open(copy))
+            evaluate_personalization(RunFolder.open(copy))
     (copy / "summary.json").write_text(json.dumps(summary))
     text = (copy / "config.toml").read_text()
     with pytest.raises(ConfigError, match="clients.partition is 'own', so the rows are on the clients' machines"):
         (copy / "config.toml").write_text(dumps(config("clients.partition={name = 'own'}").table))
-        personal(RunFolder.open(copy))
+        evaluate_personalization(RunFolder.open(copy))
     (copy / "config.toml").write_text(text.replace('data = "digits"', 'data = "./gone.csv"'))
     with pytest.raises(ValueError, match="there is no data at './gone.csv'"):
-        personal(RunFolder.open(copy))
+        evaluate_personalization(RunFolder.open(copy))
 
 
 def begun(tmp_path):
@@ -186,7 +186,7 @@ def test_a_run_whose_data_or_model_changed_is_refused(what, tmp_path):
     change(place)
     for folder in (place / "run", place / "run" / "best"):
         with pytest.raises(ValueError, match="was begun with other data or another model") as found:
-            personal(RunFolder.open(folder), 1)
+            evaluate_personalization(RunFolder.open(folder), 1)
         assert sentence in str(found.value) and not (folder / "personal.json").exists()
 
 
@@ -194,7 +194,7 @@ def test_the_same_rows_in_new_files_are_scored_and_a_run_without_checkpoints_is_
     place = begun(tmp_path)
     write(place / "data", ROWS, ROWS[:30])
     for folder in (place / "run", place / "run" / "best"):
-        assert personal(RunFolder.open(folder), 1)["columns"]["held"]
+        assert evaluate_personalization(RunFolder.open(folder), 1)["columns"]["held"]
     shutil.rmtree(place / "run" / "checkpoints")
     with pytest.raises(ValueError, match="has no checkpoints that say which data and which model it was begun with"):
-        personal(RunFolder.open(place / "run"), 1)
+        evaluate_personalization(RunFolder.open(place / "run"), 1)

@@ -35,12 +35,12 @@ def personal_command(
     """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
     from fedlora.reporting.tables.personalization import tabulate_personal
     from fedlora.runs.folder import RunFolder
-    from fedlora.runs.personalization import personal
+    from fedlora.runs.personalization import evaluate_personalization
     from fedlora.runs.progress import Progress
 
     run = RunFolder.open(folder)
     with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
-        found = personal(run, steps, progress.watch)
+        found = evaluate_personalization(run, steps, progress.watch)
     print_result(as_json, found, lambda: tabulate_personal(found), [f"Folder: {folder}"])
 
 

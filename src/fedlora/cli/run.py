@@ -50,10 +50,10 @@ def resume_command(
     """Continue a run from its last checkpoint, with the bits of one that was never broken off."""
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Progress
-    from fedlora.runs.resume import continued
+    from fedlora.runs.resume import read_resumable
     from fedlora.runs.run import run
 
-    resolved = continued(folder, rounds, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
+    resolved = read_resumable(folder, rounds, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
     with Progress(resolved.rounds - len(RunFolder(folder).records)) as progress:
         result = run(resolved, folder, progress.watch, again=True)
     _print_summary(result.summary, folder, as_json)

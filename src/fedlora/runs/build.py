@@ -1,4 +1,4 @@
-"""A checked configuration becomes the federation that an engine runs."""
+"""Build the federation of a configuration: load its model and its data."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ from fedlora.training.warm_start import warm_start
 
 
 def build_federation(config: Sections, party: int | None = None, combines: bool = False) -> Federation:
-    """Load the model and the data, and build the federation that an engine runs.
+    """Load the model and the data, and build the federation.
 
-    ``party`` is the client that this machine is, and ``combines`` says that no client trains here; both matter
-    only where every party has data of its own (``clients.partition``).
+    If each client's data are on its own machine (``clients.partition``), ``party`` is the client of this machine, and
+    ``combines`` is true on the server.
     """
     device = config.engine.prepare()
     data, shards = load_rows(config, party, combines)
@@ -48,21 +48,20 @@ def build_federation(config: Sections, party: int | None = None, combines: bool 
         base = None if config.model.same_base else config.model.name
         warm_start(model, rules, config.method, config.model.start, config.seed, names, base)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
-    found = Federation(
+    f = Federation(
         rules, config.method, model, config.task, data, config.clients, shards, budgets,
         training, config.evaluation, config.server, config.rounds, config.seed, names, fingerprint(config.table),
         config.validation, config.robust,
         config.attack and config.attack.prepare(config.task, config.model.name, config.clients.members, config.seed),
-        config.compression,
-        config.privacy,
+        config.compression, config.privacy,
     )  # fmt: skip
-    if found.privacy.by_example:
-        per_sample_gradients.check_row_independence(found.model.network)
-    return found
+    if f.privacy.by_example:
+        per_sample_gradients.check_row_independence(network)
+    return f
 
 
 def load_network(config: Sections, labels: int, device: torch.device) -> nn.Module:
-    """Load the pretrained network, quantised where ``model.quantize`` says so."""
+    """Load the pretrained network, quantised by ``model.quantize``."""
     kind = config.model.quantize
     loading = {} if kind is None else {"loading": quantization_options(kind, device)}
     return config.task.network(config.model.name, labels, config.seed, **loading)
@@ -71,7 +70,7 @@ def load_network(config: Sections, labels: int, device: torch.device) -> nn.Modu
 def load_rows(
     config: Sections, party: int | None, combines: bool
 ) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
-    """Load the data of this machine and each client's rows in it; see ``build_federation``."""
+    """Load this machine's data, and return them with each client's rows; see ``build_federation``."""
     if not config.clients.own_data:
         data = config.task.load(config.model.name, config.seed, config.clients.client_column)
         return data, config.clients.shards(data, config.seed)
@@ -99,29 +98,29 @@ def _label_names(config: Sections) -> Sequence[str]:
 def attach_adapters(
     config: Sections, network: nn.Module, precision: Precision = "float32", device: Any = "cpu"
 ) -> Model:
-    """Put the adapters of a configuration on a network."""
+    """Attach the adapters of a configuration to a network."""
     table = config.model
     return Model.attach(network, config.method.adapter, table.targets, table.head, precision, device, table.overlay)
 
 
 def head_rule(method: Method, dense: Dense) -> Method:
-    """The rule by which a method combines a part trained in full: with its own weights, or not at all."""
+    """Return the method for a part that is trained in full: FedIT with the same weighting, or Local."""
     return (FedIT if method.shares_head else Local)(dense, method.weighting)
 
 
 def per_machine_settings(table: Table) -> list[str]:
-    """The settings in which parties of one federation may differ, with dotted keys: those of each party's machine."""
+    """Return the dotted keys of the settings that may differ between the machines of a federation."""
     kinds = {"task": TASKS.load(table.get("task", {}).get("name", "")), "model": ModelTable, "engine": Engine}
     return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine_fields(kind)]
 
 
 def fingerprint(table: Table) -> str:
-    """Digest the settings that all parties must have alike: not those of a machine, nor those of the server alone."""
-    own = {*per_machine_settings(table), "training.precision"}  # a machine's precision is what it is fast at
-    apart = ("engine", "compare", "checkpoint", "validation", "robust", "track")
-    left = {
-        section: {k: v for k, v in value.items() if f"{section}.{k}" not in own} if isinstance(value, dict) else value
+    """Digest the settings that must be equal on all machines: neither per-machine settings nor those of the server."""
+    local = {*per_machine_settings(table), "training.precision"}
+    of_server = ("engine", "compare", "checkpoint", "validation", "robust", "track")
+    equal = {
+        section: {k: v for k, v in value.items() if f"{section}.{k}" not in local} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in apart
+        if section not in of_server
     }
-    return hashlib.blake2b(json.dumps(left, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(equal, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

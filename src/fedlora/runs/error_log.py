@@ -1,4 +1,4 @@
-"""Errors that nobody expected: the traceback goes to a file, and one sentence says where it is."""
+"""Unexpected errors: the traceback is written to a file, and one sentence names the file."""
 
 import errno
 import sys
@@ -13,14 +13,14 @@ from pathlib import Path
 from fedlora.runs.file_names import ERROR_LOG
 from fedlora.text import display_safe
 
-MOST = 400  # characters of a library's own words that are repeated
+MOST = 400  # characters of a library's message
 DISK_FULL = "the disk is full; what was written before is kept: free some space, or choose another --out."
 OWN = __name__.partition(".")[0]
-EXPECTED = (ValueError, OSError, FloatingPointError)  # what fedlora raises for a user's mistake
+EXPECTED = (ValueError, OSError, FloatingPointError)  # raised for a user's mistake
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error's text is meant for the user: fedlora raised it, or the system did about a file."""
+    """Whether an error is for the user: fedlora raised it, or the system did for a file."""
     if type(error).__module__.partition(".")[0] == OWN:
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -29,56 +29,56 @@ def is_mistake(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The traceback of an unexpected error on disk."""
+class TracebackFile:
+    """The file with the traceback of an unexpected error."""
 
     path: str
     origin: str  # the package that raised it
 
 
-def keep_traceback(error: BaseException, folder: Path | None = None) -> Kept | None:
-    """Writes the traceback of an unexpected error to ``error.log`` in ``folder``, once.
+def write_traceback(error: BaseException, folder: Path | None = None) -> TracebackFile | None:
+    """Write the traceback of an unexpected error to ``error.log`` in ``folder``, once; None for a user's mistake.
 
-    Without a folder, the file is in the current one, or in a temporary one where that cannot be written. None where the
-    error is a user's mistake. The answer is kept with the error, which may be on its way to another process.
+    Without a folder, the file is in the current folder, or else in a temporary one. The result is stored in the error,
+    which may be sent to another process.
     """
     if hasattr(error, "fedlora_log"):
         return error.fedlora_log  # type: ignore[no-any-return]
     folders = [folder] if folder else [Path.cwd(), None]
-    kept = None if is_mistake(error) else Kept(_write(error, folders), _origin(error))
-    with suppress(AttributeError):  # an extension's errors may take no attributes
-        error.fedlora_log = kept  # type: ignore[attr-defined]
-    return kept
+    file = None if is_mistake(error) else TracebackFile(_write(error, folders), _origin(error))
+    with suppress(AttributeError):  # errors of extensions may have no attributes
+        error.fedlora_log = file  # type: ignore[attr-defined]
+    return file
 
 
 @contextmanager
 def tracebacks_in(folder: Path | None, marker: str) -> Iterator[None]:
-    """Keeps the traceback of an unexpected error in ``folder``, where that has the file ``marker`` by then."""
+    """Write the traceback of an unexpected error into ``folder``, if that has the file ``marker`` by then."""
     try:
         yield
     except Exception:
-        _keep_in(folder, marker, sys.exc_info()[1])
+        _write_if(folder, marker, sys.exc_info()[1])
         raise
 
 
-def _keep_in(folder: Path | None, marker: str, error: BaseException | None) -> None:
+def _write_if(folder: Path | None, marker: str, error: BaseException | None) -> None:
     if error is not None and folder is not None and (folder / marker).exists():
-        keep_traceback(error, folder)
+        write_traceback(error, folder)
 
 
-def sentence(error: BaseException) -> str:
-    """What a command says of an error. The traceback of an unexpected one is in a file then."""
-    kept, text = keep_traceback(error), " ".join(_words(error).split())
-    if kept is None:
+def describe_error(error: BaseException) -> str:
+    """Return an error as one sentence. The traceback of an unexpected error is written to a file."""
+    file, text = write_traceback(error), " ".join(_message(error).split())
+    if file is None:
         return display_safe(text, len(text))
     name = type(error).__name__
     return (
-        f"an unexpected {name} came from {kept.origin}{': ' if text else ''}{display_safe(text, MOST).rstrip('.')}; "
-        f"the traceback is in {kept.path!r}: please report it with that file."
+        f"an unexpected {name} came from {file.origin}{': ' if text else ''}{display_safe(text, MOST).rstrip('.')}; "
+        f"the traceback is in {file.path!r}: please report it with that file."
     )
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         if error.errno == errno.ENOSPC:
             return DISK_FULL
@@ -89,15 +89,13 @@ def _words(error: BaseException) -> str:
 
 
 def _origin(error: BaseException) -> str:
-    """The package whose code raised an error."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return "Python" if at is None else str(at.tb_frame.f_globals.get("__name__", "Python")).partition(".")[0]
+    """Return the package that raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "Python")).partition(".")[0] if frames else "Python"
 
 
 def _write(error: BaseException, folders: list[Path | None]) -> str:
-    """Appends to the file in the first folder that can be written; None stands for a temporary folder."""
+    """Append the traceback to the file in the first folder that can be written; None stands for a temporary one."""
     text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n{_versions()}\n"
     text += "".join(traceback.format_exception(error)) + "\n"
     for folder in folders:
@@ -114,10 +112,10 @@ def _write(error: BaseException, folders: list[Path | None]) -> str:
 def _versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = [f"Python {sys.version.split()[0]}"]
+    versions = [f"Python {sys.version.split()[0]}"]
     for name in ("fedlora", "torch", "transformers", "datasets", "peft"):
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(versions)

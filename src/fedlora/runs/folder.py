@@ -146,7 +146,7 @@ class RunFolder(Rounds):
         """The numbers of the clients that took part."""
         return list(range(self.config.clients.members))
 
-    def kept(self, client: int) -> Tree:
+    def kept_leaves(self, client: int) -> Tree:
         """The leaves that a client keeps for itself. ``ConfigError`` where they are on its own machine only."""
         method, file = self.config.method, self.client_file(client)
         if method.personal and not self.summary.get("kept", True):
@@ -173,7 +173,7 @@ class RunFolder(Rounds):
             part: method if method.adapter.trainable & set(layer) else head_rule(method, Dense(frozenset(layer)))
             for part, layer in self.shared.items()
         }
-        return client_start(rules, self.shared, self.kept(client), Turn(self.config.rounds, client, budget))
+        return client_start(rules, self.shared, self.kept_leaves(client), Turn(self.config.rounds, client, budget))
 
     def network(self) -> nn.Module:
         """Load the pretrained network, with a head of the run's size."""

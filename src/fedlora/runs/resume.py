@@ -1,4 +1,4 @@
-"""A run that was broken off, or is to be longer, goes on from its folder with the bits of one that never stopped."""
+"""Resume a run that was interrupted, or extend a finished one; the result has the bits of an uninterrupted run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,20 +20,22 @@ def resume(
     watch: Watch = lambda event: None,
     callbacks: Sequence[Any] = (),
 ) -> Result:
-    """Goes on with the run in a folder, to ``rounds`` or to as many as it was asked for.
+    """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
 
-    ``overrides`` are for what leaves the bits alone: ``engine.name``, ``engine.threads``, ``checkpoint.keep``, and
-    ``task.data`` where the same data lies elsewhere by now. Raises
-    ``ConfigError`` where the folder holds no run, a finished one, or one that cannot go on here, and ``ValueError``
-    where no checkpoint is sound.
+    ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
+    and ``task.data`` if the data have moved. Raises ``ConfigError`` for a folder without a run, with a finished run or
+    with one that cannot be resumed here, and ``ValueError`` if no checkpoint is sound.
     """
-    return run(continued(path, rounds, overrides), Path(path).expanduser(), watch, again=True, callbacks=callbacks)
+    config = read_resumable(path, rounds, overrides)
+    return run(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)
 
 
-def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a folder's run goes on with; ``ConfigError`` where it cannot."""
+def read_resumable(path: str | Path, rounds: int | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration of a folder's run. Raises ``ConfigError`` if the run cannot be resumed."""
     folder = Path(path).expanduser()
-    if not (folder / CONFIG).exists() and (runs := _runs_in(folder)):
+    places = ("*-seed*", "trials/*-seed*")  # of a comparison and of a sweep
+    runs = sorted(file.parent for place in places for file in folder.glob(f"{place}/{CONFIG}"))
+    if not (folder / CONFIG).exists() and runs:
         raise ConfigError(
             f"{str(folder)!r} is not a run; it contains {len(runs)} runs, such as {str(runs[0])!r}. To continue them, "
             f"repeat the command that started them (fedlora compare, demo or sweep) with --out {folder}."
@@ -49,12 +51,6 @@ def continued(path: str | Path, rounds: int | None = None, overrides: Sequence[s
     config = read(folder / CONFIG, [*overrides, *([f"rounds={rounds}"] if rounds is not None else [])])
     _check_rounds(folder, read(folder / CONFIG), config, RunFolder(folder).records)
     return config
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """The runs of a comparison, or of a sweep."""
-    places = ("*-seed*", "trials/*-seed*")
-    return sorted(path.parent for place in places for path in folder.glob(f"{place}/{CONFIG}"))
 
 
 def _check_rounds(folder: Path, before: Config, config: Config, done: list[RoundRecord]) -> None:

@@ -9,7 +9,7 @@ from fedlora.flower.client import Node, SharedBase
 from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore, LocalClients
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.resume import continued
+from fedlora.runs.resume import read_resumable
 from fedlora.runs.run import run
 from tests.fixtures.federation import same
 from tests.fixtures.flower import QUICK, agree
@@ -61,7 +61,7 @@ def test_from_one_process_to_a_grid_and_back(name, tmp_path):
     settings, path = small(name, *SETTINGS), tmp_path / "run"
     fedlora.run(settings, tmp_path / "whole")
     stopped(settings, path, 1)
-    middle = on_a_grid(continued(path), path, tmp_path / "nodes", again=True, watch=lambda e: breaking_turn(e, 3))
+    middle = on_a_grid(read_resumable(path), path, tmp_path / "nodes", again=True, watch=lambda e: breaking_turn(e, 3))
     assert middle.summary["rounds"] == 3 and middle.summary["resumed"] == [1]
     fedlora.resume(path)
     assert bits(path, tmp_path / "whole")
@@ -73,7 +73,7 @@ def test_a_grid_goes_on_with_the_same_bits_and_the_same_bytes(name, tmp_path):
     settings, path = small(name, *SETTINGS), tmp_path / "run"
     on_a_grid(settings, tmp_path / "whole", tmp_path / "a")
     on_a_grid(settings, path, tmp_path / "b", watch=lambda e: breaking_turn(e, 2))
-    on_a_grid(continued(path), path, tmp_path / "c", again=True)
+    on_a_grid(read_resumable(path), path, tmp_path / "c", again=True)
     assert alike(path, tmp_path / "whole")
     assert ledger(path)
 
