@@ -46,7 +46,7 @@ def broken(commands, tmp_path):
         ("runs.config:Config.federation", "ValueError('inhomogeneous shape')", ["run", "my.toml", "--out", "r"], "."),
         ("runs.plan.plan:plan_methods", "TypeError('no')", ["plan", "my.toml"], "."),
         ("runs.sweep:Sweep.plan", "AssertionError()", ["sweep", "my.toml", "-o", "training.learning_rate=1e-3,1e-2"], "."),
-        ("export.aggregate:aggregate", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
+        ("export.aggregate:aggregate_adapters", "OSError('Unable to load weights')", ["aggregate", "a", "b", "--out", "m"], "."),
         ("runs.folder:RunFolder.open", "AttributeError('no')", ["export", "r", "--out", "m"], "."),
         ("runs.folder:RunFolder.open", "NotImplementedError('no')", ["chat", "r", "--prompt", "x"], "."),
     ],
