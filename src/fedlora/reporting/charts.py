@@ -1,11 +1,11 @@
 """The charts of all figures, each a function of a table's rows, and their one palette.
 
-A chart refers to its data by name, and ``with_rows`` adds the rows. Every row is drawn as one mark. The colours hold on
-white and on black; ``page_config`` has the sizes of a page, ``paper_config`` those of a paper's column.
+A chart refers to its data by name, and ``to_vega`` adds the rows. Every row is drawn as one mark. The colours are
+legible on white and on black.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -13,40 +13,45 @@ import altair as alt
 COLOURS = (  # each at least 3 : 1 against white and against the dark ground
     "#2f7fc4", "#cf6a10", "#2f9247", "#d64545", "#8a63d2", "#8f6a3d", "#cf4a92", "#14888b", "#767b81", "#83851c",
 )  # fmt: skip
-DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4])  # lines differ by more than colour
+DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4])  # so that lines differ not by colour only
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-LIGHT, DARK = "#ffffff", "#14171a"  # the page's grounds, see page.css
+LIGHT, DARK = "#ffffff", "#14171a"  # the backgrounds of page.css
 HEAT = "viridis"
 MM = 72 / 25.4  # points in a millimetre: one unit of a figure is a point on paper
 
 Rows = Sequence[dict[str, Any]]
-DATA = alt.NamedData("rows")  # whoever writes the chart out puts them in
+DATA = alt.NamedData("rows")  # added by ``to_vega``
 
 
 def to_vega(chart: alt.TopLevelMixin, rows: Rows, **more: Any) -> dict[str, Any]:
-    """The chart as Vega-Lite, with its data and what else it is to have."""
+    """Convert a chart to Vega-Lite, with its data and further properties."""
     return {"height": 240, **chart.to_dict(validate=False), "datasets": {DATA.name: list(rows)}, **more}
+
+
+def distinct(rows: Iterable[Mapping[str, Any]], key: str = "label") -> list[Any]:
+    """List the distinct values of a column, in order."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def build_band(
     rows: Rows, x: str, x_title: str, y: str, y_title: str, log: bool = False, by: str = "label",
     every: Sequence[str] = (),
 ) -> alt.LayerChart:  # fmt: skip
-    """A line with points for each ``by``, and a standard deviation over seeds to both sides.
+    """Build a line with points for each value of ``by``, and a band of a standard deviation over seeds.
 
-    A name looks alike on all figures that are given the same ``every``: all names of the report.
+    A name has the same look on all figures with the same ``every``: all names of the report.
     """
-    names = list(dict.fromkeys(row[by] for row in rows))
+    names = distinct(rows, by)
     every = list(dict.fromkeys([*every, *names]))
     places = [every.index(name) for name in names]
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False, nice=False, padding=6)
-    ticks = alt.Axis(format="d", values=_whole(rows, x)) if x == "round" else alt.Axis(tickCount=6)
+    ticks = alt.Axis(format="d", values=_list_ticks(rows, x)) if x == "round" else alt.Axis(tickCount=6)
     horizontal = alt.X(f"{x}:Q", title=x_title, scale=scale, axis=ticks)
     vertical = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
     spread = any(row["high"] > row["low"] for row in rows)
     base = alt.Chart(DATA).encode(x=horizontal, color=_colour(by, names, None, places))
     area = base.mark_area(opacity=0.2, tooltip=False).encode(y=alt.Y("low:Q", title=y_title), y2="high:Q")
-    lines = [  # a layer each and no scale of dashes, which would give the legend's points a dashed rim
+    lines = [  # one layer each, since a scale of dashes would give the legend's points a dashed rim
         alt.Chart(DATA)
         .transform_filter(alt.FieldEqualPredicate(field=by, equal=name))
         .mark_line(color=COLOURS[place % len(COLOURS)], strokeDash=DASHES[place % len(DASHES)])
@@ -54,7 +59,7 @@ def build_band(
         for name, place in zip(names, places)
     ]
     point = base.mark_point(filled=True, opacity=1).encode(
-        y=vertical, shape=_scaled(alt.Shape, by, names, SHAPES, places), tooltip=_tooltip([by, x, y, "seeds"])
+        y=vertical, shape=_build_scale(alt.Shape, by, names, SHAPES, places), tooltip=_tooltip([by, x, y, "seeds"])
     )  # fmt: skip
     return alt.layer(*([area] if spread else []), *lines, point)
 
@@ -62,20 +67,20 @@ def build_band(
 def build_panels(
     rows: Mapping[str, Rows], x: str, x_title: str, y: str, y_title: str, log: bool, every: Sequence[str]
 ) -> alt.HConcatChart:
-    """``band`` once for each title in ``rows`` that has any, side by side on the same scales, with their data."""
-    drawn = [
-        build_band(own, x, x_title, y, y_title, log, every=every).properties(
-            width=330, height=260, title=title, data=alt.Data(values=list(own))
+    """Build a band with its data for each title that has rows, side by side on the same scales."""
+    bands = [
+        build_band(panel, x, x_title, y, y_title, log, every=every).properties(
+            width=330, height=260, title=title, data=alt.Data(values=list(panel))
         )
-        for title, own in rows.items()
-        if own
+        for title, panel in rows.items()
+        if panel
     ]
-    return alt.hconcat(*drawn).resolve_scale(x="shared", y="shared")
+    return alt.hconcat(*bands).resolve_scale(x="shared", y="shared")
 
 
 def build_strip(rows: Rows, y_title: str) -> alt.Chart:
-    """Every client a point, a row for each model."""
-    names = list(dict.fromkeys(row["label"] for row in rows))
+    """Build a strip of points for each model, one for each client."""
+    names = distinct(rows)
     return (
         alt.Chart(DATA, height=26 * len(names))
         .mark_point(filled=True, opacity=0.75, size=40)
@@ -92,8 +97,8 @@ def build_heat_map(
     rows: Rows, x: str, x_title: str, y: str, y_title: str | None, value: str, title: str, step: int = 18,
     most: float | None = None,
 ) -> alt.Chart:  # fmt: skip
-    """A cell a row of the data; ``x`` and ``y`` in the order in which they come. ``most`` ends the scale of colours."""
-    orders = {key: list(dict.fromkeys(row[key] for row in rows)) for key in (x, y)}
+    """Build a heat map with a cell for each row; ``most`` is the end of the scale of colours."""
+    orders = {key: distinct(rows, key) for key in (x, y)}
     return (
         alt.Chart(DATA, height=step * len(orders[y]))
         .mark_rect()
@@ -110,8 +115,8 @@ def build_heat_map(
 
 
 def build_bars(rows: Rows, x: str, x_title: str, part: str, part_title: str, split: str | None = None) -> alt.Chart:
-    """A bar for each label, or for each label and ``split``, put together from its parts."""
-    names, parts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", part))
+    """Build a bar of stacked parts for each label, or for each label and value of ``split``."""
+    names, parts = distinct(rows), distinct(rows, part)
     chart = (
         alt.Chart(DATA, height=(26 if split is None else 36) * len(names))
         .mark_bar()
@@ -122,16 +127,14 @@ def build_bars(rows: Rows, x: str, x_title: str, part: str, part_title: str, spl
             tooltip=_tooltip(["label", *([split] if split else []), part, x]),
         )
     )
-    return (
-        chart
-        if split is None
-        else chart.encode(yOffset=alt.YOffset(f"{split}:N", sort="descending", scale=alt.Scale(paddingInner=0.12)))
-    )
+    if split is None:
+        return chart
+    return chart.encode(yOffset=alt.YOffset(f"{split}:N", sort="descending", scale=alt.Scale(paddingInner=0.12)))
 
 
 def build_counts(rows: Rows) -> alt.Chart:
-    """Faults by round, a colour a kind."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    """Build bars of the faults by round, with a colour for each kind."""
+    kinds = distinct(rows, "kind")
     return (
         alt.Chart(DATA)
         .mark_bar()
@@ -145,25 +148,21 @@ def build_counts(rows: Rows) -> alt.Chart:
 
 
 def _colour(field: str, names: Sequence[str], title: str | None = None, places: Sequence[int] = ()) -> alt.Color:
-    return _scaled(alt.Color, field, names, COLOURS, places or range(len(names)), title)
+    return _build_scale(alt.Color, field, names, COLOURS, places or range(len(names)), title)
 
 
-def _scaled(
-    channel: Any,
-    field: str,
-    names: Sequence[str],
-    looks: Sequence[Any],
-    places: Sequence[int],
+def _build_scale(
+    channel: Any, field: str, names: Sequence[str], looks: Sequence[Any], places: Sequence[int],
     title: str | None = None,
-) -> Any:
-    """A channel that gives the name at each place the look of that place."""
+) -> Any:  # fmt: skip
+    """Build a channel that maps each name to the look at its place."""
     scale = alt.Scale(domain=list(names), range=[looks[place % len(looks)] for place in places])
-    legend = alt.Legend(symbolOpacity=1) if len(names) > 1 else None  # a band's own is faint
+    legend = alt.Legend(symbolOpacity=1) if len(names) > 1 else None  # a band's own symbols are faint
     return channel(f"{field}:N", sort=list(names), title=title, scale=scale, legend=legend)
 
 
-def _whole(rows: Rows, x: str, most: int = 8) -> list[int]:
-    """Ticks at whole numbers, at most about so many."""
+def _list_ticks(rows: Rows, x: str, most: int = 8) -> list[int]:
+    """List ticks at whole numbers, about ``most`` at most."""
     first, last = (math.floor(pick(row[x] for row in rows)) for pick in (min, max))
     step = next(s for s in (k * 10**e for e in range(12) for k in (1, 2, 5)) if (last - first) / s < most)
     return list(range(-(-first // step) * step, last + 1, step))
@@ -178,10 +177,10 @@ def _tooltip(keys: Sequence[str]) -> list[alt.Tooltip]:
 
 
 def get_page_config() -> dict[str, Any]:
-    """Vega-Lite's config in a page: text takes the page's own colour, so light, dark and print need no redrawing."""
+    """Return Vega-Lite's config in a page: text has the page's colour, so light, dark and print need no redrawing."""
     ink, faint = "currentColor", "#80808059"
     return {
-        "aria": False,  # the figure says what it shows in one text, and in its table
+        "aria": False,  # the figure has one alternative text and its table
         "background": None, "font": "system-ui, sans-serif",
         "view": {"stroke": faint},
         "axis": {"labelColor": ink, "titleColor": ink, "gridColor": faint, "domainColor": faint, "tickColor": faint,
@@ -193,13 +192,13 @@ def get_page_config() -> dict[str, Any]:
 
 
 def get_screen_config() -> dict[str, Any]:
-    """Vega-Lite's config of a picture on its own: black on white, in the sizes of a page."""
+    """Return Vega-Lite's config of a single picture: black on white, in the sizes of a page."""
     return {"background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
             "line": {"strokeWidth": 1.6}}  # fmt: skip
 
 
 def get_paper_config() -> dict[str, Any]:
-    """The same on paper: black on white, 8 points."""
+    """Return Vega-Lite's config on paper: black on white, 8 points."""
     small = {"labelFontSize": 7, "titleFontSize": 8, "titleFontWeight": "normal"}
     return {
         "background": "white", "font": "Helvetica, Arial, DejaVu Sans, sans-serif",

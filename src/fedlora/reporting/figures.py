@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import altair as alt
 
 from fedlora.files import write
 from fedlora.reporting import charts
+from fedlora.reporting.charts import distinct
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables import by_round, totals
 from fedlora.reporting.tables.comparison import describe_coverage
@@ -49,11 +50,6 @@ class Figure:
 def draw_figures(runs: Sequence[Run]) -> list[Figure]:
     """Draw all figures of these runs, in the order of a report."""
     return [figure for draw in SECTIONS for figure in draw(runs)]
-
-
-def distinct(rows: Iterable[Mapping[str, Any]], key: str = "label") -> list[Any]:
-    """List the distinct values of a column, in order."""
-    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def list_labels(runs: Sequence[Run]) -> list[str]:
