@@ -10,7 +10,6 @@ from fedlora.runs.build import attach_adapters, load_network
 from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.causal_lm import CausalLM, context_length
-from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.templates import PromptTemplate, check_chat_template, render_messages
 from fedlora.tasks.data.tokens import tokenize
 from fedlora.tasks.networks.generation import GenerationSettings, generate
@@ -89,9 +88,7 @@ def _prompt_template(config: Config, task: CausalLM) -> PromptTemplate | None:
     """Return the template of the configuration, or that of the data's columns."""
     if any(name is not None for name in (task.prompt, task.messages, task.text)):
         return task.template([])
-    where = (task.data, task.data_config, task.train_split, [task.test_split])
-    train, _ = source.load_splits(*where, config.seed, source.text_format(task))
-    return task.template(train.column_names)
+    return task.template(task.load_splits(config.seed)[0].column_names)
 
 
 def _load_model(run: RunFolder) -> tuple[Model, str]:

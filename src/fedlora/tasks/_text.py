@@ -57,7 +57,8 @@ class TextTask(TableTask):
         classes = self.classes(splits)
         train, *tests = self.draw_splits(splits, seed, self.label, classes)
         test, sets = concatenate(tests)
-        columns, targets, tokenizer = self._columns(train), self.targets(train, test, classes), load_tokenizer(model)
+        columns, targets = self._choose_columns(train), self.targets(train, test, classes)
+        tokenizer = load_tokenizer(model)
         both, notes = [], list(targets.notes)
         for split, labels, role in ((train, targets.train, "training"), (test, targets.test, "test")):
             features, lengths, note = self._encode(split, columns, tokenizer, role)
@@ -66,7 +67,7 @@ class TextTask(TableTask):
             notes += [note] if note else []
         return Data(*both, targets.names, tuple(notes), targets.reading)
 
-    def _columns(self, split: Any) -> Sequence[str]:
+    def _choose_columns(self, split: Any) -> Sequence[str]:
         if self.text is None:
             for columns in USUAL:
                 if set(columns) <= set(split.column_names):

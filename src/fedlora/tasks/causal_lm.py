@@ -101,12 +101,12 @@ class CausalLM(TableTask):
         splits, segments, tokens, notes = zip(*learnable)
         strata = templates.label_strata(*splits, self.label)
         train, test = (
-            self._examples(*parts, tokenizer, context, role, client_column)
+            self._build_examples(*parts, tokenizer, context, role, client_column)
             for *parts, role in zip(splits, tokens, strata, ("training", "test"))
         )
         messages = [note for several in notes for note in several]
         if self.grades_answers:
-            prompts, texts, note = self._prompts(splits[1], segments, strata, tokenizer, context, seed)
+            prompts, texts, note = self._build_prompts(splits[1], segments, strata, tokenizer, context, seed)
             test = replace(test, features={**test.features, **prompts}, texts=texts)
             messages += [note] if note else []
         return Data(train, test, (), tuple(messages))
@@ -153,7 +153,7 @@ class CausalLM(TableTask):
         truncated, note = truncate_rows(tokens, *limits)
         return split, rows, truncated, [text for text in (dropped, note) if text]
 
-    def _examples(
+    def _build_examples(
         self, split: Any, rows: list[Tokens], strata: Tensor | None, tokenizer: Any, context: int, role: str,
         client_column: str | None,
     ) -> Examples:  # fmt: skip
@@ -167,7 +167,7 @@ class CausalLM(TableTask):
         labels = torch.zeros(len(rows), dtype=torch.int64)  # rows have no labels
         return Examples(features, labels, lengths, client_groups(split, client_column, role), strata)
 
-    def _prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Any:
+    def _build_prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Any:
         """Return the result of ``encode_prompts`` for the test rows."""
         room = context - self.max_new_tokens
         if room < 1:

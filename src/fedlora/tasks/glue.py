@@ -87,9 +87,9 @@ class Glue(TextTask):
                 )
         return self.task.targets(train, test, classes)
 
-    def _columns(self, split: Any) -> Sequence[str]:
+    def _choose_columns(self, split: Any) -> Sequence[str]:
         if self.text is not None:
-            return super()._columns(split)
+            return super()._choose_columns(split)
         for name in SUBSETS[self.subset].text:
             check_column(split, name, f"of GLUE's {self.subset}; task.text names others")
         return SUBSETS[self.subset].text

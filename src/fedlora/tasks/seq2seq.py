@@ -1,5 +1,6 @@
 """Sequence to sequence: a source text, a target text, as T5 does classification and question answering."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,15 +10,21 @@ from torch.nn import functional
 
 from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, TableTask
-from fedlora.tasks.data.columns import DROP, read_pairs
-from fedlora.tasks.data.labels import check_names
-from fedlora.tasks.data.rows import client_groups
-from fedlora.tasks.data.templates import check_template, dropped_note, label_strata, select_rows
+from fedlora.tasks.data import templates
+from fedlora.tasks.data.labels import Classes, check_names
+from fedlora.tasks.data.rows import client_groups, is_missing, read_column
 from fedlora.tasks.data.tokens import IGNORED, flatten_rows, locate_rows
 from fedlora.tasks.metrics.answers import answer_f1, exact_match
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.networks.generation import generation_config
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
+
+# Templates over the usual columns of public data sets, tried in this order if nothing is set.
+USUAL = (
+    ("question: {question} context: {context}", "answers"),  # SQuAD, MRQA
+    ("{source}", "target"), ("{input}", "target"), ("{text}", "label_text"), ("{text}", "label"),
+)  # fmt: skip
+DROP = "fill or drop these rows, or set task.drop_unlearnable = true"
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Seq2Seq(TableTask):
             given, lacks = ("target", "source") if self.source is None else ("source", "target")
             raise ValueError(f"task.{given} is set without task.{lacks}; set both, or neither for the usual columns.")
         for key, template in (("task.source", self.source), ("task.target", self.target)):
-            check_template(template or "", key)
+            templates.check_template(template or "", key)
         check_names(self.label_names)
         if self.label_names and "{" in (self.target or ""):
             raise ValueError("task.label_names is for a target column, but task.target is a template; keep one.")
@@ -59,7 +66,7 @@ class Seq2Seq(TableTask):
             learnable = [self._select_learnable(split, model, role) for split, role in zip(both, roles)]
             both, notes = [split for split, _ in learnable], [note for _, note in learnable]
         examples = []
-        for split, strata, role in zip(both, label_strata(*both, self.label), roles):
+        for split, strata, role in zip(both, templates.label_strata(*both, self.label), roles):
             encoded, more = self._encode(split, model, strata, client_groups(split, client_column, role), role)
             examples.append(encoded)
             notes += more
@@ -71,8 +78,10 @@ class Seq2Seq(TableTask):
         targets = _encode_targets(load_tokenizer(model), [answers[0] if answers else "" for answers in golds])
         fits = [len(ids) <= self.max_target_length for ids in targets]
         keep = [bool(text.strip() and answers and fit) for text, answers, fit in zip(sources, golds, fits)]
-        (kept,) = select_rows(keep, split)
-        return kept, dropped_note(len(keep), sum(keep), role, "; raise task.max_target_length, or give the rows texts")
+        (learnable,) = templates.select_rows(keep, split)
+        return learnable, templates.dropped_note(
+            len(keep), sum(keep), role, "; raise task.max_target_length, or give the rows texts"
+        )
 
     def _encode(self, split: Any, model: str, strata: Any, groups: Any, role: str) -> tuple[Examples, list[str]]:
         """Return the encoded rows, and notes on how they were read."""
@@ -196,3 +205,63 @@ def _encode_targets(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Return the tokens of target texts, each with an end token."""
     end, rows = tokenizer.eos_token_id, tokenizer(text_target=texts)["input_ids"]
     return [ids if end is None or (ids and ids[-1] == end) else [*ids, end] for ids in rows]
+
+
+def read_pairs(
+    split: Any, source: str | None, target: str | None, names: Sequence[str] | None = None, role: str = "training",
+    allow_empty: bool = False,
+) -> tuple[list[str], list[list[str]], list[str]]:  # fmt: skip
+    """Return each row's source, its right answers, the first of which is learnt, and notes on how they were read.
+
+    ``source`` and ``target`` are columns or templates; None: the first usual ones that the data has. ``names`` are all
+    texts that a target may be; None: any. With ``allow_empty`` a row without a target has no answers.
+    """
+    source, target = _choose_columns(split, source, target)
+    sources = templates.fill_rows(source, split, "task.source")
+    if "{" in target:
+        targets = templates.fill_rows(target, split, "task.target", allow_missing=allow_empty)
+        empty = sum(not text.strip() for text in targets)
+        if empty and not allow_empty:
+            raise ValueError(f"task.target is empty in {empty} of {len(targets)} rows; {DROP}.")
+        return sources, [[text] if text.strip() else [] for text in targets], []
+    values = read_column(split, target, "task.target", allow_empty)
+    if names:
+        classes = Classes(tuple(names), True, key="task.target")
+        present = [i for i, value in enumerate(values) if not _is_blank(value)]
+        rows = split if len(present) == len(values) else split.select(present)
+        numbers = dict(zip(present, classes.of_rows(rows, target, role).tolist(), strict=True))
+        answers = [[classes.names[numbers[i]]] if i in numbers else [] for i in range(len(values))]
+        return sources, answers, classes.notes(rows, target, role)
+    label_names = getattr(split.features.get(target), "names", None)
+    return sources, [_read_answers(value, label_names, target, allow_empty) for value in values], []
+
+
+def _choose_columns(split: Any, source: str | None, target: str | None) -> tuple[str, str]:
+    if source is not None and target is not None:
+        return templates.to_template(source), target
+    for template, column in USUAL:
+        if {*templates.template_columns(template), column} <= set(split.column_names):
+            return template, column
+    raise ValueError(f"no source and target among {', '.join(split.column_names)}; set task.source and task.target.")
+
+
+def _read_answers(value: Any, names: Sequence[str] | None, column: str, allow_empty: bool) -> list[str]:
+    """Return a row's right answers. An empty list of answers means an unanswerable question (SQuAD 2): ``[""]``."""
+    if allow_empty and _is_blank(value):
+        return []
+    answer = value["text"] if isinstance(value, dict) and "text" in value else value
+    if isinstance(answer, list) and all(isinstance(text, str) for text in answer):
+        return answer or [""]
+    if isinstance(answer, bool) or not isinstance(answer, str | int):
+        raise ValueError(f"column {column!r} (task.target) holds {value!r}; it needs text, or a list of texts.")
+    if isinstance(answer, int) and names is not None:
+        if not 0 <= answer < len(names):
+            raise ValueError(f"column {column!r} (task.target) holds {answer}, but there are {len(names)} label names.")
+        return [names[answer]]
+    if not str(answer).strip():
+        raise ValueError(f"column {column!r} (task.target) holds an empty text; {DROP}.")
+    return [str(answer)]
+
+
+def _is_blank(value: Any) -> bool:
+    return is_missing(value) or (isinstance(value, str) and not value.strip())

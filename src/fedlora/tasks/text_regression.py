@@ -48,8 +48,7 @@ class TextRegression(TextTask):
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
         """Return moments, squared errors, and Spearman's correlation times the number of rows.
 
-        Each client ranks its own rows, because common ranks would need all clients' rows. Pooled over clients,
-        Spearman's correlation is therefore their mean, weighted by rows.
+        Each client ranks its own rows, so pooled over clients Spearman's correlation is a mean, weighted by rows.
         """
         x, y = outputs[:, 0].double(), labels.double()
         rows = len(y)

@@ -31,18 +31,18 @@ class BaseModel(NamedTuple):
         return repr(self.name) + (f" at revision {self.revision}" if self.revision else "")
 
 
-def is_same_base(one: BaseModel, other: BaseModel) -> bool | None:
+def is_same_base(first: BaseModel, second: BaseModel) -> bool | None:
     """Whether two adapters have the same base model; None if their names differ and nothing else is known.
 
     A digest decides before a name. If only one adapter has a digest, or if the names differ, the weights of a base
     model on this machine are read.
     """
-    alike = (one.name, one.revision) == (other.name, other.revision)
-    if one.digest is None and other.digest is None and alike:
+    alike = (first.name, first.revision) == (second.name, second.revision)
+    if first.digest is None and second.digest is None and alike:
         return True
-    first, second = (base.digest or weights_digest(base.name) for base in (one, other))
-    if first is not None and second is not None:
-        return first == second
+    digests = [base.digest or weights_digest(base.name) for base in (first, second)]
+    if None not in digests:
+        return digests[0] == digests[1]
     return True if alike else None
 
 
@@ -54,13 +54,13 @@ def weights_digest(model: str | None) -> str | None:
         folder = Path(model).expanduser()
         files = next((files for kind in KINDS if (files := sorted(folder.glob(kind)))), [])
         stats = [(file, file.stat()) for file in files if file.is_file()]  # reading a pipe would never end
-        return _digest(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) if stats else None
+        return _hash_files(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)) if stats else None
     except (OSError, RuntimeError):  # an unreadable folder
         return None
 
 
 @lru_cache(maxsize=64)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for file, _, _ in files:
         with open(file, "rb") as content:

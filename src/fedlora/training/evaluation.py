@@ -34,11 +34,7 @@ class Evaluation:
 
 @dataclass
 class Evaluator:
-    """Scores trees on the test rows, and keeps the outputs of the last tree.
-
-    So no method needs a special case: if all clients hold the global model's leaves, a client's rows are among the
-    global test rows, and its scores are a selection of their outputs.
-    """
+    """Scores trees on the test rows. The outputs of the last tree are kept for clients that hold the same leaves."""
 
     model: Model
     task: Task
@@ -105,7 +101,7 @@ def summarize(
     A client without scores does not count, and is ``None`` in ``each``. ``figures`` has the mean over clients of every
     metric. If capabilities differ, ``capability`` has one group for each, the weakest first.
     """
-    metrics = {client: compute_metrics(one) for client, one in scores.items()}
+    metrics = {client: compute_metrics(sums) for client, sums in scores.items()}
     values = {client: every[metric] for client, every in metrics.items()}
     pooled, worst_of = compute_metrics(pool(scores.values())), min if KNOWN_METRICS[metric].higher else max
     worst = worst_of(values, key=values.__getitem__)

@@ -130,15 +130,19 @@ class LocalTrainer:
         if not parameters:
             return start
         optimizer = self.training.build(list(parameters.values()))
-        self._restore(optimizer, parameters)
+        if self.training.keep_optimizer and self.state:
+            for key in (key for key in parameters if key in self.state):
+                # Copied, because the optimizer works in place and the turn may be interrupted.
+                moments = {name: x.clone() if torch.is_tensor(x) else x for name, x in self.state[key].items()}
+                optimizer.state[parameters[key]] = moments
         # Dropout draws from the global generator.
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.turn.seed)
             self.model.network.train()
             self._run(optimizer, parameters, rules)
         if self.training.keep_optimizer:
-            moments = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
-            self.state = {**(self.state or {}), **moments}
+            trained_state = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
+            self.state = {**(self.state or {}), **trained_state}
         end = self.model.read()
         return {
             path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
@@ -176,10 +180,3 @@ class LocalTrainer:
     def _penalty(self, rules: Rules) -> Tensor | float:
         layers = self.model.layers()
         return sum(rule.penalty(layers[path]) for path, rule in rules.items())
-
-    def _restore(self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor]) -> None:
-        if self.training.keep_optimizer and self.state:
-            for key in (key for key in parameters if key in self.state):
-                # Copied, because the optimizer works in place and the turn may be interrupted.
-                moments = {name: x.clone() if torch.is_tensor(x) else x for name, x in self.state[key].items()}
-                optimizer.state[parameters[key]] = moments

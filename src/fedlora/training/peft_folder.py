@@ -46,7 +46,7 @@ class AdapterFolder:
         """Read the settings and the tensors' names. Raises ``ValueError`` if something is not supported."""
         folder = Path(path).expanduser()
         config = read_settings(folder)
-        header = _header(folder)
+        header = _read_header(folder)
         try:
             keys = read_keys(header.tensors)
         except ValueError as error:
@@ -55,7 +55,7 @@ class AdapterFolder:
         dtypes = {key: DTYPES.get(entry.dtype, torch.float32) for key, entry in header.tensors.items()}
         whole = {f"{PREFIX}{path}": sizes[key] for path, key in sorted(keys.whole.items())}
         base = BaseModel.from_config(config, header.metadata.get(DIGEST))
-        adapter = cls(folder, config, _shapes(folder, keys, sizes), whole, keys, dtypes, base, read_labels(folder))
+        adapter = cls(folder, config, _read_shapes(folder, keys, sizes), whole, keys, dtypes, base, read_labels(folder))
         for part, (_, _, rank) in adapter.shapes.items():
             setting = adapter._setting("rank_pattern", part, config.get("r", rank))
             if setting != rank:
@@ -126,13 +126,13 @@ class AdapterFolder:
             raise ValueError(f"{str(self.path / WEIGHTS)!r} cannot be read: {error}; copy the file again.") from error
 
 
-def _header(folder: Path) -> Header:
+def _read_header(folder: Path) -> Header:
     file = folder / WEIGHTS
     if not file.is_file():
         if (folder / PICKLE).is_file():
             raise ValueError(
                 f"{str(folder)!r} holds {PICKLE}, a pickle, which can run code when it is read; load it with PEFT "
-                "where you trust it, and save it anew with save_pretrained(..., safe_serialization=True)."
+                "if you trust it, and save it anew with save_pretrained(..., safe_serialization=True)."
             )
         raise ValueError(f"{str(folder)!r} holds no {WEIGHTS}; name the folder that PEFT's save_pretrained wrote.")
     try:
@@ -141,7 +141,7 @@ def _header(folder: Path) -> Header:
         raise ValueError(f"{str(file)!r} cannot be read, it may be cut off: {error}; copy the file again.") from error
 
 
-def _shapes(folder: Path, keys: Keys, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
+def _read_shapes(folder: Path, keys: Keys, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int, int]]:
     """Return ``m, n, r`` of each adapted weight."""
     shapes = {}
     for part, leaves in sorted(keys.factors.items()):
@@ -230,10 +230,10 @@ def _check_weights(first: AdapterFolder, other: AdapterFolder) -> None:
         )
     pairs = [(p, s[:2], other.shapes[p][:2]) for p, s in first.shapes.items()]
     for part, *both in [*pairs, *((key, s, other.whole[key]) for key, s in first.whole.items())]:
-        here, there = (" x ".join(map(str, sizes)) for sizes in both)
-        if here != there:
+        size, other_size = (" x ".join(map(str, sizes)) for sizes in both)
+        if size != other_size:
             raise ValueError(
-                f"{part!r} is {here} in {str(first.path)!r} but {there} in {str(other.path)!r}; combine adapters "
+                f"{part!r} is {size} in {str(first.path)!r} but {other_size} in {str(other.path)!r}; combine adapters "
                 "of one model and task."
             )
 
@@ -243,24 +243,24 @@ def _check_base(first: AdapterFolder, other: AdapterFolder) -> None:
     if same is None:
         raise ValueError(
             f"the adapters have different base models: {first.base} in {str(first.path)!r} and {other.base} in "
-            f"{str(other.path)!r}; combine adapters of one model, or where these are two names of one, say --same-base."
+            f"{str(other.path)!r}; combine adapters of one model, or if these are two names of one, say --same-base."
         )
     if not same:
         raise ValueError(
             f"the adapters have different base models: the weights of {first.base} in {str(first.path)!r} are not "
-            f"those of {other.base} in {str(other.path)!r}; combine adapters of one model, or where the files differ "
+            f"those of {other.base} in {str(other.path)!r}; combine adapters of one model, or if the files differ "
             "but not the weights, say --same-base."
         )
 
 
 def _check_labels(adapters: Sequence[AdapterFolder]) -> None:
     labelled = [(a.path, a.labels) for a in adapters if a.labels is not None]
-    for path, there in labelled[1:]:
-        first, here = labelled[0]
-        if here != there:
-            k, one, two = next((k, a, b) for k, (a, b) in enumerate(zip_longest(here, there)) if a != b)
-            one, two = ("none" if name is None else repr(name) for name in (one, two))
+    for path, labels in labelled[1:]:
+        first, expected = labelled[0]
+        if labels != expected:
+            k, *names = next((k, *pair) for k, pair in enumerate(zip_longest(expected, labels)) if pair[0] != pair[1])
+            name, other = ("none" if name is None else repr(name) for name in names)
             raise ValueError(
-                f"the adapters have different labels: label {k} is {one} in {str(first)!r} and {two} in "
+                f"the adapters have different labels: label {k} is {name} in {str(first)!r} and {other} in "
                 f"{str(path)!r}; train them with one task.label_names."
             )

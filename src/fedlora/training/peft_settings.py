@@ -80,12 +80,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def compare_settings(first: Path, config: Mapping[str, Any], second: Path, other: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if two adapters have settings with which their tensors cannot be combined."""
     for key, reason in EQUAL.items():
-        here, there = config.get(key), other.get(key)
-        optional = key == "task_type" and not (here and there)
-        if here != there and not optional and not (here in UNSET and there in UNSET):
+        value, other_value = config.get(key), other.get(key)
+        optional = key == "task_type" and not (value and other_value)
+        if value != other_value and not optional and not (value in UNSET and other_value in UNSET):
             raise ValueError(
-                f"{reason}: {key} is {here!r} in {str(first)!r} and {there!r} in {str(second)!r}; combine adapters "
-                "that have the same value."
+                f"{reason}: {key} is {value!r} in {str(first)!r} and {other_value!r} in {str(second)!r}; combine "
+                "adapters that have the same value."
             )
 
 

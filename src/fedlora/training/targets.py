@@ -48,7 +48,7 @@ def find_targets(
 
 def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     if text.lower() == ALL:
-        outside = _outputs(network)
+        outside = _find_outputs(network)
         return {path: x for path, x in weights.items() if not any(f"{path}.".startswith(f"{o}.") for o in outside)}
     try:
         targets = {path: module for path, module in weights.items() if re.fullmatch(text, path)}
@@ -63,7 +63,7 @@ def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module
     return targets
 
 
-def _outputs(network: nn.Module) -> list[str]:
+def _find_outputs(network: nn.Module) -> list[str]:
     """Return the modules that ``all-linear`` leaves out: a language model's output layer, and a task's new modules."""
     output = getattr(network, "get_output_embeddings", lambda: None)()
     paths = [path for path, module in network.named_modules() if output is not None and module is output]
@@ -74,8 +74,7 @@ def _outputs(network: nn.Module) -> list[str]:
 def find_full_modules(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
     """Return path -> module of every part trained in full: modules with parameters at or below ``patterns``.
 
-    ``None`` selects the new modules: those on top of the pretrained network (``classifier``, ``score``, ...), and those
-    that the checkpoint lacks.
+    ``None`` selects the new modules, such as ``classifier`` or ``score``; see ``new_modules``.
     """
     paths = [path for path, _ in network.named_modules() if path]
     for pattern in patterns or ():

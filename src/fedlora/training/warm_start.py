@@ -46,17 +46,17 @@ def _check_base(adapter: AdapterFolder, name: str) -> None:
         return
     if adapter.base.name is None:
         raise ValueError(
-            f"model.start, {str(adapter.path)!r}, does not say which base model it was trained for; where that is "
+            f"model.start, {str(adapter.path)!r}, does not say which base model it was trained for; if that is "
             f"{name!r} (model.name), set model.same_base = true."
         )
     if same is None:
         raise ValueError(
             f"model.start, {str(adapter.path)!r}, was trained for the base model {adapter.base}, and model.name is "
-            f"{name!r}; name an adapter of this model, or where these are two names of one, set model.same_base = true."
+            f"{name!r}; name an adapter of this model, or if these are two names of one, set model.same_base = true."
         )
     raise ValueError(
         f"model.start, {str(adapter.path)!r}, was trained for other weights of {adapter.base} than those of "
-        f"model.name, {name!r}; name an adapter of this model, or where the files differ but not the weights, set "
+        f"model.name, {name!r}; name an adapter of this model, or if the files differ but not the weights, set "
         "model.same_base = true."
     )
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 import fedlora
 from fedlora.runs.config import dumps
-from fedlora.tasks.data.columns import read_pairs as asked_and_answered
 from fedlora.tasks.data.labels import Classes, is_number, label_map
 from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.templates import fill_rows, label_strata
 from fedlora.tasks.image_classification import ImageClassification
+from fedlora.tasks.seq2seq import read_pairs as asked_and_answered
 from fedlora.tasks.text_classification import TextClassification
 from tests.fixtures.federation import TABLE, TINY_VIT, config
 

@@ -45,10 +45,8 @@ def _to_tensor(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
         height, width, channels = shape
         size = height * width * channels
         if len(value) != size:
-            raise ValueError(
-                f"{where} has an image of {len(value)} bytes; the shape {list(shape)} needs {size}; "
-                "correct task.image_shape."
-            )
+            need = f"the shape {list(shape)} needs {size}; correct task.image_shape"
+            raise ValueError(f"{where} has an image of {len(value)} bytes; {need}.")
         image = torch.frombuffer(bytearray(value), dtype=torch.uint8).reshape(height, width, channels)
     else:
         image = _from_array(_decode(value, where) if isinstance(value, bytes) else value, where)

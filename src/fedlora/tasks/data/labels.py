@@ -41,7 +41,7 @@ class Classes:
 
     names: tuple[str, ...]
     ordered: bool  # whether task.label_names or the data itself gives the order
-    kept: tuple[int, ...] = ()  # the classes that task.labels keeps, in order; empty: all
+    subset: tuple[int, ...] = ()  # the classes that task.labels keeps, in order; empty: all
     key: str = "task.label"  # the setting that names the column
 
     @classmethod
@@ -82,7 +82,7 @@ class Classes:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the head's outputs."""
-        return tuple(self.names[i] for i in self.kept) if self.kept else self.names
+        return tuple(self.names[i] for i in self.subset) if self.subset else self.names
 
     @cached_property
     def _by_name(self) -> Mapping[str, int]:
@@ -128,10 +128,10 @@ class Classes:
 
     def values(self, split: Any, column: str) -> set[Any] | None:
         """Return the values of a split whose rows are kept; None: all."""
-        if not self.kept:
+        if not self.subset:
             return None
         label_names, distinct = _label_names(split, column), set(read_column(split, column, self.key))
-        return {value for value in distinct if _is_label(value) and self.find(value, label_names) in self.kept}
+        return {value for value in distinct if _is_label(value) and self.find(value, label_names) in self.subset}
 
     def targets(self, train: Any, test: Any, column: str) -> Targets:
         """Return both splits' classes, and notes on how the values were read."""
@@ -145,7 +145,7 @@ class Classes:
         """Return each row's class (N,), int64, as an index into ``outputs``; unknown values are a ``ValueError``."""
         values, label_names = read_column(split, column, self.key), _label_names(split, column)
         _check_values(values, column, self.key, role)
-        places = {i: place for place, i in enumerate(self.kept or range(len(self.names)))}
+        places = {i: place for place, i in enumerate(self.subset or range(len(self.names)))}
         classes = {value: self.find(value, label_names) for value in dict.fromkeys(values)}
         strange = [value for value, i in classes.items() if i not in places]
         if strange:

@@ -16,7 +16,6 @@ from fedlora.tasks.data.sources import DIGITS, ONLY, load_data
 from fedlora.tasks.data.tables import TextFormat
 
 HELD_OUT = 0.2  # of a single file's rows, if it has no test split
-TEST = "test"  # the default name of the test split
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 LARGEST = 3.4e38  # of float32
 OF, ANY = " * ", ""  # in the name of a test split: a share of the training rows; no test rows at all
@@ -43,13 +42,13 @@ def load_splits(
     name, marked, share = tests[0].rpartition(OF)
     if marked and name == train:
         rows, _ = load_splits(data, config, train, [ANY], seed, form)
-        return _cut(rows, _share(share, len(rows)), derive_seed(seed, "validation rows"))
+        return _halve(rows, _parse_share(share, len(rows)), derive_seed(seed, "validation rows"))
     splits = load_data(data, config, form or TextFormat())
-    if train not in tests and (set(splits) == {ONLY} or (set(splits) == {train} and tuple(tests) == (TEST,))):
+    if train not in tests and (set(splits) == {ONLY} or (set(splits) == {train} and tuple(tests) == ("test",))):
         (rows,) = splits.values()
         if len(rows) < 2:
             raise ValueError(f"{data!r} holds {len(rows)} row; it is cut into training and test rows and needs 2.")
-        return _cut(rows, HELD_OUT, derive_seed(seed, "held out"))
+        return _halve(rows, HELD_OUT, derive_seed(seed, "held out"))
     for key, split in [("train_split", train), *(("test_split", test) for test in tests if test != ANY)]:
         if split not in splits:
             raise ValueError(f"{data!r} has no split {split!r}; set task.{key} to one of: {', '.join(sorted(splits))}.")
@@ -66,14 +65,14 @@ def concatenate(tests: Sequence[Any]) -> tuple[Any, Tensor | None]:
     return datasets.concatenate_datasets(list(tests)), torch.arange(len(tests)).repeat_interleave(sizes)
 
 
-def _cut(rows: Any, share: float, seed: int) -> Splits:
+def _halve(rows: Any, share: float, seed: int) -> Splits:
     halves = rows.train_test_split(share, seed=seed % 2**32)
     splits = Splits((halves["train"], halves["test"]))
     splits.cut = True
     return splits
 
 
-def _share(text: str, rows: int) -> float:
+def _parse_share(text: str, rows: int) -> float:
     """Return the share at the end of a test split's name. Raises ``ValueError`` if it leaves no rows on one side."""
     try:
         share = float(text)
@@ -172,8 +171,8 @@ def draw_rows(split: Any, rows: int | None, keep: Collection[Any] | None, label:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(derive_seed(seed, "rows", role)))
         split = split.select(sorted(order[:rows].tolist()))
     if len(split) == 0:
-        kept = "" if keep is None else " with the labels of task.labels"
-        raise ValueError(f"the {role} split has no rows{kept}; it needs some.")
+        reason = "" if keep is None else " with the labels of task.labels"
+        raise ValueError(f"the {role} split has no rows{reason}; it needs some.")
     return split
 
 

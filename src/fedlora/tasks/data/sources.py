@@ -35,7 +35,7 @@ def load_data(data: str, config: str | None, form: TextFormat) -> Mapping[str, A
             raise ValueError(f"there is no data at {data!r}; name a file, a folder, a hub id, or 'digits'.")
         return _load_repository(data, config, form, ["csv"])
     except (OSError, datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = _reason(error)
+        cause = _root_cause(error)
         raise ValueError(f"the data {data!r} could not be read: {cause}; name a file, a folder or a hub id.") from error
 
 
@@ -132,10 +132,10 @@ def _read(files: list[Path], form: TextFormat) -> Any:
     try:
         return datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", keep_in_memory=True)
     except (OSError, ValueError, TypeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{str(files[0])!r} could not be read as {kind}: {_reason(error)}.") from error
+        raise ValueError(f"{str(files[0])!r} could not be read as {kind}: {_root_cause(error)}.") from error
 
 
-def _reason(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """Return the first line of the innermost error, which says more than the outer ones."""
     while error.__cause__ is not None:
         error = error.__cause__

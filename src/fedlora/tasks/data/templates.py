@@ -146,15 +146,15 @@ def label_strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tens
 
 def select_rows(keep: Sequence[bool], split: Any, *lists: list[Any]) -> tuple[Any, ...]:
     """Return the rows of a split for which ``keep`` is true, and the same items of lists."""
-    indices = [i for i, kept in enumerate(keep) if kept]
+    indices = [i for i, is_kept in enumerate(keep) if is_kept]
     return split.select(indices), *([items[i] for i in indices] for items in lists)
 
 
-def dropped_note(count: int, kept: int, role: str, advice: str) -> str:
-    """Return a note about rows that were dropped, or "". Raises ``ValueError`` with ``advice`` if none is kept."""
-    if not kept:
+def dropped_note(count: int, left: int, role: str, advice: str) -> str:
+    """Return a note about rows that were dropped, or "". Raises ``ValueError`` with ``advice`` if none is left."""
+    if not left:
         raise ValueError(f"nothing is left to learn in any of the {count} {role} rows{advice}.")
-    return f"{count - kept} of {count} {role} rows were left out: nothing is left to learn in them." * (kept < count)
+    return f"{count - left} of {count} {role} rows were left out: nothing is left to learn in them." * (left < count)
 
 
 def render_conversations(split: Any, name: str, tokenizer: Any, allow_empty: bool = False) -> list[list[Segment]]:

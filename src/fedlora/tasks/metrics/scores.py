@@ -1,8 +1,4 @@
-"""Metrics from sums over rows.
-
-Every metric is a function of a few sums, which add up over rows. So it can be computed for one client, for all clients'
-rows together or as a mean over clients, and only the sums leave a client.
-"""
+"""Metrics from sums over rows. The sums add up over clients, and only they leave a client."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
