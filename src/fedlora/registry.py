@@ -107,34 +107,34 @@ class Registry(Generic[T]):
 
     def _from_file(self, place: str) -> type[T]:
         module = importlib.import_module(place)
-        found = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == place]
-        found = [c for c in found if issubclass(c, self.base)]
-        if len(found) != 1:
-            raise ValueError(f"{place} defines {len(found)} {self.noun}s; a {self.noun}'s file defines exactly one.")
-        return cast("type[T]", found[0])
+        classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == place]
+        classes = [c for c in classes if issubclass(c, self.base)]
+        if len(classes) != 1:
+            raise ValueError(f"{place} defines {len(classes)} {self.noun}s; a {self.noun}'s file defines exactly one.")
+        return cast("type[T]", classes[0])
 
     def _from_path(self, path: str) -> Any:
         module, _, name = path.partition(":")
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value
 
     def _from_outside(self, path: str, subject: str) -> type[T]:
         """Return the class at a path, checked; ``subject`` names it in messages."""
         try:
-            found = self._from_path(path)
+            kind = self._from_path(path)
         except Exception:
             error = sys.exception()  # another package's module may raise anything while it is imported
             raise ValueError(f"{subject} could not be loaded: {str(error) or type(error).__name__}.") from error
-        if not (inspect.isclass(found) and issubclass(found, self.base)):
+        if not (inspect.isclass(kind) and issubclass(kind, self.base)):
             base = f"{self.base.__module__.removesuffix('._base')}.{self.base.__name__}"
             raise ValueError(f"{subject} is not a {base}; name a class that extends it.")
-        if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
             raise ValueError(f"{subject} does not define {', '.join(missing)}, which {self.base.__name__} asks for.")
-        if not is_dataclass(found):
+        if not is_dataclass(kind):
             raise ValueError(f"{subject} is no dataclass; write @dataclass(frozen=True) above it.")
-        return cast("type[T]", found)
+        return cast("type[T]", kind)
 
 
 def _find_plugins(group: str) -> dict[str, "EntryPoint"]:

@@ -151,10 +151,10 @@ def construct_by_name(registry: Registry[T], path: str, table: Mapping[str, Any]
     name = table.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"[{path}] has no name; set {path}.name to a string.")
-    found: T = construct(
+    instance: T = construct(
         load_class(registry, name), path, {key: value for key, value in table.items() if key != "name"}
     )
-    return found
+    return instance
 
 
 def check_type(path: str, value: Any, kind: Any) -> Any:

@@ -59,5 +59,5 @@ class DualLoRA(Adapter):
         return Factors(self.scale * U, torch.cat([layer["A"], layer["A_own"]], dim=-2))
 
     def forward(self, x: Float[Tensor, "*batch n"], layer: Layer) -> Float[Tensor, "*batch m"]:
-        shared, own = ((x @ layer[a].mT) @ layer[b].mT for a, b in (("A", "B"), ("A_own", "B_own")))
-        return (shared + own) * self.scale
+        shared, private = ((x @ layer[a].mT) @ layer[b].mT for a, b in (("A", "B"), ("A_own", "B_own")))
+        return (shared + private) * self.scale

@@ -73,18 +73,18 @@ class LoRA(Adapter):
 
     def around(self, update: Factors, fresh: Layer) -> Layer:
         update = truncate(update, self.rank) if update.V.shape[-2] > self.rank else update
-        own, q = self.split(update), update.V.shape[-2]
+        leaves, q = self.split(update), update.V.shape[-2]
         # Ranks that the update does not need begin as they would without it: A drawn, B zero.
         ratio = self.scale(q) / self.scale(self.rank)
-        A = torch.cat([own["A"], fresh["A"][..., q:, :]], dim=-2)
-        return {"A": A, "B": torch.cat([ratio * own["B"], fresh["B"][..., q:]], dim=-1)}
+        A = torch.cat([leaves["A"], fresh["A"][..., q:, :]], dim=-2)
+        return {"A": A, "B": torch.cat([ratio * leaves["B"], fresh["B"][..., q:]], dim=-1)}
 
     def leading(self, layer: Layer, rank: int) -> Layer:
-        own = layer["A"].shape[-2]
-        if rank >= own:
+        present = layer["A"].shape[-2]
+        if rank >= present:
             return layer
         # Each rank has a scale of its own, and the update is what must stay.
-        B = layer["B"][..., :rank] * (self.scale(own) / self.scale(rank))
+        B = layer["B"][..., :rank] * (self.scale(present) / self.scale(rank))
         return {**layer, "A": layer["A"][..., :rank, :], "B": B}
 
     def pad(self, layer: Layer, rank: int) -> Layer:

@@ -140,13 +140,19 @@ class FlowerLoop(Loop, Strategy):
 
     def _begin_turns(self, at: ServerState) -> float:
         """Begin a round; the first round waits for all clients. Returns the time of the beginning."""
-        began, self.at, self.replies, self._blamed, self._round = time.perf_counter(), at, {}, self.absent, at.number
+        start_time, self.at, self.replies, self._blamed, self._round = (
+            time.perf_counter(),
+            at,
+            {},
+            self.absent,
+            at.number,
+        )
         self._quorum = Quorum(self._registry, at.number, self.network.repair_timeout, self.watch, self.absent)
         if at.number == self._first:
             self._registry.wait(self.network.join_timeout)
         else:
             self._registry.refresh()
-        return began
+        return start_time
 
     def _end_turns(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
         """End the turns of a round, and report the clients of the cohort that are missing."""

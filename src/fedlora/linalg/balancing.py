@@ -93,8 +93,8 @@ class _Objective(NamedTuple):
         back = torch.linalg.inv(T)
         A = (T @ self.AA * T).sum((-2, -1), keepdim=True) - 2 * (T * self.NA).sum((-2, -1), keepdim=True)
         B = (self.BB @ back * back).sum((-2, -1), keepdim=True) - 2 * (back * self.BN).sum((-2, -1), keepdim=True)
-        found: Tensor = A / self.a + B / self.b + 2
-        return found
+        distance: Tensor = A / self.a + B / self.b + 2
+        return distance
 
     def step(self, T: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         """``T ← (I + t X) T`` with the first ``t`` that lowers ``f``; ``X`` solves a Sylvester equation."""
@@ -134,9 +134,9 @@ def _fill(svd: SVD, near_A: Tensor, rank: int) -> Pair:
     rest = near_A.double() - (near_A.double() @ known) @ known.mT
     size, more = torch.linalg.svd(rest, full_matrices=False)[1:]
     order, count = torch.arange(rank, device=A.device), live.sum(-1, keepdim=True)
-    at = (order - count).clamp(0)
-    own = (size[..., :, None] * more).gather(-2, at[..., :, None].expand(*at.shape, more.shape[-1])).to(A.dtype)
-    return torch.where((order < count)[..., :, None], A, own), B
+    index = (order - count).clamp(0)
+    spare = (size[..., :, None] * more).gather(-2, index[..., :, None].expand(*index.shape, more.shape[-1])).to(A.dtype)
+    return torch.where((order < count)[..., :, None], A, spare), B
 
 
 def refine(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
@@ -155,5 +155,5 @@ def refine(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
 def _correction(image: Tensor, now: Tensor, G: Tensor) -> Tensor:
     """``(image − now G) G⁺``: the step from ``now`` to the least-squares factor."""
     inverse = torch.linalg.pinv(G.double(), rtol=CUT if G.dtype == torch.float64 else CUT_SINGLE, hermitian=True)
-    found: Tensor = (image - now @ G) @ inverse.to(now.dtype)
-    return found
+    step: Tensor = (image - now @ G) @ inverse.to(now.dtype)
+    return step

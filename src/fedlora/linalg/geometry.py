@@ -33,8 +33,8 @@ def difference(end: Term, start: Term) -> Factors:
 
 def squared_norm(f: Factors) -> Float[Tensor, "*stack"]:
     """``‖U V‖²_F = tr(UᵀU V Vᵀ)`` in float64, from two Gram matrices in the factors' precision."""
-    found: Tensor = ((f.U.mT @ f.U).double() * (f.V @ f.V.mT).double()).sum((-2, -1)).clamp_min(0)
-    return found
+    squares: Tensor = ((f.U.mT @ f.U).double() * (f.V @ f.V.mT).double()).sum((-2, -1)).clamp_min(0)
+    return squares
 
 
 def norms(terms: Sequence[Term]) -> Float[Tensor, "K *stack"]:
@@ -68,8 +68,8 @@ def _weighted_inner_products(W: Float[Tensor, "m r"], X: Float[Tensor, "K r n"])
 
 def squared_distances(G: Float[Tensor, "K K"]) -> Float[Tensor, "K K"]:
     """``‖D_k − D_l‖²`` of all pairs, from their inner products ``G``."""
-    own = G.diagonal()
-    return (own[:, None] + own[None, :] - 2 * G).clamp_min(0)
+    squares = G.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * G).clamp_min(0)
 
 
 def distances(terms: Sequence[Term], others: Sequence[Sequence[Term]]) -> tuple[float, list[float]]:
@@ -78,12 +78,12 @@ def distances(terms: Sequence[Term], others: Sequence[Sequence[Term]]) -> tuple[
     Exact up to an inner rank of ``EXACT_RANK``, and estimated from random directions beyond it; then no sum is held.
     """
     if len(terms) * terms[0].V.shape[-2] <= EXACT_RANK:
-        sums = [stack(t._replace(U=t.U.double(), V=t.V.double()) for t in some) for some in (terms, *others)]
+        sums = [stack(t._replace(U=t.U.double(), V=t.V.double()) for t in several) for several in (terms, *others)]
         W, *rest = joint_cores(sums)
     else:
         V = terms[0].V
         probes = torch.randn(V.shape[-1], PROBES, generator=torch.Generator().manual_seed(0)).to(V)
-        W, *rest = (apply(regroup(some), probes).double() / PROBES**0.5 for some in (terms, *others))
+        W, *rest = (apply(regroup(several), probes).double() / PROBES**0.5 for several in (terms, *others))
     norm = torch.linalg.matrix_norm(W)
     return float(norm), [float(ratio(torch.linalg.matrix_norm(X - W), norm)) for X in rest]
 
@@ -101,8 +101,8 @@ def _triangles(sides: Sequence[Tensor]) -> list[Tensor]:
     """Each side in one orthonormal basis of them all; a side that occurs twice is factorised once."""
     unique = {id(side): side.double() for side in sides}
     R = torch.linalg.qr(torch.cat(list(unique.values()), dim=-1), mode="r").R
-    found = dict(zip(unique, R.split([side.shape[-1] for side in unique.values()], dim=-1)))
-    return [found[id(side)] for side in sides]
+    triangles = dict(zip(unique, R.split([side.shape[-1] for side in unique.values()], dim=-1)))
+    return [triangles[id(side)] for side in sides]
 
 
 def spread(updates: Sequence[Factors], weights: Sequence[float], norm: Tensor) -> Float[Tensor, "*stack"]:
@@ -133,11 +133,11 @@ def mean_cosine(matrices: Sequence[Float[Tensor, "*stack m r"]]) -> Float[Tensor
     The squared sum of ``K`` unit vectors is ``K`` plus twice the cosines of all pairs, so one pass is enough.
     """
     total = torch.zeros_like(matrices[0], dtype=torch.float64).flatten(-2)
-    own = torch.zeros_like(total[..., 0])
+    lengths = torch.zeros_like(total[..., 0])
     for x in matrices:
         unit = torch.nn.functional.normalize(x.double().flatten(-2), dim=-1)
-        total, own = total + unit, own + unit.square().sum(-1)
-    return ((total.square().sum(-1) - own) / (len(matrices) * (len(matrices) - 1))).clamp(-1, 1)
+        total, lengths = total + unit, lengths + unit.square().sum(-1)
+    return ((total.square().sum(-1) - lengths) / (len(matrices) * (len(matrices) - 1))).clamp(-1, 1)
 
 
 def mean_principal_angle(spaces: Float[Tensor, "K m r"]) -> float:

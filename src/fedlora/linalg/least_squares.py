@@ -86,16 +86,16 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
     ``whole_model``: one ``(p, q)`` for all ``L`` weights. Zero sweeps give FedIT's ``p = q = w``.
     """
     L, K = len(grams.B), len(w)
-    found = sweep_from(grams, w, w.expand(L, 1, K), whole_model, sweeps)
+    fit = sweep_from(grams, w, w.expand(L, 1, K), whole_model, sweeps)
     rotated = is_rotated(grams, w)
     rotated = rotated.any().expand(L) if whole_model else rotated
     if sweeps and K > 1 and bool(rotated.any()):
-        some = Grams(grams.B[rotated], grams.A[rotated])
-        first, more = Fit(*(x[rotated] for x in found)), _other_starts(some, w, whole_model, sweeps)
+        subset = Grams(grams.B[rotated], grams.A[rotated])
+        first, more = Fit(*(x[rotated] for x in fit)), _other_starts(subset, w, whole_model, sweeps)
         fits = Fit(*(torch.cat(pair, dim=1) for pair in zip(first, more)))
-        for whole, part in zip(found, _best(fits, w, whole_model)):
+        for whole, part in zip(fit, _best(fits, w, whole_model)):
             whole[rotated] = part
-    return found.p[:, 0], found.q[:, 0]
+    return fit.p[:, 0], fit.q[:, 0]
 
 
 def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
@@ -215,8 +215,8 @@ def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, T
         M, b = M.sum(0, keepdim=True), b.sum(0, keepdim=True)
     rest = b - (M @ p[: len(M), ..., None])[..., 0]
     step = (torch.linalg.pinv(M, rtol=CUT, hermitian=True) @ rest[..., None])[..., 0]
-    found = p + step
-    return found, (step * rest).sum(-1), (found[: len(M)] * b).sum(-1)
+    solution = p + step
+    return solution, (step * rest).sum(-1), (solution[: len(M)] * b).sum(-1)
 
 
 def equalize_sums(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,24 +69,24 @@ class _InMemory(_Side):
         self.wide = self.rest.transpose(-3, -2).reshape(*self.stack, self.m, self.K * self.r)
 
     def squared_norms(self) -> Tensor:
-        found: Tensor = torch.linalg.vector_norm(self.flat, dim=-1).double().square()
-        return found
+        norms: Tensor = torch.linalg.vector_norm(self.flat, dim=-1).double().square()
+        return norms
 
     def mix(self, p: Tensor) -> Tensor:
-        found: Tensor = p.to(self.flat.dtype)[..., None, :] @ self.flat
-        return found.reshape(*self.stack, self.m, self.r)
+        mixed: Tensor = p.to(self.flat.dtype)[..., None, :] @ self.flat
+        return mixed.reshape(*self.stack, self.m, self.r)
 
     def inner(self, Y: Tensor) -> Tensor:
-        found: Tensor = self.flat @ Y.reshape(*self.stack, self.m * self.r, 1)
-        return found[..., 0].double()
+        products: Tensor = self.flat @ Y.reshape(*self.stack, self.m * self.r, 1)
+        return products[..., 0].double()
 
     def transposed_products(self, Y: Tensor) -> Tensor:
-        found: Tensor = self.wide.mT @ Y
-        return found.reshape(*self.stack, self.K, self.r, Y.shape[-1])
+        products: Tensor = self.wide.mT @ Y
+        return products.reshape(*self.stack, self.K, self.r, Y.shape[-1])
 
     def combine(self, C: Tensor) -> Tensor:
-        found: Tensor = self.wide @ C.reshape(*self.stack, self.K * self.r, C.shape[-1])
-        return found
+        combined: Tensor = self.wide @ C.reshape(*self.stack, self.K * self.r, C.shape[-1])
+        return combined
 
 
 class _Streaming(_Side):
@@ -104,10 +104,10 @@ class _Streaming(_Side):
         return self._each(lambda x: torch.linalg.matrix_norm(x).double().square(), -1)
 
     def mix(self, p: Tensor) -> Tensor:
-        found = torch.zeros_like(self.mean)
+        mixed = torch.zeros_like(self.mean)
         for k in range(len(self.factors)):
-            found = torch.addcmul(found, self.factors[k] - self.mean, p[..., k].to(found.dtype)[..., None, None])
-        return found
+            mixed = torch.addcmul(mixed, self.factors[k] - self.mean, p[..., k].to(mixed.dtype)[..., None, None])
+        return mixed
 
     def inner(self, Y: Tensor) -> Tensor:
         return self._each(lambda x: (x * Y).sum((-2, -1)).double(), -1)
@@ -116,10 +116,10 @@ class _Streaming(_Side):
         return self._each(lambda x: x.mT @ Y, -3)
 
     def combine(self, C: Tensor) -> Tensor:
-        found = torch.zeros_like(self.mean)
+        combined = torch.zeros_like(self.mean)
         for k in range(len(self.factors)):
-            found = found + (self.factors[k] - self.mean) @ C[..., k, :, :]
-        return found
+            combined = combined + (self.factors[k] - self.mean) @ C[..., k, :, :]
+        return combined
 
 
 def solve_in_memory(factors: ClientFactors, sweeps: int) -> tuple[Tensor, Tensor]:
@@ -141,10 +141,10 @@ def _alternate(B: _Side, A: _Side, w: Tensor, sweeps: int) -> tuple[Tensor, Tens
         return p, q
     size = error.abs()
     for other in _single_starts(B, A, w, sweeps):
-        found = _sweep(B, A, other, w, sweeps)
-        better = rotated & (found[2] < error - 1e-9 * size)
-        p, q = (torch.where(better[..., None], new, old) for new, old in zip(found, (p, q)))
-        error = torch.where(better, found[2], error)
+        fit = _sweep(B, A, other, w, sweeps)
+        better = rotated & (fit[2] < error - 1e-9 * size)
+        p, q = (torch.where(better[..., None], new, old) for new, old in zip(fit, (p, q)))
+        error = torch.where(better, fit[2], error)
     return p, q
 
 
@@ -168,8 +168,8 @@ def _is_rotated(B: _Side, A: _Side, w: Tensor) -> Tensor:
 def _shares(B: _Side, A: _Side, w: Tensor) -> Tensor:
     """``w_k ‖B_k‖ ‖A_k‖`` of every k."""
     norms = [X.squared_norms() + 2 * X.inner(X.mean) + X.mean.square().sum((-2, -1))[..., None] for X in (B, A)]
-    found: Tensor = w * (norms[0].clamp_min(0) * norms[1].clamp_min(0)).sqrt()
-    return found
+    shares: Tensor = w * (norms[0].clamp_min(0) * norms[1].clamp_min(0)).sqrt()
+    return shares
 
 
 def _single_starts(B: _Side, A: _Side, w: Tensor, sweeps: int) -> list[Tensor]:

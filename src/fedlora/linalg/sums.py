@@ -64,8 +64,8 @@ class SVD(NamedTuple):
 
 def stack(terms: Iterable[Term]) -> Factors:
     """Writes the sum as one product of stacks, ``[c_1 U_1 … c_K U_K] [V_1; …; V_K]``."""
-    found = list(terms)
-    return Factors(torch.cat([t.c * t.U for t in found], dim=-1), torch.cat([t.V for t in found], dim=-2))
+    parts = list(terms)
+    return Factors(torch.cat([t.c * t.U for t in parts], dim=-1), torch.cat([t.V for t in parts], dim=-2))
 
 
 def widen(terms: Iterable[Term]) -> Iterator[Term]:
@@ -96,10 +96,10 @@ def apply_transpose(terms: Iterable[Term], Y: Float[Tensor, "*stack m p"]) -> Fl
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     rest = iter(terms)
-    found = next(rest)
+    total = next(rest)
     for term in rest:
-        found = found + term
-    return found
+        total = total + term
+    return total
 
 
 class _Wide:
@@ -172,8 +172,8 @@ def _starting_directions(like: Tensor, start: Tensor | None, rank: int, seed: in
         return draws
     first = orthonormalize(start)
     empty = first.square().sum(-2, keepdim=True) == 0
-    found: Tensor = torch.cat([torch.where(empty, draws[..., :known], first), draws[..., known:]], dim=-1)
-    return found
+    directions: Tensor = torch.cat([torch.where(empty, draws[..., :known], first), draws[..., known:]], dim=-1)
+    return directions
 
 
 def orthonormalize(Y: Float[Tensor, "*stack m p"]) -> Float[Tensor, "*stack m p"]:
@@ -186,8 +186,8 @@ def _inverse(S: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 / S``, and 0 for values that are rounding error in factors of ``dtype``."""
     tiny = torch.finfo(S.dtype).tiny
     sound = S / S[..., :1].clamp_min(tiny) > torch.finfo(dtype).eps
-    found: Tensor = torch.where(sound, 1 / S.clamp_min(tiny), torch.zeros_like(S))
-    return found
+    inverse: Tensor = torch.where(sound, 1 / S.clamp_min(tiny), torch.zeros_like(S))
+    return inverse
 
 
 def _gram_basis(X: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,8 +55,8 @@ class FedRotLoRA(Method):
     def rotation(self, reference: Layer, end: Layer, round: int) -> Tensor:
         """``R (r r)`` in float64; the identity wherever the alignment is not determined."""
         side = {"alternate": "A" if round % 2 else "B"}.get(self.align, self.align)
-        ref, own = reference[side], end[side]
-        M = (own @ ref.mT if side == "A" else own.mT @ ref).double()
+        ref, factor = reference[side], end[side]
+        M = (factor @ ref.mT if side == "A" else factor.mT @ ref).double()
         eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
         nearest, S = procrustes(M)
         R, mixed = polar((1 - self.strength) * eye + self.strength * nearest)

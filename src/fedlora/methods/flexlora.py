@@ -43,5 +43,5 @@ class FlexLoRA(Method):
         rank = shared["A"].shape[-2]
         alike = len({u.turn.rank for u in uploads}) == 1
         start = mean(uploads)["A"].mT if alike else None
-        found = truncated_svd(terms(self.adapter, uploads), rank, start).factors()
-        return Outcome({**shared, **self.adapter.pad(self.adapter.split(found), rank)})
+        product = truncated_svd(terms(self.adapter, uploads), rank, start).factors()
+        return Outcome({**shared, **self.adapter.pad(self.adapter.split(product), rank)})

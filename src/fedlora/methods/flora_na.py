@@ -106,12 +106,12 @@ def _stack(layers: Sequence[Layer], w: Tensor) -> ClientFactors:
 def apply_mixes(shared: Layer, layers: Sequence[Layer], p: Tensor, q: Tensor) -> Outcome:
     """The mixed factors in the clients' precision, and how far the mix has come to rest on one client."""
     stack = shared["A"].shape[:-2]
-    found = {}
+    mixed = {}
     for leaf, mix in (("A", q.reshape(*stack, -1)), ("B", p.reshape(*stack, -1))):
         x = torch.zeros_like(shared[leaf])
         for k, layer in enumerate(layers):
             x = torch.addcmul(x, layer[leaf], mix[..., k].to(x.dtype)[..., None, None])
-        found[leaf] = x
+        mixed[leaf] = x
     p = p.reshape(*stack, -1)
     concentration = p.abs().amax(-1) / p.abs().sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    return Outcome({**shared, **found}, notes={"concentration": concentration})
+    return Outcome({**shared, **mixed}, notes={"concentration": concentration})

@@ -72,15 +72,15 @@ class HetLoRA(Method):
 
     def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         rank = shared["A"].shape[-2]
-        own = norms([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
-        w = own.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (own.ndim - 1))
-        everything = own.sum(0)
-        p = torch.where(everything > 0, own / everything.clamp_min(torch.finfo(own.dtype).tiny), w)
-        found = {leaf: torch.zeros_like(shared[leaf]) for leaf in "AB"}
+        sizes = norms([self.adapter.term(u.layer, u.weight) for u in uploads])  # k *stack
+        w = sizes.new_tensor([u.weight for u in uploads]).reshape(-1, *[1] * (sizes.ndim - 1))
+        total = sizes.sum(0)
+        p = torch.where(total > 0, sizes / total.clamp_min(torch.finfo(sizes.dtype).tiny), w)
+        mean = {leaf: torch.zeros_like(shared[leaf]) for leaf in "AB"}
         for q, upload in zip(p, uploads):
             layer = self.adapter.pad(upload.layer, rank)
-            found = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in found.items()}
-        return Outcome({**shared, **found})
+            mean = {leaf: torch.addcmul(x, layer[leaf], q.to(x.dtype)[..., None, None]) for leaf, x in mean.items()}
+        return Outcome({**shared, **mean})
 
     def _shorter(self, layer: Layer) -> int:
         return max(1, int(self.decay * layer["A"].shape[-2]))

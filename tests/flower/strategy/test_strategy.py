@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
-from fedlora.flower.strategy.instructions import list_methods
+from fedlora.flower.strategy.instructions import list_peft_methods
 from fedlora.flower.strategy.peft_state import FOLD, MARK, PeftState, encode_base_updates
 from fedlora.flower.wire import record_to_tree
 from fedlora.training.peft_keys import strip_wrappers
@@ -278,8 +278,8 @@ def test_a_base_that_keeps_its_weights_transposed(monkeypatch):
 
 
 def test_only_methods_for_lora_are_offered():
-    assert {"fedit", "flora", "fedex-lora", "svd"} <= set(list_methods())
-    assert not {"fed-sb", "ravan", "feddpa"} & set(list_methods())
+    assert {"fedit", "flora", "fedex-lora", "svd"} <= set(list_peft_methods())
+    assert not {"fed-sb", "ravan", "feddpa"} & set(list_peft_methods())
     assert weights(task.get_model())
 
 

@@ -102,11 +102,11 @@ def _build(name: str, options: str) -> Method:
             "see `fedlora methods`."
         )
     near, subject = name_or_nearest("method", name, METHODS.names())
-    if near is not None and near not in list_methods():
+    if near is not None and near not in list_peft_methods():
         kinds = " or ".join(other.__name__ for other in METHODS.load(near).adapters)
         raise ValueError(
             f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
-            f"(`fedlora run`), or take one of {', '.join(list_methods())}."
+            f"(`fedlora run`), or take one of {', '.join(list_peft_methods())}."
         )
     kind = METHODS.load(name)
     method: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
@@ -119,7 +119,7 @@ def _build(name: str, options: str) -> Method:
     return method
 
 
-def list_methods() -> list[str]:
+def list_peft_methods() -> list[str]:
     """Return the methods that can train PEFT's LoRA."""
     return [name for name, kind in METHODS.classes().items() if LoRA in kind.adapters]
 
