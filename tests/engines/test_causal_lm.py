@@ -127,7 +127,7 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
     from fedlora.flower.deploy.node_config import apply_node_config
 
     made = config("clients.partition={name='own'}")
-    with pytest.raises(ValueError, match="every party has its own data on its own machine"):
+    with pytest.raises(ValueError, match="every client has its own data on its own machine"):
         made.federation()
     assert made.federation(combines=True).data is None
     rows = [{"who": "a", "says": "My lord. " * 60}, {"who": "b", "says": "Good night."}] * 3

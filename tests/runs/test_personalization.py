@@ -124,7 +124,7 @@ def test_new_clients_rows_are_never_trained_on(runs, monkeypatch):
     assert seen == {int(row) for shard in f.shards[:3] for row in shard.train}
     sides = PersonalModels(RunFolder.open(runs("fedit")[0]), 1)
     seen.clear()
-    sides.score_centralised(range(4), lambda event: None)
+    sides.score_centralised_model(range(4), lambda event: None)
     assert seen and not seen & theirs, "new to the centralised model, too"
     seen.clear()
     sides.score_alone(lambda event: None)

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.attendance import FAULT_TEXTS, client_faults, count_scored, describe_means
+from fedlora.runs.attendance import FAULT_TEXTS, client_faults, count_scored_clients, describe_means
 from fedlora.text import display_safe
 
 BINS = 40  # columns of a heat map over rounds
@@ -73,7 +73,7 @@ class Digest:
             self.worst = clients.get("worst_client")
         return {
             "global": to_finite(record.get("global", {}).get(self.metric)), "clients": to_finite(clients.get("mean")),
-            "worst": to_finite(clients.get("worst")), "scored": count_scored(record) if clients else None,
+            "worst": to_finite(clients.get("worst")), "scored": count_scored_clients(record) if clients else None,
         }  # fmt: skip
 
     @property

@@ -21,7 +21,7 @@ from fedlora.reporting.load import Run
 from fedlora.reporting.tables import comparison, totals
 from fedlora.reporting.tables.by_round import get_metric
 from fedlora.reporting.tables.comparison import describe_coverage, get_final, join_names, rank
-from fedlora.runs.attendance import describe_scored, fault_lines, is_complete
+from fedlora.runs.attendance import describe_scored_clients, fault_lines, is_complete
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.table import Table, from_pairs, group_by, to_html
 from fedlora.schema import dumps, strip_folders
@@ -260,7 +260,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     if run.failure:
         rows.append(("why it diverged", display_safe(run.failure)))
     if summary and not is_complete(summary):
-        rows.append(("clients' own figures are over", describe_scored(summary)))
+        rows.append(("clients' own figures are over", describe_scored_clients(summary)))
         rows += fault_lines(summary)
     rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
     rows += (

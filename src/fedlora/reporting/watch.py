@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.runs.attendance import count_scored, describe_means, name_faults
+from fedlora.runs.attendance import count_scored_clients, describe_means, name_faults
 from fedlora.runs.progress_file import LOADING, RUNNING, WAITING, ProgressReader, RunStatus
 from fedlora.runs.record import round_figures
 from fedlora.text import display_safe
@@ -119,7 +119,7 @@ def describe_attendance(at: RunStatus) -> Iterator[str]:
         first = [display_safe(text) for text in missing["first"]]
         more = f"; and {count - len(first)} more clients" if count > len(first) else ""
         yield f"left out {'at its end' if at.is_over else 'now'}: {'; '.join(first)}{more}"
-    if text := describe_means([(r["round"], count_scored(r)) for r in at.records if "clients" in r], total):
+    if text := describe_means([(r["round"], count_scored_clients(r)) for r in at.records if "clients" in r], total):
         yield f"clients' own models: {text}"
 
 

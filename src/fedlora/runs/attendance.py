@@ -31,21 +31,21 @@ def collect_faults(records: Iterable[RoundRecord], faults: Faults | None = None)
     return faults
 
 
-def count_scored(record: RoundRecord) -> int:
+def count_scored_clients(record: RoundRecord) -> int:
     """Return the number of clients whose own models were scored in a round."""
     return sum(value is not None for value in record.get("clients", {}).get("each", ()))
 
 
-def describe_scored(summary: Mapping[str, Any]) -> str:
+def describe_scored_clients(summary: Mapping[str, Any]) -> str:
     """Return the clients that the final mean is over: ``clients`` for all, or ``2 of 3 clients``."""
     each = summary.get("final", {}).get("clients", {}).get("each", [])
-    scored = summary.get("scored") or {"clients": count_scored(summary.get("final", {})), "of": len(each)}
+    scored = summary.get("scored") or {"clients": count_scored_clients(summary.get("final", {})), "of": len(each)}
     return "clients" if scored["clients"] == scored["of"] else f"{scored['clients']} of {scored['of']} clients"
 
 
 def is_complete(summary: Mapping[str, Any]) -> bool:
     """Whether every client was scored in the final round, and no round has a fault."""
-    return describe_scored(summary) == "clients" and not any(summary.get(kind) for kind in FAULT_TEXTS)
+    return describe_scored_clients(summary) == "clients" and not any(summary.get(kind) for kind in FAULT_TEXTS)
 
 
 def fault_lines(faults: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -104,7 +104,7 @@ class Attendance:
         """Add a round."""
         collect_faults([record], self.faults)
         if "clients" in record:
-            self.evaluated.append((int(record["round"]), count_scored(record)))
+            self.evaluated.append((int(record["round"]), count_scored_clients(record)))
 
     @property
     def text(self) -> str:

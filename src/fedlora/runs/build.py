@@ -26,14 +26,14 @@ from fedlora.training.model import Model, Precision
 from fedlora.training.warm_start import warm_start
 
 
-def build_federation(config: Sections, party: int | None = None, combines: bool = False) -> Federation:
+def build_federation(config: Sections, client: int | None = None, combines: bool = False) -> Federation:
     """Load the model and the data, and build the federation.
 
-    If each client's data are on its own machine (``clients.partition``), ``party`` is the client of this machine, and
+    If each client's data are on its own machine (``clients.partition``), ``client`` is the client of this machine, and
     ``combines`` is true on the server.
     """
     device = config.engine.prepare()
-    data, shards = load_rows(config, party, combines)
+    data, shards = load_rows(config, client, combines)
     names = tuple(_label_names(config)) if data is None else data.label_names
     network = load_network(config, len(names), device)
     if data is not None:
@@ -68,22 +68,22 @@ def load_network(config: Sections, labels: int, device: torch.device) -> nn.Modu
 
 
 def load_rows(
-    config: Sections, party: int | None, combines: bool
+    config: Sections, client: int | None, combines: bool
 ) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
     """Load this machine's data, and return them with each client's rows; see ``build_federation``."""
     if not config.clients.own_data:
         data = config.task.load(config.model.name, config.seed, config.clients.client_column)
         return data, config.clients.shards(data, config.seed)
     _label_names(config)
-    if party is None and not combines:
+    if client is None and not combines:
         raise ConfigError(
-            "clients.partition is 'own': every party has its own data on its own machine; run it with "
+            "clients.partition is 'own': every client has its own data on its own machine; run it with "
             "`fedlora flower`, or set clients.partition to a partition of one data set."
         )
-    if party is None:
+    if client is None:
         return None, {}
     data = config.task.load(config.model.name, config.seed)
-    return data, {party: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
+    return data, {client: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
 
 
 def _label_names(config: Sections) -> Sequence[str]:

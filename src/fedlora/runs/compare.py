@@ -30,10 +30,10 @@ def plan_cells(table: Table, labels: Sequence[str], seeds: Sequence[int], out: P
     cells = []
     for label in labels:
         for seed in seeds:
-            own = {**for_label({**table, "seed": seed}, label), "seed": seed}  # the seed decides some budgets
-            build(own)
+            cell_table = {**for_label({**table, "seed": seed}, label), "seed": seed}  # the seed decides some budgets
+            build(cell_table)
             folder = None if out is None else str(out / f"{label.replace(':', '-')}-seed{seed}")
-            cells.append(Cell(label, seed, own, folder))
+            cells.append(Cell(label, seed, cell_table, folder))
     return cells
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedlora.runs.attendance import describe_scored, fault_lines
+from fedlora.runs.attendance import describe_scored_clients, fault_lines
 from fedlora.runs.table import Column, Table, group_by, mean_std, to_html
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _row(label: str, cells: Sequence[Cell]) -> dict[str, Any]:
         name: {str(seed): value for seed, s in summaries.items() if (value := COLUMNS[name](s)) is not None}
         for name in ("global", "clients")
     }
-    over = [f"seed {seed}: {who}" for seed, s in summaries.items() if (who := describe_scored(s)) != "clients"]
+    over = [f"seed {seed}: {who}" for seed, s in summaries.items() if (who := describe_scored_clients(s)) != "clients"]
     missing = [f"seed {seed}, {who} {when}" for seed, s in summaries.items() for who, when in fault_lines(s)]
     groups = [g for s in good for g in s.get("final", {}).get("clients", {}).get("capability", [])]
     capability = [  # the weakest first

@@ -55,9 +55,9 @@ class Config(Sections):
         object.__setattr__(self, "table", _to_table(self))
         check_compatibility(self)
 
-    def federation(self, party: int | None = None, combines: bool = False) -> Federation:
+    def federation(self, client: int | None = None, combines: bool = False) -> Federation:
         """Load the model and the data, and build the federation; see ``build_federation``."""
-        return build_federation(self, party, combines)
+        return build_federation(self, client, combines)
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ PROGRESS = "progress.json"  # the state of a run under way, for ``fedlora watch`
 TRACKERS = "trackers.json"  # the name of the run at each tracker, and the number of rounds that it has
 PERSONAL = "personal.json"  # the result of ``fedlora personal``
 ERROR_LOG = "error.log"  # tracebacks of unexpected errors
-TOKEN = "run.json"  # the id of a run over Flower, under which parties keep their state
+TOKEN = "run.json"  # the id of a run over Flower, under which clients keep their state
 
 COMPARISON = "comparison.json"  # in the folder of a comparison: its rows and its runs
 ORACLE = "oracle.json"  # the result of ``fedlora compare --oracle``

@@ -85,12 +85,12 @@ class PersonalModels:
             for client in range(f.clients.members)
         }
 
-    def score_centralised(self, clients: Iterable[int], watch: Watch) -> ClientScores:
+    def score_centralised_model(self, clients: Iterable[int], watch: Watch) -> ClientScores:
         """Score one model on the training rows of all clients that took part, with the steps of their cohort."""
         f = self.f
         rows = torch.cat([f.shards[client].train for client in range(f.clients.members)]).sort().values
-        one, last = _train(self.run, CENTRALISED, watch, data=f.data, shards=[Shard(rows, f.shards[0].test)])
-        scorer = Evaluator(one.model, f.task, self.evaluator.test, f.shards, f.evaluation.batch_size)
+        f_central, last = _train(self.run, CENTRALISED, watch, data=f.data, shards=[Shard(rows, f.shards[0].test)])
+        scorer = Evaluator(f_central.model, f.task, self.evaluator.test, f.shards, f.evaluation.batch_size)
         return {client: scorer.score_client(client, last.shared) for client in clients}
 
 
@@ -112,14 +112,14 @@ def evaluate_personalization(run: RunFolder, steps: int = 20, watch: Watch = lam
     members, count = config.clients.members, config.clients.count
     models = PersonalModels(run, steps)
     f, score = models.f, models.score
-    own, new = score(range(members)), score(range(members, count)) if config.clients.new else {}
-    centralised = models.score_centralised(range(count), watch)
-    own |= {ALONE: models.score_alone(watch), CENTRALISED: {k: x for k, x in centralised.items() if k < members}}
+    current, new = score(range(members)), score(range(members, count)) if config.clients.new else {}
+    centralised = models.score_centralised_model(range(count), watch)
+    current |= {ALONE: models.score_alone(watch), CENTRALISED: {k: x for k, x in centralised.items() if k < members}}
     new |= {CENTRALISED: {k: x for k, x in centralised.items() if k >= members}} if new else {}
     capabilities = f.clients.capabilities(f.seed)
     summaries = [
         {name: x if x is None else summarize(x, f.task.metric, count, capabilities) for name, x in columns.items()}
-        for columns in (own, new)
+        for columns in (current, new)
     ]
     result = {
         **{key: run.summary[key] for key in ("method", "title", "personal", "metric", "seed", "rounds")},

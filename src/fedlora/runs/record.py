@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from fedlora.engines.record import Direction, RoundRecord
-from fedlora.runs.attendance import count_scored
+from fedlora.runs.attendance import count_scored_clients
 
 CLIENTS: tuple[Literal["mean", "examples_mean", "worst", "spread"], ...] = ("mean", "examples_mean", "worst", "spread")
 FAULTS: tuple[Literal["absent", "unscored", "quarantined", "stragglers"], ...] = (
@@ -36,7 +36,7 @@ def _figures(record: RoundRecord) -> Iterator[tuple[str, float | None]]:
     for name in CLIENTS:
         yield f"clients/{name}", record.get("clients", {}).get(name)
     if record.get("clients", {}).get("each"):
-        yield "clients/scored", count_scored(record)
+        yield "clients/scored", count_scored_clients(record)
     yield "attack/success", record.get("attack", {}).get("success")
     for name, values in errors_over_weights([record]).items():
         yield f"aggregation/{name}", statistics.fmean(values)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.attendance import describe_scored, fault_lines, is_complete
+from fedlora.runs.attendance import describe_scored_clients, fault_lines, is_complete
 from fedlora.runs.record import round_figures
 from fedlora.runs.table import Column, Table, to_html
 from fedlora.security.privacy import Privacy
@@ -55,7 +55,7 @@ class Rounds:
         title = f"{summary['title'] or summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}"
         privacy = Privacy.describe(summary["privacy"]) if "privacy" in summary else ()
         notes = [f"{name}: {value}" for name, value in privacy]
-        notes += [] if is_complete(summary) else [f"clients' own figures are over {describe_scored(summary)}"]
+        notes += [] if is_complete(summary) else [f"clients' own figures are over {describe_scored_clients(summary)}"]
         notes += [f"{who} {when}" for who, when in fault_lines(summary)]
         notes += ["stopped before its end"] if summary.get("interrupted") else []
         return to_html(Table("rounds", title, columns, rows[-LATEST:]), below=notes)

@@ -44,7 +44,7 @@ def read_resumable(path: str | Path, rounds: int | None = None, overrides: Seque
         raise ConfigError(f"{str(folder)!r} holds no run: it has no {CONFIG}; name a folder `fedlora run` made.")
     if (folder / TOKEN).exists():
         raise ConfigError(
-            f"{str(folder)!r} holds a run whose parties keep their state on their own machines; go on with it by "
+            f"{str(folder)!r} holds a run whose clients keep their state on their own machines; go on with it by "
             "`flwr run` with the same app and out, or, where that began it, by "
             f"`fedlora flower local {folder / CONFIG} --out {folder}`."
         )

@@ -10,7 +10,7 @@ import torch
 
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.attendance import collect_faults, count_scored
+from fedlora.runs.attendance import collect_faults, count_scored_clients
 from fedlora.runs.config import Config
 from fedlora.runs.record import DIRECTIONS, errors_over_weights
 from fedlora.tasks.metrics.scores import KNOWN_METRICS
@@ -44,11 +44,11 @@ def summarise(config: Config, records: Sequence[RoundRecord], interrupted: bool,
     if evaluated := [record for record in records if "clients" in record]:
         final, last = evaluated[-1], evaluated[-LAST:]
         summary["final"] = {key: final[key] for key in ("global", "clients", "attack") if key in final}
-        summary["scored"] = {"clients": count_scored(final), "of": config.clients.members}
+        summary["scored"] = {"clients": count_scored_clients(final), "of": config.clients.members}
         summary["last_rounds"] = {
             "rounds": len(last),
             "clients": statistics.fmean(record["clients"]["mean"] for record in last),
-            "fewest": min(map(count_scored, last)),
+            "fewest": min(map(count_scored_clients, last)),
         }
         if "global" in final:
             means = statistics.fmean(record["global"][config.task.metric] for record in last)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora.engines.loop import Event
 from fedlora.files import save_json, write
-from fedlora.runs.attendance import describe_scored
+from fedlora.runs.attendance import describe_scored_clients
 from fedlora.runs.compare import execute_all, for_label
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
@@ -255,7 +255,7 @@ def _outcome(cell: Cell) -> dict[str, Any]:
     return outcome | {
         "value": value if math.isfinite(value) else None,
         "by": by,
-        "over": describe_scored(cell.summary) if by == "clients" else None,
+        "over": describe_scored_clients(cell.summary) if by == "clients" else None,
         "metric": metric,
         "seconds": cell.summary["seconds"]["whole"],
     }

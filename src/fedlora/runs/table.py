@@ -1,7 +1,4 @@
-"""The table of results as a value: columns with units, rows of plain values, means over seeds, and its HTML.
-
-A notebook shows it as HTML; ``fedlora.reporting`` renders it on a terminal, in a report and as files.
-"""
+"""Tables of results, means over seeds, and the HTML of a table; ``fedlora.reporting`` has the other renderers."""
 
 import math
 import statistics
@@ -19,13 +16,13 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``title`` has the unit where there is one; ``digits`` is None for text."""
+    """A column. ``title`` includes the unit; ``digits`` is None for text."""
 
     key: str
     title: str
     digits: int | None = None
-    spread: str | None = None  # the key of the standard deviation that is shown beside it
-    mark: str | None = None  # the key of a text that is shown behind a figure
+    spread: str | None = None  # the key of the standard deviation, shown beside the figure
+    mark: str | None = None  # the key of a text behind the figure
     align: str = ""  # left, right or center; empty: numbers right, text left
 
     @property
@@ -47,7 +44,7 @@ class Table:
     rules: frozenset[int] = frozenset()  # the rows with a line above them
 
     def text(self, row: Mapping[str, Any], column: Column) -> str:
-        """One cell as a reader sees it."""
+        """Return the text of a cell."""
         value = row.get(column.key)
         if value is None or value == "":
             return DASH
@@ -55,14 +52,14 @@ class Table:
             return str(value)
         mark = (row.get(column.mark) or "") if column.mark else ""
         if 0 < value < 0.5 * 10**-column.digits:
-            return f"<{10**-column.digits:.{column.digits}f}{mark}"  # small is not nothing
+            return f"<{10**-column.digits:.{column.digits}f}{mark}"  # not 0
         deviation = row.get(column.spread) if column.spread else None
         beside = f" ± {deviation:.{column.digits}f}" if deviation else ""
         return f"{value:,.{column.digits}f}{beside}{mark}" if math.isfinite(value) else DASH
 
 
 def from_pairs(title: str, rows: Iterable[tuple[str, str]], name: str = "figures") -> Table:
-    """A table without a header: a name and a figure in each row."""
+    """Return a table without a header, with a name and a figure in each row."""
     columns = (Column("what", "what"), Column("figure", "figure", align="right"))
     return Table(name, title, columns, [{"what": k, "figure": v} for k, v in rows], has_header=False)
 
@@ -70,7 +67,7 @@ def from_pairs(title: str, rows: Iterable[tuple[str, str]], name: str = "figures
 def to_html(
     table: Table, attributes: str = "", is_sortable: bool = False, most: int | None = None, below: Iterable[str] = ()
 ) -> str:
-    """The ``<table>`` with all texts escaped: with its title as caption, or with ``attributes`` that refer to one.
+    """Return the ``<table>``, with its title as caption unless ``attributes`` refer to one.
 
     ``is_sortable`` puts a button into each heading, ``most`` limits the number of rows, and ``below`` are lines that
     follow the table.
@@ -119,15 +116,15 @@ class MeanStd:
 
 
 def mean_std(values: Iterable[float | None]) -> MeanStd | None:
-    """Mean and sample standard deviation of the values that are not None; None without any."""
-    there = [value for value in values if value is not None]
-    if not there:
+    """Return mean and sample standard deviation of the values that are not None; None without values."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    return MeanStd(statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else 0.0, len(there))
+    return MeanStd(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0, len(known))
 
 
 def group_by(rows: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
-    """Rows by key, in the order in which keys first occur."""
+    """Group rows by key, in the order in which keys first occur."""
     groups: dict[K, list[V]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)

@@ -115,7 +115,7 @@ OWN = {**TABLE, "clients": {"count": 2, "partition": {"name": "own"}}}
 
 def test_parties_with_data_of_their_own_need_labels_and_flower():
     with pytest.raises(
-        ConfigError, match="every party has its own data on its own machine; run it with `fedlora flower"
+        ConfigError, match="every client has its own data on its own machine; run it with `fedlora flower"
     ):
         build({**OWN, "task": {**TABLE["task"], "label_names": [str(i) for i in range(10)]}}).federation()
     with pytest.raises(ConfigError, match="the labels must be agreed beforehand; set task.label_names"):

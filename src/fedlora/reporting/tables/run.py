@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.attendance import describe_scored, fault_lines
+from fedlora.runs.attendance import describe_scored_clients, fault_lines
 from fedlora.runs.record import DIRECTIONS
 from fedlora.runs.table import Column, Table, from_pairs, mean_std
 from fedlora.security.privacy import Privacy
@@ -50,7 +50,7 @@ def _list_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _list_clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
     """List the figures of the clients' own models."""
     clients, last, name = found["final"]["clients"], found["last_rounds"], metric.replace("_", " ")
-    over = describe_scored(found)
+    over = describe_scored_clients(found)
     yield f"clients' own {name}, mean over {over}", f"{clients['mean']:.4f}"
     yield f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}"
     for other, value in clients.get("figures", {}).items():

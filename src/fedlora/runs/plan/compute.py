@@ -205,8 +205,8 @@ def _estimate_evaluation(meta: MetaModel, bench: Bench, turn_flops: float) -> tu
     totals = []
     for client in range(f.clients.members):
         rows = f.shards[client].test
-        own = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
-        totals.append(sum(len(part) * row_flops(int(test.lengths[part].max())) for part in own))
+        ordered = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
+        totals.append(sum(len(part) * row_flops(int(test.lengths[part].max())) for part in ordered))
     return max(costs, key=lambda cost: cost.peak), turn_flops, statistics.fmean(totals)
 
 
