@@ -43,7 +43,7 @@ def test_what_is_not_there_is_said():
 
 
 def test_methods_complete():
-    assert completing.list_methods() == METHODS.names(), "without importing a method"
+    assert completing.list_method_names() == METHODS.names(), "without importing a method"
     assert completing.complete_method("fedr") == ["fedrot-lora"]
     assert completing.complete_methods("fedit,fedr") == ["fedit,fedrot-lora"]
     assert "fedit,fedit" not in completing.complete_methods(

@@ -178,7 +178,7 @@ MISTAKES = {
         lambda f: edited(f, None, lambda t: {k: x for k, x in t.items() if "layer.0.attention" not in k}),
         "do not adapt the same weights.*layer.0.attention.self.query",
     ),
-    "nan": (lambda f: edited(f, None, nan), r"NaN or infinite in 'base_model.*lora_B.weight'"),
+    "nan": (lambda f: edited(f, None, nan), r"NaN or infinite values in 'base_model.*lora_B.weight'"),
     "cut off": (cut, "cannot be read, it may be cut off"),
     "pickle": (pickled, "a pickle, which can run code.*safe_serialization=True"),
     "dora": (lambda f: edited(f, lambda c: {**c, "use_dora": True}), "sets use_dora, which cannot be used"),
@@ -192,7 +192,7 @@ MISTAKES = {
     "no pattern": (lambda f: edited(f, lambda c: {**c, "rank_pattern": {"(": 2}}), "which is no pattern"),
     "nan in the head": (
         lambda f: edited(f, None, lambda t: {k: x * float("nan") if "classifier" in k else x for k, x in t.items()}),
-        "NaN or infinite in 'base_model.model.classifier",
+        "NaN or infinite values in 'base_model.model.classifier",
     ),
     "another head": (
         lambda f: edited(f, None, lambda t: {k: x[:2].clone() if "classifier" in k else x for k, x in t.items()}),

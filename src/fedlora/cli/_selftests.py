@@ -87,9 +87,9 @@ def try_dp() -> dict[str, Any]:
     """Run Opacus' accountants on one setting."""
     from fedlora.security.privacy.accounting import compute_epsilon
 
-    found = {name: compute_epsilon(name, 1.0, 0.1, 10, 1e-5) for name in ("prv", "rdp")}
-    assert 0 < found["prv"] <= found["rdp"] < math.inf, f"epsilon is {found}"
-    return {"said": f"ε = {found['prv']:.2f}"}
+    values = {name: compute_epsilon(name, 1.0, 0.1, 10, 1e-5) for name in ("prv", "rdp")}
+    assert 0 < values["prv"] <= values["rdp"] < math.inf, f"epsilon is {values}"
+    return {"said": f"ε = {values['prv']:.2f}"}
 
 
 def try_flower() -> dict[str, Any]:

@@ -35,8 +35,8 @@ def grade_command(
     ks = parse_numbers(k, int, "--k", "1,10")
     box = Sandbox(seconds=seconds, wall_seconds=6.0 * seconds, memory_mb=memory_mb)
     with LiveBar(None, "programs") as bar:
-        found = grade_file(predictions, data, benchmark, split, ks, workers, box, out, lambda grade: bar.advance(1))
-    print_result(as_json, found, lambda: [tabulate_grades(found)])
+        result = grade_file(predictions, data, benchmark, split, ks, workers, box, out, lambda grade: bar.advance(1))
+    print_result(as_json, result, lambda: [tabulate_grades(result)])
 
 
 def solve_command(
@@ -68,9 +68,8 @@ def solve_command(
     problems = parse_problems(read_benchmark(data, split), benchmark)
     talk = Chat.open(RunFolder.open(folder), client, seed=seed)
     with LiveBar(samples * len(problems), "answers") as bar:
-        found = write_answers(talk, problems, out, writing, samples, batch_size, worded, bar.advance)
-    text = f"{found['answers']} answers to {found['problems']} problems in {out}."
-    print_result(as_json, found, whole=[text])
-    if found["too_long"]:
-        say(f"{found['too_long']} problems leave no room for an answer of {max_new_tokens} tokens, and have none.")
+        result = write_answers(talk, problems, out, writing, samples, batch_size, worded, bar.advance)
+    print_result(as_json, result, whole=[f"{result['answers']} answers to {result['problems']} problems in {out}."])
+    if result["too_long"]:
+        say(f"{result['too_long']} problems leave no room for an answer of {max_new_tokens} tokens, and have none.")
     say(f"Next: fedlora grade {out} --data {data}")

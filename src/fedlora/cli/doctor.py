@@ -33,9 +33,9 @@ RunTest = Callable[[str], Mapping[str, Any]]
 
 def doctor_command(as_json: Json = False) -> None:
     """Show versions, devices and memory, and try one small thing of each installed extra; exit 1 if one is broken."""
-    found = examine(begin=lambda name: say(f"trying {name} ...") if sys.stderr.isatty() else None)
-    print_result(as_json, found, lambda: describe(found))
-    if found["broken"]:
+    result = examine(begin=lambda name: say(f"trying {name} ...") if sys.stderr.isatty() else None)
+    print_result(as_json, result, lambda: describe(result))
+    if result["broken"]:
         raise typer.Exit(1)
 
 
@@ -97,22 +97,22 @@ def read_memory() -> dict[str, int] | None:
     return {key: int(rows[name].split()[0]) * 1024 for key, name in (("bytes", "MemTotal"), ("free", "MemAvailable"))}
 
 
-def describe(found: Mapping[str, Any]) -> list:
+def describe(result: Mapping[str, Any]) -> list:
     """Build lines about the machine and a table with a row for each test."""
     from fedlora.runs.table import Column, Table
 
-    memory = found["memory"]
-    lines = [f"fedlora {found['fedlora']}, Python {found['python']}, {found['system']}"]
-    lines.append(f"processors: {found['processors']}")
+    memory = result["memory"]
+    lines = [f"fedlora {result['fedlora']}, Python {result['python']}, {result['system']}"]
+    lines.append(f"processors: {result['processors']}")
     lines += [f"memory: {memory['free'] / GB:.1f} GB free of {memory['bytes'] / GB:.1f}"] if memory else []
-    lines.append(f"disk: {found['disk'] / GB:.1f} GB free here")
-    for device in found["devices"]:
+    lines.append(f"disk: {result['disk'] / GB:.1f} GB free here")
+    for device in result["devices"]:
         gpu = "bytes" in device and f"{device['kind']}, {device['free'] / GB:.1f} GB free of {device['bytes'] / GB:.1f}"
         lines.append(f"{device['name']}: {gpu or '{threads} threads'.format(**device)}")
     rows = [
         {**test, "packages": ", ".join(f"{name} {version or '–'}" for name, version in test["packages"].items())}
-        for test in found["tests"]
+        for test in result["tests"]
     ]
     columns = (Column("name", "what"), Column("packages", "packages"), Column("state", "state"), Column("said", "said"))
     table = Table("doctor", "What is installed, and whether it works", columns, rows)
-    return [*lines, table, f"Broken: {', '.join(found['broken'])}." if found["broken"] else "Nothing is broken."]
+    return [*lines, table, f"Broken: {', '.join(result['broken'])}." if result["broken"] else "Nothing is broken."]

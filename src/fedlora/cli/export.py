@@ -19,12 +19,12 @@ def show_command(
     from fedlora.runs.folder import RunFolder, read_json
 
     if (folder / COMPARISON).exists():
-        found = read_json(folder / COMPARISON)
-        return print_result(as_json, found, lambda: tabulate_comparison(found["rows"]))
+        result = read_json(folder / COMPARISON)
+        return print_result(as_json, result, lambda: tabulate_comparison(result["rows"]))
     run = RunFolder(folder)
     lines = (*run.summary.get("notes", ()), f"Folder: {folder}")
-    found = {"summary": run.summary, "records": run.records}
-    print_result(as_json, found, lambda: tabulate_summary(run.summary, run.records), lines)
+    result = {"summary": run.summary, "records": run.records}
+    print_result(as_json, result, lambda: tabulate_summary(run.summary, run.records), lines)
 
 
 def personal_command(
@@ -33,15 +33,15 @@ def personal_command(
     as_json: Json = False,
 ) -> None:
     """Score global, personal, fine-tuned, local-only and centralised models side by side, client by client."""
-    from fedlora.reporting.tables.personalization import tabulate_personal
+    from fedlora.reporting.tables.run import tabulate_personal
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.personalization import evaluate_personalization
     from fedlora.runs.progress import Progress
 
     run = RunFolder.open(folder)
     with Progress(2 * run.summary["rounds"]) as progress:  # of the local-only and of the centralised run
-        found = evaluate_personalization(run, steps, progress.watch)
-    print_result(as_json, found, lambda: tabulate_personal(found), [f"Folder: {folder}"])
+        result = evaluate_personalization(run, steps, progress.watch)
+    print_result(as_json, result, lambda: tabulate_personal(result), [f"Folder: {folder}"])
 
 
 def aggregate_command(
@@ -68,8 +68,8 @@ def aggregate_command(
     shares = None if weights is None else parse_numbers(weights, float, "--weights", "3,1,1")
     rule, engine = build_method(name, option or []), Engine(device=device, threads=threads)
     report = aggregate_adapters(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
-    found = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
-    print_result(as_json, found, lambda: [tabulate_aggregation(found)])
+    result = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
+    print_result(as_json, result, lambda: [tabulate_aggregation(result)])
 
 
 def export_command(
@@ -90,5 +90,5 @@ def export_command(
         raise ValueError("--client and --all-clients exclude each other; keep one of them.")
     run = RunFolder.open(folder)
     targets = {check_new_folder(out) / str(k): k for k in run.clients()} if all_clients else {out: client}
-    found = [export_model(run, path, number, rank, merged) for path, number in targets.items()]
-    print_result(as_json, found, lambda: [tabulate_exports(found)])
+    result = [export_model(run, path, number, rank, merged) for path, number in targets.items()]
+    print_result(as_json, result, lambda: [tabulate_exports(result)])

@@ -111,8 +111,8 @@ def result_command(
     from fedlora.flower.deploy.client_result import write_result
     from fedlora.runs.config import read
 
-    found = write_result(read(config, override or []), state, client, out, run)
-    typer.echo(f"{out} has client {client}'s own model after round {found['rounds']}.")
+    result = write_result(read(config, override or []), state, client, out, run)
+    typer.echo(f"{out} has client {client}'s own model after round {result['rounds']}.")
     say(f"Next: fedlora export {out} --client {client} --out adapter")
 
 

@@ -56,12 +56,12 @@ def sweep_command(
     folder = out or choose_folder(f"{config.stem}-sweep")
     with Cells(len(sweep.trials) * len(sweep.seeds), sweep.table.get("rounds", 20)) as progress:
         try:
-            found = sweep.run(folder, jobs, progress.watch, progress.finish)
+            result = sweep.run(folder, jobs, progress.watch, progress.finish)
         except KeyboardInterrupt:
             say(f"Finished trials are in {folder}; the same command with --out {folder} goes on.")
             raise
-    command = tables.format_next_command(found, str(folder))
-    print_result(as_json, {**found, "folder": str(folder)}, lambda: tables.tabulate_sweep(found), command)
+    command = tables.format_next_command(result, str(folder))
+    print_result(as_json, {**result, "folder": str(folder)}, lambda: tables.tabulate_sweep(result), command)
     say(f"sweep.json, chosen.toml and the trials are in {folder}.")
 
 
@@ -78,5 +78,5 @@ def plan_command(config: ConfigPath, override: Override = None, methods: Methods
             say(f"fedlora: {' '.join(sentence.split())}")
         print_result(as_json, {"problems": errors})
         raise typer.Exit(2)
-    found = plan_methods(table, parse_names(methods))
-    print_result(as_json, found, lambda: tabulate_plan(found[0]) if len(found) == 1 else tabulate_plans(found))
+    result = plan_methods(table, parse_names(methods))
+    print_result(as_json, result, lambda: tabulate_plan(result[0]) if len(result) == 1 else tabulate_plans(result))

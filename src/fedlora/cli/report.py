@@ -36,8 +36,8 @@ def plots_command(
     from fedlora.reporting.load import load_runs
 
     written, absent = write_files(load_runs(runs), out, width)
-    found = {"files": [str(path) for path in written], "absent": {figure.name: figure.caption for figure in absent}}
-    print_result(as_json, found, whole=found["files"])
+    result = {"files": [str(path) for path in written], "absent": {figure.name: figure.caption for figure in absent}}
+    print_result(as_json, result, whole=result["files"])
     for figure in absent:
         say(f"Not drawn, {figure.name}: {figure.caption}")
 

@@ -114,8 +114,8 @@ def compare_command(
             )
             raise
     draw_comparison(load_cells(cells), out)
-    found = comparison_rows(cells)
-    print_result(as_json, {"rows": found, "folder": str(out)}, lambda: tabulate_comparison(found))
+    result = comparison_rows(cells)
+    print_result(as_json, {"rows": result, "folder": str(out)}, lambda: tabulate_comparison(result))
     say(f"Runs, comparison.json and plots are in {out}.")
 
 
@@ -125,9 +125,9 @@ def _compare_uploads(table, labels: list[str], out: Path, as_json: bool) -> None
     from fedlora.runs.progress import Progress
 
     with Progress(table.get("rounds", 20)) as progress:
-        found, uploads = compare_aggregation(table, labels, out, progress.watch)
-    value = {"rows": found, "uploads": uploads, "folder": str(out)}
-    print_result(as_json, value, lambda: tabulate_oracle(found, uploads))
+        result, uploads = compare_aggregation(table, labels, out, progress.watch)
+    value = {"rows": result, "uploads": uploads, "folder": str(out)}
+    print_result(as_json, value, lambda: tabulate_oracle(result, uploads))
     say(f"The run and oracle.json are in {out}.")
 
 
@@ -144,8 +144,8 @@ def demo_command(
 
     out = out or choose_folder("demo")
     rows, figures = run_demo(out, jobs, say)
-    found = {"rows": rows, "figures": [str(figure) for figure in figures]}
-    print_result(as_json, found, lambda: tabulate_comparison(rows))
+    result = {"rows": rows, "figures": [str(figure) for figure in figures]}
+    print_result(as_json, result, lambda: tabulate_comparison(rows))
     for figure in figures:
         say(f"Plot: {figure}")
     say("Next: copy the configuration beside these plots, put in your own model and data, and run `fedlora run`:")

@@ -101,11 +101,11 @@ def grade_file(
     }
 
 
-def tabulate_grades(found: Mapping[str, Any]) -> Table:
+def tabulate_grades(result: Mapping[str, Any]) -> Table:
     """Build the table of the result of ``grade_file``."""
-    rows = [(name, f"{value:.4f}") for name, value in found["figures"].items()]
-    rows.append(("answers that pass", str(found["passed"])))
-    if found["missing"]:
-        rows.append(("problems without an answer, counted as wrong", str(found["missing"])))
-    title = f"{found['answers']} answers to {found['problems']} problems"
-    return from_pairs(title, [*rows, ("verdicts", found["verdicts"])])
+    rows = [(name, f"{value:.4f}") for name, value in result["figures"].items()]
+    rows.append(("answers that pass", str(result["passed"])))
+    if result["missing"]:
+        rows.append(("problems without an answer, counted as wrong", str(result["missing"])))
+    title = f"{result['answers']} answers to {result['problems']} problems"
+    return from_pairs(title, [*rows, ("verdicts", result["verdicts"])])

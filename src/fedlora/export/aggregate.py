@@ -136,21 +136,21 @@ def _merge_settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     return settings
 
 
-def _check_options(method: Method, found: CombinedWeight, rank: int | None, exact: bool, residual: bool) -> None:
+def _check_options(method: Method, combined: CombinedWeight, rank: int | None, exact: bool, residual: bool) -> None:
     """Raise ``ValueError`` if the method cannot produce the wanted output."""
-    largest = found.layer["A"].shape[-2]
+    largest = combined.layer["A"].shape[-2]
     if exact and rank is not None:
         raise ValueError("--exact writes the sum of all ranks, so --rank has no place beside it; keep one of them.")
     if rank is not None and largest < rank:
         raise ValueError(f"--rank is {rank}, but {method.title} makes no more than rank {largest} of these; lower it.")
-    if found.rest_rank is None and (exact or residual):
+    if combined.rest_rank is None and (exact or residual):
         raise ValueError(
             f"{method.title} leaves nothing over for {'--exact' if exact else '--residual'}; leave it out, or take "
             "--method fedex-lora or flora."
         )
-    if found.rest_rank is not None and not (exact or residual):
+    if combined.rest_rank is not None and not (exact or residual):
         raise ValueError(
-            f"{method.title} leaves a residual of rank {found.rest_rank} that its adapter cannot hold; add "
+            f"{method.title} leaves a residual of rank {combined.rest_rank} that its adapter cannot hold; add "
             "--residual DIR for a second adapter, or --exact for one adapter of the sum of the ranks."
         )
 
@@ -201,8 +201,8 @@ def _build_rule(adapters: Sequence[AdapterFolder], method: Method, part: str, ra
             f"the adapters have ranks {sorted(set(ranks))} at {part!r}, and {method.title} needs one rank for "
             f"all; take one of {', '.join(able)}."
         )
-    own = adapters[0].lora(part)
-    return replace(method, adapter=replace(own, rank=rank if rank and method.any_rank else max(ranks)))
+    lora = adapters[0].lora(part)
+    return replace(method, adapter=replace(lora, rank=rank if rank and method.any_rank else max(ranks)))
 
 
 def _build_uploads(adapters: Sequence[AdapterFolder], rule: Method, part: str, shares: Sequence[float]) -> list[Upload]:
@@ -296,15 +296,15 @@ def _average_module(adapters: Sequence[AdapterFolder], shares: Sequence[float], 
     return mean.to(kinds.pop() if len(kinds) == 1 else torch.float32)
 
 
-def tabulate_aggregation(found: Mapping[str, Any]) -> Table:
+def tabulate_aggregation(result: Mapping[str, Any]) -> Table:
     """Build the table of an aggregation: its ranks and errors."""
-    count = found["adapters"]
-    worst = max(found["weights"], key=lambda part: found["weights"][part]["served"])
+    count = result["adapters"]
+    worst = max(result["weights"], key=lambda part: result["weights"][part]["served"])
     return from_pairs(f"{count} adapter{'' if count == 1 else 's'} combined", [
-        ("weights", str(len(found["weights"]))),
-        ("ranks", ", ".join(map(str, found["ranks"]))),
-        ("error against the exact mean", format_relative(found["error"])),
-        ("the same, of the averaged factors", format_relative(found["error_fedit"])),
-        (f"largest error, at {worst}", format_relative(found["weights"][worst]["served"])),
-        ("folder", found["folder"]),
+        ("weights", str(len(result["weights"]))),
+        ("ranks", ", ".join(map(str, result["ranks"]))),
+        ("error against the exact mean", format_relative(result["error"])),
+        ("the same, of the averaged factors", format_relative(result["error_fedit"])),
+        (f"largest error, at {worst}", format_relative(result["weights"][worst]["served"])),
+        ("folder", result["folder"]),
     ])  # fmt: skip

@@ -76,9 +76,9 @@ def collect_updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors
     updates = {}
     for part, p in model.parts.items():
         if not isinstance(p.adapter, Dense):
-            own = p.adapter.delta(tree[part])
-            both = [f for f in (own, base_updates.get(part)) if f is not None and bool(f.U.any())]
-            updates[part] = compact(total(both)) if both else own
+            update = p.adapter.delta(tree[part])
+            both = [f for f in (update, base_updates.get(part)) if f is not None and bool(f.U.any())]
+            updates[part] = compact(total(both)) if both else update
     return updates
 
 

@@ -55,17 +55,17 @@ def list_columns(metric: str) -> list[tuple[str, Cell]]:
     ]
 
 
-def _list_rows(at: RunStatus) -> list[dict[str, float]]:
-    return [{"round": record["round"], **round_figures(record)} for record in at.records]
+def _list_rows(status: RunStatus) -> list[dict[str, float]]:
+    return [{"round": record["round"], **round_figures(record)} for record in status.records]
 
 
-def estimate_remaining(at: RunStatus, now: float) -> float | None:
+def estimate_remaining(status: RunStatus, now: float) -> float | None:
     """Estimate the seconds until the end from the last rounds; None before the first round."""
-    times = [s for record in at.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
-    if not times or at.state != RUNNING:
+    times = [s for record in status.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
+    if not times or status.state != RUNNING:
         return None
-    left = at.progress["rounds"] - len(at.records)
-    return max(0.0, fmean(times) * left - max(0.0, now - at.progress["at"]))
+    left = status.progress["rounds"] - len(status.records)
+    return max(0.0, fmean(times) * left - max(0.0, now - status.progress["at"]))
 
 
 def format_duration(seconds: float) -> str:
@@ -75,18 +75,20 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{timedelta(minutes=round(seconds / 60))!s}"[:-3] + " h"
 
 
-def draw_status(at: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True) -> RenderableType:
+def draw_status(
+    status: RunStatus, name: str, width: int, height: int, now: float, unicode: bool = True
+) -> RenderableType:
     """Draw a run's status for a terminal of ``width`` columns and ``height`` lines."""
-    metric = str(at.progress.get("metric", "accuracy"))
-    texts = list(_describe_status(at, name, now))
+    metric = str(status.progress.get("metric", "accuracy"))
+    texts = list(_describe_status(status, name, now))
     head: list[RenderableType] = [Text(text, overflow="fold") for text in texts]
-    if at.progress:
+    if status.progress:
         grid = Table.grid()  # since a bar alone does not end its line
-        grid.add_row(ProgressBar(at.progress["rounds"], len(at.records), width=min(width, 60)))
+        grid.add_row(ProgressBar(status.progress["rounds"], len(status.records), width=min(width, 60)))
         head.insert(1, grid)
-    rows = _list_rows(at)
+    rows = _list_rows(status)
     curves = [_line(text) for text in _draw_curves(rows, metric, width)] if unicode else []
-    notes = [_line(display_safe(text)) for text in at.progress.get("said", [])[-4:]]
+    notes = [_line(display_safe(text)) for text in status.progress.get("said", [])[-4:]]
     folded = sum(len(text) // width for text in texts)
     room = height - len(head) - 2 * folded - len(curves) - len(notes) - 3
     table = [_build_table(rows[-max(1, room) :], metric, width)] if rows else []
@@ -97,38 +99,40 @@ def _line(text: str) -> Text:
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _describe_status(at: RunStatus, name: str, now: float) -> Iterator[str]:
-    yield ", ".join([display_safe(name), *([display_safe(at.progress["title"])] if "title" in at.progress else [])])
-    if at.state == WAITING:
+def _describe_status(status: RunStatus, name: str, now: float) -> Iterator[str]:
+    yield ", ".join(
+        [display_safe(name), *([display_safe(status.progress["title"])] if "title" in status.progress else [])]
+    )
+    if status.state == WAITING:
         yield "waiting for the run to begin; Ctrl-C leaves"
-    if at.state == LOADING:
+    if status.state == LOADING:
         yield "the model and the data are being loaded"
-    if at.progress:
-        yield describe_state(at)
-        yield from describe_attendance(at)
-        left = estimate_remaining(at, now)
-        until = at.progress["at"] if at.is_over else now
+    if status.progress:
+        yield describe_state(status)
+        yield from describe_attendance(status)
+        left = estimate_remaining(status, now)
+        until = status.progress["at"] if status.is_over else now
         rest = "" if left is None else f", about {format_duration(left)} left"
-        yield f"{format_duration(until - at.progress['began'])} so far{rest}"
+        yield f"{format_duration(until - status.progress['began'])} so far{rest}"
 
 
-def describe_attendance(at: RunStatus) -> Iterator[str]:
+def describe_attendance(status: RunStatus) -> Iterator[str]:
     """Describe the clients that are missing now, and the clients behind the means; nothing if none is missing."""
-    missing, total = at.progress.get("missing") or {}, at.progress.get("clients", 0)
+    missing, total = status.progress.get("missing") or {}, status.progress.get("clients", 0)
     if count := missing.get("count"):
         first = [display_safe(text) for text in missing["first"]]
         more = f"; and {count - len(first)} more clients" if count > len(first) else ""
-        yield f"left out {'at its end' if at.is_over else 'now'}: {'; '.join(first)}{more}"
-    if text := describe_means([(r["round"], count_scored_clients(r)) for r in at.records if "clients" in r], total):
+        yield f"left out {'at its end' if status.is_over else 'now'}: {'; '.join(first)}{more}"
+    if text := describe_means([(r["round"], count_scored_clients(r)) for r in status.records if "clients" in r], total):
         yield f"clients' own models: {text}"
 
 
-def describe_state(at: RunStatus) -> str:
+def describe_state(status: RunStatus) -> str:
     """Describe the state of a run in a line."""
-    progress, done = at.progress, f"{len(at.records)} of {at.progress['rounds']} rounds"
-    if at.is_over:
+    progress, done = status.progress, f"{len(status.records)} of {status.progress['rounds']} rounds"
+    if status.is_over:
         why = f": {display_safe(progress['error'])}" if progress.get("error") else ""
-        return f"{at.state} after {done}{why}"
+        return f"{status.state} after {done}{why}"
     who = "" if progress.get("client") is None else f", client {progress['client']}"
     loss = "" if progress.get("loss") is None else f", loss {progress['loss']:.4f}"
     where = (
@@ -184,42 +188,45 @@ def watch_screen(reader: ProgressReader, console: Console, every: float) -> RunS
     """Redraw the status until the run is over; the last picture stays on the terminal."""
     name, unicode = str(reader.folder), console.encoding.startswith("utf")
 
-    def draw(at: RunStatus) -> RenderableType:
-        return draw_status(at, name, console.width, console.height, time.time(), unicode)
+    def draw(status: RunStatus) -> RenderableType:
+        return draw_status(status, name, console.width, console.height, time.time(), unicode)
 
-    at = reader.read()
-    screen = Live(draw(at), console=console, auto_refresh=False, screen=True)
+    status = reader.read()
+    screen = Live(draw(status), console=console, auto_refresh=False, screen=True)
     try:  # not `with`: Ctrl-C during the first drawing, in __enter__, would leave the terminal without its cursor
         screen.start(refresh=True)
-        while not at.is_over:
+        while not status.is_over:
             time.sleep(every)
-            at = reader.read()
-            screen.update(draw(at), refresh=True)
+            status = reader.read()
+            screen.update(draw(status), refresh=True)
     finally:
         screen.stop()
-    console.print(draw(at))
-    return at
+    console.print(draw(status))
+    return status
 
 
 def watch_lines(reader: ProgressReader, say: Callable[[str], None], every: float) -> RunStatus:
     """Print a line for each finished round and each note, until the run is over."""
     count, notes, state = 0, set[str](), ""
     while True:
-        at = reader.read()
-        if at.state != state and at.state in (WAITING, LOADING):
-            say(f"{display_safe(str(reader.folder))}: {at.state}")
-        state = at.state
-        metric, rounds = str(at.progress.get("metric", "accuracy")), at.progress.get("rounds", len(at.records))
-        for text in at.progress.get("said", []):
+        status = reader.read()
+        if status.state != state and status.state in (WAITING, LOADING):
+            say(f"{display_safe(str(reader.folder))}: {status.state}")
+        state = status.state
+        metric, rounds = (
+            str(status.progress.get("metric", "accuracy")),
+            status.progress.get("rounds", len(status.records)),
+        )
+        for text in status.progress.get("said", []):
             if text not in notes:
                 notes.add(text)
                 say(display_safe(text))
-        for record in at.records[min(count, len(at.records)) :]:
+        for record in status.records[min(count, len(status.records)) :]:
             say(format_round(record, rounds, metric))
-        count = len(at.records)
-        if at.is_over:
-            for text in describe_attendance(at):
+        count = len(status.records)
+        if status.is_over:
+            for text in describe_attendance(status):
                 say(text)
-            say(describe_state(at) if at.progress else at.state)
-            return at
+            say(describe_state(status) if status.progress else status.state)
+            return status
         time.sleep(every)

@@ -34,29 +34,31 @@ MEMORY = {
 }
 
 
-def tabulate_plan(found: Mapping[str, Any]) -> list[Table | str]:
+def tabulate_plan(result: Mapping[str, Any]) -> list[Table | str]:
     """Build the tables of one method's plan."""
-    privacy = [from_pairs("Privacy of the whole run", Privacy.describe(found["privacy"]))] if "privacy" in found else []
-    memory = ((name, _format_mb(found["memory"][key])) for key, name in MEMORY.items())
-    abilities = ((name, _format_value(found["options"][key])) for key, name in ABILITIES.items())
+    privacy = (
+        [from_pairs("Privacy of the whole run", Privacy.describe(result["privacy"]))] if "privacy" in result else []
+    )
+    memory = ((name, _format_mb(result["memory"][key])) for key, name in MEMORY.items())
+    abilities = ((name, _format_value(result["options"][key])) for key, name in ABILITIES.items())
     return [
-        _tabulate_sizes(found),
+        _tabulate_sizes(result),
         *privacy,
-        _tabulate_traffic(found["bytes"]),
+        _tabulate_traffic(result["bytes"]),
         from_pairs("Memory (estimate), MB", memory),
-        from_pairs(f"{found['title']} supports", abilities),
-        *found["estimates"],
+        from_pairs(f"{result['title']} supports", abilities),
+        *result["estimates"],
     ]
 
 
-def tabulate_plans(found: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+def tabulate_plans(result: Sequence[Mapping[str, Any]]) -> list[Table | str]:
     """Build the table that compares the plans of several methods."""
     titles = (
         "trainable", "MB up a client, round", "MB down", "MB up, run", "MB down, run", "MB client", "MB server",
         "TFLOP a client, round", "unequal ranks", "secure aggr.",
     )  # fmt: skip
     rows = []
-    for one in found:
+    for one in result:
         cells = [one["problem"], *[""] * (len(titles) - 1)] if "problem" in one else _cells(one)
         rows.append({"method": one["method"], **dict(zip(titles, cells))})
     columns = (Column("method", "method"), *(Column(title, title, align="right") for title in titles))
@@ -77,8 +79,8 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _tabulate_sizes(found: Mapping[str, Any]) -> Table:
-    numbers, rows, flops = found["numbers"], found["rows"], found["flops"]
+def _tabulate_sizes(result: Mapping[str, Any]) -> Table:
+    numbers, rows, flops = result["numbers"], result["rows"], result["flops"]
     lines = [
         ("trainable numbers", f"{numbers['trainable']:,} ({100 * numbers['share']:.3g} % of the model)"),
         ("of these adapter, head", f"{numbers['adapter']:,}, {numbers['head']:,}"),
@@ -93,7 +95,7 @@ def _tabulate_sizes(found: Mapping[str, Any]) -> Table:
         ("TFLOP a client, evaluation", f"{flops['evaluation'] / 1e12:.4f}"),
         ("TFLOP, whole run", f"{flops['run'] / 1e12:.4f}"),
     ]
-    return from_pairs(f"{found['title'] or found['method']}: before anything is spent", lines)
+    return from_pairs(f"{result['title'] or result['method']}: before anything is spent", lines)
 
 
 def _tabulate_traffic(sizes: Mapping[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""Tables of one run: its final figures, and its rounds."""
+"""Tables of one run: its final figures, its rounds, and the models of ``fedlora personal``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,41 +16,49 @@ ERRORS = {
     "drift": "client drift",
     "concentration": "concentration of the mix on one client",
 }
+SIDES = {
+    "global": "global",
+    "held": "what it holds",
+    "tuned": "after {steps} steps of its own",
+    "local": "alone",
+    "centralised": "centralised",
+}
+MEANS = {"mean": "mean over clients", "examples_mean": "over all their rows", "worst": "worst client"}
 
 
-def tabulate_summary(found: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
+def tabulate_summary(result: Mapping[str, Any], records: Sequence[RoundRecord] = ()) -> list[Table]:
     """Build the tables of a run's ``summary.json`` and, if any, of its records."""
-    title = f"{found['title'] or found['method']}, {found['rounds']} rounds, seed {found['seed']}"
-    tables = [from_pairs(title, _list_figures(found))]
-    return [*tables, tabulate_rounds(records, found["metric"]["name"])] if records else tables
+    title = f"{result['title'] or result['method']}, {result['rounds']} rounds, seed {result['seed']}"
+    tables = [from_pairs(title, _list_figures(result))]
+    return [*tables, tabulate_rounds(records, result["metric"]["name"])] if records else tables
 
 
-def _list_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    final, metric = found.get("final", {}), found["metric"]["name"]
+def _list_figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    final, metric = result.get("final", {}), result["metric"]["name"]
     for name, value in final.get("global", {}).items():
         if name == metric or name != "loss":
             yield f"global {name.replace('_', ' ')}", f"{value:.4f}"
     if "clients" in final:
-        yield from _list_clients(found, metric)
+        yield from _list_clients(result, metric)
     if "attack" in final:
         yield "attack's success", f"{final['attack']['success']:.4f}"
-    yield from fault_lines(found)
-    if "privacy" in found:
-        yield from Privacy.describe(found["privacy"])
+    yield from fault_lines(result)
+    if "privacy" in result:
+        yield from Privacy.describe(result["privacy"])
     for direction in ("up", "down"):
-        for kind, size in found["bytes"][direction].items():
+        for kind, size in result["bytes"][direction].items():
             yield f"MB {direction}, {kind}", f"{size / 1e6:.3f}"
-    for name, value in found["errors"].items():
+    for name, value in result["errors"].items():
         yield ERRORS.get(name, name), f"{value:.4f}"
     for name in ("train", "evaluate", "total"):
-        if name in found["seconds"]:
-            yield f"seconds, {name}", f"{found['seconds'][name]:.1f}"
+        if name in result["seconds"]:
+            yield f"seconds, {name}", f"{result['seconds'][name]:.1f}"
 
 
-def _list_clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
+def _list_clients(result: Mapping[str, Any], metric: str) -> Iterator[tuple[str, str]]:
     """List the figures of the clients' own models."""
-    clients, last, name = found["final"]["clients"], found["last_rounds"], metric.replace("_", " ")
-    over = describe_scored_clients(found)
+    clients, last, name = result["final"]["clients"], result["last_rounds"], metric.replace("_", " ")
+    over = describe_scored_clients(result)
     yield f"clients' own {name}, mean over {over}", f"{clients['mean']:.4f}"
     yield f"clients' own {name}, over all their rows", f"{clients['examples_mean']:.4f}"
     for other, value in clients.get("figures", {}).items():
@@ -61,7 +69,7 @@ def _list_clients(found: Mapping[str, Any], metric: str) -> Iterator[tuple[str, 
     for group in clients.get("capability", ()):
         who = f"capability {group['capability']:g}, {group['clients']} clients: mean, worst"
         yield who, f"{group['mean']:.4f}, {group['worst']:.4f}"
-    least, of = last.get("fewest"), found.get("scored", {}).get("of")
+    least, of = last.get("fewest"), result.get("scored", {}).get("of")
     few = "" if least in (None, of) else f", of at least {least} of {of} clients"
     yield f"clients' own {name}, last {last['rounds']} evaluated rounds{few}", f"{last['clients']:.4f}"
 
@@ -79,3 +87,25 @@ def tabulate_rounds(records: Sequence[RoundRecord], metric: str) -> Table:
                Column("clients", "clients' own", 4), Column("worst", "worst", 4), Column("up", "MB up", 3),
                Column("down", "MB down", 3))  # fmt: skip
     return Table("rounds", f"Rounds ({metric.replace('_', ' ')})", columns, rows)
+
+
+def tabulate_personal(result: Mapping[str, Any]) -> list[Table]:
+    """Build the tables of means, the worst and each client; and those of the clients that never took part."""
+    name = result["metric"]["name"].replace("_", " ").capitalize()
+    tables = [
+        _tabulate_side_by_side(
+            result["columns"], f"{name} on the clients' own test rows, {result['title']}", result["steps"]
+        )
+    ]
+    if result["new"]:
+        tables.append(_tabulate_side_by_side(result["new"], f"{name} of clients that never took part", result["steps"]))
+    return tables
+
+
+def _tabulate_side_by_side(columns: Mapping[str, Any], title: str, steps: int) -> Table:
+    scored = {name: column for name, column in columns.items() if column is not None}
+    rows = [{"client": what, **{name: one[key] for name, one in scored.items()}} for key, what in MEANS.items()]
+    clients = [k for k, value in enumerate(next(iter(scored.values()))["each"]) if value is not None]
+    rows += [{"client": str(k), **{name: one["each"][k] for name, one in scored.items()}} for k in clients]
+    figures = (Column(name, SIDES[name].format(steps=steps), 4) for name in columns)
+    return Table("personal", title, (Column("client", "client"), *figures), rows, rules=frozenset({len(MEANS)}))

@@ -7,25 +7,25 @@ from fedlora.reporting.tables.comparison import rank
 from fedlora.runs.table import DASH, Column, Table
 
 
-def tabulate_sweep(found: Mapping[str, Any]) -> list[Table | str]:
+def tabulate_sweep(result: Mapping[str, Any]) -> list[Table | str]:
     """Build the table of the trials, and a sentence on the choice for each method."""
-    metric = found["metric"]["name"].replace("_", " ") if found["metric"] else "figure"
-    seeds = f", mean over {len(found['seeds'])} seeds" if len(found["seeds"]) > 1 else ""
-    title = f"{metric.capitalize()} on validation rows ({found['validation']}) in the final round{seeds}"
+    metric = result["metric"]["name"].replace("_", " ") if result["metric"] else "figure"
+    seeds = f", mean over {len(result['seeds'])} seeds" if len(result["seeds"]) > 1 else ""
+    title = f"{metric.capitalize()} on validation rows ({result['validation']}) in the final round{seeds}"
     rows = [
         {"method": row["method"], "trial": str(trial["trial"]), "values": _format_values(trial["values"]),
          "value": trial["value"], "remark": _describe_trial(row, trial)}
-        for row in found["methods"]
+        for row in result["methods"]
         for trial in row["trials"]
     ]  # fmt: skip
     columns = (Column("method", "method"), Column("trial", "trial"), Column("values", "values"),
                Column("value", metric, 4), Column("remark", "remark"))  # fmt: skip
-    return [Table("sweep", title, columns, rows), *(_describe_choice(row, metric, found) for row in found["methods"])]
+    return [Table("sweep", title, columns, rows), *(_describe_choice(row, metric, result) for row in result["methods"])]
 
 
-def format_next_command(found: Mapping[str, Any], folder: str) -> tuple[str, ...]:
+def format_next_command(result: Mapping[str, Any], folder: str) -> tuple[str, ...]:
     """Return the command that compares the chosen settings; empty if no trial was chosen."""
-    chosen = ",".join(row["method"] for row in found["methods"] if row["chosen"] is not None)
+    chosen = ",".join(row["method"] for row in result["methods"] if row["chosen"] is not None)
     return (f"Next: fedlora compare {folder}/chosen.toml --methods {chosen} --seeds 0,1,2",) if chosen else ()
 
 
@@ -36,21 +36,21 @@ def _describe_trial(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
     return ", ".join([*remarks, *([f"mean over {trial['over']}"] if trial.get("over") else [])])
 
 
-def _describe_choice(row: Mapping[str, Any], metric: str, found: Mapping[str, Any]) -> str:
+def _describe_choice(row: Mapping[str, Any], metric: str, result: Mapping[str, Any]) -> str:
     trials = len(row["trials"])
     if row["chosen"] is None:
         return f"{row['method']}: none of {trials} trials came to a figure; try smaller learning rates."
-    score = f"{metric} {row['value']:.4f}, {_describe_certainty(row, found)}"
+    score = f"{metric} {row['value']:.4f}, {_describe_certainty(row, result)}"
     choice = f"{row['method']}: {_format_values(row['values'])} ({score})"
     if row["edge"]:
         return f"{choice}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
     return f"{choice}."
 
 
-def _describe_certainty(row: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _describe_certainty(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Compare the chosen trial with the others by the paired test over seeds."""
-    values = {t["trial"]: dict(zip(found["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
-    best = rank({f"trial {k}": by_seed for k, by_seed in values.items()}, found["metric"]["higher"])
+    values = {t["trial"]: dict(zip(result["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
+    best = rank({f"trial {k}": by_seed for k, by_seed in values.items()}, result["metric"]["higher"])
     how = "best of {}" if best is not None and not best.level else "chosen of {} by the mean"
     return how.format(len(row["trials"])) + ("" if best is None else f"; {best.verdict}")
 
