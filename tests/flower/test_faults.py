@@ -18,8 +18,7 @@ from fedlora.flower import node_registry
 from fedlora.flower import wire as records
 from fedlora.flower.client import digest_start
 from fedlora.flower.client_store import ClientStore
-from fedlora.flower.node_registry import GONE
-from fedlora.flower.quorum import TooFewError
+from fedlora.flower.node_registry import GONE, TooFewError
 from fedlora.rounds import Received, server_turn
 from fedlora.runs.build import fingerprint
 from fedlora.types import Factors

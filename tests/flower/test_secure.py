@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("flwr", reason="needs the flower extra")
 
-from fedlora.flower.quorum import TooFewError
+from fedlora.flower.node_registry import TooFewError
 from fedlora.flower.wire import from_vector, to_vector, vector_size
 from fedlora.methods import METHODS
 from fedlora.rounds import shares

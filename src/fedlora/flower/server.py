@@ -23,8 +23,7 @@ from fedlora.files import digest, upload_limits
 from fedlora.flower.client import digest_start
 from fedlora.flower.client_messages import STALE
 from fedlora.flower.client_store import LocalClients, name_base, select_leaves
-from fedlora.flower.node_registry import GONE, NodeRegistry
-from fedlora.flower.quorum import Quorum
+from fedlora.flower.node_registry import GONE, NodeRegistry, Quorum
 from fedlora.flower.replies import MALFORMED, check_holds, describe_error, read_figures, read_scores
 from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, record_to_tree
 from fedlora.rounds import Received, Served

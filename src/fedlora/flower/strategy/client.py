@@ -224,19 +224,22 @@ def _check_fit(state: PeftState, arrived: PeftState) -> None:
             f"only {owner} has {'.'.join(odd[0])!r}, and {len(odd) - 1} more differ; make both with one LoraConfig "
             "(target_modules, modules_to_save)."
         )
-    for part in state.tree:
-        mine, theirs = (
-            [_outer_shape(x, leaf, part in state.adapted) for leaf, x in sorted(s.tree[part].items())]
-            for s in (state, arrived)
-        )
-        if mine != theirs:
+    mine, theirs = _outer_shapes(state), _outer_shapes(arrived)
+    for part, leaf in mine:
+        if mine[part, leaf] != theirs[part, leaf]:
             raise ValueError(
-                f"{part!r} is {mine} in the model and {theirs} in the server's adapter; start from one base model."
+                f"{leaf} of {part!r} is {mine[part, leaf]} in the model and {theirs[part, leaf]} in the server's "
+                "adapter; start from one base model."
             )
 
 
-def _outer_shape(x: Tensor, leaf: str, is_factor: bool) -> tuple[int, ...]:
-    return (x.shape[1] if leaf == "A" else x.shape[0],) if is_factor else tuple(x.shape)
+def _outer_shapes(state: PeftState) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Return the shape of each leaf without ranks, which may differ."""
+    return {
+        (part, leaf): tuple(x.shape) if part not in state.adapted else (x.shape[1 if leaf == "A" else 0],)
+        for part, layer in state.tree.items()
+        for leaf, x in layer.items()
+    }
 
 
 def _state_dict(model: Any) -> dict[str, Tensor]:
