@@ -196,5 +196,5 @@ def test_the_same_rows_in_new_files_are_scored_and_a_run_without_checkpoints_is_
     for folder in (place / "run", place / "run" / "best"):
         assert evaluate_personalization(RunFolder.open(folder), 1)["columns"]["held"]
     shutil.rmtree(place / "run" / "checkpoints")
-    with pytest.raises(ValueError, match="has no checkpoints that say which data and which model it was begun with"):
+    with pytest.raises(ValueError, match="has no checkpoints with digests of its data and model"):
         evaluate_personalization(RunFolder.open(place / "run"), 1)

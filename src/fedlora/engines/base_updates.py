@@ -1,4 +1,4 @@
-"""The base weights as a log: the pretrained weights plus every base update so far, for all clients alike."""
+"""The log of base updates: the base weights are the pretrained weights plus every update so far, for all clients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,26 +12,25 @@ BaseUpdate = Mapping[str, tuple[Factors, ...]]  # of one round: part -> low-rank
 
 
 def base_update_to_tree(base_updates: BaseUpdate) -> dict[str, Mapping[str, Tensor]]:
-    """One round's base update as a tree: part ``PART/i`` with the leaves ``U`` and ``V``."""
-    return {f"{part}/{i}": f._asdict() for part, several in base_updates.items() for i, f in enumerate(several)}
+    """Converts one round's base update to a tree with the parts ``PART/i`` and the leaves ``U`` and ``V``."""
+    return {f"{part}/{i}": f._asdict() for part, terms in base_updates.items() for i, f in enumerate(terms)}
 
 
 def base_update_from_tree(tree: Tree) -> BaseUpdate:
-    """The base update that ``folds_to_tree`` was given."""
-    found: dict[str, dict[int, Factors]] = {}
+    """Inverts ``base_update_to_tree``."""
+    terms: dict[str, dict[int, Factors]] = {}
     for key, factors in tree.items():
-        part, _, place = key.rpartition("/")
-        found.setdefault(part, {})[int(place)] = Factors(**factors)
-    return {part: tuple(several[i] for i in sorted(several)) for part, several in found.items()}
+        part, _, number = key.rpartition("/")
+        terms.setdefault(part, {})[int(number)] = Factors(**factors)
+    return {part: tuple(by_number[i] for i in sorted(by_number)) for part, by_number in terms.items()}
 
 
 @dataclass
 class BaseUpdateLog:
     """Every base update of a run, in order.
 
-    The first ``start`` of them, which all parties hold, are kept as one sum a weight, and the others one by one. A sum
-    whose rank grows beyond ``min(m, n)`` is brought down to it, so neither the log nor the delivery to a returning
-    client grows without end.
+    The first ``start`` of them, which all clients have, are kept as one sum a weight, and the others one by one. The
+    rank of a sum is at most ``min(m, n)``, so neither the log nor the delivery to a returning client grows without end.
     """
 
     prefix: dict[str, Factors] = field(default_factory=dict)
@@ -53,45 +52,43 @@ class BaseUpdateLog:
         """
         if 0 < seen < self.start:
             raise ValueError(
-                f"the first {self.start} base updates are kept as one; a party with {seen} of them must start anew."
+                f"the first {self.start} base updates are kept as one; a client with {seen} of them must start anew."
             )
-        return _sum_updates([*([self._first()] if seen < self.start else []), *self._since(seen)])
+        return _sum_updates(self._since(seen))
 
     def missing(self, seen: int) -> list[BaseUpdate]:
         """Returns the updates after the first ``seen``, round by round, so that all bases have the same bits.
 
         If the sum of several is smaller than its terms, returns that sum instead, which is equal up to rounding.
         """
-        summed, rounds = self.missing_sum(seen), [*([self._first()] if seen < self.start else []), *self._since(seen)]
-        few = all(sum(_rank(r.get(part, ())) for r in rounds) == _rank(f) for part, f in summed.items())
-        return rounds if few else [summed]
+        summed, rounds = self.missing_sum(seen), self._since(seen)
+        is_small = all(sum(_rank(r.get(part, ())) for r in rounds) == _rank(f) for part, f in summed.items())
+        return rounds if is_small else [summed]
 
     def total(self) -> dict[str, Factors]:
         """Returns the sum of all updates: the base less the pretrained weights."""
         return {part: factors[0] for part, factors in self.missing_sum(0).items()}
 
     def settle(self, seen: int) -> None:
-        """Keeps the first ``seen`` updates, which every party holds, as one sum."""
+        """Keeps the first ``seen`` updates, which every client has, as one sum."""
         if seen > self.start:
-            first = _sum_updates([self._first(), *self.entries[: seen - self.start]])
-            self.prefix = {part: factors[0] for part, factors in first.items()}
-            self.entries = self.entries[seen - self.start :]
-            self.start = seen
-
-    def _first(self) -> BaseUpdate:
-        return {part: (f,) for part, f in self.prefix.items()}
+            kept, everything = self._since(seen), self._since(0)
+            first = _sum_updates(everything[: len(everything) - len(kept)])
+            self.prefix, self.entries, self.start = {part: f[0] for part, f in first.items()}, kept, seen
 
     def _since(self, seen: int) -> list[BaseUpdate]:
-        return self.entries[max(0, seen - self.start) :]
+        """Returns the updates after the first ``seen``; those that are kept as one sum count as one update."""
+        prefix = [{part: (f,) for part, f in self.prefix.items()}] if seen < self.start else []
+        return [*prefix, *self.entries[max(0, seen - self.start) :]]
 
 
 def _rank(factors: Sequence[Factors]) -> int:
     return sum(f.V.shape[-2] for f in factors)
 
 
-def _sum_updates(several: Sequence[BaseUpdate]) -> dict[str, tuple[Factors, ...]]:
-    parts: dict[str, list[Factors]] = {}
-    for base_updates in several:
-        for part, factors in base_updates.items():
-            parts.setdefault(part, []).extend(factors)
-    return {part: (compact(total(factors)),) for part, factors in parts.items()}
+def _sum_updates(updates: Sequence[BaseUpdate]) -> dict[str, tuple[Factors, ...]]:
+    terms: dict[str, list[Factors]] = {}
+    for update in updates:
+        for part, factors in update.items():
+            terms.setdefault(part, []).extend(factors)
+    return {part: (compact(total(factors)),) for part, factors in terms.items()}

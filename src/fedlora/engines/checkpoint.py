@@ -1,7 +1,7 @@
 """Checkpoints of a run: written after its rounds, each whole or not at all, and loaded on resume.
 
-A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and the names of the files that
-belong to it), ``private-NUMBER-DIGEST.safetensors`` (the states of the clients that trained since the one before) and
+A folder holds ``NUMBER-DIGEST.safetensors`` (the server's state after so many rounds, and the names of its other
+files), ``private-NUMBER-DIGEST.safetensors`` (the states of the clients that trained since the last checkpoint) and
 ``base_updates/NUMBER-DIGEST.safetensors`` (one round's base update). Every file is written once, and the server's state
 comes last, so a crash at any moment leaves the checkpoint before.
 """
@@ -37,19 +37,16 @@ from fedlora.text import safe_filename
 from fedlora.types import Tree
 
 FOLDER, BASE_UPDATES, FORM = "checkpoints", "base_updates", 2
-PLACES = ("task.data", "model.name", "model.start")  # settings that say where a file or a folder is
+PATHS = ("task.data", "model.name", "model.start")  # settings that can name a file or a folder
 FOREIGN = "holds a run of another configuration"
 STATES = f"[0-9]*-{'[0-9a-f]' * 32}{SUFFIX}"
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """The ``[checkpoint]`` table: how often a run is saved, and which checkpoints stay.
+    """The ``[checkpoint]`` table. The last round is always saved."""
 
-    The last round is always saved.
-    """
-
-    keep: int = 3  # the last so many checkpoints; an older one stands in where the newest is damaged
+    keep: int = 3  # number of last checkpoints that are kept; an older one replaces a damaged one
     every: int = 1  # rounds from one to the next
     best: Literal["global", "clients"] | None = None  # also keep the best round's, by the task's metric
 
@@ -59,7 +56,7 @@ class CheckpointSettings:
                 raise ValueError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least 1.")
 
     def score(self, record: Mapping[str, Any], metric: str) -> float | None:
-        """Returns the figure that rounds are compared by; None without an evaluation, or if none is compared."""
+        """Returns the score of a round; None without an evaluation, or if the best round is not kept."""
         scores = record.get(self.best) if self.best is not None else None
         if scores is None:
             return None
@@ -67,15 +64,15 @@ class CheckpointSettings:
         return value if math.isfinite(value) else None
 
     def is_better(self, value: float | None, best: float | None, metric: str) -> bool:
-        """Whether a round is better than the best before; of equal rounds the first stays."""
+        """Whether a round is better than the best one so far; of equal rounds the first one counts."""
         if value is None or best is None:
             return value is not None
         return value > best if KNOWN_METRICS[metric].higher else value < best
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint whose files are all as they were written."""
+class Checkpoint:
+    """A checkpoint, with all of its files verified."""
 
     name: str
     about: Mapping[str, Any]
@@ -92,17 +89,15 @@ class Checkpoints:
     """The checkpoints of one run. ``refused`` has the reason for each checkpoint that could not be loaded."""
 
     folder: Path
-    config: str  # a digest of the configuration: another one cannot go on from here
+    config: str  # a digest of the configuration
     metric: str  # of the task
     settings: CheckpointSettings = field(default_factory=CheckpointSettings)
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # digests of the rows and the base, from ``inputs``
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # digests of the rows and the base, from ``digest_inputs``
     notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, resumed rounds
     refused: list[str] = field(default_factory=list, init=False)
     best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
-    _made: str = field(default="", init=False)  # a digest of the leaves that every party draws from the seed
-    _base_updates: list[tuple[str, int]] = field(
-        default_factory=list, init=False
-    )  # file, and the number of updates that were one sum then
+    _initial: str = field(default="", init=False)  # a digest of the leaves that the seed determines
+    _base_updates: list[tuple[str, int]] = field(default_factory=list, init=False)  # file, and ``start`` of the log
     _files: dict[int, str | None] = field(default_factory=dict, init=False)  # client -> the file of its state
     _written: dict[int, ClientState] = field(default_factory=dict, init=False)
     _last: Snapshot | None = field(default=None, init=False)  # of the last round, unless that is on disk
@@ -110,7 +105,7 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------ saving
     def begin(self, f: Federation) -> None:
         """Prepares the folder, before the first round and on resume."""
-        self._made = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
+        self._initial = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
         for folder in (self.folder, self.folder / BASE_UPDATES):
             remove_temporary_files(folder)
 
@@ -131,15 +126,14 @@ class Checkpoints:
         if snapshot is None:
             return
         stem = f"{snapshot.number:06d}"
-        self._private(f"private-{stem}", snapshot)
-        tree, said = snapshot.leaves()
-        files = None if snapshot.states is None else self._files
-        own = {
-            "form": FORM, "config": self.config, "made": self._made, "private": files,
-            "base_updates": self._base_updates,
+        self._write_client_states(f"private-{stem}", snapshot.states or {})
+        tree, about = snapshot.leaves()
+        about |= {
+            "form": FORM, "config": self.config, "made": self._initial,
+            "private": None if snapshot.states is None else self._files, "base_updates": self._base_updates,
             "notes": self.notes, "best": self.best, "inputs": self.inputs,
         }  # fmt: skip
-        name = write_verified_file(self.folder, stem, encode_state(tree, {**said, **own}))
+        name = write_verified_file(self.folder, stem, encode_state(tree, about))
         if self.best is not None and self.best["round"] == snapshot.number:
             self.best["file"] = name
         self._last = None
@@ -152,94 +146,91 @@ class Checkpoints:
             name = write_verified_file(self.folder / BASE_UPDATES, f"{number:06d}", content)
             self._base_updates.append((name, log.start))
 
-    def _private(self, stem: str, snapshot: Snapshot) -> None:
-        found = snapshot.states or {}
-        fresh = {client: own for client, own in found.items() if not _same(self._written.get(client), own)}
-        tree = states_to_tree(fresh)
+    def _write_client_states(self, stem: str, states: Mapping[int, ClientState]) -> None:
+        """Writes the states that have changed: a turn creates new objects."""
+        changed = {}
+        for client, state in states.items():
+            last = self._written.get(client)
+            if last is None or last.kept is not state.kept or last.moments is not state.moments:
+                changed[client] = state
+        tree = states_to_tree(changed)
         name = write_verified_file(self.folder, stem, encode_state(tree, {})) if tree else None
-        self._files |= dict.fromkeys(fresh, name)
-        self._written |= fresh
+        self._files |= dict.fromkeys(changed, name)
+        self._written |= changed
 
     def _prune(self, newest: str, number: int) -> None:
         """Removes all files but those of the last checkpoints and the best one."""
-        found = [path for path in _states(self.folder) if path.name == newest or _number(path) < number]
-        kept = {path.name for path in found[-self.settings.keep :]}
-        kept |= {self.best["file"]} if self.best else set()
-        belong = {str(f) for name in kept for f in (_load_about(self.folder / name).get("private") or {}).values()}
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            if path.name not in kept | belong:
-                path.unlink(missing_ok=True)
-        current = {name for name, _ in self._base_updates}
-        for path in (self.folder / BASE_UPDATES).glob(f"*{SUFFIX}"):
-            if path.name not in current:
+        states = [path for path in _list_checkpoints(self.folder) if path.name == newest or _number(path) < number]
+        kept = {path.name for path in states[-self.settings.keep :]} | ({self.best["file"]} if self.best else set())
+        kept |= {str(f) for name in kept for f in (_load_about(self.folder / name).get("private") or {}).values()}
+        kept |= {f"{BASE_UPDATES}/{name}" for name, _ in self._base_updates}
+        for path in [*self.folder.glob(f"*{SUFFIX}"), *self.folder.glob(f"{BASE_UPDATES}/*{SUFFIX}")]:
+            if path.relative_to(self.folder).as_posix() not in kept:
                 path.unlink(missing_ok=True)
 
-    # ----------------------------------------------------------------------------------- finding
-    def newest(self) -> Saved | None:
+    # ----------------------------------------------------------------------------------- loading
+    def newest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that is not damaged; None if there is no checkpoint at all.
 
         Raises ``ValueError`` if there are some, and none of them can be loaded.
         """
         self.refused = []
-        for path in reversed(_states(self.folder)):
+        for path in reversed(_list_checkpoints(self.folder)):
             try:
-                return self._sound(path)
+                return self._read(path)
             except RefusedFileError as error:
                 self.refused.append(str(error))
         run = repr(str(self.folder.parent))
-        if self.refused and all(FOREIGN in why for why in self.refused):
+        if not self.refused:
+            return None
+        if all(FOREIGN in why for why in self.refused):
             raise ValueError(f"{run} {FOREIGN}; go on with the one it began with, or choose another folder.")
-        if self.refused:
-            raise ValueError(
-                f"{run} holds no checkpoint to go on from: {'; '.join(self.refused)}; choose another folder and run it "
-                "anew."
-            )
-        return None
+        raise ValueError(
+            f"{run} holds no checkpoint to go on from: {'; '.join(self.refused)}; choose another folder and run it "
+            "anew."
+        )
 
-    def check_inputs(self, saved: Saved) -> None:
+    def check_inputs(self, saved: Checkpoint) -> None:
         """Raises ``ValueError`` if the data or the base differ from those that the checkpoint was made with."""
         compare_inputs(self.folder.parent, saved.about["inputs"], self.inputs)
 
-    def load(self, saved: Saved, f: Federation, engine: Loop) -> ServerState:
+    def load(self, saved: Checkpoint, f: Federation, engine: Loop) -> ServerState:
         """Returns the saved server state; applies its base updates to the model and restores the engine's clients."""
-        at, said = engine.begin(f), saved.about
-        if said["made"] != self._made:
+        at, about = engine.begin(f), saved.about
+        if about["made"] != self._initial:
             raise ValueError(
                 f"{saved.name} was made with other first values of the adapters than this machine draws from the same "
                 "seed; go on with the version of torch that the run began with."
             )
-        self._base_updates = [(str(name), int(start)) for name, start in said["base_updates"]]
+        self._base_updates = [(str(name), int(start)) for name, start in about["base_updates"]]
         for base_updates in self._reapply_base_updates(at.base_updates, self._base_updates):
             f.model.fold(base_updates)
             engine.on_base_update(base_updates)
-        restore_state(at, saved.tree, said, f.model.device)
+        restore_state(at, saved.tree, about, f.model.device)
         self._written = self.client_states(saved, f) or {}
-        self._files = {int(client): name for client, name in (said["private"] or {}).items()}
-        self.best = said["best"]
-        if self.best is not None and self.best["by"] != self.settings.best:
-            self.best = None
-        if self.best is not None:
-            self.best.setdefault("file", saved.name)  # it was written before it knew its own name
-        engine.restore(f, at, None if said["private"] is None else self._written)
+        self._files = {int(client): name for client, name in (about["private"] or {}).items()}
+        best = about["best"]  # without a file if it is this very checkpoint, which cannot contain its own name
+        self.best = {"file": saved.name, **best} if best is not None and best["by"] == self.settings.best else None
+        engine.restore(f, at, None if about["private"] is None else self._written)
         return at
 
-    def client_states(self, saved: Saved, f: Federation) -> dict[int, ClientState] | None:
+    def client_states(self, saved: Checkpoint, f: Federation) -> dict[int, ClientState] | None:
         """Returns the clients' states of a checkpoint; None if they are on the clients' own machines."""
         files = saved.about["private"]
         if files is None:
             return None
-        found: dict[int, ClientState] = {int(client): ClientState({part: {} for part in f.rules}) for client in files}
+        states = {int(client): ClientState({part: {} for part in f.rules}) for client in files}
         for name in sorted({name for name in files.values() if name is not None}):
             tree, _ = decode_state(read_verified_file(self.folder / name))
-            own = states_from_tree(tree, f.rules, f.model.device)
-            found |= {client: private for client, private in own.items() if files[str(client)] == name}
-        return dict(sorted(found.items()))
+            written = states_from_tree(tree, f.rules, f.model.device)
+            states |= {client: state for client, state in written.items() if files[str(client)] == name}
+        return dict(sorted(states.items()))
 
     def best_model(self, f: Federation) -> tuple[Tree, dict[int, ClientState], BaseUpdateLog] | None:
         """Returns the shared tree, the clients' states and the base updates after the best round."""
         if self.best is None:
             return None
-        saved = self._sound(self.folder / self.best["file"])
+        saved = self._read(self.folder / self.best["file"])
         first = f.model.initial(f.seed)
         at = ServerState(0, first, BaseUpdateLog(), Channel(first, f.heads))
         for _ in self._reapply_base_updates(at.base_updates, saved.about["base_updates"]):
@@ -255,59 +246,53 @@ class Checkpoints:
             yield log.entries[-1]
             log.settle(start)
 
-    def _sound(self, path: Path) -> Saved:
+    def _read(self, path: Path) -> Checkpoint:
         """Reads a checkpoint and verifies all files that belong to it."""
-        tree, said = decode_state(read_verified_file(path))
+        tree, about = decode_state(read_verified_file(path))
         try:
-            if said["form"] != FORM:
+            if about["form"] != FORM:
                 raise RefusedFileError(f"{path.name} was written by another version of fedlora")
-            if not isinstance(said["inputs"], dict):
-                raise RefusedFileError(f"{path.name} does not say what it was begun with")
-            if said["config"] != self.config:
+            if not isinstance(about["inputs"], dict):
+                raise RefusedFileError(f"{path.name} has no digests of its data and model")
+            if about["config"] != self.config:
                 raise RefusedFileError(f"{path.name} {FOREIGN}")
-            for name in sorted({name for name in (said["private"] or {}).values() if name is not None}):
+            for name in sorted({name for name in (about["private"] or {}).values() if name is not None}):
                 read_verified_file(self.folder / safe_filename(name, "a file of a checkpoint"))
-            for name, _ in said["base_updates"]:
+            for name, _ in about["base_updates"]:
                 read_verified_file(self.folder / BASE_UPDATES / safe_filename(name, "a file of a checkpoint"))
         except RefusedFileError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise RefusedFileError(f"{path.name} does not say what a checkpoint says") from error
-        return Saved(path.name, said, tree)
+            raise RefusedFileError(f"{path.name} lacks values of a checkpoint") from error
+        return Checkpoint(path.name, about, tree)
 
 
 def check_run_inputs(run: Path, f: Federation) -> None:
-    """Raises ``ValueError`` if a run's data or base differ from those that it was begun with, or nothing records them.
+    """Raises ``ValueError`` if the data or base of a run have changed since its start, or no checkpoint records them.
 
-    ``f`` is its federation, before any base update. The best round's folder in a run's folder has the same data as the
-    run.
+    ``f`` is its federation, before any base update. The folder of the best round shares the checkpoints of its run.
     """
-    for place in (run / FOLDER, run.absolute().parent / FOLDER):
-        for path in reversed(_states(place)):
+    for folder in (run / FOLDER, run.absolute().parent / FOLDER):
+        for path in reversed(_list_checkpoints(folder)):
             before = _load_about(path).get("inputs")
             if isinstance(before, dict):
                 return compare_inputs(run, before, digest_inputs(f))
     raise ValueError(
-        f"{str(run)!r} has no {FOLDER} that say which data and which model it was begun with, so nothing shows that "
-        "they are the same now; copy them there from where the run was made, or run it anew."
+        f"{str(run)!r} has no {FOLDER} with digests of its data and model, so nothing shows that they are the same "
+        "now; copy them from the run's machine, or run it anew."
     )
 
 
 def _load_about(path: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint, unverified; empty if it cannot be read."""
+    """Reads the plain values of a checkpoint, unverified; empty if it cannot be read."""
     try:
         return load_about(path)
     except ValueError:
         return {}
 
 
-def _states(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(STATES), key=lambda path: (_number(path), path.stat().st_mtime_ns))
-
-
-def _same(a: ClientState | None, b: ClientState) -> bool:
-    """Whether these are the same objects: a turn makes new ones."""
-    return a is not None and a.kept is b.kept and a.moments is b.moments
 
 
 def _number(path: Path) -> int:
@@ -315,19 +300,19 @@ def _number(path: Path) -> int:
 
 
 def config_digest(table: Mapping[str, Any]) -> str:
-    """Returns a digest of all settings that decide a run's bits, without the machine's own and the number of rounds.
+    """Returns a digest of all settings that decide a run's bits, without those of a machine and the number of rounds.
 
-    The places and names of data and model are left out, too, because their content is compared.
+    The paths and names of data and model are left out, too, because their content is compared.
     """
-    free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if endless(table) else []))
+    free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if is_extendable(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
-    for section, name in (place.split(".") for place in (*PLACES, "model.same_base")):
+    for section, name in (setting.split(".") for setting in (*PATHS, "model.same_base")):
         left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
     return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def endless(table: Mapping[str, Any]) -> bool:
-    """Whether a run's first rounds do not depend on its length, as they do with a schedule or a target of ε."""
+def is_extendable(table: Mapping[str, Any]) -> bool:
+    """Whether a run's first rounds are independent of its length; with a schedule or a target of ε they are not."""
     training = table.get("training", {})
     flat = training.get("schedule", "constant") == "constant" and not training.get("warmup")
     return flat and "target_epsilon" not in table.get("privacy", {})

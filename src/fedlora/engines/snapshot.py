@@ -1,12 +1,12 @@
 """The server state between two rounds: as references that no later round changes, as leaves on disk, and back.
 
-All draws of a run come from its seed and the round's number, so there is no generator whose state would matter.
+All draws of a run depend on its seed and the round's number, so there is no state of a generator.
 """
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,7 @@ from fedlora.engines.loop import ServerState
 from fedlora.training.local import OptimizerState
 from fedlora.types import Tree
 
-APART = ("shared", "base_updates", "channel", "overheard")  # fields of a server state that are not plain values
-
-
-class Key(NamedTuple):
-    """A leaf of the shared tree."""
-
-    part: str
-    leaf: str
+LEAVES = ("shared", "base_updates", "channel", "overheard")  # fields of a server state that are not plain values
 
 
 @dataclass(frozen=True)
@@ -35,19 +28,15 @@ class Snapshot:
     plain: Mapping[str, Any]  # the other fields of the server state
     knowledge: Knowledge
     ledger: list[Transfer]
-    base_updates: int
     states: Mapping[int, ClientState] | None  # None: they are on the clients' own machines
     overheard: Mapping[int, Tree]
 
     @classmethod
     def take(cls, at: ServerState, states: Mapping[int, ClientState] | None) -> "Snapshot":
         """Takes a snapshot of everything that the next round depends on."""
-        plain = {f.name: getattr(at, f.name) for f in fields(at) if f.name not in APART}
-        copied = deepcopy(plain)
-        ledger = list(at.channel.ledger)
-        held = None if states is None else dict(states)
-        known = at.channel.knowledge(at.shared)
-        return cls(at.shared, copied, known, ledger, len(at.base_updates), held, dict(at.overheard))
+        plain = deepcopy({f.name: getattr(at, f.name) for f in fields(at) if f.name not in LEAVES})
+        known, ledger = at.channel.knowledge(at.shared), list(at.channel.ledger)
+        return cls(at.shared, plain, known, ledger, None if states is None else dict(states), dict(at.overheard))
 
     @property
     def number(self) -> int:
@@ -55,15 +44,15 @@ class Snapshot:
         return int(self.plain["number"])
 
     def leaves(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """Returns a tree and plain values. Leaves that still have their first values from the seed are only named."""
+        """Returns a tree and plain values. Leaves that still have their initial values are only named."""
         versions = self.knowledge.versions
         changed = {
             f"shared/{part}": {leaf: x for leaf, x in layer.items() if versions.get((part, leaf), 1)}
             for part, layer in self.shared.items()
         }
         keys = list(versions)
-        rows, held = _rows(self.knowledge.held, keys)
-        ledger, words = _ledger(self.ledger)
+        rows, held = _version_table(self.knowledge.held, keys)
+        ledger, words = _ledger_table(self.ledger)
         numbers = {"versions": torch.tensor(list(versions.values())), "held": held, "ledger": ledger}
         about = {
             "plain": self.plain, "leaves": {part: list(layer) for part, layer in self.shared.items()},
@@ -77,49 +66,49 @@ class Snapshot:
 def restore_state(at: ServerState, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
     """Sets a fresh server state to the leaves and plain values of a snapshot, except for the base updates."""
     saved = _to_device({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
-    first = at.shared
-    # A leaf with its first values stays the very object, so that nobody is sent it.
+    initial = at.shared
+    # A leaf with its initial values stays the same object, so it is not sent again.
     at.shared = {
-        part: {leaf: saved[part][leaf] if leaf in saved.get(part, ()) else first[part][leaf] for leaf in own}
-        for part, own in about["leaves"].items()
+        part: {leaf: saved[part][leaf] if leaf in saved.get(part, ()) else initial[part][leaf] for leaf in leaves}
+        for part, leaves in about["leaves"].items()
     }
     at.overheard = {
-        client: {part: saved.get(f"overheard/{client}/{part}", {}) for part in first}
+        client: {part: saved.get(f"overheard/{client}/{part}", {}) for part in initial}
         for client in about.get("overheard", ())
     }
     for name, value in about["plain"].items():
-        setattr(at, name, _whole(value))
-    keys, numbers = [Key(*key) for key in about["keys"]], tree["numbers"]
+        setattr(at, name, _restore_keys(value))
+    keys, numbers = [(part, leaf) for part, leaf in about["keys"]], tree["numbers"]
     rows = [dict(zip(keys, row)) for row in numbers["held"].tolist()]
     held = {int(client): rows[row] for client, row in about["held"].items()}
     versions = dict(zip(keys, numbers["versions"].tolist()))
-    at.channel.restore(at.shared, Knowledge(versions, held, _whole(about["folds_seen"])))
-    at.channel.ledger[:] = _crossings(numbers["ledger"], about["words"])
+    at.channel.restore(at.shared, Knowledge(versions, held, _restore_keys(about["folds_seen"])))
+    at.channel.ledger[:] = ledger_from_table(numbers["ledger"], about["words"])
 
 
 def states_to_tree(states: Mapping[int, ClientState]) -> dict[str, Mapping[str, Tensor]]:
     """Returns the clients' states as one tree with parts ``CLIENT/kept/PART`` and ``CLIENT/moments/PART``."""
     tree: dict[str, Mapping[str, Tensor]] = {}
-    for client, private in states.items():
-        tree |= {f"{client}/kept/{part}": layer for part, layer in private.kept.items() if layer}
-        tree |= {f"{client}/moments/{part}": layer for part, layer in moment_layers(private.moments or {}).items()}
+    for client, state in states.items():
+        tree |= {f"{client}/kept/{part}": layer for part, layer in state.kept.items() if layer}
+        tree |= {f"{client}/moments/{part}": layer for part, layer in moment_layers(state.moments or {}).items()}
     return tree
 
 
 def states_from_tree(tree: Tree, parts: Iterable[str], device: torch.device) -> dict[int, ClientState]:
-    """Returns the states that ``states_to_tree`` wrote, by client, without clients that keep no leaf."""
+    """Inverts ``states_to_tree``; clients that keep no leaf are missing."""
     groups: dict[int, dict[str, dict[str, Any]]] = {}
     for key, layer in _to_device(tree, device).items():
         client, group, part = key.split("/", 2)
         groups.setdefault(int(client), {"kept": {}, "moments": {}})[group][part] = layer
     return {
-        client: ClientState({part: own["kept"].get(part, {}) for part in parts}, moments_of(own["moments"]))
-        for client, own in groups.items()
+        client: ClientState({part: trees["kept"].get(part, {}) for part in parts}, moments_of(trees["moments"]))
+        for client, trees in groups.items()
     }
 
 
 def moment_layers(moments: OptimizerState) -> dict[str, dict[str, Tensor]]:
-    """Returns an optimizer's moments as a tree with parts ``PART//LEAF``; values that are not tensors are left out."""
+    """Converts an optimizer's moments to a tree with parts ``PART//LEAF``; values that are no tensors are left out."""
     return {
         f"{part}//{leaf}": {name: x for name, x in values.items() if isinstance(x, Tensor)}
         for (part, leaf), values in moments.items()
@@ -127,40 +116,38 @@ def moment_layers(moments: OptimizerState) -> dict[str, dict[str, Tensor]]:
 
 
 def moments_of(layers: Tree) -> OptimizerState | None:
-    """Returns the moments that ``moment_layers`` wrote."""
-    found: OptimizerState = {}
+    """Inverts ``moment_layers``."""
+    moments: OptimizerState = {}
     for key, values in layers.items():
         part, _, leaf = key.rpartition("//")
-        found[part, leaf] = dict(values)
-    return found or None
+        moments[part, leaf] = dict(values)
+    return moments or None
 
 
-def _rows(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tensor]:
-    """Returns each client's row and the table; clients that hold the same versions share a row."""
+def _version_table(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tensor]:
+    """Returns each client's row and the table; clients with the same versions share a row."""
     table: dict[tuple[int, ...], int] = {}
-    rows = {
-        client: table.setdefault(tuple(own.get(key, 0) for key in keys), len(table)) for client, own in held.items()
-    }
+    rows = {k: table.setdefault(tuple(own.get(key, 0) for key in keys), len(table)) for k, own in held.items()}
     return rows, torch.tensor(list(table), dtype=torch.int64).reshape(len(table), len(keys))
 
 
-def _ledger(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:
-    """Returns the ledger as a table of integers, with its words numbered."""
+def _ledger_table(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:
+    """Converts the ledger to a table of integers, with its words numbered."""
     words: dict[str, int] = {}
-    textual = [i for i, value in enumerate(rows[0])] if rows else []
-    textual = [i for i in textual if isinstance(rows[0][i], str)]
+    textual = [i for i, value in enumerate(rows[0]) if isinstance(value, str)] if rows else []
     table = [[words.setdefault(x, len(words)) if isinstance(x, str) else x for x in row] for row in rows]
     shape = (len(rows), len(Transfer._fields))
     return torch.tensor(table, dtype=torch.int64).reshape(shape), {"words": list(words), "textual": textual}
 
 
-def _crossings(table: Tensor, about: Mapping[str, Any]) -> list[Transfer]:
-    words, textual = about["words"], set(about["textual"])
+def ledger_from_table(table: Tensor, about: Mapping[str, Any]) -> list[Transfer]:
+    """Inverts ``_ledger_table``."""
+    words, textual = about["words"], about["textual"]
     return [Transfer(*(words[x] if i in textual else x for i, x in enumerate(row))) for row in table.tolist()]
 
 
-def _whole(value: Any) -> Any:
-    """Undoes JSON's conversion of client numbers, as keys, to strings."""
+def _restore_keys(value: Any) -> Any:
+    """Converts client numbers, which are strings as keys in JSON, to integers."""
     return {int(k) if k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
 
 

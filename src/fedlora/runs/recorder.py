@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from fedlora.engines.checkpoint import Checkpoints, Saved
+from fedlora.engines.checkpoint import Checkpoint, Checkpoints
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Loop, Round, ServerState, explain_overflow
 from fedlora.engines.record import RoundRecord
@@ -33,7 +33,7 @@ class RunRecorder:
     validation: Validation
     records: list[RoundRecord] = field(default_factory=list)
     last: Round | None = None  # the last finished round, of this process or of the one before
-    saved: Saved | None = None  # the checkpoint that the run is resumed from
+    saved: Checkpoint | None = None  # the checkpoint that the run is resumed from
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads the labels of its own data
     interrupted: bool = False
     _began: float = field(default_factory=time.perf_counter)

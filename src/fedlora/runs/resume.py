@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.checkpoint import endless
+from fedlora.engines.checkpoint import is_extendable
 from fedlora.engines.loop import Watch
 from fedlora.engines.record import RoundRecord
 from fedlora.runs.config import Config, ConfigError, read
@@ -54,7 +54,7 @@ def read_resumable(path: str | Path, rounds: int | None = None, overrides: Seque
 
 
 def _check_rounds(folder: Path, before: Config, config: Config, done: list[RoundRecord]) -> None:
-    if config.rounds != before.rounds and not endless(config.table):
+    if config.rounds != before.rounds and not is_extendable(config.table):
         raise ConfigError(
             f"training.schedule = {config.training.schedule!r} with warmup = {config.training.warmup} is over all "
             f"{before.rounds} rounds of {str(folder)!r}, so it cannot be run for {config.rounds}; leave --rounds out."

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
-from fedlora.engines.checkpoint import PLACES, Checkpoints, config_digest
+from fedlora.engines.checkpoint import PATHS, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
@@ -133,7 +133,7 @@ def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> C
 def _table_to_repeat(config: Config, f: Federation) -> Table:
     """Return the table that repeats a run from any folder, on any machine: with absolute paths."""
     table = merge_tables(config.table, {"training": {"precision": f.training.precision}})
-    for section, key in (place.split(".") for place in PLACES):
+    for section, key in (place.split(".") for place in PATHS):
         value = table.get(section, {}).get(key)
         if isinstance(value, str) and value not in EMBEDDED and (path := Path(value).expanduser()).exists():
             table[section] = {**table[section], key: str(path.absolute())}
