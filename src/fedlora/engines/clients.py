@@ -1,20 +1,15 @@
-"""Who takes part: how the rows are split, what each client can afford, and who is asked in which round."""
+"""The ``[clients]`` table: the partition of the rows, the capability of each client, and the cohort of each round."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedlora.engines.cohort import (
-    draw_capabilities,
-    draw_poisson,
-    draw_share,
-    parse_capability,
-    parse_profile,
-    scale_down,
-)
 from fedlora.engines.partition import (
     Partitioner,
     apportion,
@@ -23,11 +18,20 @@ from fedlora.engines.partition import (
     draw_test_rows,
     select_own_test_rows,
 )
+from fedlora.registry import unknown
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Shard
 
-DROPPED = "dropped out (clients.dropout)"  # why a client that was drawn to is absent
-MOST = 1_000_000  # clients: each is drawn, split and listed
+DROPPED = "dropped out (clients.dropout)"  # the reason of an absence
+MOST = 1_000_000  # clients
+
+LEVELS = (0.25, 0.5, 0.75, 1.0)
+PROFILES: Mapping[str, tuple[float, ...]] = {  # share of the clients at each level
+    "uniform": (0.25, 0.25, 0.25, 0.25),
+    "bell": (0.125, 0.375, 0.375, 0.125),
+    "skewed": (0.5, 0.25, 0.125, 0.125),
+}
+Profile = str | list[float] | dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,19 @@ class Clients:
     """The ``[clients]`` table."""
 
     count: int = 10
-    per_round: int | None = None  # how many take part in a round; None: all
-    sampling: Literal["fixed", "poisson"] = "fixed"  # so many a round, or each by itself with probability rate
+    per_round: int | None = None  # clients in a round; None: all
+    sampling: Literal["fixed", "poisson"] = "fixed"  # per_round clients, or each independently with probability rate
     rate: float | None = None  # poisson only
-    ranks: int | list[int] | dict[str, float] | None = None  # LoRA rank or number of heads, a client; None: all of it
+    ranks: int | list[int] | dict[str, float] | None = None  # LoRA ranks or numbers of heads; None: the full one
     partition: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see partition.py
-    permute_labels: bool = False  # every client calls the labels by an order of its own (concept shift)
-    new: int = 0  # so many of the count, the last ones, never take part; `fedlora personal` scores them
-    capability: str | list[float] | dict[str, float] | None = None  # a profile, see cohort.py; None: all are equal
-    capability_scales: list[Literal["rank", "steps"]] = field(default_factory=lambda: ["rank"])  # what follows from it
-    local_steps: int | list[int] | dict[str, int] | None = None  # a client; a dict goes by capability
-    dropout: float = 0.0  # share of a round's cohort that is sent its order and never replies
+    permute_labels: bool = False  # every client has its own order of the labels (concept shift)
+    new: int = 0  # number of last clients that never take part; `fedlora personal` scores them
+    capability: str | list[float] | dict[str, float] | None = None  # a profile; None: all are equal
+    capability_scales: list[Literal["rank", "steps"]] = field(default_factory=lambda: ["rank"])
+    local_steps: int | list[int] | dict[str, int] | None = None  # of each client, or by capability
+    dropout: float = 0.0  # share of a round's cohort that does not reply
     stragglers: float = 0.0  # share of a round's cohort that does only a part of its steps
-    straggler_work: float = 0.5  # that part
+    straggler_work: float = 0.5  # share of the steps that they do
 
     def __post_init__(self):
         if self.count < 1:
@@ -59,7 +63,7 @@ class Clients:
         if self.per_round is not None and not 1 <= self.per_round <= self.members:
             less = f" less clients.new, {self.members}" if self.new else f", {self.count}"
             raise ValueError(f"clients.per_round is {self.per_round}; it lies between 1 and clients.count{less}.")
-        self.partitioner  # noqa: B018 - a wrong partition is reported at once
+        self.partitioner  # noqa: B018 - reports a wrong partition
         if self.new and self.own_data:
             raise ValueError(
                 "clients.new holds out clients of a partition, and clients.partition is 'own'; leave it out."
@@ -102,32 +106,32 @@ class Clients:
 
     def _check_steps(self) -> None:
         steps = self.local_steps
-        each = list(steps.values()) if isinstance(steps, dict) else [steps] if isinstance(steps, int) else steps
-        if each is not None and (not each or min(each) < 1):
+        numbers = list(steps.values()) if isinstance(steps, dict) else [steps] if isinstance(steps, int) else steps
+        if numbers is not None and (not numbers or min(numbers) < 1):
             raise ValueError(
                 f"clients.local_steps is {steps!r}; it is a number, a list or a table, of at least 1 each."
             )
         if isinstance(steps, dict):
-            self._by_capability(steps)
+            self._steps_by_capability(steps)
 
-    def _by_capability(self, steps: dict[str, int]) -> dict[float, int]:
-        """Local steps by capability; ``ValueError`` where a client would have none."""
+    def _steps_by_capability(self, steps: dict[str, int]) -> dict[float, int]:
+        """Returns capability -> local steps. ``ValueError`` if a capability has none."""
         if self.capability is None:
             raise ValueError("clients.local_steps goes by capability, and there is none; set clients.capability.")
-        found = {parse_capability("clients.local_steps", key): many for key, many in steps.items()}
-        missing = [level for level in parse_profile(self.capability) if level not in found]
-        if missing:
-            raise ValueError(f"clients.local_steps has no number for the capability {missing[0]:g}; add it.")
-        return found
+        by_level = {parse_capability("clients.local_steps", key): number for key, number in steps.items()}
+        for level in parse_profile(self.capability):
+            if level not in by_level:
+                raise ValueError(f"clients.local_steps has no number for the capability {level:g}; add it.")
+        return by_level
 
     @property
     def members(self) -> int:
-        """How many clients take part: all but the new ones. Their numbers are 0 to ``members - 1``."""
+        """The number of clients that take part: all but the new ones. They are numbered 0 to ``members - 1``."""
         return self.count - self.new
 
     @property
     def remaining_sizes(self) -> tuple[int, int]:
-        """How many clients of a round stay, at the least and at the most."""
+        """The least and the largest number of clients that reply in a round."""
         if self.rate is not None:
             return 0, self.members
         cohort = self.per_round or self.members
@@ -141,34 +145,32 @@ class Clients:
 
     @property
     def client_column(self) -> str | None:
-        """The column that tells the clients apart, where the partition goes by one."""
+        """The column whose values are the clients, if the partition uses one."""
         return getattr(self.partitioner, "column", None)
 
     @property
     def own_data(self) -> bool:
-        """Whether every party brings data of its own, on its own machine."""
+        """Whether every client has its own data on its own machine."""
         return self.partitioner.own
 
     def shards(self, data: Data, seed: int) -> list[Shard]:
-        """Every client's rows; training rows are disjoint, test rows follow their training labels.
+        """Divides the rows; training rows are disjoint, and test rows have the distribution of the training labels.
 
-        ``ValueError`` names a client that would have no rows.
+        ``ValueError`` if a client would have no rows.
         """
-        if self.count > len(data.train):
-            rows = len(data.train)
+        if self.count > (rows := len(data.train)):
             raise ValueError(f"clients.count is {self.count}, but there are only {rows} training rows; lower it.")
         train = self.partitioner.rows(data.train, self.count, derive_seed(seed, "split"))
-        for client, rows in enumerate(train):
-            if len(rows) == 0:
+        for client, own_rows in enumerate(train):
+            if len(own_rows) == 0:
                 raise ValueError(
                     f"client {client} got no training rows; lower clients.count, or make clients.partition more even."
                 )
         tests = None if self.client_column is None else select_own_test_rows(data, train)
         tests = tests or draw_test_rows(data, train, seed)
-        orders = self._orders(len(data.label_names), seed)
-        return [Shard(*rows) for rows in zip(train, tests, orders)]
+        return [Shard(*own) for own in zip(train, tests, self._draw_label_orders(len(data.label_names), seed))]
 
-    def _orders(self, labels: int, seed: int) -> list[Tensor | None]:
+    def _draw_label_orders(self, labels: int, seed: int) -> list[Tensor | None]:
         if not self.permute_labels:
             return [None] * self.count
         if labels < 2:
@@ -177,27 +179,23 @@ class Clients:
         return [draw_label_order(labels, derive_seed(seed, "labels", client), seen) for client in range(self.count)]
 
     def budgets(self, full: int, seed: int) -> list[int]:
-        """Each client's rank, or number of heads, at most ``full``."""
+        """Returns each client's rank, or number of heads, at most ``full``."""
         ranks = self.ranks
         if self.capability is not None and "rank" in self.capability_scales and full > 0:
-            found = [scale_down(full, share) for share in self.capabilities(seed) or []]
-        elif ranks is None:
-            found = [full] * self.count
-        elif isinstance(ranks, int):
-            found = [ranks] * self.count
+            budgets = [scale_down(full, share) for share in self.capabilities(seed) or []]
         elif isinstance(ranks, list) and ranks:
-            found = [ranks[client % len(ranks)] for client in range(self.count)]
+            budgets = [ranks[client % len(ranks)] for client in range(self.count)]
+        elif ranks is None or isinstance(ranks, int):
+            budgets = [full if ranks is None else ranks] * self.count
         else:
-            found = self._draw_ranks(ranks, seed)
-        for rank in found:
+            budgets = self._draw_ranks(ranks, seed)
+        for rank in budgets:
             if not 0 <= rank <= full or (full > 0 and rank < 1):
-                raise ValueError(
-                    f"clients.ranks gives a client {rank}; it lies between 1 and what the adapter has, {full}."
-                )
-        return found
+                raise ValueError(f"clients.ranks gives a client {rank}; it lies between 1 and the adapter's, {full}.")
+        return budgets
 
     def _draw_ranks(self, ranks: Any, seed: int) -> list[int]:
-        """Ranks by shares of the clients, in a seeded order."""
+        """Draws the order of ranks that are given by shares of the clients."""
         if (
             not isinstance(ranks, dict)
             or not ranks
@@ -210,58 +208,120 @@ class Clients:
             )
         counts = apportion([float(share) for share in ranks.values()], self.count)
         flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(derive_seed(seed, "ranks")))
-        return [flat[i] for i in order.tolist()]
+        return [flat[i] for i in _draw_order(self.count, derive_seed(seed, "ranks"))]
 
     def capabilities(self, seed: int) -> list[float] | None:
-        """What each client can do, as a share of the strongest; None where no profile is set."""
+        """Returns each client's capability as a share of the strongest; None without a profile."""
         return None if self.capability is None else draw_capabilities(self.capability, self.count, seed)
 
     def steps(self, usual: int, round: int, client: int, seed: int) -> int:
-        """Optimiser steps of a client in a round, where ``usual`` is what ``[training]`` gives everybody."""
-        found, own, able = usual, self.local_steps, self.capabilities(seed)
+        """Returns a client's optimiser steps in a round; ``usual`` is the number of ``[training]``."""
+        steps, own, levels = usual, self.local_steps, self.capabilities(seed)
         if isinstance(own, int):
-            found = own
+            steps = own
         elif isinstance(own, list):
-            found = own[client % len(own)]
-        elif own is not None and able is not None:
-            found = self._by_capability(own)[able[client]]
-        elif able is not None and "steps" in self.capability_scales:
-            found = scale_down(usual, able[client])
-        return scale_down(found, self.straggler_work) if client in self.draw_stragglers(round, seed) else found
+            steps = own[client % len(own)]
+        elif own is not None and levels is not None:
+            steps = self._steps_by_capability(own)[levels[client]]
+        elif levels is not None and "steps" in self.capability_scales:
+            steps = scale_down(usual, levels[client])
+        return scale_down(steps, self.straggler_work) if client in self.draw_stragglers(round, seed) else steps
 
     def draw_stragglers(self, round: int, seed: int) -> list[int]:
-        """The stragglers of a round's cohort."""
-        if not self.stragglers or not self.cohort(round, seed):
-            return []
-        return draw_share(self.cohort(round, seed), self.stragglers, derive_seed(seed, "stragglers", round))
+        """Draws the stragglers of a round's cohort."""
+        cohort = self.cohort(round, seed) if self.stragglers else []
+        return draw_share(cohort, self.stragglers, derive_seed(seed, "stragglers", round)) if cohort else []
 
     def draw_dropouts(self, round: int, seed: int) -> list[int]:
-        """The members of a round's cohort that are sent their order and never reply; never the whole cohort."""
-        if not self.dropout or not self.cohort(round, seed):
-            return []
-        cohort = self.cohort(round, seed)
-        return draw_share(cohort, self.dropout, derive_seed(seed, "dropout", round), len(cohort) - 1)
+        """Draws the clients of a round's cohort that do not reply; never the whole cohort."""
+        cohort, key = self.cohort(round, seed) if self.dropout else [], derive_seed(seed, "dropout", round)
+        return draw_share(cohort, self.dropout, key, len(cohort) - 1) if cohort else []
 
     def remaining(self, round: int, seed: int) -> list[int]:
-        """The cohort without those that drop out."""
+        """Returns the cohort without its dropouts."""
         gone = self.draw_dropouts(round, seed)
         return [client for client in self.cohort(round, seed) if client not in gone]
 
     def cohort(self, round: int, seed: int) -> list[int]:
-        """The clients of a round, in order; drawn without replacement where not all take part."""
+        """Returns the clients of a round, in order; they are drawn without replacement unless all take part."""
         return sorted(self.order(round, seed)[: self.per_round])
 
     def order(self, round: int, seed: int) -> list[int]:
-        """All clients in the order in which a round asks them: the cohort first, then who stands in for the absent."""
-        if self.rate is not None:  # nobody stands in: each has its own probability
+        """Returns the cohort in the order of its draw, and then the substitutes for absent clients."""
+        if self.rate is not None:  # no substitutes: each client has its own probability
             return draw_poisson(self.members, self.rate, derive_seed(seed, "cohort", round))
         if self.per_round is None or self.per_round == self.members:
             return list(range(self.members))
-        draws = torch.Generator().manual_seed(derive_seed(seed, "cohort", round))
-        return torch.randperm(self.members, generator=draws).tolist()
+        return _draw_order(self.members, derive_seed(seed, "cohort", round))
 
     @property
     def mean_cohort_size(self) -> float:
-        """How many clients a round asks, on average."""
+        """The mean number of clients in a round."""
         return self.members * self.rate if self.rate is not None else self.per_round or self.members
+
+
+def _draw_order(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def parse_profile(profile: Profile) -> dict[float, float]:
+    """Returns capability -> share of the clients. Raises ``ValueError`` if the profile is not valid."""
+    if isinstance(profile, str):
+        if profile not in PROFILES:
+            raise ValueError(unknown("profile", profile, PROFILES, "profiles (clients.capability)"))
+        return dict(zip(LEVELS, PROFILES[profile]))
+    shares = list(profile.values()) if isinstance(profile, dict) else profile
+    fits = isinstance(profile, dict) or len(profile) == len(LEVELS)
+    if not fits or not shares or not 0 <= min(shares) <= sum(shares) < math.inf or not sum(shares):
+        raise ValueError(
+            f"clients.capability is {profile!r}; it is {', '.join(map(repr, PROFILES))}, four shares for the "
+            'capabilities 1/4, 1/2, 3/4 and 1, or shares by capability such as {"1/4" = 0.5, "1" = 0.5}.'
+        )
+    levels = [parse_capability("clients.capability", key) for key in profile] if isinstance(profile, dict) else LEVELS
+    return dict(zip(levels, map(float, shares)))
+
+
+def parse_capability(key: str, text: str) -> float:
+    """Reads a capability such as ``"1/4"`` or ``"0.25"``. Raises ``ValueError`` if it is not above 0 and up to 1."""
+    try:
+        level = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        level = 0.0
+    if not 0 < level <= 1:
+        raise ValueError(f'{key} names the capability {text!r}; it lies above 0 and at most at 1, such as "1/4".')
+    return level
+
+
+def draw_capabilities(profile: Profile, count: int, seed: int) -> list[float]:
+    """Draws the capability of each client; the number of clients at each level is its share."""
+    return list(_draw_capabilities(tuple(parse_profile(profile).items()), count, seed))
+
+
+@lru_cache(maxsize=64)
+def _draw_capabilities(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
+    counts = apportion([share for _, share in profile], count)
+    flat = [level for (level, _), many in zip(profile, counts) for _ in range(many)]
+    return tuple(flat[i] for i in _draw_order(count, derive_seed(seed, "capability")))
+
+
+def scale_down(full: int, share: float) -> int:
+    """Returns a share of a whole number, rounded (a half to the even number), and at least 1."""
+    return max(1, round(share * full))
+
+
+def draw_poisson(members: int, rate: float, seed: int) -> list[int]:
+    """Draws each member independently with probability ``rate``; the sample may be empty."""
+    draws = torch.Generator().manual_seed(seed)
+    return (torch.rand(members, generator=draws, dtype=torch.float64) < rate).nonzero()[:, 0].tolist()
+
+
+def draw_share(clients: Sequence[int], share: float, seed: int, most: int | None = None) -> list[int]:
+    """Draws that share of the clients without replacement, ``most`` at most, and returns them in order.
+
+    If the share is not a whole number of clients, it is rounded up or down at random, so that it is right in the mean
+    over rounds.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(clients), generator=draws).tolist()
+    many = math.floor(share * len(clients) + float(torch.rand((), generator=draws, dtype=torch.float64)))
+    return sorted(clients[i] for i in order[: many if most is None else min(many, most)])

@@ -105,7 +105,7 @@ class Federation:
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
-        lost = self.clients.partitioner.left_out(self.data.train, self.data.test, self.clients.count)
+        lost = self.clients.partitioner.describe_unused(self.data.train, self.data.test, self.clients.count)
         return (*caution, *self.data.notes, *([lost] if lost else []))
 
     def label_map(self, reading: str) -> dict[str, str]:

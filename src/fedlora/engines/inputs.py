@@ -1,6 +1,6 @@
-"""What a run was begun with and cannot go on without: the rows of each split, who has them, and the pretrained model.
+"""Digests of a run's inputs: the rows of each split, their clients, and the pretrained model.
 
-A checkpoint holds the digests, so that a run whose data or model was changed on disk is refused and told how.
+A checkpoint holds the digests, so that a run with changed data or another model is refused, with the differences.
 """
 
 import hashlib
@@ -19,91 +19,97 @@ from fedlora.tasks._base import Examples
 
 SAMPLE = 1024  # values of each pretrained weight
 NAMES = 40  # labels that are kept by name
-LONG = 60  # characters of a setting that is kept as it is; of a longer one a digest
-# Settings of a pretrained model that say who wrote it, how it is stored or what its labels are called.
+LONG = 60  # characters of a setting that is kept unchanged; a longer one is replaced by a digest
+# Settings of a pretrained model that do not change its outputs: its author, its storage, its names of labels.
 IDLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path", "id2label", "label2id")
 
 
 def digest_inputs(f: Federation) -> dict[str, Any]:
-    """Digests of a federation's rows, as training sees them, and of its base. Plain values, for a checkpoint.
+    """Returns digests of a federation's rows, as training sees them, and of its base: plain values, for a checkpoint.
 
     ``base`` is of the pretrained weights, ``settings`` are the model's own, and ``start`` is of ``model.start``. For
-    the rest see ``rows``.
+    the rest see ``digest_rows``.
     """
     settings = model_settings(f.model.network)
-    return {"base": _base(f), "settings": settings, "start": digest(f.model.start_tree), **digest_rows(f)}
+    return {"base": _digest_base(f), "settings": settings, "start": digest(f.model.start_tree), **digest_rows(f)}
 
 
 def digest_rows(f: Federation) -> dict[str, Any]:
-    """Digests of this machine's rows, as training sees them; nothing on a machine without data.
+    """Returns digests of this machine's rows, as training sees them; empty on a machine without data.
 
-    ``rows`` has each split's number of rows and digests of what they hold (in any order), of that with its labels (in
-    any order), and of the same in order.
+    ``rows`` has each split's number of rows, and digests of the features (in any order), of features and labels (in
+    any order), and of features and labels in order.
     """
     if f.data is None:
         return {}
     names = list(f.data.label_names)
     labels = {"count": len(names), "first": names[:NAMES], "all": _digest(json.dumps(names).encode()).hex()}
     splits = {"training": f.data.train, "test": f.data.test}
-    return {"labels": labels, "rows": {key: digest_split(own) for key, own in splits.items()}, "shards": _shards(f)}
+    shards = hashlib.blake2b(digest_size=16)
+    for client, shard in f.shards.items() if isinstance(f.shards, Mapping) else enumerate(f.shards):
+        for x in (torch.tensor([client, len(shard.train), len(shard.test)]), shard.train, shard.test, shard.relabel):
+            shards.update(b"" if x is None else _bytes(x))
+    rows = {key: digest_split(examples) for key, examples in splits.items()}
+    return {"labels": labels, "rows": rows, "shards": shards.hexdigest()}
 
 
 def model_settings(network: nn.Module) -> dict[str, str]:
-    """What a pretrained model's ``config.json`` sets otherwise than its kind has it by default: dotted key -> JSON."""
+    """Returns the settings of a model's ``config.json`` that differ from its class's defaults: dotted key -> JSON."""
     config = getattr(network, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
     try:
-        usual = _flat(type(config)().to_dict())
-    except (TypeError, ValueError, AttributeError, KeyError):  # a kind without defaults: all of its settings count
-        usual = {}
-    return {key: _short(text) for key, text in sorted(_flat(config.to_dict()).items()) if usual.get(key) != text}
+        defaults = _flatten(type(config)().to_dict())
+    except (TypeError, ValueError, AttributeError, KeyError):  # a class without defaults: all of its settings count
+        defaults = {}
+    return {
+        key: text if len(text) <= LONG else f"{text[: LONG // 2]}... ({_digest(text.encode()).hex()})"
+        for key, text in sorted(_flatten(config.to_dict()).items())
+        if defaults.get(key) != text
+    }
 
 
-def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
     for key, value in settings.items():
         if str(key) in IDLE or str(key).startswith("_"):
             continue
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{before}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{before}{key}"] = json.dumps(value, sort_keys=True, default=str)
-    return found
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONG else f"{text[: LONG // 2]}... ({_digest(text.encode()).hex()})"
+            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
+    return flat
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How ``now`` differs from ``before``, a phrase for each thing that changed."""
-    found = [text for split in before.get("rows", {}) if (text := _changed(split, before["rows"], now.get("rows", {})))]
+    """Describes the differences between two digests, a phrase for each."""
+    rows = now.get("rows", {})
+    changes = [text for split, old in before.get("rows", {}).items() if (text := _compare_split(split, old, rows))]
     if before.get("labels") != now.get("labels"):
-        found.append(f"the labels are {_named(now.get('labels'))}, and were {_named(before.get('labels'))}")
+        labels, old_labels = (_list_labels(digests.get("labels")) for digests in (now, before))
+        changes.append(f"the labels are {labels}, and were {old_labels}")
     if before.get("base") != now.get("base"):
-        found.append("the pretrained model has other weights")
+        changes.append("the pretrained model has other weights")
     if "settings" in before:
-        found += _reset(before["settings"], now["settings"])
+        changes += _compare_settings(before["settings"], now["settings"])
     if "start" in before and before["start"] != now["start"]:
-        found.append("model.start holds another adapter")
-    if not found and before.get("shards") != now.get("shards"):
-        found.append("the same rows are divided otherwise among the clients")
-    return found
+        changes.append("model.start holds another adapter")
+    if not changes and before.get("shards") != now.get("shards"):
+        changes.append("the same rows are divided otherwise among the clients")
+    return changes
 
 
 def compare_inputs(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """``ValueError`` where two digests of data and base differ; says how."""
-    found = describe_changes(before, now)
-    if found:
+    """``ValueError`` with the differences of two digests of data and base, if there are any."""
+    if changes := describe_changes(before, now):
         raise ValueError(
-            f"{str(run)!r} was begun with other data or another model: {'; '.join(found)}; put back what it was begun "
-            "with, or choose another folder and run it anew."
+            f"{str(run)!r} was begun with other data or another model: {'; '.join(changes)}; put back what it was "
+            "begun with, or choose another folder and run it anew."
         )
 
 
-def _changed(split: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = before[split], now.get(split)
+def _compare_split(split: str, old: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    new = rows.get(split)
     if new is None:
         return f"there are no {split} rows any more"
     if old == new:
@@ -117,15 +123,15 @@ def _changed(split: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> s
     return f"{split} rows have another content"
 
 
-def _reset(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Which settings of the pretrained model differ: up to three by name."""
+def _compare_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Describes the settings of the pretrained model that differ, up to three by name."""
     odd = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     pairs = [f"{key} is {now.get(key, 'its default')}, and was {before.get(key, 'its default')}" for key in odd[:3]]
     more = f", and {len(odd) - 3} more differ" if len(odd) > 3 else ""
     return [f"the config.json of the pretrained model says that {', '.join(pairs)}{more}"] if odd else []
 
 
-def _named(labels: Mapping[str, Any] | None) -> str:
+def _list_labels(labels: Mapping[str, Any] | None) -> str:
     if not labels:
         return "none"
     more = f" and {labels['count'] - NAMES} more" if labels["count"] > NAMES else ""
@@ -133,11 +139,11 @@ def _named(labels: Mapping[str, Any] | None) -> str:
 
 
 def digest_split(examples: Examples) -> dict[str, Any]:
-    """Digests of one split: see ``inputs``."""
-    features, constants = _parts(examples)
+    """Returns the digests of one split, see ``digest_rows``."""
+    features, constants = _split_features(examples)
     content = [_digest(*parts) for parts in zip(*features)]
     labels = [x for x in (examples.labels, examples.strata, examples.sets) if x is not None]
-    pairs = [own + _digest(*parts) for own, *parts in zip(content, *map(_by_row, labels))]
+    pairs = [row + _digest(*parts) for row, *parts in zip(content, *map(_iterate_rows, labels))]
     return {
         "count": len(examples),
         "content": _digest(constants, *sorted(content)).hex(),
@@ -146,18 +152,18 @@ def digest_split(examples: Examples) -> dict[str, Any]:
     }
 
 
-def _parts(examples: Examples) -> tuple[list[Iterator[bytes]], bytes]:
-    """Iterators over the rows, together all that a row holds beside its label; and what is common to all rows."""
-    size, rows, common = len(examples), [_by_row(examples.lengths)], b""
+def _split_features(examples: Examples) -> tuple[list[Iterator[bytes]], bytes]:
+    """Returns iterators over the rows, one for each feature, and the features that all rows share."""
+    size, rows, common = len(examples), [_iterate_rows(examples.lengths)], b""
     offsets = {key: x for key, x in examples.features.items() if key.endswith("offsets") and len(x) == size + 1}
     for key, x in sorted(examples.features.items()):
         if key in offsets:
             continue
-        ends = next((own for own in offsets.values() if x.dim() == 1 and int(own[-1]) == len(x)), None)
+        ends = next((y for y in offsets.values() if x.dim() == 1 and int(y[-1]) == len(x)), None)
         if ends is not None:
-            rows.append(_by_offset(x, ends))
+            rows.append(_iterate_slices(x, ends))
         elif x.dim() and len(x) == size:
-            rows.append(_by_row(x))
+            rows.append(_iterate_rows(x))
         else:
             common += key.encode() + _bytes(x)
     rows += [(value.encode() for value in examples.groups)] if examples.groups is not None else []
@@ -166,37 +172,27 @@ def _parts(examples: Examples) -> tuple[list[Iterator[bytes]], bytes]:
     return rows, common
 
 
-def _by_row(x: Tensor) -> Iterator[bytes]:
+def _iterate_rows(x: Tensor) -> Iterator[bytes]:
     content = memoryview(_bytes(x))
     width = len(content) // max(1, len(x))
     return (content[i * width : (i + 1) * width] for i in range(len(x)))  # type: ignore[misc]
 
 
-def _by_offset(x: Tensor, offsets: Tensor) -> Iterator[bytes]:
+def _iterate_slices(x: Tensor, offsets: Tensor) -> Iterator[bytes]:
     content, ends = memoryview(_bytes(x)), (offsets * x.element_size()).tolist()
     return (content[begin:end] for begin, end in pairwise(ends))  # type: ignore[misc]
 
 
 def _bytes(x: Tensor) -> bytes:
-    own: bytes = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return own
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _shards(f: Federation) -> str:
-    own = f.shards.items() if isinstance(f.shards, Mapping) else enumerate(f.shards)
-    found = hashlib.blake2b(digest_size=16)
-    for client, shard in own:
-        for x in (torch.tensor([client, len(shard.train), len(shard.test)]), shard.train, shard.test, shard.relabel):
-            found.update(b"" if x is None else _bytes(x))
-    return found.hexdigest()
-
-
-def _base(f: Federation) -> str:
-    """Of up to 1,024 values of each pretrained weight: another checkpoint changes nearly all of them."""
+def _digest_base(f: Federation) -> str:
+    """Returns a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
     found = hashlib.blake2b(digest_size=16)
     for name, x in sorted(f.model.network.state_dict().items()):
-        own = any(name.startswith(f"{head}.") for head in f.heads)
-        if isinstance(x, Tensor) and not own:  # drawn from the seed, or among the first leaves
+        is_head = any(name.startswith(f"{head}.") for head in f.heads)
+        if isinstance(x, Tensor) and not is_head:  # heads are drawn from the seed, or among the initial leaves
             values = x.detach().reshape(-1)
             found.update(f"{name} {tuple(x.shape)}".encode())
             found.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))
@@ -204,7 +200,7 @@ def _base(f: Federation) -> str:
 
 
 def _digest(*parts: bytes) -> bytes:
-    """Of the parts and where each ends."""
+    """Returns a digest of the parts and their lengths."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         found.update(len(part).to_bytes(8, "little"))

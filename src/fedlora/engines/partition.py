@@ -1,4 +1,4 @@
-"""Ways to give rows to clients, through flwr-datasets' partitioners."""
+"""Partitioners: they divide the rows among the clients, through flwr-datasets."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -15,31 +15,30 @@ from fedlora.schema import construct_by_name
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Examples
 
-LISTED = 5  # values that a sentence names
+LISTED = 5  # values that a note names
 
 
 @dataclass(frozen=True)
 class Partitioner(ABC):
-    """One rule of ``clients.partition``; its fields are the keys of the table beside ``name``.
+    """One partitioner of ``clients.partition``; its fields are the keys of the table beside ``name``.
 
-    A rule of another package is a frozen dataclass that defines ``rows``. Equal arguments must give equal rows, on
-    every machine: draw from ``seed`` only.
+    A partitioner of another package is a frozen dataclass that defines ``rows``. Equal arguments must give equal rows,
+    on every machine: draw from ``seed`` only.
     """
 
-    own: ClassVar[bool] = False  # there is nothing to split: every party has its own rows
-    hint: ClassVar[str] = "lower clients.count"  # what to do where the rows cannot be split so
+    own: ClassVar[bool] = False  # whether every client has its own rows, so that nothing is divided
+    hint: ClassVar[str] = "lower clients.count"  # advice if the rows cannot be divided
 
     @abstractmethod
     def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
-        """The training rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
+        """Returns the rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
 
-        ``examples.partition_labels`` has the label that each row goes by, and ``examples.groups`` its value of the
-        column that ``column`` names, where a rule has a field of that name. Test rows follow from the labels of the
-        training rows.
+        ``examples.partition_labels`` has each row's label. ``examples.groups`` has its value of the column in the field
+        ``column``, if the partitioner has one. Test rows follow from the labels of the training rows.
         """
 
-    def left_out(self, train: Examples, test: Examples, count: int) -> str:
-        """A sentence on the rows that no client gets although they are there; empty where there are none."""
+    def describe_unused(self, train: Examples, test: Examples, count: int) -> str:
+        """Describes the rows that no client gets; empty if all are used."""
         return ""
 
     def __str__(self) -> str:
@@ -49,15 +48,15 @@ class Partitioner(ABC):
 
 @dataclass(frozen=True)
 class FlowerPartitioner(Partitioner):
-    """A rule of flwr-datasets: it gives all rows to clients."""
+    """A partitioner of flwr-datasets: it gives all rows to clients."""
 
     @abstractmethod
-    def partitioner(self, count: int, examples: Examples, seed: int) -> Any:
-        """The flwr-datasets partitioner for so many clients."""
+    def partitioner(self, flwr: Any, count: int, examples: Examples, seed: int) -> Any:
+        """Builds the flwr-datasets partitioner; ``flwr`` is ``flwr_datasets.partitioner``, imported on first use."""
 
     def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
-        """Each client's row numbers; together all rows, none twice."""
         import datasets
+        import flwr_datasets.partitioner as flwr
 
         # Shuffled first: the partitioners that cut by size cut in the order of the rows.
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -65,29 +64,26 @@ class FlowerPartitioner(Partitioner):
         columns = {"row": order, "label": places[order].tolist()}
         if examples.groups is not None:
             columns["group"] = [examples.groups[i] for i in order]
-        partitioner = self.partitioner(count, examples, seed % 2**32)
+        partitioner = self.partitioner(flwr, count, examples, seed % 2**32)
         partitioner.dataset = datasets.Dataset.from_dict(columns)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of draws that it repeats; the outcome is checked here
+                warnings.simplefilter("ignore")  # about repeated draws; the result is checked here
                 parts = [partitioner.load_partition(i)["row"] for i in range(count)]
         except ValueError as error:
             raise ValueError(f"the rows cannot be split by {self} over {count} clients; {self.hint}.") from error
-        found = [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
-        left = len(examples) - sum(len(rows) for rows in found)
+        left = len(examples) - sum(len(part) for part in parts)
         if left:
             raise ValueError(f"splitting by {self} over {count} clients leaves {left} rows to nobody; {self.hint}.")
-        return found
+        return [torch.tensor(list(part), dtype=torch.int64).sort().values for part in parts]
 
 
 @dataclass(frozen=True)
 class Iid(FlowerPartitioner):
     """Equal shares at random."""
 
-    def partitioner(self, count, examples, seed):
-        from flwr_datasets.partitioner import IidPartitioner
-
-        return IidPartitioner(count)
+    def partitioner(self, flwr, count, examples, seed):
+        return flwr.IidPartitioner(count)
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Dirichlet(FlowerPartitioner):
     """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
 
     alpha: float = 0.5
-    min_rows: int = 2  # drawn anew until every client has so many
+    min_rows: int = 2  # draws are repeated until every client has so many
     hint = (
         "raise clients.partition.alpha, lower clients.partition.min_rows or clients.count, or use 'inner-dirichlet', "
         "which gives all clients the same number of rows"
@@ -104,18 +100,16 @@ class Dirichlet(FlowerPartitioner):
     def __post_init__(self):
         _positive(self.alpha)
 
-    def partitioner(self, count, examples, seed):
-        from flwr_datasets.partitioner import DirichletPartitioner
-
+    def partitioner(self, flwr, count, examples, seed):
         _labels(self, examples)
-        return DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
+        return flwr.DirichletPartitioner(count, "label", self.alpha, self.min_rows, False, True, seed)
 
 
 @dataclass(frozen=True)
 class InnerDirichlet(FlowerPartitioner):
     """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
 
-    Where a label has run out, clients take what is left of the others, in the proportions of their mixes.
+    If a label has run out, clients take rows of the others, in the proportions of their mixes.
     """
 
     alpha: float = 0.5
@@ -124,12 +118,10 @@ class InnerDirichlet(FlowerPartitioner):
     def __post_init__(self):
         _positive(self.alpha)
 
-    def partitioner(self, count, examples, seed):
-        from flwr_datasets.partitioner import InnerDirichletPartitioner
-
+    def partitioner(self, flwr, count, examples, seed):
         _labels(self, examples)
         sizes = apportion([1.0] * count, len(examples))
-        return InnerDirichletPartitioner(sizes, "label", float(self.alpha), True, seed)
+        return flwr.InnerDirichletPartitioner(sizes, "label", float(self.alpha), True, seed)
 
 
 @dataclass(frozen=True)
@@ -145,26 +137,24 @@ class Pathological(FlowerPartitioner):
         if self.labels_per_client < 1:
             raise ValueError(f"clients.partition.labels_per_client is {self.labels_per_client}; it must be at least 1.")
 
-    def partitioner(self, count, examples, seed):
-        from flwr_datasets.partitioner import PathologicalPartitioner
-
+    def partitioner(self, flwr, count, examples, seed):
         labels = _labels(self, examples)
         if self.labels_per_client > labels:
             raise ValueError(
                 f"clients.partition.labels_per_client is {self.labels_per_client}, but there are {labels} labels."
             )
-        # Dealt out in turn: client k has labels k, k + 1, ..., so that every label finds a client where it can.
-        return PathologicalPartitioner(count, "label", self.labels_per_client, "deterministic", True, seed)
+        # In turn: client k has labels k, k + 1, ..., so that every label has a client if possible.
+        return flwr.PathologicalPartitioner(count, "label", self.labels_per_client, "deterministic", True, seed)
 
 
 @dataclass(frozen=True)
 class NaturalId(Partitioner):
-    """The clients that the data itself knows: one a value of a column, those with the most rows first."""
+    """The natural clients of the data: one for each value of a column, those with the most rows first."""
 
     column: str
 
     def rows(self, examples, count, seed):
-        owners = self._owners(examples)[:count]
+        owners = self._values(examples)[:count]
         if len(owners) < count:
             raise ValueError(
                 f"clients.count is {count}, but column {self.column!r} has only {len(owners)} values; "
@@ -173,24 +163,24 @@ class NaturalId(Partitioner):
         groups = examples.groups or ()
         return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
 
-    def _owners(self, examples: Examples) -> list[str]:
-        """The column's values, those of the most rows first."""
+    def _values(self, examples: Examples) -> list[str]:
+        """Returns the column's values, those of the most rows first."""
         sizes = Counter(examples.groups or ())
         return sorted(sizes, key=lambda g: (-sizes[g], g))
 
-    def left_out(self, train, test, count):
-        owners = self._owners(train)
+    def describe_unused(self, train, test, count):
+        owners = self._values(train)
         known, sizes, tests = set(owners[:count]), Counter(train.groups or ()), Counter(test.groups or ())
         others = [*owners[count:], *sorted(tests.keys() - set(owners))]
         if not others:
             return ""
         rows, more = (sum(n for owner, n in part.items() if owner not in known) for part in (sizes, tests))
         of_tests = f" and {more} of {len(test)} test rows" if tests else ""
-        some = ", ".join(f"{owner!r} ({sizes[owner]})" for owner in others[:LISTED])
+        names = ", ".join(f"{owner!r} ({sizes[owner]})" for owner in others[:LISTED])
         return (
             f"{len(others)} of the {len(known) + len(others)} values of column {self.column!r} have no client, and "
             f"their {rows} of {len(train)} training rows{of_tests} are unused: "
-            f"{some}{', ...' if len(others) > LISTED else ''}; clients.count is {count}."
+            f"{names}{', ...' if len(others) > LISTED else ''}; clients.count is {count}."
         )
 
 
@@ -204,9 +194,7 @@ class Size(FlowerPartitioner):
         if not self.sizes or min(self.sizes) <= 0:
             raise ValueError(f"clients.partition.sizes is {self.sizes}; it needs a positive number for each client.")
 
-    def partitioner(self, count, examples, seed):
-        from flwr_datasets.partitioner import SizePartitioner
-
+    def partitioner(self, flwr, count, examples, seed):
         if len(self.sizes) != count:
             raise ValueError(f"clients.partition.sizes has {len(self.sizes)} numbers, but clients.count is {count}.")
         counts = apportion(self.sizes, len(examples))
@@ -214,29 +202,25 @@ class Size(FlowerPartitioner):
             raise ValueError(
                 f"client {counts.index(0)} gets no row of {len(examples)} by clients.partition.sizes; raise its share."
             )
-        return SizePartitioner(counts)
+        return flwr.SizePartitioner(counts)
 
 
 @dataclass(frozen=True)
 class Own(Partitioner):
-    """Nothing is split: every party has its own rows on its own machine, and names them there."""
+    """Every client has its own rows on its own machine, so nothing is divided."""
 
     own = True
 
     def rows(self, examples, count, seed):
-        raise AssertionError("every party has its own rows")
+        raise AssertionError("every client has its own rows")
 
 
-_HERE = {
+_CLASSES = {
     "iid": Iid, "dirichlet": Dirichlet, "inner-dirichlet": InnerDirichlet, "pathological": Pathological,
     "column": NaturalId, "size": Size, "own": Own,
 }  # fmt: skip
-PARTITIONERS = Registry(
-    Partitioner,
-    "partitioner",
-    group="fedlora.partitioners",
-    listed={n: f"{__name__}:{k.__name__}" for n, k in _HERE.items()},
-)
+_PATHS = {name: f"{__name__}:{kind.__name__}" for name, kind in _CLASSES.items()}
+PARTITIONERS = Registry(Partitioner, "partitioner", group="fedlora.partitioners", listed=_PATHS)
 
 
 def _positive(alpha: float) -> None:
@@ -245,7 +229,7 @@ def _positive(alpha: float) -> None:
 
 
 def _labels(partitioner: Partitioner, examples: Examples) -> int:
-    """How many labels there are to split by; ``ValueError`` where rows have none or one."""
+    """Counts the labels; ``ValueError`` if rows have none or one."""
     labels = len(examples.partition_labels.unique())
     if labels < 2:
         name = PARTITIONERS.name_of(type(partitioner))
@@ -257,17 +241,17 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
 
 
 def build_partitioner(table: Mapping[str, Any]) -> Partitioner:
-    """The rule of a ``clients.partition`` table. ``ValueError`` names what is wrong with it."""
+    """Builds the partitioner of a ``clients.partition`` table. ``ValueError`` if the table is wrong."""
     return construct_by_name(PARTITIONERS, "clients.partition", table)
 
 
 def resolve_partition(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the rule's defaults written out."""
+    """Returns the table with all defaults of the partitioner."""
     return {"name": table["name"], **asdict(build_partitioner(table))}
 
 
 def apportion(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
-    """Whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
+    """Returns whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
 
     Of equal remainders the one of the lowest rank goes first; without ``ranks``, the first.
     """
@@ -298,40 +282,38 @@ def select_own_test_rows(data: Data, train: Sequence[Tensor]) -> list[Tensor] | 
 
 def draw_test_rows(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
     """Draws test rows for each client in the proportions of its training labels, from every test set."""
-    sets = data.test.sets
-    if sets is None:
-        return _draw_test_rows(data, train, torch.arange(len(data.test)), seed)
-    each = [_draw_test_rows(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
-    return [torch.cat(rows) for rows in zip(*each)]
+    sets = torch.zeros(len(data.test)) if data.test.sets is None else data.test.sets
+    drawn = [_draw_test_rows(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
+    return [torch.cat(rows) for rows in zip(*drawn)]
 
 
 def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
     """Draws each client's test rows from the rows ``within``.
 
-    A client gets its share of the training rows, or fewer if the scarcest label would run out: the distribution is
-    kept, not the size. Two clients may hold the same test row.
+    A client's share is that of its training rows, or less if the scarcest label would run out: the distribution is
+    kept, not the size. Two clients may have the same test row.
     """
     known, kinds = data.train.partition_labels, data.test.partition_labels[within]
     labels = 1 + int(max(known.max(), kinds.max()))
-    there = torch.bincount(kinds, minlength=labels)
+    available = torch.bincount(kinds, minlength=labels)
     pools = [within[kinds == label] for label in range(labels)]
-    everyone = sum(len(rows) for rows in train)
-    found = []
+    train_rows = sum(len(rows) for rows in train)
+    tests = []
     for client, rows in enumerate(train):
-        counts = torch.bincount(known[rows], minlength=labels) * (there > 0)
+        counts = torch.bincount(known[rows], minlength=labels) * (available > 0)
         if counts.sum() == 0:
             raise ValueError(
                 f"client {client} has only labels that the test split lacks; give the test split all labels."
             )
         held = counts.nonzero()[:, 0]
-        most = float((there[held] / (counts[held] / counts.sum())).min())
-        size = max(1, int(min(len(within) * len(rows) / everyone, most)))
+        most = float((available[held] / (counts[held] / counts.sum())).min())
+        size = max(1, int(min(len(within) * len(rows) / train_rows, most)))
         draws = torch.Generator().manual_seed(derive_seed(seed, "test rows", client))
-        drawn = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
-        # Ties by lot: small clients are full of them, and in order all would be scored on their lowest labels.
+        shuffled = [pool[torch.randperm(len(pool), generator=draws)] for pool in pools]
+        # Ties at random: small clients have many, and in order all would be scored on their lowest labels.
         quotas = apportion(counts.tolist(), size, torch.randperm(labels, generator=draws).tolist())
-        found.append(torch.cat([pool[:quota] for pool, quota in zip(drawn, quotas)]).sort().values)
-    return found
+        tests.append(torch.cat([pool[:quota] for pool, quota in zip(shuffled, quotas)]).sort().values)
+    return tests
 
 
 def draw_label_order(labels: int, seed: int, seen: set[tuple[int, ...]]) -> Tensor:
