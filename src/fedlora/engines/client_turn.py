@@ -17,27 +17,27 @@ from fedlora.types import Tree, Turn
 
 
 class ClientState(NamedTuple):
-    """The state that a client keeps from turn to turn and sends to nobody."""
+    """The state that a client keeps from turn to turn and does not send."""
 
     kept: Tree
     moments: OptimizerState | None = None  # of its optimizer, if training.keep_optimizer is set
 
 
 class ClientUpdate(NamedTuple):
-    """The outcome of a turn."""
+    """The result of a turn."""
 
-    sent: Tree  # as it crosses the wire
-    decoded: Tree  # as the server decodes it; before encoding, the same tree
+    sent: Tree  # encoded, for the wire
+    decoded: Tree  # as the server decodes it
     state: ClientState
     loss: float
 
 
 @dataclass(frozen=True)
 class ClientTurn:
-    """A client's part in a round. ``run`` is the whole of it; engines may time or replace ``train``.
+    """A client's turn in a round: ``train``, then ``upload``.
 
-    ``key`` is the client's own key for noise; without one it comes from the federation. ``summed`` is the number of
-    clients whose noise together must suffice, where the server learns their sum only.
+    ``key`` is the client's own key for noise; the default is the federation's. If the server learns only a sum,
+    ``summed`` is the number of clients that share the noise.
     """
 
     federation: Federation
@@ -51,14 +51,14 @@ class ClientTurn:
         return self.upload(shared, state, self.train(shared, state))
 
     def train(self, shared: Tree, state: ClientState) -> ClientUpdate:
-        """Receives, trains locally, then clips and adds noise if privacy asks the client for that."""
+        """Receives, trains locally, then clips and adds noise if the client has to."""
         trainer = self.build_trainer(state.moments)
         sent, kept = client_turn(self.federation.rules, shared, state.kept, self.turn, trainer)
         sent = self._protect(shared, sent)
         return ClientUpdate(sent, sent, ClientState(kept, trainer.state), trainer.loss)
 
     def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
-        """Applies the attack, if this client is an attacker, and encodes; ``state`` is that before the turn."""
+        """Applies the attack, if this client is an attacker, and encodes; ``state`` is the one before the turn."""
         f = self.federation
         sent = alter_upload(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
         encoded, decoded, kept = f.compression.encode_upload(
@@ -67,7 +67,7 @@ class ClientTurn:
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
     def build_trainer(self, moments: OptimizerState | None = None) -> LocalTrainer:
-        """Returns the client's local trainer of this round, with DP-SGD if single rows are protect."""
+        """Returns the client's local trainer of this round, with DP-SGD if single rows are protected."""
         f, turn = self.federation, self.turn
         assert f.data is not None, "clients train on rows"
         kind, private = LocalTrainer, {}
@@ -84,7 +84,7 @@ class ClientTurn:
         return Stream(self.federation.key if self.key is None else self.key).child("client", self.turn.client)
 
     def _protect(self, shared: Tree, sent: Tree) -> Tree:
-        """Clips the change and adds noise, if the client level asks for noise here rather than at the server."""
+        """Clips the change and adds noise, if client-level noise is added here rather than at the server."""
         f, p = self.federation, self.federation.privacy
         if not p.by_client or not (self.summed or p.noise_on == "upload"):
             return sent

@@ -27,7 +27,7 @@ from fedlora.types import Tree, Turn
 
 @dataclass(frozen=True)
 class Federation:
-    """All parts of a run. On a party's own machine, ``shards`` has only its own rows."""
+    """All parts of a run. On a client's own machine, ``shards`` has only its own rows."""
 
     rules: Rules
     method: Method
@@ -43,7 +43,7 @@ class Federation:
     rounds: int
     seed: int
     label_names: tuple[str, ...] = ()
-    fingerprint: str = ""  # of the configuration, without the settings of a single party
+    fingerprint: str = ""  # of the configuration, without the settings of one machine
     validation: Validation = field(default_factory=Validation)
     robust: RobustAggregator | None = None
     attack: Attack | None = None
@@ -66,13 +66,13 @@ class Federation:
         )  # fmt: skip
 
     def cohort(self, round: int) -> list[int]:
-        """The clients of a round, in order."""
+        """Returns the clients of a round, in order."""
         if round not in self._cohorts:
             self._cohorts[round] = self.clients.cohort(round, self.cohort_seed)
         return self._cohorts[round]
 
     def order(self, round: int) -> list[int]:
-        """The cohort first, then the substitutes for absent clients; without these if privacy is on."""
+        """Returns the cohort, then the substitutes for absent clients; with privacy, there are none."""
         return self.cohort(round) if self.privacy.on else self.clients.order(round, self.seed)
 
     @cached_property
@@ -81,35 +81,35 @@ class Federation:
 
     @property
     def cohort_seed(self) -> int:
-        """The seed of the cohorts: that of the run, or a secret of this machine if the sample must stay secret."""
+        """The seed of the cohorts: the run's, or a secret of this machine if the sample must stay secret."""
         return Stream(self.key).seed if self.privacy.secret and self.clients.rate is not None else self.seed
 
     def turn(self, round: int, client: int) -> Turn:
-        """A client's turn in a round: numbers, rank and seed."""
+        """Returns a client's turn in a round: numbers, rank and seed."""
         return Turn(round, client, self.budgets[client], derive_seed(self.seed, "turn", round, client))
 
     def training_of(self, round: int, client: int) -> Training:
-        """``[training]`` of a client in a round, with its own number of steps if clients differ in that."""
+        """Returns ``[training]`` of a client in a round, with its own number of steps if clients differ in it."""
         usual = self.training.steps(len(self.shards[client].train))
         steps = self.clients.steps(usual, round, client, self.seed)
         return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
 
     def planned_steps(self, upload: Received) -> int:
-        """The optimizer steps that a client should have done for an upload, by the rows that it claims."""
+        """Returns the optimizer steps of an upload that follow from the rows that its client claims."""
         turn = upload.turn
         return self.clients.steps(self.training.steps(upload.examples), turn.round, turn.client, self.seed)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user: on the method's settings, and on the reading and partition of this machine's rows."""
+        """Notes for the user: on the method's settings, and on the labels and partition of this machine's rows."""
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
-        lost = self.clients.partitioner.describe_unused(self.data.train, self.data.test, self.clients.count)
-        return (*caution, *self.data.notes, *([lost] if lost else []))
+        unused = self.clients.partitioner.describe_unused(self.data.train, self.data.test, self.clients.count)
+        return (*caution, *self.data.notes, *([unused] if unused else []))
 
     def label_map(self, reading: str) -> dict[str, str]:
-        """Value of a label column -> class, by a reading (one of ``labels.READINGS``)."""
+        """Maps the values of a label column to classes, by a reading (one of ``labels.READINGS``)."""
         return label_map(self.task.all_labels() or self.label_names, self.label_names, reading)
 
     @property
@@ -135,7 +135,7 @@ class Federation:
         return Scores({**own.sums, **harm})
 
     @cached_property
-    def _judge(self) -> Evaluator | None:
+    def _attack_evaluator(self) -> Evaluator | None:
         """The evaluator of an attack's success, if it shows in the outputs of personal models; else None."""
         judge = self.attack.success_task(self.task) if self.attack is not None and self.method.personal else None
         return None if judge is None else self.evaluator(judge)

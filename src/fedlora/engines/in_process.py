@@ -15,7 +15,7 @@ from fedlora.security.validation import excluded_clients
 from fedlora.training.evaluation import Evaluator
 from fedlora.types import Tree
 
-NEW = ClientState({})  # of a client before its first turn
+NEW = ClientState({})  # before a client's first turn
 
 
 @dataclass
@@ -47,7 +47,7 @@ class InProcess(Loop):
     def restore(self, f: Federation, at: ServerState, states):
         if states is None:
             raise ValueError(
-                "what the clients keep for themselves is on their own machines; go on with the engine that ran this, "
+                "the clients' own states are on their machines; go on with the engine that ran this, "
                 "by `flwr run` or `fedlora flower local` with the same folder."
             )
         self._states = dict(states)
@@ -62,7 +62,7 @@ class InProcess(Loop):
             delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
             at.channel.record_delivery(at.number, client, delivery)
             if client in self.absent:
-                continue  # nothing is known to have arrived, so the next delivery has all of it again
+                continue  # it is not known to have arrived, so the next delivery has all of it again
             at.channel.confirm(client, delivery)
             client_turn = ClientTurn(f, turn, lambda client=client: self.watch(Event("step", at.number, client)))
             update = client_turn.upload(at.shared, state, self.train(client_turn, at.shared, state))
@@ -77,7 +77,7 @@ class InProcess(Loop):
         return replies
 
     def train(self, client_turn: ClientTurn, shared: Tree, state: ClientState) -> ClientUpdate:
-        """Trains one client; takes the time and tells the watcher."""
+        """Trains one client, measures the time and notifies the watcher."""
         began, turn = time.perf_counter(), client_turn.turn
         trained = client_turn.train(shared, state)
         self.clock["train"] += time.perf_counter() - began
@@ -85,7 +85,7 @@ class InProcess(Loop):
         return trained
 
     def score_clients(self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None):
-        assert evaluator is not None, "all rows are here"
+        assert evaluator is not None, "this process has all rows"
         return {
             client: f.score_client(evaluator, number, client, at.shared, self._states.get(client, NEW).kept)
             for client in range(f.clients.members)

@@ -1,4 +1,4 @@
-"""The round loop of all engines: cohort, turns, aggregation, measures, evaluation."""
+"""The round loop of all engines: cohort, turns, aggregation, measurement, evaluation."""
 
 import time
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ class Event:
 
 
 class Reply(NamedTuple):
-    """The outcome of a client's turn, as the server sees it."""
+    """The result of a client's turn, as the server has it."""
 
     upload: Received
     loss: float
@@ -57,7 +57,7 @@ class ServerState:
     shared: Tree
     base_updates: BaseUpdateLog
     channel: Channel
-    counted: dict[int, int] = field(default_factory=dict)  # client -> the last round that its upload went into
+    counted: dict[int, int] = field(default_factory=dict)  # client -> the last round with its upload in the aggregate
     conduct: dict[str, dict[str, Any]] = field(default_factory=dict)  # JSON-able; see security/validation/screen.py
     overheard: dict[int, Tree] = field(default_factory=dict)  # an attack's memory of the last round
 
@@ -82,7 +82,7 @@ Observe = Callable[[Rules, Tree, list[Received]], Mapping[str, Any]]  # uploads 
 
 @dataclass
 class Loop(ABC):
-    """Runs a federation round by round; an engine says where the clients' turns run.
+    """Runs a federation round by round; an engine defines where the clients' turns run.
 
     An engine of another package is a dataclass that extends this class and defines ``run_turns`` and ``score_clients``,
     or extends ``InProcess`` and changes a part of it; ``[engine] name`` names it. Each upload must pass
@@ -90,12 +90,14 @@ class Loop(ABC):
     arguments only. It has no settings beside those of the ``[engine]`` table.
     """
 
-    steps_here: ClassVar[bool] = True  # do clients train in this process, so that Ctrl-C can wait for a step's end?
+    steps_here: ClassVar[bool] = (
+        True  # whether clients train in this process, so that Ctrl-C can wait for the end of a step
+    )
 
     watch: Watch = lambda event: None
     observe: Observe | None = None
     clock: dict[str, float] = field(default_factory=dict, init=False)
-    absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> why
+    absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> reason
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
     screen: UploadScreen = field(init=False)  # of this round
 
@@ -103,7 +105,7 @@ class Loop(ABC):
     def drive(
         cls, config: Any, f: Federation, watch: Watch, observe: Observe | None, take: "Take"
     ) -> Mapping[int, Tree] | None:
-        """Build the engine, and let ``take(engine, f)`` run all rounds with it.
+        """Builds the engine, and calls ``take(engine, f)``, which runs all rounds with it.
 
         ``config`` is the run's ``Config``. Returns each client's own tree at the end, or None if the last round has it.
         """
@@ -132,18 +134,18 @@ class Loop(ABC):
         return {}
 
     def readings(self) -> Mapping[int, str]:
-        """Returns how each party reads the labels of its own data, if it has said so; see ``labels.READINGS``."""
+        """Returns each client's reading of its own labels, if it has reported one; see ``labels.READINGS``."""
         return {}
 
-    def undo_turn(self, client: int) -> None:  # noqa: B027 - a party elsewhere does this itself
+    def undo_turn(self, client: int) -> None:  # noqa: B027 - a client on another machine does this itself
         """Sets a client back to its state before this round, because its turn does not count."""
 
     def receive_upload(self, upload: Received) -> Received | None:
         """Screens an upload alone. Returns it in the server's form, or None if it is quarantined."""
-        found = self.screen.check(upload)
-        if found is None:
+        checked = self.screen.check(upload)
+        if checked is None:
             self._report_quarantine(upload.turn)
-        return found
+        return checked
 
     def refuse_upload(self, upload: Received, reason: str) -> None:
         """Quarantines an upload that cannot be decoded."""
@@ -192,47 +194,46 @@ class Loop(ABC):
             uploads, judged = reweigh_uploads(
                 f.robust, f.method, f.rules, before, self.select_uploads(replies), number, f.seed
             )
-            with self._timed("combine"):
+            with self._time_phase("combine"):
                 served = self._combine(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record = RoundRecord(round=number + 1)
-            record["cohort"], record["loss"] = _named(f, losses)
+            record["cohort"], record["loss"] = _public_figures(f, losses)
             record |= cast(RoundRecord, f.privacy_ledger.report_spending(number + 1))
             if f.clients.stragglers:
                 record["stragglers"] = [
                     client for client in f.clients.draw_stragglers(number, f.seed) if client in losses
                 ]
-            with self._timed("measure"):
+            with self._time_phase("measure"):
                 if self.is_measured(f) and uploads:
                     record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
                 if self.observe is not None and not f.privacy.hides_figures:
                     record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.is_due(number, f.rounds):
                 record |= self._evaluate(f, evaluator, at, number)
-            record |= {"absent": dict(self.absent)} if self.absent else {}
-            record |= {"unscored": dict(self.unscored)} if self.unscored else {}
-            bad = {} if f.privacy.hides_figures else self.screen.rejected  # they show what single clients sent
-            record |= {"quarantined": {k: one.reason for k, one in bad.items()}} if bad else {}
-            record |= {"robust": judged} if judged else {}
-            record["bytes"] = _bytes(at.channel.ledger, number)
+            bad = {} if f.privacy.hides_figures else self.screen.rejected  # they show uploads of single clients
+            quarantined = {client: rejected.reason for client, rejected in bad.items()}
+            faults = {"absent": dict(self.absent), "unscored": dict(self.unscored), "quarantined": quarantined}
+            record |= cast(RoundRecord, {key: value for key, value in {**faults, "robust": judged}.items() if value})
+            record["bytes"] = _sum_bytes(at.channel.ledger, number)
             record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
             self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
             base_updates = replace(at.base_updates, entries=list(at.base_updates.entries))  # as they are now
             yield Round(number, at.shared, dict(self.kept_trees()), base_updates, record, at.channel.ledger, at, bad)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Adds the time of the block to the round's seconds, as a phase."""
+    def _time_phase(self, phase: str) -> Iterator[None]:
+        """Sets a phase's time in the round's seconds to that of the block."""
         began = time.perf_counter()
         yield
         self.clock[phase] = time.perf_counter() - began
 
     def _drop(self, f: Federation, at: ServerState) -> None:
-        """Notes the dropouts, which all parties draw alike from the seed, and the clients barred by quarantine."""
+        """Notes the dropouts, which the seed determines on every machine, and the clients excluded by quarantine."""
         for client in f.clients.draw_dropouts(at.number, f.seed):
             self.absent[client] = DROPPED
-            self.watch(Event("absent", at.number, client))  # without a text: the configuration asks for it
+            self.watch(Event("absent", at.number, client))  # no text: the configuration sets it
         for client in sorted(excluded_clients(f.validation, at.conduct) & set(f.cohort(at.number))):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
@@ -241,7 +242,7 @@ class Loop(ABC):
         uploads = {reply.upload.turn.client: reply.upload for reply in replies}
         if f.attack is not None and (forged := f.attack.alter_together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
-            uploads |= {k: found for k, u in forged.items() if (found := self.receive_upload(u)) is not None}
+            uploads |= {k: checked for k, u in forged.items() if (checked := self.receive_upload(u)) is not None}
         before = set(self.screen.rejected)
         good = {u.turn.client: u for u in self.screen.compare([uploads[k] for k in sorted(uploads)], f.planned_steps)}
         for client in sorted(self.screen.rejected.keys() - before):
@@ -256,18 +257,15 @@ class Loop(ABC):
         return [reply._replace(upload=good[k]) for reply in replies if (k := reply.upload.turn.client) in good]
 
     def _report_quarantine(self, turn: Turn) -> None:
-        self.watch(
-            Event(
-                "quarantined", turn.round, turn.client, text=f"quarantined: {self.screen.rejected[turn.client].reason}"
-            )
-        )
+        text = f"quarantined: {self.screen.rejected[turn.client].reason}"
+        self.watch(Event("quarantined", turn.round, turn.client, text=text))
         self.undo_turn(turn.client)
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.step(at.shared, self.aggregate(f, at, uploads))
         at.shared = f.compression.encode_served(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
         if served.base_updates:
-            # One update a weight, no larger than the weight. All apply the update that is sent, so bits are equal.
+            # One update a weight, no larger than the weight. All apply the rounded update, so bits are equal.
             base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}
             at.base_updates.append(f.compression.round_base_update(base_updates))
             at.base_updates.settle(min(map(at.channel.count_base_updates, range(f.clients.members))))
@@ -277,50 +275,46 @@ class Loop(ABC):
 
     def _evaluate(self, f: Federation, evaluator: Evaluator | None, at: ServerState, number: int) -> RoundRecord:
         began = time.perf_counter()
-        found = RoundRecord()
+        record = RoundRecord()
         if not f.method.personal and evaluator is not None:
             tree = {part: public_leaves(layer) for part, layer in at.shared.items()}
-            found["global"] = compute_metrics(evaluator.score_all(tree))
+            record["global"] = compute_metrics(evaluator.score_all(tree))
             judge = f.attack.success_task(f.task) if f.attack is not None else None
             if judge is not None:
                 hits, rows = f.evaluator(judge).score_all(tree).sums["success"]
-                found["attack"] = {"success": hits / rows, "rows": rows}
+                record["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.score_clients(f, at, number, evaluator)
         if harm := success_rate(f.attack, scores):
-            found["attack"] = harm
+            record["attack"] = harm
         if scores:
-            found["clients"] = summarize(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
+            record["clients"] = summarize(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
-        return found
+        return record
 
 
 Take = Callable[[Loop, Federation], None]  # runs all rounds of a federation with an engine
-ENGINES = Registry(
-    Loop,
-    "engine",
-    group="fedlora.engines",
-    listed={
-        "inprocess": "fedlora.engines.in_process:InProcess",
-        "flower-simulation": "fedlora.flower.simulation:Simulation",
-    },
-)
+_PATHS = {
+    "inprocess": "fedlora.engines.in_process:InProcess",
+    "flower-simulation": "fedlora.flower.simulation:Simulation",
+}
+ENGINES = Registry(Loop, "engine", group="fedlora.engines", listed=_PATHS)
 
 
-def _named(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:
-    """The clients that trained, and their losses, without figures that a privacy guarantee does not cover."""
+def _public_figures(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:
+    """Returns the clients that trained and their losses, without figures that a privacy guarantee does not cover."""
     if not f.privacy.hides_figures:
         return sorted(losses), losses
     return [] if f.clients.rate is not None else sorted(losses), {}
 
 
-def _bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str, int]]:
-    """The bytes of a round by direction and kind."""
-    found: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
+def _sum_bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str, int]]:
+    """Sums the bytes of a round by direction and kind."""
+    sums: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
     for row in ledger:
         if row.round == number:
-            found[row.direction][row.kind] = found[row.direction].get(row.kind, 0) + row.bytes
-    return found
+            sums[row.direction][row.kind] = sums[row.direction].get(row.kind, 0) + row.bytes
+    return sums
 
 
 def explain_overflow(rounds: Iterator[Round]) -> Iterator[Round]:
@@ -329,6 +323,6 @@ def explain_overflow(rounds: Iterator[Round]) -> Iterator[Round]:
         yield from rounds
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(
-            "what clients trained is too large to be combined or measured; lower training.learning_rate, or set "
+            "the uploads are too large to be combined or measured; lower training.learning_rate, or set "
             "training.max_grad_norm."
         ) from error

@@ -1,4 +1,4 @@
-"""The ``[flower]`` table: how a server deals with parties that are late, away or wrong."""
+"""The ``[flower]`` table: timeouts and limits of a server, and secure aggregation."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ class Network:
     min_clients: int = 2  # a round with fewer good uploads waits for more; at most clients.count
     round_timeout: float = 3600.0  # seconds that a round waits for its slowest client
     join_timeout: float = 60.0  # seconds that the first round waits for all to connect, longer while one still loads
-    poll: float = 0.3  # seconds between two looks for replies
-    retry: float = 10.0  # seconds until a party that failed is asked once more
-    repair_timeout: float = 60.0  # seconds that a run goes on while too few parties can take part, then it ends
+    poll: float = 0.3  # seconds between two requests for replies
+    retry: float = 10.0  # seconds until a client that failed is asked again
+    repair_timeout: float = 60.0  # seconds with too few clients until a run ends
     secure_aggregation: bool = False  # the server learns the sum of the uploads, and no upload
     secure_threshold: int | None = None  # clients of a round that must stay to its end; None: two thirds, and one
-    secure_range: float = 16.0  # the largest absolute value that a client can send so
+    secure_range: float = 16.0  # the largest absolute value that a client can send
 
     def __post_init__(self):
         if self.min_clients < 1:

@@ -68,13 +68,13 @@ class PrivacyLedger:
         return dict(self._sums)
 
     def _add(self, sums: dict[int, int], number: int, clients: Iterable[int]) -> None:
-        """Adds one sum a client for the round, or the steps of its turn."""
+        """Adds for each client one sum for the round, or the steps of its turn."""
         for client in clients:
             if client in sums:
                 sums[client] += 1 if self.privacy.by_client else self.steps(number, client)
 
     def worst(self, sums: Mapping[int, int]) -> list[tuple[float, int]]:
-        """Pairs of rate and sums that no other pair exceeds in both: ε grows with either."""
+        """Returns the pairs of rate and sums that no other pair exceeds in both: ε grows with either."""
         pairs: list[tuple[float, int]] = []
         for pair in sorted({(self.rates[k], n) for k, n in sums.items()}, reverse=True):
             if not pairs or pair[1] > pairs[-1][1]:
@@ -83,7 +83,7 @@ class PrivacyLedger:
 
     @property
     def delta(self) -> float:
-        """The δ of the run: of the clients, or of the rows of the client that has most."""
+        """The δ of the run: for the clients, or for the rows of the client with most rows."""
         if self.privacy.by_client:
             return self.privacy.delta_of(self.clients.members)
         return self.privacy.delta_of(max((self.rows[client] for client in self.rates), default=1))
@@ -97,9 +97,9 @@ class PrivacyLedger:
         return max((self.privacy.noise(rate, sums, delta) for rate, sums in pairs), default=math.nan)
 
     def report_spending(self, rounds: int) -> dict[str, Any]:
-        """ε of the worst client after ``rounds`` rounds, and its δ; empty without privacy.
+        """Returns ε of the worst client after ``rounds`` rounds, and its δ; empty without privacy.
 
-        ``epsilon`` is None without noise, and on a machine that knows nobody's rows.
+        ``epsilon`` is None without noise, and on a machine without rows.
         """
         if not self.privacy.on:
             return {}
@@ -110,27 +110,27 @@ class PrivacyLedger:
         return {"privacy": {"epsilon": _finite(epsilon), "delta": self.delta}}
 
     def spending_line(self, rounds: int) -> str:
-        """A line for the log of a party that alone knows its rows; empty if the server reports ε."""
+        """Returns a line for the log of a client that alone knows its rows; empty if the server reports ε."""
         if not (self.privacy.by_example and self.clients.own_data):
             return ""
         now = self.report_spending(rounds)["privacy"]
         return f"fedlora: after round {rounds}, ε = {now['epsilon']} at δ = {now['delta']} for this party's rows"
 
     def report(self, rounds: int, plan: bool = False) -> dict[str, Any]:
-        """The guarantee, for summaries, plans and cards; empty without privacy."""
+        """Returns the guarantee, for summaries, plans and cards; empty without privacy."""
         if not self.privacy.on:
             return {}
         p, z, delta = self.privacy, self.noise_multiplier, self.delta
         sums = self.planned_sums if plan else self.after(rounds)
         own = {client: _finite(p.epsilon(z, self.rates[client], n, delta)) for client, n in sums.items()}
         worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "level": p.level, "epsilon": worst, "delta": delta if own else None, "noise_multiplier": _finite(z),
             "clip": p.clip, "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
             "sampling_rate": max(self.rates.values(), default=None),
             "secret": p.secret, "covers": CLIENT if p.by_client else EXAMPLE,
         }  # fmt: skip
-        return {"privacy": found | ({"clients": {str(k): x for k, x in own.items()}} if p.by_example else {})}
+        return {"privacy": report | ({"clients": {str(k): x for k, x in own.items()}} if p.by_example else {})}
 
 
 def _finite(x: float) -> float | None:

@@ -1,13 +1,13 @@
 """The record of a round: one line of ``metrics.jsonl``.
 
-The round loop writes it, and trackers, callbacks, live views and reports read it. The keys of mappings that are written
-as ``Client`` are numbers in the process that runs the federation, and texts in a file, as JSON has them.
+The round loop writes it, and trackers, callbacks, live views and reports read it. Keys of type ``Client`` are numbers
+in the process that runs the federation, and strings in a file, as in JSON.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-Client = Any  # int, or its text in JSON
+Client = Any  # int, or a string in JSON
 Direction = Literal["up", "down"]
 Fault = Literal["absent", "unscored", "quarantined"]
 
@@ -31,7 +31,7 @@ class ClientScores(TypedDict, total=False):
     spread: float  # the population standard deviation over clients
     figures: Mapping[str, float]  # every metric, mean over clients
     each: Sequence[float | None]  # by client; None: not scored
-    capability: Sequence[CapabilityScores]  # where clients differ in it, the weakest first
+    capability: Sequence[CapabilityScores]  # if clients differ in it; the weakest first
 
 
 class AttackResult(TypedDict, total=False):
@@ -39,31 +39,31 @@ class AttackResult(TypedDict, total=False):
 
     success: float  # share of the rows
     rows: float
-    clients: int  # honest clients, where it is a mean over their own models
+    clients: int  # honest clients, if it is a mean over their own models
 
 
 class Spent(TypedDict):
     """The privacy spent so far, by the worst client."""
 
-    epsilon: float | None  # None: no noise, or only the parties know their rows
+    epsilon: float | None  # None: no noise, or only the clients know their rows
     delta: float | None
 
 
-class _Global(TypedDict("_Global", {"global": Mapping[str, float]}, total=False)):  # a keyword, so no name of a field
+class _Global(TypedDict("_Global", {"global": Mapping[str, float]}, total=False)):  # a keyword cannot name a field
     """Every metric of the shared model on the global test rows."""
 
 
 class RoundRecord(_Global, total=False):
     """A round's figures. All have ``round``, ``cohort``, ``loss``, ``bytes`` and ``seconds``; later versions add keys.
 
-    ``clients`` and ``global`` are there where the round was evaluated, ``global`` where the method has a shared model.
+    An evaluated round has ``clients``, and ``global`` if the method has a shared model.
     """
 
     round: int  # from 1
-    cohort: Sequence[int]  # the clients whose uploads were combined; empty where privacy covers that
-    loss: Mapping[Client, float | None]  # the mean loss of a client's turn; empty where privacy covers that
+    cohort: Sequence[int]  # the clients whose uploads were combined; empty if privacy hides it
+    loss: Mapping[Client, float | None]  # the mean loss of a client's turn; empty if privacy hides it
     privacy: Spent
-    stragglers: Sequence[int]  # clients that took a part of their steps
+    stragglers: Sequence[int]  # clients that did a part of their steps
     weights: Mapping[
         str, Mapping[str, float]
     ]  # part -> errors of the aggregation, see ``aggregation_error.aggregation_errors``
@@ -71,8 +71,8 @@ class RoundRecord(_Global, total=False):
     clients: ClientScores
     attack: AttackResult
     absent: Mapping[Client, str]  # clients that were asked and did not reply -> reason
-    unscored: Mapping[Client, str]  # clients whose scores did not come -> reason
-    quarantined: Mapping[Client, str]  # clients whose uploads were left out -> reason
-    robust: Mapping[str, Any]  # the verdict of a robust rule, see ``security.robust``
+    unscored: Mapping[Client, str]  # clients without scores -> reason
+    quarantined: Mapping[Client, str]  # clients with rejected uploads -> reason
+    robust: Mapping[str, Any]  # the decision of a robust aggregator, see ``security.robust``
     bytes: Mapping[Direction, Mapping[str, int]]  # by kind of message, all clients together
     seconds: Mapping[str, float]  # by phase, and ``total``

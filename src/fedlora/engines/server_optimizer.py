@@ -19,10 +19,10 @@ from fedlora.types import Layer, Tree
 class ServerOptimizer:
     """The ``[server]`` table: ``x ← x + η m`` (momentum) or ``x + η m / (√v + τ)`` (adam, yogi), leaf by leaf.
 
-    ``Δ`` is what the method made of the round less what was shared before. ``m = β₁ m + Δ`` for momentum, else
+    ``Δ`` is the method's result of the round minus the shared leaves before it. ``m = β₁ m + Δ`` for momentum, else
     ``m = β₁ m + (1 − β₁) Δ``; ``v`` is Adam's or Yogi's second moment, from ``τ²``. Neither corrects a bias, as in the
-    paper. The moments are leaves whose names begin with ``_``: they stay with the server. A leaf that a round leaves
-    alone (RoLoRA's other factor) keeps its moments, too.
+    paper. The moments are leaves whose names begin with ``_``: they stay with the server. A leaf that a round does
+    not change (RoLoRA's other factor) keeps its moments, too.
     """
 
     optimizer: Literal["none", "momentum", "adam", "yogi"] = "none"
@@ -40,17 +40,17 @@ class ServerOptimizer:
                 raise ValueError(f"server.{key} is {getattr(self, key)}; it must be a positive number.")
 
     def step(self, before: Tree, served: Served) -> Served:
-        """The round's outcome with every leaf that it moved taken as a gradient."""
+        """Applies the optimizer to every leaf that the round has changed."""
         if self.optimizer == "none":
             return served
         return served._replace(shared={part: self._layer(before[part], layer) for part, layer in served.shared.items()})
 
     def _layer(self, before: Layer, after: Layer) -> Layer:
-        moved = {leaf: x - before[leaf] for leaf, x in after.items() if x is not before[leaf]}
-        found = dict(after)
-        for leaf, delta in moved.items():
-            found |= self._leaf(leaf, before, delta)
-        return found
+        stepped = dict(after)
+        for leaf, x in after.items():
+            if x is not before[leaf]:
+                stepped |= self._leaf(leaf, before, x - before[leaf])
+        return stepped
 
     def _leaf(self, leaf: str, before: Layer, delta: Tensor) -> Layer:
         m = self.beta1 * before.get(f"_m.{leaf}", torch.zeros_like(delta))
