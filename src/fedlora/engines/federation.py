@@ -128,14 +128,14 @@ class Federation:
         With a personal method, the scores include the success of an attack.
         """
         tree = client_start(self.rules, shared, kept, self.turn(number + 1, client))
-        own = evaluator.score_client(client, tree)
-        if self._judge is None:
-            return own
-        harm = {name: pair for name, pair in self._judge.score_client(client, tree).sums.items() if pair[1]}
-        return Scores({**own.sums, **harm})
+        scores, attack = evaluator.score_client(client, tree), self._attack_evaluator
+        if attack is None:
+            return scores
+        harm = {name: pair for name, pair in attack.score_client(client, tree).sums.items() if pair[1]}
+        return Scores({**scores.sums, **harm})
 
     @cached_property
     def _attack_evaluator(self) -> Evaluator | None:
         """The evaluator of an attack's success, if it shows in the outputs of personal models; else None."""
-        judge = self.attack.success_task(self.task) if self.attack is not None and self.method.personal else None
-        return None if judge is None else self.evaluator(judge)
+        task = self.attack.success_task(self.task) if self.attack is not None and self.method.personal else None
+        return None if task is None else self.evaluator(task)
