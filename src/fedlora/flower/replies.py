@@ -16,7 +16,7 @@ from fedlora.types import Tree
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
 
-def describe_error(error: BaseException, own: tuple[type[Exception], ...] = (RefusedError, UnreadableError)) -> str:
+def describe_refusal(error: BaseException, own: tuple[type[Exception], ...] = (RefusedError, UnreadableError)) -> str:
     """Return the reason why a reply is left out, safe for a log regardless of the client's text.
 
     The text of an error of the types ``own`` is a sentence. All other errors mean that a record is malformed.

@@ -24,7 +24,7 @@ from fedlora.flower.client import digest_start
 from fedlora.flower.client_messages import STALE
 from fedlora.flower.client_store import LocalClients, name_base, select_leaves
 from fedlora.flower.node_registry import GONE, NodeRegistry, Quorum
-from fedlora.flower.replies import MALFORMED, check_holds, describe_error, read_figures, read_scores
+from fedlora.flower.replies import MALFORMED, check_holds, describe_refusal, read_figures, read_scores
 from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, record_to_tree
 from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
@@ -285,7 +285,7 @@ class FlowerLoop(Loop, Strategy):
                 raise RefusedError(reply.error.reason or "its app failed")
             process(order, reply)
         except MALFORMED as error:
-            text = describe_error(error)
+            text = describe_refusal(error)
             if text == STALE:
                 self.at.channel.forget(client)
             self._lose(client, text)

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedlora.flower.replies import MALFORMED, describe_error
+from fedlora.flower.replies import MALFORMED, describe_refusal
 from fedlora.flower.strategy.instructions import sent_leaves
 from fedlora.flower.strategy.peft_state import MARK, PeftState, parse_keys, read_mark, read_tensor
 from fedlora.methods._base import Method
@@ -51,7 +51,7 @@ class ReplyChecks:
                 good[node] = self._read(node, reply), reply.content
             except MALFORMED as error:
                 LOG.warning(
-                    "round %s: node %s is left out: %s.", self.round + 1, node, describe_error(error, (ValueError,))
+                    "round %s: node %s is left out: %s.", self.round + 1, node, describe_refusal(error, (ValueError,))
                 )
         # Methods compare the turns' ranks: if all uploads have the same shapes, each has the server's rank.
         shapes = {

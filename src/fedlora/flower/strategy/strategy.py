@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdateLog
-from fedlora.flower.replies import MALFORMED, describe_error
+from fedlora.flower.replies import MALFORMED, describe_refusal
 from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
 from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, split_arrays
 from fedlora.flower.strategy.replies import (
@@ -131,7 +131,10 @@ class FedLoRA(FedAvg):
                 good.setdefault(node, reply.content)
             except MALFORMED as error:
                 LOG.warning(
-                    "evaluation %s: node %s is left out: %s.", server_round, node, describe_error(error, (ValueError,))
+                    "evaluation %s: node %s is left out: %s.",
+                    server_round,
+                    node,
+                    describe_refusal(error, (ValueError,)),
                 )
         return self.evaluate_metrics_aggr_fn(select_alike(good.values()), self.weighted_by_key) if good else None
 
