@@ -84,14 +84,14 @@ def test_an_error_from_another_process_says_the_same(tmp_path):
         error = _raised(call)
         crash.write_traceback(error, tmp_path)
         there = pickle.loads(pickle.dumps(error))
-        assert there.__traceback__ is None and crash.describe_error(there) == crash.describe_error(error)
-    assert "an unexpected IndexError" in crash.describe_error(there)
+        assert there.__traceback__ is None and crash.explain_error(there) == crash.explain_error(error)
+    assert "an unexpected IndexError" in crash.explain_error(there)
 
 
 def test_a_file_of_the_system_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     error = _raised(lambda: list((tmp_path / "file").iterdir()))
-    sentence = crash.describe_error(error)
+    sentence = crash.explain_error(error)
     assert str(tmp_path / "file") in sentence and "not a directory" in sentence and "Errno" not in sentence
 
 

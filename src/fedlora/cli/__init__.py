@@ -54,5 +54,5 @@ def main() -> None:
     except Exception:
         if os.environ.get("FEDLORA_TRACEBACK") or (error := sys.exc_info()[1]) is None:
             raise
-        say(f"fedlora: {error_log.describe_error(error)}")
+        say(f"fedlora: {error_log.explain_error(error)}")
         sys.exit(2)

@@ -127,21 +127,16 @@ def coverage_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _final(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:
-    def read(summary: Mapping[str, Any]) -> float | None:
-        value: Any = summary.get("final", {})
-        for key in keys:
-            value = value.get(key, {}) if isinstance(value, Mapping) else {}
-        return None if value == {} else float(value)
-
-    return read
+def _final(summary: Mapping[str, Any], model: str, figure: str) -> float | None:
+    value = summary.get("final", {}).get(model, {}).get(figure)
+    return None if value is None else float(value)
 
 
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
-    "global": lambda s: _final("global", s["metric"]["name"])(s),
-    "clients": _final("clients", "mean"),
-    "examples": _final("clients", "examples_mean"),
-    "worst": _final("clients", "worst"),
+    "global": lambda s: _final(s, "global", s["metric"]["name"]),
+    "clients": lambda s: _final(s, "clients", "mean"),
+    "examples": lambda s: _final(s, "clients", "examples_mean"),
+    "worst": lambda s: _final(s, "clients", "worst"),
     "mb_up": lambda s: sum(s["bytes"]["up"].values()) / 1e6,
     "mb_down": lambda s: sum(s["bytes"]["down"].values()) / 1e6,
     "error": lambda s: s["errors"].get("served"),

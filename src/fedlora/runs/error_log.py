@@ -66,7 +66,7 @@ def _write_if(folder: Path | None, marker: str, error: BaseException | None) -> 
         write_traceback(error, folder)
 
 
-def describe_error(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """Return an error as one sentence. The traceback of an unexpected error is written to a file."""
     file, text = write_traceback(error), " ".join(_message(error).split())
     if file is None:

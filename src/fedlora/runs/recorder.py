@@ -117,7 +117,9 @@ class RunRecorder:
         self.checkpoints.begin(f)
         if self.saved is None:
             return None
-        s = self.checkpoints.load(self.saved, f, engine)
-        kept = {client: client_state.kept for client, client_state in (engine.client_states(s) or {}).items()}
-        self.last = Round(s.number - 1, s.shared, kept, s.base_updates, self.records[-1], s.channel.ledger, s)
-        return s
+        state = self.checkpoints.load(self.saved, f, engine)
+        kept = {client: own.kept for client, own in (engine.client_states(state) or {}).items()}
+        self.last = Round(
+            state.number - 1, state.shared, kept, state.base_updates, self.records[-1], state.channel.ledger, state
+        )
+        return state
