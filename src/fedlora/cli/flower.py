@@ -76,8 +76,7 @@ def local_command(
         typer.Option(help="A folder for the run; one that was broken off continues [default: runs/NAME-flower-N]."),
     ] = None,
     parties: Annotated[
-        Path | None,
-        typer.Option(help="A TOML file with a [[party]] table for each client: the settings of its node."),
+        Path | None, typer.Option(help="A TOML file with a [[party]] table for each client: the settings of its node.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Without TLS and without node keys.")] = False,
     tls: Annotated[bool, typer.Option("--tls", help="With TLS and a key for each node: the default.")] = False,

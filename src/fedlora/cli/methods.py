@@ -11,8 +11,7 @@ from fedlora.cli._options import Json, print_result, say
 
 def methods_command(
     name: Annotated[
-        str | None,
-        typer.Argument(help="One method [default: all].", autocompletion=_completion.complete_method),
+        str | None, typer.Argument(help="One method [default: all].", autocompletion=_completion.complete_method)
     ] = None,
     as_json: Json = False,
 ) -> None:

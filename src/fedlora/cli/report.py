@@ -12,8 +12,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of r
 
 
 def report_command(
-    runs: Runs,
-    out: Annotated[Path, typer.Option(help="The file; an existing one is replaced.")] = Path("report.html"),
+    runs: Runs, out: Annotated[Path, typer.Option(help="The file; an existing one is replaced.")] = Path("report.html")
 ) -> None:
     """Write a report on runs as one HTML file that needs no network; several runs are compared."""
     from fedlora.files import write

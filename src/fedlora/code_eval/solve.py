@@ -34,11 +34,11 @@ def write_answers(
     path = check_output_file(out)
     counts = _count_answers(path)
     prompts = {problem.task_id: _encode_prompt(talk, problem, worded) for problem in problems}
-    fits = [p for p in problems if len(prompts[p.task_id]) + writing.max_new_tokens <= talk.room]
+    fits = [p for p in problems if len(prompts[p.task_id]) + writing.max_new_tokens <= talk.max_tokens]
     if not fits:
         raise ValueError(
             f"no problem fits: the shortest prompt has {min(map(len, prompts.values()))} tokens and an answer may have "
-            f"{writing.max_new_tokens}, but the model reads at most {talk.room}; lower --max-new-tokens."
+            f"{writing.max_new_tokens}, but the model reads at most {talk.max_tokens}; lower --max-new-tokens."
         )
     jobs = [(p, sample) for p in fits for sample in range(counts.get(p.task_id, 0), samples)]
     jobs.sort(key=lambda job: (job[1], len(prompts[job[0].task_id])))

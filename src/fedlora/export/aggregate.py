@@ -180,7 +180,10 @@ def _combine(
     for group in [parts] if method.whole_model else [[part] for part in parts]:
         rules = {part: _build_rule(adapters, method, part, rank) for part in group}
         uploads = {part: _build_uploads(adapters, rules[part], part, shares) for part in group}
-        starts = {part: _build_zeros(rules[part], uploads[part]) for part in group}
+        starts = {}  # a zero update of the output's rank: no factors were served before
+        for part in group:
+            A, B, r = uploads[part][0].layer["A"], uploads[part][0].layer["B"], rules[part].adapter.budget
+            starts[part] = {"A": A.new_zeros(r, A.shape[-1]), "B": B.new_zeros(B.shape[-2], r)}
         try:
             outcomes = rules[group[0]].combine_all(starts, uploads)
         except torch.linalg.LinAlgError as error:
@@ -250,12 +253,6 @@ class _Factors(Mapping[str, Tensor]):
         assert isinstance(lora, LoRA)
         x, ratio = adapter.factor(self.part, leaf), own.scale(own.rank) / lora.scale(own.rank)
         return x if leaf == "A" or ratio == 1 else ratio * x
-
-
-def _build_zeros(rule: Method, uploads: Sequence[Upload]) -> Layer:
-    """Build a zero update of the output's rank, for the factors served before the first aggregation."""
-    A, B, r = uploads[0].layer["A"], uploads[0].layer["B"], rule.adapter.budget
-    return {"A": A.new_zeros(r, A.shape[-1]), "B": B.new_zeros(B.shape[-2], r)}
 
 
 def _measure(

@@ -17,6 +17,10 @@ DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4])  # so that lines differ 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 LIGHT, DARK = "#ffffff", "#14171a"  # the backgrounds of page.css
 HEAT = "viridis"
+SCREEN = {  # Vega-Lite's config of a single picture
+    "background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
+    "line": {"strokeWidth": 1.6},
+}  # fmt: skip
 MM = 72 / 25.4  # points in a millimetre: one unit of a figure is a point on paper
 
 Rows = Sequence[dict[str, Any]]
@@ -189,12 +193,6 @@ def get_page_config() -> dict[str, Any]:
                    "direction": "horizontal", "titleFontWeight": "normal", "labelLimit": 170, "symbolStrokeWidth": 2},
         "point": {"size": 22}, "line": {"strokeWidth": 1.8},
     }  # fmt: skip
-
-
-def get_screen_config() -> dict[str, Any]:
-    """Return Vega-Lite's config of a single picture: black on white, in the sizes of a page."""
-    return {"background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
-            "line": {"strokeWidth": 1.6}}  # fmt: skip
 
 
 def get_paper_config() -> dict[str, Any]:

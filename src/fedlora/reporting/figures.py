@@ -101,7 +101,7 @@ def draw_comparison(runs: Sequence[Run], out: Path) -> list[Path]:
                   for model, what in reversed(by_round.MODELS.items())}  # fmt: skip
         y_title = f"{by_round.get_metric(whole)}{spread}"
         chart = charts.build_panels(panels, x, x_title, "value", y_title, is_log, list_labels(whole))
-        spec = {**chart.to_dict(validate=False), **title, "config": charts.get_screen_config()}
+        spec = {**chart.to_dict(validate=False), **title, "config": charts.SCREEN}
         path = out / f"{whole[0].metric}-by-{name}"
         svg = vl_convert.vegalite_to_svg(spec)
         write(path.with_suffix(".svg"), svg.encode())

@@ -43,6 +43,9 @@ TITLES = {  # the first figure of each section
 def render_page(runs: Sequence[Run]) -> str:
     """Render the report on these runs; several runs are compared."""
     name = _name_runs(runs)
+    ids = {"standing": "Results", **TITLES, "again": "Repeat it"}
+    items = "".join(f'<li><a href="#s-{key}">{escape(title)}</a></li>' for key, title in ids.items())
+    contents = f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
     scripts = [_bundle(), files(__package__).joinpath("page.js").read_text(encoding="utf-8")]
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     drawn, faults = draw_figures(runs), totals.tabulate_faults(runs)
@@ -52,7 +55,7 @@ def render_page(runs: Sequence[Run]) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">', '<link rel="icon" href="data:,">',
             f"<title>{escape(name)}: fedlora report</title>", f"<style>\n{style}</style>", "</head>", "<body>",
             '<a class="skip" href="#main">Skip to the report</a>',
-            f"<header><h1>{escape(name)}</h1>", _contents(), "</header>", '<main id="main" tabindex="-1">',
+            f"<header><h1>{escape(name)}</h1>", contents, "</header>", '<main id="main" tabindex="-1">',
             f'<p id="opening">{escape(summarise_runs(runs))}</p>', *_render_results(runs), *_render_sections(drawn),
             *([render_table(faults, is_sortable=True)] if faults.rows else []), *_render_repetition(runs), "</main>",
             f"<footer>Made by fedlora {escape(version('fedlora'))}. This file holds all that it shows and asks nobody "
@@ -82,12 +85,6 @@ def _policy(scripts: Sequence[str]) -> str:
     known = " ".join(f"'sha256-{digest}'" for digest in hashes)
     rules = f"default-src 'none'; script-src {known} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
     return f"<meta http-equiv=\"Content-Security-Policy\" content=\"{rules}; base-uri 'none'; form-action 'none'\">"
-
-
-def _contents() -> str:
-    ids = {"standing": "Results", **TITLES, "again": "Repeat it"}
-    items = "".join(f'<li><a href="#s-{key}">{escape(title)}</a></li>' for key, title in ids.items())
-    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
 
 
 def _render_results(runs: Sequence[Run]) -> list[str]:

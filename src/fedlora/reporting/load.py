@@ -53,11 +53,6 @@ class Run:
             return "under way"
         return "interrupted" if self.summary.get("interrupted") else "finished"
 
-    @property
-    def is_personal(self) -> bool:
-        """Whether each client has its own model; False if the run does not record it."""
-        return bool((self.summary or {}).get("personal", False))
-
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Load the runs in folders of runs and of comparisons.

@@ -62,15 +62,11 @@ def _safe(text: str) -> str:
     return "\n".join(display_safe(line, len(line)) for line in text.split("\n"))
 
 
-def open_stdout() -> Console:
-    """Open the console for results: as wide as the terminal, and ``WIDE`` in a pipe."""
-    console = PlainConsole()
-    return console if console.is_terminal else PlainConsole(width=WIDE, file=sys.stdout)
-
-
 def show(*things: Table | str, whole: tuple[str, ...] = ()) -> None:
     """Print tables and lines on stdout. ``whole`` lines come last and are not wrapped, so they can be copied."""
-    console = open_stdout()
+    console = PlainConsole()
+    if not console.is_terminal:
+        console = PlainConsole(width=WIDE, file=sys.stdout)
     for thing in things:
         console.print(thing, soft_wrap=isinstance(thing, str) and not console.is_terminal)
     for line in whole:

@@ -55,10 +55,6 @@ def list_columns(metric: str) -> list[tuple[str, Cell]]:
     ]
 
 
-def _list_rows(status: RunStatus) -> list[dict[str, float]]:
-    return [{"round": record["round"], **round_figures(record)} for record in status.records]
-
-
 def estimate_remaining(status: RunStatus, now: float) -> float | None:
     """Estimate the seconds until the end from the last rounds; None before the first round."""
     times = [s for record in status.records[-LATELY:] if (s := record.get("seconds", {}).get("total"))]
@@ -86,7 +82,7 @@ def draw_status(
         grid = Table.grid()  # since a bar alone does not end its line
         grid.add_row(ProgressBar(status.progress["rounds"], len(status.records), width=min(width, 60)))
         head.insert(1, grid)
-    rows = _list_rows(status)
+    rows = [{"round": record["round"], **round_figures(record)} for record in status.records]
     curves = [_line(text) for text in _draw_curves(rows, metric, width)] if unicode else []
     notes = [_line(display_safe(text)) for text in status.progress.get("said", [])[-4:]]
     folded = sum(len(text) // width for text in texts)

@@ -21,7 +21,7 @@ def tabulate_clients(runs: Sequence[Run]) -> Table:
     """Build the table of every client's final figure, mean over seeds, with those of ``fedlora personal``."""
     rows: list[dict[str, Any]] = []
     for label, group in group_by(runs, lambda run: run.label).items():
-        model = "own" if group[0].is_personal else "global"
+        model = "own" if (group[0].summary or {}).get("personal") else "global"
         rows += _average_clients(label, model, [run.digest.each for run in group])
         for key, model in SIDES.items():
             sides = [((run.personal or {}).get("columns") or {}).get(key) or {} for run in group]
