@@ -103,7 +103,10 @@ MUTANTS = [
         SECURE,
     ),
     Mutant(
-        "security/secure_aggregation/server.py", "if len(there) < self.session.threshold:", "if len(there) < 1:", SECURE
+        "security/secure_aggregation/server.py",
+        "if len(senders) < self.session.threshold:",
+        "if len(senders) < 1:",
+        SECURE,
     ),
     Mutant(
         "security/privacy/client_level.py",

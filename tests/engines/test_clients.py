@@ -108,7 +108,7 @@ def test_rows_of_a_columns_other_values_are_said():
     d = data(groups=owners, test_groups=tests)
 
     def left(count, d=d):
-        return Clients(count, partition={"name": "column", "column": "who"}).partitioner.describe_unused(
+        return Clients(count, partition={"name": "column", "column": "who"}).partitioner.describe_unused_rows(
             d.train, d.test, count
         )
 
@@ -120,7 +120,7 @@ def test_rows_of_a_columns_other_values_are_said():
     assert left(4, data(groups=owners)) == "" and left(4, data(groups=owners, test_groups=owners[::3])) == ""
     many = data(groups=tuple(str(i % 50) for i in range(600)))
     assert "their 564 of 600 training rows are unused: '11' (12), " in left(3, many) and ", ...; " in left(3, many)
-    assert Clients(2).partitioner.describe_unused(d.train, d.test, 2) == ""
+    assert Clients(2).partitioner.describe_unused_rows(d.train, d.test, 2) == ""
 
 
 def test_permuted_labels_differ_and_cover():

@@ -76,7 +76,7 @@ def test_nothing_is_encoded_where_nothing_is_set():
     sent, stays = moved(shared), {"w": {}}
     found = Compression(down="int8").encode_upload(rule, shared, {}, TURN, sent, stays)
     assert found.encoded is sent and found.decoded is sent and found.kept is stays
-    assert Compression(up="int8").encode_served(shared, sent, 1) is sent
+    assert Compression(up="int8").encode_shared(shared, sent, 1) is sent
 
 
 def test_a_small_change_of_a_large_leaf_crosses_well():
@@ -137,7 +137,7 @@ def descent(t, rounds=200, rate=0.05):
             turn = Turn(number, k, 8, seed=100 * number + k)
             _, decoded, kept[k] = t.encode_upload(rule, shared, kept[k], turn, sent, {"w": {}})
             mean = {leaf: mean[leaf] + decoded["w"][leaf] / 4 for leaf in mean}
-        shared = t.encode_served(shared, {"w": {**shared["w"], **mean}}, number)
+        shared = t.encode_shared(shared, {"w": {**shared["w"], **mean}}, number)
     return sum(float((shared["w"][leaf] - best[leaf]).square().sum()) for leaf in "AB") ** 0.5
 
 
@@ -175,7 +175,7 @@ def test_what_is_served_is_what_clients_hold_whatever_they_missed(down, coarse):
                 channel.record_delivery(number, client, delivery)
                 channel.confirm(client, delivery)
                 assert all(torch.equal(holds[client]["w"][leaf], shared["w"][leaf]) for leaf in "AB")
-        shared = t.encode_served(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
+        shared = t.encode_shared(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     delivery = channel.compute_delta(7, shared, BaseUpdateLog())  # who never was there
     got = t.decode_delivery(delivery.leaves, initial)
     assert all(torch.equal(got["w"][leaf], shared["w"][leaf]) for leaf in "AB")
@@ -193,7 +193,7 @@ def test_a_channel_set_up_anew_never_sends_a_difference_to_what_nobody_holds():
     _, shared = rules()
     t, initial = Compression(down="int4"), shared
     for number in range(3):
-        shared = t.encode_served(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
+        shared = t.encode_shared(shared, {"w": {**shared["w"], **moved(shared, seed=number)["w"]}}, number)
     channel = Channel(initial, frozenset(), t)
     delivery = channel.compute_delta(0, shared, BaseUpdateLog())
     assert set(delivery.leaves["w"]) == {"A", "B"}, "whole"

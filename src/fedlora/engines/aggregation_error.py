@@ -35,9 +35,9 @@ def aggregation_errors(
         parts = [part for part in rules if rules[part] == rule]
         ends, shapes = dict[str, list[Layer]](), dict[str, list[Layer]]()
         for part in parts:
-            own = [public_leaves(kept.get(u.turn.client, {}).get(part, {})) for u in uploads]
+            private = [public_leaves(kept.get(u.turn.client, {}).get(part, {})) for u in uploads]
             frozen = [rule.adapter.leading(before[part], u.turn.rank) for u in uploads]
-            ends[part] = [{**a, **b, **u.tree[part]} for a, b, u in zip(frozen, own, uploads)]
+            ends[part] = [{**a, **b, **u.tree[part]} for a, b, u in zip(frozen, private, uploads)]
             terms = enumerate(served.base_updates.get(part, ()))
             factors = {f"{i}{side}": x for i, f in terms for side, x in zip("UV", f)}
             shapes[part] = [*ends[part], served.shared[part], factors]
@@ -85,5 +85,5 @@ def _stack_clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
     first = [layers[0] for layers in ends]
     common = {leaf for leaf in first[0] if all(layer[leaf] is layers[0][leaf] for layers in ends for layer in layers)}
     once = stack_layers([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}
-    own = [[{k: x for k, x in layers[i].items() if k not in common} for layers in ends] for i in range(len(ends[0]))]
-    return [{**once, **stack_layers(parts)} for parts in own]
+    others = [[{k: x for k, x in layers[i].items() if k not in common} for layers in ends] for i in range(len(ends[0]))]
+    return [{**once, **stack_layers(parts)} for parts in others]

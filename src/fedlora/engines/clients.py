@@ -216,13 +216,13 @@ class Clients:
 
     def steps(self, usual: int, round: int, client: int, seed: int) -> int:
         """Returns a client's optimiser steps in a round; ``usual`` is the number of ``[training]``."""
-        steps, own, levels = usual, self.local_steps, self.capabilities(seed)
-        if isinstance(own, int):
-            steps = own
-        elif isinstance(own, list):
-            steps = own[client % len(own)]
-        elif own is not None and levels is not None:
-            steps = self._steps_by_capability(own)[levels[client]]
+        steps, setting, levels = usual, self.local_steps, self.capabilities(seed)
+        if isinstance(setting, int):
+            steps = setting
+        elif isinstance(setting, list):
+            steps = setting[client % len(setting)]
+        elif setting is not None and levels is not None:
+            steps = self._steps_by_capability(setting)[levels[client]]
         elif levels is not None and "steps" in self.capability_scales:
             steps = scale_down(usual, levels[client])
         return scale_down(steps, self.straggler_work) if client in self.draw_stragglers(round, seed) else steps

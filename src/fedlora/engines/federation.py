@@ -105,7 +105,7 @@ class Federation:
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
-        unused = self.clients.partitioner.describe_unused(self.data.train, self.data.test, self.clients.count)
+        unused = self.clients.partitioner.describe_unused_rows(self.data.train, self.data.test, self.clients.count)
         return (*caution, *self.data.notes, *([unused] if unused else []))
 
     def label_map(self, reading: str) -> dict[str, str]:

@@ -189,20 +189,20 @@ def _bytes(x: Tensor) -> bytes:
 
 def _digest_base(f: Federation) -> str:
     """Returns a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for name, x in sorted(f.model.network.state_dict().items()):
         is_head = any(name.startswith(f"{head}.") for head in f.heads)
         if isinstance(x, Tensor) and not is_head:  # heads are drawn from the seed, or among the initial leaves
             values = x.detach().reshape(-1)
-            found.update(f"{name} {tuple(x.shape)}".encode())
-            found.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))
-    return found.hexdigest()
+            hasher.update(f"{name} {tuple(x.shape)}".encode())
+            hasher.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))
+    return hasher.hexdigest()
 
 
 def _digest(*parts: bytes) -> bytes:
     """Returns a digest of the parts and their lengths."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(len(part).to_bytes(8, "little"))
-        found.update(part)
-    return found.digest()
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.digest()

@@ -263,7 +263,7 @@ class Loop(ABC):
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.step(at.shared, self.aggregate(f, at, uploads))
-        at.shared = f.compression.encode_served(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
+        at.shared = f.compression.encode_shared(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
         if served.base_updates:
             # One update a weight, no larger than the weight. All apply the rounded update, so bits are equal.
             base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}

@@ -37,7 +37,7 @@ class Partitioner(ABC):
         ``column``, if the partitioner has one. Test rows follow from the labels of the training rows.
         """
 
-    def describe_unused(self, train: Examples, test: Examples, count: int) -> str:
+    def describe_unused_rows(self, train: Examples, test: Examples, count: int) -> str:
         """Describes the rows that no client gets; empty if all are used."""
         return ""
 
@@ -168,7 +168,7 @@ class NaturalId(Partitioner):
         sizes = Counter(examples.groups or ())
         return sorted(sizes, key=lambda g: (-sizes[g], g))
 
-    def describe_unused(self, train, test, count):
+    def describe_unused_rows(self, train, test, count):
         owners = self._values(train)
         known, sizes, tests = set(owners[:count]), Counter(train.groups or ()), Counter(test.groups or ())
         others = [*owners[count:], *sorted(tests.keys() - set(owners))]

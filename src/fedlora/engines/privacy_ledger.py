@@ -122,15 +122,15 @@ class PrivacyLedger:
             return {}
         p, z, delta = self.privacy, self.noise_multiplier, self.delta
         sums = self.planned_sums if plan else self.after(rounds)
-        own = {client: _finite(p.epsilon(z, self.rates[client], n, delta)) for client, n in sums.items()}
-        worst = None if not own or None in own.values() else max(x for x in own.values() if x is not None)
+        epsilons = {client: _finite(p.epsilon(z, self.rates[client], n, delta)) for client, n in sums.items()}
+        worst = None if not epsilons or None in epsilons.values() else max(epsilons.values())
         report: dict[str, Any] = {
-            "level": p.level, "epsilon": worst, "delta": delta if own else None, "noise_multiplier": _finite(z),
+            "level": p.level, "epsilon": worst, "delta": delta if epsilons else None, "noise_multiplier": _finite(z),
             "clip": p.clip, "noise_on": p.noise_on, "accountant": p.accountant, "rounds": rounds,
             "sampling_rate": max(self.rates.values(), default=None),
             "secret": p.secret, "covers": CLIENT if p.by_client else EXAMPLE,
         }  # fmt: skip
-        return {"privacy": report | ({"clients": {str(k): x for k, x in own.items()}} if p.by_example else {})}
+        return {"privacy": report | ({"clients": {str(k): x for k, x in epsilons.items()}} if p.by_example else {})}
 
 
 def _finite(x: float) -> float | None:

@@ -138,7 +138,7 @@ class Compression:
         return decoded
 
     # ----------------------------------------------------------------------------------- down
-    def encode_served(self, before: Tree, after: Tree, seed: int) -> Tree:
+    def encode_shared(self, before: Tree, after: Tree, seed: int) -> Tree:
         """Replaces the leaves of the server's tree by their decoded values, and notes their encoding."""
         if self.downward is None:
             return after
@@ -147,12 +147,12 @@ class Compression:
             served[part] = dict(layer)
             for leaf, x in public_leaves(layer).items():
                 if x is not before[part].get(leaf) and _is_encodable(x):
-                    served[part] |= self._encode_served_leaf(
+                    served[part] |= self._encode_shared_leaf(
                         leaf, x, before[part], _generator(seed, "down", part, leaf)
                     )
         return served
 
-    def _encode_served_leaf(self, leaf: str, x: Tensor, before: Layer, draws: Generator) -> dict[str, Tensor]:
+    def _encode_shared_leaf(self, leaf: str, x: Tensor, before: Layer, draws: Generator) -> dict[str, Tensor]:
         assert self.downward is not None
         base = before[leaf].to(x) if self.downward.coarse else None
         goal = _add_residual(x, before.get(RESIDUAL + leaf))

@@ -89,9 +89,9 @@ class _PoisonedTask(TaskWrapper):
 
     def collate_for_training(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
         batch = self.task.collate_for_training(examples, rows, draws)
-        some = torch.rand(len(rows), generator=draws) < self.attack.poisoned
-        batch = self.attack.insert_trigger(batch, some, self.max_length, examples.features["pad"])
-        return {**batch, "labels": torch.where(some, self.attack.target, batch["labels"])}
+        is_poisoned = torch.rand(len(rows), generator=draws) < self.attack.poisoned
+        batch = self.attack.insert_trigger(batch, is_poisoned, self.max_length, examples.features["pad"])
+        return {**batch, "labels": torch.where(is_poisoned, self.attack.target, batch["labels"])}
 
 
 class _SuccessTask(_PoisonedTask):

@@ -48,10 +48,10 @@ def unpack_table(payload: bytes, width: int) -> Table:
 
 def as_mapping(table: Table, what: str) -> dict[int, bytes]:
     """Converts a table to a mapping; :class:`ProtocolError` if it names a client twice."""
-    found = dict(table)
-    if len(found) < len(table):
+    mapping = dict(table)
+    if len(mapping) < len(table):
         raise ProtocolError(f"The {what} names a client twice; each may be there once. Refused.")
-    return found
+    return mapping
 
 
 def save_state(kind: str, fields: Mapping[str, Any], rest: bytes = b"") -> bytes:

@@ -95,13 +95,13 @@ class Server:
         """
         if self.phase == "done":
             raise ProtocolError("All four phases are closed already; outcome() has the result.")
-        there = self._senders()
-        if len(there) < self.session.threshold:
+        senders = self._senders()
+        if len(senders) < self.session.threshold:
             raise TooFewClientsError(
-                f"{len(there)} of {len(self.session.numbers)} clients sent their {self.phase!r} message; the session "
+                f"{len(senders)} of {len(self.session.numbers)} clients sent their {self.phase!r} message; the session "
                 f"needs {self.session.threshold} of them to the end. Run the round again."
             )
-        payloads = self._payloads(there)
+        payloads = self._payloads(senders)
         after = (*PHASES, "done")[PHASES.index(self.phase) + 1]
         replies = {}
         for n, payload in payloads.items():
@@ -164,20 +164,20 @@ class Server:
         if messages.as_mapping(table, f"message of client {n}").keys() != needed:
             raise ProtocolError(f"Client {n} did not send a share for each client that is due one; left out.")
 
-    def _payloads(self, there: list[int]) -> dict[int, bytes]:
+    def _payloads(self, senders: list[int]) -> dict[int, bytes]:
         """Returns the reply to each client at the end of the phase; after the last phase, unmasks the sum instead."""
         match self.phase:
             case "advertise":
-                self.keys = {n: self.received[n] for n in there}
-                return dict.fromkeys(there, messages.pack_table(self.keys))
+                self.keys = {n: self.received[n] for n in senders}
+                return dict.fromkeys(senders, messages.pack_table(self.keys))
             case "share":
-                self.commitments = {n: self.received[n][:KEY] for n in there}
-                tables = {n: dict(messages.unpack_table(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in there}
-                return {n: messages.pack_table({v: tables[v][n] for v in there if v != n}) for n in there}
+                self.commitments = {n: self.received[n][:KEY] for n in senders}
+                tables = {n: dict(messages.unpack_table(self.received[n][KEY:], 2 * SHARE + SEAL)) for n in senders}
+                return {n: messages.pack_table({v: tables[v][n] for v in senders if v != n}) for n in senders}
             case "mask":
                 flags = {n: b"\1" if n in self.summed else b"\0" for n in self.commitments}
-                return dict.fromkeys(there, messages.pack_table(flags))
-        self._unmask(there[: self.session.threshold])
+                return dict.fromkeys(senders, messages.pack_table(flags))
+        self._unmask(senders[: self.session.threshold])
         return {}
 
     def _unmask(self, answering: list[int]) -> None:
@@ -185,11 +185,11 @@ class Server:
         secrets = {v: combine({n: a[v] for n, a in answers.items()}, len(answering)) for v in self.commitments}
         for v, secret in secrets.items():
             self._check_secret(v, secret)
-        found = [masks.own(self.session.id, v, secrets[v]) for v in self.summed]
+        added = [masks.own(self.session.id, v, secrets[v]) for v in self.summed]
         for v in self.commitments.keys() - set(self.summed):
-            found += self._leftover(v, KeyPair(secrets[v]))
+            added += self._leftover(v, KeyPair(secrets[v]))
         self.total = self.total.copy()
-        masks.add(self.total, masks.opposite(found))
+        masks.add(self.total, masks.opposite(added))
 
     def _leftover(self, dropped: int, key: KeyPair) -> Iterable[masks.Mask]:
         """The masks that the others added for a client that sent no vector, with the opposite sign."""

@@ -52,11 +52,11 @@ def evaluate(polynomial: Sequence[int], x: int, prime: int = PRIME) -> int:
 @lru_cache(maxsize=64)
 def lagrange_at_zero(points: tuple[int, ...], prime: int = PRIME) -> tuple[int, ...]:
     """Lagrange coefficients: the weights of the values at ``points`` in the value at 0, modulo ``prime``."""
-    found = []
+    coefficients = []
     for x in points:
         above, below = 1, 1
         for other in points:
             if other != x:
                 above, below = above * other % prime, below * (other - x) % prime
-        found.append(above * pow(below, -1, prime) % prime)
-    return tuple(found)
+        coefficients.append(above * pow(below, -1, prime) % prime)
+    return tuple(coefficients)

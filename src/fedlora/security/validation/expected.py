@@ -67,14 +67,14 @@ class UploadSpecs:
     def of(self, turn: Turn) -> UploadSpec:
         """Returns the spec of the upload of this turn."""
         for names, specs in self._known.items():
-            if (found := specs.get(tuple([getattr(turn, name) for name in names]))) is not None:
-                return found
+            if (spec := specs.get(tuple([getattr(turn, name) for name in names]))) is not None:
+                return spec
         watched = _RecordingTurn(*(getattr(turn, name) for name in FIELDS))
-        found = build_upload_spec(self.rules, self.shared, watched)
+        spec = build_upload_spec(self.rules, self.shared, watched)
         names = tuple(vars(watched).get("read", ()))
         if not OWN & set(names):
-            self._known.setdefault(names, {})[tuple([getattr(turn, name) for name in names])] = found
-        return found
+            self._known.setdefault(names, {})[tuple([getattr(turn, name) for name in names])] = spec
+        return spec
 
 
 def build_upload_spec(rules: Rules, shared: Tree, turn: Turn) -> UploadSpec:

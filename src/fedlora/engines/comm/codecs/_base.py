@@ -103,9 +103,9 @@ class Chain:
         """Decodes. ``ValueError`` if names, shapes or dtypes are not those of this shape, before a field is read."""
         needed = self.form(shape)
         for name in sorted(needed.keys() | fields.keys()):
-            found = (tuple(fields[name].shape), fields[name].dtype) if name in fields else None
-            if found != needed.get(name):
-                raise ValueError(f"an encoded leaf of shape {shape} has {name!r} as {found}, not {needed.get(name)}")
+            actual = (tuple(fields[name].shape), fields[name].dtype) if name in fields else None
+            if actual != needed.get(name):
+                raise ValueError(f"an encoded leaf of shape {shape} has {name!r} as {actual}, not {needed.get(name)}")
         if any(x.is_meta for x in fields.values()):
             return torch.empty(shape, device="meta")
         first, *rest = self.stages
