@@ -76,7 +76,7 @@ class Task(ABC):
     train_rows: int | None
     test_rows: int | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("train_rows", "test_rows"):
             rows = getattr(self, key)
             if rows is not None and rows < 1:
@@ -89,7 +89,7 @@ class Task(ABC):
         """Return both splits, encoded for ``model``; ``client_column`` is the column for ``Examples.groups``."""
 
     @abstractmethod
-    def network(self, model: str, labels: int, seed: int, **loading: Any) -> nn.Module:
+    def network(self, model: str, labels: int, seed: int) -> nn.Module:
         """Return the pretrained network. New weights are drawn from ``seed``; ``labels`` is 0 if rows have none."""
 
     @abstractmethod
@@ -154,7 +154,7 @@ class TableTask(Task):
     train_rows: int | None = None  # number of rows, drawn from the seed; None: all
     test_rows: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         text_format(self)
 
@@ -171,7 +171,7 @@ class TableTask(Task):
         """Return splits reduced to ``train_rows`` and ``test_rows``, and to the labels that ``classes`` keep."""
         limits = [(self.train_rows, "training"), *[(self.test_rows, "test")] * (len(splits) - 1)]
         return [
-            draw_rows(split, rows, classes and classes.values(split, label), label, seed, role)
+            draw_rows(split, rows, None if classes is None else classes.values(split, label), label, seed, role)
             for split, (rows, role) in zip(splits, limits)
         ]
 
@@ -183,7 +183,7 @@ class Classification(Task):
     label_names: list[str] | None
     labels: list[int | str] | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.label_names)
         if self.label_names and len(self.label_names) < 2:

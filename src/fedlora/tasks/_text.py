@@ -34,7 +34,7 @@ class TextTask(TableTask):
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
     peft: ClassVar[str | None] = "SEQ_CLS"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 1:
             raise ValueError(f"task.max_length is {self.max_length}; it must be at least 1 token.")
@@ -65,7 +65,7 @@ class TextTask(TableTask):
             groups, strata = client_groups(split, client_column, role), self.strata(targets.train, labels)
             both.append(Examples(features, labels, lengths, groups, strata, sets=sets if split is test else None))
             notes += [note] if note else []
-        return Data(*both, targets.names, tuple(notes), targets.reading)
+        return Data(both[0], both[1], targets.names, tuple(notes), targets.reading)
 
     def _choose_columns(self, split: Any) -> Sequence[str]:
         if self.text is None:
@@ -73,10 +73,10 @@ class TextTask(TableTask):
                 if set(columns) <= set(split.column_names):
                     return columns
             raise ValueError(f"no text column among {', '.join(split.column_names)}; set task.text to one or two.")
-        columns = [self.text] if isinstance(self.text, str) else self.text
-        if not 1 <= len(columns) <= 2:
-            raise ValueError(f"task.text names {len(columns)} columns; a text is one column, or a pair of two.")
-        return columns
+        named = [self.text] if isinstance(self.text, str) else self.text
+        if not 1 <= len(named) <= 2:
+            raise ValueError(f"task.text names {len(named)} columns; a text is one column, or a pair of two.")
+        return named
 
     def _encode(
         self, split: Any, columns: Sequence[str], tokenizer: Any, role: str
@@ -125,7 +125,7 @@ class TextTask(TableTask):
             network.config.pad_token_id = load_tokenizer(model).pad_token_id
         return network
 
-    def probe(self, network: nn.Module) -> Batch:
+    def probe(self, network: Any) -> Batch:
         return random_batch(network.config.vocab_size)
 
     def preprocessor(self, model: str) -> Any:

@@ -58,7 +58,7 @@ class CausalLM(TableTask):
     brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 2:
             raise ValueError(
@@ -99,10 +99,10 @@ class CausalLM(TableTask):
             for split, role in zip(self._add_columns(*both), ("training", "test"))
         ]
         splits, segments, tokens, notes = zip(*learnable)
-        strata = templates.label_strata(*splits, self.label)
+        strata = templates.label_strata(splits[0], splits[1], self.label)
         train, test = (
-            self._build_examples(*parts, tokenizer, context, role, client_column)
-            for *parts, role in zip(splits, tokens, strata, ("training", "test"))
+            self._build_examples(split, rows, kinds, tokenizer, context, role, client_column)
+            for split, rows, kinds, role in zip(splits, tokens, strata, ("training", "test"))
         )
         messages = [note for several in notes for note in several]
         if self.grades_answers:
@@ -181,8 +181,8 @@ class CausalLM(TableTask):
         if template is None and self.shots:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
         train_rows, test_rows = segments
-        kinds = [[0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata)]
-        shots = draw_shots(train_rows, *kinds, self.shots, seed)
+        kinds, wanted = ([0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata))
+        shots = draw_shots(train_rows, kinds, wanted, self.shots, seed)
         golds = read_golds(test, test_rows, self.answer_column, self.answer)
         return encode_prompts(test_rows, golds, shots, tokenizer, room, template is None)
 
@@ -233,7 +233,7 @@ class CausalLM(TableTask):
         if not self.grades_answers:
             return outputs
         assert examples.texts is not None, "test rows have right answers"
-        tokenizer = self.preprocessor(network.config.name_or_path)
+        tokenizer = self.preprocessor(str(network.config.name_or_path))
         answers = generate(network, tokenizer, select_prompts(examples.features, rows), self.generation)
         hits = [is_correct(text, examples.texts[i]["gold"], self.answer) for i, text in zip(rows.tolist(), answers)]
         return torch.cat([outputs, torch.tensor(hits).double()[:, None]], 1)

@@ -53,7 +53,7 @@ class Glue(TextTask):
     subset: str = ""
     test_split: PerMachine[str] = "validation"  # for MNLI both matched and mismatched, scored separately
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.subset:
             raise ValueError(f"task.subset is missing; it is one of {', '.join(SUBSETS)}.")
         if self.subset not in SUBSETS:

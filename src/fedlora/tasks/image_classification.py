@@ -34,7 +34,7 @@ class ImageClassification(Classification, TableTask):
     augment: list[Literal["flip", "crop"]] | None = None  # in training only, drawn again for every step
     auto: ClassVar[str] = "AutoModelForImageClassification"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         shape = self.image_shape
         if shape is not None and (len(shape) != 3 or min(shape) < 1 or shape[2] > 4):
@@ -54,7 +54,7 @@ class ImageClassification(Classification, TableTask):
         train, test = self.draw_splits(splits, seed, label, classes)
         targets = classes.targets(train, test, label)
         transform, shape = ImageTransform.of(model), self.image_shape or image_shape(self.data)
-        both = (
+        train_rows, test_rows = (
             Examples(
                 {"pixels": _read_pixels(split, image, shape, role, transform), **transform.constants()},
                 labels,
@@ -63,7 +63,7 @@ class ImageClassification(Classification, TableTask):
             )
             for split, labels, role in ((train, targets.train, "training"), (test, targets.test, "test"))
         )
-        return Data(*both, targets.names, targets.notes, targets.reading)
+        return Data(train_rows, test_rows, targets.names, targets.notes, targets.reading)
 
     def network(self, model: str, labels: int, seed: int) -> nn.Module:
         from transformers import AutoModelForImageClassification

@@ -45,7 +45,7 @@ class Seq2Seq(TableTask):
     brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "answer_f1", "nll")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("max_source_length", "max_target_length", "max_new_tokens"):
             if getattr(self, key) < 1:
@@ -61,16 +61,16 @@ class Seq2Seq(TableTask):
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
         """Read, check and tokenize both splits once."""
-        both, roles, notes = self.draw_splits(self.load_splits(seed), seed), ("training", "test"), []
+        both, roles, notes = self.draw_splits(self.load_splits(seed), seed), ("training", "test"), list[str]()
         if self.drop_unlearnable:
             learnable = [self._select_learnable(split, model, role) for split, role in zip(both, roles)]
             both, notes = [split for split, _ in learnable], [note for _, note in learnable]
         examples = []
-        for split, strata, role in zip(both, templates.label_strata(*both, self.label), roles):
+        for split, strata, role in zip(both, templates.label_strata(both[0], both[1], self.label), roles):
             encoded, more = self._encode(split, model, strata, client_groups(split, client_column, role), role)
             examples.append(encoded)
             notes += more
-        return Data(*examples, (), tuple(note for note in notes if note))
+        return Data(examples[0], examples[1], (), tuple(note for note in notes if note))
 
     def _select_learnable(self, split: Any, model: str, role: str) -> tuple[Any, str]:
         """Return the rows with a source and with a target within the limit, and a note on the others."""
@@ -129,7 +129,7 @@ class Seq2Seq(TableTask):
 
         return load_complete(AutoModelForSeq2SeqLM, model)
 
-    def probe(self, network: nn.Module) -> Batch:
+    def probe(self, network: Any) -> Batch:
         draws = torch.Generator().manual_seed(0)
         ids, target = (torch.randint(network.config.vocab_size, (4, size), generator=draws) for size in (12, 5))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": target}
@@ -174,7 +174,7 @@ class Seq2Seq(TableTask):
     def answers(self, network: nn.Module, batch: Batch) -> list[str]:
         """Return the network's greedy answers, without special tokens."""
         tokenizer, first = load_tokenizer(network.config.name_or_path), network.generation_config.decoder_start_token_id
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         options["eos_token_id"] = tokenizer.eos_token_id
         options["decoder_start_token_id"] = network.config.decoder_start_token_id if first is None else first
         with generation_config(network, tokenizer, **options):

@@ -22,14 +22,14 @@ class TextRegression(TextTask):
     bins: int = 10  # of equally many training rows: the labels for clients.partition
     metrics = ("pearson", "spearman", "mse")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.bins < 1:
             raise ValueError(f"task.bins is {self.bins}; it must be at least 1.")
 
     def targets(self, train: Any, test: Any, classes: Classes | None) -> Targets:
-        numbers = (read_numbers(split, self.label, role) for split, role in ((train, "training"), (test, "test")))
-        return Targets(*numbers, self.known_labels())
+        numbers = (read_numbers(train, self.label, "training"), read_numbers(test, self.label, "test"))
+        return Targets(numbers[0], numbers[1], self.known_labels())
 
     def strata(self, known: Tensor, values: Tensor) -> Tensor:
         return quantile_bins(known, values, self.bins)

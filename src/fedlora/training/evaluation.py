@@ -22,7 +22,7 @@ class Evaluation:
     batch_size: int = 256
     measure: bool = True  # aggregation errors, weight by weight
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in ("every", "batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"evaluation.{key} is {getattr(self, key)}; it must be at least 1.")

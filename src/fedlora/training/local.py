@@ -35,7 +35,7 @@ class Training:
     gradient_checkpointing: bool = False
     group_by_length: bool = True  # put rows of similar length into one batch
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("training sets both local_steps and local_epochs; keep one of them.")
         for key in ("local_steps", "local_epochs", "batch_size", "accumulation_steps"):
@@ -149,7 +149,9 @@ class LocalTrainer:
             for path, layer in start.items()
         }
 
-    def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
+    def _run(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor], rules: Rules
+    ) -> None:
         steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
         stream = sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
         draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))

@@ -7,7 +7,7 @@ every leaf of every part, so nothing of one client is left for the next.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,16 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
-        self.base, self.adapter = base, adapter
+        self.base: Any = base
+        self.adapter = adapter
         self.leaves = nn.ParameterDict()
         self.overlay: Factors | None = None  # base updates that are not added to the base weight
 
     @property
     def weight(self) -> Tensor:
         """The base weight; T5 reads its dtype."""
-        return self.base.weight
+        weight: Tensor = self.base.weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
@@ -53,7 +55,7 @@ class Part:
     @property
     def leaves(self) -> Mapping[str, nn.Parameter]:
         if isinstance(self.module, AdaptedLinear):
-            return self.module.leaves
+            return cast(Mapping[str, nn.Parameter], self.module.leaves)
         return _own_parameters(self.module)
 
 
@@ -131,7 +133,7 @@ class Model:
             if not isinstance(part.module, AdaptedLinear):
                 tree[path] = self._initial[path]
                 continue
-            leaves = part.adapter.init(*weight_shape(part.module.base), derive_seed(seed, "adapter", path))
+            leaves: Layer = part.adapter.init(*weight_shape(part.module.base), derive_seed(seed, "adapter", path))
             if path in self._started:
                 leaves = part.adapter.around(self._started[path], leaves)
             for x in leaves.values():
@@ -249,7 +251,7 @@ class Model:
             yield
 
 
-def weight_shape(base: nn.Module) -> tuple[int, int]:
+def weight_shape(base: Any) -> tuple[int, int]:
     """Return the outputs m and inputs n of a ``Linear``, which may be packed, or of a ``Conv1D`` (weight n m)."""
     if isinstance(base, Conv1D):
         n, m = base.weight.shape

@@ -97,7 +97,7 @@ class AdapterFolder:
         """Return the key in the file for PEFT's key."""
         return self.keys.whole[key.removeprefix(PREFIX)]
 
-    def modules(self) -> dict[str, Layer]:
+    def modules(self) -> dict[str, dict[str, Tensor]]:
         """Return the modules trained in full: path -> its own parameters."""
         modules: dict[str, dict[str, Tensor]] = {}
         for key in self.whole:

@@ -57,7 +57,7 @@ OFF = {  # settings that must be unset, with the reason
     "corda_config": "CorDA changes the base",
     "lora_ga_config": "LoRA-GA changes the base",
 }
-UNSET = (None, False, "", [], {})
+UNSET: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

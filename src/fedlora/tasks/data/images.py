@@ -66,7 +66,7 @@ def _decode(value: bytes, where: str) -> Any:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(value))
+        image: Image.Image = Image.open(io.BytesIO(value))
         # A phone's MPO file has the photograph and a small copy of it.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         image.load()

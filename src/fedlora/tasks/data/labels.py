@@ -45,7 +45,9 @@ class Classes:
     key: str = "task.label"  # the setting that names the column
 
     @classmethod
-    def of(cls, splits: Sequence[Any], column: str, given: Sequence[str] | None, keep: Collection[Any] | None):
+    def of(
+        cls, splits: Sequence[Any], column: str, given: Sequence[str] | None, keep: Collection[Any] | None
+    ) -> "Classes":
         """Return the classes: the ``given`` names, those of a ``ClassLabel``, or the training rows' distinct values.
 
         ``splits`` are the training and test splits with all rows, so that no random draw changes the classes. Raises
@@ -136,16 +138,16 @@ class Classes:
     def targets(self, train: Any, test: Any, column: str) -> Targets:
         """Return both splits' classes, and notes on how the values were read."""
         parts = (train, "training"), (test, "test")
-        numbers = [self.of_rows(split, column, role) for split, role in parts]
+        train_labels, test_labels = (self.of_rows(split, column, role) for split, role in parts)
         notes = [note for split, role in parts for note in self.notes(split, column, role)]
         by_position = POSITION in (self.reading(train, column), self.reading(test, column))
-        return Targets(*numbers, self.outputs, tuple(notes), POSITION if by_position else NAME)
+        return Targets(train_labels, test_labels, self.outputs, tuple(notes), POSITION if by_position else NAME)
 
     def of_rows(self, split: Any, column: str, role: str) -> Tensor:
         """Return each row's class (N,), int64, as an index into ``outputs``; unknown values are a ``ValueError``."""
         values, label_names = read_column(split, column, self.key), _label_names(split, column)
         _check_values(values, column, self.key, role)
-        places = {i: place for place, i in enumerate(self.subset or range(len(self.names)))}
+        places: dict[int | None, int] = {i: place for place, i in enumerate(self.subset or range(len(self.names)))}
         classes = {value: self.find(value, label_names) for value in dict.fromkeys(values)}
         strange = [value for value, i in classes.items() if i not in places]
         if strange:

@@ -30,7 +30,7 @@ class TextFormat:
     encoding: str | None = None
     delimiter: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.encoding is not None:
             try:
                 b"".decode(self.encoding)

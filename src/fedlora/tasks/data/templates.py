@@ -34,7 +34,7 @@ class PromptTemplate:
     response: str
     keys: tuple[str, str] = ("task.prompt", "task.response")  # the settings that they come from
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, template in zip(self.keys, (self.prompt, self.response)):
             check_template(template, key)
         if not template_columns(self.response):

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Sums = Mapping[str, tuple[float, int]]  # name -> sum, count
+Sum = tuple[float, int]  # with the count of its rows
+Sums = Mapping[str, Sum]
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ def _mean(name: str, higher: bool = True) -> Metric:
     return Metric(name, (name,), lambda pair: pair[0] / pair[1], higher)
 
 
-def _f1(tp, fp, fn) -> float:
+def _f1(tp: Sum, fp: Sum, fn: Sum) -> float:
     """Return ``2 tp / (2 tp + fp + fn)``; 0 if the label neither occurs nor is predicted, as in scikit-learn."""
     below = 2 * tp[0] + fp[0] + fn[0]
     return 2 * tp[0] / below if below else 0.0
 
 
-def _matthews(tp, fp, fn) -> float:
+def _matthews(tp: Sum, fp: Sum, fn: Sum) -> float:
     """Return Matthews' correlation; 0 if a row or column of the table is empty, as in scikit-learn."""
     a, b, c = tp[0], fp[0], fn[0]
     d = tp[1] - a - b - c
@@ -62,7 +63,7 @@ def _matthews(tp, fp, fn) -> float:
     return (a * d - b * c) / math.sqrt(below) if below > 0 else 0.0  # negative only for invented counts
 
 
-def _pearson(x, y, xx, yy, xy) -> float:
+def _pearson(x: Sum, y: Sum, xx: Sum, yy: Sum, xy: Sum) -> float:
     n = x[1]
     vx, vy = xx[0] - x[0] * x[0] / n, yy[0] - y[0] * y[0] / n
     # 0 for a constant column, as for Matthews'; its computed variance is only rounding error.
@@ -71,7 +72,7 @@ def _pearson(x, y, xx, yy, xy) -> float:
     return (xy[0] - x[0] * y[0] / n) / (math.sqrt(vx) * math.sqrt(vy))
 
 
-def _perplexity(nll) -> float:
+def _perplexity(nll: Sum) -> float:
     return math.exp(min(nll[0] / nll[1], 700.0))  # higher values overflow
 
 
@@ -118,7 +119,7 @@ def moments(x: Sequence[float], y: Sequence[float]) -> dict[str, tuple[float, in
     return {name: (math.fsum(values), len(x)) for name, values in pairs.items()}
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+def spearman(x: Iterable[float], y: Iterable[float]) -> float:
     """Return the correlation of the ranks; equal values share a rank. 0 if one side is constant."""
     from scipy.stats import rankdata
 

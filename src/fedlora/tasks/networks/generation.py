@@ -20,7 +20,7 @@ class GenerationSettings:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if not 0 <= self.temperature < float("inf"):
@@ -48,7 +48,12 @@ def generate(
         check_token_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
     ends = network.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    sampling: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,
+    }
     options = sampling if settings.temperature else {"do_sample": False}
     options |= {"max_new_tokens": settings.max_new_tokens, "eos_token_id": sorted(ends) or None}
     stop = {"stop_strings": list(settings.stop), "tokenizer": tokenizer} if settings.stop else {}
@@ -68,7 +73,8 @@ def generation_config(network: nn.Module, tokenizer: Any, **options: Any) -> Ite
 
     tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     before, training = network.generation_config, network.training
-    network.generation_config = GenerationConfig(**tokens, use_cache=True, **options)
+    config: Any = GenerationConfig(**tokens, use_cache=True, **options)
+    network.generation_config = config
     network.eval()
     try:
         yield

@@ -146,7 +146,7 @@ def check_tokens(network: nn.Module, model: str, splits: Mapping[str, Any], widt
     """Raise ``ValueError`` if rows, padded to ``width``, have tokens, segments or positions without an embedding."""
     if not any(key in examples.features for examples in splits.values() for key in IDS):
         return
-    words = getattr(network.get_input_embeddings(), "num_embeddings", None)
+    words: Any = getattr(network.get_input_embeddings(), "num_embeddings", None)
     for name, examples in splits.items():
         for key in (key for key in (*IDS, "pad") if key in examples.features and words is not None):
             check_token_ids(int(examples.features[key].max()), int(words), model, f"{name} rows")
