@@ -153,6 +153,45 @@ def names_of(node: ast.Assign) -> set[str]:
     return {target.id for target in node.targets if isinstance(target, ast.Name)}
 
 
+PARTICIPLE = re.compile(
+    "made|told|kept|said|found|given|taken|known|shown|sent|held|drawn|written|chosen|built|lost|left|heard|begun|done|gone|"
+    "seen|hidden|understood|spent|worn|thrown|grown|broken|spoken|sold|bought|brought|caught|fed|led|met|paid|won|stood|"
+    "sought|taught|thought|lent|meant|dealt|spun|stuck|struck|swept|torn|"
+    r"(?!(?:seed|speed|need|feed|embed|exceed|proceed|bed|red|shared)$)\w+ed"
+)
+
+
+def named_by_participles(tree: Iterable[ast.AST]) -> list[str]:
+    """The functions whose name is or ends with a past participle, except for questions (``is_...``, ``has_...``)."""
+    names = [node.name for node in tree if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    words = {name: name.strip("_").split("_") for name in names}
+    return [
+        name for name in names if PARTICIPLE.fullmatch(words[name][-1]) and words[name][0] not in ("is", "has", "are")
+    ]
+
+
+def test_functions_are_verbs():
+    found = [f"{name_of(path)}: {name}" for path in FILES for name in named_by_participles(nodes(path))]
+    assert not found, "a function is named for what it does, as in build_table: " + ", ".join(found)
+
+
+def test_planted_participles_are_found():
+    planted = ast.parse(
+        "def told(): ...\ndef rows_kept(): ...\nclass A:\n    def _is_done(self): ...\n    def seed(self): ..."
+    )
+    assert named_by_participles(ast.walk(planted)) == ["told", "rows_kept"]
+
+
+def test_a_public_name_has_one_meaning():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name_of(path))
+    found = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert not found, found
+
+
 def code_lines(path: Path) -> int:
     """Without blank lines, comments, docstrings and citations: the papers' explanations are no burden."""
     text = text_of(path)

@@ -71,8 +71,8 @@ class FLoRANA(Method):
         if self.solver == "als" and self.scope == "weight":
             return {part: self._alone(shared[part], uploads[part]) for part in shared}
         parts = list(shared)
-        mixed = [self._mixed(shared[part], uploads[part]) for part in parts]
-        factors = [_stack(*each) for each in mixed]
+        sources = [self._terms(shared[part], uploads[part]) for part in parts]
+        factors = [_stack(*each) for each in sources]
         # Grams of different shapes (m, n) are all (K K r r): stacked over every leading dimension, one solve does.
         grams = [gram_matrices(f) for f in factors]
         sizes = [g.B.shape[:-4].numel() for g in grams]
@@ -80,17 +80,17 @@ class FLoRANA(Method):
         w = factors[0].w
         p, q = (adam if self.solver == "adam" else als)(all_grams, w, self.scope == "model", self.sweeps)
         mixes = zip(torch.split(p, sizes), torch.split(q, sizes))
-        return {part: apply_mixes(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, mixed, mixes)}
+        return {part: apply_mixes(shared[part], layers, *mix) for part, (layers, _), mix in zip(parts, sources, mixes)}
 
     def _alone(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
-        layers, w = self._mixed(shared, uploads)
+        layers, w = self._terms(shared, uploads)
         if len(layers) * sum(x.numel() for x in shared.values()) <= CACHE_LIMIT:
             return apply_mixes(shared, layers, *solve_mixes(_stack(layers, w), self.sweeps))
         A, B = (Lazy(len(layers), lambda k, leaf=leaf: layers[k][leaf]) for leaf in "AB")
         return apply_mixes(shared, layers, *solve_streaming(A, B, w, self.sweeps))
 
-    def _mixed(self, shared: Layer, uploads: Sequence[Upload]) -> tuple[list[Layer], Tensor]:
-        """What may be mixed, and its weights in the target."""
+    def _terms(self, shared: Layer, uploads: Sequence[Upload]) -> tuple[list[Layer], Tensor]:
+        """Return the layers that a mix may use, and their weights in the target."""
         layers, w = [u.layer for u in uploads], [u.weight for u in uploads]
         if self.anchor:
             layers, w = [*layers, shared], [*w, 0.0]
@@ -98,7 +98,7 @@ class FLoRANA(Method):
 
 
 def _stack(layers: Sequence[Layer], w: Tensor) -> ClientFactors:
-    """Stacks all factors in memory."""
+    """Stack all factors in memory."""
     A, B = (torch.stack([layer[leaf] for layer in layers], dim=-3) for leaf in "AB")
     return ClientFactors(A, B, w)
 

@@ -54,7 +54,7 @@ def seen(round, n):
 
 def encoded(round, n):
     session = round.server.session
-    return session.fixed.encode(round.values[n], session.weight(n))
+    return session.encoding.encode(round.values[n], session.weight(n))
 
 
 def without(vector, found):

@@ -77,7 +77,7 @@ class Client:
         }
         if values.numel() != self.session.size:
             raise ProtocolError(f"{values.numel()} values were given; this session sums {self.session.size} a client.")
-        vector = self.session.fixed.encode(values, self.session.weight(self.number))
+        vector = self.session.encoding.encode(values, self.session.weight(self.number))
         pairwise = [masks.pairwise(id, self.number, self.masking, n, self.peers[n][KEY:]) for n in table]
         masks.add(vector, [masks.own(id, self.number, self.seed), *pairwise])
         self.held |= opened

@@ -114,7 +114,7 @@ class Server:
         """Returns the weighted mean of the vectors; :class:`ProtocolError` before the last phase is closed."""
         if self.phase != "done":
             raise ProtocolError(f"The sum is still masked: the phase {self.phase!r} is open. Close all four first.")
-        numbers, fixed = tuple(sorted(self.summed)), self.session.fixed
+        numbers, fixed = tuple(sorted(self.summed)), self.session.encoding
         weight = math.fsum(self.session.weight(n) for n in numbers)
         return Aggregate(fixed.decode(self.total, weight), weight, numbers, fixed.error_bound(weight))
 

@@ -52,7 +52,7 @@ class SessionTerms:
         for wrong, text in self._faults():
             if wrong:
                 raise ValueError(text)
-        _ = self.fixed  # refuses a range that it cannot represent
+        _ = self.encoding  # refuses a range that it cannot represent
 
     def _faults(self) -> list[tuple[bool, str]]:
         K, t, numbers = len(self.numbers), self.threshold, self.numbers
@@ -78,7 +78,7 @@ class SessionTerms:
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
 
     @cached_property
-    def fixed(self) -> FixedPoint:
+    def encoding(self) -> FixedPoint:
         """The fixed-point encoding of this session."""
         return FixedPoint(self.range, len(self.numbers))
 
