@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "security/privacy/client_level.py",
-        "by = clip_factor(math.sqrt(sum(float(x.square().sum()) for x in found.values())), clip)",
+        "by = clip_factor(math.sqrt(sum(float(x.square().sum()) for x in changes.values())), clip)",
         "by = 1.0",
         PRIVACY,
     ),

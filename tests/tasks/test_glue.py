@@ -147,6 +147,7 @@ def test_hidden_labels_are_refused(name, model, tmp_path):
         ({}, "task.subset is missing; it is one of cola, sst2"),
         ({"subset": "mrcp"}, "no GLUE task 'mrcp'; did you mean 'mrpc'"),
         ({"subset": "stsb", "metric": "f1"}, "task.metric is 'f1'; here it is 'pearson' or"),
+        ({"subset": "mnli", "metric": "f1"}, "task.metric is 'f1', which needs two labels; there are 3"),
         ({"subset": "rte", "max_length": 0}, "task.max_length is 0"),
         ({"subset": "rte", "label_names": ["a"]}, "label_names"),
     ],

@@ -188,7 +188,8 @@ class Classification(Task):
         check_names(self.label_names)
         if self.label_names and len(self.label_names) < 2:
             raise ValueError("task.label_names has only 1 label; a classification needs at least 2.")
-        self.known_labels()  # raises if task.labels has an unknown name
+        if (labels := self.known_labels()) is not None:  # raises if task.labels has an unknown name
+            self.check_labels(len(labels))
 
     def known_labels(self) -> tuple[str, ...] | None:
         return Classes(self.all_labels(), True).keep(self.labels).outputs if self.label_names else None

@@ -31,8 +31,8 @@ DROP = "fill or drop these rows, or set task.drop_unlearnable = true"
 class Seq2Seq(TableTask):
     """The ``[task]`` table of sequence-to-sequence models."""
 
-    source: str | None = None  # a column, or a template such as "question: {question} context: {context}"
-    target: str | None = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
+    source: PerMachine[str | None] = None  # a column, or a template such as "question: {question} context: {context}"
+    target: PerMachine[str | None] = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
     label: PerMachine[str | None] = None  # a column for partitions by label, such as the class
     label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
     max_source_length: int = 512  # tokens; longer sources are cut

@@ -88,6 +88,9 @@ def test_a_node_may_say_what_is_its_own_machines_and_nothing_else():
     found = apply_node_config({**TABLE, "task": {**TABLE["task"], "name": "text-classification"}}, own)
     assert found["task"]["data"] == "mine.csv" and found["task"]["text"] == ["first", "second"]
     assert found["engine"] == {"threads": 2} and found["clients"] == TABLE["clients"]
+    pairs = {"client": 1, "state": "x", "task.source": "question", "task.target": "answer"}  # a party's own columns
+    found = apply_node_config({**TABLE, "task": {"name": "seq2seq", "data": "x"}}, pairs)
+    assert (found["task"]["source"], found["task"]["target"]) == ("question", "answer")
     for key in ("training.learning_rate", "task.daat", "method.name"):
         with pytest.raises(ConfigError, match=f"there is no setting '{key}'"):
             apply_node_config(TABLE, {"client": 0, key: 1})
