@@ -86,7 +86,7 @@ def purpose(name: str) -> str:
     """The first sentence of a box's docstring."""
     path = SOURCE / name / "__init__.py"
     tree = ast.parse((path if path.exists() else SOURCE / f"{name}.py").read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").splitlines()[0]
+    return (ast.get_docstring(tree) or "").splitlines()[0].replace("`", "")
 
 
 def figure() -> str:
