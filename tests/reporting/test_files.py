@@ -74,7 +74,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     from fedlora.cli import main
 
     run = write_run(tmp_path / "r")
-    monkeypatch.setattr("fedlora.reporting.html._bundle", lambda: "")
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda: "")
     for arguments, status in ((["report", str(run), "--out", str(tmp_path / "r.html")], 0), (["report", str(tmp_path)], 0),
                               (["report", str(tmp_path / "none")], 2), (["plots", str(run), "--out", str(tmp_path / "p"), "--json"], 0)):  # fmt: skip
         monkeypatch.chdir(tmp_path)

@@ -43,7 +43,7 @@ class Read(HTMLParser):
 @pytest.fixture(autouse=True)
 def no_bundle(monkeypatch):
     """Vega itself is the browser test's matter, and takes seconds to be put together."""
-    monkeypatch.setattr("fedlora.reporting.html._bundle", lambda: "")
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda: "")
 
 
 def test_every_figure_has_its_rows_once_a_caption_and_a_text(tmp_path):

@@ -16,10 +16,30 @@ COLOURS = (  # each at least 3 : 1 against white and against the dark ground
 DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2], [4, 4])  # so that lines differ not by colour only
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 LIGHT, DARK = "#ffffff", "#14171a"  # the backgrounds of page.css
-HEAT = "viridis"
-SCREEN = {  # Vega-Lite's config of a single picture
+# Vega-Lite's configs: of a single picture; in a page, where text has the page's colour, so light, dark and print need
+# no redrawing; on paper, black on white, 8 points.
+SCREEN = {
     "background": "white", "title": {"fontSize": 11, "fontWeight": "normal"}, "point": {"size": 22},
     "line": {"strokeWidth": 1.6},
+}  # fmt: skip
+INK, FAINT = "currentColor", "#80808059"
+PAGE = {
+    "aria": False,  # the figure has one alternative text and its table
+    "background": None, "font": "system-ui, sans-serif",
+    "view": {"stroke": FAINT},
+    "axis": {"labelColor": INK, "titleColor": INK, "gridColor": FAINT, "domainColor": FAINT, "tickColor": FAINT,
+             "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 150},
+    "legend": {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "orient": "bottom",
+               "direction": "horizontal", "titleFontWeight": "normal", "labelLimit": 170, "symbolStrokeWidth": 2},
+    "point": {"size": 22}, "line": {"strokeWidth": 1.8},
+}  # fmt: skip
+SMALL = {"labelFontSize": 7, "titleFontSize": 8, "titleFontWeight": "normal"}
+PAPER = {
+    "background": "white", "font": "Helvetica, Arial, DejaVu Sans, sans-serif",
+    "axis": {**SMALL, "labelLimit": 90, "gridColor": "#dddddd"},
+    "legend": {**SMALL, "orient": "bottom", "direction": "horizontal", "columns": 3, "labelLimit": 80,
+               "symbolSize": 30},
+    "point": {"size": 8}, "line": {"strokeWidth": 1.1},
 }  # fmt: skip
 MM = 72 / 25.4  # points in a millimetre: one unit of a figure is a point on paper
 
@@ -53,7 +73,7 @@ def build_band(
     horizontal = alt.X(f"{x}:Q", title=x_title, scale=scale, axis=ticks)
     vertical = alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False))
     spread = any(row["high"] > row["low"] for row in rows)
-    base = alt.Chart(DATA).encode(x=horizontal, color=_colour(by, names, None, places))
+    base = alt.Chart(DATA).encode(x=horizontal, color=_build_scale(alt.Color, by, names, places=places))
     area = base.mark_area(opacity=0.2, tooltip=False).encode(y=alt.Y("low:Q", title=y_title), y2="high:Q")
     lines = [  # one layer each, since a scale of dashes would give the legend's points a dashed rim
         alt.Chart(DATA)
@@ -111,7 +131,7 @@ def build_heat_map(
             y=alt.Y(f"{y}:O", title=y_title, sort=orders[y], axis=alt.Axis(labelOverlap=True)),
             color=alt.Color(
                 f"{value}:Q", title=title, legend=alt.Legend(gradientLength=140, format=".2~g"),
-                scale=alt.Scale(scheme=HEAT, domain=[0, most or 1e-12 + max(row[value] for row in rows)]),
+                scale=alt.Scale(scheme="viridis", domain=[0, most or 1e-12 + max(row[value] for row in rows)]),
             ),
             tooltip=_tooltip([x, y, value]),
         )
@@ -127,7 +147,7 @@ def build_bars(rows: Rows, x: str, x_title: str, part: str, part_title: str, spl
         .encode(
             x=alt.X(f"{x}:Q", title=x_title, stack="zero"),
             y=alt.Y("label:N", title=None, sort=names),
-            color=_colour(part, parts, part_title),
+            color=_build_scale(alt.Color, part, parts, title=part_title),
             tooltip=_tooltip(["label", *([split] if split else []), part, x]),
         )
     )
@@ -138,29 +158,24 @@ def build_bars(rows: Rows, x: str, x_title: str, part: str, part_title: str, spl
 
 def build_counts(rows: Rows) -> alt.Chart:
     """Build bars of the faults by round, with a colour for each kind."""
-    kinds = distinct(rows, "kind")
     return (
         alt.Chart(DATA)
         .mark_bar()
         .encode(
             x=alt.X("round:O", title="round", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
             y=alt.Y("count:Q", title="clients", stack="zero", axis=alt.Axis(tickMinStep=1, format="d")),
-            color=_colour("kind", kinds, "what"),
+            color=_build_scale(alt.Color, "kind", distinct(rows, "kind"), title="what"),
             tooltip=_tooltip(["round", "kind", "count"]),
         )
     )
 
 
-def _colour(field: str, names: Sequence[str], title: str | None = None, places: Sequence[int] = ()) -> alt.Color:
-    return _build_scale(alt.Color, field, names, COLOURS, places or range(len(names)), title)
-
-
 def _build_scale(
-    channel: Any, field: str, names: Sequence[str], looks: Sequence[Any], places: Sequence[int],
+    channel: Any, field: str, names: Sequence[str], looks: Sequence[Any] = COLOURS, places: Sequence[int] = (),
     title: str | None = None,
 ) -> Any:  # fmt: skip
-    """Build a channel that maps each name to the look at its place."""
-    scale = alt.Scale(domain=list(names), range=[looks[place % len(looks)] for place in places])
+    """Build a channel that maps each name to the look at its place, or at the name's own if there are no places."""
+    scale = alt.Scale(domain=list(names), range=[looks[k % len(looks)] for k in places or range(len(names))])
     legend = alt.Legend(symbolOpacity=1) if len(names) > 1 else None  # a band's own symbols are faint
     return channel(f"{field}:N", sort=list(names), title=title, scale=scale, legend=legend)
 
@@ -178,30 +193,3 @@ def _tooltip(keys: Sequence[str]) -> list[alt.Tooltip]:
         alt.Tooltip(f"{key}:Q", format=".4~g", title=key) if key in numeric else alt.Tooltip(f"{key}:N", title=key)
         for key in keys
     ]
-
-
-def get_page_config() -> dict[str, Any]:
-    """Return Vega-Lite's config in a page: text has the page's colour, so light, dark and print need no redrawing."""
-    ink, faint = "currentColor", "#80808059"
-    return {
-        "aria": False,  # the figure has one alternative text and its table
-        "background": None, "font": "system-ui, sans-serif",
-        "view": {"stroke": faint},
-        "axis": {"labelColor": ink, "titleColor": ink, "gridColor": faint, "domainColor": faint, "tickColor": faint,
-                 "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 150},
-        "legend": {"labelColor": ink, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "orient": "bottom",
-                   "direction": "horizontal", "titleFontWeight": "normal", "labelLimit": 170, "symbolStrokeWidth": 2},
-        "point": {"size": 22}, "line": {"strokeWidth": 1.8},
-    }  # fmt: skip
-
-
-def get_paper_config() -> dict[str, Any]:
-    """Return Vega-Lite's config on paper: black on white, 8 points."""
-    small = {"labelFontSize": 7, "titleFontSize": 8, "titleFontWeight": "normal"}
-    return {
-        "background": "white", "font": "Helvetica, Arial, DejaVu Sans, sans-serif",
-        "axis": {**small, "labelLimit": 90, "gridColor": "#dddddd"},
-        "legend": {**small, "orient": "bottom", "direction": "horizontal", "columns": 3, "labelLimit": 80,
-                   "symbolSize": 30},
-        "point": {"size": 8}, "line": {"strokeWidth": 1.1},
-    }  # fmt: skip

@@ -1,7 +1,7 @@
 """BibTeX of a method, or of everything that a run used."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -65,33 +65,26 @@ def collect_citations(what: str) -> list[BibEntry]:
     place = Path(what).expanduser()
     known = METHODS.names()
     if what in known or (":" in str(what) and not place.exists()):
-        return remove_duplicates([cite_fedlora(), *parse_bibtex(_get_bibtex(build_reference(METHODS.load(what))))])
-    if (place / COMPARISON).exists():
-        configs = [build(row["table"]) for row in read_json(place / COMPARISON)["runs"]]
+        texts = [_get_bibtex(build_reference(METHODS.load(what)))]
+    elif (place / COMPARISON).exists():
+        runs = read_json(place / COMPARISON)["runs"]
+        texts = [text for row in runs for text in iterate_bibtex(build(row["table"]))]
     elif (place / CONFIG).exists():
-        configs = [read(place / CONFIG)]
+        texts = list(iterate_bibtex(read(place / CONFIG)))
     else:
         raise ConfigError(f"{unknown('method', what, known, 'methods').rstrip('.')}, nor is it a run's folder.")
-    return remove_duplicates(
-        [
-            cite_fedlora(),
-            *(entry for config in configs for text in iterate_bibtex(config) for entry in parse_bibtex(text)),
-        ]
-    )
-
-
-def cite_fedlora() -> BibEntry:
-    """Return the entry of the installed fedlora."""
     title = "{fedlora}: federated low-rank adaptation of pretrained transformers"
-    return BibEntry("misc", "fedlora", (("title", title), ("version", version("fedlora"))))
+    fedlora = BibEntry("misc", "fedlora", (("title", title), ("version", version("fedlora"))))
+    entries = {fedlora.key: fedlora}  # the first of each key
+    for entry in (entry for text in texts for entry in parse_bibtex(text)):
+        entries.setdefault(entry.key, entry)
+    return list(entries.values())
 
 
 def iterate_bibtex(config: Config) -> Iterator[str]:
     """Yield the BibTeX of each component that a configuration uses."""
-    yield _get_bibtex(config.method)
-    yield _get_bibtex(config.method.adapter)
-    for part in (config.robust, config.attack):
-        yield "" if part is None else _get_bibtex(part)
+    for part in (config.method, config.method.adapter, config.robust, config.attack):
+        yield _get_bibtex(part)
     yield OPTIMIZERS.get(config.server.optimizer, "")
     if config.privacy.on:
         yield PRIVACY[config.privacy.level]
@@ -99,20 +92,12 @@ def iterate_bibtex(config: Config) -> Iterator[str]:
     if config.flower.secure_aggregation:
         yield SECURE_AGGREGATION
     for chain in (config.compression.upward, config.compression.downward):
-        yield from (_get_bibtex(stage) for stage in (() if chain is None else chain.stages))
+        yield from map(_get_bibtex, chain.stages if chain else ())
 
 
 def _get_bibtex(component: object) -> str:
     """Return a component's BibTeX; empty if a component of another package has none."""
     return str(getattr(component, "cite", ""))
-
-
-def remove_duplicates(entries: Iterable[BibEntry]) -> list[BibEntry]:
-    """Keep the first entry of each key, in order."""
-    first: dict[str, BibEntry] = {}
-    for entry in entries:
-        first.setdefault(entry.key, entry)
-    return list(first.values())
 
 
 def parse_bibtex(text: str) -> list[BibEntry]:
@@ -124,20 +109,16 @@ def parse_bibtex(text: str) -> list[BibEntry]:
             raise ValueError(
                 f"no BibTeX entry begins at {text[at : at + 40]!r}; write @kind{{key, name = {{value}}, ...}}."
             )
-        rows, at = _parse_fields(text, head.end())
-        entries.append(BibEntry(head[1], head[2], tuple(rows)))
+        fields, at = [], head.end()
+        while (end := LAST.match(text, at)) is None:
+            field = FIELD.match(text, at + (text[at : at + 1] == ","))
+            if field is None:
+                raise ValueError(f"no BibTeX field begins at {text[at : at + 40]!r}; write name = {{value}}.")
+            at = _find_close(text, field.end())
+            fields.append((field[1], " ".join(text[field.end() : at - 1].split())))
+        entries.append(BibEntry(head[1], head[2], tuple(fields)))
+        at = end.end()
     return entries
-
-
-def _parse_fields(text: str, at: int) -> tuple[Sequence[tuple[str, str]], int]:
-    rows: list[tuple[str, str]] = []
-    while (end := LAST.match(text, at)) is None:
-        field = FIELD.match(text, at + (text[at : at + 1] == ","))
-        if field is None:
-            raise ValueError(f"no BibTeX field begins at {text[at : at + 40]!r}; write name = {{value}}.")
-        at = _find_close(text, field.end())
-        rows.append((field[1], " ".join(text[field.end() : at - 1].split())))
-    return rows, end.end()
 
 
 def _find_close(text: str, at: int) -> int:

@@ -49,7 +49,10 @@ class Digest:
 
     def take(self, record: RoundRecord) -> None:
         """Add a round."""
-        self._add_bytes(record)
+        for direction, parts in record.get("bytes", {}).items():
+            for part, size in parts.items():
+                self.bytes[direction, part] = self.bytes.get((direction, part), 0.0) + size / 1e6
+                self.megabytes += size / 1e6
         self._add_seconds(record)
         row: dict[str, Any] = {"round": int(record["round"]), "mb": self.megabytes, "seconds": self.seconds}
         row |= self._add_scores(record)
@@ -87,12 +90,6 @@ class Digest:
         return describe_means(
             [(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of
         )
-
-    def _add_bytes(self, record: RoundRecord) -> None:
-        for direction, parts in record.get("bytes", {}).items():
-            for part, size in parts.items():
-                self.bytes[direction, part] = self.bytes.get((direction, part), 0.0) + size / 1e6
-                self.megabytes += size / 1e6
 
     def _add_seconds(self, record: RoundRecord) -> None:
         times = record.get("seconds", {})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.files import write
-from fedlora.reporting.charts import MM, get_paper_config, to_vega
+from fedlora.reporting.charts import MM, PAPER, to_vega
 from fedlora.reporting.figures import Figure, draw_figures
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables import by_round, comparison, totals
@@ -62,23 +62,19 @@ def _write_figure(figure: Figure, out: Path, width: float) -> list[Path]:
     if figure.remark:  # above the axes, in lines that fit the width, since a file has no caption
         lines = textwrap.wrap(figure.remark, max(20, int(points / 4)))
         title = {"title": {"text": lines, "anchor": "start", "fontSize": 7, "fontWeight": 400}}
-    spec = to_vega(figure.chart, figure.table.rows, **fits, **tall, **title, config=get_paper_config())
+    spec = to_vega(figure.chart, figure.table.rows, **fits, **tall, **title, config=PAPER)
     svg = vl_convert.vegalite_to_svg(spec)
-    # One unit is a point (1/72 inch), the unit of PDF; SVG and PNG count in pixels.
+    # One unit is a point (1/72 inch), the unit of PDF; SVG and PNG count in pixels. With its size in points, an SVG is
+    # as wide in a document as on paper.
+    head, rest = svg.split(">", 1)
+    words = [f'{word[:-1]}pt"' if word.startswith(("width=", "height=")) else word for word in head.split(" ")]
     written = {
-        "svg": convert_to_points(svg).encode(), "pdf": vl_convert.svg_to_pdf(svg),
+        "svg": f"{' '.join(words)}>{rest}".encode(), "pdf": vl_convert.svg_to_pdf(svg),
         "png": vl_convert.svg_to_png(svg, ppi=PPI),
     }  # fmt: skip
     for kind, content in written.items():
         write(out / f"{figure.name}.{kind}", content)
     return [out / f"{figure.name}.{kind}" for kind in written]
-
-
-def convert_to_points(svg: str) -> str:
-    """Give the picture's size in points, so that it is as wide in a document as on paper."""
-    head, rest = svg.split(">", 1)
-    words = [f'{word[:-1]}pt"' if word.startswith(("width=", "height=")) else word for word in head.split(" ")]
-    return f"{' '.join(words)}>{rest}"
 
 
 def format_csv(table: Table) -> str:
@@ -103,7 +99,8 @@ def format_markdown(table: Table) -> str:
     lines.append("|" + "|".join("---" if column.digits is None else "---:" for column in table.columns) + "|")
     for row in table.rows:
         lines.append("| " + " | ".join(_escape_markdown(table.text(row, column)) for column in table.columns) + " |")
-    return "\n".join([*lines, "", _escape_markdown(table.note), ""]) if table.note else "\n".join([*lines, ""])
+    note = ["", _escape_markdown(table.note)] if table.note else []
+    return "\n".join([*lines, *note, ""])
 
 
 def _escape_markdown(text: str) -> str:

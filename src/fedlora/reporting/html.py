@@ -15,12 +15,12 @@ from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
-from fedlora.reporting.charts import get_page_config, to_vega
+from fedlora.reporting.charts import PAGE, to_vega
 from fedlora.reporting.figures import Figure, draw_figures
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables import comparison, totals
 from fedlora.reporting.tables.by_round import get_metric
-from fedlora.reporting.tables.comparison import describe_coverage, get_final, join_names, rank
+from fedlora.reporting.tables.comparison import describe_coverage, group_figures, join_names, rank
 from fedlora.runs.attendance import describe_scored_clients, fault_lines, is_complete
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.table import Table, from_pairs, group_by, to_html
@@ -42,11 +42,14 @@ TITLES = {  # the first figure of each section
 
 def render_page(runs: Sequence[Run]) -> str:
     """Render the report on these runs; several runs are compared."""
+    import vl_convert
+
     name = _name_runs(runs)
     ids = {"standing": "Results", **TITLES, "again": "Repeat it"}
     items = "".join(f'<li><a href="#s-{key}">{escape(title)}</a></li>' for key, title in ids.items())
     contents = f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
-    scripts = [_bundle(), files(__package__).joinpath("page.js").read_text(encoding="utf-8")]
+    bundle = str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")  # Vega, Vega-Lite and Vega-Embed
+    scripts = [bundle, files(__package__).joinpath("page.js").read_text(encoding="utf-8")]
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     drawn, faults = draw_figures(runs), totals.tabulate_faults(runs)
     return "\n".join(
@@ -70,13 +73,6 @@ def _name_runs(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return f"{runs[0].name} ({labels[0]})"
     return f"{len(runs)} runs of {len(labels)} methods" if len(labels) > 1 else f"{len(runs)} runs of {labels[0]}"
-
-
-def _bundle() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed from vl-convert."""
-    import vl_convert
-
-    return str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -115,7 +111,7 @@ def render_figure(figure: Figure) -> str:
     """Render one figure with its caption, its alternative text and its rows."""
     assert figure.chart is not None, "a figure without a chart is not rendered"
     fits = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    spec = to_vega(figure.chart, figure.table.rows, **fits, config=get_page_config())
+    spec = to_vega(figure.chart, figure.table.rows, **fits, config=PAGE)
     keys = {key for row in figure.table.rows for key in row}
     columns = [{"key": c.key, "title": c.title, "digits": c.digits} for c in figure.table.columns if c.key in keys]
     data = {"title": figure.title, "columns": columns, "spec": spec}  # the rows are in it once
@@ -207,9 +203,8 @@ def _describe_setting(table: Mapping[str, Any], adapters: str) -> str:
     cohort = f", {size} of them a round," if size and size != count else ""
     work = f"{epochs} epochs" if epochs else f"{training.get('local_steps', 10)} steps"
     partition = clients.get("partition", {"name": "iid"})
-    options = [
-        f"{key} {_shorten(partition[key])}" for key in ("alpha", "column", "labels_per_client") if key in partition
-    ]
+    keys = ("alpha", "column", "labels_per_client")
+    options = [f"{key} {_shorten(partition[key])}" for key in keys if key in partition]
     rows = _shorten(task.get("name", "a task")) + (f" ({_shorten(task['data'])})" if task.get("data") else "")
     how = f"rows split by {_shorten(partition.get('name', 'iid'))}{f' ({options[0]})' if options else ''}"
     who = f"{count} {'client' if count == 1 else 'clients'}{cohort}"
@@ -219,14 +214,9 @@ def _describe_setting(table: Mapping[str, Any], adapters: str) -> str:
 
 def _describe_results(runs: Sequence[Run]) -> str:
     """Name the best method for each kind of model by the paired test over seeds."""
-    groups = group_by([run for run in runs if run.failure is None], lambda run: run.label)
     texts = []
     for key, what in (("global", "shared model"), ("clients", "clients' own models, in the mean,")):
-        values = {
-            _shorten(label): {run.seed: x for run in group if (x := get_final(run)[key]) is not None}
-            for label, group in groups.items()
-        }
-        values = {label: by_seed for label, by_seed in values.items() if by_seed}
+        values = {_shorten(label): figures for label, figures in group_figures(runs, key).items()}
         best = rank(values, runs[0].higher)
         if best is not None:
             verb = "did best with" if not best.level else "had no winner; ahead by the mean was"
@@ -245,11 +235,8 @@ def list_commands(runs: Sequence[Run]) -> list[str]:
 def describe_run(run: Run) -> list[tuple[str, str]]:
     """List state, seed, versions, hardware and privacy of one run, each as a name and a text."""
     summary = run.summary or {}
-    rows = [
-        ("state", run.state),
-        ("seed", str(run.seed)),
-        ("rounds", f"{len(run.digest.rounds)} of {run.digest.asked}"),
-    ]
+    rows = [("state", run.state), ("seed", str(run.seed))]
+    rows.append(("rounds", f"{len(run.digest.rounds)} of {run.digest.asked}"))
     rows += [(f"version of {display_safe(k, 60)}", display_safe(v, 60)) for k, v in summary.get("versions", {}).items()]
     rows += [(display_safe(k, 60), display_safe(v, 60)) for k, v in summary.get("machine", {}).items()]
     if not summary:
@@ -259,12 +246,10 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     if summary and not is_complete(summary):
         rows.append(("clients' own figures are over", describe_scored_clients(summary)))
         rows += fault_lines(summary)
-    rows += [("resumed after round", ", ".join(map(str, summary["resumed"])))] if summary.get("resumed") else []
-    rows += (
-        [(name, display_safe(value)) for name, value in Privacy.describe(summary["privacy"])]
-        if summary.get("privacy")
-        else []
-    )
+    if summary.get("resumed"):
+        rows.append(("resumed after round", ", ".join(map(str, summary["resumed"]))))
+    if summary.get("privacy"):
+        rows += [(name, display_safe(value)) for name, value in Privacy.describe(summary["privacy"])]
     return rows + [("note", display_safe(note, 2000)) for note in summary.get("notes", ())]
 
 

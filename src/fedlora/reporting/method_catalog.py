@@ -80,9 +80,7 @@ def describe_method(name: str) -> dict[str, Any]:
         **{key: parsed[key].replace("``", "") for key in ("idea", "reference", *ADVICE)},
         "equation": inspect.getdoc(kind) or "",
         "claims": {
-            "exact": bool(kind.exact)
-            if not isinstance(inspect.getattr_static(kind, "exact"), property)
-            else kind().exact,
+            "exact": bool(build_reference(kind).exact),
             "lossy": kind.lossy,
             "any_rank": kind.any_rank,
             "personal": kind.personal,

@@ -96,9 +96,7 @@ def _line(text: str) -> Text:
 
 
 def _describe_status(status: RunStatus, name: str, now: float) -> Iterator[str]:
-    yield ", ".join(
-        [display_safe(name), *([display_safe(status.progress["title"])] if "title" in status.progress else [])]
-    )
+    yield ", ".join(map(display_safe, [name, *([status.progress["title"]] if "title" in status.progress else [])]))
     if status.state == WAITING:
         yield "waiting for the run to begin; Ctrl-C leaves"
     if status.state == LOADING:
@@ -131,18 +129,14 @@ def describe_state(status: RunStatus) -> str:
         return f"{status.state} after {done}{why}"
     who = "" if progress.get("client") is None else f", client {progress['client']}"
     loss = "" if progress.get("loss") is None else f", loss {progress['loss']:.4f}"
-    where = (
-        f"round {min(progress['round'], progress['rounds'])}: {DOING.get(progress['doing'], progress['doing'])}{who}"
-    )
+    doing = DOING.get(progress["doing"], progress["doing"])
+    where = f"round {min(progress['round'], progress['rounds'])}: {doing}{who}"
     return f"{done}; {where}, {progress['answered']} of {progress['cohort']} clients answered{loss}"
 
 
 def _draw_curves(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Iterator[str]:
-    for title, name in (
-        ("loss", "train/loss"),
-        (f"own {metric}", "clients/mean"),
-        (f"global {metric}", f"global/{metric}"),
-    ):
+    curves = {"loss": "train/loss", f"own {metric}": "clients/mean", f"global {metric}": f"global/{metric}"}
+    for title, name in curves.items():
         values = [row[name] for row in rows if name in row]
         if len(values) > 1:
             yield f"{title:<16.16} {draw_sparkline(values[-max(4, width - 34) :])} {values[-1]:.4f}"
@@ -209,10 +203,8 @@ def watch_lines(reader: ProgressReader, say: Callable[[str], None], every: float
         if status.state != state and status.state in (WAITING, LOADING):
             say(f"{display_safe(str(reader.folder))}: {status.state}")
         state = status.state
-        metric, rounds = (
-            str(status.progress.get("metric", "accuracy")),
-            status.progress.get("rounds", len(status.records)),
-        )
+        metric = str(status.progress.get("metric", "accuracy"))
+        rounds = status.progress.get("rounds", len(status.records))
         for text in status.progress.get("said", []):
             if text not in notes:
                 notes.add(text)

@@ -105,6 +105,15 @@ def get_final(run: Run) -> dict[str, float | None]:
     }  # fmt: skip
 
 
+def group_figures(runs: Sequence[Run], key: str) -> dict[str, dict[int, float]]:
+    """Return label -> seed -> a final figure, without the runs that diverged or have no such figure."""
+    figures = {
+        label: {run.seed: x for run in group if run.failure is None and (x := get_final(run)[key]) is not None}
+        for label, group in group_by(runs, lambda run: run.label).items()
+    }
+    return {label: by_seed for label, by_seed in figures.items() if by_seed}
+
+
 def tabulate_runs(runs: Sequence[Run]) -> Table:
     """Build the table of all runs."""
     rows = []
@@ -151,11 +160,8 @@ def tabulate_tests(runs: Sequence[Run]) -> Table:
     """Build the table of Student's paired tests of every label against the first, corrected by Holm."""
     rows = []
     for model in MODELS:
-        by_label = {
-            label: {run.seed: x for run in group if run.failure is None and (x := get_final(run)[model]) is not None}
-            for label, group in group_by(runs, lambda run: run.label).items()
-        }
-        first, *others = [label for label, values in by_label.items() if values] or [""]
+        by_label = group_figures(runs, model)
+        first, *others = by_label or [""]
         tests = {label: test for label in others if (test := compare_pairs(by_label[label], by_label[first]))}
         for (label, test), p in zip(tests.items(), correct_holm([test.p for test in tests.values()])):
             row = {"label": label, "against": first, "model": MODELS[model], "difference": test.difference}

@@ -36,14 +36,12 @@ MEMORY = {
 
 def tabulate_plan(result: Mapping[str, Any]) -> list[Table | str]:
     """Build the tables of one method's plan."""
-    privacy = (
-        [from_pairs("Privacy of the whole run", Privacy.describe(result["privacy"]))] if "privacy" in result else []
-    )
+    privacy = Privacy.describe(result["privacy"]) if "privacy" in result else []
     memory = ((name, _format_mb(result["memory"][key])) for key, name in MEMORY.items())
     abilities = ((name, _format_value(result["options"][key])) for key, name in ABILITIES.items())
     return [
         _tabulate_sizes(result),
-        *privacy,
+        *([from_pairs("Privacy of the whole run", privacy)] if privacy else []),
         _tabulate_traffic(result["bytes"]),
         from_pairs("Memory (estimate), MB", memory),
         from_pairs(f"{result['title']} supports", abilities),
@@ -121,7 +119,7 @@ def _format_range(values: Any) -> str:
 
 
 def _format_value(value: Any) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _format_mb(size: float) -> str:

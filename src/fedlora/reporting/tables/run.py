@@ -92,14 +92,9 @@ def tabulate_rounds(records: Sequence[RoundRecord], metric: str) -> Table:
 def tabulate_personal(result: Mapping[str, Any]) -> list[Table]:
     """Build the tables of means, the worst and each client; and those of the clients that never took part."""
     name = result["metric"]["name"].replace("_", " ").capitalize()
-    tables = [
-        _tabulate_side_by_side(
-            result["columns"], f"{name} on the clients' own test rows, {result['title']}", result["steps"]
-        )
-    ]
-    if result["new"]:
-        tables.append(_tabulate_side_by_side(result["new"], f"{name} of clients that never took part", result["steps"]))
-    return tables
+    titles = {"columns": f"{name} on the clients' own test rows, {result['title']}",
+              "new": f"{name} of clients that never took part"}  # fmt: skip
+    return [_tabulate_side_by_side(result[key], title, result["steps"]) for key, title in titles.items() if result[key]]
 
 
 def _tabulate_side_by_side(columns: Mapping[str, Any], title: str, steps: int) -> Table:

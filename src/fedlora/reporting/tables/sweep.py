@@ -37,22 +37,18 @@ def _describe_trial(row: Mapping[str, Any], trial: Mapping[str, Any]) -> str:
 
 
 def _describe_choice(row: Mapping[str, Any], metric: str, result: Mapping[str, Any]) -> str:
-    trials = len(row["trials"])
+    """Name the chosen trial, and compare it with the others by the paired test over seeds."""
+    trials = row["trials"]
     if row["chosen"] is None:
-        return f"{row['method']}: none of {trials} trials came to a figure; try smaller learning rates."
-    score = f"{metric} {row['value']:.4f}, {_describe_certainty(row, result)}"
-    choice = f"{row['method']}: {_format_values(row['values'])} ({score})"
+        return f"{row['method']}: none of {len(trials)} trials came to a figure; try smaller learning rates."
+    values = {f"trial {t['trial']}": dict(zip(result["seeds"], t["each"])) for t in trials if t["value"] is not None}
+    best = rank(values, result["metric"]["higher"])
+    how = f"best of {len(trials)}" if best is not None and not best.level else f"chosen of {len(trials)} by the mean"
+    verdict = "" if best is None else f"; {best.verdict}"
+    choice = f"{row['method']}: {_format_values(row['values'])} ({metric} {row['value']:.4f}, {how}{verdict})"
     if row["edge"]:
         return f"{choice}; {' and '.join(row['edge'])} lies at the edge of what was tried: extend the grid."
     return f"{choice}."
-
-
-def _describe_certainty(row: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    """Compare the chosen trial with the others by the paired test over seeds."""
-    values = {t["trial"]: dict(zip(result["seeds"], t["each"])) for t in row["trials"] if t["value"] is not None}
-    best = rank({f"trial {k}": by_seed for k, by_seed in values.items()}, result["metric"]["higher"])
-    how = "best of {}" if best is not None and not best.level else "chosen of {} by the mean"
-    return how.format(len(row["trials"])) + ("" if best is None else f"; {best.verdict}")
 
 
 def _format_values(values: Mapping[str, Any]) -> str:

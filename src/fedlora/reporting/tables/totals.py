@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -40,10 +41,9 @@ def _average_clients(label: str, model: str, finals: Sequence[Sequence[float | N
 
 def find_worst(table: Table, higher: bool, many: int = 3) -> dict[str, list[tuple[str, float]]]:
     """Return label -> its worst clients with their figures, the worst first."""
-    ordered = sorted(table.rows, key=lambda row: row["value"], reverse=not higher)
-    worst = group_by(ordered, lambda row: row["label"])
-    labels = dict.fromkeys(row["label"] for row in table.rows)
-    return {label: [(row["client"], row["value"]) for row in worst[label][:many]] for label in labels}
+    groups = group_by(table.rows, lambda row: row["label"])
+    ordered = {label: sorted(rows, key=itemgetter("value"), reverse=not higher) for label, rows in groups.items()}
+    return {label: [(row["client"], row["value"]) for row in rows[:many]] for label, rows in ordered.items()}
 
 
 def tabulate_labels(runs: Sequence[Run]) -> Table:
@@ -96,7 +96,4 @@ def tabulate_faults(runs: Sequence[Run]) -> Table:
 
 def count_faults(runs: Sequence[Run]) -> dict[str, int]:
     """Count the faults of all runs by kind."""
-    counts: Counter[str] = Counter()
-    for run in runs:
-        counts.update(run.digest.counted)
-    return dict(counts)
+    return dict(sum((Counter(run.digest.counted) for run in runs), Counter[str]()))
