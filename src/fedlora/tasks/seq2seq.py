@@ -32,7 +32,9 @@ class Seq2Seq(TableTask):
     """The ``[task]`` table of sequence-to-sequence models."""
 
     source: PerMachine[str | None] = None  # a column, or a template such as "question: {question} context: {context}"
-    target: PerMachine[str | None] = None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
+    target: PerMachine[str | None] = (
+        None  # a column: text, a list of right answers, or SQuAD's {"text": [...]}; or a template
+    )
     label: PerMachine[str | None] = None  # a column for partitions by label, such as the class
     label_names: list[str] | None = None  # all texts that a target may be; numbers are matched with them
     max_source_length: int = 512  # tokens; longer sources are cut
