@@ -126,11 +126,10 @@ def kernel(request, tmp_path, monkeypatch):
     if request.param != "here":
         older = tmp_path / "older"
         shutil.copytree(Path(sandbox.__file__).parent, older)
-        text, call = (older / "kernel.py").read_text(), 'return _call("Landlock", number, 0, 0, 1)'
+        text = (older / "kernel.py").read_text()
+        call = '_call("Landlock", others["landlock_create_ruleset"], 0, 0, 1)'
         assert call in text
-        (older / "kernel.py").write_text(
-            text.replace(call, call.replace("return ", f"return min({request.param}, ") + ")")
-        )
+        (older / "kernel.py").write_text(text.replace(call, f"min({request.param}, {call})"))
         monkeypatch.setattr(sandbox, "SCRIPT", older / "inside.py")
     return request.param
 
@@ -271,7 +270,8 @@ sys.path.insert(0, {neighbours!r})
 import kernel, struct
 from syscalls import read_syscalls
 others = read_syscalls({machine!r})[1]
-code = [kernel._load(0), kernel._jump(kernel.EQUAL, others[{call!r}], 0, 1), kernel._return(0x00050000 | 38), kernel._return(0x7FFF0000)]
+code = [kernel._encode(kernel.LOAD, 0), kernel._encode(kernel.EQUAL, others[{call!r}], 0, 1)]
+code += [kernel._encode(kernel.RETURN, value) for value in (0x00050000 | 38, 0x7FFF0000)]
 kernel._prctl("", 38, 1)
 kernel.install_filter(others["seccomp"], b"".join(code))
 from fedlora.code_eval.sandbox import Sandbox, SandboxError

@@ -56,9 +56,7 @@ def test_latex_and_markdown_escape_what_they_would_obey():
 
 def test_what_is_small_is_not_written_as_nothing():
     column = Column("p", "p", 4)
-    texts = [
-        Table("t", "T", (column,), []).text({"p": value}, column) for value in (3e-5, 6e-5, 0.0, None, float("nan"))
-    ]
+    texts = [column.text({"p": value}) for value in (3e-5, 6e-5, 0.0, None, float("nan"))]
     assert texts == ["<0.0001", "0.0001", "0.0000", "–", "–"]
 
 

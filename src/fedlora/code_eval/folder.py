@@ -1,20 +1,7 @@
-"""The folder of one program: created empty, measured, and removed whatever the program left in it."""
+"""The folder of one program: measured, and removed whatever the program left in it."""
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
-
-
-@contextmanager
-def temporary_folder() -> Iterator[str]:
-    """Create an empty folder, and remove it on leaving."""
-    path = tempfile.mkdtemp(prefix="fedlora-program-")
-    try:
-        yield path
-    finally:
-        remove(path)
 
 
 def measure(folder: str, most: int) -> tuple[int, int]:

@@ -95,14 +95,9 @@ def _set_limits(limits: dict[str, int]) -> None:
         resource.setrlimit(kind, (low, high))
 
 
-def get_landlock_abi(number: int) -> int:
-    """Return the kernel's version of Landlock; ``UnconfinedError`` if it has none."""
-    return _call("Landlock", number, 0, 0, 1)
-
-
 def restrict_files(others: dict[str, int], own: str, readable: Iterable[str]) -> None:
     """Allow writing, making and removing files beneath ``own`` only, and reading beneath ``readable`` as well."""
-    abi = get_landlock_abi(others["landlock_create_ruleset"])
+    abi = _call("Landlock", others["landlock_create_ruleset"], 0, 0, 1)  # the kernel's version of Landlock
     handled = FIRST | sum(right for since, right in LATER.items() if since <= abi)
     words = [handled] + [TCP] * (abi >= 4) + [SCOPES] * (abi >= 6)
     ruleset = ctypes.create_string_buffer(struct.pack(f"{len(words)}Q", *words))
@@ -123,9 +118,10 @@ def build_filter(machine: str, own: int) -> bytes:
     """Build the filter of system calls; signals may go to the process ``own`` only, which is the caller."""
     free, others = read_syscalls(machine)
     everything = 0xFFFFFFFF
-    code = [_load(ARCHITECTURE), _jump(EQUAL, ARCHITECTURES[machine], 1, 0), _return(KILL), _load(NUMBER)]
+    code = [_encode(LOAD, ARCHITECTURE), _encode(EQUAL, ARCHITECTURES[machine], 1, 0), _encode(RETURN, KILL)]
+    code.append(_encode(LOAD, NUMBER))
     for number in free.values():
-        code += [_jump(EQUAL, number, 0, 1), _return(ALLOW)]
+        code += [_encode(EQUAL, number, 0, 1), _encode(RETURN, ALLOW)]
     for name, argument, mask, values in (
         ("open", 1, O_ACCMODE | O_TRUNC, OPENINGS),
         ("openat", 2, O_ACCMODE | O_TRUNC, OPENINGS),
@@ -137,29 +133,22 @@ def build_filter(machine: str, own: int) -> bytes:
         if name in others:
             code += _allow_values(others[name], argument, mask, values)
     for name in ("clone3", "openat2"):  # the C library then tries the older call, whose arguments a filter can read
-        code += [_jump(EQUAL, others[name], 0, 1), _return(REFUSE | ENOSYS)]
-    return b"".join([*code, _return(REFUSE | EPERM)])
+        code += [_encode(EQUAL, others[name], 0, 1), _encode(RETURN, REFUSE | ENOSYS)]
+    return b"".join([*code, _encode(RETURN, REFUSE | EPERM)])
 
 
 def _allow_values(number: int, argument: int, mask: int, values: Sequence[int]) -> list[bytes]:
     """Allow one call if the low half of an argument, masked, is one of the values."""
-    inner = [_load(ARGUMENTS + 8 * argument), _jump(AND, mask)]
+    inner = [_encode(LOAD, ARGUMENTS + 8 * argument), _encode(AND, mask)]
     for value in values:
-        inner += [_jump(EQUAL, value, 0, 1), _return(ALLOW)]
-    inner += [_return(REFUSE | EPERM)]
-    return [_jump(EQUAL, number, 0, len(inner)), *inner]
+        inner += [_encode(EQUAL, value, 0, 1), _encode(RETURN, ALLOW)]
+    inner += [_encode(RETURN, REFUSE | EPERM)]
+    return [_encode(EQUAL, number, 0, len(inner)), *inner]
 
 
-def _jump(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+def _encode(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+    """Encode one instruction; ``yes`` and ``no`` are the instructions to skip after a comparison."""
     return struct.pack("HBBI", code, yes, no, value)
-
-
-def _load(offset: int) -> bytes:
-    return _jump(LOAD, offset)
-
-
-def _return(value: int) -> bytes:
-    return _jump(RETURN, value)
 
 
 def install_filter(number: int, code: bytes) -> None:

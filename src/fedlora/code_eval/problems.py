@@ -43,12 +43,11 @@ class Problem:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in the answer's strings
             if not self.context or re.search(entry, text, re.MULTILINE):
-                return _remove_checks(
-                    _find_longest(f"{self.context}\n{text}" if self.context else _strip_preamble(text))
-                )
+                whole = f"{self.context}\n{text}" if self.context else _strip_preamble(text)
+                return _remove_checks(_find_longest(whole))
             # Tokenizers and chat models may drop the indentation of the first line, or of every line.
             tries = [f"{self.context}{body}" for body in (text, f"    {text}", textwrap.indent(text, "    "))]
-            best = next((t for t in tries if _try_parse(t) is not None), tries[0])
+            best = next((t for t in tries if _find_error(t) is None), tries[0])
             return _remove_checks(_find_longest(best, len(self.context)))
 
 
@@ -169,40 +168,34 @@ def _find_code(answer: str, entry: str | None) -> str:
 def _strip_preamble(text: str) -> str:
     """Remove a chat model's words before its code."""
     begin = re.search(r"^(?:(?:async def|def|class|import) \w|from [\w.]+ import |@\w)", text, re.MULTILINE)
-    return text[begin.start() :] if _try_parse(text) is None and begin else text
+    return text[begin.start() :] if _find_error(text) and begin else text
 
 
-def _try_parse(text: str) -> ast.Module | None:
+def _find_error(text: str) -> Exception | None:
+    """Return the error of a text that is no Python, else None; runs nothing."""
     try:
-        return _parse(text)
-    except FAULTS:
-        return None
-
-
-def _parse(text: str) -> ast.Module:
-    tree = ast.parse(text)
-    compile(tree, "<answer>", "exec")  # finds more errors, such as a return outside a function, and runs nothing
-    return tree
+        compile(text, "<answer>", "exec")  # finds more errors than parsing, such as a return outside a function
+    except FAULTS as error:
+        return error
+    return None
 
 
 def _find_longest(text: str, least: int = 0) -> str:
     """Return the longest run of first lines that is Python, since answers are often cut; ``text`` if there is none."""
     lines = text.split("\n")
     while lines and len(cut := "\n".join(lines)) >= least:
-        try:
-            _parse(cut)
-        except FAULTS as error:
-            number = getattr(error, "lineno", None) or len(lines)
-            del lines[max(0, min(number, len(lines)) - 1) :]
-        else:
+        error = _find_error(cut)
+        if error is None:
             return cut
+        number = getattr(error, "lineno", None) or len(lines)
+        del lines[max(0, min(number, len(lines)) - 1) :]
     return text
 
 
 def _remove_checks(text: str) -> str:
     """Remove top-level assertions and calls of ``print``, with which an answer checks itself."""
-    tree, lines = _try_parse(text), text.split("\n")
-    for node in tree.body if tree else []:
+    lines = text.split("\n")
+    for node in [] if _find_error(text) else ast.parse(text).body:
         call = getattr(getattr(node, "value", None), "func", None) if isinstance(node, ast.Expr) else None
         if isinstance(node, ast.Assert) or getattr(call, "id", None) == "print":
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)

@@ -72,10 +72,14 @@ class Sandbox:
         limits = {"cpu": self.seconds, "memory": self.memory_mb * MIB, "file": self.disk_mb * MIB, "descriptors": 64}
         task = {"readable": find_readable(), "packages": find_packages(), "limits": limits,
                 "parent": os.getpid(), "program": program, "tests": tests, "token": token}  # fmt: skip
-        with folder.temporary_folder() as own, tempfile.TemporaryFile() as request:
-            request.write(json.dumps(task).encode())
-            request.seek(0)
-            process, output = self._run_script(own, request, stopped)
+        own = tempfile.mkdtemp(prefix="fedlora-program-")
+        try:
+            with tempfile.TemporaryFile() as request:
+                request.write(json.dumps(task).encode())
+                request.seek(0)
+                process, output = self._run_script(own, request, stopped)
+        finally:
+            folder.remove(own)
         return self._judge(process, output, token, time.monotonic() - start)
 
     def _run_script(

@@ -33,7 +33,10 @@ def write_answers(
         raise ValueError(f"--samples is {samples}, but at --temperature 0 all are alike; raise it, e.g. to 0.8.")
     path = check_output_file(out)
     counts = _count_answers(path)
-    prompts = {problem.task_id: _encode_prompt(talk, problem, worded) for problem in problems}
+    prompts = {}
+    for problem in problems:
+        text = talk.prompt([{"role": "user", "content": problem.prompt}]) if worded else problem.prompt
+        prompts[problem.task_id] = tokenize([text], talk.tokenizer, not worded or talk.template is not None)[0]
     fits = [p for p in problems if len(prompts[p.task_id]) + writing.max_new_tokens <= talk.max_tokens]
     if not fits:
         raise ValueError(
@@ -68,13 +71,6 @@ def _count_answers(path: Path) -> dict[str, int]:
     if len(whole) < len(lines):
         path.write_text("".join(whole), encoding="utf-8")
     return {task: tasks.count(task) for task in dict.fromkeys(tasks)}
-
-
-def _encode_prompt(talk: Chat, problem: Problem, worded: bool) -> list[int]:
-    if not worded:
-        return tokenize([problem.prompt], talk.tokenizer, True)[0]
-    text = talk.prompt([{"role": "user", "content": problem.prompt}])
-    return tokenize([text], talk.tokenizer, talk.template is not None)[0]
 
 
 def _generate_answers(talk: Chat, batch, prompts, writing: GenerationSettings, worded: bool) -> list[str]:

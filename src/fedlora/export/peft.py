@@ -57,7 +57,7 @@ def export_model(
         if merged:
             _merge_and_write(run, folder, cut, heads)
         else:
-            _write_adapter(run, folder, model, *_build_layers(run, tree, cut, bool(rank)), heads)
+            _write_adapter(run, folder, model, tree, cut, bool(rank))
         logits = _compute_logits(run, _reload(run, folder, merged))
         difference = float((logits - expected).abs().max() / expected.abs().max())
         if difference > CLOSE:
@@ -90,24 +90,14 @@ def _truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) 
     return float(lost / everything) ** 0.5 if everything else 0.0
 
 
-def _build_layers(
-    run: RunFolder, tree: Tree, cut: Mapping[str, Factors], truncated: bool
-) -> tuple[dict[str, Layer], LoRA | None]:
-    """Return each weight's factors, and the run's own LoRA, or None if the factors include their scale."""
-    adapter = run.config.method.adapter
-    if isinstance(adapter, LoRA) and not run.base_updates and not truncated:
-        return {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
-    return {part: {"A": f.V, "B": f.U} for part, f in cut.items()}, None
-
-
 def _write_adapter(
-    run: RunFolder,
-    folder: Path,
-    model: Model,
-    layers: Mapping[str, Layer],
-    lora: LoRA | None,
-    heads: Mapping[str, Layer],
+    run: RunFolder, folder: Path, model: Model, tree: Tree, cut: Mapping[str, Factors], truncated: bool
 ) -> None:
+    adapter, lora = run.config.method.adapter, None
+    layers: dict[str, Layer] = {part: {"A": f.V, "B": f.U} for part, f in cut.items()}
+    if isinstance(adapter, LoRA) and not run.base_updates and not truncated:  # the run's own factors, without the scale
+        layers, lora = {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
+    heads = {part: tree[part] for part in model.parts if part not in cut}
     bases = [model.parts[part].module.base for part in layers]
     network, task = run.network(), run.config.task
     roots = find_modules_to_save(network, heads, task.peft)

@@ -94,11 +94,10 @@ def format_csv(table: Table) -> str:
 
 def format_markdown(table: Table) -> str:
     """Format a table with pipes."""
-    heads = [_escape_markdown(column.title) for column in table.columns]
-    lines = ["| " + " | ".join(heads) + " |"]
-    lines.append("|" + "|".join("---" if column.digits is None else "---:" for column in table.columns) + "|")
-    for row in table.rows:
-        lines.append("| " + " | ".join(_escape_markdown(table.text(row, column)) for column in table.columns) + " |")
+    rows = [[column.title for column in table.columns]]
+    rows += [[column.text(row) for column in table.columns] for row in table.rows]
+    lines = ["| " + " | ".join(map(_escape_markdown, cells)) + " |" for cells in rows]
+    lines.insert(1, "|" + "|".join("---" if column.digits is None else "---:" for column in table.columns) + "|")
     note = ["", _escape_markdown(table.note)] if table.note else []
     return "\n".join([*lines, *note, ""])
 
@@ -112,10 +111,10 @@ def _escape_markdown(text: str) -> str:
 def format_latex(table: Table) -> str:
     """Format a ``tabular`` with booktabs' rules."""
     kinds = "".join("l" if column.digits is None else "r" for column in table.columns)
-    rows = [[table.text(row, column) for column in table.columns] for row in table.rows]
-    lines = [" & ".join(map(escape_latex, cells)) + r" \\" for cells in rows]
-    head = " & ".join(escape_latex(column.title) for column in table.columns) + r" \\"
-    note = [f"% {line}" for line in [escape_latex(table.note)] if table.note]
+    rows = [[column.title for column in table.columns]]
+    rows += [[column.text(row) for column in table.columns] for row in table.rows]
+    head, *lines = [" & ".join(map(escape_latex, cells)) + r" \\" for cells in rows]
+    note = [f"% {escape_latex(table.note)}"] if table.note else []
     body = [r"\begin{tabular}{" + kinds + "}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
     return "\n".join([r"% \usepackage{booktabs}", *note, *body, ""])
 

@@ -44,19 +44,15 @@ def measure_similarity(folder: str | Path) -> tuple[dict[str, dict[str, float]],
     if len(trees) < 2:
         raise ConfigError(f"{str(folder)!r} has {len(trees)} client; similarity needs 2.")
     parts = [part for part in run.shared if set(trees[0][part]) == {"A", "B"}]
-    weights = {
-        part: _measure_weight([tree[part] for tree in trees], _find_start(run, part, trees[0][part])) for part in parts
-    }
+    weights = {}
+    for part in parts:
+        start = None  # the adapters had a warm start
+        if config.model.start is None:
+            m, n = trees[0][part]["B"].shape[0], trees[0][part]["A"].shape[1]
+            start = adapter.init(m, n, derive_seed(config.seed, "adapter", part))["A"]
+        weights[part] = _measure_weight([tree[part] for tree in trees], start)
     names = next(iter(weights.values()))
     return weights, {name: sum(row[name] for row in weights.values()) / len(weights) for name in names}
-
-
-def _find_start(run: RunFolder, part: str, like: Layer) -> Tensor | None:
-    """Return ``A_0``, which is drawn from the seed; None if the adapters had a warm start."""
-    if run.config.model.start is not None:
-        return None
-    m, n = like["B"].shape[0], like["A"].shape[1]
-    return run.config.method.adapter.init(m, n, derive_seed(run.config.seed, "adapter", part))["A"]
 
 
 def _measure_weight(layers: Sequence[Layer], start: Tensor | None) -> dict[str, float]:

@@ -42,7 +42,7 @@ def build_grid(table: Table) -> rich.table.Table:
     for place, row in enumerate(table.rows):
         if place in table.rules:
             grid.add_section()
-        grid.add_row(*(table.text(row, column) for column in table.columns))
+        grid.add_row(*(column.text(row) for column in table.columns))
     return grid
 
 
@@ -50,7 +50,7 @@ def build_list(table: Table) -> Group:
     """Build a list of the rows, each cell on a line with its title before it."""
     lines = [table.title] if table.title else []
     for row in table.rows:
-        cells = [(column.title, table.text(row, column)) for column in table.columns]
+        cells = [(column.title, column.text(row)) for column in table.columns]
         if table.has_header:
             lines += [f"{'  ' if i else ''}{title}: {cell}" for i, (title, cell) in enumerate(cells)]
         else:

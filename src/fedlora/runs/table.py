@@ -30,6 +30,20 @@ class Column:
         """``left``, ``right`` or ``center``."""
         return self.align or ("left" if self.digits is None else "right")
 
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the text of the cell in a row."""
+        value = row.get(self.key)
+        if value is None or value == "":
+            return DASH
+        if self.digits is None or isinstance(value, str):
+            return str(value)
+        mark = (row.get(self.mark) or "") if self.mark else ""
+        if 0 < value < 0.5 * 10**-self.digits:
+            return f"<{10**-self.digits:.{self.digits}f}{mark}"  # not 0
+        deviation = row.get(self.spread) if self.spread else None
+        beside = f" ± {deviation:.{self.digits}f}" if deviation else ""
+        return f"{value:,.{self.digits}f}{beside}{mark}" if math.isfinite(value) else DASH
+
 
 @dataclass(frozen=True)
 class Table:
@@ -42,20 +56,6 @@ class Table:
     note: str = ""  # explains the figures in a sentence
     has_header: bool = True
     rules: frozenset[int] = frozenset()  # the rows with a line above them
-
-    def text(self, row: Mapping[str, Any], column: Column) -> str:
-        """Return the text of a cell."""
-        value = row.get(column.key)
-        if value is None or value == "":
-            return DASH
-        if column.digits is None or isinstance(value, str):
-            return str(value)
-        mark = (row.get(column.mark) or "") if column.mark else ""
-        if 0 < value < 0.5 * 10**-column.digits:
-            return f"<{10**-column.digits:.{column.digits}f}{mark}"  # not 0
-        deviation = row.get(column.spread) if column.spread else None
-        beside = f" ± {deviation:.{column.digits}f}" if deviation else ""
-        return f"{value:,.{column.digits}f}{beside}{mark}" if math.isfinite(value) else DASH
 
 
 def from_pairs(title: str, rows: Iterable[tuple[str, str]], name: str = "figures") -> Table:
@@ -92,7 +92,7 @@ def _cells(table: Table, row: Mapping[str, Any]) -> str:
         value = row.get(column.key)
         data = "" if value is None else _safe(value)
         name, scope = ("th", ' scope="row"') if place == 0 else ("td", "")
-        text = _safe(table.text(row, column))
+        text = _safe(column.text(row))
         cells.append(f'<{name}{scope} class="{_kind(column)}" data-value="{data}">{text}</{name}>')
     return "".join(cells)
 

@@ -163,7 +163,9 @@ class LocalTrainer:
                 batch = self.batch(next(stream), draws)
                 with self.model.running():
                     loss = self.task.loss(self.model.network, batch)
-                ((loss + self._penalty(rules)) / parts).backward()
+                layers = self.model.layers()
+                penalty = sum(rule.penalty(layers[path]) for path, rule in rules.items())
+                ((loss + penalty) / parts).backward()
                 losses.append(loss.detach())
             if self.training.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.training.max_grad_norm)
@@ -178,7 +180,3 @@ class LocalTrainer:
                 f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
                 "lower training.learning_rate, or set training.max_grad_norm."
             )
-
-    def _penalty(self, rules: Rules) -> Tensor | float:
-        layers = self.model.layers()
-        return sum(rule.penalty(layers[path]) for path, rule in rules.items())

@@ -47,8 +47,11 @@ def find_targets(
 
 
 def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    if text.lower() == ALL:
-        outside = _find_outputs(network)
+    if text.lower() == ALL:  # without a language model's output layer and a task's new modules
+        output = getattr(network, "get_output_embeddings", lambda: None)()
+        outside = [path for path, module in network.named_modules() if module is output]
+        if hasattr(network, getattr(network, "base_model_prefix", "")):
+            outside += new_modules(network)
         return {path: x for path, x in weights.items() if not any(f"{path}.".startswith(f"{o}.") for o in outside)}
     try:
         targets = {path: module for path, module in weights.items() if re.fullmatch(text, path)}
@@ -61,14 +64,6 @@ def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module
         reason = _explain_mismatch(network, "model.targets", text, list(weights))
         raise ValueError(f"{reason[:-1]}; one text is a regular expression of whole paths, and names go into a list.")
     return targets
-
-
-def _find_outputs(network: nn.Module) -> list[str]:
-    """Return the modules that ``all-linear`` leaves out: a language model's output layer, and a task's new modules."""
-    output = getattr(network, "get_output_embeddings", lambda: None)()
-    paths = [path for path, module in network.named_modules() if output is not None and module is output]
-    body = getattr(network, "base_model_prefix", "")
-    return paths + (new_modules(network) if body and hasattr(network, body) else [])
 
 
 def find_full_modules(network: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -35,19 +35,15 @@ def tabulate_comparison(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
 
 def _tabulate_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Build the table of the clients' own models, grouped by the clients' capability."""
+    mean = Column("mean", "", 3, "std")
     levels = sorted({group["capability"] for row in rows for group in row.get("capability", ())})
     table_rows = []
     for row in rows:
-        cells = {f"{group['capability']:g}": f"{_format_mean(group['mean'])} ({_format_mean(group['worst'])})"
+        cells = {f"{group['capability']:g}": f"{mean.text(group['mean'])} ({mean.text(group['worst'])})"
                  for group in row.get("capability", ())}  # fmt: skip
         table_rows.append({"method": row["method"], **cells})
     columns = (Column("method", "method"), *(Column(f"{k:g}", f"{k:g}", align="right") for k in levels))
     return Table("capability", "Clients' own models by the clients' capability: mean (worst)", columns, table_rows)
-
-
-def _format_mean(value: Mapping[str, float]) -> str:
-    column = Column("mean", "", 3, "std")
-    return Table("", "", (column,), []).text(value, column)
 
 
 def summarise_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
