@@ -111,7 +111,11 @@ class Checkpoints:
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
         """Writes the base update of a finished round, and the state if that is due."""
-        self._write_base_update(done.base_updates)
+        log = done.base_updates
+        for number in range(len(self._base_updates), len(log)):  # each before it is summed with others
+            content = encode_state(base_update_to_tree(log.entries[number - log.start]), {})
+            name = write_verified_file(self.folder / BASE_UPDATES, f"{number:06d}", content)
+            self._base_updates.append((name, log.start))
         self._last = Snapshot.take(done.state, engine.client_states(done.state))
         value = self.settings.score(done.record, self.metric)
         better = self.settings.is_better(value, self.best and self.best["value"], self.metric)
@@ -138,13 +142,6 @@ class Checkpoints:
             self.best["file"] = name
         self._last = None
         self._prune(name, snapshot.number)
-
-    def _write_base_update(self, log: BaseUpdateLog) -> None:
-        """Writes each base update before it is summed with others."""
-        for number in range(len(self._base_updates), len(log)):
-            content = encode_state(base_update_to_tree(log.entries[number - log.start]), {})
-            name = write_verified_file(self.folder / BASE_UPDATES, f"{number:06d}", content)
-            self._base_updates.append((name, log.start))
 
     def _write_client_states(self, stem: str, states: Mapping[int, ClientState]) -> None:
         """Writes the states that have changed: a turn creates new objects."""

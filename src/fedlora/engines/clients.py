@@ -31,7 +31,6 @@ PROFILES: Mapping[str, tuple[float, ...]] = {  # share of the clients at each le
     "bell": (0.125, 0.375, 0.375, 0.125),
     "skewed": (0.5, 0.25, 0.125, 0.125),
 }
-Profile = str | list[float] | dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -206,13 +205,15 @@ class Clients:
             raise ValueError(
                 f'clients.ranks is {ranks!r}; it is a number, a list, or shares such as {{"4" = 0.5, "16" = 0.5}}.'
             )
-        counts = apportion([float(share) for share in ranks.values()], self.count)
-        flat = [int(rank) for rank, count in zip(ranks, counts) for _ in range(count)]
-        return [flat[i] for i in _draw_order(self.count, derive_seed(seed, "ranks"))]
+        shares = tuple((int(rank), float(share)) for rank, share in ranks.items())
+        return list(_draw_values(shares, self.count, derive_seed(seed, "ranks")))
 
     def capabilities(self, seed: int) -> list[float] | None:
         """Returns each client's capability as a share of the strongest; None without a profile."""
-        return None if self.capability is None else draw_capabilities(self.capability, self.count, seed)
+        if self.capability is None:
+            return None
+        shares = tuple(parse_profile(self.capability).items())
+        return list(_draw_values(shares, self.count, derive_seed(seed, "capability")))
 
     def steps(self, usual: int, round: int, client: int, seed: int) -> int:
         """Returns a client's optimiser steps in a round; ``usual`` is the number of ``[training]``."""
@@ -249,7 +250,9 @@ class Clients:
     def order(self, round: int, seed: int) -> list[int]:
         """Returns the cohort in the order of its draw, and then the substitutes for absent clients."""
         if self.rate is not None:  # no substitutes: each client has its own probability
-            return draw_poisson(self.members, self.rate, derive_seed(seed, "cohort", round))
+            draws = torch.Generator().manual_seed(derive_seed(seed, "cohort", round))
+            chosen = torch.rand(self.members, generator=draws, dtype=torch.float64) < self.rate
+            return chosen.nonzero()[:, 0].tolist()
         if self.per_round is None or self.per_round == self.members:
             return list(range(self.members))
         return _draw_order(self.members, derive_seed(seed, "cohort", round))
@@ -264,7 +267,15 @@ def _draw_order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def parse_profile(profile: Profile) -> dict[float, float]:
+@lru_cache(maxsize=64)
+def _draw_values(shares: tuple[tuple[Any, float], ...], count: int, seed: int) -> tuple[Any, ...]:
+    """Draws a value for each client; the number of clients with a value is its share."""
+    counts = apportion([share for _, share in shares], count)
+    values = [value for (value, _), many in zip(shares, counts) for _ in range(many)]
+    return tuple(values[i] for i in _draw_order(count, seed))
+
+
+def parse_profile(profile: str | list[float] | dict[str, float]) -> dict[float, float]:
     """Returns capability -> share of the clients. Raises ``ValueError`` if the profile is not valid."""
     if isinstance(profile, str):
         if profile not in PROFILES:
@@ -292,27 +303,9 @@ def parse_capability(key: str, text: str) -> float:
     return level
 
 
-def draw_capabilities(profile: Profile, count: int, seed: int) -> list[float]:
-    """Draws the capability of each client; the number of clients at each level is its share."""
-    return list(_draw_capabilities(tuple(parse_profile(profile).items()), count, seed))
-
-
-@lru_cache(maxsize=64)
-def _draw_capabilities(profile: tuple[tuple[float, float], ...], count: int, seed: int) -> tuple[float, ...]:
-    counts = apportion([share for _, share in profile], count)
-    flat = [level for (level, _), many in zip(profile, counts) for _ in range(many)]
-    return tuple(flat[i] for i in _draw_order(count, derive_seed(seed, "capability")))
-
-
 def scale_down(full: int, share: float) -> int:
     """Returns a share of a whole number, rounded (a half to the even number), and at least 1."""
     return max(1, round(share * full))
-
-
-def draw_poisson(members: int, rate: float, seed: int) -> list[int]:
-    """Draws each member independently with probability ``rate``; the sample may be empty."""
-    draws = torch.Generator().manual_seed(seed)
-    return (torch.rand(members, generator=draws, dtype=torch.float64) < rate).nonzero()[:, 0].tolist()
 
 
 def draw_share(clients: Sequence[int], share: float, seed: int, most: int | None = None) -> list[int]:

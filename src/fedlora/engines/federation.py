@@ -49,6 +49,7 @@ class Federation:
     attack: Attack | None = None
     compression: Compression = field(default_factory=Compression)
     privacy: Privacy = field(default_factory=Privacy)
+    _cohorts: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)  # round -> its clients
 
     @cached_property
     def key(self) -> bytes:
@@ -74,10 +75,6 @@ class Federation:
     def order(self, round: int) -> list[int]:
         """Returns the cohort, then the substitutes for absent clients; with privacy, there are none."""
         return self.cohort(round) if self.privacy.on else self.clients.order(round, self.seed)
-
-    @cached_property
-    def _cohorts(self) -> dict[int, list[int]]:
-        return {}
 
     @property
     def cohort_seed(self) -> int:

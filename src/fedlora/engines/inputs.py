@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora.engines.federation import Federation
 from fedlora.files import digest
+from fedlora.schema import flatten_table
 from fedlora.tasks._base import Examples
 
 SAMPLE = 1024  # values of each pretrained weight
@@ -59,26 +60,20 @@ def model_settings(network: nn.Module) -> dict[str, str]:
     if not hasattr(config, "to_dict"):
         return {}
     try:
-        defaults = _flatten(type(config)().to_dict())
+        defaults = _settings_as_json(type(config)())
     except (TypeError, ValueError, AttributeError, KeyError):  # a class without defaults: all of its settings count
         defaults = {}
     return {
         key: text if len(text) <= LONG else f"{text[: LONG // 2]}... ({_digest(text.encode()).hex()})"
-        for key, text in sorted(_flatten(config.to_dict()).items())
+        for key, text in sorted(_settings_as_json(config).items())
         if defaults.get(key) != text
     }
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if str(key) in IDLE or str(key).startswith("_"):
-            continue
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, sort_keys=True, default=str)
-    return flat
+def _settings_as_json(config: Any) -> dict[str, str]:
+    flat = flatten_table(config.to_dict())
+    used = {key: x for key, x in flat.items() if not any(n in IDLE or n.startswith("_") for n in key.split("."))}
+    return {key: json.dumps(value, sort_keys=True, default=str) for key, value in used.items()}
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

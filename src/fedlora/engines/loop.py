@@ -90,9 +90,7 @@ class Loop(ABC):
     arguments only. It has no settings beside those of the ``[engine]`` table.
     """
 
-    steps_here: ClassVar[bool] = (
-        True  # whether clients train in this process, so that Ctrl-C can wait for the end of a step
-    )
+    steps_here: ClassVar[bool] = True  # whether clients train in this process: then Ctrl-C waits for the end of a step
 
     watch: Watch = lambda event: None
     observe: Observe | None = None
@@ -156,9 +154,8 @@ class Loop(ABC):
         """Returns each client's own state between two rounds; None if that is not on this machine."""
         return None
 
-    def on_base_update(self, base_updates: BaseUpdate) -> None:
+    def on_base_update(self, base_updates: BaseUpdate) -> None:  # noqa: B027 - most engines have nothing to do
         """Called for each base update that is re-applied on resume, in order."""
-        return None
 
     def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
         """Restores the clients' states on resume; ``states`` is None if they are not on this machine."""

@@ -64,9 +64,7 @@ class RoundRecord(_Global, total=False):
     loss: Mapping[Client, float | None]  # the mean loss of a client's turn; empty if privacy hides it
     privacy: Spent
     stragglers: Sequence[int]  # clients that did a part of their steps
-    weights: Mapping[
-        str, Mapping[str, float]
-    ]  # part -> errors of the aggregation, see ``aggregation_error.aggregation_errors``
+    weights: Mapping[str, Mapping[str, float]]  # part -> errors, see ``aggregation_error.aggregation_errors``
     oracle: Mapping[str, Any]  # see ``runs.counterfactual``
     clients: ClientScores
     attack: AttackResult

@@ -43,14 +43,12 @@ class ServerOptimizer:
         """Applies the optimizer to every leaf that the round has changed."""
         if self.optimizer == "none":
             return served
-        return served._replace(shared={part: self._layer(before[part], layer) for part, layer in served.shared.items()})
-
-    def _layer(self, before: Layer, after: Layer) -> Layer:
-        stepped = dict(after)
-        for leaf, x in after.items():
-            if x is not before[leaf]:
-                stepped |= self._leaf(leaf, before, x - before[leaf])
-        return stepped
+        stepped = {part: dict(layer) for part, layer in served.shared.items()}
+        for part, layer in served.shared.items():
+            for leaf, x in layer.items():
+                if x is not before[part][leaf]:
+                    stepped[part] |= self._leaf(leaf, before[part], x - before[part][leaf])
+        return served._replace(shared=stepped)
 
     def _leaf(self, leaf: str, before: Layer, delta: Tensor) -> Layer:
         m = self.beta1 * before.get(f"_m.{leaf}", torch.zeros_like(delta))

@@ -51,7 +51,10 @@ class Snapshot:
             for part, layer in self.shared.items()
         }
         keys = list(versions)
-        rows, held = _version_table(self.knowledge.held, keys)
+        table: dict[tuple[int, ...], int] = {}  # clients with the same versions share a row
+        known = {client: tuple(own.get(key, 0) for key in keys) for client, own in self.knowledge.held.items()}
+        rows = {client: table.setdefault(row, len(table)) for client, row in known.items()}
+        held = torch.tensor(list(table), dtype=torch.int64).reshape(len(table), len(keys))
         ledger, words = _ledger_table(self.ledger)
         numbers = {"versions": torch.tensor(list(versions.values())), "held": held, "ledger": ledger}
         about = {
@@ -122,13 +125,6 @@ def moments_of(layers: Tree) -> OptimizerState | None:
         part, _, leaf = key.rpartition("//")
         moments[part, leaf] = dict(values)
     return moments or None
-
-
-def _version_table(held: Mapping[int, Mapping], keys: list) -> tuple[dict[int, int], Tensor]:
-    """Returns each client's row and the table; clients with the same versions share a row."""
-    table: dict[tuple[int, ...], int] = {}
-    rows = {k: table.setdefault(tuple(own.get(key, 0) for key in keys), len(table)) for k, own in held.items()}
-    return rows, torch.tensor(list(table), dtype=torch.int64).reshape(len(table), len(keys))
 
 
 def _ledger_table(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:

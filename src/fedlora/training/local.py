@@ -152,27 +152,17 @@ class LocalTrainer:
     def _run(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor], rules: Rules
     ) -> None:
-        steps, parts = self.training.steps(len(self.shard.train)), self.training.accumulation_steps
-        stream = sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
-        draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))
-        losses = []
-        for step in range(steps):
+        steps, losses = self.training.steps(len(self.shard.train)), list[Tensor]()
+        for step, step_losses in zip(range(steps), self._gradients(parameters, rules)):
+            losses += step_losses
             for group in optimizer.param_groups:
                 group["lr"] = self.training.rate((self.turn.round + step / steps) / self.rounds)
-            for _ in range(parts):
-                batch = self.batch(next(stream), draws)
-                with self.model.running():
-                    loss = self.task.loss(self.model.network, batch)
-                layers = self.model.layers()
-                penalty = sum(rule.penalty(layers[path]) for path, rule in rules.items())
-                ((loss + penalty) / parts).backward()
-                losses.append(loss.detach())
             if self.training.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.training.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.step_done()
-        self.loss = float(torch.stack(losses).mean())
+        self.loss = float(torch.cat(losses).mean()) if losses else 0.0
         is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
         if not math.isfinite(self.loss) or not bool(is_finite):  # the loss does not include the last step
             what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
@@ -180,3 +170,22 @@ class LocalTrainer:
                 f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
                 "lower training.learning_rate, or set training.max_grad_norm."
             )
+
+    def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
+        """Set the gradients of one step after another, and yield each step's losses, of batches or of rows."""
+        parts = self.training.accumulation_steps
+        stream = sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
+        draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))
+        while True:
+            losses = []
+            for _ in range(parts):
+                batch = self.batch(next(stream), draws)
+                with self.model.running():
+                    loss = self.task.loss(self.model.network, batch)
+                ((loss + self._penalty(rules)) / parts).backward()
+                losses.append(loss.detach()[None])
+            yield losses
+
+    def _penalty(self, rules: Rules) -> Tensor | float:
+        layers = self.model.layers()
+        return sum(rule.penalty(layers[path]) for path, rule in rules.items())

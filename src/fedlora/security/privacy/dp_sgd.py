@@ -3,8 +3,9 @@
 Abadi et al. Deep Learning with Differential Privacy. CCS 2016. https://arxiv.org/abs/1607.00133
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -38,45 +39,31 @@ class PrivateTrainer(LocalTrainer):
     def gradient(self, start: Tree) -> Tree:
         raise ValueError("a method that uses a gradient on the client's rows has no example-level guarantee.")
 
-    def _run(self, optimizer: torch.optim.Optimizer, parameters: Mapping, rules: Rules) -> None:
+    def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
         per_sample_gradients.check_row_independence(self.model.network)
-        steps = self.training.steps(len(self.shard.train))
         draws = torch.Generator().manual_seed(self.stream.seed ^ self.turn.round)
-        losses = []
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = self.training.rate((self.turn.round + step / steps) / self.rounds)
-            losses += self._step(step, parameters, rules, draws)
-            if self.training.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(list(parameters.values()), self.training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.step_done()
-        self.loss = float(torch.cat(losses).mean()) if losses else 0.0
-
-    def _step(self, step: int, parameters: Mapping, rules: Rules, draws: torch.Generator) -> list[Tensor]:
-        """Sets each leaf's gradient; returns the losses of the sampled rows."""
         rows = len(self.shard.train)
         q = sampling_rate(self.training, rows)
-        sample = self.shard.train[self.stream.sample(rows, q, "rows", self.turn.round, step)]
-        sums = {key: torch.zeros_like(x, dtype=torch.float64) for key, x in parameters.items()}
-        losses = []
-        for part in sample.split(self.training.batch_size) if len(sample) else ():
-            batch = self.batch(part, draws)
-            part_losses, grads = per_sample_gradients.compute_gradients(
-                self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
-            )
-            by = clip_factors(grads, self.clip)
-            for key, grad in grads.items():
-                sums[key] += torch.einsum("b,b...->...", by, replace_non_finite(grad).double())
-            losses.append(part_losses)
-        for key, parameter in parameters.items():
-            noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
-            parameter.grad = ((sums[key] + self.noise * self.clip * noise) / (q * rows)).to(parameter.dtype)
-        penalty = self._penalty(rules)
-        if isinstance(penalty, Tensor) and penalty.requires_grad:
-            penalty.backward()
-        return losses
+        for step in count():
+            sample = self.shard.train[self.stream.sample(rows, q, "rows", self.turn.round, step)]
+            sums = {key: torch.zeros_like(x, dtype=torch.float64) for key, x in parameters.items()}
+            losses = []
+            for part in sample.split(self.training.batch_size) if len(sample) else ():
+                batch = self.batch(part, draws)
+                part_losses, grads = per_sample_gradients.compute_gradients(
+                    self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
+                )
+                by = clip_factors(grads, self.clip)
+                for key, grad in grads.items():
+                    sums[key] += torch.einsum("b,b...->...", by, replace_non_finite(grad).double())
+                losses.append(part_losses[part_losses.isfinite()])  # one row must not stop the turn
+            for key, parameter in parameters.items():
+                noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
+                parameter.grad = ((sums[key] + self.noise * self.clip * noise) / (q * rows)).to(parameter.dtype)
+            penalty = self._penalty(rules)
+            if isinstance(penalty, Tensor) and penalty.requires_grad:
+                penalty.backward()
+            yield losses
 
 
 def replace_non_finite(grad: Tensor) -> Tensor:

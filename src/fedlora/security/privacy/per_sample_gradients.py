@@ -7,6 +7,7 @@ the leaf's gradient holds one gradient a row. The expanded leaves are views, so 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,30 +44,22 @@ def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Ten
                 leaves[leaf] = leaves[leaf].expand(rows, *leaves[leaf].shape).requires_grad_((path, leaf) in trained)
             expanded |= {(path, leaf): x for leaf, x in leaves.items()}
             if any((path, leaf) in trained for leaf in leaves):
-                stack.enter_context(_swap(path, part.module, leaves, rows))
+                stack.callback(_swap(path, part.module, leaves, rows))
         yield {key: expanded[key] for key in trained}
 
 
-@contextmanager
-def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Iterator[None]:
+def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Callable[[], None]:
+    """Makes a module use slice ``i`` of its leaves for row ``i``; returns the function that undoes it."""
     if isinstance(module, AdaptedLinear):
         before, module.adapter = module.adapter, _PerSample(path, module.adapter, leaves, rows)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            module.adapter = before
-        return
+        return partial(setattr, module, "adapter", before)
     forward = FORWARDS.get(type(module))
     if forward is None:
         raise ValueError(
             f"{path!r} is a {type(module).__name__}, which has no per-sample gradient here; with "
             "privacy.level = 'example' leave it out of model.head."
         )
-    hook = module.register_forward_hook(lambda m, inputs, output: forward(path, m, inputs[0], leaves, rows))
-    try:
-        yield
-    finally:
-        hook.remove()
+    return module.register_forward_hook(lambda m, inputs, output: forward(path, m, inputs[0], leaves, rows)).remove
 
 
 class _PerSample:

@@ -62,6 +62,31 @@ class Cast(Codec):
 
 
 @dataclass(frozen=True)
+class Quantized(Codec):
+    """A codec with integers of up to ``levels`` and a float32 scale a line, ``max|line| / levels``."""
+
+    levels: ClassVar[int]
+
+    def quantize(self, x: Tensor, draws: Generator) -> tuple[Tensor, Tensor]:
+        """Rounds ``x / scale`` up or down at random, with ``x / scale`` as the mean.
+
+        Returns (lines, length) int8, and the (lines,) scales; the scale of a line that is not finite is NaN.
+        """
+        lines = in_lines(x)
+        scale = lines.abs().amax(-1) / self.levels
+        scale = torch.where(scale.isfinite(), torch.where(scale < TINY, 0.0, scale), torch.nan)
+        usable = (scale > 0) & scale.isfinite()
+        y = torch.where(usable[:, None], lines.double() / torch.where(usable, scale, 1.0).double()[:, None], 0.0)
+        chance = torch.rand(y.shape, generator=draws, dtype=torch.float64)
+        return (y + chance).floor().clamp(-self.levels, self.levels).to(torch.int8), scale
+
+    def bound(self, x):
+        """Returns a step and the rounding of float32, ``s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``."""
+        step = x.abs().amax(longest(tuple(x.shape)) if x.ndim else (), keepdim=bool(x.ndim)) / self.levels
+        return (step * (1 + 2.0**-16) + 2.0**-119).expand_as(x)
+
+
+@dataclass(frozen=True)
 class Chain:
     """One or two stages; the second one encodes a field of the first."""
 
@@ -148,23 +173,3 @@ def from_lines(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
 def line_count(shape: tuple[int, ...]) -> int:
     """Returns the number of lines of a tensor of this shape."""
     return torch.Size(shape).numel() // max(1, max(shape, default=1))
-
-
-def line_scales(x: Tensor, levels: int) -> Tensor:
-    """Returns the scale of each line, ``max|line| / levels``; NaN if the line is not finite."""
-    scale = in_lines(x).abs().amax(-1) / levels
-    return torch.where(scale.isfinite(), torch.where(scale < TINY, 0.0, scale), torch.nan)
-
-
-def round_stochastically(x: Tensor, scale: Tensor, levels: int, draws: Generator) -> Tensor:
-    """Rounds ``x / scale`` up or down at random, with ``x / scale`` as the mean: ``(lines, length)`` int8."""
-    lines, usable = in_lines(x).double(), (scale > 0) & scale.isfinite()
-    y = torch.where(usable[:, None], lines / torch.where(usable, scale, 1.0).double()[:, None], 0.0)
-    chance = torch.rand(y.shape, generator=draws, dtype=torch.float64)
-    return (y + chance).floor().clamp(-levels, levels).to(torch.int8)
-
-
-def line_bound(x: Tensor, levels: int) -> Tensor:
-    """Returns the error bound of stochastic rounding: a step and the rounding of float32, ``s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``."""
-    step = x.abs().amax(longest(tuple(x.shape)) if x.ndim else (), keepdim=bool(x.ndim)) / levels
-    return (step * (1 + 2.0**-16) + 2.0**-119).expand_as(x)
