@@ -51,7 +51,6 @@ def aggregation_errors(
 def _measure_group(
     rule: Method, group: Sequence[str], ends: Mapping[str, Sequence[Layer]], weights: Sequence[float], served: Served
 ) -> dict[str, dict[str, float]]:
-    """Measures parts of one shape in one batch."""
     clients = _stack_clients([ends[part] for part in group])
     plain = [rule.adapter.delta(client) for client in clients]
     same = all(f.U is plain[0].U for f in plain)  # then the weight goes into V, and the sum stays as narrow as one

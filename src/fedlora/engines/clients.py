@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from fedlora.engines.partition import (
+    PARTITIONERS,
     Partitioner,
     apportion,
-    build_partitioner,
     draw_label_order,
     draw_test_rows,
     select_own_test_rows,
 )
 from fedlora.registry import unknown
+from fedlora.schema import construct_by_name
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Shard
 
@@ -139,8 +140,8 @@ class Clients:
 
     @property
     def partitioner(self) -> Partitioner:
-        """The partitioner that ``partition`` names."""
-        return build_partitioner(self.partition)
+        """The partitioner that ``partition`` names. ``ValueError`` if that table is wrong."""
+        return construct_by_name(PARTITIONERS, "clients.partition", self.partition)
 
     @property
     def client_column(self) -> str | None:

@@ -196,7 +196,9 @@ class Loop(ABC):
             at.counted |= {reply.upload.turn.client: number for reply in replies}
             losses = {reply.upload.turn.client: reply.loss for reply in replies}
             record = RoundRecord(round=number + 1)
-            record["cohort"], record["loss"] = _public_figures(f, losses)
+            hidden = f.privacy.hides_figures
+            record["cohort"] = [] if hidden and f.clients.rate is not None else sorted(losses)
+            record["loss"] = {} if hidden else losses
             record |= cast(RoundRecord, f.privacy_ledger.report_spending(number + 1))
             if f.clients.stragglers:
                 record["stragglers"] = [
@@ -205,11 +207,11 @@ class Loop(ABC):
             with self._time_phase("measure"):
                 if self.is_measured(f) and uploads:
                     record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
-                if self.observe is not None and not f.privacy.hides_figures:
+                if self.observe is not None and not hidden:
                     record["oracle"] = self.observe(f.rules, before, uploads)
             if f.evaluation.is_due(number, f.rounds):
                 record |= self._evaluate(f, evaluator, at, number)
-            bad = {} if f.privacy.hides_figures else self.screen.rejected  # they show uploads of single clients
+            bad = {} if hidden else self.screen.rejected  # they show uploads of single clients
             quarantined = {client: rejected.reason for client, rejected in bad.items()}
             faults = {"absent": dict(self.absent), "unscored": dict(self.unscored), "quarantined": quarantined}
             record |= cast(RoundRecord, {key: value for key, value in {**faults, "robust": judged}.items() if value})
@@ -296,13 +298,6 @@ _PATHS = {
     "flower-simulation": "fedlora.flower.simulation:Simulation",
 }
 ENGINES = Registry(Loop, "engine", group="fedlora.engines", listed=_PATHS)
-
-
-def _public_figures(f: Federation, losses: dict[int, float]) -> tuple[list[int], dict[int, float]]:
-    """Returns the clients that trained and their losses, without figures that a privacy guarantee does not cover."""
-    if not f.privacy.hides_figures:
-        return sorted(losses), losses
-    return [] if f.clients.rate is not None else sorted(losses), {}
 
 
 def _sum_bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str, int]]:

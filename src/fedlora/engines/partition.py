@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedlora.registry import Registry
-from fedlora.schema import construct_by_name
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Examples
 
@@ -87,18 +86,23 @@ class Iid(FlowerPartitioner):
 
 
 @dataclass(frozen=True)
-class Dirichlet(FlowerPartitioner):
+class _ByDirichlet(FlowerPartitioner):
+    alpha: float = 0.5
+
+    def __post_init__(self):
+        if not self.alpha > 0:
+            raise ValueError(f"clients.partition.alpha is {self.alpha}; a Dirichlet split needs a positive one.")
+
+
+@dataclass(frozen=True)
+class Dirichlet(_ByDirichlet):
     """Each label's rows go to the clients in proportions drawn from Dirichlet(alpha): small alpha, few labels each."""
 
-    alpha: float = 0.5
     min_rows: int = 2  # draws are repeated until every client has so many
     hint = (
         "raise clients.partition.alpha, lower clients.partition.min_rows or clients.count, or use 'inner-dirichlet', "
         "which gives all clients the same number of rows"
     )
-
-    def __post_init__(self):
-        _positive(self.alpha)
 
     def partitioner(self, flwr, count, examples, seed):
         _labels(self, examples)
@@ -106,17 +110,13 @@ class Dirichlet(FlowerPartitioner):
 
 
 @dataclass(frozen=True)
-class InnerDirichlet(FlowerPartitioner):
+class InnerDirichlet(_ByDirichlet):
     """Equal shares, each client's mix of labels drawn from Dirichlet(alpha) (Acar et al. 2021): for few labels.
 
     If a label has run out, clients take rows of the others, in the proportions of their mixes.
     """
 
-    alpha: float = 0.5
     hint = "raise clients.partition.alpha"
-
-    def __post_init__(self):
-        _positive(self.alpha)
 
     def partitioner(self, flwr, count, examples, seed):
         _labels(self, examples)
@@ -219,13 +219,10 @@ _CLASSES = {
     "iid": Iid, "dirichlet": Dirichlet, "inner-dirichlet": InnerDirichlet, "pathological": Pathological,
     "column": NaturalId, "size": Size, "own": Own,
 }  # fmt: skip
-_PATHS = {name: f"{__name__}:{kind.__name__}" for name, kind in _CLASSES.items()}
-PARTITIONERS = Registry(Partitioner, "partitioner", group="fedlora.partitioners", listed=_PATHS)
-
-
-def _positive(alpha: float) -> None:
-    if not alpha > 0:
-        raise ValueError(f"clients.partition.alpha is {alpha}; a Dirichlet split needs a positive one.")
+PARTITIONERS = Registry(
+    Partitioner, "partitioner", group="fedlora.partitioners",
+    listed={name: f"{__name__}:{kind.__name__}" for name, kind in _CLASSES.items()},
+)  # fmt: skip
 
 
 def _labels(partitioner: Partitioner, examples: Examples) -> int:
@@ -238,16 +235,6 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
             "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
         )
     return labels
-
-
-def build_partitioner(table: Mapping[str, Any]) -> Partitioner:
-    """Builds the partitioner of a ``clients.partition`` table. ``ValueError`` if the table is wrong."""
-    return construct_by_name(PARTITIONERS, "clients.partition", table)
-
-
-def resolve_partition(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the table with all defaults of the partitioner."""
-    return {"name": table["name"], **asdict(build_partitioner(table))}
 
 
 def apportion(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:

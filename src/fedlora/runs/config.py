@@ -5,12 +5,11 @@ error is one sentence with the key, the value and a remedy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.adapters import Adapter
-from fedlora.engines import partition
 from fedlora.engines.federation import Federation
 from fedlora.registry import Registry
 from fedlora.runs.build import build_federation
@@ -145,5 +144,6 @@ def _to_table(config: Sections) -> Table:
         del table["privacy"]
     if config.training.local_epochs is None:
         table["training"]["local_steps"] = config.training.steps(1)
-    table["clients"]["partition"] = partition.resolve_partition(config.clients.partition)
+    partition = {"name": config.clients.partition["name"], **asdict(config.clients.partitioner)}
+    table["clients"]["partition"] = partition
     return table

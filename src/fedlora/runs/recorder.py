@@ -19,7 +19,8 @@ from fedlora.runs.callbacks import CallbackError, Callbacks
 from fedlora.runs.file_names import METRICS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
-from fedlora.security.validation import Validation, quarantine
+from fedlora.security.validation import Validation
+from fedlora.security.validation.screen import write_quarantine
 
 
 @dataclass
@@ -76,7 +77,7 @@ class RunRecorder:
         state = self._restore(engine, f)
         try:
             for self.last in explain_overflow(engine.run(f, state)):
-                quarantine.write_quarantine(self.folder, self.last.record["round"], self.last.bad, self.validation)
+                write_quarantine(self.folder, self.last.record["round"], self.last.bad, self.validation)
                 self.records = [*self.records, self.last.record]
                 if self._file is not None:
                     self._file.write(json.dumps(self.last.record) + "\n")

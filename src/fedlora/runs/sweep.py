@@ -30,6 +30,7 @@ from fedlora.schema import (
     table_difference,
 )
 from fedlora.tasks.data import rows as source
+from fedlora.tasks.data.sources import load_data
 
 REPORT, CHOSEN = "sweep.json", "chosen.toml"
 VALIDATION = ("validation", "val", "valid", "dev")  # names of validation splits
@@ -239,7 +240,7 @@ def find_validation_split(table: Table, share: float | None) -> str:
         )
     if share is not None and not 0 < share < 1:
         raise ConfigError(f"--holdout is {share}; it is a share of the training rows, between 0 and 1.")
-    names = source.split_names(task.data, task.data_config, source.text_format(task)) if share is None else []
+    names = load_data(task.data, task.data_config, source.text_format(task)) if share is None else {}
     unused = [name for name in VALIDATION if name in names and name not in (task.train_split, task.test_split)]
     return unused[0] if unused else source.held_out_split(task.train_split, share or HELD_OUT)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask
+from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
@@ -168,7 +168,6 @@ class CausalLM(TableTask):
         return Examples(features, labels, lengths, client_groups(split, client_column, role), strata)
 
     def _build_prompts(self, test: Any, segments: Any, strata: Any, tokenizer: Any, context: int, seed: int) -> Any:
-        """Return the result of ``encode_prompts`` for the test rows."""
         room = context - self.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -249,8 +248,7 @@ class CausalLM(TableTask):
 
 def _learnt_logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the float32 logits of all learnt tokens of a batch, and these tokens."""
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    logits, labels = network(**inputs, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+    logits, labels = compute_logits(network, batch, use_cache=False)[:, :-1], batch["labels"][:, 1:]
     learnt = labels != IGNORED
     return logits[learnt].float(), labels[learnt]
 

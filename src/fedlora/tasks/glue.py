@@ -109,9 +109,6 @@ class Glue(TextTask):
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
         return self.task.losses(network, batch)
 
-    def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
-        return self.task.outputs(network, batch)
-
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return the outputs, and each row's test set if there are two."""
         outputs = super().evaluate(network, examples, rows, device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask
+from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.labels import Classes, check_names
 from fedlora.tasks.data.rows import client_groups, is_missing, read_column
@@ -86,7 +86,6 @@ class Seq2Seq(TableTask):
         )
 
     def _encode(self, split: Any, model: str, strata: Any, groups: Any, role: str) -> tuple[Examples, list[str]]:
-        """Return the encoded rows, and notes on how they were read."""
         sources, golds, notes = read_pairs(split, self.source, self.target, self.label_names, role)
         empty = sum(not text.strip() for text in sources)
         if empty:
@@ -147,7 +146,7 @@ class Seq2Seq(TableTask):
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the batch's target tokens."""
-        return functional.cross_entropy(_compute_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
+        return functional.cross_entropy(_target_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
 
     def losses(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's mean cross-entropy over its target tokens (b,)."""
@@ -156,7 +155,7 @@ class Seq2Seq(TableTask):
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's negative log-likelihood and number of target tokens."""
-        logits, labels = _compute_logits(network, batch), batch["labels"]
+        logits, labels = _target_logits(network, batch), batch["labels"]
         nll = functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
         return torch.stack([nll.sum(1), (labels != IGNORED).sum(1).float()], 1)
 
@@ -190,11 +189,10 @@ class Seq2Seq(TableTask):
         return Scores({"nll": (nll, int(tokens)), **{n: (x, len(outputs)) for n, x in zip(names, right)}})
 
 
-def _compute_logits(network: nn.Module, batch: Batch) -> Tensor:
+def _target_logits(network: nn.Module, batch: Batch) -> Tensor:
     """Return rows by target tokens by vocabulary, float32; the decoder's inputs are the targets shifted by one."""
     shifted = network.prepare_decoder_input_ids_from_labels(batch["labels"])
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    return network(**inputs, decoder_input_ids=shifted, use_cache=False).logits.float()
+    return compute_logits(network, batch, decoder_input_ids=shifted, use_cache=False).float()
 
 
 def _pad(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_files_about_the_rows_are_no_splits(tmp_path, train, test, about):
     for name in about:
         (tmp_path / name).write_text("{}")
     assert texts(tmp_path) == (ALL, SOME)
-    assert source.split_names(str(tmp_path), None, TextFormat()) == ["test", "train"]
+    assert sorted(source.load_data(str(tmp_path), None, TextFormat())) == ["test", "train"]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])

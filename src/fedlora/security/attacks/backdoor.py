@@ -4,7 +4,6 @@ Bagdasaryan et al. How To Backdoor Federated Learning. AISTATS 2020. https://arx
 Kurita, Michel and Neubig. Weight Poisoning Attacks on Pretrained Models. ACL 2020. https://arxiv.org/abs/2004.06660
 """
 
-import typing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,10 +54,10 @@ class Backdoor(Attack):
         return replace(super().prepare(task, model, count, seed), _tokens=tuple(tokens))
 
     def poison(self, task):
-        return typing.cast(Task, _PoisonedTask(task, self))
+        return _PoisonedTask(task, self)
 
     def success_task(self, task):
-        return typing.cast(Task, _SuccessTask(task, self))
+        return _SuccessTask(task, self)
 
     def alter(self, rules, start, sent, turn):
         if self.scale == 1.0:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.security.attacks._base import Attack
+from fedlora.security.robust.krum import Krum
 from fedlora.seeds import derive_seed
 
 
@@ -16,10 +17,7 @@ from fedlora.seeds import derive_seed
 class Gaussian(Attack):
     """Replaces each leaf's change by normal noise with ``scale`` times its norm."""
 
-    cite = """@inproceedings{blanchard2017krum,
-      title = {Machine Learning with Adversaries: {Byzantine} Tolerant Gradient Descent},
-      author = {Blanchard and others}, booktitle = {NeurIPS}, year = {2017}, eprint = {1703.02757},
-      archiveprefix = {arXiv}}"""
+    cite = Krum.cite
 
     scale: float = 3.0
 

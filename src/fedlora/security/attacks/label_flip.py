@@ -4,14 +4,13 @@ Tolpegin et al. Data Poisoning Attacks Against Federated Learning Systems. ESORI
 https://arxiv.org/abs/2007.08432
 """
 
-import typing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedlora.security.attacks._base import Attack, TaskWrapper
-from fedlora.tasks._base import Batch, Classification, Examples, Task
+from fedlora.tasks._base import Batch, Classification, Examples
 from fedlora.tasks.metrics.scores import Scores
 
 
@@ -28,10 +27,10 @@ class LabelFlip(Attack):
             raise ValueError("attack.name is 'label-flip', which needs rows with labels; take a classification task.")
 
     def poison(self, task):
-        return typing.cast(Task, _FlippedTask(task))
+        return _FlippedTask(task)
 
     def success_task(self, task):
-        return typing.cast(Task, _SuccessTask(task))
+        return _SuccessTask(task)
 
 
 class _FlippedTask(TaskWrapper):

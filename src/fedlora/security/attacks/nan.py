@@ -12,9 +12,9 @@ class NotANumber(Attack):
     """Sets the first number of every leaf to NaN."""
 
     def alter(self, rules, start, sent, turn):
-        return {part: {leaf: _insert_nan(x) for leaf, x in layer.items()} for part, layer in sent.items()}
-
-
-def _insert_nan(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1)
-    return torch.cat([torch.full_like(flat[:1], torch.nan), flat[1:]]).reshape(x.shape)
+        forged: dict[str, dict[str, torch.Tensor]] = {part: {} for part in sent}
+        for part, layer in sent.items():
+            for leaf, x in layer.items():
+                flat = x.reshape(-1)
+                forged[part][leaf] = torch.cat([torch.full_like(flat[:1], torch.nan), flat[1:]]).reshape(x.shape)
+        return forged

@@ -79,9 +79,7 @@ class Privacy:
         return delta
 
     def noise(self, rate: float, steps: int, delta: float) -> float:
-        """Returns the noise multiplier: as set, or the least that meets the target after ``steps``."""
-        if self.noise_multiplier is not None:
-            return self.noise_multiplier
+        """Returns the least noise multiplier that meets the target after ``steps``."""
         assert self.target_epsilon is not None, "one of the two is set"
         return accounting.find_noise_multiplier(self.accountant, self.target_epsilon, rate, steps, delta)
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedlora.linalg.geometry import squared_distances
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, shares
 from fedlora.security.validation.expected import build_upload_spec
@@ -34,11 +33,6 @@ class UpdateGeometry(NamedTuple):
     def norms(self) -> Tensor:
         """``‖D_k‖``."""
         return self.G.diagonal().clamp_min(0).sqrt()
-
-    @property
-    def squared_distances(self) -> Tensor:
-        """``‖D_k − D_l‖²`` of all pairs."""
-        return squared_distances(self.G)
 
     def distances_from(self, c: Tensor) -> Tensor:
         """``‖D_k − Σ c_l D_l‖`` of every k."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora.linalg.geometry import squared_distances
 from fedlora.security.robust._base import RobustAggregator, UpdateGeometry, UploadWeights
 
 
@@ -28,7 +29,7 @@ class Krum(RobustAggregator):
 def krum_scores(updates: UpdateGeometry, f: int) -> Tensor:
     """Computes Krum's score of each upload (K,); lower is better."""
     K = len(updates.w)
-    others = updates.squared_distances + torch.diag(torch.full((K,), torch.inf, dtype=torch.float64))
+    others = squared_distances(updates.G) + torch.diag(torch.full((K,), torch.inf, dtype=torch.float64))
     return others.sort(dim=1).values[:, : max(1, K - f - 2)].sum(1)
 
 

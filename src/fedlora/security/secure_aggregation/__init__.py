@@ -18,14 +18,6 @@ from fedlora.security.secure_aggregation.session import (
 from fedlora.security.secure_aggregation.simulation import simulate
 
 __all__ = [
-    "PHASES",
-    "Aggregate",
-    "Client",
-    "Message",
-    "ProtocolError",
-    "Server",
-    "SessionTerms",
-    "TooFewClientsError",
-    "default_threshold",
-    "simulate",
-]
+    "PHASES", "Aggregate", "Client", "Message", "ProtocolError", "Server", "SessionTerms", "TooFewClientsError",
+    "default_threshold", "simulate",
+]  # fmt: skip

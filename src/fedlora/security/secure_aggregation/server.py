@@ -134,7 +134,6 @@ class Server:
         return cls(**fields | tables | terms, total=np.frombuffer(rest, "<u4").astype(np.uint32))
 
     def _senders(self) -> list[int]:
-        """The clients that sent their message of this phase."""
         return sorted(self.summed if self.phase == "mask" else self.received)
 
     def _check(self, message: Message, sender: str) -> None:

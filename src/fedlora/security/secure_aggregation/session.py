@@ -49,15 +49,9 @@ class SessionTerms:
     range: float = 16.0
 
     def __post_init__(self) -> None:
-        for wrong, text in self._faults():
-            if wrong:
-                raise ValueError(text)
-        _ = self.encoding  # refuses a range that it cannot represent
-
-    def _faults(self) -> list[tuple[bool, str]]:
         K, t, numbers = len(self.numbers), self.threshold, self.numbers
         total = math.fsum(self.weights)
-        return [
+        faults = [
             (K < 3, f"A cohort of {K} clients cannot be hidden in a sum; secure aggregation needs 3 or more."),
             (len(set(numbers)) < K, "A client's number is in the cohort twice; give each client a number of its own."),
             (any(not 0 <= n < 2**62 for n in numbers), "A client's number is negative or above 2^62; count from 0."),
@@ -70,6 +64,10 @@ class SessionTerms:
             (len(self.server_key) != KEY, f"The server's key has {len(self.server_key)} bytes; it needs {KEY}."),
             (len(self.nonce) != NONCE, f"The session's nonce has {len(self.nonce)} bytes; it needs {NONCE}."),
         ]
+        for is_wrong, text in faults:
+            if is_wrong:
+                raise ValueError(text)
+        _ = self.encoding  # refuses a range that it cannot represent
 
     @cached_property
     def id(self) -> bytes:

@@ -1,7 +1,7 @@
 """Validation of uploads before they can reach the aggregate, and quarantine of those that fail.
 
 ``expected``: the leaves of a client's turn, their shapes and types. ``update_norms``: the size of an update and the
-movement of its factors. ``screen``: checks one round's uploads by both. ``quarantine``: rejected uploads on disk.
+movement of its factors. ``screen``: checks one round's uploads by both, and writes the rejected ones to disk.
 """
 
 from fedlora.security.validation.expected import RefusedError

@@ -6,6 +6,7 @@ of rounds with a rejected upload) and ``seen`` (client -> digest of its last acc
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from fedlora.files import save_tree
 from fedlora.rounds import Received, Rules
 from fedlora.security.validation.expected import CheckedUpload, RefusedError, UploadSpec, UploadSpecs, check_upload
 from fedlora.security.validation.settings import ENOUGH, Validation
@@ -20,7 +22,6 @@ from fedlora.security.validation.update_norms import Movement, ServedLeaves, mea
 from fedlora.types import Tree
 
 STRIKES, SEEN = "strikes", "seen"
-SIDES = ("input", "output")
 RESTLESS = 2.0  # medians of the movement: if all clients moved less far, norms of products are not computed
 UNMOVED = 0.5  # share of the served norm: a factor that moved less far does not harm a mean
 
@@ -125,7 +126,7 @@ class UploadScreen:
             if middle > 0 and norm > self.limits.norm_limit * middle * more[client]:
                 times = f"{norm / middle:.3g}"
                 bad[client] = f"its update's norm is {times} times the round's median, above validation.norm_limit"
-        for side, name in enumerate(SIDES):
+        for side, name in enumerate(("input", "output")):
             for client, far in self._turned_factors(explained, side).items():
                 bad.setdefault(
                     client,
@@ -163,6 +164,23 @@ class UploadScreen:
                 if suspect and far > UNMOVED * served_norm(self.rules, self.starts[client].start, group, side):
                     bad.setdefault(client, far / middle)
         return bad
+
+
+def write_quarantine(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
+    """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
+
+    Existing files count. The first ones are kept, since they show the cause of a fault best.
+    """
+    if folder is None or not rejected:
+        return
+    place = folder / "quarantine"
+    sizes = [path.stat().st_size for path in place.glob("*.safetensors")]
+    for client, (reason, tree) in sorted(rejected.items()):
+        forms: Tree = getattr(tree, "forms", tree)  # of a tree on disk, without reading it
+        sizes.append(sum(x.nbytes for layer in forms.values() for x in layer.values()))
+        if len(sizes) > limits.keep_files or sum(sizes) > limits.keep_mb * 1e6:
+            return
+        save_tree(place / f"{number}-{client}.safetensors", tree, {"reason": reason})
 
 
 def _column_medians(x: Tensor) -> Tensor:

@@ -138,16 +138,11 @@ def gram_matrix(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Floa
         pairs = list(zip([s.start[part] for s in starts], layers))
         if all(part in s.products for s in starts):
             G += inner_products([_update(rule.adapter, a, b) for a, b in pairs])
-        else:
-            G += _leaf_inner_products(pairs)
+            continue
+        part_sum = torch.zeros_like(G)
+        for leaf in sorted({leaf for layer in layers for leaf in layer}):  # a leaf that was not sent has not changed
+            changes = [(b.get(leaf, a[leaf]).double() - a[leaf].double()).reshape(-1).cpu() for a, b in pairs]
+            X = torch.stack(changes)
+            part_sum += X @ X.mT
+        G += part_sum
     return (G + G.mT) / 2
-
-
-def _leaf_inner_products(pairs: Sequence[tuple[Layer, Layer]]) -> Tensor:
-    """Computes the inner products of changes of leaves; a leaf that a client did not send has not changed."""
-    G = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
-    for leaf in sorted({leaf for _, layer in pairs for leaf in layer}):
-        changes = [(b.get(leaf, a[leaf]).double() - a[leaf].double()).reshape(-1).cpu() for a, b in pairs]
-        X = torch.stack(changes)
-        G += X @ X.mT
-    return G

@@ -16,13 +16,9 @@ BETWEEN = "\n\n"  # between a solved example and the next
 
 
 def encode_prompts(
-    rows: Sequence[Sequence[Segment]],
-    golds: Sequence[str],
-    before: Sequence[str],
-    tokenizer: Any,
-    room: int,
+    rows: Sequence[Sequence[Segment]], golds: Sequence[str], before: Sequence[str], tokenizer: Any, room: int,
     chat: bool,
-) -> tuple[dict[str, Tensor], tuple[Mapping[str, str], ...], str]:
+) -> tuple[dict[str, Tensor], tuple[Mapping[str, str], ...], str]:  # fmt: skip
     """Return each row's prompt (its solved examples ``before``, and all but its last segment) as features and as text.
 
     Prompts of more than ``room`` tokens lose their beginning; the third value is a note with their number.

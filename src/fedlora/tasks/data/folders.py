@@ -1,7 +1,8 @@
 """The splits of a folder by the names of its files."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,15 @@ def file_ending(file: Path | str) -> str | None:
     return next((e for e in sorted(READERS, key=len, reverse=True) if name.endswith(e)), None)
 
 
-class LazySplits(Mapping[str, Any]):
+class LazySplits(UserDict[str, Any]):
     """Splits that are read on access, so that a broken split does not hide the others."""
 
     def __init__(self, files: Mapping[str, list[Any]], read: Callable[[list[Any]], Any]):
-        self.files, self.read = files, read
+        super().__init__(files)
+        self.read = read
 
     def __getitem__(self, split: str) -> Any:
-        return self.read(self.files[split])
-
-    def __contains__(self, split: object) -> bool:  # Mapping would read the split
-        return split in self.files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+        return self.read(self.data[split])
 
 
 def is_table(file: Path) -> bool:

@@ -38,7 +38,10 @@ def _to_tensor(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
     if isinstance(value, dict):
         path = value.get("path")
         where = f"{where} ({path})" if path else where
-        value = _read_file(path, where) if path and value.get("bytes") is None else value.get("bytes")
+        try:
+            value = Path(path).read_bytes() if path and value.get("bytes") is None else value.get("bytes")
+        except OSError as error:
+            raise ValueError(f"{where} cannot be read: {error.strerror}; put the file back or drop the row.") from error
     if value is None:
         raise ValueError(f"{where} has no picture; drop the row.")
     if isinstance(value, bytes) and shape is not None:
@@ -53,15 +56,7 @@ def _to_tensor(value: Any, shape: Sequence[int] | None, where: str) -> Tensor:
     return image[..., :-1] if image.shape[-1] in (2, 4) else image
 
 
-def _read_file(path: str, where: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror}; put the file back or drop the row.") from error
-
-
 def _decode(value: bytes, where: str) -> Any:
-    """Return an encoded image as an array."""
     import numpy
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -88,11 +88,6 @@ def held_out_split(train: str, share: float) -> str:
     return f"{train}{OF}{share}"
 
 
-def split_names(data: str, config: str | None, form: TextFormat) -> list[str]:
-    """Return the names of the splits; the files of a folder are not read."""
-    return sorted(load_data(data, config, form))
-
-
 def image_shape(data: str) -> tuple[int, ...] | None:
     """Return the height, width and channels of raw bytes, if the data has them."""
     if data == DIGITS:

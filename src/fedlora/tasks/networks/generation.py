@@ -48,18 +48,13 @@ def generate(
         check_token_ids(int(ids.max()), words, str(network.config.name_or_path), "prompts")
     ends = network.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    sampling: dict[str, Any] = {
-        "do_sample": True,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": 0,
-    }
-    options = sampling if settings.temperature else {"do_sample": False}
-    options |= {"max_new_tokens": settings.max_new_tokens, "eos_token_id": sorted(ends) or None}
+    options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "eos_token_id": sorted(ends) or None}
+    if settings.temperature:
+        options |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     stop = {"stop_strings": list(settings.stop), "tokenizer": tokenizer} if settings.stop else {}
     device = next(network.parameters()).device
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with generation_config(network, tokenizer, **options), random_state:
+    with generation_config(network, tokenizer, do_sample=settings.temperature > 0, **options), random_state:
         torch.manual_seed(seed)
         output = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
