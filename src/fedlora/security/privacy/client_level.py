@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.rounds import Received, Rules, Served, client_start
+from fedlora.rounds import Received, Rules, Served
 from fedlora.security.privacy.noise import Stream
-from fedlora.types import Layer, Tree, Turn, Work
+from fedlora.security.validation.expected import build_upload_spec
+from fedlora.types import Tree, Turn
 
 MARGIN = 1 - 2.0**-18  # of the bound, so that a clipped change stays within it after rounding to float32
 # Changes are float64: the difference of two float32 numbers is exact in it, and so is a bounded sum of many.
@@ -23,19 +24,13 @@ def starting_leaves(rules: Rules, shared: Tree, turn: Turn) -> dict[str, dict[st
 
     They depend on the seed and on the served tree, and on no client's rows.
     """
-    start, leaves = client_start(rules, shared, {}, turn), dict[str, dict[str, Tensor]]()
-    for part, rule in rules.items():
-        trained = rule.trains(start[part], turn, _refuse_gradient)
-        sent = rule.send(Work(start[part], start[part], trained), turn)
-        leaves[part] = {leaf: start[part][leaf] for leaf in sorted(sent)}
-    return leaves
-
-
-def _refuse_gradient() -> Layer:
-    raise ValueError(
-        "this method chooses the leaves to train by a gradient on the client's rows, which no noise covers; with "
-        "privacy, let it choose by another score (for Ravan, method.score)."
-    )
+    spec = build_upload_spec(rules, shared, turn)
+    if not spec.exact:
+        raise ValueError(
+            "this method chooses the leaves to train by a gradient on the client's rows, which no noise covers; with "
+            "privacy, let it choose by another score (for Ravan, method.score)."
+        )
+    return {part: {leaf: spec.start[part][leaf] for leaf in sorted(layer)} for part, layer in spec.sent.items()}
 
 
 def iterate_leaves(tree: Tree) -> Iterator[tuple[str, str, Tensor]]:

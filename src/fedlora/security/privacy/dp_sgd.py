@@ -54,8 +54,12 @@ class PrivateTrainer(LocalTrainer):
                     self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
                 )
                 by = clip_factors(grads, self.clip)
-                for key, grad in grads.items():
-                    sums[key] += torch.einsum("b,b...->...", by, replace_non_finite(grad).double())
+                for (
+                    key,
+                    grad,
+                ) in grads.items():  # a row that is not finite has the factor 0, and 0 times infinity is NaN
+                    finite = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
+                    sums[key] += torch.einsum("b,b...->...", by, finite.double())
                 losses.append(part_losses[part_losses.isfinite()])  # one row must not stop the turn
             for key, parameter in parameters.items():
                 noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
@@ -64,11 +68,6 @@ class PrivateTrainer(LocalTrainer):
             if isinstance(penalty, Tensor) and penalty.requires_grad:
                 penalty.backward()
             yield losses
-
-
-def replace_non_finite(grad: Tensor) -> Tensor:
-    """Replaces NaN and infinity by 0: the factor of such a row is 0, and 0 times infinity is NaN."""
-    return torch.nan_to_num(grad, 0.0, 0.0, 0.0)
 
 
 def clip_factors(grads: Mapping[object, Tensor], clip: float) -> Tensor:

@@ -5,8 +5,8 @@ the leaf's gradient holds one gradient a row. The expanded leaves are views, so 
 ``b`` times the leaves.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -27,16 +27,7 @@ def compute_gradients(
 
     ``losses`` computes the network's (b,) losses of ``rows`` rows; none may depend on another row.
     """
-    with expand_leaves(model, rows, trained) as leaves, model.running():
-        values = losses(model.network)
-        grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return values.detach(), dict(zip(leaves, grads, strict=True))
-
-
-@contextmanager
-def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Tensor]) -> Iterator[Leaves]:
-    """Yields leaves of which the network uses slice ``i`` for row ``i`` until the context ends."""
-    expanded: Leaves = {}
+    expanded: Leaves = {}  # the network uses slice ``i`` of them for row ``i``
     with ExitStack() as stack:
         for path, part in model.parts.items():
             leaves = {leaf: x.detach() for leaf, x in part.leaves.items()}
@@ -45,7 +36,11 @@ def expand_leaves(model: Model, rows: int, trained: Mapping[tuple[str, str], Ten
             expanded |= {(path, leaf): x for leaf, x in leaves.items()}
             if any((path, leaf) in trained for leaf in leaves):
                 stack.callback(_swap(path, part.module, leaves, rows))
-        yield {key: expanded[key] for key in trained}
+        with model.running():
+            values = losses(model.network)
+            inputs = [expanded[key] for key in trained]
+            grads = torch.autograd.grad(values.sum(), inputs, allow_unused=True, materialize_grads=True)
+    return values.detach(), dict(zip(trained, grads, strict=True))
 
 
 def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Callable[[], None]:
