@@ -21,8 +21,9 @@ from benchmarks.studies import RESULTS, ROOT, SEEDS, Book, local
 from benchmarks.study_tables import spread
 from fedlora.engines.in_process import InProcess
 from fedlora.files import digest
-from fedlora.runs.config import Config, Table, apply_overrides, build, read_table
+from fedlora.runs.config import Config, build
 from fedlora.runs.run import Drive, run
+from fedlora.schema import Table, apply_overrides, read_table
 from fedlora.security.attacks._base import poison_task
 
 CONFIG = ROOT / "examples" / "papers" / "fedrot-lora" / "banking77-small.toml"

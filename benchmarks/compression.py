@@ -17,7 +17,8 @@ from benchmarks.studies import RESULTS, SEEDS, Book, Study, figures, table
 from benchmarks.study_tables import spread
 from fedlora.runs.compare import execute
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import apply_overrides, build
+from fedlora.runs.config import build
+from fedlora.schema import apply_overrides
 
 STUDY = Study("fedrot-lora/banking77-small.toml", ())
 METHODS = {"fedit": 2e-2, "fedex-lora": 2e-2, "fedsa-lora": 6e-3}  # the rates that the studies on Banking77 chose

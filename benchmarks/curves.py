@@ -28,9 +28,9 @@ def read(book: Path = BOOK) -> list[dict[str, Any]]:
 
 def table() -> dict[str, Any]:
     """The configuration of ``fedlora demo``."""
-    from fedlora.runs.config import read_table
+    from fedlora.schema import read_table
 
-    with as_file(files("fedlora.cli.demo") / "demo.toml") as path:
+    with as_file(files("fedlora.cli") / "templates" / "demo.toml") as path:
         return read_table(path)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 from fedlora.export.peft import export_model
 from fedlora.runs.compare import execute, for_label
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import Table, apply_overrides, build, read_table
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
+from fedlora.schema import Table, apply_overrides, read_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

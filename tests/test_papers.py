@@ -9,7 +9,8 @@ from benchmarks import attacks, study_tables
 from benchmarks.studies import ROOT, STUDIES, TUNING_SEED, Book, best_rate, missing
 
 from fedlora.runs.compare import for_label
-from fedlora.runs.config import build, read_table
+from fedlora.runs.config import build
+from fedlora.schema import read_table
 
 PLACE = Path(__file__).parents[1] / "examples" / "papers"
 FILES = sorted(PLACE.rglob("*.toml"))

@@ -10,9 +10,10 @@ import fedlora
 from fedlora.export.peft import export_model
 from fedlora.reporting.citations import collect_citations
 from fedlora.reporting.method_catalog import describe_method
-from fedlora.runs.config import Config, ModelTable, build, read
+from fedlora.runs.config import Config, build, read
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan_run
+from fedlora.runs.sections import ModelTable
 from tests.fixtures.federation import TABLE, TINY_VIT, same
 from tests.fixtures.plugins import importable, installed  # noqa: F401
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli.demo import METHODS
+from fedlora.cli.run import DEMO_METHODS
 from tests.fixtures.toml import TOML
 
 
@@ -91,7 +91,7 @@ def test_the_demo(tmp_path):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
     assert found.returncode == 0, found.stderr
     rows = json.loads((tmp_path / "demo" / "comparison.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == list(METHODS) and all(name in found.stdout for name in METHODS)
+    assert [row["method"] for row in rows] == list(DEMO_METHODS) and all(name in found.stdout for name in DEMO_METHODS)
     assert all(row["diverged"] == 0 and row["clients"]["mean"] > 0.5 for row in rows), "chance is a tenth"
     for name in ("accuracy-by-round", "accuracy-by-megabyte"):
         assert (tmp_path / "demo" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli._new_method import write_method
+from fedlora.cli.methods import write_method
 
 ROOT = Path(__file__).parents[2]
 

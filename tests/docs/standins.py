@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from fedlora.runs.config import dumps, read_table
+from fedlora.schema import dumps, read_table
 from tests.fixtures.federation import TINY_VIT
 
 QUICK = f"""\

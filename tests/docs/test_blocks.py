@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runs.config import build, dumps, merge_tables
+from fedlora.runs.config import build
+from fedlora.schema import dumps, merge_tables
 from tests.docs import blocks, standins
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,9 @@ import torch
 import fedlora
 from fedlora.export.peft import export_model
 from fedlora.runs.build import attach_adapters
-from fedlora.runs.config import apply_overrides, build
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
+from fedlora.schema import apply_overrides
 from tests.fixtures.federation import same
 
 
@@ -142,7 +143,7 @@ def test_every_party_may_bring_its_own_rows(config, tmp_path, capsys):
 
 
 def test_what_was_cut_is_said_on_stderr(config, commands, tmp_path):
-    from fedlora.runs.config import dumps
+    from fedlora.schema import dumps
 
     (tmp_path / "my.toml").write_text(dumps(config("rounds=1", "training.local_steps=1").table))
     found = commands.call(["fedlora", "run", "my.toml", "--json"], tmp_path)

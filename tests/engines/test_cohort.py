@@ -8,7 +8,7 @@ import torch
 import fedlora
 from fedlora.engines.clients import DROPPED, Clients
 from fedlora.engines.in_process import InProcess
-from fedlora.runs.config import ConfigError
+from fedlora.schema import ConfigError
 from fedlora.training.local import Training
 from tests.fixtures.federation import HEAD, LORA, config, same
 

@@ -9,7 +9,8 @@ import fedlora
 from fedlora.engines.in_process import InProcess
 from fedlora.files import load_tree
 from fedlora.methods import METHODS
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
+from fedlora.schema import ConfigError
 from tests.fixtures.federation import DEMO, HEAD, LORA, REFERENCE, TABLE, WEIGHTS, WIDTH, config, same, settings
 
 

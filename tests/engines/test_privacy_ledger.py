@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 
-from fedlora.runs.config import apply_overrides, build, merge_tables
+from fedlora.runs.config import build
+from fedlora.schema import apply_overrides, merge_tables
 from tests.fixtures.federation import TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")

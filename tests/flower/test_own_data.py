@@ -19,7 +19,8 @@ from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import apply_node_config
 from fedlora.flower.serve import run_server
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.config import build, merge_tables
+from fedlora.runs.config import build
+from fedlora.schema import merge_tables
 from tests.fixtures.federation import TABLE, TINY_VIT
 from tests.fixtures.flower import QUICK, SERVED, DiedError, World, dying, same, trained
 from tests.fixtures.memory_grid import MemoryGrid

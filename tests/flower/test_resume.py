@@ -14,7 +14,7 @@ from fedlora.engines.checkpoint import config_digest
 from fedlora.files import load_tree
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.serve import run_server
-from fedlora.runs.config import ConfigError
+from fedlora.schema import ConfigError
 from tests.fixtures.federation import REFERENCE
 from tests.fixtures.flower import (
     SERVED,

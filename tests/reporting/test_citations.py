@@ -11,7 +11,7 @@ from fedlora.methods import METHODS
 from fedlora.reporting import citations as citing
 from fedlora.reporting.citations import BibEntry, collect_citations, parse_bibtex
 from fedlora.reporting.method_catalog import build_reference
-from fedlora.runs.config import ConfigError, dumps
+from fedlora.schema import ConfigError, dumps
 from fedlora.security.attacks import ATTACKS
 from fedlora.security.robust import ROBUST_RULES
 from tests.fixtures.resume import small

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 from fedlora.cli import app
 from fedlora.reporting.similarity import measure_similarity
 from fedlora.runs.build import attach_adapters
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import run
+from fedlora.schema import ConfigError
 
 TABLE = {
     "rounds": 1,

@@ -11,8 +11,9 @@ import fedlora
 from fedlora.cli import app
 from fedlora.export.peft import export_model
 from fedlora.runs.chat import Chat
-from fedlora.runs.config import build, merge_tables
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
+from fedlora.schema import merge_tables
 from fedlora.tasks.networks.generation import GenerationSettings
 from tests.fixtures.federation import TINY_VIT
 

@@ -3,7 +3,8 @@
 import pytest
 
 from fedlora.runs.compare import for_label, plan_cells
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
+from fedlora.schema import ConfigError
 
 TABLE = {
     "rounds": 2,

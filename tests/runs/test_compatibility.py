@@ -7,8 +7,9 @@ import pytest
 from fedlora.methods import METHODS
 from fedlora.reporting.method_catalog import describe_privacy
 from fedlora.runs.compare import compare_aggregation, for_label
-from fedlora.runs.config import apply_overrides, build, merge_tables
+from fedlora.runs.config import build
 from fedlora.runs.plan.plan import find_problems
+from fedlora.schema import apply_overrides, merge_tables
 from tests.fixtures.federation import ADAPTERS, TABLE
 
 pytest.importorskip("opacus", reason="needs the dp extra")

@@ -14,8 +14,9 @@ from fedlora.adapters import Dense, LoRA, MultiHead
 from fedlora.engines.clients import Clients
 from fedlora.methods import METHODS
 from fedlora.methods.fedit import FedIT
-from fedlora.runs.config import Config, ConfigError, ModelTable, apply_overrides, build, dumps, merge_tables
-from fedlora.schema import table_difference
+from fedlora.runs.config import Config, build
+from fedlora.runs.sections import ModelTable
+from fedlora.schema import ConfigError, apply_overrides, dumps, merge_tables, table_difference
 from fedlora.tasks.image_classification import ImageClassification
 from fedlora.training.device import Engine
 from fedlora.training.local import Training

@@ -11,9 +11,10 @@ import fedlora
 from fedlora.engines.in_process import InProcess
 from fedlora.rounds import client_start
 from fedlora.runs.compare import for_label
-from fedlora.runs.config import ConfigError, build, dumps
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.personalization import PersonalModels, evaluate_personalization
+from fedlora.schema import ConfigError, dumps
 from fedlora.tasks.metrics.scores import compute_metrics
 from fedlora.training.local import LocalTrainer
 from tests.fixtures.federation import ADAPTERS, config, same

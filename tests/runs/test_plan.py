@@ -15,9 +15,10 @@ from fedlora.methods import METHODS
 from fedlora.reporting.tables import plan as plans
 from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
-from fedlora.runs.config import ConfigError, build, dumps
+from fedlora.runs.config import build
 from fedlora.runs.plan.plan import build_meta_model, find_problems, plan_bytes, plan_methods
 from fedlora.runs.run import run
+from fedlora.schema import ConfigError, dumps
 from tests.fixtures.federation import TINY_VIT
 
 TABLE = {

@@ -13,9 +13,10 @@ from fedlora.cli import app
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Event
 from fedlora.export.peft import export_model
-from fedlora.runs.config import apply_overrides, build, dumps, merge_tables
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan_run
+from fedlora.schema import apply_overrides, dumps, merge_tables
 from fedlora.security.privacy import Privacy
 from fedlora.security.privacy.client_level import iterate_leaves, starting_leaves
 from tests.fixtures.federation import ADAPTERS, TABLE, same

@@ -12,9 +12,10 @@ from fedlora.reporting.terminal import show
 from fedlora.runs import sweep as sweeping
 from fedlora.runs.compare import for_label
 from fedlora.runs.comparison import Cell
-from fedlora.runs.config import ConfigError, build, read_table
+from fedlora.runs.config import build
 from fedlora.runs.search_space import Grid
 from fedlora.runs.sweep import Sweep
+from fedlora.schema import ConfigError, read_table
 from fedlora.tasks.data import rows as source
 from tests.fixtures.federation import TINY_VIT
 

@@ -14,7 +14,8 @@ from fedlora.methods.flexlora import FlexLoRA
 from fedlora.methods.hetlora import HetLoRA
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import server_turn
-from fedlora.runs.config import apply_overrides, build
+from fedlora.runs.config import build
+from fedlora.schema import apply_overrides
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
 from fedlora.security.validation.expected import CheckedUpload
 from fedlora.security.validation.update_norms import ServedLeaves, measure_movement, update_norm

@@ -8,7 +8,8 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 import fedlora
 from fedlora.engines.clients import Clients
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
+from fedlora.schema import ConfigError
 from fedlora.tasks.glue import SUBSETS, Glue
 from fedlora.tasks.metrics.scores import compute_metrics
 

@@ -25,8 +25,9 @@ from transformers import (
 
 import fedlora
 from fedlora.export.peft import export_model
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
+from fedlora.schema import ConfigError
 from fedlora.tasks.data import images as pictures
 from fedlora.tasks.data.image_transforms import ImageTransform
 from fedlora.tasks.image_classification import ImageClassification, crop, flip

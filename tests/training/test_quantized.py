@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fedlora.adapters import LoRA
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
+from fedlora.schema import ConfigError
 from fedlora.tasks.networks.pretrained import quantization_options
 from fedlora.training.model import AdaptedLinear, Model, weight_shape
 from fedlora.types import Factors

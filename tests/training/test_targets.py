@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedlora.adapters import LoRA
-from fedlora.runs.config import ConfigError
+from fedlora.schema import ConfigError
 from fedlora.training.model import AdaptedLinear, Model
 from fedlora.training.targets import find_targets, matches
 from tests.fixtures.federation import config

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from fedlora.cli._options import Json, print_result, say
+from fedlora.runs.error_log import find_version
 
 TIMEOUT = 300.0  # seconds for one test
 PACKAGES = {  # test -> the packages that it needs; a name of an extra, or of a part of every installation
@@ -45,11 +46,9 @@ def examine(run: RunTest | None = None, begin: Callable[[str], None] = lambda na
     ``run`` runs one test, and ``begin`` is called with its name before. A test's ``state`` is "works", "broken" or
     "not installed".
     """
-    from importlib.metadata import version
-
     tests: list[dict[str, Any]] = []
     for name, packages in PACKAGES.items():
-        test = {"name": name, "packages": {package: _find_version(package) for package in packages}}
+        test = {"name": name, "packages": {package: find_version(package) for package in packages}}
         if None in test["packages"].values() and name not in CORE:
             tests.append({**test, "state": MISSING, "said": f"pip install 'fedlora[{name}]'"})
             continue
@@ -59,7 +58,7 @@ def examine(run: RunTest | None = None, begin: Callable[[str], None] = lambda na
         tests.append({**test, "seconds": round(time.perf_counter() - start, 1)})
     devices = next((test.pop("devices") for test in tests if "devices" in test), [])
     return {
-        "fedlora": version("fedlora"), "python": platform.python_version(), "system": platform.platform(),
+        "fedlora": find_version("fedlora"), "python": platform.python_version(), "system": platform.platform(),
         "processors": os.cpu_count(), "memory": read_memory(), "disk": shutil.disk_usage(Path.cwd()).free,
         "devices": devices, "tests": tests, "broken": [test["name"] for test in tests if test["state"] == BROKEN],
     }  # fmt: skip
@@ -76,15 +75,6 @@ def run_in_process(name: str) -> dict[str, Any]:
     if done.returncode == 0 and lines:
         return {"state": WORKS, **json.loads(lines[-1])}
     return {"state": BROKEN, "said": lines[-1] if lines else f"it ended with status {done.returncode}"}
-
-
-def _find_version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def read_memory() -> dict[str, int] | None:

@@ -116,7 +116,6 @@ def result_command(
 
 
 def _check_flower() -> None:
-    """Raise one sentence if Flower is not installed."""
     try:
         import cryptography  # noqa: F401
         import flwr  # noqa: F401

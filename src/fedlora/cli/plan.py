@@ -47,9 +47,9 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Try settings on validation rows, as many for every method, and write down the best."""
     from fedlora.reporting.tables import sweep as tables
-    from fedlora.runs.config import read_table
     from fedlora.runs.progress import Cells
     from fedlora.runs.sweep import Sweep
+    from fedlora.schema import read_table
 
     numbers = parse_numbers(seeds, int, "--seeds", "0,1,2")
     sweep = Sweep.plan(read_table(config), override or [], parse_names(methods), numbers, holdout, trials)
@@ -68,8 +68,8 @@ def sweep_command(
 def plan_command(config: ConfigPath, override: Override = None, methods: Methods = None, as_json: Json = False) -> None:
     """Estimate the costs of a run before it begins: bytes, memory, operations; and report errors in the settings."""
     from fedlora.reporting.tables.plan import tabulate_plan, tabulate_plans
-    from fedlora.runs.config import apply_overrides, read_table
     from fedlora.runs.plan.plan import find_problems, plan_methods
+    from fedlora.schema import apply_overrides, read_table
 
     table = apply_overrides(read_table(config), override or [])
     errors = find_problems(table)

@@ -1,6 +1,8 @@
 """Commands that run federations: run, resume, compare, demo."""
 
 import os
+import shutil
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ from fedlora.cli._options import (
     say,
 )  # fmt: skip
 
+DEMO_METHODS = ("fedit", "ffa-lora", "rolora", "flora-na", "fedrot-lora", "fedsa-lora", "ravan", "local")
 EngineName = Annotated[str | None, typer.Option(help="inprocess or flower-simulation.")]
 
 
@@ -94,8 +97,8 @@ def compare_command(
     from fedlora.reporting.tables.comparison import tabulate_comparison
     from fedlora.runs.compare import compare
     from fedlora.runs.comparison import comparison_rows
-    from fedlora.runs.config import apply_overrides, read_table
     from fedlora.runs.progress import Cells
+    from fedlora.schema import apply_overrides, read_table
 
     table, labels = apply_overrides(read_table(config), override or []), parse_names(methods)
     if oracle:
@@ -139,11 +142,23 @@ def demo_command(
     as_json: Json = False,
 ) -> None:
     """Ten clients learn handwritten digits with eight methods: no network, one to three minutes."""
-    from fedlora.cli.demo import run_demo
+    from fedlora.reporting.figures import draw_comparison
+    from fedlora.reporting.load import load_cells
     from fedlora.reporting.tables.comparison import tabulate_comparison
+    from fedlora.runs.compare import compare
+    from fedlora.runs.comparison import comparison_rows
+    from fedlora.runs.progress import Cells
+    from fedlora.schema import read_table
 
     out = out or choose_folder("demo")
-    rows, figures = run_demo(out, jobs, say)
+    with as_file(files("fedlora.cli") / "templates" / "demo.toml") as path:
+        table = read_table(path)
+        say("Ten clients, 1,347 handwritten digits between them, unevenly split; a small ViT that was pretrained on")
+        say("letters. Each trains a LoRA of rank 4 on its own digits; eight ways to combine them:")
+        with Cells(len(DEMO_METHODS), table["rounds"]) as progress:
+            cells = compare(table, DEMO_METHODS, [table["seed"]], out, jobs, progress.watch, progress.finish)
+        shutil.copy(path, out / "demo.toml")
+    rows, figures = comparison_rows(cells), draw_comparison(load_cells(cells), out)
     result = {"rows": rows, "figures": [str(figure) for figure in figures]}
     print_result(as_json, result, lambda: tabulate_comparison(rows))
     for figure in figures:

@@ -16,8 +16,8 @@ from fedlora.linalg.sums import CACHE_LIMIT
 from fedlora.methods import load_merging_method, merging_methods
 from fedlora.methods._base import Method, mean, terms, weighted_mean
 from fedlora.methods.fedit import FedIT
-from fedlora.runs.config import apply_overrides, construct
 from fedlora.runs.table import Table, format_relative, from_pairs
+from fedlora.schema import apply_overrides, construct
 from fedlora.training.device import Engine
 from fedlora.training.peft_folder import AdapterFolder, check_together, save_folder, save_labels
 from fedlora.training.peft_keys import strip_wrappers

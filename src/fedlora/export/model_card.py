@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.runs.attendance import fault_lines
-from fedlora.runs.config import Config, dumps
-from fedlora.schema import strip_folders
+from fedlora.runs.config import Config
+from fedlora.schema import dumps, strip_folders
 from fedlora.security.privacy import Privacy
 
 ADAPTER = """```python

@@ -17,9 +17,9 @@ from fedlora.linalg.factors import compact, total, truncate
 from fedlora.linalg.geometry import distances
 from fedlora.linalg.sums import Term
 from fedlora.runs.build import attach_adapters
-from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.table import Column, Table, format_relative
+from fedlora.schema import ConfigError
 from fedlora.tasks.networks.pretrained import resolve_model
 from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model

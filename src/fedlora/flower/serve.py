@@ -12,11 +12,12 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Observe, Watch
 from fedlora.files import save_json
 from fedlora.flower.secure_server import select_loop
-from fedlora.runs.config import Config, ConfigError, read
+from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import TOKEN
 from fedlora.runs.folder import read_json
 from fedlora.runs.progress import Lines
 from fedlora.runs.run import Result, Take, run
+from fedlora.schema import ConfigError
 
 
 def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:

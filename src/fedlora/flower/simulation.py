@@ -26,7 +26,8 @@ from fedlora.flower.client_messages import build_simulated_app
 from fedlora.flower.client_store import ClientStore, LocalClients
 from fedlora.flower.secure_server import select_loop
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.config import Config, merge_tables
+from fedlora.runs.config import Config
+from fedlora.schema import merge_tables
 
 TOKEN = "run"  # of the only run that keeps its clients' states in the simulation's folder
 ENDING = 30.0  # seconds for the server's thread to end after Ctrl-C

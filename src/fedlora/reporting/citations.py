@@ -9,9 +9,10 @@ from pathlib import Path
 from fedlora.methods import METHODS
 from fedlora.registry import unknown
 from fedlora.reporting.method_catalog import build_reference
-from fedlora.runs.config import Config, ConfigError, build, read
+from fedlora.runs.config import Config, build, read
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import read_json
+from fedlora.schema import ConfigError
 
 # Papers of settings that have no class.
 PRIVACY = {

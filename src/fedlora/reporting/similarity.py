@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedlora.adapters import LoRA
 from fedlora.linalg.geometry import mean_cosine, mean_principal_angle
-from fedlora.runs.config import ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.table import Column, Table
+from fedlora.schema import ConfigError
 from fedlora.seeds import derive_seed
 from fedlora.types import Layer
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
 from fedlora.training.warm_start import warm_start
 
+Shards = Mapping[int, Shard] | Sequence[Shard]  # by client
+
 
 def build_federation(config: Sections, client: int | None = None, combines: bool = False) -> Federation:
     """Load the model and the data, and build the federation.
@@ -33,31 +36,39 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     ``combines`` is true on the server.
     """
     device = config.engine.prepare()
-    data, shards = load_rows(config, client, combines)
-    names = tuple(_label_names(config)) if data is None else data.label_names
+    data, shards, names = load_rows(config, client, combines)
     network = load_network(config, len(names), device)
     if data is not None:
         width = config.task.max_length if getattr(config.task, "pad_to_max_length", False) else 0
         check_tokens(network, config.model.name, {"training": data.train, "test": data.test}, width)
+    f = attach_federation(config, network, device, data, shards, names)
+    if config.model.start is not None:
+        base = None if config.model.same_base else config.model.name
+        warm_start(f.model, f.rules, config.method, config.model.start, config.seed, names, base)
+    attack = config.attack
+    if attack is not None:
+        attack = attack.prepare(config.task, config.model.name, config.clients.members, config.seed)
+    if f.privacy.by_example:
+        per_sample_gradients.check_row_independence(network)
+    return replace(
+        f, fingerprint=fingerprint(config.table), validation=config.validation, robust=config.robust, attack=attack
+    )
+
+
+def attach_federation(
+    config: Sections, network: nn.Module, device: Any, data: Data | None, shards: Shards, names: tuple[str, ...]
+) -> Federation:
+    """Attach adapters to a network and build its federation, without ``[validation]``, ``[robust]``, ``[attack]``."""
     training = config.engine.resolve_precision(config.training, network)
     if training.gradient_checkpointing:
         checkpoint_activations(network)
     model = attach_adapters(config, network, typing.cast(Any, training.precision), device)
     rules = model.rules(config.method, partial(head_rule, config.method))
-    if config.model.start is not None:
-        base = None if config.model.same_base else config.model.name
-        warm_start(model, rules, config.method, config.model.start, config.seed, names, base)
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
-    f = Federation(
-        rules, config.method, model, config.task, data, config.clients, shards, budgets,
-        training, config.evaluation, config.server, config.rounds, config.seed, names, fingerprint(config.table),
-        config.validation, config.robust,
-        config.attack and config.attack.prepare(config.task, config.model.name, config.clients.members, config.seed),
-        config.compression, config.privacy,
+    return Federation(
+        rules, config.method, model, config.task, data, config.clients, shards, budgets, training, config.evaluation,
+        config.server, config.rounds, config.seed, names, compression=config.compression, privacy=config.privacy,
     )  # fmt: skip
-    if f.privacy.by_example:
-        per_sample_gradients.check_row_independence(network)
-    return f
 
 
 def load_network(config: Sections, labels: int, device: torch.device) -> nn.Module:
@@ -67,32 +78,26 @@ def load_network(config: Sections, labels: int, device: torch.device) -> nn.Modu
     return config.task.network(config.model.name, labels, config.seed, **loading)
 
 
-def load_rows(
-    config: Sections, client: int | None, combines: bool
-) -> tuple[Data | None, Mapping[int, Shard] | Sequence[Shard]]:
-    """Load this machine's data, and return them with each client's rows; see ``build_federation``."""
+def load_rows(config: Sections, client: int | None, combines: bool) -> tuple[Data | None, Shards, tuple[str, ...]]:
+    """Load this machine's data; return them, each client's rows and the names of the labels."""
     if not config.clients.own_data:
         data = config.task.load(config.model.name, config.seed, config.clients.client_column)
-        return data, config.clients.shards(data, config.seed)
-    _label_names(config)
+        return data, config.clients.shards(data, config.seed), data.label_names
+    names = config.task.known_labels()
+    if names is None:
+        raise ConfigError(
+            "clients.partition is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
+        )
     if client is None and not combines:
         raise ConfigError(
             "clients.partition is 'own': every client has its own data on its own machine; run it with "
             "`fedlora flower`, or set clients.partition to a partition of one data set."
         )
     if client is None:
-        return None, {}
+        return None, {}, tuple(names)
     data = config.task.load(config.model.name, config.seed)
-    return data, {client: Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))}
-
-
-def _label_names(config: Sections) -> Sequence[str]:
-    names = config.task.known_labels()
-    if names is None:
-        raise ConfigError(
-            "clients.partition is 'own', so the labels must be agreed beforehand; set task.label_names to all of them."
-        )
-    return names
+    shard = Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))
+    return data, {client: shard}, data.label_names
 
 
 def attach_adapters(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fedlora.runs.build import attach_adapters, load_network
-from fedlora.runs.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder
+from fedlora.schema import ConfigError
 from fedlora.tasks.causal_lm import CausalLM, context_length
 from fedlora.tasks.data.templates import PromptTemplate, check_chat_template, render_messages
 from fedlora.tasks.data.tokens import tokenize
@@ -45,7 +45,10 @@ class Chat:
                 f"{config.method.title} ends with a model for each client and none for all; name one with --client K."
             )
         tree, tokenizer = run.tree(client), task.preprocessor(config.model.name)
-        template = _prompt_template(config, task)
+        if any(name is not None for name in (task.prompt, task.messages, task.text)):
+            template = task.template([])
+        else:
+            template = task.template(task.load_splits(config.seed)[0].column_names)
         if template is None:
             check_chat_template(tokenizer)
         elif system is not None:
@@ -82,13 +85,6 @@ class Chat:
             return self.template.fill_prompt(turns[-1]["content"])
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return render_messages([*system, *turns], self.tokenizer, "this conversation", ask=True)
-
-
-def _prompt_template(config: Config, task: CausalLM) -> PromptTemplate | None:
-    """Return the template of the configuration, or that of the data's columns."""
-    if any(name is not None for name in (task.prompt, task.messages, task.text)):
-        return task.template([])
-    return task.template(task.load_splits(config.seed)[0].column_names)
 
 
 def _load_model(run: RunFolder) -> tuple[Model, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from fedlora.adapters import ADAPTERS, LoRA
 from fedlora.engines.loop import Event, Watch
 from fedlora.files import save_json
-from fedlora.methods import METHODS, Method, load_merging_method, merging_methods
+from fedlora.methods import METHODS, load_merging_method, merging_methods
 from fedlora.registry import nearest
 from fedlora.runs.comparison import Cell, Compared, comparison_rows
 from fedlora.runs.config import build
@@ -69,7 +69,6 @@ def _switch_method(table: Table, method: str) -> Table:
 
 
 def _method_name(label: str, labels: Mapping[str, Any]) -> str:
-    """Return the name of a label's method."""
     if label in METHODS.names() or label not in labels:
         return label
     name = labels[label].get("method", {}).get("name") if isinstance(labels[label], Mapping) else None
@@ -142,8 +141,11 @@ def compare_aggregation(
     adapter = config.method.adapter
     if not isinstance(adapter, LoRA):
         raise ConfigError("the oracle compares what methods make of LoRA factors; set adapter.name to 'lora'.")
-    labels = labels or list(merging_methods())
-    methods = {label: replace(_load_method(table, label), adapter=adapter) for label in labels}
+    settings, methods = table.get("compare", {}), {}
+    for label in labels or merging_methods():
+        kind = load_merging_method(_method_name(label, settings))
+        has_settings = settings.get(label, {}).get("method")
+        methods[label] = replace(build(for_label(table, label)).method if has_settings else kind(), adapter=adapter)
     records = run(config, out, watch, lambda *round: compare_uploads(*round, methods)).records
     results = [record["oracle"] for record in records]
     rows = [_aggregation_row(label, results) for label in methods if label in results[0]["methods"]]
@@ -152,13 +154,6 @@ def compare_aggregation(
     if out is not None:
         save_json(Path(out).expanduser() / ORACLE, {"rows": rows, "uploads": means})
     return rows, means
-
-
-def _load_method(table: Table, label: str) -> Method:
-    """Return a method with its defaults, or with the settings of ``[compare.LABEL]``."""
-    kind = load_merging_method(_method_name(label, table.get("compare", {})))
-    has_settings = table.get("compare", {}).get(label, {}).get("method")
-    return build(for_label(table, label)).method if has_settings else kind()
 
 
 def _aggregation_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -92,7 +92,15 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], is_detailed: bool = Fals
     columns += figure_columns(metric, is_detailed)
     spread = ", mean ± standard deviation over seeds" if max((len(row["seeds"]) for row in rows), default=0) > 1 else ""
     title = f"{metric.capitalize()} in the final round{spread}"
-    return Table("methods", title, tuple(columns), [_cells(row, columns) for row in rows])
+    table_rows = []
+    for row in rows:
+        cells: dict[str, Any] = {"label": row["method"], "seeds": len(row["seeds"]) - row["diverged"]}
+        cells |= {"diverged": row["diverged"], "few": MARK if row.get("over") else ""}
+        for column in columns:
+            if isinstance(figure := row.get(column.key), Mapping):
+                cells |= {column.key: figure["mean"], f"{column.key}_std": figure["std"]}
+        table_rows.append(cells)
+    return Table("methods", title, tuple(columns), table_rows)
 
 
 def figure_columns(metric: str, is_detailed: bool) -> list[Column]:
@@ -107,15 +115,6 @@ def figure_columns(metric: str, is_detailed: bool) -> list[Column]:
         Column("error", "aggregation error", 4, "error_std"),
         Column("seconds", "seconds", *((1, "seconds_std") if is_detailed else (0, None))),
     ]
-
-
-def _cells(row: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, Any]:
-    cells: dict[str, Any] = {"label": row["method"], "seeds": len(row["seeds"]) - row["diverged"]}
-    cells |= {"diverged": row["diverged"], "few": MARK if row.get("over") else ""}
-    for column in columns:
-        if isinstance(figure := row.get(column.key), Mapping):
-            cells |= {column.key: figure["mean"], f"{column.key}_std": figure["std"]}
-    return cells
 
 
 def coverage_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

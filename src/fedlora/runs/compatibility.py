@@ -26,11 +26,10 @@ def _exclusions(config: Sections) -> Iterator[str]:
     if config.rounds < 1:
         yield f"rounds is {config.rounds}; a run needs at least 1."
     check_adapter(type(config.method), config.table["method"]["name"], config.method.adapter)
-    yield from _of_task(config)
-    yield from _of_server(config)
+    yield from _of_method(config)
     yield from _of_compression(config)
     ENGINES.check(config.engine.name)
-    for size in config.clients.remaining_sizes:
+    for size in config.clients.remaining_sizes if config.flower.secure_aggregation else ():
         yield from _of_secure_aggregation(config, size)
     yield from _of_trust(config)
     if config.engine.offload and config.evaluation.measure:
@@ -42,7 +41,11 @@ def _exclusions(config: Sections) -> Iterator[str]:
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     yield from _of_ranks(config, budgets)
     if config.privacy.on:
-        yield from _of_privacy(config)
+        if config.method.uses_gradient:
+            yield (
+                f"privacy.level is {config.privacy.level!r}, but {config.method.title} chooses what to train by a "
+                'gradient on the client\'s rows that gets no noise; set method.score to "weight" or "random".'
+            )
         yield from _of_client_privacy(config, budgets) if config.privacy.by_client else _of_example_privacy(config)
         accounting.require_opacus()
 
@@ -57,17 +60,15 @@ def check_adapter(method: type[Method], name: str, adapter: Adapter) -> None:
         )
 
 
-def _of_task(config: Sections) -> Iterator[str]:
+def _of_method(config: Sections) -> Iterator[str]:
+    """Yield the settings that the task or the method does not support."""
+    method, optimizer = config.method, config.server.optimizer
     if config.model.quantize is not None and not config.task.quantizes:
         supported = [name for name, kind in TASKS.classes().items() if kind.quantizes]
         yield (
             f"model.quantize is {config.model.quantize!r}, but {config.table['task']['name']!r} trains its base's head "
             f"in full; leave it out, or take {' or '.join(map(repr, supported))}."
         )
-
-
-def _of_server(config: Sections) -> Iterator[str]:
-    method, optimizer = config.method, config.server.optimizer
     if optimizer != "none" and not method.averages:
         yield (
             f"server.optimizer = {optimizer!r} works on averaged leaves, but {method.title} does not average them; "
@@ -100,8 +101,6 @@ def _of_compression(config: Sections) -> Iterator[str]:
 
 def _of_secure_aggregation(config: Sections, cohort: int) -> Iterator[str]:
     method, threshold = config.method, config.flower.secure_threshold
-    if not config.flower.secure_aggregation:
-        return
     if not method.sums:
         supported = [name for name, kind in METHODS.classes().items() if kind.sums]
         yield (
@@ -146,15 +145,6 @@ def _of_ranks(config: Sections, budgets: Sequence[int]) -> Iterator[str]:
         yield (
             f"clients.ranks is {budgets[0]}, but adapter.rank is {method.adapter.budget}; "
             f"{name!r} needs them equal: leave clients.ranks out."
-        )
-
-
-def _of_privacy(config: Sections) -> Iterator[str]:
-    """Yield the settings that have no privacy guarantee at any level."""
-    if config.method.uses_gradient:
-        yield (
-            f"privacy.level is {config.privacy.level!r}, but {config.method.title} chooses what to train by a gradient "
-            'on the client\'s rows that gets no noise; set method.score to "weight" or "random".'
         )
 
 

@@ -14,7 +14,7 @@ from fedlora.engines.federation import Federation
 from fedlora.registry import Registry
 from fedlora.runs.build import build_federation
 from fedlora.runs.compatibility import check_adapter, check_compatibility
-from fedlora.runs.sections import OPTIONAL, SECTIONS, ModelTable, Sections
+from fedlora.runs.sections import OPTIONAL, SECTIONS, Sections
 from fedlora.runs.trackers import Track
 from fedlora.schema import (
     ConfigError,
@@ -24,17 +24,10 @@ from fedlora.schema import (
     check_type,
     construct,
     construct_by_name,
-    dumps,
     load_class,
-    merge_tables,
     read_table,
 )
 from fedlora.training.peft_settings import OFF
-
-__all__ = [
-    "Config", "ConfigError", "ModelTable", "Table", "apply_overrides", "build", "construct", "dumps", "merge_tables",
-    "read", "read_table",
-]  # fmt: skip
 
 REQUIRED = {  # section -> an example
     "model": '[model] name = "roberta-base"',

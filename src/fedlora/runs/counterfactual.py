@@ -43,10 +43,15 @@ def compare_uploads(
         if equal or method.any_rank:  # with the run's weights, so that all methods approximate one mean
             method = replace(method, weighting=rules[parts[0]].weighting)
             results[label] = _aggregate(method, parts, before, uploads, ends, weights, equal)
-    exact = {p: [rules[p].adapter.term(x, w) for x, w in zip(ends[p], weights)] for p in parts}
-    rank = rules[parts[0]].adapter.budget
+    cut = whole = 0.0
+    for part in parts:
+        terms = (rules[part].adapter.term(x, w) for x, w in zip(ends[part], weights))
+        (core,) = joint_cores([stack(t._replace(U=t.U.double(), V=t.V.double()) for t in terms)])
+        squares = torch.linalg.svdvals(core).square()
+        cut += float(squares[rules[parts[0]].adapter.budget :].sum())
+        whole += float(squares.sum())
     angles = {leaf: _angle(ends, leaf) for leaf in "AB"} if equal and len(uploads) > 1 else {}
-    return {"methods": results, "tail": _tail(exact, rank), "angles": angles}
+    return {"methods": results, "tail": cut / whole if whole else 0.0, "angles": angles}
 
 
 def _aggregate(method: Method, parts, before: Tree, uploads, ends, weights, equal: bool) -> dict[str, float]:
@@ -74,15 +79,6 @@ def _gauge(layer: Layer, ends: Sequence[Layer], weights: Sequence[float]) -> flo
         mean = sum((w * x[leaf] for w, x in zip(weights, ends)), torch.zeros_like(ends[0][leaf]))
         squares += float((layer[leaf] - mean).square().sum() / mean.square().sum().clamp_min(1e-30))
     return float(squares / 2) ** 0.5
-
-
-def _tail(exact: Mapping[str, Sequence[Term]], rank: int) -> float:
-    cut = whole = 0.0
-    for terms in exact.values():
-        (core,) = joint_cores([stack(t._replace(U=t.U.double(), V=t.V.double()) for t in terms)])
-        squares = torch.linalg.svdvals(core).square()
-        cut, whole = cut + float(squares[rank:].sum()), whole + float(squares.sum())
-    return cut / whole if whole else 0.0
 
 
 def _angle(ends: Mapping[str, Sequence[Layer]], leaf: str) -> float:

@@ -21,9 +21,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError)  # raised for a user's mist
 
 def is_mistake(error: BaseException) -> bool:
     """Whether an error is for the user: fedlora raised it, or the system did for a file."""
-    if type(error).__module__.partition(".")[0] == OWN:
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
+    if type(error).__module__.partition(".")[0] == OWN or (isinstance(error, OSError) and error.errno is not None):
         return True
     return isinstance(error, EXPECTED) and _origin(error) == OWN
 
@@ -96,7 +94,10 @@ def _origin(error: BaseException) -> str:
 
 def _write(error: BaseException, folders: list[Path | None]) -> str:
     """Append the traceback to the file in the first folder that can be written; None stands for a temporary one."""
-    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n{_versions()}\n"
+    names = ("fedlora", "torch", "transformers", "datasets", "peft")
+    versions = [f"{name} {version}" for name in names if (version := find_version(name)) is not None]
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n"
+    text += f"{', '.join([f'Python {sys.version.split()[0]}', *versions])}\n"
     text += "".join(traceback.format_exception(error)) + "\n"
     for folder in folders:
         try:
@@ -109,13 +110,11 @@ def _write(error: BaseException, folders: list[Path | None]) -> str:
     return "(nowhere: no folder could be written; set FEDLORA_TRACEBACK=1)"
 
 
-def _versions() -> str:
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = [f"Python {sys.version.split()[0]}"]
-    for name in ("fedlora", "torch", "transformers", "datasets", "peft"):
-        try:
-            versions.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(versions)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -127,10 +127,8 @@ class RunFolder(Rounds):
         """The sum of all updates of the base, part by part."""
         if not self.summary["base_updates"]:
             return {}
-        return {
-            part: Factors(leaves["U"], leaves["V"])
-            for part, leaves in load_tree(self.path / names.BASE_UPDATES).items()
-        }
+        tree = load_tree(self.path / names.BASE_UPDATES)
+        return {part: Factors(leaves["U"], leaves["V"]) for part, leaves in tree.items()}
 
     def clients(self) -> list[int]:
         """Return the numbers of the clients that took part."""
@@ -206,15 +204,11 @@ class RunFolder(Rounds):
             ) from error
         try:
             yield
-        except BaseException:
-            self._release()
-            raise
-
-    def _release(self) -> None:
-        if not (self.path / names.CONFIG).exists():
-            (self.path / names.METRICS).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+        finally:
+            if not (self.path / names.CONFIG).exists():
+                (self.path / names.METRICS).unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def remove_partial_files(self) -> None:
         """Remove the temporary files of a killed process."""

@@ -97,17 +97,13 @@ class ProgressReader:
             raise ValueError(f"{str(self.folder)!r} is a comparison; name the folder of one of its runs.")
         progress = _read_table(self.folder / PROGRESS)
         records = self._read_metrics()
-        if progress is None or progress.get("form") != 1:
-            return RunStatus(self._state_without_progress(), {}, records)
-        state = progress.get("state", RUNNING)
-        return RunStatus(state if state != RUNNING or is_running(progress) else LOST, progress, records)
-
-    def _state_without_progress(self) -> str:
-        """Return the state of a run that has not begun, or that an earlier version wrote."""
-        summary = _read_table(self.folder / SUMMARY)
+        if progress is not None and progress.get("form") == 1:
+            state = progress.get("state", RUNNING)
+            return RunStatus(state if state != RUNNING or is_running(progress) else LOST, progress, records)
+        summary = _read_table(self.folder / SUMMARY)  # the run has not begun, or is of an earlier version
         if summary is None:
-            return LOADING if (self.folder / METRICS).exists() else WAITING
-        return "interrupted" if summary.get("interrupted") else "finished"
+            return RunStatus(LOADING if (self.folder / METRICS).exists() else WAITING, {}, records)
+        return RunStatus("interrupted" if summary.get("interrupted") else "finished", {}, records)
 
     def _read_metrics(self) -> list[RoundRecord]:
         try:

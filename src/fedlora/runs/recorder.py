@@ -67,11 +67,6 @@ class RunRecorder:
         earlier = self.saved.about["notes"].get("seconds", 0.0) if self.saved else 0.0
         return earlier + time.perf_counter() - self._began
 
-    @property
-    def resume_points(self) -> list[int]:
-        """The number of finished rounds at each resumption."""
-        return list(self.checkpoints.notes.get("resumed", [])) if self.checkpoints else []
-
     def take(self, engine: Loop, f: Federation) -> None:
         """Run and record all rounds of an engine, to the end or to Ctrl-C."""
         state = self._restore(engine, f)

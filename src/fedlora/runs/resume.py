@@ -7,10 +7,11 @@ from typing import Any
 from fedlora.engines.checkpoint import is_extendable
 from fedlora.engines.loop import Watch
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.config import Config, ConfigError, read
+from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import CONFIG, TOKEN
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import Result, run
+from fedlora.schema import ConfigError
 
 
 def resume(

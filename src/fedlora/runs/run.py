@@ -73,7 +73,11 @@ def run(
     folder's ``error.log``.
     """
     folder = None if out is None else Path(out).expanduser()
-    all_callbacks = _build_callbacks(config, callbacks, folder)
+    for name, tracker in config.track.trackers.items():
+        tracker.check(name)
+    builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]
+    builtin += [Tracking(config.track.trackers)] if config.track.trackers else []
+    all_callbacks = Callbacks(callbacks, builtin)
     stop = Stop(is_patient=drive is None and _load_engine(config.engine.name).steps_here)
     with lock_folder(folder), explain_full_disk(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
@@ -84,15 +88,6 @@ def run(
     if stop.is_requested and not recorder.interrupted:  # too late for this run, but a caller may begin another
         raise KeyboardInterrupt
     return result
-
-
-def _build_callbacks(config: Config, custom: Sequence[Any], folder: Path | None) -> Callbacks:
-    """Build the progress file's and the trackers' callbacks, and check the caller's."""
-    trackers = config.track.trackers
-    for name, tracker in trackers.items():
-        tracker.check(name)
-    builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]
-    return Callbacks(custom, [*builtin, *([Tracking(trackers)] if trackers else [])])
 
 
 def _build_recorder(
@@ -157,12 +152,12 @@ def _run_rounds(
     shared = last.shared if last else f.model.initial(config.seed)
     kept = kept if kept is not None else last.kept if last else {}
     base_updates = last.base_updates if last else BaseUpdateLog()
-    resumed = recorder.resume_points
+    resumed = recorder.checkpoints.notes.get("resumed") if recorder.checkpoints else None
     summary = {
         **_summarise(config, f, recorder, recorder.records, recorder.interrupted),
         "base_updates": len(base_updates),
         "kept": drive is None,  # whether this folder has the leaves that clients keep
-        **({"resumed": resumed} if resumed else {}),
+        **({"resumed": list(resumed)} if resumed else {}),
         **({"refused": refused} if refused else {}),
     }
     if recorder.folder is not None and (last is not None or not recorder.records):  # else no new round was finished

@@ -5,8 +5,9 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,6 @@ class Sweep:
         return merge_tables({**trial.table, "seed": seed}, {"task": {"test_split": self.split}, **CHEAP})
 
     @property
-    def _runs(self) -> Iterator[tuple[Trial, int]]:
-        return ((trial, seed) for trial in self.trials for seed in self.seeds)
-
-    @property
     def _digest(self) -> str:
         """The identity of the sweep: another sweep cannot be resumed from its trials."""
         tables = [[self.run_table(trial, seed) for trial in self.trials] for seed in self.seeds]
@@ -121,7 +118,7 @@ class Sweep:
         outcomes = self._read_outcomes(folder)
         self._check_same(folder, outcomes)
         cells = []
-        for trial, seed in self._runs:
+        for trial, seed in product(self.trials, self.seeds):
             path = folder / "trials" / trial.folder_name(seed)
             if path.name not in outcomes:
                 shutil.rmtree(path, ignore_errors=True)  # an interrupted trial

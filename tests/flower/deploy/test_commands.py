@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from fedlora import cli
 from fedlora.flower.deploy.local import build_node_configs
 from fedlora.flower.deploy.node_config import apply_node_config, state_folder
-from fedlora.runs.config import ConfigError, build, dumps, read
+from fedlora.runs.config import build, read
+from fedlora.schema import ConfigError, dumps
 from tests.fixtures.federation import TABLE
 
 

@@ -9,7 +9,7 @@ import torch
 import fedlora
 from fedlora.files import load_tree
 from fedlora.methods import METHODS
-from fedlora.runs.config import ConfigError
+from fedlora.schema import ConfigError
 from tests.fixtures.federation import same
 from tests.fixtures.resume import alike, breaking, like_reference, small, stopped
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runs.config import dumps
+from fedlora.schema import dumps
 from tests.fixtures.federation import config
 
 WAIT = 600.0  # seconds, of which importing torch may take most on a busy machine

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fedlora.engines.client_turn import ClientTurn
-from fedlora.runs.config import apply_overrides, build, merge_tables
+from fedlora.runs.config import build
+from fedlora.schema import apply_overrides, merge_tables
 from fedlora.security.privacy import per_sample_gradients
 from tests.fixtures.federation import TABLE, WEIGHTS
 

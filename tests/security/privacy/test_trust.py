@@ -6,7 +6,8 @@ import torch
 from fedlora.adapters import LoRA
 from fedlora.methods.fedit import FedIT
 from fedlora.rounds import Received
-from fedlora.runs.config import ConfigError, build
+from fedlora.runs.config import build
+from fedlora.schema import ConfigError
 from fedlora.security.validation import UploadScreen, Validation
 from fedlora.types import Turn
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import fedlora
-from fedlora.runs.config import dumps
+from fedlora.schema import dumps
 from fedlora.tasks.data.labels import Classes, is_number, label_map
 from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.templates import fill_rows, label_strata

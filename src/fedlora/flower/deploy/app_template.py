@@ -6,7 +6,8 @@ from pathlib import Path
 import tomli_w
 
 from fedlora.files import check_new_folder, write
-from fedlora.runs.config import Config, dumps
+from fedlora.runs.config import Config
+from fedlora.schema import dumps
 
 CLIENT = '''"""This federation's client app; settings of a client's own machine are in its node's configuration."""
 

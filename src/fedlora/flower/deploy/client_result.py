@@ -7,9 +7,10 @@ from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.files import check_new_folder
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.wire import overlay
-from fedlora.runs.config import Config, ConfigError
+from fedlora.runs.config import Config
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.summary import describe_labels, summarise
+from fedlora.schema import ConfigError
 from fedlora.tasks.data.labels import READINGS
 
 

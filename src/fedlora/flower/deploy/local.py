@@ -42,9 +42,9 @@ from fedlora.flower.deploy.processes import (
     raise_exit,
     tail,
 )
-from fedlora.runs.config import Config, ConfigError
+from fedlora.runs.config import Config
 from fedlora.runs.folder import RunFolder
-from fedlora.schema import flatten_table, read_table
+from fedlora.schema import ConfigError, flatten_table, read_table
 from fedlora.text import display_safe
 
 SUPERLINK = "superlink"

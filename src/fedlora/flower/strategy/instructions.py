@@ -16,7 +16,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.registry import name_or_nearest
 from fedlora.rounds import Rules, public_leaves
-from fedlora.runs.config import construct
+from fedlora.schema import construct
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Layer, Turn, Upload, Work
 

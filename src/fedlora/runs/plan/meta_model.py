@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.engines.federation import Federation
 from fedlora.files import read_header
-from fedlora.runs.build import attach_adapters, head_rule, load_rows
+from fedlora.runs.build import attach_federation, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.traffic import PartGroup, group_parts
 from fedlora.tasks._base import Shard, Task
 from fedlora.tasks.networks.pretrained import load_quietly, resolve_model
-from fedlora.training.device import checkpoint_activations
 from fedlora.types import Tree
 
 
@@ -36,26 +34,16 @@ class MetaModel:
 def build_meta_model(config: Config) -> MetaModel:
     """Build the federation of a configuration with data, but without weights."""
     device = config.engine.select_device()
-    data, shards = load_rows(config, None, True)
-    names = tuple(config.task.known_labels() or ()) if data is None else data.label_names
+    data, shards, names = load_rows(config, None, True)
     network = _build_network(config.task, config.model.name, len(names))
-    training = config.engine.resolve_precision(config.training, network)
-    if training.gradient_checkpointing:
-        checkpoint_activations(network)
-        network.config.use_cache = False  # type: ignore[union-attr]  # else transformers warns and sets it
-    model = attach_adapters(config, network, training.precision, "meta")  # type: ignore[arg-type]
-    rules = model.rules(config.method, partial(head_rule, config.method))
-    groups, tree = group_parts(model, rules)
-    budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     all_shards = _AllShards(shards if isinstance(shards, Mapping) else enumerate(shards))
-    f = Federation(
-        rules, config.method, model, config.task, data, config.clients, all_shards, budgets, training,
-        config.evaluation, config.server, config.rounds, config.seed, names, compression=config.compression,
-        privacy=config.privacy,
-    )  # fmt: skip
+    f = attach_federation(config, network, "meta", data, all_shards, names)
+    if f.training.gradient_checkpointing:
+        network.config.use_cache = False  # type: ignore[union-attr]  # else transformers warns and sets it
+    groups, tree = group_parts(f.model, f.rules)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_by_fake_tensors(network, fake, device)
-    model.device = device
+    f.model.device = device
     return MetaModel(config, f, groups, tree, fake)
 
 

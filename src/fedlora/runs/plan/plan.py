@@ -103,7 +103,6 @@ def _options(config: Config, traffic: Traffic) -> dict[str, Any]:
 
 
 def _numbers(meta: MetaModel) -> dict[str, Any]:
-    """Count the parameters."""
     f, model = meta.federation, meta.federation.model
     sums = {"adapter": 0, "head": 0}
     for path, part in model.parts.items():
