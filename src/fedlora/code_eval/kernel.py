@@ -10,7 +10,7 @@ import platform
 import resource
 import signal
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from syscalls import read_syscalls
 
@@ -130,20 +130,15 @@ def build_filter(machine: str, own: int) -> bytes:
         ("prlimit64", 0, everything, (0, own)),
         *((name, 0, everything, (own,)) for name in ("kill", "tkill", "tgkill")),
     ):
-        if name in others:
-            code += _allow_values(others[name], argument, mask, values)
+        if name in others:  # allowed if the low half of the argument, masked, is one of the values
+            inner = [_encode(LOAD, ARGUMENTS + 8 * argument), _encode(AND, mask)]
+            for value in values:
+                inner += [_encode(EQUAL, value, 0, 1), _encode(RETURN, ALLOW)]
+            inner.append(_encode(RETURN, REFUSE | EPERM))
+            code += [_encode(EQUAL, others[name], 0, len(inner)), *inner]
     for name in ("clone3", "openat2"):  # the C library then tries the older call, whose arguments a filter can read
         code += [_encode(EQUAL, others[name], 0, 1), _encode(RETURN, REFUSE | ENOSYS)]
     return b"".join([*code, _encode(RETURN, REFUSE | EPERM)])
-
-
-def _allow_values(number: int, argument: int, mask: int, values: Sequence[int]) -> list[bytes]:
-    """Allow one call if the low half of an argument, masked, is one of the values."""
-    inner = [_encode(LOAD, ARGUMENTS + 8 * argument), _encode(AND, mask)]
-    for value in values:
-        inner += [_encode(EQUAL, value, 0, 1), _encode(RETURN, ALLOW)]
-    inner += [_encode(RETURN, REFUSE | EPERM)]
-    return [_encode(EQUAL, number, 0, len(inner)), *inner]
 
 
 def _encode(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:

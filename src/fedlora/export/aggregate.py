@@ -1,7 +1,7 @@
 """Aggregation of finished adapters: from PEFT folders to a PEFT folder, weight by weight, without a base model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ class CombinedWeight:
     figures: Mapping[str, float]  # errors against the exact mean
 
 
-@dataclass
+@dataclass(frozen=True)
 class AggregationReport:
     """Relative errors against the exact mean, weight by weight and over all weights."""
 
-    weights: dict[str, Mapping[str, float]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    rest_ranks: dict[str, int] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, float]]
+    ranks: set[int]
+    rest_ranks: set[int]
 
     def total(self, name: str) -> float | None:
         """Return ``√Σ ‖error‖² / √Σ ‖W*‖²`` over all weights."""
@@ -54,8 +54,8 @@ class AggregationReport:
         return {
             "error": self.total("served"),
             "error_fedit": self.total("fedit"),
-            "ranks": sorted(set(self.ranks.values())),
-            "residual_ranks": sorted(set(self.rest_ranks.values())),
+            "ranks": sorted(self.ranks),
+            "residual_ranks": sorted(self.rest_ranks),
             "weights": {part: dict(row) for part, row in self.weights.items()},
         }
 
@@ -101,15 +101,12 @@ def aggregate_adapters(
     target, second = check_new_folder(out), None if residual is None else check_new_folder(residual)
     if second is not None and second.resolve() == target.resolve():
         raise ValueError(f"--out and --residual are both {str(out)!r}; name two folders.")
-    layers, alphas, rests, report = {}, {}, {}, AggregationReport()
+    layers, alphas, rests, figures = {}, {}, {}, {}
     dtype = adapters[0].dtype if len({a.dtype for a in adapters}) == 1 else torch.float32
     for part, combined in _combine(adapters, method, shares, rank, dtype, exact):
-        alphas[part], layers[part] = combined.alpha, combined.layer
+        layers[part], alphas[part], figures[part] = combined.layer, combined.alpha, combined.figures
         if combined.rest is not None:
             rests[part] = combined.rest
-            report.rest_ranks[part] = combined.rest["A"].shape[-2]
-        report.weights[part] = combined.figures
-        report.ranks[part] = layers[part]["A"].shape[-2]
         _check_options(method, combined, rank, exact, residual is not None)
     like, whole = _merge_settings(adapters), {key: _average_module(adapters, shares, key) for key in adapters[0].whole}
     digest = next((a.base.digest for a in adapters if a.base.digest), None)
@@ -121,7 +118,8 @@ def aggregate_adapters(
         # Without task and tokens: PEFT would look for the head and the tokens in this folder, too.
         alone = {"modules_to_save": None, "task_type": None, "trainable_token_indices": None}
         save_folder(second, {**like, **alone}, rests, alphas, None, dtype, digest)
-    return report
+    ranks, rest_ranks = ({layer["A"].shape[-2] for layer in part_layers.values()} for part_layers in (layers, rests))
+    return AggregationReport(figures, ranks, rest_ranks)
 
 
 def _merge_settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
@@ -129,7 +127,7 @@ def _merge_settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:
     first = adapters[0]
     task = next((a.config["task_type"] for a in adapters if a.config.get("task_type")), None)
     settings = {**first.config, **({"task_type": task} if task else {})}
-    if first.keys.has_renamed_parts:  # the names of wrappers match nothing in a network that has none
+    if any(part != path for part, path in first.keys.paths.items()):  # a network without wrappers has no such names
         settings |= {"target_modules": sorted(first.shapes)}
         settings |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         settings |= {"modules_to_save": [strip_wrappers(x) for x in first.config.get("modules_to_save") or ()] or None}

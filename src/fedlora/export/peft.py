@@ -51,13 +51,16 @@ def export_model(
         "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
     }
     heads = {part: tree[part] for part in model.parts if part not in whole}
-    _load_run(run, model, tree, cut if rank else None)
+    # A truncated update is folded into the base instead of the adapter and the base updates.
+    blank, updates = model.initial(run.config.seed), cut if rank else run.base_updates
+    model.load({part: blank[part] if rank and part in cut else tree[part] for part in model.parts})
+    model.fold({part: (f,) for part, f in updates.items()})
     expected = _compute_logits(run, model.network)
     try:
         if merged:
             _merge_and_write(run, folder, cut, heads)
         else:
-            _write_adapter(run, folder, model, tree, cut, bool(rank))
+            _write_adapter(run, folder, model, tree, cut, heads, bool(rank))
         logits = _compute_logits(run, _reload(run, folder, merged))
         difference = float((logits - expected).abs().max() / expected.abs().max())
         if difference > CLOSE:
@@ -91,13 +94,13 @@ def _truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) 
 
 
 def _write_adapter(
-    run: RunFolder, folder: Path, model: Model, tree: Tree, cut: Mapping[str, Factors], truncated: bool
-) -> None:
+    run: RunFolder, folder: Path, model: Model, tree: Tree, cut: Mapping[str, Factors], heads: Mapping[str, Layer],
+    truncated: bool,
+) -> None:  # fmt: skip
     adapter, lora = run.config.method.adapter, None
     layers: dict[str, Layer] = {part: {"A": f.V, "B": f.U} for part, f in cut.items()}
     if isinstance(adapter, LoRA) and not run.base_updates and not truncated:  # the run's own factors, without the scale
         layers, lora = {part: {leaf: tree[part][leaf] for leaf in "AB"} for part in cut}, adapter
-    heads = {part: tree[part] for part in model.parts if part not in cut}
     bases = [model.parts[part].module.base for part in layers]
     network, task = run.network(), run.config.task
     roots = find_modules_to_save(network, heads, task.peft)
@@ -151,15 +154,6 @@ def _merge_and_write(run: RunFolder, folder: Path, cut: Mapping[str, Factors], h
     preprocessor = run.config.task.preprocessor(run.config.model.name)
     if preprocessor is not None:
         preprocessor.save_pretrained(folder)
-
-
-def _load_run(run: RunFolder, model: Model, tree: Tree, updates: Mapping[str, Factors] | None) -> None:
-    """Load the run's tree and base updates, or ``updates`` instead of the adapters and base updates."""
-    if updates is not None:
-        blank = model.initial(run.config.seed)
-        tree = {part: blank[part] if part in updates else tree[part] for part in model.parts}
-    model.load(tree)
-    model.fold({part: (f,) for part, f in (run.base_updates if updates is None else updates).items()})
 
 
 def _reload(run: RunFolder, folder: Path, merged: bool) -> nn.Module:

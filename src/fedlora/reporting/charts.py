@@ -1,7 +1,6 @@
 """The charts of all figures, each a function of a table's rows, and their one palette.
 
-A chart refers to its data by name, and ``to_vega`` adds the rows. Every row is drawn as one mark. The colours are
-legible on white and on black.
+A chart refers to its data by name, and ``to_vega`` adds the rows. Every row is drawn as one mark.
 """
 
 import math

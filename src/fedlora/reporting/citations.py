@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 from fedlora.methods import METHODS
@@ -124,10 +125,8 @@ def parse_bibtex(text: str) -> list[BibEntry]:
 
 def _find_close(text: str, at: int) -> int:
     """Return the index behind the brace that closes the one before ``at``."""
-    depth = 1
-    while depth and at < len(text):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        at += 1
-    if depth:
+    depths = accumulate({"{": 1, "}": -1}.get(c, 0) for c in text[at:])
+    end = next((i for i, depth in enumerate(depths, at + 1) if depth < 0), None)
+    if end is None:
         raise ValueError("a brace of a BibTeX entry is not closed; close it.")
-    return at
+    return end

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import altair as alt
@@ -16,7 +17,7 @@ from fedlora.reporting.charts import distinct
 from fedlora.reporting.load import Run
 from fedlora.reporting.tables import by_round, totals
 from fedlora.reporting.tables.comparison import describe_coverage
-from fedlora.runs.table import Column, Table, group_by, mean_std
+from fedlora.runs.table import Column, Table, group_by
 
 LINES = 10  # on one figure: more cannot be distinguished
 POINTS = 480  # marks on one figure
@@ -261,8 +262,7 @@ def thin_out(rows: Sequence[dict[str, Any]], line: Sequence[str], most: int, x: 
 
 def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
-    means = {key: mean_std(row[key] for row in rows) for key in numbers}
-    return {**rows[-1], **{key: mean.mean for key, mean in means.items() if mean is not None}}
+    return {**rows[-1], **{key: fmean(row[key] for row in rows if row[key] is not None) for key in numbers}}
 
 
 def _pick_quantiles(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

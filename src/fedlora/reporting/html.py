@@ -30,7 +30,6 @@ from fedlora.text import display_safe
 
 ROWS = 500  # of a table in the page
 CONFIGS = 12  # configurations in the page; the others are in their folders
-SOME = 12  # names in a sentence
 WORDS = 120  # characters of a name in a sentence
 STATES = {"under way": "is not finished (under way, or broken off)", "interrupted": "was interrupted",
           "diverged": "diverged"}  # fmt: skip
@@ -175,26 +174,21 @@ def _render_configuration(run: Run, is_open: bool) -> str:
 def summarise_runs(runs: Sequence[Run]) -> str:
     """Summarise the settings and the results of runs in a few sentences."""
     labels = list(group_by(runs, lambda run: run.label))
-    about = _describe_setting(runs[0].table, _describe_adapters(runs))
+    tables = [run.table.get("adapter", {"name": "lora"}) for run in runs]  # of all runs: a method may have its own
+    names = [_shorten(t.get("name", "lora")) + (f" (rank {t['rank']})" if t.get("rank") else "") for t in tables]
+    about = _describe_setting(runs[0].table, join_names(list(dict.fromkeys(names))) + " ")
     if any(_describe_setting(run.table, "") != _describe_setting(runs[0].table, "") for run in runs):
         about = "The runs differ in model, data or clients; their configurations are below"
     seeds = sorted({run.seed for run in runs})
-    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({_join([str(s) for s in seeds])})"
+    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({join_names([str(s) for s in seeds])})"
     many = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     texts = [_describe_results(runs)]
     few = [f"{who} in {run.name}" for run in runs if (who := describe_coverage(run)) != "all"]
-    texts += [f"The clients' own figures are over {_join(few)}."] if few else []
+    texts += [f"The clients' own figures are over {join_names(few)}."] if few else []
     states = group_by([run for run in runs if run.state != "finished"], lambda run: run.state)
-    others = [f"{_join([run.name for run in group])} {STATES[state]}" for state, group in states.items()]
+    others = [f"{join_names([run.name for run in group])} {STATES[state]}" for state, group in states.items()]
     texts += [f"Of these, {'; '.join(others)}."] if others else []
-    return f"{about}, combined by {_join(labels)}: {many}, {seed}. {' '.join(texts)}"
-
-
-def _describe_adapters(runs: Sequence[Run]) -> str:
-    """List the adapters of all runs, since a method may have its own."""
-    tables = [run.table.get("adapter", {"name": "lora"}) for run in runs]
-    names = [_shorten(t.get("name", "lora")) + (f" (rank {t['rank']})" if t.get("rank") else "") for t in tables]
-    return _join(list(dict.fromkeys(names))) + " "
+    return f"{about}, combined by {join_names(labels)}: {many}, {seed}. {' '.join(texts)}"
 
 
 def _describe_setting(table: Mapping[str, Any], adapters: str) -> str:
@@ -255,9 +249,3 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
 
 def _shorten(value: object) -> str:
     return display_safe(value, WORDS)
-
-
-def _join(names: Sequence[str]) -> str:
-    """Join names with commas, and give the number of further names."""
-    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
-    return ", ".join(names[:SOME]) + more if more else join_names(names)

@@ -151,17 +151,15 @@ def draw_sparkline(values: Sequence[float]) -> str:
 
 def _build_table(rows: Sequence[Mapping[str, float]], metric: str, width: int) -> Table:
     table, left = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0)), width
-    cells: list[list[str]] = [[] for _ in rows]
+    columns = []
     for title, cell in list_columns(metric):
         texts = [cell(row) for row in rows]
         size = max(len(text) for text in (title, *texts)) + 2
-        if all(text == "–" for text in texts) or size > left + 2:
-            continue
-        left -= size
-        table.add_column(display_safe(title), justify="right", no_wrap=True)
-        for line, text in zip(cells, texts):
-            line.append(text)
-    for line in cells:
+        if any(text != "–" for text in texts) and size <= left + 2:
+            left -= size
+            table.add_column(display_safe(title), justify="right", no_wrap=True)
+            columns.append(texts)
+    for line in zip(*columns):
         table.add_row(*line)
     return table
 

@@ -60,11 +60,9 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _has_avx512_bf16()
-
-
-def _has_avx512_bf16() -> bool:
-    """Whether the kernel's flags have bfloat16; oneDNN also accepts processors that only emulate it."""
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    # oneDNN also accepts processors that only emulate bfloat16; the kernel's flags tell.
     if sys.platform != "linux":
         return platform.machine() == "arm64"
     try:

@@ -141,8 +141,7 @@ class LocalTrainer:
             self.model.network.train()
             self._run(optimizer, parameters, rules)
         if self.training.keep_optimizer:
-            trained_state = {key: optimizer.state[parameter] for key, parameter in parameters.items()}
-            self.state = {**(self.state or {}), **trained_state}
+            self.state = (self.state or {}) | {key: optimizer.state[x] for key, x in parameters.items()}
         end = self.model.read()
         return {
             path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}

@@ -18,7 +18,7 @@ from fedlora.files import Header, RefusedHeaderError, read_header, serialize, wr
 from fedlora.text import display_safe
 from fedlora.training.base_model import BaseModel, is_same_base
 from fedlora.training.peft_keys import PREFIX, Keys, read_keys
-from fedlora.training.peft_settings import CONFIG, compare_settings, pattern_for, plain_settings, read_settings
+from fedlora.training.peft_settings import CONFIG, compare_settings, pattern_for, read_settings
 from fedlora.types import Layer
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -187,7 +187,8 @@ def save_folder(
     ranks = {part: layer["A"].shape[0] for part, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
-        **plain_settings(like),
+        **{key: value for key, value in like.items() if key != "eva_config"},  # without the initialization
+        "init_lora_weights": True,
         "r": rank,
         "lora_alpha": _to_number(alpha),
         "rank_pattern": {f"^{re.escape(part)}": r for part, r in ranks.items() if r != rank},

@@ -18,11 +18,6 @@ class Keys:
     paths: Mapping[str, str]  # part -> the path in PEFT's network, for its patterns
     whole: Mapping[str, str]  # path of a parameter that was trained in full -> key
 
-    @property
-    def has_renamed_parts(self) -> bool:
-        """Whether a weight's path differs from its path in PEFT's network."""
-        return any(part != path for part, path in self.paths.items())
-
 
 def strip_wrappers(key: str) -> str:
     """Return a key, or a module's path, without the names of network wrappers."""

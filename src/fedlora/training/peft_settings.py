@@ -89,11 +89,6 @@ def compare_settings(first: Path, config: Mapping[str, Any], second: Path, other
             )
 
 
-def plain_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without the initialization, for an adapter that is written again."""
-    return {**{key: value for key, value in config.items() if key != "eva_config"}, "init_lora_weights": True}
-
-
 def pattern_for(patterns: Mapping[str, Any], part: str) -> str:
     """Return PEFT's pattern for a weight, the first that matches the end of its path, or else the path."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", part)), part)
@@ -174,17 +169,14 @@ def _check_scale(folder: Path, key: str, value: Any, default: Any) -> None:
             "copy the file again, or retrain the adapter."
         )
     for pattern in value if isinstance(default, dict) else ():
-        _check_pattern(folder, key, pattern)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # "[[a]" may get another meaning in a later Python
+                re.compile(pattern)
+        except re.error as error:
+            file = str(folder / CONFIG)
+            raise ValueError(f"{file!r} has {pattern!r} in {key}, which is no pattern: {error}.") from error
 
 
 def _is_positive(x: Any) -> bool:
     return type(x) in (int, float) and x > 0 and math.isfinite(x)
-
-
-def _check_pattern(folder: Path, key: str, pattern: str) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # "[[a]" may get another meaning in a later Python
-            re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{str(folder / CONFIG)!r} has {pattern!r} in {key}, which is no pattern: {error}.") from error

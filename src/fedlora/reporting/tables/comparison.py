@@ -18,7 +18,6 @@ from fedlora.runs.table import Column, Table, format_relative, group_by, mean_st
 K = TypeVar("K", bound=Hashable)
 FIGURES = ("global", "clients", "worst", "mb_up", "mb_down", "error", "seconds")
 LEVEL = 0.05  # a difference with a larger p (Holm) may be chance
-MODEL_NAMES = {"global": "shared model", "clients": "clients' own models"}
 
 
 def tabulate_comparison(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
@@ -48,7 +47,8 @@ def _tabulate_capability(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def summarise_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """Name the best methods by the paired test, and those that send least."""
-    clauses = [text for key, model in MODEL_NAMES.items() if (text := _describe_best(rows, key, model))]
+    models = {"global": "shared model", "clients": "clients' own models"}
+    clauses = [text for key, model in models.items() if (text := _describe_best(rows, key, model))]
     sent = {row["method"]: row["mb_up"]["mean"] + row["mb_down"]["mean"] for row in rows if row["mb_up"]}
     if sent := {name: size for name, size in sent.items() if size > 0}:
         least = min(sent.values())
@@ -238,6 +238,8 @@ def rank(values: Mapping[Hashable, Mapping[Hashable, float]], higher: bool) -> R
     return Ranking(first, means[first], level, pairs)
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Join names with commas and "and"."""
+def join_names(names: Sequence[str], most: int = 12) -> str:
+    """Join names with commas and "and"; of more than ``most``, the first ones and the number of the others."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
