@@ -208,9 +208,9 @@ def test_an_array_of_numpys_is_looked_at_first():
 
 def test_a_pattern_that_python_warns_of_is_read_in_silence(tmp_path):
     """Found by fuzzing: with warnings as errors the reader fell over a pattern that another party had written."""
-    from fedlora.training.peft_settings import _check_pattern
+    from fedlora.training.peft_settings import _check_scale
 
     re.purge()
-    _check_pattern(tmp_path, "rank_pattern", "[[a]layer")
+    _check_scale(tmp_path, "rank_pattern", {"[[a]layer": 4}, {})
     with pytest.raises(ValueError, match="which is no pattern"):
-        _check_pattern(tmp_path, "rank_pattern", "(a")
+        _check_scale(tmp_path, "rank_pattern", {"(a": 4}, {})
