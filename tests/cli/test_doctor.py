@@ -41,7 +41,7 @@ def test_what_is_found_and_said(capsys):
 
 
 def test_a_missing_core_package_is_broken_not_optional(monkeypatch):
-    monkeypatch.setattr(doctor, "_find_version", lambda package: None)
+    monkeypatch.setattr(doctor, "find_version", lambda package: None)
     found = doctor.examine(lambda name: {"state": BROKEN, "said": "No module named 'torch'"})
     assert found["broken"] == list(doctor.CORE)
     assert {one["state"] for one in found["tests"] if one["name"] not in doctor.CORE} == {MISSING}

@@ -18,6 +18,12 @@ Override = Annotated[
         autocompletion=_completion.complete_override,
     ),
 ]  # fmt: skip
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Methods by name, with commas [default: the config's].", autocompletion=_completion.complete_methods
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration.")]
 

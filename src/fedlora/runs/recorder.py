@@ -19,7 +19,6 @@ from fedlora.runs.callbacks import CallbackError, Callbacks
 from fedlora.runs.file_names import METRICS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
-from fedlora.security.validation import Validation
 from fedlora.security.validation.screen import write_quarantine
 
 
@@ -31,7 +30,6 @@ class RunRecorder:
     checkpoints: Checkpoints | None
     stop: Stop
     callbacks: Callbacks
-    validation: Validation
     records: list[RoundRecord] = field(default_factory=list)
     last: Round | None = None  # the last finished round, of this process or of the one before
     saved: Checkpoint | None = None  # the checkpoint that the run is resumed from
@@ -72,7 +70,7 @@ class RunRecorder:
         state = self._restore(engine, f)
         try:
             for self.last in explain_overflow(engine.run(f, state)):
-                write_quarantine(self.folder, self.last.record["round"], self.last.bad, self.validation)
+                write_quarantine(self.folder, self.last.record["round"], self.last.bad, f.validation)
                 self.records = [*self.records, self.last.record]
                 if self._file is not None:
                     self._file.write(json.dumps(self.last.record) + "\n")

@@ -95,9 +95,9 @@ def _build_recorder(
 ) -> RunRecorder:
     """Build the recorder and write the configuration. Raises ``ValueError`` if the run cannot be resumed."""
     if folder is None:
-        return RunRecorder(None, None, stop, callbacks, config.validation)
+        return RunRecorder(None, None, stop, callbacks)
     table, run = _table_to_repeat(config, f), RunFolder(folder)
-    recorder = RunRecorder(folder, _checkpoints(config, f, folder, table), stop, callbacks, config.validation)
+    recorder = RunRecorder(folder, _checkpoints(config, f, folder, table), stop, callbacks)
     if again:
         recorder.find()
         if recorder.saved is None and run.has_summary and run.records:

@@ -19,24 +19,14 @@ from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
 from fedlora.runs.run import check_same
 from fedlora.runs.search_space import Grid, Values
-from fedlora.schema import (
-    ConfigError,
-    Table,
-    apply_overrides,
-    dumps,
-    get_key,
-    merge_tables,
-    remove_key,
-    set_keys,
-    table_difference,
-)
+from fedlora.schema import ConfigError, Table, apply_overrides, dumps, get_key, remove_key, set_keys, table_difference
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.sources import load_data
 
 REPORT, CHOSEN = "sweep.json", "chosen.toml"
 VALIDATION = ("validation", "val", "valid", "dev")  # names of validation splits
 HELD_OUT = 0.1  # of the training rows, for data without a validation split
-CHEAP = {"evaluation": {"every": 2**31, "measure": False}}  # evaluates the last round only
+CHEAP = {"evaluation.every": 2**31, "evaluation.measure": False}  # evaluates the last round only
 
 
 @dataclass(frozen=True)
@@ -95,7 +85,7 @@ class Sweep:
 
     def run_table(self, trial: Trial, seed: int) -> Table:
         """Return the configuration of one run: on validation rows, with one evaluation at the end."""
-        return merge_tables({**trial.table, "seed": seed}, {"task": {"test_split": self.split}, **CHEAP})
+        return set_keys(trial.table, {"seed": seed, "task.test_split": self.split, **CHEAP})
 
     @property
     def _digest(self) -> str:
