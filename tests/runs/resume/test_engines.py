@@ -94,5 +94,5 @@ def test_parties_that_keep_their_own_state_are_not_gone_on_with_here(tmp_path):
         take(Away(watch, observe), f)
 
     run(settings, path, lambda event: breaking(event, 1), drive=elsewhere)
-    with pytest.raises(ValueError, match="on their own machines; go on with the engine that ran this"):
+    with pytest.raises(ValueError, match="are on their machines; go on with the engine that ran this"):
         fedlora.resume(path)
