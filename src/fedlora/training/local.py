@@ -151,7 +151,7 @@ class LocalTrainer:
     def _run(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor], rules: Rules
     ) -> None:
-        steps, losses = self.training.steps(len(self.shard.train)), list[Tensor]()
+        steps, losses = self.training.steps(len(self.shard.train)), [torch.zeros(0, device=self.model.device)]
         for step, step_losses in zip(range(steps), self._gradients(parameters, rules)):
             losses += step_losses
             for group in optimizer.param_groups:
@@ -161,7 +161,8 @@ class LocalTrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.step_done()
-        self.loss = float(torch.cat(losses).mean()) if losses else 0.0
+        all_losses = torch.cat(losses)
+        self.loss = float(all_losses.mean()) if len(all_losses) else 0.0  # a private step may have no finite row
         is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
         if not math.isfinite(self.loss) or not bool(is_finite):  # the loss does not include the last step
             what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"

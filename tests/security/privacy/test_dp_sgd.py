@@ -201,6 +201,13 @@ def test_one_row_of_no_numbers_spoils_nothing():
     assert torch.isfinite(moved(t, start, rules)).all()
 
 
+def test_rows_without_numbers_do_not_stop_a_private_turn():
+    """Whether a turn ends may not depend on the rows: no noise would cover that."""
+    t, start, rules = trainer(1.0, training=Training(local_steps=2, batch_size=6, optimizer="sgd", max_grad_norm=None))
+    t.examples.features["x"][:] = math.nan
+    assert torch.isfinite(moved(t, start, rules)).all() and t.loss == 0.0
+
+
 def test_a_method_that_looks_at_rows_before_it_trains_is_stopped():
     t, start, _ = trainer(1.0)
     with pytest.raises(ValueError, match="has no example-level guarantee"):

@@ -54,10 +54,8 @@ class PrivateTrainer(LocalTrainer):
                     self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
                 )
                 by = clip_factors(grads, self.clip)
-                for (
-                    key,
-                    grad,
-                ) in grads.items():  # a row that is not finite has the factor 0, and 0 times infinity is NaN
+                for key, grad in grads.items():
+                    # A row that is not finite has the factor 0, and 0 times infinity is NaN.
                     finite = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
                     sums[key] += torch.einsum("b,b...->...", by, finite.double())
                 losses.append(part_losses[part_losses.isfinite()])  # one row must not stop the turn
