@@ -18,7 +18,7 @@ from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import apply_base_updates, find_lora_layers
 from fedlora.flower.strategy.peft_state import MARK, PeftState, encode_mark, split_arrays
 from fedlora.rounds import Rules, public_leaves
-from fedlora.types import Layer, Tree, Turn, Work
+from fedlora.types import Tree, Turn, Work
 
 
 def receive(model: Any, message: Message, context: Context) -> Any:
@@ -142,16 +142,27 @@ class ModelTurn:
 
         The padding has no gradient, since each factor's padding is multiplied by zeros of the other factor.
         """
-        return {part: self._pad(part, layer) for part, layer in self.start.items()}
+        leaves = dict(self.start)
+        for part in self.model_state.adapted:
+            layer, state = self.start[part], self.model_state.tree[part]
+            rank = layer["A"].shape[0]
+            A, B = torch.zeros_like(state["A"]), torch.zeros_like(state["B"])
+            A[:rank], B[:, :rank] = layer["A"], layer["B"] * self._ratio(part, rank)
+            leaves[part] = {"A": A, "B": B}
+        return leaves
 
     def finish(self) -> tuple[Tree, Tree]:
         """Return the upload and the leaves that stay, by the method's hooks."""
         work = {}
         for part, start in self.start.items():
-            trained = self._trainable_leaves(part)
+            trained, end = self._trainable_leaves(part), self.model_state.tree[part]
             for leaf in start.keys() - trained:
                 self._check_frozen(part, leaf)
-            work[part] = Work(start, self._unpad(part, self.model_state.tree[part]), trained)
+            if part in self.model_state.adapted:
+                rank = start["A"].shape[0]
+                B = end["B"][:, :rank] / self._ratio(part, rank)
+                end = {"A": end["A"][:rank].contiguous(), "B": B.contiguous()}
+            work[part] = Work(start, end, trained)
         sent = {part: rule.send(work[part], self._turn(part)) for part, rule in self.rules.items()}
         stays = {part: rule.keep(work[part], sent[part], self._turn(part)) for part, rule in self.rules.items()}
         return sent, stays
@@ -178,21 +189,6 @@ class ModelTurn:
         """Return the model's ``B`` divided by the server's ``B`` of this rank, for equal updates ``s B A``."""
         scale: float = self.rules[part].adapter.scale(rank)  # type: ignore[attr-defined]
         return float(scale) / self._layers[part].scaling[_active_adapter(self.model)]
-
-    def _pad(self, part: str, layer: Layer) -> Layer:
-        if part not in self.model_state.adapted:
-            return layer
-        state, rank = self.model_state.tree[part], layer["A"].shape[0]
-        A, B = torch.zeros_like(state["A"]), torch.zeros_like(state["B"])
-        A[:rank], B[:, :rank] = layer["A"], layer["B"] * self._ratio(part, rank)
-        return {"A": A, "B": B}
-
-    def _unpad(self, part: str, layer: Layer) -> Layer:
-        if part not in self.model_state.adapted:
-            return layer
-        rank = self.start[part]["A"].shape[0]
-        B = layer["B"][:, :rank] / self._ratio(part, rank)
-        return {"A": layer["A"][:rank].contiguous(), "B": B.contiguous()}
 
     def _check_frozen(self, part: str, leaf: str) -> None:
         weight = getattr(self._layers[part], f"lora_{leaf}")[_active_adapter(self.model)].weight

@@ -23,6 +23,7 @@ from fedlora.types import Layer, Turn, Upload, Work
 RECORD, BASE_UPDATES = "fedlora", "fedlora.base_updates"  # records of a message: instructions, missing base updates
 PROTOCOL = 1
 PROBE = LoRA(rank=1, alpha=1.0)
+PROBE_LAYER: Layer = {"A": torch.ones(1, 3), "B": torch.ones(3, 1)}
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,14 @@ class Recipe:
         """Return the rule of each part: the method with the part's rank and scale, or the rule for heads."""
         method = self.build()
         heads = FedIT if method.shares_head else Local
-        return {
-            part: replace(method, adapter=LoRA(layer["A"].shape[0], self._alpha(part), self.use_rslora))
-            if part in adapter.adapted
-            else heads(Dense(frozenset(layer)), method.weighting)
-            for part, layer in adapter.tree.items()
-        }
-
-    def _alpha(self, part: str) -> float:
-        return float(self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha))
+        rules: dict[str, Method] = {}
+        for part, layer in adapter.tree.items():
+            if part in adapter.adapted:
+                alpha = float(self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha))
+                rules[part] = replace(method, adapter=LoRA(layer["A"].shape[0], alpha, self.use_rslora))
+            else:
+                rules[part] = heads(Dense(frozenset(layer)), method.weighting)
+        return rules
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _build(name: str, options: str) -> Method:
         )
     kind = METHODS.load(name)
     method: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
-    penalty = method.penalty(_probe())
+    penalty = method.penalty(PROBE_LAYER)
     if isinstance(penalty, torch.Tensor) or penalty != 0.0:
         raise ValueError(
             f"{method.title} adds a penalty to the loss with these method_options, which a training loop of your own "
@@ -129,9 +129,8 @@ def needs_client(method: Method) -> bool:
     hooks = ("trains", "send", "keep")
     if method.personal or any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks):
         return True
-    shared = _probe()
-    start = replace(method, adapter=PROBE).receive(shared, {}, Turn(0, 0, 1))
-    return changes_base(method) or not all(torch.equal(start[leaf], shared[leaf]) for leaf in "AB")
+    start = replace(method, adapter=PROBE).receive(PROBE_LAYER, {}, Turn(0, 0, 1))
+    return changes_base(method) or not all(torch.equal(start[leaf], PROBE_LAYER[leaf]) for leaf in "AB")
 
 
 def changes_base(method: Method) -> bool:
@@ -140,7 +139,7 @@ def changes_base(method: Method) -> bool:
     uploads = [
         Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
     ]
-    return bool(rule.combine_all({"": _probe()}, {"": uploads})[""].base_update)
+    return bool(rule.combine_all({"": PROBE_LAYER}, {"": uploads})[""].base_update)
 
 
 @lru_cache(maxsize=1024)
@@ -148,7 +147,7 @@ def sent_leaves(rule: Method, round: int) -> frozenset[str]:
     """Return the leaves that a client sends in a round, by running the rule on a tiny weight."""
     dense = isinstance(rule.adapter, Dense)
     rule = rule if dense else replace(rule, adapter=PROBE)
-    layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else _probe(1)
+    layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else PROBE_LAYER
     turn = Turn(round, 0, 1)
     start = public_leaves(rule.receive(layer, {}, turn))
     return frozenset(rule.send(Work(start, start, trainable_leaves(rule, start, turn)), turn))
@@ -164,7 +163,3 @@ def _no_gradient() -> Layer:
         "the method asks for a gradient before training, which a training loop of your own does not give; "
         "run it with fedlora's own engine (`fedlora run`)."
     )
-
-
-def _probe(side: int = 3) -> Layer:
-    return {"A": torch.ones(1, side), "B": torch.ones(side, 1)}

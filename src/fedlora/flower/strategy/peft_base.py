@@ -37,26 +37,15 @@ def apply_base_updates(model: nn.Module, base_updates: Mapping[str, Factors]) ->
     for part, layer in layers.items():
         base, new = layer.get_base_layer(), base_updates.get(part)
         old: Factors | None = getattr(base, ATTRIBUTE, None)
-        if not _is_same(old, new):
-            if new is not None:
-                _check_shape(part, layer, new)
-            _change(base, layer, old, new)
-            setattr(base, ATTRIBUTE, new)
-
-
-def _is_same(old: Factors | None, new: Factors | None) -> bool:
-    if old is None or new is None:
-        return old is new
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(old, new))
-
-
-def _check_shape(part: str, layer: LoraLayer, new: Factors) -> None:
-    m, n = new.U.shape[0], new.V.shape[1]
-    if (m, n) != (layer.out_features, layer.in_features):
-        raise ValueError(
-            f"the server folds an update of {m} x {n} into {part!r}, a weight of {layer.out_features} x "
-            f"{layer.in_features}; start server and client from one base model."
-        )
+        if old is new or (old is not None and new is not None and all(map(torch.equal, old, new))):
+            continue
+        if new is not None and (new.U.shape[0], new.V.shape[1]) != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"the server folds an update of {new.U.shape[0]} x {new.V.shape[1]} into {part!r}, a weight of "
+                f"{layer.out_features} x {layer.in_features}; start server and client from one base model."
+            )
+        _change(base, layer, old, new)
+        setattr(base, ATTRIBUTE, new)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedlora.files import RefusedHeaderError
 from fedlora.text import display_safe
 from fedlora.training.peft_keys import read_keys
-from fedlora.types import Factors, Layer, Tree
+from fedlora.types import Factors, Tree
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": an update of the base weight
 MARK = "fedlora.turn"  # [round, number of base updates] in a reply of `send`
@@ -58,7 +58,13 @@ class PeftState:
         for (part, leaf), key in keys.items():
             tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
         for part in adapted:
-            _check_pair(part, tree[part])
+            shapes = {leaf: tuple(x.shape) for leaf, x in sorted(tree[part].items())}
+            is_pair = shapes.keys() == {"A", "B"} and all(len(shape) == 2 for shape in shapes.values())
+            if not is_pair or shapes["A"][0] != shapes["B"][1]:
+                raise ValueError(
+                    f"the factors of {part!r} do not fit together, found {shapes}; needed are A (r, n) and B (m, r) of "
+                    "one linear layer."
+                )
         if not adapted:
             raise ValueError(
                 "the arrays hold no LoRA factors (keys ending in lora_A.weight); send what PEFT's "
@@ -74,16 +80,6 @@ class PeftState:
     def ranks(self) -> dict[str, int]:
         """Return each adapted part's rank."""
         return {part: self.tree[part]["A"].shape[0] for part in self.adapted}
-
-
-def _check_pair(part: str, layer: Layer) -> None:
-    shapes = {leaf: tuple(x.shape) for leaf, x in sorted(layer.items())}
-    fits = shapes.keys() == {"A", "B"} and all(len(s) == 2 for s in shapes.values())
-    if not fits or shapes["A"][0] != shapes["B"][1]:
-        raise ValueError(
-            f"the factors of {part!r} do not fit together, found {shapes}; needed are A (r, n) and B (m, r) of one "
-            "linear layer."
-        )
 
 
 def check_npy(data: bytes, shape: tuple[int, ...]) -> None:

@@ -3,11 +3,11 @@
 In comparison, uploads pass fedlora's validation and, if one is set, a robust aggregator.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -25,6 +25,7 @@ from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
+Reading = TypeVar("Reading")
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,7 @@ class ReplyChecks:
 
     def select_good(self, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
         """Return the good replies by node; the log has the others with the reasons."""
-        good: dict[int, tuple[Received, RecordDict]] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                if node in good:
-                    raise ValueError("it has replied already")
-                good[node] = self._read(node, reply), reply.content
-            except MALFORMED as error:
-                LOG.warning(
-                    "round %s: node %s is left out: %s.", self.round + 1, node, describe_refusal(error, (ValueError,))
-                )
+        good = read_replies(replies, self._read, f"round {self.round + 1}")
         # Methods compare the turns' ranks: if all uploads have the same shapes, each has the server's rank.
         shapes = {
             tuple(tuple(x.shape) for layer in upload.tree.values() for x in layer.values())
@@ -63,8 +54,8 @@ class ReplyChecks:
         rank = max(self.shared.ranks().values())
         return {k: (u._replace(turn=Turn(self.round, k, rank)), content) for k, (u, content) in good.items()}
 
-    def _read(self, node: int, reply: Message) -> Received:
-        check_error(reply)
+    def _read(self, reply: Message) -> tuple[Received, RecordDict]:
+        node = reply.metadata.src_node_id
         if node not in self.asked:
             raise ValueError("it was not asked")
         records = list(reply.content.array_records.values())
@@ -75,7 +66,8 @@ class ReplyChecks:
         self._check_mark(arrays.pop(MARK, None))
         tree = self._tree(arrays)
         ranks = [layer["A"].shape[0] for part, layer in tree.items() if part in self.shared.adapted and "A" in layer]
-        return Received(Turn(self.round, node, max(ranks, default=0)), examples, tree)  # type: ignore[arg-type]
+        turn = Turn(self.round, node, max(ranks, default=0))
+        return Received(turn, examples, tree), reply.content  # type: ignore[arg-type]
 
     def _check_mark(self, mark: Array | None) -> None:
         if mark is None:
@@ -117,10 +109,20 @@ class ReplyChecks:
             raise ValueError(f"it sent {shapes} for {part!r} where {needed} is needed")
 
 
-def check_error(reply: Message) -> None:
-    """Raise ``ValueError`` if a reply is an error."""
-    if reply.has_error():
-        raise ValueError(f"it reports {reply.error.reason!r}")
+def read_replies(replies: Iterable[Message], read: Callable[[Message], Reading], occasion: str) -> dict[int, Reading]:
+    """Read each node's reply. The log has the nodes that are left out, with the reasons."""
+    good: dict[int, Reading] = {}
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        try:
+            if node in good:
+                raise ValueError("it has replied already")
+            if reply.has_error():
+                raise ValueError(f"it reports {reply.error.reason!r}")
+            good[node] = read(reply)
+        except MALFORMED as error:
+            LOG.warning("%s: node %s is left out: %s.", occasion, node, describe_refusal(error, (ValueError,)))
+    return good
 
 
 def read_weight(content: RecordDict, key: str) -> int | float:

@@ -10,19 +10,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor
 
 from fedlora.engines.base_updates import BaseUpdateLog
-from fedlora.flower.replies import MALFORMED, describe_refusal
 from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
 from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, split_arrays
-from fedlora.flower.strategy.replies import (
-    Guard,
-    ReplyChecks,
-    check_error,
-    read_weight,
-    select_alike,
-)
+from fedlora.flower.strategy.replies import Guard, ReplyChecks, read_replies, read_weight, select_alike
 from fedlora.rounds import Received, Rules, Served, public_leaves, server_turn
 from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
@@ -121,21 +113,14 @@ class FedLoRA(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean metrics of the good replies; the log has the others."""
-        replies, good = list(replies), {}
+        replies = list(replies)
         self._forget_failures(replies)
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            try:
-                check_error(reply)
-                read_weight(reply.content, self.weighted_by_key)
-                good.setdefault(node, reply.content)
-            except MALFORMED as error:
-                LOG.warning(
-                    "evaluation %s: node %s is left out: %s.",
-                    server_round,
-                    node,
-                    describe_refusal(error, (ValueError,)),
-                )
+
+        def read(reply: Message) -> RecordDict:
+            read_weight(reply.content, self.weighted_by_key)
+            return reply.content
+
+        good = read_replies(replies, read, f"evaluation {server_round}")
         return self.evaluate_metrics_aggr_fn(select_alike(good.values()), self.weighted_by_key) if good else None
 
     def _open(self, server_round: int, arrays: ArrayRecord) -> None:
@@ -225,18 +210,15 @@ class FedLoRA(FedAvg):
         """Return the adapter with its keys and its precision; leaves that did not change keep their bits."""
         arrays: dict[str, Array] = {}
         for (part, leaf), key in self._shared.keys.items():
-            old, new = self._plain[key], shared[part][leaf]
-            changed = new is not self._shared.tree[part][leaf]
-            arrays[key] = Array(_cast(new, old.numpy().dtype, key)) if changed else old
+            x, arrays[key] = shared[part][leaf], self._plain[key]
+            if x is not self._shared.tree[part][leaf]:
+                dtype = self._plain[key].numpy().dtype
+                with np.errstate(over="ignore"):
+                    array = x.contiguous().numpy().astype(dtype)
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{key!r} is too large for {dtype}; send the adapter in float32.")
+                arrays[key] = Array(array)
         return arrays
-
-
-def _cast(x: Tensor, dtype: np.dtype, key: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        array = x.contiguous().numpy().astype(dtype)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{key!r} is too large for {dtype}; send the adapter in float32.")
-    return array
 
 
 def _check_finite(served: Served) -> None:
