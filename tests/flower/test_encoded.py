@@ -12,7 +12,8 @@ from flwr.app import Array, ArrayRecord
 import fedlora
 from fedlora.files import Limits
 from fedlora.flower.serve import run_server
-from fedlora.flower.wire import UnreadableError, record_to_tree, tree_to_record
+from fedlora.flower.wire import record_to_tree, tree_to_record
+from fedlora.security.validation.expected import RefusedError
 from tests.fixtures.flower import (
     HIDDEN,
     QUICK,
@@ -104,9 +105,9 @@ def test_arrays_are_looked_at_before_they_are_read():
         Array(dtype="uint8", shape=(len(content),), stype="numpy.ndarray", data=content),
         Array(dtype="uint8", shape=(len(content) - 1,), stype="safetensors", data=content[:-1]),
     ):
-        with pytest.raises(UnreadableError):
+        with pytest.raises(RefusedError):
             record_to_tree(ArrayRecord({"leaves": array}))
-    with pytest.raises(UnreadableError, match="most that is taken"):
+    with pytest.raises(RefusedError, match="most that is taken"):
         record_to_tree(tree_to_record({"p": {"A": torch.zeros(4, 4)}}), Limits(size=100))
 
 

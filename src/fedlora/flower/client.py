@@ -1,7 +1,4 @@
-"""A client of a federation over messages: it introduces itself, trains, and evaluates.
-
-Only the records are Flower's.
-"""
+"""A client of a federation over messages: it introduces itself, trains, and evaluates."""
 
 import json
 import sys

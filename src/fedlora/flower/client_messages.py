@@ -1,7 +1,6 @@
 """Client apps: they pass Flower's messages to a node of this process, and return its answers.
 
-In a deployment, Flower starts a process for each message. That process passes the message on and does not import torch,
-so imports that need a model are inside functions.
+Imports that need a model are inside functions: in a deployment, the process of one message does not import torch.
 """
 
 import json
@@ -27,10 +26,8 @@ STALE = "it must be sent everything"
 FAILED = 1001  # our error code; Flower's are smaller
 TOKEN = re.compile(r"[0-9A-Za-z-]{1,64}")  # a run's token, which becomes the name of a folder
 
-Turns = Callable[[str, RecordDict, Context], "RecordDict | str"]
 
-
-def build_client_app(turns: Turns) -> ClientApp:
+def build_client_app(turns: Callable[[str, RecordDict, Context], RecordDict | str]) -> ClientApp:
     """Return a ``ClientApp`` that answers messages by ``turns(kind, content, context)``: a record, or an error text.
 
     An error text for the first message gets the client's number, which the server does not know yet.
@@ -86,17 +83,16 @@ def handle_message(
 
 def _answer(kind: str, content: RecordDict, node: "Node") -> RecordDict:
     from fedlora.flower import secure_client
-    from fedlora.flower.wire import decode_order, encode_answer
+    from fedlora.flower.wire import ORDER, decode_order, encode_answer
 
-    if secure_client.PHASE in content:
-        return secure_client.answer_phase(node, content)
-    if kind == HELLO:
+    if kind == HELLO and secure_client.PHASE not in content:
         answer = node.hello()
+    elif content[ORDER]["client"] != node.client:
+        raise ValueError(f"a message for client {content[ORDER]['client']} came to client {node.client}.")
+    elif secure_client.PHASE in content:
+        return secure_client.answer_phase(node, content)
     else:
-        order, leaves, base_updates = decode_order(content)
-        if order.client != node.client:
-            raise ValueError(f"a message for client {order.client} came to client {node.client}.")
-        answer = (node.train if kind == "train" else node.evaluate)(order, leaves, base_updates)
+        answer = (node.train if kind == "train" else node.evaluate)(*decode_order(content))
     if node.network.secure_aggregation and any((answer.sent or {}).values()):
         raise ValueError("the server asks for an upload in the clear; this client's configuration hides uploads.")
     return encode_answer(answer.metrics, answer.holds, answer.sent)

@@ -23,6 +23,7 @@ from fedlora.engines.snapshot import moment_layers, moments_of
 from fedlora.files import digest, encode_tree, load_about, load_tree, save_json, save_tree, write
 from fedlora.methods._base import pick
 from fedlora.rounds import Rules, public_leaves
+from fedlora.runs.folder import read_json
 from fedlora.security.privacy import key_of
 from fedlora.training.local import OptimizerState
 from fedlora.types import Tree
@@ -83,11 +84,8 @@ class ClientStore:
             name, _, part = key.partition("/")
             groups.setdefault(name, {})[part] = layer
         about = load_about(path)
-        if (
-            groups.keys() != set(PARTS)
-            or about.keys() != set(VALUES)
-            or not all(map(NAME.fullmatch, about["base_updates"]))
-        ):
+        is_whole = groups.keys() == set(PARTS) and about.keys() == set(VALUES)
+        if not is_whole or not all(map(NAME.fullmatch, about["base_updates"])):
             raise ValueError(f"{str(path)!r} holds no state of a client, it was edited; remove the run's folder.")
         moments = {name: moments_of(groups.pop(name)) for name in ("moments", "trained_moments")}
         return StoredState(**groups, **moments, **{**about, "base_updates": tuple(about["base_updates"])})
@@ -117,15 +115,11 @@ class ClientStore:
         if not path.exists():
             return None
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, dict):
-                raise ValueError("it holds no table")
+            return read_json(path)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{str(path)!r} does not say which rows this client began the run with, it was edited ({error}); "
-                "remove the run's folder."
+                f"it is unknown with which rows this client began the run: {error} Remove the run's folder."
             ) from error
-        return rows
 
     def save_rows(self, client: int, rows: Mapping[str, Any]) -> None:
         """Save the digests of the client's rows, as returned by ``inputs.rows``."""

@@ -39,8 +39,7 @@ class NodeRegistry:
     base_updates_held: dict[int, tuple[int, str]] = field(default_factory=dict)  # client -> number, name of its base
     rows: dict[int, int] = field(default_factory=dict)  # client -> number of its training rows
     readings: dict[int, str] = field(default_factory=dict)  # client -> how it reads its labels, if it has labels
-    asked: dict[str, int] = field(default_factory=dict)  # unanswered: message id -> node
-    since: dict[str, float] = field(default_factory=dict)  # message id -> time at which it was sent
+    asked: dict[str, tuple[int, float]] = field(default_factory=dict)  # unanswered: message id -> node, sending time
     reasons: dict[int, str] = field(default_factory=dict)  # node -> why it was left out last
     resting: dict[int, float] = field(default_factory=dict)  # node that failed -> time until which it is not asked
     connected: set[int] = field(default_factory=set)
@@ -49,19 +48,17 @@ class NodeRegistry:
         """Update the connected nodes, ask the new ones, and process their answers."""
         self.connected = set(self.grid.get_node_ids())
         now = monotonic()
-        for key in [key for key, then in self.since.items() if now - then > PATIENCE]:
-            self.asked.pop(key, None)
-            del self.since[key]
+        self.asked = {key: (node, then) for key, (node, then) in self.asked.items() if now - then <= PATIENCE}
         resting = {node for node, until in self.resting.items() if now < until}
-        new = sorted(self.connected - {*self.nodes.values(), *self.asked.values(), *resting})
+        new = sorted(self.connected - {*self.nodes.values(), *(node for node, _ in self.asked.values()), *resting})
         content = RecordDict({ORDER: ConfigRecord({"run": self.run})})
         messages = [Message(content, node, HELLO) for node in new]
         pushed = set(self.grid.push_messages(messages))  # a message has its id from here on
         ids = ((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)
-        self.asked |= {key: node for key, node in ids if key in pushed}
-        self.since |= {key: now for key in self.asked if key not in self.since}
+        self.asked |= {key: (node, now) for key, node in ids if key in pushed}
         for reply in self.grid.pull_messages(list(self.asked)) if self.asked else ():
-            if (node := self.asked.pop(reply.metadata.reply_to_message_id, None)) is not None:
+            node, _ = self.asked.pop(reply.metadata.reply_to_message_id, (None, 0.0))
+            if node is not None:
                 self._register(node, reply)
 
     def connected_clients(self) -> set[int]:
@@ -90,8 +87,8 @@ class NodeRegistry:
 
     def _is_loading(self) -> bool:
         """Whether a connected node was asked and has never answered. Each such node is reported once."""
-        asked = self.connected & set(self.asked.values())
-        loading = sorted(node for node in asked if self.reasons.get(node, LOADING) == LOADING)
+        asked = {node for node, _ in self.asked.values()}
+        loading = sorted(node for node in asked & self.connected if self.reasons.get(node, LOADING) == LOADING)
         for node in loading:
             if node not in self.reasons:
                 self.report(None, f"node {node} {LOADING}; the first round waits {PATIENCE:g} seconds more at most")

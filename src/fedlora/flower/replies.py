@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 
 import torch
+from flwr.app import RecordDict
 
-from fedlora.flower.wire import HOLDS, UnreadableError
+from fedlora.flower.wire import HOLDS, METRICS, Order
 from fedlora.rounds import Rules
 from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, is_possible
@@ -16,10 +17,10 @@ from fedlora.types import Tree
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
 
 
-def describe_refusal(error: BaseException, own: tuple[type[Exception], ...] = (RefusedError, UnreadableError)) -> str:
+def describe_refusal(error: BaseException, own: type[Exception] = RefusedError) -> str:
     """Return the reason why a reply is left out, safe for a log regardless of the client's text.
 
-    The text of an error of the types ``own`` is a sentence. All other errors mean that a record is malformed.
+    The text of an error of the type ``own`` is a sentence. All other errors mean that a record is malformed.
     """
     if isinstance(error, own):
         return display_safe(error)
@@ -35,20 +36,18 @@ def check_mean(rules: Rules, mean: Tree) -> Tree:
     return {part: mean.get(part, {}) for part in rules}
 
 
-def check_holds(expected: str, record: Mapping[str, object]) -> None:
-    """Raise ``RefusedError`` if a client does not hold the leaves that it was sent."""
-    if record.get(HOLDS) != expected:
+def read_metrics(order: Order, content: RecordDict) -> Mapping[str, object]:
+    """Return a reply's metrics. Raises ``RefusedError`` if it is of another round, or the client holds other leaves."""
+    metrics = content[METRICS]
+    if content[HOLDS].get(HOLDS) != order.holds:
         raise RefusedError("it does not hold what it was sent")
+    if metrics.get("round") != order.round:
+        raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {order.round}")
+    return metrics
 
 
-def _check_round(metrics: Mapping[str, object], number: int) -> None:
-    if metrics.get("round") != number:
-        raise RefusedError(f"it answered for round {metrics.get('round')!r}, not {number}")
-
-
-def read_figures(metrics: Mapping[str, object], number: int) -> tuple[int, float]:
-    """Return rows and loss of a turn. Raises ``RefusedError`` if they are of another round, or no numbers."""
-    _check_round(metrics, number)
+def read_figures(metrics: Mapping[str, object]) -> tuple[int, float]:
+    """Return rows and loss of a turn. Raises ``RefusedError`` if they are no numbers."""
     rows, loss = metrics.get("examples"), metrics.get("loss")
     if type(rows) is not int or rows < 1:
         raise RefusedError(f"it claims {rows!r} training rows")
@@ -57,9 +56,8 @@ def read_figures(metrics: Mapping[str, object], number: int) -> tuple[int, float
     return rows, loss
 
 
-def read_scores(metrics: Mapping[str, object], number: int, metric: str) -> Scores:
-    """Return a client's sums and counts. Raises ``RefusedError`` if they are of another round, or no numbers."""
-    _check_round(metrics, number)
+def read_scores(metrics: Mapping[str, object], metric: str) -> Scores:
+    """Return a client's sums and counts. Raises ``RefusedError`` if they are no numbers, or impossible."""
     names = [key.removesuffix(".sum") for key in metrics if key.endswith(".sum")]
     scores = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in scores.items():

@@ -7,13 +7,13 @@ clients that trained it, without learning which clients did.
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
-from torch import Tensor
+from flwr.app import ConfigRecord, RecordDict
 
 from fedlora.files import write
 from fedlora.flower.client import Node
-from fedlora.flower.wire import HOLDS, METRICS, ORDER, decode_layout, decode_order, to_vector
+from fedlora.flower.wire import ORDER, decode_layout, decode_order, encode_answer, to_vector
 from fedlora.security.secure_aggregation import PHASES, Client, Message, SessionTerms, default_threshold
 
 PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "request", "response", "layout"  # names of records
@@ -21,21 +21,22 @@ PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "request", "resp
 
 def answer_phase(node: Node, content: RecordDict) -> RecordDict:
     """Answer one of the four messages of a session. Between them, the client's keys are on its disk."""
-    if content[ORDER]["client"] != node.client:
-        raise ValueError(f"a message for client {content[ORDER]['client']} came to client {node.client}.")
     phase, reply, secret = content[PHASE][PHASE], RecordDict(), node.store.path(node.client, "secret")
     if phase not in PHASES:
         raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
-    request = Message(**content[REQUEST]) if REQUEST in content else None
     if phase == "advertise":
         client = Client(check_session(node, SessionTerms.of(content[SESSION]), content[ORDER]), node.client)
         response = client.advertise()
     else:
         client = Client.from_bytes(secret.read_bytes())
-        if phase == "unmask":
-            _check_single_sum(node, client, request)
-        vector = (_train(node, content, reply, client.session.threshold),) if phase == "mask" else ()
-        response = getattr(client, str(phase))(request, *vector)
+        request: list[Any] = [Message(**content[REQUEST])]
+        if phase == "mask":
+            answer = node.train(*decode_order(content), client.session.threshold)
+            reply = encode_answer(answer.metrics, answer.holds)
+            request.append(to_vector(decode_layout(content[LAYOUT]), answer.sent or {}))
+        elif phase == "unmask":
+            _check_single_sum(node, client, *request)
+        response = getattr(client, str(phase))(*request)
     write(secret, client.to_bytes())  # before the message is sent: an older state would allow a second answer
     if phase == "unmask":
         secret.unlink()
@@ -67,11 +68,3 @@ def _check_single_sum(node: Node, client: Client, request: Message) -> None:
             "would show single uploads. Go on when the same clients are there, or begin a new run."
         )
     write(path, json.dumps(now).encode())
-
-
-def _train(node: Node, content: RecordDict, reply: RecordDict, threshold: int) -> Tensor:
-    """Train, put the metrics into the reply, and return the vector to mask."""
-    order, leaves, base_updates = decode_order(content)
-    answer = node.train(order, leaves, base_updates, threshold)
-    reply[METRICS], reply[HOLDS] = MetricRecord(answer.metrics), ConfigRecord({HOLDS: answer.holds})
-    return to_vector(decode_layout(content[LAYOUT]), answer.sent or {})

@@ -10,10 +10,10 @@ from flwr.app import ConfigRecord, Message
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Reply, ServerState
 from fedlora.engines.network_settings import Network
-from fedlora.flower.replies import check_holds, check_mean, read_figures
+from fedlora.flower.replies import check_mean, read_figures, read_metrics
 from fedlora.flower.secure_client import LAYOUT, PHASE, REQUEST, RESPONSE, SESSION
 from fedlora.flower.server import FlowerLoop
-from fedlora.flower.wire import HOLDS, METRICS, Layout, Order, build_layout, encode_layout, from_vector, vector_size
+from fedlora.flower.wire import Layout, Order, build_layout, encode_layout, from_vector, vector_size
 from fedlora.rounds import Received, Served, server_turn, shares
 from fedlora.security.secure_aggregation import PHASES, ProtocolError, Server, TooFewClientsError
 from fedlora.security.secure_aggregation import Message as SecureMessage
@@ -34,7 +34,6 @@ class SecureFlowerLoop(FlowerLoop):
     """
 
     mean: Received | None = field(default=None, init=False)
-    _last_report: str = field(default="", init=False)
 
     def is_measured(self, f: Federation) -> bool:
         return False  # the errors are relative to single uploads
@@ -45,49 +44,42 @@ class SecureFlowerLoop(FlowerLoop):
     def select_uploads(self, replies: list[Reply]) -> list[Received]:
         return [self.mean] if self.mean is not None else []
 
-    def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
-        began, self._last_report = self._begin_turns(at), ""
-        order, wanted = self._select_order(f, at)
+    def _collect_replies(self, f: Federation, at: ServerState, order: list[int], wanted: int) -> None:
+        """Run sessions until one succeeds. After each, wait for other connected clients, or until ``retry`` is over."""
         least = max(3, self.network.secure_threshold or 0, min(self.network.min_clients, wanted))
         if at.number == self._first and self.network.min_clients < least:
             self.watch(Event("note", at.number, text=(
                 f"flower.min_clients is {self.network.min_clients}; flower.secure_aggregation needs {least} clients "
                 "to finish a round (flower.secure_threshold); with fewer, the round starts again"
             )))  # fmt: skip
-        while not self._try_session(f, at, self._select_cohort(least, order, wanted), least):
-            self._wait_for_change()
+        last = ""
+        while failure := self._try_session(f, at, order, wanted, least):
+            if failure != last:
+                self.watch(Event("waiting", at.number, text=failure))
+            last = failure
+            again, before = time.monotonic() + self.network.retry, self._registry.connected_clients()
+            while self._registry.connected_clients() == before and time.monotonic() < again:
+                self._pause()
+                self._registry.refresh()
             self._quorum.check(least, set(order))
-        return self._end_turns(f, at, began)
 
-    def _select_cohort(self, least: int, order: list[int], wanted: int) -> list[int]:
-        """Return the clients of the next session: without those that failed in this round, unless too few remain."""
+    def _try_session(self, f: Federation, at: ServerState, order: list[int], wanted: int, least: int) -> str:
+        """Run one session, without the clients that failed in this round unless too few remain.
+
+        Returns the reason why it failed, or an empty string.
+        """
         here = [client for client in order if client in self._registry.connected_clients()]
         ready = [client for client in here if client not in self._quorum.failed]
-        return sorted((ready if len(ready) >= least else here)[:wanted])
-
-    def _try_session(self, f: Federation, at: ServerState, cohort: list[int], least: int) -> bool:
-        """Run one session. Returns whether it succeeded, and reports the reason if it did not."""
+        cohort = sorted((ready if len(ready) >= least else here)[:wanted])
         if len(cohort) < least:
-            why = f"{len(cohort)} of at least {least} clients are connected; waiting for more"
-        else:
-            try:
-                self._run_session(f, at, cohort)
-                return True
-            except ProtocolError as error:
-                blamed = self.absent.keys() & set(cohort) or set(cohort)  # all of them, if the protocol names no client
-                self._quorum.failed = (self._quorum.failed - set(cohort)) | blamed
-                why = f"{error}; the round starts again"
-        if why != self._last_report:
-            self.watch(Event("waiting", self._round, text=why))
-        self._last_report = why
-        return False
-
-    def _wait_for_change(self) -> None:
-        """Wait until the connected clients change, or it is time to try again."""
-        again, before = time.monotonic() + self.network.retry, self._registry.connected_clients()
-        while self._registry.connected_clients() == before and time.monotonic() < again:
-            self._pause()
-            self._registry.refresh()
+            return f"{len(cohort)} of at least {least} clients are connected; waiting for more"
+        try:
+            self._run_session(f, at, cohort)
+        except ProtocolError as error:
+            blamed = self.absent.keys() & set(cohort) or set(cohort)  # all of them, if the protocol names no client
+            self._quorum.failed = (self._quorum.failed - set(cohort)) | blamed
+            return f"{error}; the round starts again"
+        return ""
 
     def _run_session(self, f: Federation, at: ServerState, cohort: list[int]) -> None:
         """Run one session: the sum of all vectors. Raises ``ProtocolError`` if too few clients stay to its end."""
@@ -131,8 +123,7 @@ class SecureFlowerLoop(FlowerLoop):
         if response.sender != client:
             raise RefusedError(f"it answered as client {response.sender}")
         if phase == "mask":
-            rows, loss = read_figures(content[METRICS], order.round)
-            check_holds(order.holds, content[HOLDS])
+            rows, loss = read_figures(read_metrics(order, content))
             if self.federation.method.weighting == "examples" and rows != self._registry.rows[client]:
                 raise RefusedError(f"it trained on {rows} rows and had said {self._registry.rows[client]}")
             upload = torch.empty(server.session.size, dtype=torch.int32, device="meta")

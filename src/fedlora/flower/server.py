@@ -24,8 +24,8 @@ from fedlora.flower.client import digest_start
 from fedlora.flower.client_messages import STALE
 from fedlora.flower.client_store import LocalClients, name_base, select_leaves
 from fedlora.flower.node_registry import GONE, NodeRegistry, Quorum
-from fedlora.flower.replies import MALFORMED, check_holds, describe_refusal, read_figures, read_scores
-from fedlora.flower.wire import HOLDS, LEAVES, METRICS, Order, SentOrder, add_round, encode_order, record_to_tree
+from fedlora.flower.replies import MALFORMED, describe_refusal, read_figures, read_metrics, read_scores
+from fedlora.flower.wire import LEAVES, Order, SentOrder, add_round, encode_order, record_to_tree
 from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
 from fedlora.security.validation.expected import RefusedError
@@ -113,15 +113,22 @@ class FlowerLoop(Loop, Strategy):
         return super().run(f, at)
 
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
-        began = self._begin_turns(at)
-        order, wanted = self._select_order(f, at)
+        with self._time_phase("train"):
+            self._begin_turns(at)
+            self._collect_replies(f, at, *self._select_order(f, at))
+        for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
+            self._lose(client, self.absent.get(client, GONE))
+        return [self.replies[client] for client in sorted(self.replies)]
+
+    def _collect_replies(self, f: Federation, at: ServerState, order: list[int], wanted: int) -> None:
+        """Ask the clients, in ``order``, for ``wanted`` uploads, until at least ``min_clients`` have answered."""
         least, tried = min(self.network.min_clients, wanted), set[int]()
         while True:
             self._quorum.check(least, set(order), self.replies.keys())
             here = self._registry.connected_clients() - tried
             self._ask([client for client in order if client in here][: wanted - len(self.replies)], tried)
             if len(self.replies) >= least:
-                return self._end_turns(f, at, began)
+                return
             self._wait(least, tried, set(order))
 
     def _select_order(self, f: Federation, at: ServerState) -> tuple[list[int], int]:
@@ -130,35 +137,20 @@ class FlowerLoop(Loop, Strategy):
         Neither quarantined clients nor drawn dropouts are replaced by others. A dropout still gets its order.
         """
         excluded = excluded_clients(f.validation, at.conduct)
-        if dropped := sorted(
-            set(f.clients.draw_dropouts(at.number, f.seed)) & self._registry.connected_clients() - excluded
-        ):
+        dropouts = set(f.clients.draw_dropouts(at.number, f.seed))
+        if dropped := sorted(dropouts & self._registry.connected_clients() - excluded):
             self._ask(dropped, set())
         order = [client for client in f.order(at.number) if client not in self.absent.keys() | excluded]
         return order, len(set(f.clients.remaining(at.number, f.cohort_seed)) - excluded)
 
-    def _begin_turns(self, at: ServerState) -> float:
-        """Begin a round; the first round waits for all clients. Returns the time of the beginning."""
-        start_time, self.at, self.replies, self._blamed, self._round = (
-            time.perf_counter(),
-            at,
-            {},
-            self.absent,
-            at.number,
-        )
+    def _begin_turns(self, at: ServerState) -> None:
+        """Begin a round; the first round waits for all clients."""
+        self.at, self.replies, self._blamed, self._round = at, {}, self.absent, at.number
         self._quorum = Quorum(self._registry, at.number, self.network.repair_timeout, self.watch, self.absent)
         if at.number == self._first:
             self._registry.wait(self.network.join_timeout)
         else:
             self._registry.refresh()
-        return start_time
-
-    def _end_turns(self, f: Federation, at: ServerState, began: float) -> list[Reply]:
-        """End the turns of a round, and report the clients of the cohort that are missing."""
-        for client in sorted(set(f.cohort(at.number)) - self.replies.keys() - self.screen.rejected.keys()):
-            self._lose(client, self.absent.get(client, GONE))
-        self.clock["train"] += time.perf_counter() - began
-        return [self.replies[client] for client in sorted(self.replies)]
 
     def score_clients(
         self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
@@ -245,20 +237,17 @@ class FlowerLoop(Loop, Strategy):
             self.token, number, client, not at.channel.is_known(client), delivery.first, delivery.after,
             self._bases[delivery.first], self._bases[delivery.after], digest(leaves), at.counted.get(client, -1),
         )  # fmt: skip
-        self._orders[node] = SentOrder(node, client, order, delivery if with_leaves else None)
+        self._orders[node] = SentOrder(node, order, delivery if with_leaves else None)
         if with_leaves:
             at.channel.record_delivery(number, client, delivery)
-            content = encode_order(order, delivery.leaves, delivery.base_updates)
-        else:
-            content = encode_order(order, {}, [])
-        return Message(content, node, kind, group_id=str(number + 1))
+        return Message(encode_order(order, self._orders[node].delivery), node, kind, group_id=str(number + 1))
 
     def _send_and_receive(self, messages: list[Message]) -> list[Message]:
         """Send messages, and return the replies within ``round_timeout``. Clients that do not answer are reported."""
         pushed = set(self.grid.push_messages(messages))  # a message has its id from here on
         self._sent = {m.metadata.message_id: self._orders[m.metadata.dst_node_id] for m in messages}
         for key in self._sent.keys() - pushed:
-            self._lose(self._sent[key].client, "its node cannot be reached")
+            self._lose(self._sent[key].order.client, "its node cannot be reached")
         waiting, replies = pushed & self._sent.keys(), list[Message]()
         end = time.monotonic() + self.network.round_timeout
         while waiting and time.monotonic() < end:
@@ -270,16 +259,16 @@ class FlowerLoop(Loop, Strategy):
             connected = set(self.grid.get_node_ids())
             for key in [key for key in waiting if self._sent[key].node not in connected]:
                 waiting.discard(key)
-                self._lose(self._sent[key].client, "its node was gone while it was asked")
+                self._lose(self._sent[key].order.client, "its node was gone while it was asked")
             if waiting:
                 self._pause()
         for key in waiting:
-            self._lose(self._sent[key].client, f"no answer within {self.network.round_timeout:g} seconds")
+            self._lose(self._sent[key].order.client, f"no answer within {self.network.round_timeout:g} seconds")
         return replies
 
     def _process_reply(self, reply: Message, process: Callable[[Order, Message], None]) -> None:
         """Process one reply, or report why it is left out."""
-        _, client, order, delivery = self._sent[reply.metadata.reply_to_message_id]
+        _, order, delivery = self._sent[reply.metadata.reply_to_message_id]
         try:
             if reply.has_error():
                 raise RefusedError(reply.error.reason or "its app failed")
@@ -287,16 +276,15 @@ class FlowerLoop(Loop, Strategy):
         except MALFORMED as error:
             text = describe_refusal(error)
             if text == STALE:
-                self.at.channel.forget(client)
-            self._lose(client, text)
+                self.at.channel.forget(order.client)
+            self._lose(order.client, text)
         else:
             if delivery is not None:
-                self.at.channel.confirm(client, delivery)
-            self._blamed.pop(client, None)
+                self.at.channel.confirm(order.client, delivery)
+            self._blamed.pop(order.client, None)
 
     def _process_upload(self, order: Order, reply: Message) -> None:
-        check_holds(order.holds, reply.content[HOLDS])
-        rows, loss = read_figures(reply.content[METRICS], order.round)
+        rows, loss = read_figures(read_metrics(order, reply.content))
         f, client, turn = self.federation, order.client, self.federation.turn(order.round, order.client)
         encoded = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))
@@ -309,8 +297,8 @@ class FlowerLoop(Loop, Strategy):
             self.replies[client] = Reply(screened, loss)
 
     def _process_scores(self, order: Order, reply: Message) -> None:
-        check_holds(order.holds, reply.content[HOLDS])
-        self.results[order.client] = read_scores(reply.content[METRICS], order.round, self.federation.task.metric)
+        metrics = read_metrics(order, reply.content)
+        self.results[order.client] = read_scores(metrics, self.federation.task.metric)
 
     def _lose(self, client: int, why: str) -> None:
         """Leave a client out of the round. A reason is reported once a round."""

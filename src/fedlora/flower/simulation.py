@@ -3,9 +3,8 @@
 import logging
 import math
 import os
-import sys
-import threading
 import warnings
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,8 +46,7 @@ class Simulation(FlowerLoop):
         """
         threads = config.engine.threads or 1
         table = merge_tables(config.table, {"engine": {"threads": threads}})
-        errors: list[BaseException | None] = []
-        ended = threading.Event()
+        outcome: Future[None] = Future()
         with TemporaryDirectory(prefix="fedlora-") as folder:
             local = LocalClients(ClientStore(Path(folder) / TOKEN))
             # All nodes exist from the start, but loading the model may take a while.
@@ -60,20 +58,18 @@ class Simulation(FlowerLoop):
             def main(grid: Grid, context: Context) -> None:
                 engine.grid = grid
                 try:
-                    take(engine, f)
-                except BaseException:
-                    errors.append(sys.exception())  # Flower would only log it
+                    outcome.set_result(take(engine, f))
+                except BaseException as error:
+                    outcome.set_exception(error)  # Flower would only log it
                     raise
-                finally:
-                    ended.set()
 
             try:
                 _run_simulation(server, build_simulated_app(table, Path(folder)), f.clients.members, threads)
             except KeyboardInterrupt:
                 engine.stopped = True  # its thread ends at the next pause, and the finished rounds are kept
-                ended.wait(ENDING)
-            if errors:
-                raise errors[0]
+                wait([outcome], ENDING)
+            if outcome.done():
+                outcome.result()  # raises the server's error
             return None if engine.at is None else {k: state.kept for k, state in local.client_states(engine.at).items()}
 
 

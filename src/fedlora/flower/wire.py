@@ -5,6 +5,7 @@ bfloat16), needs no pickle, and sends one object instead of two for each leaf. W
 vector, and a layout lists its leaves.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from fedlora.engines.comm.channel import Delivery
 from fedlora.engines.loop import Round
 from fedlora.files import SEPARATOR, Limits, RefusedHeaderError, decode_tree, encode_tree, flatten, unflatten
 from fedlora.rounds import Rules
-from fedlora.security.validation.expected import build_upload_spec
+from fedlora.security.validation.expected import RefusedError, build_upload_spec
 from fedlora.types import Tree, Turn
 
 MESSAGE = Limits(2**31, 100_000, 2**24)  # for messages of the server; uploads have a limit of their own
@@ -47,16 +48,11 @@ class Order:
 
 
 class SentOrder(NamedTuple):
-    """An order that was sent to a client, with the delivery in the same message."""
+    """An order that was sent to a client, with the delivery in the same message, if there is one."""
 
     node: int
-    client: int
     order: Order
     delivery: Delivery | None
-
-
-class UnreadableError(ValueError):
-    """A record that does not have the expected form."""
 
 
 def tree_to_record(tree: Tree) -> ArrayRecord:
@@ -66,20 +62,20 @@ def tree_to_record(tree: Tree) -> ArrayRecord:
 
 
 def record_to_tree(record: ArrayRecord, limits: Limits = MESSAGE) -> Tree:
-    """Invert ``tree_to_record``. Raises ``UnreadableError`` if the record holds no tree, or exceeds the limits."""
+    """Invert ``tree_to_record``. Raises ``RefusedError`` if the record holds no tree, or exceeds the limits."""
     array = record[LEAVES] if isinstance(record, ArrayRecord) and LEAVES in record else None
     if array is None or array.stype != STYPE:
-        raise UnreadableError("the arrays are no tree of leaves.")
+        raise RefusedError("the arrays are no tree of leaves.")
     if (array.dtype, tuple(array.shape)) != ("uint8", (len(array.data),)):
-        raise UnreadableError(
+        raise RefusedError(
             f"the array is declared as {array.dtype} {tuple(array.shape)} and has {len(array.data)} bytes."
         )
     try:
         return decode_tree(array.data, limits)
     except RefusedHeaderError as error:
-        raise UnreadableError(f"the arrays are no tree of leaves: {error}.") from error
+        raise RefusedError(f"the arrays are no tree of leaves: {error}.") from error
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UnreadableError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
+        raise RefusedError(f"the arrays are no tree of leaves ({type(error).__name__}).") from error
 
 
 def overlay(tree: Tree, other: Tree) -> dict[str, dict]:
@@ -104,18 +100,18 @@ def record_to_base_updates(record: ArrayRecord) -> list[BaseUpdate]:
     for key, factors in record_to_tree(record).items():
         number, _, name = key.partition(SEPARATOR)
         if not number.isdecimal() or factors.keys() != {"U", "V"} or not name.rpartition("/")[2].isdecimal():
-            raise UnreadableError("the arrays are no base updates.")
+            raise RefusedError("the arrays are no base updates.")
         rounds.setdefault(int(number), {})[name] = factors
     return [base_update_from_tree(rounds[number]) for number in sorted(rounds)]
 
 
-def encode_order(order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> RecordDict:
+def encode_order(order: Order, delivery: Delivery | None) -> RecordDict:
     """Return the content of a message to a client. Empty records are left out."""
     content = RecordDict({ORDER: ConfigRecord(asdict(order))})
-    if leaves:
-        content[LEAVES] = tree_to_record(leaves)
-    if base_updates:
-        content[BASE_UPDATES] = base_updates_to_record(base_updates)
+    if delivery and delivery.leaves:
+        content[LEAVES] = tree_to_record(delivery.leaves)
+    if delivery and delivery.base_updates:
+        content[BASE_UPDATES] = base_updates_to_record(delivery.base_updates)
     return content
 
 
@@ -189,13 +185,10 @@ def from_vector(layout: Layout, mean: Tensor, least: float) -> Tree:
 
 
 def encode_layout(layout: Layout) -> ConfigRecord:
-    """Return the layout as three flat lists, since a record holds no nested lists."""
-    shapes = list(layout.values())
-    sizes = [size for shape in shapes for size in shape]
-    return ConfigRecord({"names": list(layout), "ranks": [len(shape) for shape in shapes], "sizes": sizes})
+    """Return the layout as JSON, since a record holds no nested lists."""
+    return ConfigRecord({"leaves": json.dumps(layout)})
 
 
 def decode_layout(record: Mapping[str, Any]) -> Layout:
     """Invert ``encode_layout``."""
-    sizes = iter(record["sizes"])
-    return {name: tuple(next(sizes) for _ in range(rank)) for name, rank in zip(record["names"], record["ranks"])}
+    return {name: tuple(shape) for name, shape in json.loads(record["leaves"]).items()}

@@ -9,22 +9,18 @@ from fedlora.files import check_new_folder, write
 from fedlora.runs.config import Config
 from fedlora.schema import dumps
 
-CLIENT = '''"""This federation's client app; settings of a client's own machine are in its node's configuration."""
+APP = '''"""This federation's {kind} app; {note}."""
 
 from pathlib import Path
 
-from fedlora.flower import client_app
+from fedlora.flower import {kind}_app
 
-app = client_app(Path(__file__).with_name("config.toml"))
+app = {kind}_app(Path(__file__).with_name("config.toml"))
 '''
-SERVER = '''"""This federation's server app; it keeps the run in the folder ``out`` of the run's configuration."""
-
-from pathlib import Path
-
-from fedlora.flower import server_app
-
-app = server_app(Path(__file__).with_name("config.toml"))
-'''
+NOTES = {
+    "client": "settings of a client's own machine are in its node's configuration",
+    "server": "it keeps the run in the folder ``out`` of the run's configuration",
+}
 
 
 def write_app(folder: str | Path, config: Config, out: str | Path | None = None) -> Path:
@@ -38,7 +34,7 @@ def write_app(folder: str | Path, config: Config, out: str | Path | None = None)
     name = re.sub(r"[^a-z0-9]+", "_", path.name.lower()).strip("_") or "federation"
     name = name if name[0].isalpha() else f"app_{name}"
     title = f"{config.method.title} for {config.clients.members} parties, by fedlora"
-    components = {"serverapp": f"{name}.server_app:app", "clientapp": f"{name}.client_app:app"}
+    components = {f"{kind}app": f"{name}.{kind}_app:app" for kind in ("server", "client")}
     flower = {"publisher": "fedlora", "components": components, "config": {"out": str(out or f"runs/{path.name}")}}
     table = {
         "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
@@ -49,7 +45,8 @@ def write_app(folder: str | Path, config: Config, out: str | Path | None = None)
         "tool": {"flwr": {"app": flower}},
     }  # fmt: skip
     write(path / "pyproject.toml", tomli_w.dumps(table).encode())
-    files = {"__init__.py": "", "client_app.py": CLIENT, "server_app.py": SERVER, "config.toml": dumps(config.table)}
+    files = {f"{kind}_app.py": APP.format(kind=kind, note=note) for kind, note in NOTES.items()}
+    files |= {"__init__.py": "", "config.toml": dumps(config.table)}
     for file, text in files.items():
         write(path / name / file, text.encode())
     return path

@@ -17,8 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -82,7 +81,8 @@ def _ask(connection: Connection, kind: str, content: RecordDict) -> RecordDict |
 def _connect(config: Path, node_config: Mapping[str, Any]) -> Connection:
     """Return a connection to the client process of this configuration; the process is started if necessary."""
     endpoint = Endpoint(config, node_config)
-    with endpoint.lock():  # two messages at once must not start two processes
+    with open(os.open(endpoint.lock, os.O_CREAT | os.O_WRONLY, 0o600), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two messages at once must not start two processes
         if connection := endpoint.connect():
             return connection
         process = endpoint.start()
@@ -111,15 +111,8 @@ class Endpoint:
             raise OSError(f"{str(folder)!r} is open to others; remove it, or set XDG_RUNTIME_DIR")
         identity = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
         name = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
-        self.socket, self.key, self.lock_file = (folder / f"{name}.{end}" for end in ("sock", "key", "lock"))
+        self.socket, self.key, self.lock = (folder / f"{name}.{end}" for end in ("sock", "key", "lock"))
         self.config, self.node_config, self.log = config, node_config, log_path(node_config)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from connecting and starting meanwhile."""
-        with open(os.open(self.lock_file, os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def connect(self) -> Connection | None:
         """Return a connection, or None if no process listens."""

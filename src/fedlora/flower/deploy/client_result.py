@@ -35,9 +35,7 @@ def write_result(
     store = ClientStore(files[-1].parents[1])
     stored = store.load(client)
     f = config.federation(combines=True)
-    base_updates = BaseUpdateLog()
-    for name in stored.base_updates:
-        base_updates.append(store.load_base_update(name))
+    base_updates = BaseUpdateLog(entries=[store.load_base_update(name) for name in stored.base_updates])
     # Only a client with its own data has a label reading of its own.
     reading = (store.load_rows(client) or {}).get("reading") if f.data is None else None
     readings = {client: reading} if reading in READINGS and reading else {}

@@ -238,14 +238,6 @@ class Loopback:
         home = {"FLWR_HOME": str(self.folder / f"home-{name}")}
         return self._start(name, "flower-supernode", tls, options, env=home)
 
-    def _start(
-        self, name: str, program: str, tls: list[str], options: list[str], **popen: Any
-    ) -> tuple[subprocess.Popen, int]:
-        """Start a process. Returns it and the present size of its log, which may have lines of an earlier process."""
-        command = [str(self.commands / program), *(["--insecure"] if self.insecure else tls), *options]
-        with (self.logs / f"{name}.log").open("ab") as log:
-            return self.group.start(name, command, stdout=log, stderr=subprocess.STDOUT, **popen), log.tell()
-
     def _wait(self, launched: dict[str, tuple[subprocess.Popen, int]]) -> None:
         """Wait until each node has its number from the SuperLink."""
         for name, (process, size) in launched.items():
@@ -256,6 +248,14 @@ class Loopback:
                 return bool(match)
 
             self._wait_until(name, process, is_online, "was not admitted by the SuperLink")
+
+    def _start(
+        self, name: str, program: str, tls: list[str], options: list[str], **popen: Any
+    ) -> tuple[subprocess.Popen, int]:
+        """Start a process. Returns it and the present size of its log, which may have lines of an earlier process."""
+        command = [str(self.commands / program), *(["--insecure"] if self.insecure else tls), *options]
+        with (self.logs / f"{name}.log").open("ab") as log:
+            return self.group.start(name, command, stdout=log, stderr=subprocess.STDOUT, **popen), log.tell()
 
     def _wait_until(self, name: str, process: subprocess.Popen, is_ready: Callable[[], bool], failure: str) -> None:
         until = time.monotonic() + self.deadline
@@ -296,11 +296,16 @@ def run_local(
     out = out.expanduser().absolute()
     configs = build_node_configs(config, out, parties)
     sizes = {path: path.stat().st_size for path in map(log_path, configs) if path.exists()}
+
+    def show(line: str) -> None:  # Flower's other lines are in the logs only
+        if line.startswith(("round ", "note: ")) or "ERROR" in line or "rror:" in line:
+            watch(line)
+
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder:
         app = write_app(Path(folder) / "federation", config, out)
         with Loopback({f"client-{read_client(c)}": c for c in configs}, out / "logs", insecure=insecure) as flower:
             watch(f"{len(configs)} parties are connected{'' if insecure else ', by TLS and with a key each'}.")
-            failed = flower.run(app, watch=lambda line: watch(line) if _is_shown(line) else None)
+            failed = flower.run(app, watch=show)
         reasons = [reason for node in configs if (reason := _find_error(node, sizes))]
         if failed:
             why = "".join(f" {reason}" for reason in reasons)
@@ -332,20 +337,10 @@ def build_node_configs(config: Config, out: Path, parties: Path | None) -> list[
 
 
 def _find_error(node: Mapping[str, Any], sizes: Mapping[Path, int]) -> str:
-    """Return a sentence on the last error in a client's log since the run began, or an empty string.
-
-    ``sizes`` are the sizes of the logs before the run.
-    """
+    """Return a sentence on the last error in a client's log after its first ``sizes[log]`` bytes, or nothing."""
     path = log_path(node)
-    if not path.exists():
-        return ""
-    new = path.read_bytes()[sizes.get(path, 0) :].decode(errors="replace").splitlines()
-    errors = [line for line in new if ERROR.match(line)]
+    new = path.read_bytes()[sizes.get(path, 0) :] if path.exists() else b""
+    errors = [line for line in new.decode(errors="replace").splitlines() if ERROR.match(line)]
     if not errors:
         return ""
     return f"Client {read_client(node)}'s log, {path}, ends with {display_safe(errors[-1], LONGEST)!r}."
-
-
-def _is_shown(line: str) -> bool:
-    """Whether a line is printed by the run itself, or is an error. Flower's other lines are in the logs only."""
-    return line.startswith(("round ", "note: ")) or "ERROR" in line or "rror:" in line

@@ -15,10 +15,10 @@ from fedlora.methods import METHODS, Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.registry import name_or_nearest
-from fedlora.rounds import Rules, public_leaves
+from fedlora.rounds import Rules
 from fedlora.schema import construct
 from fedlora.training.peft_settings import pattern_for
-from fedlora.types import Layer, Turn, Upload, Work
+from fedlora.types import Layer, Turn, Upload
 
 RECORD, BASE_UPDATES = "fedlora", "fedlora.base_updates"  # records of a message: instructions, missing base updates
 PROTOCOL = 1
@@ -140,17 +140,6 @@ def changes_base(method: Method) -> bool:
         Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
     ]
     return bool(rule.combine_all({"": PROBE_LAYER}, {"": uploads})[""].base_update)
-
-
-@lru_cache(maxsize=1024)
-def sent_leaves(rule: Method, round: int) -> frozenset[str]:
-    """Return the leaves that a client sends in a round, by running the rule on a tiny weight."""
-    dense = isinstance(rule.adapter, Dense)
-    rule = rule if dense else replace(rule, adapter=PROBE)
-    layer = dict.fromkeys(rule.adapter.trainable, torch.ones(1)) if dense else PROBE_LAYER
-    turn = Turn(round, 0, 1)
-    start = public_leaves(rule.receive(layer, {}, turn))
-    return frozenset(rule.send(Work(start, start, trainable_leaves(rule, start, turn)), turn))
 
 
 def trainable_leaves(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:

@@ -69,10 +69,7 @@ class NodeMemory:
         return add_base_updates(settled, recent)
 
 
-def add_base_updates(*several: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return the sum of base updates, part by part."""
-    parts: dict[str, list[Factors]] = {}
-    for base_updates in several:
-        for part, factors in base_updates.items():
-            parts.setdefault(part, []).append(factors)
-    return {part: compact(total(factors)) for part, factors in parts.items()}
+def add_base_updates(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Return the sum of two base updates, part by part."""
+    parts = {**first, **second}
+    return {part: compact(total([x[part] for x in (first, second) if part in x])) for part in parts}

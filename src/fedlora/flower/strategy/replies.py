@@ -1,10 +1,8 @@
-"""Checks of a round's replies, one by one and in comparison. A reply that fails is left out and reported.
-
-In comparison, uploads pass fedlora's validation and, if one is set, a robust aggregator.
-"""
+"""Checks of a round's replies, one by one and in comparison. A reply that fails is left out and reported."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from logging import getLogger
 from math import isfinite
 from typing import Any, TypeVar
@@ -13,7 +11,6 @@ from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora.flower.replies import MALFORMED, describe_refusal
-from fedlora.flower.strategy.instructions import sent_leaves
 from fedlora.flower.strategy.peft_state import MARK, PeftState, parse_keys, read_mark, read_tensor
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
@@ -21,6 +18,7 @@ from fedlora.schema import construct, construct_by_name
 from fedlora.security.robust import ROBUST_RULES
 from fedlora.security.robust._base import RobustAggregator, reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
+from fedlora.security.validation.expected import build_upload_spec
 from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
@@ -82,11 +80,17 @@ class ReplyChecks:
                 f"{self.base_updates} was asked for"
             )
 
+    @cached_property
+    def _sent(self) -> set[tuple[str, str]]:
+        """The parts and leaves that the method sends in this round."""
+        turn = Turn(self.round, 0, max(self.shared.ranks().values()))
+        sent = build_upload_spec(self.rules, self.shared.tree, turn).sent
+        return {(part, leaf) for part, layer in sent.items() for leaf in layer}
+
     def _tree(self, arrays: Mapping[str, Array]) -> dict[str, dict[str, Tensor]]:
         keys, _ = parse_keys(arrays)
-        wanted = {(part, leaf) for part, rule in self.rules.items() for leaf in sent_leaves(rule, self.round)}
         which = ", which the method does not send in this round"
-        for verb, odd, end in (("lacks", wanted - keys.keys(), ""), ("sent", keys.keys() - wanted, which)):
+        for verb, odd, end in (("lacks", self._sent - keys.keys(), ""), ("sent", keys.keys() - self._sent, which)):
             if odd:
                 names = sorted(self.shared.keys.get(x, keys.get(x)) for x in odd)
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -121,7 +125,7 @@ def read_replies(replies: Iterable[Message], read: Callable[[Message], Reading],
                 raise ValueError(f"it reports {reply.error.reason!r}")
             good[node] = read(reply)
         except MALFORMED as error:
-            LOG.warning("%s: node %s is left out: %s.", occasion, node, describe_refusal(error, (ValueError,)))
+            LOG.warning("%s: node %s is left out: %s.", occasion, node, describe_refusal(error, ValueError))
     return good
 
 

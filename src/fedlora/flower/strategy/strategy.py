@@ -159,8 +159,8 @@ class FedLoRA(FedAvg):
             first = self._known.get(node, 0)
             first = first if first >= self._log.start else 0
             if first not in records:
-                missing = self._log.missing_sum(first) if first < len(self._log) else {}
-                records[first] = ArrayRecord(encode_base_updates({part: f[0] for part, f in missing.items()}))
+                missing = {part: factors[0] for part, factors in self._log.missing_sum(first).items()}
+                records[first] = ArrayRecord(encode_base_updates(missing))
             seed = derive_seed(self.recipe.seed, "turn", round, node)
             instructions = Instructions(
                 self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
