@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -58,15 +58,11 @@ class SharedBase:
         f = self.federation
         self.evaluator, self.initial, self.start = f.evaluator(), f.model.initial(f.seed), digest_start(f)
 
-    @property
-    def reading(self) -> str:
-        """How the labels are read; see ``labels.READINGS``."""
-        return "" if self.federation.data is None else self.federation.data.reading
-
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """Digests of this machine's rows, and the reading of their labels, for the client's own disk only."""
-        return {**digest_rows(self.federation), "reading": self.reading}
+        """Digests of this machine's rows, for the client's own disk only, and the reading of their labels."""
+        data = self.federation.data
+        return {**digest_rows(self.federation), "reading": "" if data is None else data.reading}
 
     def apply_base_updates(self, names: tuple[str, ...], store: ClientStore) -> None:
         """Apply these base updates: on top of the present ones if they continue them, and from the start otherwise."""
@@ -94,7 +90,6 @@ class Node:
     client: int
     store: ClientStore
     network: Network = field(default_factory=Network)  # of this client's own configuration
-    step_done: Callable[[], None] = lambda: None
 
     @property
     def federation(self) -> Federation:
@@ -112,7 +107,7 @@ class Node:
             "client": self.client,
             "examples": len(f.shards[self.client].train) if 0 <= self.client < f.clients.members else 0,
             "base_updates_held": stored.base_updates_held,
-            "labels": READINGS.index(self.base.reading),
+            "labels": READINGS.index(self.base.rows["reading"]),
         }
         return Answer(metrics, f"{self.base.start} {stored.base}")
 
@@ -130,7 +125,7 @@ class Node:
             raise ValueError(f"an order for round {order.round} came after one for round {before.pending}.")
         stored, shared, holds = self._receive(before, order, leaves, base_updates)
         key = self.store.key(self.client) if f.privacy.secret else None
-        turn = ClientTurn(f, f.turn(order.round, self.client), self.step_done, key, sharing)
+        turn = ClientTurn(f, f.turn(order.round, self.client), key=key, summed=sharing)
         update = turn.run(shared, ClientState(stored.kept, stored.moments))
         trained, moments = update.state
         self.store.save(

@@ -68,13 +68,12 @@ def handle_message(
         node = load(run)
         failure = "it could not say who it is" if kind == HELLO else "its turn failed"
         return _answer(kind, content, node)
-    except StaleError as error:
-        print(f"fedlora: {error}", file=sys.stderr)
-        return STALE
     except DroppedError as error:
         return str(error)
-    except ChangedRowsError as error:
+    except (StaleError, ChangedRowsError) as error:
         print(f"fedlora: {error}", file=sys.stderr)
+        if isinstance(error, StaleError):
+            return STALE
         return f"its data are not those that it began this run with; {log} says what changed"
     except Exception as error:
         traceback.print_exc()

@@ -3,15 +3,12 @@
 import math
 from collections.abc import Mapping
 
-import torch
 from flwr.app import RecordDict
 
 from fedlora.flower.wire import HOLDS, METRICS, Order
-from fedlora.rounds import Rules
 from fedlora.security.validation.expected import RefusedError
 from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, is_possible
 from fedlora.text import display_safe
-from fedlora.types import Tree
 
 # The errors that an unexpected record may raise: the reply is left out, and the round goes on.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError)
@@ -25,15 +22,6 @@ def describe_refusal(error: BaseException, own: type[Exception] = RefusedError) 
     if isinstance(error, own):
         return display_safe(error)
     return f"its reply is malformed ({type(error).__name__}: {display_safe(error)})"
-
-
-def check_mean(rules: Rules, mean: Tree) -> Tree:
-    """Check a round's mean, and return it with every part of the model. Leaves that no client sent are missing."""
-    for layer in mean.values():
-        for leaf, x in layer.items():
-            if not bool(torch.isfinite(x).all()):
-                raise RefusedError(f"the mean of {leaf!r} is not finite")
-    return {part: mean.get(part, {}) for part in rules}
 
 
 def read_metrics(order: Order, content: RecordDict) -> Mapping[str, object]:

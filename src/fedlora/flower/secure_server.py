@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Event, Reply, ServerState
 from fedlora.engines.network_settings import Network
-from fedlora.flower.replies import check_mean, read_figures, read_metrics
+from fedlora.flower.replies import read_figures, read_metrics
 from fedlora.flower.secure_client import LAYOUT, PHASE, REQUEST, RESPONSE, SESSION
 from fedlora.flower.server import FlowerLoop
 from fedlora.flower.wire import Layout, Order, build_layout, encode_layout, from_vector, vector_size
@@ -99,7 +99,8 @@ class SecureFlowerLoop(FlowerLoop):
             requests = dict(server.close())
         outcome = server.outcome()
         least = min(weights[k] for k in outcome.numbers) / outcome.weight
-        tree = check_mean(f.rules, from_vector(layout, outcome.mean, least))
+        mean = from_vector(layout, outcome.mean, least)
+        tree = {part: mean.get(part, {}) for part in f.rules}
         self.mean = Received(f.turn(at.number, outcome.numbers[0]), 1, tree)
         self.replies = {k: self.replies[k] for k in outcome.numbers}
 

@@ -170,7 +170,8 @@ def vector_size(layout: Layout) -> int:
 def from_vector(layout: Layout, mean: Tensor, least: float) -> Tree:
     """Return each leaf's mean over the clients that sent it, from the mean of all vectors.
 
-    Leaves that no client sent are left out. ``least`` is the smallest weight of a client in the mean.
+    Leaves that no client sent are left out. ``least`` is the smallest weight of a client in the mean. Raises
+    ``RefusedError`` for a mean that is not finite.
     """
     senders = mean[mean.numel() - len(layout) :]  # for each leaf, the total weight of the clients that sent it
     leaves: dict[str, Tensor] = {}
@@ -180,6 +181,8 @@ def from_vector(layout: Layout, mean: Tensor, least: float) -> Tree:
         if weight > least / 2:
             all_sent = abs(weight - 1) < 1e-6
             leaves[name] = mean[start : start + size].reshape(shape) / (1.0 if all_sent else weight)
+            if not bool(leaves[name].isfinite().all()):
+                raise RefusedError(f"the mean of {name!r} is not finite")
         start += size
     return unflatten(leaves)
 

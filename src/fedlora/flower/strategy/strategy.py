@@ -15,7 +15,7 @@ from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
 from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, split_arrays
 from fedlora.flower.strategy.replies import Guard, ReplyChecks, read_replies, read_weight, select_alike
-from fedlora.rounds import Received, Rules, Served, public_leaves, server_turn
+from fedlora.rounds import Received, Rules, public_leaves, server_turn
 from fedlora.seeds import derive_seed
 from fedlora.types import Tree, Turn
 
@@ -196,7 +196,10 @@ class FedLoRA(FedAvg):
             if not uploads:
                 raise ValueError("a robust rule needs 3 good replies.")
             served = server_turn(self._rules, self._shared.tree, uploads)
-            _check_finite(served)
+            tensors = [x for layer in served.shared.values() for x in layer.values()]
+            tensors += [x for factors in served.base_updates.values() for f in factors for x in f]
+            if not all(bool(x.isfinite().all()) for x in tensors):
+                raise ValueError("the result is not finite; lower the learning rate.")
             arrays = self._to_arrays(served.shared)
         except (ValueError, torch.linalg.LinAlgError) as error:
             LOG.warning("round %s cannot be combined, the model stays as it was: %s", server_round, error)
@@ -219,10 +222,3 @@ class FedLoRA(FedAvg):
                     raise ValueError(f"{key!r} is too large for {dtype}; send the adapter in float32.")
                 arrays[key] = Array(array)
         return arrays
-
-
-def _check_finite(served: Served) -> None:
-    tensors = [x for layer in served.shared.values() for x in layer.values()]
-    tensors += [x for factors in served.base_updates.values() for f in factors for x in f]
-    if not all(bool(x.isfinite().all()) for x in tensors):
-        raise ValueError("the result is not finite; lower the learning rate.")
