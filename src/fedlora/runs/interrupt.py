@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fedlora.engines.loop import Event, Watch
 from fedlora.schema import ConfigError
@@ -29,15 +30,9 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle Ctrl-C within the block, unless the program has its own handler."""
-        main = threading.current_thread() is threading.main_thread()
-        if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with handle_signals(self._handle, *([signal.SIGINT] if is_default else [])):
             yield
-            return
-        signal.signal(signal.SIGINT, self._handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.is_requested:
@@ -62,6 +57,20 @@ class Stop:
                 self.check()
 
         return notify
+
+
+@contextmanager
+def handle_signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Use this handler for the signals meanwhile. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
 
 
 @contextmanager

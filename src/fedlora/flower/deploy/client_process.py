@@ -53,13 +53,18 @@ def client_app(config: str | Path) -> ClientApp:
         if node_config.get("host", True) is False:
             return handle_message(kind, content, lambda run: load_node(read_table(path), node_config, run))
         try:
-            answer = _ask(_connect(path, node_config), kind, content)
+            with _connect(path, node_config) as connection:  # messages are Flower's protobuf: reading executes no code
+                connection.send_bytes(kind.encode())
+                connection.send_bytes(recorddict_to_proto(content).SerializeToString())
+                is_answer, body = connection.recv_bytes() == b"answer", connection.recv_bytes()
         except (OSError, EOFError, AuthenticationError, ConfigError) as error:
             print(f"fedlora: the client process cannot be reached: {error}", file=sys.stderr)
             return "its client process cannot be reached; its SuperNode says why"
-        if isinstance(answer, str):  # users read the SuperNode's log first
-            print(f"fedlora: {kind}: {answer}: {log_path(node_config)}", file=sys.stderr)
-        return answer
+        if is_answer:
+            return recorddict_from_proto(Proto.FromString(body))
+        # Users read the SuperNode's log first, which gets this line.
+        print(f"fedlora: {kind}: {body.decode()}: {log_path(node_config)}", file=sys.stderr)
+        return body.decode()
 
     return build_client_app(turns)
 
@@ -67,15 +72,6 @@ def client_app(config: str | Path) -> ClientApp:
 def log_path(node_config: Mapping[str, Any]) -> Path:
     """Return the path of a client process's log, which has its errors in full."""
     return state_folder(node_config).absolute() / LOG
-
-
-def _ask(connection: Connection, kind: str, content: RecordDict) -> RecordDict | str:
-    """Pass one message on, as Flower's protobuf: receiving it executes no code."""
-    with connection:
-        connection.send_bytes(kind.encode())
-        connection.send_bytes(recorddict_to_proto(content).SerializeToString())
-        is_answer, body = connection.recv_bytes() == b"answer", connection.recv_bytes()
-    return recorddict_from_proto(Proto.FromString(body)) if is_answer else body.decode()
 
 
 def _connect(config: Path, node_config: Mapping[str, Any]) -> Connection:

@@ -37,13 +37,13 @@ from fedlora.flower.deploy.processes import (
     build_environment,
     find_commands,
     find_free_ports,
-    handle_signals,
     is_listening,
     raise_exit,
     tail,
 )
 from fedlora.runs.config import Config
 from fedlora.runs.folder import RunFolder
+from fedlora.runs.interrupt import handle_signals
 from fedlora.schema import ConfigError, flatten_table, read_table
 from fedlora.text import display_safe
 

@@ -17,8 +17,8 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -143,20 +143,6 @@ class ProcessGroup:
 def raise_exit(number: int, frame: FrameType | None) -> NoReturn:
     """Handle a signal by unwinding the stack, as Ctrl-C does."""
     raise SystemExit(128 + number)
-
-
-@contextmanager
-def handle_signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Use this handler for the signals meanwhile. Does nothing outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
 
 
 class FlwrCommand:

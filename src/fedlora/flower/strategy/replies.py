@@ -81,7 +81,7 @@ class ReplyChecks:
             )
 
     @cached_property
-    def _sent(self) -> set[tuple[str, str]]:
+    def _leaves(self) -> set[tuple[str, str]]:
         """The parts and leaves that the method sends in this round."""
         turn = Turn(self.round, 0, max(self.shared.ranks().values()))
         sent = build_upload_spec(self.rules, self.shared.tree, turn).sent
@@ -90,7 +90,7 @@ class ReplyChecks:
     def _tree(self, arrays: Mapping[str, Array]) -> dict[str, dict[str, Tensor]]:
         keys, _ = parse_keys(arrays)
         which = ", which the method does not send in this round"
-        for verb, odd, end in (("lacks", self._sent - keys.keys(), ""), ("sent", keys.keys() - self._sent, which)):
+        for verb, odd, end in (("lacks", self._leaves - keys.keys(), ""), ("sent", keys.keys() - self._leaves, which)):
             if odd:
                 names = sorted(self.shared.keys.get(x, keys.get(x)) for x in odd)
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
