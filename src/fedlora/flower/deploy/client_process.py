@@ -21,7 +21,6 @@ from collections.abc import Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -142,15 +141,20 @@ def serve_messages(arguments: Mapping[str, Any]) -> None:
         file.write(authkey)
     signal.signal(signal.SIGTERM, lambda *_: _exit(socket, key))
     with Listener(str(socket), "AF_UNIX", authkey=authkey) as listener:
-        idle = SimpleNamespace(since=time.monotonic())  # None while a message is answered
-        watched = (arguments["parent"], idle, socket, key)
-        threading.Thread(target=_exit_with_parent, args=watched, daemon=True).start()
+        idle_since: float | None = time.monotonic()  # None while a message is answered
+
+        def exit_with_parent() -> None:
+            while is_alive(arguments["parent"]) and ((since := idle_since) is None or time.monotonic() - since <= IDLE):
+                time.sleep(LOOK)
+            _exit(socket, key)
+
+        threading.Thread(target=exit_with_parent, daemon=True).start()
         while True:
             try:
                 with listener.accept() as connection:
-                    idle.since = None
+                    idle_since = None
                     _reply(connection, table, node_config)
-                    idle.since = time.monotonic()
+                    idle_since = time.monotonic()
             except (EOFError, OSError, AuthenticationError) as error:  # a proxy was killed
                 print(f"fedlora: a message was not finished: {error}", file=sys.stderr, flush=True)
 
@@ -163,13 +167,6 @@ def _reply(connection: Connection, table: dict, node_config: dict) -> None:
     connection.send_bytes(b"answer" if is_answer else b"error")
     connection.send_bytes(recorddict_to_proto(answer).SerializeToString() if is_answer else str(answer).encode())
     sys.stderr.flush()
-
-
-def _exit_with_parent(parent: int, idle: SimpleNamespace, *files: Path) -> None:
-    """End the process when its parent has ended, or after ``IDLE`` seconds without a message."""
-    while is_alive(parent) and ((since := idle.since) is None or time.monotonic() - since <= IDLE):
-        time.sleep(LOOK)
-    _exit(*files)
 
 
 def _exit(*files: Path) -> None:
