@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import warnings
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -59,8 +60,8 @@ class Simulation(FlowerLoop):
                 engine.grid = grid
                 try:
                     outcome.set_result(take(engine, f))
-                except BaseException as error:
-                    outcome.set_exception(error)  # Flower would only log it
+                except BaseException:
+                    outcome.set_exception(sys.exception())  # Flower would only log it
                     raise
 
             try:
