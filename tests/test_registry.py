@@ -206,7 +206,7 @@ def test_a_registry_of_ones_own(package):
     assert kinds.names() == ["mine"] and kinds.load("mine").title == "Mine"
     wrong = Registry(Partitioner, "rule", group="others.rules", package="fedlora.engines")
     with pytest.raises(
-        ValueError, match="fedlora.engines.partition defines 9 rules; a rule's file defines exactly one"
+        ValueError, match=r"fedlora.engines.partition defines \d+ rules; a rule's file defines exactly one"
     ):
         wrong.load("partition")
     assert ENGINES.load("inprocess") is InProcess and ADAPTERS.name_of(LoRA) == "lora"

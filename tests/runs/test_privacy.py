@@ -60,6 +60,15 @@ def test_the_grid_has_the_bits_of_one_process(name, settings, tmp_path):
     assert not same(bare.shared, here.shared) or name == "flora"
 
 
+def test_no_engine_records_errors_that_show_single_uploads(tmp_path):
+    pytest.importorskip("flwr", reason="needs the flower extra")
+    from tests.fixtures.flower import World
+
+    made = config("fedit", *CLIENT, "evaluation.measure=true", "rounds=1")
+    records = [*fedlora.run(made).records, *(done.record for done in World(tmp_path, made=made).run())]
+    assert len(records) == 2 and not any("weights" in record for record in records)
+
+
 def test_a_rounds_change_is_the_clipped_mean_and_its_noise(tmp_path):
     settings = (*CLIENT, "privacy.clip=0.05")
     quiet = fedlora.run(config("fedit", *settings, "privacy.noise_multiplier=0.0", "privacy.figures=true"))

@@ -73,9 +73,7 @@ class Adapter(ABC):
 
         Raises ``ValueError`` if the parametrisation cannot start from an update.
         """
-        raise ValueError(
-            f"an adapter of kind {type(self).__name__} cannot start from an update; leave model.start out."
-        )
+        raise ValueError(f"a {type(self).__name__} cannot start from an update; leave model.start out.")
 
     def leading(self, layer: Layer, rank: int) -> Layer:
         """Return the part of ``layer`` that a client of smaller budget holds; its update is that part of the update."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli import chat, code_eval, doctor, export, flower, methods, plan, report, run
+from fedlora.cli import chat, code_eval, doctor, export, flower, methods, report, run
 from fedlora.cli._options import Command, PlainGroup, say
 from fedlora.runs import error_log
 
@@ -15,7 +15,7 @@ app = typer.Typer(
     help="Fine-tune one pretrained transformer together without sharing data: federated LoRA, done exactly.",
 )  # fmt: skip
 for command in (
-    plan.plan_command, run.sweep_command, run.run_command, run.resume_command, run.compare_command,
+    run.plan_command, run.sweep_command, run.run_command, run.resume_command, run.compare_command,
     report.watch_command, export.show_command, report.report_command, report.plots_command, export.personal_command,
     export.aggregate_command, export.export_command, report.similarity_command, chat.chat_command,
     code_eval.solve_command, code_eval.grade_command, methods.methods_command, methods.cite_command,

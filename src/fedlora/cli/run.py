@@ -1,4 +1,4 @@
-"""Commands that run federations: run, resume, compare, sweep, demo."""
+"""Commands that plan and run federations: plan, run, resume, compare, sweep, demo."""
 
 import os
 import shutil
@@ -23,6 +23,23 @@ from fedlora.cli._options import (
 
 DEMO_METHODS = ("fedit", "ffa-lora", "rolora", "flora-na", "fedrot-lora", "fedsa-lora", "ravan", "local")
 EngineName = Annotated[str | None, typer.Option(help="inprocess or flower-simulation.")]
+
+
+def plan_command(config: ConfigPath, override: Override = None, methods: Methods = None, as_json: Json = False) -> None:
+    """Estimate the costs of a run before it begins: bytes, memory, operations; and report errors in the settings."""
+    from fedlora.reporting.tables.plan import tabulate_plan, tabulate_plans
+    from fedlora.runs.plan.plan import find_problems, plan_methods
+    from fedlora.schema import apply_overrides, read_table
+
+    table = apply_overrides(read_table(config), override or [])
+    errors = find_problems(table)
+    if errors:
+        for sentence in errors:
+            say(f"fedlora: {' '.join(sentence.split())}")
+        print_result(as_json, {"problems": errors})
+        raise typer.Exit(2)
+    result = plan_methods(table, parse_names(methods))
+    print_result(as_json, result, lambda: tabulate_plan(result[0]) if len(result) == 1 else tabulate_plans(result))
 
 
 def run_command(

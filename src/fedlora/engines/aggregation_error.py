@@ -21,7 +21,7 @@ STACK = 128  # uploads of one weight handled in one batch: more would only hold 
 def aggregation_errors(
     rules: Rules, before: Tree, uploads: Sequence[Received], kept: Mapping[int, Tree], served: Served
 ) -> dict[str, dict[str, float]]:
-    """Returns for each part ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``cosine A``, ``cosine B``,
+    """Return for each part ``served``, ``fedit``, ``best`` (relative errors), ``drift``, ``cosine A``, ``cosine B``,
     and the method's own notes.
 
     ``before`` is the tree that the cohort was sent. ``kept`` is each client's own tree, which has the rest of its
@@ -80,7 +80,7 @@ def _measure_group(
 
 
 def _stack_clients(ends: Sequence[Sequence[Layer]]) -> list[Layer]:
-    """Stacks each client's layers of several parts; a leaf that is the same for all clients is stacked once."""
+    """Stack each client's layers of several parts; a leaf that is the same for all clients is stacked once."""
     first = [layers[0] for layers in ends]
     common = {leaf for leaf in first[0] if all(layer[leaf] is layers[0][leaf] for layers in ends for layer in layers)}
     once = stack_layers([{leaf: layer[leaf] for leaf in common} for layer in first]) if common else {}

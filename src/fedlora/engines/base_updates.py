@@ -12,12 +12,12 @@ BaseUpdate = Mapping[str, tuple[Factors, ...]]  # of one round: part -> low-rank
 
 
 def base_update_to_tree(base_updates: BaseUpdate) -> dict[str, Mapping[str, Tensor]]:
-    """Converts one round's base update to a tree with the parts ``PART/i`` and the leaves ``U`` and ``V``."""
+    """Convert one round's base update to a tree with the parts ``PART/i`` and the leaves ``U`` and ``V``."""
     return {f"{part}/{i}": f._asdict() for part, terms in base_updates.items() for i, f in enumerate(terms)}
 
 
 def base_update_from_tree(tree: Tree) -> BaseUpdate:
-    """Inverts ``base_update_to_tree``."""
+    """Invert ``base_update_to_tree``."""
     terms: dict[str, dict[int, Factors]] = {}
     for key, factors in tree.items():
         part, _, number = key.rpartition("/")
@@ -42,11 +42,11 @@ class BaseUpdateLog:
         return self.start + len(self.entries)
 
     def append(self, base_updates: BaseUpdate) -> None:
-        """Adds the base update of a round."""
+        """Add the base update of a round."""
         self.entries.append(base_updates)
 
     def missing_sum(self, seen: int) -> dict[str, tuple[Factors, ...]]:
-        """Returns the sum of the updates after the first ``seen``, as one term a weight.
+        """Return the sum of the updates after the first ``seen``, as one term a weight.
 
         Raises ``ValueError`` if ``seen`` is within those that are kept as one sum.
         """
@@ -57,7 +57,7 @@ class BaseUpdateLog:
         return _sum_updates(self._since(seen))
 
     def missing(self, seen: int) -> list[BaseUpdate]:
-        """Returns the updates after the first ``seen``, round by round, so that all bases have the same bits.
+        """Return the updates after the first ``seen``, round by round, so that all bases have the same bits.
 
         If the sum of several is smaller than its terms, returns that sum instead, which is equal up to rounding.
         """
@@ -66,18 +66,18 @@ class BaseUpdateLog:
         return rounds if is_small else [summed]
 
     def total(self) -> dict[str, Factors]:
-        """Returns the sum of all updates: the base less the pretrained weights."""
+        """Return the sum of all updates: the base less the pretrained weights."""
         return {part: factors[0] for part, factors in self.missing_sum(0).items()}
 
     def settle(self, seen: int) -> None:
-        """Keeps the first ``seen`` updates, which every client has, as one sum."""
+        """Keep the first ``seen`` updates, which every client has, as one sum."""
         if seen > self.start:
             kept, everything = self._since(seen), self._since(0)
             first = _sum_updates(everything[: len(everything) - len(kept)])
             self.prefix, self.entries, self.start = {part: f[0] for part, f in first.items()}, kept, seen
 
     def _since(self, seen: int) -> list[BaseUpdate]:
-        """Returns the updates after the first ``seen``; those that are kept as one sum count as one update."""
+        """Return the updates after the first ``seen``; those that are kept as one sum count as one update."""
         prefix = [{part: (f,) for part, f in self.prefix.items()}] if seen < self.start else []
         return [*prefix, *self.entries[max(0, seen - self.start) :]]
 

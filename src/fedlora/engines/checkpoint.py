@@ -56,7 +56,7 @@ class CheckpointSettings:
                 raise ValueError(f"checkpoint.{key} is {getattr(self, key)}; it must be at least 1.")
 
     def score(self, record: Mapping[str, Any], metric: str) -> float | None:
-        """Returns the score of a round; None without an evaluation, or if the best round is not kept."""
+        """Return the score of a round; None without an evaluation, or if the best round is not kept."""
         scores = record.get(self.best) if self.best is not None else None
         if scores is None:
             return None
@@ -104,13 +104,13 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------ saving
     def begin(self, f: Federation) -> None:
-        """Prepares the folder, before the first round and on resume."""
+        """Prepare the folder, before the first round and on resume."""
         self._initial = digest({part: layer for part, layer in f.model.initial(f.seed).items() if layer})
         for folder in (self.folder, self.folder / BASE_UPDATES):
             remove_temporary_files(folder)
 
     def after(self, done: Round, engine: Loop, last: bool) -> None:
-        """Writes the base update of a finished round, and the state if that is due."""
+        """Write the base update of a finished round, and the state if that is due."""
         log = done.base_updates
         for number in range(len(self._base_updates), len(log)):  # each before it is summed with others
             content = encode_state(base_update_to_tree(log.entries[number - log.start]), {})
@@ -125,7 +125,7 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Writes the last finished round, unless it is on disk."""
+        """Write the last finished round, unless it is on disk."""
         snapshot = self._last
         if snapshot is None:
             return
@@ -144,7 +144,7 @@ class Checkpoints:
         self._prune(name, snapshot.number)
 
     def _write_client_states(self, stem: str, states: Mapping[int, ClientState]) -> None:
-        """Writes the states that have changed: a turn creates new objects."""
+        """Write the states that have changed: a turn creates new objects."""
         changed = {}
         for client, state in states.items():
             last = self._written.get(client)
@@ -156,7 +156,7 @@ class Checkpoints:
         self._written |= changed
 
     def _prune(self, newest: str, number: int) -> None:
-        """Removes all files but those of the last checkpoints and the best one."""
+        """Remove all files but those of the last checkpoints and the best one."""
         states = [path for path in _list_checkpoints(self.folder) if path.name == newest or _number(path) < number]
         kept = {path.name for path in states[-self.settings.keep :]} | ({self.best["file"]} if self.best else set())
         kept |= {str(f) for name in kept for f in (_load_about(self.folder / name).get("private") or {}).values()}
@@ -167,7 +167,7 @@ class Checkpoints:
 
     # ----------------------------------------------------------------------------------- loading
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that is not damaged; None if there is no checkpoint at all.
+        """Return the newest checkpoint that is not damaged; None if there is no checkpoint at all.
 
         Raises ``ValueError`` if there are some, and none of them can be loaded.
         """
@@ -188,11 +188,11 @@ class Checkpoints:
         )
 
     def check_inputs(self, saved: Checkpoint) -> None:
-        """Raises ``ValueError`` if the data or the base differ from those that the checkpoint was made with."""
+        """Raise ``ValueError`` if the data or the base differ from those that the checkpoint was made with."""
         compare_inputs(self.folder.parent, saved.about["inputs"], self.inputs)
 
     def load(self, saved: Checkpoint, f: Federation, engine: Loop) -> ServerState:
-        """Returns the saved server state; applies its base updates to the model and restores the engine's clients."""
+        """Return the saved server state; apply its base updates to the model and restore the engine's clients."""
         at, about = engine.begin(f), saved.about
         if about["made"] != self._initial:
             raise ValueError(
@@ -212,7 +212,7 @@ class Checkpoints:
         return at
 
     def client_states(self, saved: Checkpoint, f: Federation) -> dict[int, ClientState] | None:
-        """Returns the clients' states of a checkpoint; None if they are on the clients' own machines."""
+        """Return the clients' states of a checkpoint; None if they are on the clients' own machines."""
         files = saved.about["private"]
         if files is None:
             return None
@@ -224,7 +224,7 @@ class Checkpoints:
         return dict(sorted(states.items()))
 
     def best_model(self, f: Federation) -> tuple[Tree, dict[int, ClientState], BaseUpdateLog] | None:
-        """Returns the shared tree, the clients' states and the base updates after the best round."""
+        """Return the shared tree, the clients' states and the base updates after the best round."""
         if self.best is None:
             return None
         saved = self._read(self.folder / self.best["file"])
@@ -236,7 +236,7 @@ class Checkpoints:
         return at.shared, self.client_states(saved, f) or {}, at.base_updates
 
     def _reapply_base_updates(self, log: BaseUpdateLog, names: list) -> Iterator[BaseUpdate]:
-        """Rebuilds a log update by update, summing when the run did, and yields each update."""
+        """Rebuild a log update by update, summing when the run did, and yield each update."""
         for name, start in names:
             tree, _ = decode_state(read_verified_file(self.folder / BASE_UPDATES / name))
             log.append(base_update_from_tree(tree))
@@ -244,7 +244,7 @@ class Checkpoints:
             log.settle(start)
 
     def _read(self, path: Path) -> Checkpoint:
-        """Reads a checkpoint and verifies all files that belong to it."""
+        """Read a checkpoint and verify all files that belong to it."""
         tree, about = decode_state(read_verified_file(path))
         try:
             if about["form"] != FORM:
@@ -265,7 +265,7 @@ class Checkpoints:
 
 
 def check_run_inputs(run: Path, f: Federation) -> None:
-    """Raises ``ValueError`` if the data or base of a run have changed since its start, or no checkpoint records them.
+    """Raise ``ValueError`` if the data or base of a run have changed since its start, or no checkpoint records them.
 
     ``f`` is its federation, before any base update. The folder of the best round shares the checkpoints of its run.
     """
@@ -281,7 +281,7 @@ def check_run_inputs(run: Path, f: Federation) -> None:
 
 
 def _load_about(path: Path) -> dict[str, Any]:
-    """Reads the plain values of a checkpoint, unverified; empty if it cannot be read."""
+    """Read the plain values of a checkpoint, unverified; empty if it cannot be read."""
     try:
         return load_about(path)
     except ValueError:
@@ -297,7 +297,7 @@ def _number(path: Path) -> int:
 
 
 def config_digest(table: Mapping[str, Any]) -> str:
-    """Returns a digest of all settings that decide a run's bits, without those of a machine and the number of rounds.
+    """Return a digest of all settings that decide a run's bits, without those of a machine and the number of rounds.
 
     The paths and names of data and model are left out, too, because their content is compared.
     """

@@ -47,18 +47,18 @@ class ClientTurn:
     summed: int = 0
 
     def run(self, shared: Tree, state: ClientState) -> ClientUpdate:
-        """Trains from the server's tree and the client's own state, and encodes the upload."""
+        """Train from the server's tree and the client's own state, and encode the upload."""
         return self.upload(shared, state, self.train(shared, state))
 
     def train(self, shared: Tree, state: ClientState) -> ClientUpdate:
-        """Receives, trains locally, then clips and adds noise if the client has to."""
+        """Receive, train locally, then clip and add noise if the client has to."""
         trainer = self.build_trainer(state.moments)
         sent, kept = client_turn(self.federation.rules, shared, state.kept, self.turn, trainer)
         sent = self._protect(shared, sent)
         return ClientUpdate(sent, sent, ClientState(kept, trainer.state), trainer.loss)
 
     def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
-        """Applies the attack, if this client is an attacker, and encodes; ``state`` is the one before the turn."""
+        """Apply the attack, if this client is an attacker, and encodes; ``state`` is the one before the turn."""
         f = self.federation
         sent = alter_upload(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
         encoded, decoded, kept = f.compression.encode_upload(
@@ -67,7 +67,7 @@ class ClientTurn:
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
     def build_trainer(self, moments: OptimizerState | None = None) -> LocalTrainer:
-        """Returns the client's local trainer of this round, with DP-SGD if single rows are protected."""
+        """Return the client's local trainer of this round, with DP-SGD if single rows are protected."""
         f, turn = self.federation, self.turn
         assert f.data is not None, "clients train on rows"
         kind, private = LocalTrainer, {}
@@ -84,7 +84,7 @@ class ClientTurn:
         return Stream(self.federation.key if self.key is None else self.key).child("client", self.turn.client)
 
     def _protect(self, shared: Tree, sent: Tree) -> Tree:
-        """Clips the change and adds noise, if client-level noise is added here rather than at the server."""
+        """Clip the change and add noise, if client-level noise is added here rather than at the server."""
         f, p = self.federation, self.federation.privacy
         if not p.by_client or not (self.summed or p.noise_on == "upload"):
             return sent

@@ -108,14 +108,12 @@ class Clients:
         steps = self.local_steps
         numbers = list(steps.values()) if isinstance(steps, dict) else [steps] if isinstance(steps, int) else steps
         if numbers is not None and (not numbers or min(numbers) < 1):
-            raise ValueError(
-                f"clients.local_steps is {steps!r}; it is a number, a list or a table, of at least 1 each."
-            )
+            raise ValueError(f"clients.local_steps is {steps!r}; it is a number, a list or a table, each at least 1.")
         if isinstance(steps, dict):
             self._steps_by_capability(steps)
 
     def _steps_by_capability(self, steps: dict[str, int]) -> dict[float, int]:
-        """Returns capability -> local steps. ``ValueError`` if a capability has none."""
+        """Return capability -> local steps. ``ValueError`` if a capability has none."""
         if self.capability is None:
             raise ValueError("clients.local_steps goes by capability, and there is none; set clients.capability.")
         by_level = {parse_capability("clients.local_steps", key): number for key, number in steps.items()}
@@ -154,7 +152,7 @@ class Clients:
         return self.partitioner.own
 
     def shards(self, data: Data, seed: int) -> list[Shard]:
-        """Divides the rows; training rows are disjoint, and test rows have the distribution of the training labels.
+        """Divide the rows; training rows are disjoint, and test rows have the distribution of the training labels.
 
         ``ValueError`` if a client would have no rows.
         """
@@ -179,7 +177,7 @@ class Clients:
         return [draw_label_order(labels, derive_seed(seed, "labels", client), seen) for client in range(self.count)]
 
     def budgets(self, full: int, seed: int) -> list[int]:
-        """Returns each client's rank, or number of heads, at most ``full``."""
+        """Return each client's rank, or number of heads, at most ``full``."""
         ranks = self.ranks
         if self.capability is not None and "rank" in self.capability_scales and full > 0:
             budgets = [scale_down(full, share) for share in self.capabilities(seed) or []]
@@ -195,7 +193,7 @@ class Clients:
         return budgets
 
     def _draw_ranks(self, ranks: Any, seed: int) -> list[int]:
-        """Draws the order of ranks that are given by shares of the clients."""
+        """Draw the order of ranks that are given by shares of the clients."""
         if (
             not isinstance(ranks, dict)
             or not ranks
@@ -210,14 +208,14 @@ class Clients:
         return list(_draw_values(shares, self.count, derive_seed(seed, "ranks")))
 
     def capabilities(self, seed: int) -> list[float] | None:
-        """Returns each client's capability as a share of the strongest; None without a profile."""
+        """Return each client's capability as a share of the strongest; None without a profile."""
         if self.capability is None:
             return None
         shares = tuple(parse_profile(self.capability).items())
         return list(_draw_values(shares, self.count, derive_seed(seed, "capability")))
 
     def steps(self, usual: int, round: int, client: int, seed: int) -> int:
-        """Returns a client's optimiser steps in a round; ``usual`` is the number of ``[training]``."""
+        """Return a client's optimiser steps in a round; ``usual`` is the number of ``[training]``."""
         steps, setting, levels = usual, self.local_steps, self.capabilities(seed)
         if isinstance(setting, int):
             steps = setting
@@ -230,26 +228,26 @@ class Clients:
         return scale_down(steps, self.straggler_work) if client in self.draw_stragglers(round, seed) else steps
 
     def draw_stragglers(self, round: int, seed: int) -> list[int]:
-        """Draws the stragglers of a round's cohort."""
+        """Draw the stragglers of a round's cohort."""
         cohort = self.cohort(round, seed) if self.stragglers else []
         return draw_share(cohort, self.stragglers, derive_seed(seed, "stragglers", round)) if cohort else []
 
     def draw_dropouts(self, round: int, seed: int) -> list[int]:
-        """Draws the clients of a round's cohort that do not reply; never the whole cohort."""
+        """Draw the clients of a round's cohort that do not reply; never the whole cohort."""
         cohort, key = self.cohort(round, seed) if self.dropout else [], derive_seed(seed, "dropout", round)
         return draw_share(cohort, self.dropout, key, len(cohort) - 1) if cohort else []
 
     def remaining(self, round: int, seed: int) -> list[int]:
-        """Returns the cohort without its dropouts."""
+        """Return the cohort without its dropouts."""
         gone = self.draw_dropouts(round, seed)
         return [client for client in self.cohort(round, seed) if client not in gone]
 
     def cohort(self, round: int, seed: int) -> list[int]:
-        """Returns the clients of a round, in order; they are drawn without replacement unless all take part."""
+        """Return the clients of a round, in order; they are drawn without replacement unless all take part."""
         return sorted(self.order(round, seed)[: self.per_round])
 
     def order(self, round: int, seed: int) -> list[int]:
-        """Returns the cohort in the order of its draw, and then the substitutes for absent clients."""
+        """Return the cohort in the order of its draw, and then the substitutes for absent clients."""
         if self.rate is not None:  # no substitutes: each client has its own probability
             draws = torch.Generator().manual_seed(derive_seed(seed, "cohort", round))
             chosen = torch.rand(self.members, generator=draws, dtype=torch.float64) < self.rate
@@ -270,14 +268,14 @@ def _draw_order(count: int, seed: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _draw_values(shares: tuple[tuple[Any, float], ...], count: int, seed: int) -> tuple[Any, ...]:
-    """Draws a value for each client; the number of clients with a value is its share."""
+    """Draw a value for each client; the number of clients with a value is its share."""
     counts = apportion([share for _, share in shares], count)
     values = [value for (value, _), many in zip(shares, counts) for _ in range(many)]
     return tuple(values[i] for i in _draw_order(count, seed))
 
 
 def parse_profile(profile: str | list[float] | dict[str, float]) -> dict[float, float]:
-    """Returns capability -> share of the clients. Raises ``ValueError`` if the profile is not valid."""
+    """Return capability -> share of the clients. Raises ``ValueError`` if the profile is not valid."""
     if isinstance(profile, str):
         if profile not in PROFILES:
             raise ValueError(unknown("profile", profile, PROFILES, "profiles (clients.capability)"))
@@ -294,7 +292,7 @@ def parse_profile(profile: str | list[float] | dict[str, float]) -> dict[float, 
 
 
 def parse_capability(key: str, text: str) -> float:
-    """Reads a capability such as ``"1/4"`` or ``"0.25"``. Raises ``ValueError`` if it is not above 0 and up to 1."""
+    """Read a capability such as ``"1/4"`` or ``"0.25"``. Raises ``ValueError`` if it is not above 0 and up to 1."""
     try:
         level = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -305,12 +303,12 @@ def parse_capability(key: str, text: str) -> float:
 
 
 def scale_down(full: int, share: float) -> int:
-    """Returns a share of a whole number, rounded (a half to the even number), and at least 1."""
+    """Return a share of a whole number, rounded (a half to the even number), and at least 1."""
     return max(1, round(share * full))
 
 
 def draw_share(clients: Sequence[int], share: float, seed: int, most: int | None = None) -> list[int]:
-    """Draws that share of the clients without replacement, ``most`` at most, and returns them in order.
+    """Draw that share of the clients without replacement, ``most`` at most, and return them in order.
 
     If the share is not a whole number of clients, it is rounded up or down at random, so that it is right in the mean
     over rounds.

@@ -67,13 +67,13 @@ class Federation:
         )  # fmt: skip
 
     def cohort(self, round: int) -> list[int]:
-        """Returns the clients of a round, in order."""
+        """Return the clients of a round, in order."""
         if round not in self._cohorts:
             self._cohorts[round] = self.clients.cohort(round, self.cohort_seed)
         return self._cohorts[round]
 
     def order(self, round: int) -> list[int]:
-        """Returns the cohort, then the substitutes for absent clients; with privacy, there are none."""
+        """Return the cohort, then the substitutes for absent clients; with privacy, there are none."""
         return self.cohort(round) if self.privacy.on else self.clients.order(round, self.seed)
 
     @property
@@ -82,23 +82,23 @@ class Federation:
         return Stream(self.key).seed if self.privacy.secret and self.clients.rate is not None else self.seed
 
     def turn(self, round: int, client: int) -> Turn:
-        """Returns a client's turn in a round: numbers, rank and seed."""
+        """Return a client's turn in a round: numbers, rank and seed."""
         return Turn(round, client, self.budgets[client], derive_seed(self.seed, "turn", round, client))
 
     def training_of(self, round: int, client: int) -> Training:
-        """Returns ``[training]`` of a client in a round, with its own number of steps if clients differ in it."""
+        """Return ``[training]`` of a client in a round, with its own number of steps if clients differ in it."""
         usual = self.training.steps(len(self.shards[client].train))
         steps = self.clients.steps(usual, round, client, self.seed)
         return self.training if steps == usual else replace(self.training, local_steps=steps, local_epochs=None)
 
     def planned_steps(self, upload: Received) -> int:
-        """Returns the optimizer steps of an upload that follow from the rows that its client claims."""
+        """Return the optimizer steps of an upload that follow from the rows that its client claims."""
         turn = upload.turn
         return self.clients.steps(self.training.steps(upload.examples), turn.round, turn.client, self.seed)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user: on the method's settings, and on the labels and partition of this machine's rows."""
+        """Note for the user: on the method's settings, and on the labels and partition of this machine's rows."""
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
             return caution
@@ -106,7 +106,7 @@ class Federation:
         return (*caution, *self.data.notes, *([unused] if unused else []))
 
     def label_map(self, reading: str) -> dict[str, str]:
-        """Maps the values of a label column to classes, by a reading (one of ``labels.READINGS``)."""
+        """Map the values of a label column to classes, by a reading (one of ``labels.READINGS``)."""
         return label_map(self.task.all_labels() or self.label_names, self.label_names, reading)
 
     @property
@@ -115,12 +115,12 @@ class Federation:
         return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
 
     def evaluator(self, task: Task | None = None) -> Evaluator:
-        """Returns an evaluator on this machine's test rows, for the run's task or another one on the same rows."""
+        """Return an evaluator on this machine's test rows, for the run's task or another one on the same rows."""
         assert self.data is not None, "only a machine with data evaluates"
         return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
 
     def score_client(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
-        """Scores a client's model after round ``number`` on its own test rows.
+        """Score a client's model after round ``number`` on its own test rows.
 
         With a personal method, the scores include the success of an attack.
         """

@@ -77,7 +77,7 @@ class InProcess(Loop):
         return replies
 
     def train(self, client_turn: ClientTurn, shared: Tree, state: ClientState) -> ClientUpdate:
-        """Trains one client, measures the time and notifies the watcher."""
+        """Train one client, measure the time and notify the watcher."""
         began, turn = time.perf_counter(), client_turn.turn
         trained = client_turn.train(shared, state)
         self.clock["train"] += time.perf_counter() - began

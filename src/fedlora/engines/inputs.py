@@ -26,7 +26,7 @@ IDLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_o
 
 
 def digest_inputs(f: Federation) -> dict[str, Any]:
-    """Returns digests of a federation's rows, as training sees them, and of its base: plain values, for a checkpoint.
+    """Return digests of a federation's rows, as training sees them, and of its base: plain values, for a checkpoint.
 
     ``base`` is of the pretrained weights, ``settings`` are the model's own, and ``start`` is of ``model.start``. For
     the rest see ``digest_rows``.
@@ -36,7 +36,7 @@ def digest_inputs(f: Federation) -> dict[str, Any]:
 
 
 def digest_rows(f: Federation) -> dict[str, Any]:
-    """Returns digests of this machine's rows, as training sees them; empty on a machine without data.
+    """Return digests of this machine's rows, as training sees them; empty on a machine without data.
 
     ``rows`` has each split's number of rows, and digests of the features (in any order), of features and labels (in
     any order), and of features and labels in order.
@@ -55,7 +55,7 @@ def digest_rows(f: Federation) -> dict[str, Any]:
 
 
 def model_settings(network: nn.Module) -> dict[str, str]:
-    """Returns the settings of a model's ``config.json`` that differ from its class's defaults: dotted key -> JSON."""
+    """Return the settings of a model's ``config.json`` that differ from its class's defaults: dotted key -> JSON."""
     config = getattr(network, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
@@ -77,7 +77,7 @@ def _settings_as_json(config: Any) -> dict[str, str]:
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between two digests, a phrase for each."""
+    """Describe the differences between two digests, a phrase for each."""
     rows = now.get("rows", {})
     changes = [text for split, old in before.get("rows", {}).items() if (text := _compare_split(split, old, rows))]
     if before.get("labels") != now.get("labels"):
@@ -119,7 +119,7 @@ def _compare_split(split: str, old: Mapping[str, Any], rows: Mapping[str, Any]) 
 
 
 def _compare_settings(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Describes the settings of the pretrained model that differ, up to three by name."""
+    """Describe the settings of the pretrained model that differ, up to three by name."""
     odd = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     pairs = [f"{key} is {now.get(key, 'its default')}, and was {before.get(key, 'its default')}" for key in odd[:3]]
     more = f", and {len(odd) - 3} more differ" if len(odd) > 3 else ""
@@ -134,7 +134,7 @@ def _list_labels(labels: Mapping[str, Any] | None) -> str:
 
 
 def digest_split(examples: Examples) -> dict[str, Any]:
-    """Returns the digests of one split, see ``digest_rows``."""
+    """Return the digests of one split, see ``digest_rows``."""
     features, constants = _split_features(examples)
     content = [_digest(*parts) for parts in zip(*features)]
     labels = [x for x in (examples.labels, examples.strata, examples.sets) if x is not None]
@@ -148,7 +148,7 @@ def digest_split(examples: Examples) -> dict[str, Any]:
 
 
 def _split_features(examples: Examples) -> tuple[list[Iterator[bytes]], bytes]:
-    """Returns iterators over the rows, one for each feature, and the features that all rows share."""
+    """Return iterators over the rows, one for each feature, and the features that all rows share."""
     size, rows, common = len(examples), [_iterate_rows(examples.lengths)], b""
     offsets = {key: x for key, x in examples.features.items() if key.endswith("offsets") and len(x) == size + 1}
     for key, x in sorted(examples.features.items()):
@@ -183,7 +183,7 @@ def _bytes(x: Tensor) -> bytes:
 
 
 def _digest_base(f: Federation) -> str:
-    """Returns a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
+    """Return a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
     hasher = hashlib.blake2b(digest_size=16)
     for name, x in sorted(f.model.network.state_dict().items()):
         is_head = any(name.startswith(f"{head}.") for head in f.heads)
@@ -195,7 +195,7 @@ def _digest_base(f: Federation) -> str:
 
 
 def _digest(*parts: bytes) -> bytes:
-    """Returns a digest of the parts and their lengths."""
+    """Return a digest of the parts and their lengths."""
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))

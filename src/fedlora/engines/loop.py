@@ -103,7 +103,7 @@ class Loop(ABC):
     def drive(
         cls, config: Any, f: Federation, watch: Watch, observe: Observe | None, take: "Take"
     ) -> Mapping[int, Tree] | None:
-        """Builds the engine, and calls ``take(engine, f)``, which runs all rounds with it.
+        """Build the engine, and call ``take(engine, f)``, which runs all rounds with it.
 
         ``config`` is the run's ``Config``. Returns each client's own tree at the end, or None if the last round has it.
         """
@@ -112,53 +112,53 @@ class Loop(ABC):
 
     @abstractmethod
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
-        """Runs the turns of a round's cohort and returns the replies."""
+        """Run the turns of a round's cohort and return the replies."""
 
     @abstractmethod
     def score_clients(
         self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
     ) -> Mapping[int, Scores]:
-        """Scores each client's model after round ``number`` on the client's own test rows.
+        """Score each client's model after round ``number`` on the client's own test rows.
 
         ``evaluator`` is the server's own, on a machine that has the data.
         """
 
     def select_uploads(self, replies: list[Reply]) -> list[Received]:
-        """Returns the uploads that the method aggregates."""
+        """Return the uploads that the method aggregates."""
         return [reply.upload for reply in replies]
 
     def kept_trees(self) -> Mapping[int, Tree]:
-        """Returns the clients' own trees, if they are on this machine."""
+        """Return the clients' own trees, if they are on this machine."""
         return {}
 
     def readings(self) -> Mapping[int, str]:
-        """Returns each client's reading of its own labels, if it has reported one; see ``labels.READINGS``."""
+        """Return each client's reading of its own labels, if it has reported one; see ``labels.READINGS``."""
         return {}
 
     def undo_turn(self, client: int) -> None:  # noqa: B027 - a client on another machine does this itself
-        """Sets a client back to its state before this round, because its turn does not count."""
+        """Set a client back to its state before this round, because its turn does not count."""
 
     def receive_upload(self, upload: Received) -> Received | None:
-        """Screens an upload alone. Returns it in the server's form, or None if it is quarantined."""
+        """Screen an upload alone. Returns it in the server's form, or None if it is quarantined."""
         checked = self.screen.check(upload)
         if checked is None:
             self._report_quarantine(upload.turn)
         return checked
 
     def refuse_upload(self, upload: Received, reason: str) -> None:
-        """Quarantines an upload that cannot be decoded."""
+        """Quarantine an upload that cannot be decoded."""
         self.screen.refuse(upload, reason)
         self._report_quarantine(upload.turn)
 
     def client_states(self, at: ServerState) -> Mapping[int, ClientState] | None:
-        """Returns each client's own state between two rounds; None if that is not on this machine."""
+        """Return each client's own state between two rounds; None if that is not on this machine."""
         return None
 
     def on_base_update(self, base_updates: BaseUpdate) -> None:  # noqa: B027 - most engines have nothing to do
         """Called for each base update that is re-applied on resume, in order."""
 
     def restore(self, f: Federation, at: ServerState, states: Mapping[int, ClientState] | None) -> None:
-        """Restores the clients' states on resume; ``states`` is None if they are not on this machine."""
+        """Restore the clients' states on resume; ``states`` is None if they are not on this machine."""
         return None
 
     def is_measured(self, f: Federation) -> bool:
@@ -166,7 +166,7 @@ class Loop(ABC):
         return f.evaluation.measure and not f.privacy.hides_figures
 
     def aggregate(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
-        """Aggregates the uploads of a round: the method's server turn, or the noised sum of client-level privacy."""
+        """Aggregate the uploads of a round: the method's server turn, or the noised sum of client-level privacy."""
         p = f.privacy
         if not p.sums_clients:
             return server_turn(f.rules, at.shared, uploads)
@@ -174,12 +174,12 @@ class Loop(ABC):
         return private_turn(f.rules, at.shared, turn, uploads, p.clip, std, f.clients.mean_cohort_size, Stream(f.key))
 
     def begin(self, f: Federation) -> ServerState:
-        """Returns the state before the first round."""
+        """Return the state before the first round."""
         shared = f.model.initial(f.seed)
         return ServerState(0, shared, BaseUpdateLog(), Channel(shared, f.heads, f.compression))
 
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
-        """Yields one ``Round`` after another, from the start or from ``at``; the caller may stop at any round."""
+        """Yield one ``Round`` after another, from the start or from ``at``; the caller may stop at any round."""
         at = at or self.begin(f)
         evaluator = f.evaluator() if f.data is not None else None
         while at.number < f.rounds:
@@ -188,9 +188,8 @@ class Loop(ABC):
             self.screen = UploadScreen(f.validation, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
             self._drop(f, at)
             replies = self._screen(f, at, self.run_turns(f, at))
-            uploads, judged = reweigh_uploads(
-                f.robust, f.method, f.rules, before, self.select_uploads(replies), number, f.seed
-            )
+            selected = self.select_uploads(replies)
+            uploads, judged = reweigh_uploads(f.robust, f.method, f.rules, before, selected, number, f.seed)
             with self._time_phase("combine"):
                 served = self._combine(f, at, uploads)
             at.counted |= {reply.upload.turn.client: number for reply in replies}
@@ -223,13 +222,13 @@ class Loop(ABC):
 
     @contextmanager
     def _time_phase(self, phase: str) -> Iterator[None]:
-        """Sets a phase's time in the round's seconds to that of the block."""
+        """Set a phase's time in the round's seconds to that of the block."""
         began = time.perf_counter()
         yield
         self.clock[phase] = time.perf_counter() - began
 
     def _drop(self, f: Federation, at: ServerState) -> None:
-        """Notes the dropouts, which the seed determines on every machine, and the clients excluded by quarantine."""
+        """Note the dropouts, which the seed determines on every machine, and the clients excluded by quarantine."""
         for client in f.clients.draw_dropouts(at.number, f.seed):
             self.absent[client] = DROPPED
             self.watch(Event("absent", at.number, client))  # no text: the configuration sets it
@@ -237,7 +236,7 @@ class Loop(ABC):
             self.absent[client] = f"left out: it was quarantined in {at.conduct['strikes'][str(client)]} rounds"
 
     def _screen(self, f: Federation, at: ServerState, replies: list[Reply]) -> list[Reply]:
-        """Returns the replies whose uploads pass the comparison with each other, in the server's form."""
+        """Return the replies whose uploads pass the comparison with each other, in the server's form."""
         uploads = {reply.upload.turn.client: reply.upload for reply in replies}
         if f.attack is not None and (forged := f.attack.alter_together(f.rules, at.shared, uploads, at.overheard)):
             uploads = {k: u for k, u in uploads.items() if k not in forged}
@@ -301,7 +300,7 @@ ENGINES = Registry(Loop, "engine", group="fedlora.engines", listed=_PATHS)
 
 
 def _sum_bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str, int]]:
-    """Sums the bytes of a round by direction and kind."""
+    """Sum the bytes of a round by direction and kind."""
     sums: dict[Direction, dict[str, int]] = {"up": {}, "down": {}}
     for row in ledger:
         if row.round == number:
@@ -310,7 +309,7 @@ def _sum_bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str,
 
 
 def explain_overflow(rounds: Iterator[Round]) -> Iterator[Round]:
-    """Yields the rounds. Raises ``FloatingPointError`` if a product of finite updates is too large to decompose."""
+    """Yield the rounds. Raises ``FloatingPointError`` if a product of finite updates is too large to decompose."""
     try:
         yield from rounds
     except torch.linalg.LinAlgError as error:

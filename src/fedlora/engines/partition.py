@@ -30,14 +30,14 @@ class Partitioner(ABC):
 
     @abstractmethod
     def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
-        """Returns the rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
+        """Return the rows of clients 0 to ``count - 1``: sorted int64 row numbers of ``examples``, none twice.
 
         ``examples.partition_labels`` has each row's label. ``examples.groups`` has its value of the column in the field
         ``column``, if the partitioner has one. Test rows follow from the labels of the training rows.
         """
 
     def describe_unused_rows(self, train: Examples, test: Examples, count: int) -> str:
-        """Describes the rows that no client gets; empty if all are used."""
+        """Describe the rows that no client gets; empty if all are used."""
         return ""
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class FlowerPartitioner(Partitioner):
 
     @abstractmethod
     def partitioner(self, flwr: Any, count: int, examples: Examples, seed: int) -> Any:
-        """Builds the flwr-datasets partitioner; ``flwr`` is ``flwr_datasets.partitioner``, imported on first use."""
+        """Build the flwr-datasets partitioner; ``flwr`` is ``flwr_datasets.partitioner``, imported on first use."""
 
     def rows(self, examples: Examples, count: int, seed: int) -> list[Tensor]:
         import datasets
@@ -164,7 +164,7 @@ class NaturalId(Partitioner):
         return [torch.tensor([i for i, g in enumerate(groups) if g == owner]) for owner in owners]
 
     def _values(self, examples: Examples) -> list[str]:
-        """Returns the column's values, those of the most rows first."""
+        """Return the column's values, those of the most rows first."""
         sizes = Counter(examples.groups or ())
         return sorted(sizes, key=lambda g: (-sizes[g], g))
 
@@ -226,7 +226,7 @@ PARTITIONERS = Registry(
 
 
 def _labels(partitioner: Partitioner, examples: Examples) -> int:
-    """Counts the labels; ``ValueError`` if rows have none or one."""
+    """Count the labels; ``ValueError`` if rows have none or one."""
     labels = len(examples.partition_labels.unique())
     if labels < 2:
         name = PARTITIONERS.name_of(type(partitioner))
@@ -238,7 +238,7 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
 
 
 def apportion(shares: Sequence[float], total: int, ranks: Sequence[int] | None = None) -> list[int]:
-    """Returns whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
+    """Return whole numbers in proportion to ``shares`` that sum to ``total`` (largest remainder).
 
     Of equal remainders the one of the lowest rank goes first; without ``ranks``, the first.
     """
@@ -251,7 +251,7 @@ def apportion(shares: Sequence[float], total: int, ranks: Sequence[int] | None =
 
 
 def select_own_test_rows(data: Data, train: Sequence[Tensor]) -> list[Tensor] | None:
-    """Returns the test rows of each client's own group; None if a split of the data does not name groups.
+    """Return the test rows of each client's own group; None if a split of the data does not name groups.
 
     Raises ``ValueError`` if a client has no test rows.
     """
@@ -268,14 +268,14 @@ def select_own_test_rows(data: Data, train: Sequence[Tensor]) -> list[Tensor] | 
 
 
 def draw_test_rows(data: Data, train: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Draws test rows for each client in the proportions of its training labels, from every test set."""
+    """Draw test rows for each client in the proportions of its training labels, from every test set."""
     sets = torch.zeros(len(data.test)) if data.test.sets is None else data.test.sets
     drawn = [_draw_test_rows(data, train, (sets == i).nonzero()[:, 0], seed) for i in sets.unique().tolist()]
     return [torch.cat(rows) for rows in zip(*drawn)]
 
 
 def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: int) -> list[Tensor]:
-    """Draws each client's test rows from the rows ``within``.
+    """Draw each client's test rows from the rows ``within``.
 
     A client's share is that of its training rows, or less if the scarcest label would run out: the distribution is
     kept, not the size. Two clients may have the same test row.
@@ -304,7 +304,7 @@ def _draw_test_rows(data: Data, train: Sequence[Tensor], within: Tensor, seed: i
 
 
 def draw_label_order(labels: int, seed: int, seen: set[tuple[int, ...]]) -> Tensor:
-    """Draws an order of the labels that is not among ``seen``, as long as there are any left, and adds it to them."""
+    """Draw an order of the labels that is not among ``seen``, as long as there are any left, and add it to them."""
     draws = torch.Generator().manual_seed(seed)
     for _ in range(100):
         order = torch.randperm(labels, generator=draws)

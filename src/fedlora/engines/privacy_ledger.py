@@ -68,13 +68,13 @@ class PrivacyLedger:
         return dict(self._sums)
 
     def _add(self, sums: dict[int, int], number: int, clients: Iterable[int]) -> None:
-        """Adds for each client one sum for the round, or the steps of its turn."""
+        """Add for each client one sum for the round, or the steps of its turn."""
         for client in clients:
             if client in sums:
                 sums[client] += 1 if self.privacy.by_client else self.steps(number, client)
 
     def worst(self, sums: Mapping[int, int]) -> list[tuple[float, int]]:
-        """Returns the pairs of rate and sums that no other pair exceeds in both: ε grows with either."""
+        """Return the pairs of rate and sums that no other pair exceeds in both: ε grows with either."""
         pairs: list[tuple[float, int]] = []
         for pair in sorted({(self.rates[k], n) for k, n in sums.items()}, reverse=True):
             if not pairs or pair[1] > pairs[-1][1]:
@@ -97,7 +97,7 @@ class PrivacyLedger:
         return max((self.privacy.noise(rate, sums, delta) for rate, sums in pairs), default=math.nan)
 
     def report_spending(self, rounds: int) -> dict[str, Any]:
-        """Returns ε of the worst client after ``rounds`` rounds, and its δ; empty without privacy.
+        """Return ε of the worst client after ``rounds`` rounds, and its δ; empty without privacy.
 
         ``epsilon`` is None without noise, and on a machine without rows.
         """
@@ -110,14 +110,14 @@ class PrivacyLedger:
         return {"privacy": {"epsilon": _finite(epsilon), "delta": self.delta}}
 
     def spending_line(self, rounds: int) -> str:
-        """Returns a line for the log of a client that alone knows its rows; empty if the server reports ε."""
+        """Return a line for the log of a client that alone knows its rows; empty if the server reports ε."""
         if not (self.privacy.by_example and self.clients.own_data):
             return ""
         now = self.report_spending(rounds)["privacy"]
         return f"fedlora: after round {rounds}, ε = {now['epsilon']} at δ = {now['delta']} for this party's rows"
 
     def report(self, rounds: int, plan: bool = False) -> dict[str, Any]:
-        """Returns the guarantee, for summaries, plans and cards; empty without privacy."""
+        """Return the guarantee, for summaries, plans and cards; empty without privacy."""
         if not self.privacy.on:
             return {}
         p, z, delta = self.privacy, self.noise_multiplier, self.delta

@@ -40,7 +40,7 @@ class ServerOptimizer:
                 raise ValueError(f"server.{key} is {getattr(self, key)}; it must be a positive number.")
 
     def step(self, before: Tree, served: Served) -> Served:
-        """Applies the optimizer to every leaf that the round has changed."""
+        """Apply the optimizer to every leaf that the round has changed."""
         if self.optimizer == "none":
             return served
         stepped = {part: dict(layer) for part, layer in served.shared.items()}

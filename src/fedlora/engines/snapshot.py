@@ -33,7 +33,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, at: ServerState, states: Mapping[int, ClientState] | None) -> "Snapshot":
-        """Takes a snapshot of everything that the next round depends on."""
+        """Take a snapshot of everything that the next round depends on."""
         plain = deepcopy({f.name: getattr(at, f.name) for f in fields(at) if f.name not in LEAVES})
         known, ledger = at.channel.knowledge(at.shared), list(at.channel.ledger)
         return cls(at.shared, plain, known, ledger, None if states is None else dict(states), dict(at.overheard))
@@ -44,7 +44,7 @@ class Snapshot:
         return int(self.plain["number"])
 
     def leaves(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        """Returns a tree and plain values. Leaves that still have their initial values are only named."""
+        """Return a tree and plain values. Leaves that still have their initial values are only named."""
         versions = self.knowledge.versions
         changed = {
             f"shared/{part}": {leaf: x for leaf, x in layer.items() if versions.get((part, leaf), 1)}
@@ -67,7 +67,7 @@ class Snapshot:
 
 
 def restore_state(at: ServerState, tree: Tree, about: Mapping[str, Any], device: torch.device) -> None:
-    """Sets a fresh server state to the leaves and plain values of a snapshot, except for the base updates."""
+    """Set a fresh server state to the leaves and plain values of a snapshot, except for the base updates."""
     saved = _to_device({p.removeprefix("shared/"): x for p, x in tree.items() if p != "numbers"}, device)
     initial = at.shared
     # A leaf with its initial values stays the same object, so it is not sent again.
@@ -90,7 +90,7 @@ def restore_state(at: ServerState, tree: Tree, about: Mapping[str, Any], device:
 
 
 def states_to_tree(states: Mapping[int, ClientState]) -> dict[str, Mapping[str, Tensor]]:
-    """Returns the clients' states as one tree with parts ``CLIENT/kept/PART`` and ``CLIENT/moments/PART``."""
+    """Return the clients' states as one tree with parts ``CLIENT/kept/PART`` and ``CLIENT/moments/PART``."""
     tree: dict[str, Mapping[str, Tensor]] = {}
     for client, state in states.items():
         tree |= {f"{client}/kept/{part}": layer for part, layer in state.kept.items() if layer}
@@ -99,7 +99,7 @@ def states_to_tree(states: Mapping[int, ClientState]) -> dict[str, Mapping[str, 
 
 
 def states_from_tree(tree: Tree, parts: Iterable[str], device: torch.device) -> dict[int, ClientState]:
-    """Inverts ``states_to_tree``; clients that keep no leaf are missing."""
+    """Invert ``states_to_tree``; clients that keep no leaf are missing."""
     groups: dict[int, dict[str, dict[str, Any]]] = {}
     for key, layer in _to_device(tree, device).items():
         client, group, part = key.split("/", 2)
@@ -111,7 +111,7 @@ def states_from_tree(tree: Tree, parts: Iterable[str], device: torch.device) -> 
 
 
 def moment_layers(moments: OptimizerState) -> dict[str, dict[str, Tensor]]:
-    """Converts an optimizer's moments to a tree with parts ``PART//LEAF``; values that are no tensors are left out."""
+    """Convert an optimizer's moments to a tree with parts ``PART//LEAF``; values that are no tensors are left out."""
     return {
         f"{part}//{leaf}": {name: x for name, x in values.items() if isinstance(x, Tensor)}
         for (part, leaf), values in moments.items()
@@ -119,7 +119,7 @@ def moment_layers(moments: OptimizerState) -> dict[str, dict[str, Tensor]]:
 
 
 def moments_of(layers: Tree) -> OptimizerState | None:
-    """Inverts ``moment_layers``."""
+    """Invert ``moment_layers``."""
     moments: OptimizerState = {}
     for key, values in layers.items():
         part, _, leaf = key.rpartition("//")
@@ -128,7 +128,7 @@ def moments_of(layers: Tree) -> OptimizerState | None:
 
 
 def _ledger_table(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:
-    """Converts the ledger to a table of integers, with its words numbered."""
+    """Convert the ledger to a table of integers, with its words numbered."""
     words: dict[str, int] = {}
     textual = [i for i, value in enumerate(rows[0]) if isinstance(value, str)] if rows else []
     table = [[words.setdefault(x, len(words)) if isinstance(x, str) else x for x in row] for row in rows]
@@ -137,13 +137,13 @@ def _ledger_table(rows: list[Transfer]) -> tuple[Tensor, dict[str, Any]]:
 
 
 def ledger_from_table(table: Tensor, about: Mapping[str, Any]) -> list[Transfer]:
-    """Inverts ``_ledger_table``."""
+    """Invert ``_ledger_table``."""
     words, textual = about["words"], about["textual"]
     return [Transfer(*(words[x] if i in textual else x for i, x in enumerate(row))) for row in table.tolist()]
 
 
 def _restore_keys(value: Any) -> Any:
-    """Converts client numbers, which are strings as keys in JSON, to integers."""
+    """Convert client numbers, which are strings as keys in JSON, to integers."""
     return {int(k) if k.isdecimal() else k: v for k, v in value.items()} if isinstance(value, dict) else value
 
 

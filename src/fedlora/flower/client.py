@@ -60,7 +60,7 @@ class SharedBase:
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """Digests of this machine's rows, for the client's own disk only, and the reading of their labels."""
+        """Digest of this machine's rows, for the client's own disk only, and the reading of their labels."""
         data = self.federation.data
         return {**digest_rows(self.federation), "reading": "" if data is None else data.reading}
 

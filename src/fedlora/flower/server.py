@@ -65,7 +65,8 @@ class FlowerLoop(Loop, Strategy):
         """Make the registry, before any base update is applied: it has a digest of the pretrained weights."""
         assert self.grid is not None, "start(grid) first"
         self.registry = NodeRegistry(
-            self.grid, self.federation.clients.members, self.token, digest_start(self.federation), self._report,
+            self.grid, self.federation.clients.members, self.token, digest_start(self.federation),
+            lambda client, text: self.watch(Event("node", self._round, client, text=text)),
             self._describe_reading, self.network.retry, self._pause,
         )  # fmt: skip
         return self.registry
@@ -105,7 +106,7 @@ class FlowerLoop(Loop, Strategy):
             self.local.restore(f, at, states, self._bases)
 
     def is_measured(self, f: Federation) -> bool:
-        return f.evaluation.measure and not f.method.personal  # the leaves that clients keep are not on the server
+        return super().is_measured(f) and not f.method.personal  # the leaves that clients keep are not on the server
 
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         at = at or self.begin(f)
@@ -305,6 +306,3 @@ class FlowerLoop(Loop, Strategy):
         if why not in (self._blamed.get(client), self.absent.get(client)):
             self.watch(Event("absent", self._round, client, text=why))
         self._blamed[client] = why
-
-    def _report(self, client: int | None, text: str) -> None:
-        self.watch(Event("node", self._round, client, text=text))

@@ -140,7 +140,7 @@ def _fill(svd: SVD, near_A: Tensor, rank: int) -> Pair:
 
 
 def refine(terms: Sequence[Term], A: Tensor, B: Tensor, sweeps: int) -> Pair:
-    """Refines ``A`` and ``B`` by alternating least squares for ``min ‖W − B A‖_F``.
+    """Refine ``A`` and ``B`` by alternating least squares for ``min ‖W − B A‖_F``.
 
     A half-sweep is two passes and an ``r × r`` solve, and none can raise the error. In the singular directions of a
     normal matrix, the factor stays the same.

@@ -36,7 +36,7 @@ def total(parts: Sequence[Factors]) -> Factors:
 
 
 def _merge(parts: Sequence[Factors], side: int) -> list[Factors]:
-    """Adds up the parts that hold the very same tensor as factor number ``side``."""
+    """Add up the parts that hold the very same tensor as factor number ``side``."""
     groups: dict[int, list[Factors]] = {}
     for part in parts:
         groups.setdefault(id(part[side]), []).append(part)
@@ -54,7 +54,7 @@ def scale(f: Factors, c: float) -> Factors:
 
 
 def compact(f: Factors) -> Factors:
-    """Reduces the inner rank to at most ``min(m, n)`` without changing the product."""
+    """Reduce the inner rank to at most ``min(m, n)`` without changing the product."""
     m, n = f.U.shape[-2], f.V.shape[-1]
     if f.V.shape[-2] <= min(m, n):
         return f
@@ -74,7 +74,7 @@ class Core(NamedTuple):
 
 
 def core(f: Factors) -> Core:
-    """Computes the core by two thin QR factorisations: ``O((m + n) r²)`` instead of ``O(m n r)``."""
+    """Compute the core by two thin QR factorisations: ``O((m + n) r²)`` instead of ``O(m n r)``."""
     Qu, Ru = torch.linalg.qr(f.U)
     Qv, Rv = torch.linalg.qr(f.V.mT)
     return Core(Qu, Ru @ Rv.mT, Qv)

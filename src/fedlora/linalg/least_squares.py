@@ -99,7 +99,7 @@ def als(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> tuple[Tensor
 
 
 def _other_starts(grams: Grams, w: Tensor, whole_model: bool, sweeps: int) -> Fit:
-    """Fits from the mean of rotated factors, principal components, and the clients that are best after a few sweeps."""
+    """Fit from the mean of rotated factors, principal components, and the clients that are best after a few sweeps."""
     singles = _single_starts(grams, w, whole_model, min(SINGLES, len(w)))
     tried = sweep_from(grams, w, singles, whole_model, min(TRIAL, sweeps))
     error = tried.error.sum(0, keepdim=True).expand_as(tried.error) if whole_model else tried.error
@@ -160,7 +160,10 @@ def is_rotated(grams: Grams, w: Tensor) -> Tensor:
     They are if neither side's factors agree, and rotating each towards the client with the largest share of the target
     brings them closer. Each client is a part of the mean, so rotating towards the mean would bring noise closer, too.
     """
-    apart = ~(agreement(*_norms(grams, w)) >= AGREE)
+    pairs = torch.stack([torch.einsum("xklii->xkl", side) for side in grams])
+    # ‖X̄‖² and the mean of ‖X_k‖² of both sides.
+    norms, mean_norms = einsum("k,l,sxkl->sx", w, w, pairs), torch.einsum("k,sxkk->sx", w, pairs)
+    apart = ~(agreement(norms, mean_norms) >= AGREE)
     if not bool(apart.any()):
         return apart
     both = _both(grams, w)
@@ -169,19 +172,13 @@ def is_rotated(grams: Grams, w: Tensor) -> Tensor:
     return apart & (rotated > CLOSER * einsum("k,l,xklii->x", w, w, both))
 
 
-def _norms(grams: Grams, w: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖X̄‖²`` and the mean of ``‖X_k‖²`` of both sides: ``2 L``."""
-    pairs = torch.stack([torch.einsum("xklii->xkl", side) for side in grams])
-    return einsum("k,l,sxkl->sx", w, w, pairs), torch.einsum("k,sxkk->sx", w, pairs)
-
-
 def agreement(mean: Tensor, each: Tensor) -> Tensor:
     """Agreement of the clients' frames: 1 if a side's factors are equal, near ``1/K`` if all frames are rotated."""
     return (mean / each.clamp_min(torch.finfo(each.dtype).tiny)).amax(0)
 
 
 def _best(fit: Fit, w: Tensor, whole_model: bool) -> Fit:
-    """Selects the start with the least error; of equally good ones the first."""
+    """Select the start with the least error; of equally good ones the first."""
     error = fit.error.sum(0, keepdim=True).expand_as(fit.error) if whole_model else fit.error
     size = error.abs().amax(-1, keepdim=True)
     first = (error <= error.amin(-1, keepdim=True) + 1e-9 * size).double().argmax(-1)[:, None]
@@ -190,7 +187,7 @@ def _best(fit: Fit, w: Tensor, whole_model: bool) -> Fit:
 
 
 def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweeps: int) -> Fit:
-    """Sweeps from ``p = q =`` each start until the error stops falling. A half-sweep can only lower it."""
+    """Sweep from ``p = q =`` each start until the error stops falling. A half-sweep can only lower it."""
     p = q = starts
     target = einsum("k,l,xklij,xklij->x", w, w, grams.B, grams.A)  # ‖W*‖² a weight
     for _ in range(sweeps):
@@ -200,12 +197,8 @@ def sweep_from(grams: Grams, w: Tensor, starts: Tensor, whole_model: bool, sweep
         size = target[:, None].sum(0, keepdim=True) if whole_model else target[:, None]
         if bool((down + more <= STILL * (size - gain).clamp_min(0) + ROUNDING * size.abs()).all()):
             break
-    return Fit(p, q, _error(grams, w, p, q))
-
-
-def _error(grams: Grams, w: Tensor, p: Tensor, q: Tensor) -> Tensor:
     M, b = normal_equations(grams.B, grams.A, q, w)
-    return ((M @ p[..., None])[..., 0] * p - 2 * p * b).sum(-1)
+    return Fit(p, q, ((M @ p[..., None])[..., 0] * p - 2 * p * b).sum(-1))
 
 
 def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +213,7 @@ def _step(p: Tensor, M: Tensor, b: Tensor, whole_model: bool) -> tuple[Tensor, T
 
 
 def equalize_sums(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Rescales to ``Σ p = Σ q`` if both sums have the same sign, so that neither side grows without bound."""
+    """Rescale to ``Σ p = Σ q`` if both sums have the same sign, so that neither side grows without bound."""
     ratio = q.sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
     c = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio)).sqrt()
     return p * c, q / c

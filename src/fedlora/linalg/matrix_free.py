@@ -133,7 +133,7 @@ def solve_streaming(A: Sequence[Tensor], B: Sequence[Tensor], w: Tensor, sweeps:
 
 
 def _alternate(B: _Side, A: _Side, w: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Sweeps from FedIT's weights and, if the clients' frames are rotated, also from a few single clients."""
+    """Sweep from FedIT's weights and, if the clients' frames are rotated, also from a few single clients."""
     start = w.expand(*B.mean.shape[:-2], -1)
     p, q, error = _sweep(B, A, start, w, sweeps)
     rotated = _is_rotated(B, A, w)
@@ -183,7 +183,7 @@ def _single_starts(B: _Side, A: _Side, w: Tensor, sweeps: int) -> list[Tensor]:
 
 
 def _sweep(B: _Side, A: _Side, start: Tensor, w: Tensor, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sweeps from ``p = q = start`` until nothing changes: ``p``, ``q``, and the squared error minus the target's."""
+    """Sweep from ``p = q = start`` until nothing changes: ``p``, ``q``, and the squared error minus the target's."""
     p = q = start
     error = gained = torch.zeros_like(start[..., 0])
     rounding = 100 * torch.finfo(B.mean.dtype).eps ** 2
@@ -230,7 +230,7 @@ def _inner(X: _Side, Y: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-    """Solves ``M x = b`` from zero, for a positive semidefinite ``M`` and ``b`` in its range; many systems at once."""
+    """Solve ``M x = b`` from zero, for a positive semidefinite ``M`` and ``b`` in its range; many systems at once."""
     x, rest, way = torch.zeros_like(b), b, b
     size = first = b.square().sum(-1, keepdim=True)
     for _ in range(min(ITERATIONS, 2 * b.shape[-1])):

@@ -63,13 +63,13 @@ class SVD(NamedTuple):
 
 
 def stack(terms: Iterable[Term]) -> Factors:
-    """Writes the sum as one product of stacks, ``[c_1 U_1 … c_K U_K] [V_1; …; V_K]``."""
+    """Write the sum as one product of stacks, ``[c_1 U_1 … c_K U_K] [V_1; …; V_K]``."""
     parts = list(terms)
     return Factors(torch.cat([t.c * t.U for t in parts], dim=-1), torch.cat([t.V for t in parts], dim=-2))
 
 
 def widen(terms: Iterable[Term]) -> Iterator[Term]:
-    """Joins terms into fewer, wider ones with the same sum."""
+    """Join terms into fewer, wider ones with the same sum."""
     group: list[Term] = []
     for term in terms:
         group.append(term)
@@ -113,7 +113,7 @@ class _Wide:
 
 
 def regroup(terms: Sequence[Term]) -> Iterable[Term]:
-    """Joins terms for several passes: once if the copy is within ``CACHE_LIMIT``, and at each pass otherwise."""
+    """Join terms for several passes: once if the copy is within ``CACHE_LIMIT``, and at each pass otherwise."""
     first = terms[0]
     size = len(terms) * (first.U.numel() + first.V.numel())
     return list(widen(terms)) if size <= CACHE_LIMIT else _Wide(terms)

@@ -46,10 +46,8 @@ class FedExLoRA(Method):
     def combine(self, shared: Layer, uploads: Sequence[Upload]) -> Outcome:
         averaged = mean(uploads)
         residual = Lazy(len(uploads), lambda k: self._difference(uploads[k], averaged))
-        base_update = (
-            stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
-        )
-        return Outcome({**shared, **averaged}, base_update=(base_update,))
+        rest = stack(residual) if self.residual_rank is None else truncated_svd(residual, self.residual_rank).factors()
+        return Outcome({**shared, **averaged}, base_update=(rest,))
 
     def _difference(self, upload: Upload, averaged: Layer) -> Term:
         return self.adapter.term({leaf: upload.layer[leaf] - averaged[leaf] for leaf in "AB"}, upload.weight)

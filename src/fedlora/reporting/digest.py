@@ -53,7 +53,12 @@ class Digest:
             for part, size in parts.items():
                 self.bytes[direction, part] = self.bytes.get((direction, part), 0.0) + size / 1e6
                 self.megabytes += size / 1e6
-        self._add_seconds(record)
+        times = record.get("seconds", {})
+        known = {phase: times[phase] for phase in PHASES if phase in times}
+        total = times.get("total", sum(known.values()))
+        for phase, seconds in {**known, "rest": max(0.0, total - sum(known.values()))}.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+        self.seconds += total
         row: dict[str, Any] = {"round": int(record["round"]), "mb": self.megabytes, "seconds": self.seconds}
         row |= self._add_scores(record)
         losses = [x for value in record.get("loss", {}).values() if (x := to_finite(value)) is not None]
@@ -90,14 +95,6 @@ class Digest:
         return describe_means(
             [(row["round"], row["scored"]) for row in self.rounds if row["scored"] is not None], self.of
         )
-
-    def _add_seconds(self, record: RoundRecord) -> None:
-        times = record.get("seconds", {})
-        known = {phase: times[phase] for phase in PHASES if phase in times}
-        total = times.get("total", sum(known.values()))
-        for phase, seconds in {**known, "rest": max(0.0, total - sum(known.values()))}.items():
-            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
-        self.seconds += total
 
     def _add_weights(self, round: int, weights: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         for part, figures in weights.items():

@@ -132,7 +132,5 @@ def load_run(folder: Path, label: str | None = None, failure: str | None = None)
     digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
     for record in run.each_record():
         digest.take(record)
-    name = label or str(table.get("method", {}).get("name", "fedit"))
-    return Run(
-        folder, display_safe(name, NAME), table, metric, higher, digest, summary, failure, run.rows, run.personal
-    )
+    name = display_safe(label or str(table.get("method", {}).get("name", "fedit")), NAME)
+    return Run(folder, name, table, metric, higher, digest, summary, failure, run.rows, run.personal)

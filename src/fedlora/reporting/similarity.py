@@ -32,9 +32,7 @@ def measure_similarity(folder: str | Path) -> tuple[dict[str, dict[str, float]],
     run = RunFolder.open(folder)
     adapter, config = run.config.method.adapter, run.config
     if not isinstance(adapter, LoRA):
-        raise ConfigError(
-            "similarity is of LoRA's A and B; this run's adapter has neither: set adapter.name to 'lora'."
-        )
+        raise ConfigError("similarity is of LoRA's A and B; this run's adapter has none: set adapter.name to 'lora'.")
     if not config.method.personal:
         raise ConfigError(
             f"the clients of a {config.method.title} run all hold the shared model; "

@@ -30,11 +30,6 @@ def _format_figure(name: str, form: str = "{:.4f}", scale: float = 1.0) -> Cell:
     return lambda row: form.format(row[name] / scale) if name in row else "–"
 
 
-def _count_missing(row: Mapping[str, float]) -> str:
-    count = sum(int(row.get(f"faults/{name}", 0)) for name in ("absent", "quarantined"))
-    return str(count) if count else "–"
-
-
 def list_columns(metric: str) -> list[tuple[str, Cell]]:
     """List titles and cells of a round's row, the most important first; a narrow terminal shows as many as fit."""
     return [
@@ -47,7 +42,7 @@ def list_columns(metric: str) -> list[tuple[str, Cell]]:
         ("MB up", _format_figure("bytes_up/total", "{:.2f}", 1e6)),
         ("MB down", _format_figure("bytes_down/total", "{:.2f}", 1e6)),
         ("clients", _format_figure("train/clients", "{:.0f}")),
-        ("left out", _count_missing),
+        ("left out", lambda row: str(sum(int(row.get(f"faults/{k}", 0)) for k in ("absent", "quarantined")) or "–")),
         ("quarantined", _format_figure("faults/quarantined", "{:.0f}")),
         ("not scored", _format_figure("faults/unscored", "{:.0f}")),
         ("ε", _format_figure("privacy/epsilon", "{:.2f}")),

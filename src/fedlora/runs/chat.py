@@ -52,9 +52,7 @@ class Chat:
         if template is None:
             check_chat_template(tokenizer)
         elif system is not None:
-            raise ConfigError(
-                "--system is part of a chat template, and this run was trained without one; leave it out."
-            )
+            raise ConfigError("--system is part of a chat template, and this run has none; leave it out.")
         model, note = _load_model(run)
         model.load(tree)
         model.fold({part: (f,) for part, f in run.base_updates.items()})

@@ -33,10 +33,7 @@ def _exclusions(config: Sections) -> Iterator[str]:
         yield from _of_secure_aggregation(config, size)
     yield from _of_trust(config)
     if config.engine.offload and config.evaluation.measure:
-        yield (
-            "engine.offload keeps uploads on disk, but the error measures need them all; set "
-            "evaluation.measure = false."
-        )
+        yield "engine.offload keeps uploads on disk, but error measures need them all; set evaluation.measure = false."
     config.engine.select_device()  # raises if the device is not available
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     yield from _of_ranks(config, budgets)

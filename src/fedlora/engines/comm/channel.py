@@ -66,7 +66,7 @@ class Channel:
         self._update_versions(self.initial)
 
     def compute_delta(self, client: int, shared: Tree, log: BaseUpdateLog, own: Tree | None = None) -> Delivery:
-        """Returns the leaves and base updates that a client is not known to have, in as few numbers as possible.
+        """Return the leaves and base updates that a client is not known to have, in as few numbers as possible.
 
         ``own`` is the result of ``receive`` on the client: a leaf with a smaller rank there is sent at that rank.
         """
@@ -90,17 +90,17 @@ class Channel:
         return Delivery(leaves, decoded, base_updates, count, len(log), versions)
 
     def record_delivery(self, round: int, client: int, delivery: Delivery) -> None:
-        """Counts a delivery to a client."""
+        """Count a delivery to a client."""
         self._record(round, client, "down", self._sizes(delivery.decoded, delivery.leaves))
         terms = [f for update in delivery.base_updates for several in update.values() for f in several]
         self._record(round, client, "down", (("base_update", x.numel(), x.nbytes) for f in terms for x in f))
 
     def record_upload(self, round: int, client: int, decoded: Tree, encoded: Tree | None = None) -> None:
-        """Counts a client's upload; ``encoded`` is its form on the wire, if that is another one."""
+        """Count a client's upload; ``encoded`` is its form on the wire, if that is another one."""
         self._record(round, client, "up", self._sizes(decoded, decoded if encoded is None else encoded))
 
     def confirm(self, client: int, delivery: Delivery) -> None:
-        """Notes that a delivery has arrived."""
+        """Note that a delivery has arrived."""
         self._held[client], self._base_update_counts[client] = delivery.versions, delivery.after
 
     def is_known(self, client: int) -> bool:
@@ -108,32 +108,32 @@ class Channel:
         return client in self._held
 
     def forget(self, client: int, base_updates: int = 0) -> None:
-        """Notes that the client has only the leaves from the seed and the first ``base_updates`` base updates."""
+        """Note that the client has only the leaves from the seed and the first ``base_updates`` base updates."""
         self._held.pop(client, None)
         self._base_update_counts[client] = base_updates
 
     def knowledge(self, shared: Tree) -> Knowledge:
-        """Returns everything that later deliveries depend on, beside the tree itself."""
+        """Return everything that later deliveries depend on, beside the tree itself."""
         return Knowledge(self._update_versions(shared), dict(self._held), dict(self._base_update_counts))
 
     def restore(self, shared: Tree, known: Knowledge) -> None:
-        """Restores the knowledge of a tree with these leaves."""
+        """Restore the knowledge of a tree with these leaves."""
         self._versions = {(part, leaf): (shared[part][leaf], n) for (part, leaf), n in known.versions.items()}
         self._held, self._base_update_counts = dict(known.held), dict(known.base_update_counts)
 
     def count_base_updates(self, client: int) -> int:
-        """Returns the number of base updates that the client has."""
+        """Return the number of base updates that the client has."""
         return self._base_update_counts.get(client, 0)
 
     def _sizes(self, decoded: Tree, encoded: Tree) -> Iterable[tuple[Kind, int, int]]:
-        """Yields each part's kind, its count of numbers and its bytes on the wire."""
+        """Yield each part's kind, its count of numbers and its bytes on the wire."""
         for part, layer in decoded.items():
             if layer:
                 kind: Kind = "head" if part in self.heads else "adapter"
                 yield kind, sum(x.numel() for x in layer.values()), sum(x.nbytes for x in encoded[part].values())
 
     def _update_versions(self, tree: Tree) -> Versions:
-        """Returns the version of each leaf; a leaf that is another object than before gets the next version."""
+        """Return the version of each leaf; a leaf that is another object than before gets the next version."""
         for part, layer in tree.items():
             for leaf, x in public_leaves(layer).items():  # the server's own notes stay with it
                 last, version = self._versions.get((part, leaf), (x, 0))

@@ -86,7 +86,7 @@ class Compression:
     def encode_upload(
         self, rules: Rules, shared: Tree, kept: Tree, turn: Turn, sent: Tree, stays: Tree
     ) -> EncodedUpload:
-        """Encodes the leaves ``sent`` of a turn; ``kept`` is the client's tree before the turn, ``stays`` after it."""
+        """Encode the leaves ``sent`` of a turn; ``kept`` is the client's tree before the turn, ``stays`` after it."""
         if self.upward is None:
             return EncodedUpload(sent, sent, stays)
         start = client_start(rules, shared, {}, turn)
@@ -111,7 +111,7 @@ class Compression:
     def _encode_leaf(
         self, x: Tensor, base: Tensor, residual: Tensor | None, draws: Generator
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """Returns a leaf's fields, its decoded value and its new residual."""
+        """Return a leaf's fields, its decoded value and its new residual."""
         assert self.upward is not None
         if base.shape != x.shape:
             fields = self.upward.encode(x, draws)
@@ -123,7 +123,7 @@ class Compression:
         return fields, base.to(x) + got, change - got if self.error_feedback else None
 
     def decode_upload(self, rules: Rules, shared: Tree, turn: Turn, encoded: Tree) -> Tree:
-        """Decodes an upload. ``ValueError`` if it is no encoding of such leaves."""
+        """Decode an upload. ``ValueError`` if it is no encoding of such leaves."""
         if self.upward is None:
             return encoded
         start = client_start(rules, shared, {}, turn)
@@ -139,7 +139,7 @@ class Compression:
 
     # ----------------------------------------------------------------------------------- down
     def encode_shared(self, before: Tree, after: Tree, seed: int) -> Tree:
-        """Replaces the leaves of the server's tree by their decoded values, and notes their encoding."""
+        """Replace the leaves of the server's tree by their decoded values, and note their encoding."""
         if self.downward is None:
             return after
         served = {}
@@ -174,7 +174,7 @@ class Compression:
         return {f"{leaf}{MARK}{field}": layer[f"{ENCODED}{leaf}{MARK}{field}"] for field in fields}
 
     def decode_delivery(self, encoded: Tree, held: Tree) -> Tree:
-        """Decodes a delivery to a client that holds ``held``. ``ValueError`` as in ``decode_upload``."""
+        """Decode a delivery to a client that holds ``held``. ``ValueError`` as in ``decode_upload``."""
         if self.downward is None:
             return encoded
         decoded = {}
@@ -190,16 +190,16 @@ class Compression:
 
     # ---------------------------------------------------------------------------- base updates
     def round_base_update(self, base_update: BaseUpdate) -> BaseUpdate:
-        """Rounds a base update as every client will apply it. ``ValueError`` if float16 cannot hold it."""
+        """Round a base update as every client will apply it. ``ValueError`` if float16 cannot hold it."""
         return self.widen(self.narrow(base_update)) if self.base_updates in NARROW else base_update
 
     def narrow(self, base_update: BaseUpdate) -> BaseUpdate:
-        """Casts a rounded base update to the dtype in which it is sent."""
+        """Cast a rounded base update to the dtype in which it is sent."""
         dtype = NARROW.get(self.base_updates)
         return base_update if dtype is None else _map_factors(base_update, lambda x: _narrow(x, dtype))
 
     def widen(self, base_update: BaseUpdate) -> BaseUpdate:
-        """Casts a received base update to float32."""
+        """Cast a received base update to float32."""
         return _map_factors(base_update, lambda x: x.float() if x.dtype in NARROW.values() else x)
 
 
@@ -221,12 +221,12 @@ def _generator(seed: int, direction: str, part: str, leaf: str) -> Generator:
 
 
 def _add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
-    """Adds the last encoding's error, if the leaf still has that shape."""
+    """Add the last encoding's error, if the leaf still has that shape."""
     return x if residual is None or residual.shape != x.shape else x + residual.to(x)
 
 
 def _separate(layer: Layer) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Separates the leaves that were sent unchanged from the fields of the encoded ones."""
+    """Separate the leaves that were sent unchanged from the fields of the encoded ones."""
     plain: dict[str, Tensor] = {}
     encoded: dict[str, dict[str, Tensor]] = {}
     for name, x in layer.items():
@@ -245,7 +245,7 @@ def _find_leaf(part: str, leaf: str, layer: Layer) -> Tensor:
 
 
 def _parse_shape(part: str, leaf: str, shape: Tensor | None, largest: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of an encoded leaf: ``largest``, or a smaller one that was sent with it."""
+    """Return the shape of an encoded leaf: ``largest``, or a smaller one that was sent with it."""
     if shape is None:
         return largest
     fits = shape.dtype == torch.int32 and tuple(shape.shape) == (len(largest),)

@@ -206,9 +206,7 @@ def _set_state(model: Any, state: PeftState, leaves: Tree) -> None:
     values = {key: leaves[part][leaf] for (part, leaf), key in state.keys.items()}
     unknown = set_peft_model_state_dict(model, values, adapter_name=_active_adapter(model)).unexpected_keys
     if unknown:
-        raise ValueError(
-            f"PEFT does not know {unknown[0]!r} of its own state dict; report this with your PEFT version."
-        )
+        raise ValueError(f"PEFT does not know {unknown[0]!r} of its own state dict; report it with your PEFT version.")
 
 
 def _check_fit(state: PeftState, arrived: PeftState) -> None:

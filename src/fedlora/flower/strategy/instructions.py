@@ -136,9 +136,8 @@ def needs_client(method: Method) -> bool:
 def changes_base(method: Method) -> bool:
     """Whether a round with these settings updates the base."""
     rule = replace(method, adapter=PROBE)
-    uploads = [
-        Upload(Turn(0, k, 1), 0.5, {"A": torch.eye(3)[k : k + 1], "B": torch.eye(3)[:, k : k + 1]}) for k in (0, 1)
-    ]
+    eye = torch.eye(3)
+    uploads = [Upload(Turn(0, k, 1), 0.5, {"A": eye[k : k + 1], "B": eye[:, k : k + 1]}) for k in (0, 1)]
     return bool(rule.combine_all({"": PROBE_LAYER}, {"": uploads})[""].base_update)
 
 

@@ -106,10 +106,8 @@ class FedLoRA(FedAvg):
             return self._arrays, None
         self._known |= {node: len(self._log) for node, (_, content) in good.items()}
         self._arrays = self._combine(server_round, [received for received, _ in good.values()])
-        metrics = self.train_metrics_aggr_fn(
-            select_alike(content for _, content in good.values()), self.weighted_by_key
-        )
-        return self._arrays, metrics
+        contents = select_alike(content for _, content in good.values())
+        return self._arrays, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean metrics of the good replies; the log has the others."""

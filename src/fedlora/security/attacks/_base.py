@@ -54,7 +54,7 @@ class Attack:
             )
 
     def prepare(self, task: Task, model: str, count: int, seed: int) -> Self:
-        """Draws the attackers, and reads from the task's model what the attack needs, such as the tokens of a word."""
+        """Draw the attackers, and read from the task's model what the attack needs, such as the tokens of a word."""
         if self.clients is None:
             draws = torch.Generator().manual_seed(derive_seed(seed, "attackers"))
             many = int(self.share * count + 1e-9)  # 0.3 of 10 is 3
@@ -73,43 +73,43 @@ class Attack:
         return turn.round + 1 >= self.start and turn.client in self.attackers
 
     def poison(self, task: Task) -> Task:
-        """Returns the task that an attacker trains on."""
+        """Return the task that an attacker trains on."""
         return task
 
     def success_task(self, task: Task) -> Task | None:
-        """Returns a task with the attack's ``success`` as its score on test rows; None if accuracy shows it."""
+        """Return a task with the attack's ``success`` as its score on test rows; None if accuracy shows it."""
         return None
 
     def alter(self, rules: Rules, start: Tree, sent: Tree, turn: Turn) -> Tree:
-        """Returns an attacker's upload instead of ``sent``; ``start`` is the tree that it trained from."""
+        """Return an attacker's upload instead of ``sent``; ``start`` is the tree that it trained from."""
         return sent
 
     def alter_together(
         self, rules: Rules, shared: Tree, uploads: Mapping[int, Received], overheard: dict[int, Tree]
     ) -> dict[int, Received]:
-        """Returns the attackers' uploads, given all uploads of the round; ``overheard`` is kept for the next round."""
+        """Return the attackers' uploads, given all uploads of the round; ``overheard`` is kept for the next round."""
         return {}
 
 
 def poison_task(attack: Attack | None, task: Task, turn: Turn) -> Task:
-    """Returns the task that a client trains on in a turn."""
+    """Return the task that a client trains on in a turn."""
     return task if attack is None or not attack.is_attack(turn) else attack.poison(task)
 
 
 def alter_upload(attack: Attack | None, rules: Rules, shared: Tree, kept: Tree, sent: Tree, turn: Turn) -> Tree:
-    """Returns a client's upload after its turn: the method's own, or an attacker's."""
+    """Return a client's upload after its turn: the method's own, or an attacker's."""
     if attack is None or not attack.is_attack(turn):
         return sent
     return attack.alter(rules, client_start(rules, shared, kept, turn), sent, turn)
 
 
 def scale_change(start: Layer, sent: Layer, by: float) -> dict[str, Tensor]:
-    """Scales the change of each leaf by ``by``: to first order, ``by`` times the update."""
+    """Scale the change of each leaf by ``by``: to first order, ``by`` times the update."""
     return {leaf: start[leaf] + by * (x - start[leaf]) for leaf, x in sent.items()}
 
 
 def success_rate(attack: Attack | None, scores: Mapping[int, Scores]) -> dict[str, Any]:
-    """Returns the attack's success on honest clients' own models, mean over clients; empty without such a score."""
+    """Return the attack's success on honest clients' own models, mean over clients; empty without such a score."""
     attackers = attack.attackers if attack is not None else scores.keys()
     known = [s.sums[SUCCESS] for client, s in scores.items() if client not in attackers and SUCCESS in s.sums]
     if not known:

@@ -65,7 +65,7 @@ class Backdoor(Attack):
         return {part: scale_change(start[part], layer, self.scale) for part, layer in sent.items()}
 
     def insert_trigger(self, batch: Batch, rows: Tensor, longest: int, pad: Tensor) -> Batch:
-        """Inserts the trigger after the first token (the start of the text) of ``rows``, and cuts to ``longest``."""
+        """Insert the trigger after the first token (the start of the text) of ``rows``, and cut to ``longest``."""
         word, changed = torch.tensor(self._tokens), dict(batch)
         values = {"input_ids": word, "attention_mask": torch.ones_like(word), "token_type_ids": torch.zeros_like(word)}
         for name in values.keys() & batch.keys():
@@ -75,7 +75,7 @@ class Backdoor(Attack):
 
 
 def _insert(x: Tensor, value: Tensor, rows: Tensor, fill: Tensor) -> Tensor:
-    """Inserts ``value`` after column 0 of ``rows``; pads the others with ``fill``, which the mask leaves out."""
+    """Insert ``value`` after column 0 of ``rows``; pads the others with ``fill``, which the mask leaves out."""
     wide = torch.cat([x, fill.to(x.dtype).expand(len(x), len(value))], dim=1)
     put = torch.cat([x[:, :1], value.expand(len(x), -1), x[:, 1:]], dim=1)
     return torch.where(rows[:, None], put, wide)

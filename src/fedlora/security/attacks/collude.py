@@ -37,7 +37,7 @@ class Collude(Attack):
 def forge(
     attack: Attack, rules: Rules, shared: Tree, uploads: Mapping[int, Received], known: Sequence[Received], by: float
 ) -> dict[int, Received]:
-    """Moves every attacker's start by ``by`` times the mean change of the known uploads, leaf by leaf."""
+    """Move every attacker's start by ``by`` times the mean change of the known uploads, leaf by leaf."""
     known = [u for u in known if all(x.isfinite().all() for layer in u.tree.values() for x in layer.values())]
     specs = UploadSpecs(rules, shared)
     starts = [specs.of(other.turn).start for other in known]

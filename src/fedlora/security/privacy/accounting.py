@@ -31,7 +31,7 @@ def require_opacus() -> None:
 
 @lru_cache(maxsize=4096)
 def compute_epsilon(accountant: str, noise: float, rate: float, steps: int, delta: float) -> float:
-    """Computes ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of that rate.
+    """Compute ε at δ of ``steps`` sums with noise of ``noise`` times the sensitivity, each over a sample of that rate.
 
     Adjacency is adding or removing one unit. An upper bound; ``prv`` is at most 0.01 above the exact value.
     """
@@ -49,7 +49,7 @@ def compute_epsilon(accountant: str, noise: float, rate: float, steps: int, delt
 
 
 def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
-    """Computes the largest ε of several pairs of rate and steps; 0 without any.
+    """Compute the largest ε of several pairs of rate and steps; 0 without any.
 
     ``prv`` needs seconds for a pair. A pair with a Rényi bound below another's ε is skipped: the bound is above its own
     exact ε.
@@ -66,7 +66,7 @@ def largest_epsilon(accountant: str, noise: float, pairs: Iterable[tuple[float, 
 
 @lru_cache(maxsize=256)
 def _divergences(noise: float, rate: float) -> "np.ndarray":
-    """Computes the Rényi divergences of one sampled sum at Opacus' orders; composition multiplies them."""
+    """Compute the Rényi divergences of one sampled sum at Opacus' orders; composition multiplies them."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
@@ -74,7 +74,7 @@ def _divergences(noise: float, rate: float) -> "np.ndarray":
 
 
 def _renyi(noise: float, rate: float, steps: int, delta: float) -> float:
-    """Computes the same ε as ``RDPAccountant.get_epsilon``, to the bit."""
+    """Compute the same ε as ``RDPAccountant.get_epsilon``, to the bit."""
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis import rdp
 
@@ -88,7 +88,7 @@ def _renyi(noise: float, rate: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=1)
 def _prv_accountant() -> Any:
-    """Returns Opacus' ``prv`` accountant for one mechanism, with cached divergences for its domain."""
+    """Return Opacus' ``prv`` accountant for one mechanism, with cached divergences for its domain."""
     import numpy as np
     from opacus.accountants.analysis.prv import Domain
     from opacus.accountants.prv import PRVAccountant
@@ -106,7 +106,7 @@ def _prv_accountant() -> Any:
 
 
 def _gaussian(noise: float, steps: int, delta: float) -> float:
-    """Computes ε of composed Gaussian sums without sampling, which are one Gaussian with ``μ = √steps / noise``."""
+    """Compute ε of composed Gaussian sums without sampling, which are one Gaussian with ``μ = √steps / noise``."""
     from opacus.accountants.analysis.gdp import delta_eps_mu
 
     mu = math.sqrt(steps) / noise
@@ -123,7 +123,7 @@ def _gaussian(noise: float, steps: int, delta: float) -> float:
 
 @lru_cache(maxsize=1024)
 def find_noise_multiplier(accountant: str, target: float, rate: float, steps: int, delta: float) -> float:
-    """Finds the least noise multiplier with ε at or below ``target``, within a thousandth.
+    """Find the least noise multiplier with ε at or below ``target``, within a thousandth.
 
     ``ValueError`` if no noise reaches it.
     """
@@ -134,7 +134,7 @@ def find_noise_multiplier(accountant: str, target: float, rate: float, steps: in
 
 
 def _search(accountant: str, target: float, rate: float, steps: int, delta: float, guess: float) -> float:
-    """Bisects from a guess; the upper end always meets the target."""
+    """Bisect from a guess; the upper end always meets the target."""
 
     def fits(noise: float) -> bool:
         return compute_epsilon(accountant, noise, rate, steps, delta) <= target

@@ -20,7 +20,7 @@ MARGIN = 1 - 2.0**-18  # of the bound, so that a clipped change stays within it 
 
 
 def starting_leaves(rules: Rules, shared: Tree, turn: Turn) -> dict[str, dict[str, Tensor]]:
-    """Returns the leaves that a client sends in a turn, before its training; its change is measured from them.
+    """Return the leaves that a client sends in a turn, before its training; its change is measured from them.
 
     They depend on the seed and on the served tree, and on no client's rows.
     """
@@ -34,21 +34,21 @@ def starting_leaves(rules: Rules, shared: Tree, turn: Turn) -> dict[str, dict[st
 
 
 def iterate_leaves(tree: Tree) -> Iterator[tuple[str, str, Tensor]]:
-    """Iterates over part, leaf and tensor in sorted order."""
+    """Iterate over part, leaf and tensor in sorted order."""
     for part in sorted(tree):
         for leaf in sorted(tree[part]):
             yield part, leaf, tree[part][leaf]
 
 
 def clip_factor(norm: float, clip: float) -> float:
-    """Returns the factor that clips a change of this norm to at most ``clip``; 0 if the norm is not finite."""
+    """Return the factor that clips a change of this norm to at most ``clip``; 0 if the norm is not finite."""
     if not math.isfinite(norm):
         return 0.0
     return min(1.0, clip * MARGIN / norm) if norm > 0 else 1.0
 
 
 def clip_change(start: Tree, sent: Tree, clip: float) -> dict[tuple[str, str], Tensor]:
-    """Clips the change of the upload to an L2 norm of at most ``clip`` over all leaves together, float64.
+    """Clip the change of the upload to an L2 norm of at most ``clip`` over all leaves together, float64.
 
     ``ValueError`` if the leaves or shapes are not those of the turn: their choice would reveal something of the rows.
     """
@@ -65,7 +65,7 @@ def clip_change(start: Tree, sent: Tree, clip: float) -> dict[tuple[str, str], T
 
 
 def add_noise(start: Tree, changes: Mapping[tuple[str, str], Tensor], std: float, by: float, draw: Callable) -> Tree:
-    """Returns ``start + (changes + std · noise) / by``, as float32 leaves; summed in float64 and rounded once."""
+    """Return ``start + (changes + std · noise) / by``, as float32 leaves; summed in float64 and rounded once."""
     tree: dict[str, dict[str, Tensor]] = {part: {} for part in start}
     for part, leaf, x in iterate_leaves(start):
         noise = draw(x.shape, part, leaf).to(x.device) if std else 0.0
@@ -74,7 +74,7 @@ def add_noise(start: Tree, changes: Mapping[tuple[str, str], Tensor], std: float
 
 
 def protect(rules: Rules, shared: Tree, turn: Turn, sent: Tree, clip: float, std: float, stream: Stream) -> Tree:
-    """Returns a client's protected upload: the served leaves plus its clipped change and noise of ``std``."""
+    """Return a client's protected upload: the served leaves plus its clipped change and noise of ``std``."""
     start = starting_leaves(rules, shared, turn)
     changes = clip_change(start, sent, clip)
     return add_noise(start, changes, std, 1.0, lambda shape, *leaf: stream.normal(shape, "share", turn.round, *leaf))
@@ -84,7 +84,7 @@ def private_turn(
     rules: Rules, shared: Tree, turn: Turn, uploads: Sequence[Received], clip: float, std: float, expected: float,
     stream: Stream,
 ) -> Served:  # fmt: skip
-    """Computes the server's result of a round: ``shared + (Σ_k clip(x_k − shared) + N(0, std²)) / expected``.
+    """Compute the server's result of a round: ``shared + (Σ_k clip(x_k − shared) + N(0, std²)) / expected``.
 
     ``expected`` is the expected size of the cohort, known before the cohort is drawn, so a client more or less
     changes only the sum, by ``clip``. Noise is also added without any upload. ``turn`` is any client's.

@@ -19,7 +19,7 @@ from fedlora.types import Tree
 
 
 def sampling_rate(training: Training, rows: int) -> float:
-    """Returns the probability that a row is in the batch of a step."""
+    """Return the probability that a row is in the batch of a step."""
     return min(1.0, training.batch_size * training.accumulation_steps / rows)
 
 
@@ -69,7 +69,7 @@ class PrivateTrainer(LocalTrainer):
 
 
 def clip_factors(grads: Mapping[object, Tensor], clip: float) -> Tensor:
-    """Returns the factor (b,) that clips each row's gradients to norm ``clip`` over all leaves; 0 if not finite."""
+    """Return the factor (b,) that clips each row's gradients to norm ``clip`` over all leaves; 0 if not finite."""
     squares = sum(grad.double().flatten(1).square().sum(1) for grad in grads.values())
     assert isinstance(squares, Tensor), "something is trained"
     norms = squares.sqrt()

@@ -23,7 +23,7 @@ Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)
 def compute_gradients(
     model: Model, losses: Callable[[nn.Module], Tensor], rows: int, trained: Mapping[tuple[str, str], Tensor]
 ) -> tuple[Tensor, Leaves]:
-    """Returns each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), 0 for an unused leaf.
+    """Return each row's loss (b,) and its gradients at the trained leaves, (b, \\*shape), 0 for an unused leaf.
 
     ``losses`` computes the network's (b,) losses of ``rows`` rows; none may depend on another row.
     """
@@ -44,7 +44,7 @@ def compute_gradients(
 
 
 def _swap(path: str, module: nn.Module, leaves: Layer, rows: int) -> Callable[[], None]:
-    """Makes a module use slice ``i`` of its leaves for row ``i``; returns the function that undoes it."""
+    """Make a module use slice ``i`` of its leaves for row ``i``; returns the function that undoes it."""
     if isinstance(module, AdaptedLinear):
         before, module.adapter = module.adapter, _PerSample(path, module.adapter, leaves, rows)  # type: ignore[assignment]
         return partial(setattr, module, "adapter", before)
@@ -69,7 +69,7 @@ class _PerSample:
 
 
 def _by_row(path: str, x: Tensor, rows: int) -> Tensor:
-    """Reshapes ``x (b … n)`` to ``(b t n)``. ``ValueError`` if its first dimension is not the rows."""
+    """Reshape ``x (b … n)`` to ``(b t n)``. ``ValueError`` if its first dimension is not the rows."""
     if x.shape[0] != rows:
         raise ValueError(
             f"{path!r} gets {x.shape[0]} inputs of {rows} rows, so they have no per-sample gradients; with "

@@ -68,7 +68,7 @@ class Privacy:
         return self.on and not self.figures
 
     def delta_of(self, n: int) -> float:
-        """Returns δ for ``n`` clients or rows. ``ValueError`` if publishing one of them would satisfy it."""
+        """Return δ for ``n`` clients or rows. ``ValueError`` if publishing one of them would satisfy it."""
         delta = min(LARGEST_DELTA, n**-1.1) if self.delta is None else self.delta
         if n > 1 and delta >= 1 / n:
             unit = "clients" if self.by_client else "rows"
@@ -79,21 +79,21 @@ class Privacy:
         return delta
 
     def noise(self, rate: float, steps: int, delta: float) -> float:
-        """Returns the least noise multiplier that meets the target after ``steps``."""
+        """Return the least noise multiplier that meets the target after ``steps``."""
         assert self.target_epsilon is not None, "one of the two is set"
         return accounting.find_noise_multiplier(self.accountant, self.target_epsilon, rate, steps, delta)
 
     def epsilon(self, noise: float, rate: float, steps: int, delta: float) -> float:
-        """Returns ε after ``steps`` steps; infinite without noise."""
+        """Return ε after ``steps`` steps; infinite without noise."""
         return accounting.compute_epsilon(self.accountant, noise, rate, steps, delta)
 
     def largest_epsilon(self, noise: float, pairs: Iterable[tuple[float, int]], delta: float) -> float:
-        """Returns the largest ε of several pairs of rate and steps."""
+        """Return the largest ε of several pairs of rate and steps."""
         return accounting.largest_epsilon(self.accountant, noise, pairs, delta)
 
     @staticmethod
     def describe(guarantee: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Describes the ``privacy`` entry of a run's summary, for tables, plans and model cards: names and texts."""
+        """Describe the ``privacy`` entry of a run's summary, for tables, plans and model cards: names and texts."""
         epsilon = guarantee["epsilon"]
         if epsilon is None:
             text = NO_NOISE if guarantee["noise_multiplier"] == 0 else OWN_NOISE

@@ -85,7 +85,7 @@ class RobustAggregator(ABC):
 
     @abstractmethod
     def judge(self, updates: UpdateGeometry) -> UploadWeights:
-        """Decides on a round of at least three uploads."""
+        """Decide on a round of at least three uploads."""
 
 
 ENOUGH = 3  # uploads: of two, either one may be the outlier
@@ -95,7 +95,7 @@ def reweigh_uploads(
     aggregator: RobustAggregator | None, method: Method, rules: Rules, shared: Tree, uploads: Sequence[Received],
     number: int, seed: int,
 ) -> tuple[list[Received], Mapping[str, Any]]:  # fmt: skip
-    """Returns the uploads that the method combines, with their weights, and an entry for the round's record.
+    """Return the uploads that the method combines, with their weights, and an entry for the round's record.
 
     With fewer than three uploads nothing is combined, since no upload could be checked.
     """
@@ -118,7 +118,7 @@ def reweigh_uploads(
 
 
 def _weigh(rules: Rules, shared: Tree, upload: Received, factor: float, share: float) -> list[Received]:
-    """Gives an upload its weight, and the rest of the weight to the leaves that were served.
+    """Give an upload its weight, and the rest of the weight to the leaves that were served.
 
     ``λ (S + D) + (1 − λ) S = S + λ D``: an update is scaled by mixing in its start, so no factor is rescaled, and any
     mean of uploads is a mean of the scaled updates.

@@ -32,7 +32,7 @@ class GeometricMedian(RobustAggregator):
 
 
 def median_coefficients(updates: UpdateGeometry) -> Tensor:
-    """Computes the median's coefficients ``c`` (K,), which are positive and sum to one."""
+    """Compute the median's coefficients ``c`` (K,), which are positive and sum to one."""
     c = updates.w
     least = SMOOTH * float(updates.norms.median()) or 1.0
     for _ in range(STEPS):

@@ -27,12 +27,12 @@ class Krum(RobustAggregator):
 
 
 def krum_scores(updates: UpdateGeometry, f: int) -> Tensor:
-    """Computes Krum's score of each upload (K,); lower is better."""
+    """Compute Krum's score of each upload (K,); lower is better."""
     K = len(updates.w)
     others = squared_distances(updates.G) + torch.diag(torch.full((K,), torch.inf, dtype=torch.float64))
     return others.sort(dim=1).values[:, : max(1, K - f - 2)].sum(1)
 
 
 def select(scores: Tensor, count: int) -> Tensor:
-    """Returns 1 for the ``count`` lowest scores, and 0 for the others; of equal ones, the first clients count."""
+    """Return 1 for the ``count`` lowest scores, and 0 for the others; of equal ones, the first clients count."""
     return torch.zeros_like(scores).index_fill(0, scores.argsort(stable=True)[:count], 1.0)

@@ -14,10 +14,10 @@ from fedlora.security.secure_aggregation.session import (
     SessionTerms,
     TooFewClientsError,
     default_threshold,
-)
+)  # fmt: skip
 from fedlora.security.secure_aggregation.simulation import simulate
 
 __all__ = [
     "PHASES", "Aggregate", "Client", "Message", "ProtocolError", "Server", "SessionTerms", "TooFewClientsError",
     "default_threshold", "simulate",
-]  # fmt: skip
+]  # fmt: skip  # fmt: skip

@@ -97,11 +97,11 @@ class Client:
         return message
 
     def survivors(self, survivors: Message) -> frozenset[int]:
-        """Returns the clients with a vector in the sum that the request would unmask; sends no answer."""
+        """Return the clients with a vector in the sum that the request would unmask; send no answer."""
         return frozenset(n for n, sent in self._parse_request(survivors).items() if sent)
 
     def to_bytes(self) -> bytes:
-        """Saves the state, with private keys: for this client's own store, never for the wire."""
+        """Save the state, with private keys: for this client's own store, never for the wire."""
         keys = {"sealing": self.sealing.private, "masking": self.masking.private, "seed": self.seed}
         tables = {"peers": list(self.peers.items()), "held": list(self.held.items())}
         plain = {"session": self.session.record(), "number": self.number, "phase": self.phase}
@@ -109,7 +109,7 @@ class Client:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Loads a client that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved client."""
+        """Load a client that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved client."""
         fields, _ = messages.load_state("client", data)
         keys = {key: KeyPair(fields[key]) for key in ("sealing", "masking")}
         tables = {key: dict(map(tuple, fields[key])) for key in ("peers", "held")}
@@ -136,7 +136,7 @@ class Client:
         return unseal(message.body, self.sealing, self.session.server_key, address)
 
     def _send(self, phase: str, payload: bytes | memoryview) -> Message:
-        """Seals a message for the server, and sets the next phase."""
+        """Seal a message for the server, and set the next phase."""
         address = self._address(phase, self.number, SERVER)
         body = seal(payload, self.sealing, self.session.server_key, address)
         self.phase = (*PHASES, "done")[PHASES.index(phase) + 1]
@@ -161,7 +161,7 @@ class Client:
             raise ProtocolError("The list of peers holds one public key twice; each client needs its own. Refused.")
 
     def _parse_request(self, survivors: Message) -> dict[int, bool]:
-        """Returns client -> whether it sent its vector."""
+        """Return client -> whether it sent its vector."""
         request = messages.unpack_table(self._open(survivors, "unmask"), 1)
         sent = {n for n, flag in request if flag == b"\1"}
         if both := sent & {n for n, flag in request if flag != b"\1"}:

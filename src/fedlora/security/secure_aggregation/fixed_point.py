@@ -40,7 +40,7 @@ class FixedPoint:
         return math.ceil(math.log2(room)) - 1  # strictly below, also where room is a power of two
 
     def encode(self, values: Tensor, weight: float) -> Ring:
-        """Encodes ``values`` of any shape, times ``weight`` (the client's share), as (d,) integers of the ring.
+        """Encode ``values`` of any shape, times ``weight`` (the client's share), as (d,) integers of the ring.
 
         ``ValueError`` if a value is outside the range or not finite: clipping silently would train another model.
         """
@@ -64,7 +64,7 @@ class FixedPoint:
         return out
 
     def decode(self, total: Ring, weight: float) -> Tensor:
-        """Returns the weighted mean, float32 (d,), from the ring sum ``total`` and the sum of shares ``weight``."""
+        """Return the weighted mean, float32 (d,), from the ring sum ``total`` and the sum of shares ``weight``."""
         out = np.empty(len(total), np.float32)
         for start in range(0, len(total), CHUNK):
             chunk = slice(start, start + CHUNK)
@@ -72,7 +72,7 @@ class FixedPoint:
         return torch.from_numpy(out)
 
     def error_bound(self, weight: float, largest: float | None = None) -> float:
-        """Returns a bound of the error of each number of :meth:`decode`.
+        """Return a bound of the error of each number of :meth:`decode`.
 
         ``K 2^-(f+1) / weight`` for the clients' rounding, and ``largest 2^-24`` for the float32 result, where
         ``largest`` is the largest absolute value of the mean, at most the range. The other terms are for float64.

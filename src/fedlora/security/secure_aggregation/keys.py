@@ -43,7 +43,7 @@ class KeyPair:
 
     @classmethod
     def new(cls) -> Self:
-        """Generates a pair from the operating system's randomness."""
+        """Generate a pair from the operating system's randomness."""
         return cls(X25519PrivateKey.generate().private_bytes_raw())
 
     @cached_property
@@ -56,7 +56,7 @@ class KeyPair:
         return self._key.public_key().public_bytes_raw()
 
     def agree(self, public: bytes, address: Address) -> bytes:
-        """Derives 32 bytes that only the owners of both keys can compute, for this address only.
+        """Derive 32 bytes that only the owners of both keys can compute, for this address only.
 
         :class:`ProtocolError` if ``public`` is no usable key.
         """
@@ -68,18 +68,18 @@ class KeyPair:
 
 
 def derive(secret: bytes, context: bytes) -> bytes:
-    """Derives 32 bytes by HKDF-SHA256; another ``context`` gives unrelated bytes."""
+    """Derive 32 bytes by HKDF-SHA256; another ``context`` gives unrelated bytes."""
     return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=context).derive(secret)
 
 
 def seal(payload: bytes | memoryview, own: KeyPair, public: bytes, address: Address) -> bytes:
-    """Encrypts and authenticates ``payload`` for the owner of ``public``; the result is ``SEAL`` bytes longer."""
+    """Encrypt and authenticate ``payload`` for the owner of ``public``; the result is ``SEAL`` bytes longer."""
     nonce = os.urandom(12)
     return nonce + ChaCha20Poly1305(own.agree(public, address)).encrypt(nonce, payload, address.context())
 
 
 def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> bytes:
-    """Decrypts a payload that the owner of ``public`` sealed for this address; :class:`ProtocolError` for any other."""
+    """Decrypt a payload that the owner of ``public`` sealed for this address; :class:`ProtocolError` for any other."""
     key = own.agree(public, address)
     try:
         if len(sealed) < SEAL:
@@ -93,5 +93,5 @@ def unseal(sealed: bytes, own: KeyPair, public: bytes, address: Address) -> byte
 
 
 def party_name(number: int) -> str:
-    """Returns the name of the server or a client for an error message."""
+    """Return the name of the server or a client for an error message."""
     return "the server" if number == SERVER else f"client {number}"

@@ -42,7 +42,7 @@ def opposite(masks: Iterable[Mask]) -> Iterator[Mask]:
 
 
 def add(vector: Ring, masks: Iterable[Mask]) -> None:
-    """Adds every mask to ``vector`` (d,), in place, with memory for one chunk."""
+    """Add every mask to ``vector`` (d,), in place, with memory for one chunk."""
     # A key serves one session and one mask, so every keystream may begin at zero.
     streams = [(Cipher(ChaCha20(key, bytes(16)), None).encryptor(), sign) for key, sign in masks]
     buffer = np.empty(CHUNK, "<u4")

@@ -32,13 +32,13 @@ class Message:
 
 
 def pack_table(table: Mapping[int, bytes] | Table) -> bytes:
-    """Packs client number -> bytes of one width, as ``8 + width`` bytes an entry."""
+    """Pack client number -> bytes of one width, as ``8 + width`` bytes an entry."""
     items = table.items() if isinstance(table, Mapping) else table
     return b"".join(n.to_bytes(NUMBER, "big", signed=True) + entry for n, entry in items)
 
 
 def unpack_table(payload: bytes, width: int) -> Table:
-    """Unpacks the result of :func:`pack_table`; :class:`ProtocolError` if the length does not fit ``width``."""
+    """Unpack the result of :func:`pack_table`; :class:`ProtocolError` if the length does not fit ``width``."""
     step = NUMBER + width
     if len(payload) % step:
         raise ProtocolError(f"A list of {len(payload)} bytes is not made of entries of {step}; it was left out.")
@@ -47,7 +47,7 @@ def unpack_table(payload: bytes, width: int) -> Table:
 
 
 def as_mapping(table: Table, what: str) -> dict[int, bytes]:
-    """Converts a table to a mapping; :class:`ProtocolError` if it names a client twice."""
+    """Convert a table to a mapping; :class:`ProtocolError` if it names a client twice."""
     mapping = dict(table)
     if len(mapping) < len(table):
         raise ProtocolError(f"The {what} names a client twice; each may be there once. Refused.")
@@ -55,15 +55,15 @@ def as_mapping(table: Table, what: str) -> dict[int, bytes]:
 
 
 def save_state(kind: str, fields: Mapping[str, Any], rest: bytes = b"") -> bytes:
-    """Encodes a state as one line of JSON, then ``rest``. It has secrets: for the owner's own store."""
+    """Encode a state as one line of JSON, then ``rest``. It has secrets: for the owner's own store."""
     return json.dumps({"fedlora.secure": kind, **fields}, default=_encode_bytes).encode() + b"\n" + rest
 
 
 def load_state(kind: str, data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Decodes the result of :func:`save_state`; ``ValueError`` if it is no state of this kind."""
+    """Decode the result of :func:`save_state`; ``ValueError`` if it is no state of this kind."""
     line, _, rest = data.partition(b"\n")
     try:
-        fields = json.loads(line, object_hook=_decode_bytes)
+        fields = json.loads(line, object_hook=lambda v: bytes.fromhex(v["hex"]) if v.keys() == {"hex"} else v)
     except ValueError as error:
         raise ValueError(f"{len(data)} bytes are no saved {kind}; give what to_bytes() returned.") from error
     if not isinstance(fields, dict) or fields.pop("fedlora.secure", None) != kind:
@@ -75,7 +75,3 @@ def _encode_bytes(value: object) -> Any:
     if isinstance(value, bytes):
         return {"hex": value.hex()}
     raise TypeError(f"{type(value).__name__} is not part of a saved state")
-
-
-def _decode_bytes(value: dict[str, Any]) -> Any:
-    return bytes.fromhex(value["hex"]) if value.keys() == {"hex"} else value

@@ -5,7 +5,7 @@ Bonawitz et al. 2017, figure 4, rounds 0 to 2 and 4.
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -52,7 +52,7 @@ class Server:
         cls, weights: Mapping[int, float], size: int, threshold: int | None = None, range: float = 16.0,
         run: str = "", round: int = 0,
     ) -> Self:  # fmt: skip
-        """Opens a session for the clients of ``weights`` (number -> share of the cohort), of ``size`` numbers each.
+        """Open a session for the clients of ``weights`` (number -> share of the cohort), of ``size`` numbers each.
 
         The default threshold is ``floor(2K/3) + 1``. ``ValueError`` if the terms do not fit together.
         """
@@ -62,7 +62,7 @@ class Server:
         return cls(terms, key)
 
     def receive(self, message: Message) -> None:
-        """Receives one client's message of the open phase.
+        """Receive one client's message of the open phase.
 
         Refuses a message of another phase or session, of a client that is not, or no longer, in the round, a second one
         of the same client, and one that was altered.
@@ -89,7 +89,7 @@ class Server:
         self.received[n] = payload
 
     def close(self) -> dict[int, Message]:
-        """Closes the phase; returns the message to each remaining client, and none after the last phase.
+        """Close the phase; return the message to each remaining client, and none after the last phase.
 
         :class:`TooFewClientsError` if fewer clients than the threshold remain; the session is then over.
         """
@@ -111,7 +111,7 @@ class Server:
         return replies
 
     def outcome(self) -> Aggregate:
-        """Returns the weighted mean of the vectors; :class:`ProtocolError` before the last phase is closed."""
+        """Return the weighted mean of the vectors; :class:`ProtocolError` before the last phase is closed."""
         if self.phase != "done":
             raise ProtocolError(f"The sum is still masked: the phase {self.phase!r} is open. Close all four first.")
         numbers, fixed = tuple(sorted(self.summed)), self.session.encoding
@@ -119,7 +119,7 @@ class Server:
         return Aggregate(fixed.decode(self.total, weight), weight, numbers, fixed.error_bound(weight))
 
     def to_bytes(self) -> bytes:
-        """Saves the state, with the session's private key: for the server's own store."""
+        """Save the state, with the session's private key: for the server's own store."""
         tables = {name: list(getattr(self, name).items()) for name in TABLES}
         plain = {"session": self.session.record(), "phase": self.phase, "summed": self.summed}
         rest = self.total.astype("<u4", copy=False).tobytes()
@@ -127,7 +127,7 @@ class Server:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Loads a server that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved server."""
+        """Load a server that :meth:`to_bytes` saved; ``ValueError`` if ``data`` is no saved server."""
         fields, rest = messages.load_state("server", data)
         tables = {name: dict(map(tuple, fields[name])) for name in TABLES}
         terms = {"session": SessionTerms.of(fields["session"]), "key": KeyPair(fields["key"])}
@@ -164,7 +164,7 @@ class Server:
             raise ProtocolError(f"Client {n} did not send a share for each client that is due one; left out.")
 
     def _payloads(self, senders: list[int]) -> dict[int, bytes]:
-        """Returns the reply to each client at the end of the phase; after the last phase, unmasks the sum instead."""
+        """Return the reply to each client at the end of the phase; after the last phase, unmask the sum instead."""
         match self.phase:
             case "advertise":
                 self.keys = {n: self.received[n] for n in senders}
@@ -186,14 +186,12 @@ class Server:
             self._check_secret(v, secret)
         added = [masks.own(self.session.id, v, secrets[v]) for v in self.summed]
         for v in self.commitments.keys() - set(self.summed):
-            added += self._leftover(v, KeyPair(secrets[v]))
+            others = (
+                masks.pairwise(self.session.id, v, KeyPair(secrets[v]), n, self.keys[n][KEY:]) for n in self.summed
+            )
+            added += masks.opposite(others)  # the masks that the others added for a client that sent no vector
         self.total = self.total.copy()
         masks.add(self.total, masks.opposite(added))
-
-    def _leftover(self, dropped: int, key: KeyPair) -> Iterable[masks.Mask]:
-        """The masks that the others added for a client that sent no vector, with the opposite sign."""
-        id, others = self.session.id, self.summed
-        return masks.opposite(masks.pairwise(id, dropped, key, n, self.keys[n][KEY:]) for n in others)
 
     def _check_secret(self, v: int, secret: bytes) -> None:
         if v in self.summed:

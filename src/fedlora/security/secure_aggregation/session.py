@@ -81,14 +81,14 @@ class SessionTerms:
         return FixedPoint(self.range, len(self.numbers))
 
     def weight(self, number: int) -> float:
-        """Returns client ``number``'s share of the cohort."""
+        """Return client ``number``'s share of the cohort."""
         return self.weights[self.numbers.index(number)]
 
     def record(self) -> dict[str, Any]:
-        """Returns the terms as numbers, text, bytes and lists of numbers, for the wire."""
+        """Return the terms as numbers, text, bytes and lists of numbers, for the wire."""
         return asdict(self) | {"numbers": list(self.numbers), "weights": list(self.weights)}
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """Builds the terms of a :meth:`record`; ``ValueError`` if they do not fit together."""
+        """Build the terms of a :meth:`record`; ``ValueError`` if they do not fit together."""
         return cls(**{**record, "numbers": tuple(record["numbers"]), "weights": tuple(record["weights"])})

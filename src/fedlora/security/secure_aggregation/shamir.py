@@ -15,7 +15,7 @@ SECRET, SHARE = 32, 33  # bytes
 
 
 def split(secret: bytes, numbers: Sequence[int], threshold: int) -> dict[int, bytes]:
-    """Splits the 32-byte ``secret`` into 33-byte shares, one a number; ``threshold`` of them give it back."""
+    """Split the 32-byte ``secret`` into 33-byte shares, one a number; ``threshold`` of them give it back."""
     if len(secret) != SECRET or not 1 <= threshold <= len(set(numbers)) == len(numbers):
         raise ValueError(
             f"A secret of {len(secret)} bytes for {len(numbers)} holders and a threshold of {threshold} was given; "
@@ -27,7 +27,7 @@ def split(secret: bytes, numbers: Sequence[int], threshold: int) -> dict[int, by
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """Recovers the secret from exactly ``threshold`` shares, holder -> share.
+    """Recover the secret from exactly ``threshold`` shares, holder -> share.
 
     :class:`ProtocolError` for another count, or if the shares cannot be of one 32-byte secret.
     """
@@ -42,7 +42,7 @@ def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
 
 
 def evaluate(polynomial: Sequence[int], x: int, prime: int = PRIME) -> int:
-    """Evaluates ``polynomial`` (the constant first) at ``x`` modulo ``prime``, by Horner's rule."""
+    """Evaluate ``polynomial`` (the constant first) at ``x`` modulo ``prime``, by Horner's rule."""
     y = 0
     for coefficient in reversed(polynomial):
         y = (y * x + coefficient) % prime

@@ -14,7 +14,7 @@ def simulate(
     values: Mapping[int, Tensor], weights: Mapping[int, float], dropouts: Mapping[str, Collection[int]] | None = None,
     threshold: int | None = None, range: float = 16.0,
 ) -> Aggregate:  # fmt: skip
-    """Computes the weighted mean of ``values`` (client -> ``d`` numbers of any shape) by the protocol.
+    """Compute the weighted mean of ``values`` (client -> ``d`` numbers of any shape) by the protocol.
 
     ``dropouts`` maps a phase (``advertise``, ``share``, ``mask``, ``unmask``) to the clients that send nothing from
     then on. The server and each client are saved and loaded between their steps. Raises the errors of :class:`Server`

@@ -65,7 +65,7 @@ class UploadSpecs:
     _known: dict[tuple[str, ...], dict[tuple[Any, ...], UploadSpec]] = field(default_factory=dict, init=False)
 
     def of(self, turn: Turn) -> UploadSpec:
-        """Returns the spec of the upload of this turn."""
+        """Return the spec of the upload of this turn."""
         for names, specs in self._known.items():
             if (spec := specs.get(tuple([getattr(turn, name) for name in names]))) is not None:
                 return spec
@@ -78,7 +78,7 @@ class UploadSpecs:
 
 
 def build_upload_spec(rules: Rules, shared: Tree, turn: Turn) -> UploadSpec:
-    """Computes the spec of the upload of this turn."""
+    """Compute the spec of the upload of this turn."""
     start, exact = client_start(rules, shared, {}, turn), True
     sent, products = {}, set()
     for part, rule in rules.items():
@@ -93,7 +93,7 @@ def build_upload_spec(rules: Rules, shared: Tree, turn: Turn) -> UploadSpec:
 
 
 def check_upload(rules: Rules, turn: Turn, sent: Tree, spec: UploadSpec) -> CheckedUpload:
-    """Checks the leaves, shapes and types of an upload, and returns it with every part of the model.
+    """Check the leaves, shapes and types of an upload, and return it with every part of the model.
 
     ``RefusedError`` if they are not those of the turn. ``update_norms`` checks that the numbers are finite.
     """
@@ -123,7 +123,7 @@ def _form_of(layer: Layer) -> Form:
 
 
 def _check_layer(part: str, rule: Method, needed: Layer, sent: Layer, exact: bool, rank: int) -> int | None:
-    """Checks one layer; returns its rank if the client pruned it, which some methods allow."""
+    """Check one layer; return its rank if the client pruned it, which some methods allow."""
     odd = sorted(sent.keys() - needed.keys()) or (sorted(needed.keys() - sent.keys()) if exact else [])
     if odd:
         verb = "it did not send" if odd[0] in needed else "it sent"

@@ -34,7 +34,7 @@ class Rejected(NamedTuple):
 
 
 def excluded_clients(limits: Validation, conduct: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
-    """Returns the clients that were rejected too often and take no further part."""
+    """Return the clients that were rejected too often and take no further part."""
     strikes = conduct.get(STRIKES, {})
     return frozenset(int(client) for client, times in strikes.items() if 0 < limits.strikes <= times)
 
@@ -58,7 +58,7 @@ class UploadScreen:
         self.specs = UploadSpecs(self.rules, self.shared)
 
     def check(self, upload: Received) -> Received | None:
-        """Checks one upload by itself; returns it in the server's types, or None if it is rejected."""
+        """Check one upload by itself; return it in the server's types, or None if it is rejected."""
         client = upload.turn.client
         try:
             spec = self.specs.of(upload.turn)
@@ -81,12 +81,12 @@ class UploadScreen:
         return upload._replace(tree=checked.tree)
 
     def refuse(self, upload: Received, reason: str) -> None:
-        """Rejects an upload."""
+        """Reject an upload."""
         self.rejected[upload.turn.client] = Rejected(reason, upload.tree)
         self.movements.pop(upload.turn.client, None)
 
     def compare(self, uploads: Sequence[Received], steps: Callable[[Received], int]) -> list[Received]:
-        """Compares the uploads of a round; returns those that are no outliers, with capped numbers of rows.
+        """Compare the uploads of a round; return those that are no outliers, with capped numbers of rows.
 
         ``steps`` gives the optimiser steps of a client's turn: with more steps, it may move farther.
         """
@@ -100,14 +100,14 @@ class UploadScreen:
         return [u if u.examples == claim else u._replace(examples=claim) for u, claim in zip(good, claims)]
 
     def record_conduct(self) -> None:
-        """Adds the round's rejections and digests to ``conduct``."""
+        """Add the round's rejections and digests to ``conduct``."""
         strikes, seen = self.conduct.setdefault(STRIKES, {}), self.conduct.setdefault(SEEN, {})
         for client in sorted(self.rejected):
             strikes[str(client)] = strikes.get(str(client), 0) + 1
         seen.update({str(client): moved.digest for client, moved in sorted(self.movements.items()) if moved.digest})
 
     def _outliers(self, uploads: Mapping[int, Received], work: Mapping[int, int]) -> dict[int, str]:
-        """Returns the clients whose upload is an outlier, with the reason.
+        """Return the clients whose upload is an outlier, with the reason.
 
         Norms of products are computed only if some client's factors moved more than ``RESTLESS`` medians: if all
         moved about as far, no product is many times another.
@@ -152,7 +152,7 @@ class UploadScreen:
         return bool((weights > self.limits.norm_limit * more[:, None] * _column_medians(weights)).any())
 
     def _turned_factors(self, explained: Mapping[int, float], side: int) -> dict[int, float]:
-        """Returns client -> movement of its factors of one side in medians, if too large in total or in one weight."""
+        """Return client -> movement of its factors of one side in medians, if too large in total or in one weight."""
         bad: dict[int, float] = {}
         parts = sorted(set.intersection(*(set(self.movements[client].sides) for client in explained)))
         total = [(parts, self.limits.factor_limit)] if parts else []
@@ -167,7 +167,7 @@ class UploadScreen:
 
 
 def write_quarantine(folder: Path | None, number: int, rejected: Mapping[int, Rejected], limits: Validation) -> None:
-    """Writes ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
+    """Write ``quarantine/ROUND-CLIENT.safetensors`` (rounds from 1) within the limits of number and size.
 
     Existing files count. The first ones are kept, since they show the cause of a fault best.
     """
@@ -184,5 +184,5 @@ def write_quarantine(folder: Path | None, number: int, rejected: Mapping[int, Re
 
 
 def _column_medians(x: Tensor) -> Tensor:
-    """Computes the medians of the columns; for so few rows several times faster than ``quantile``."""
+    """Compute the medians of the columns; for so few rows several times faster than ``quantile``."""
     return x.sort(dim=0).values[(len(x) - 1) // 2 : len(x) // 2 + 1].mean(0)

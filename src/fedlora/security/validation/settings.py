@@ -33,7 +33,7 @@ class Validation:
                 raise ValueError(f"validation.{key} is {getattr(self, key)}; it cannot be negative or infinite.")
 
     def cap_examples(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Caps the numbers of rows that the clients of a round claim; a Flower app's may be fractions."""
+        """Cap the numbers of rows that the clients of a round claim; a Flower app's may be fractions."""
         most: float | None = self.most_examples
         if most is None:
             most = CLAIMS * median(claims) if len(claims) >= ENOUGH else max(claims, default=1)

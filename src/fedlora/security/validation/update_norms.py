@@ -52,7 +52,7 @@ class ServedLeaves:
         self.pairs = sorted(self.inputs.keys() & self.outputs.keys())
 
     def distances(self, tree: Tree) -> tuple[list[float], str]:
-        """Returns the distance of each leaf, block by block, and a digest of the upload's numbers.
+        """Return the distance of each leaf, block by block, and a digest of the upload's numbers.
 
         The digest is of the sum of each leaf's bits. A sum of the numbers would round a small difference away, and
         with sparse updates, a sample of positions may hold no change of any client.
@@ -67,13 +67,13 @@ class ServedLeaves:
 
 
 def _rows(tree: Tree, block: Sequence[tuple[str, str]]) -> Tensor:
-    """Stacks leaves of one shape, one leaf a row."""
+    """Stack leaves of one shape, one leaf a row."""
     leaves = torch.stack([tree[part][leaf] for part, leaf in block]).detach().float()
     return leaves.unsqueeze(-1).flatten(1)  # a leaf can be one number
 
 
 def measure_movement(upload: CheckedUpload, served: ServedLeaves) -> Movement:
-    """Measures an upload's distances in one pass. ``RefusedError`` if a number in it is not finite or too large."""
+    """Measure an upload's distances in one pass. ``RefusedError`` if a number in it is not finite or too large."""
     norms, digest = served.distances(upload.tree)
     squares = [norm * norm for norm in norms]
     whole = sum(squares)
@@ -90,13 +90,13 @@ def measure_movement(upload: CheckedUpload, served: ServedLeaves) -> Movement:
 
 
 def served_norm(rules: Rules, start: Tree, parts: Iterable[str], side: int) -> float:
-    """Computes the norm of the served factors of one side (0: input, 1: output)."""
+    """Compute the norm of the served factors of one side (0: input, 1: output)."""
     layers = ((start[p], (rules[p].adapter.inputs, rules[p].adapter.outputs)[side]) for p in parts)
     return float(sum(float(layer[leaf].double().square().sum()) for layer, leaves in layers for leaf in leaves) ** 0.5)
 
 
 def update_norm(rules: Rules, start: Tree, products: frozenset[str], tree: Tree, moved: Movement) -> float:
-    """Computes ``‖D‖`` over the whole model.
+    """Compute ``‖D‖`` over the whole model.
 
     If only the core between fixed factors is trained, the update is linear in the leaves, and their distance is used:
     it is a norm of the update, and equal to ``‖D‖`` for orthonormal factors.
@@ -123,7 +123,7 @@ def _update(adapter: Adapter, start: Layer, sent: Layer) -> Factors:
 
 
 def gram_matrix(rules: Rules, shared: Tree, uploads: Sequence[Received]) -> Float[Tensor, "K K"]:
-    """Computes ``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is the tree that was served.
+    """Compute ``⟨D_k, D_l⟩`` over the whole model, float64 on the CPU; ``shared`` is the tree that was served.
 
     One part of all uploads is in memory at a time.
     """

@@ -124,16 +124,13 @@ def parse_json(text: str) -> Columns:
 
 def _load_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_parse_constant, object_pairs_hook=_parse_object)
+        constant = {"NaN": None, "Infinity": float("inf"), "-Infinity": -float("inf")}.get
+        return json.loads(text, parse_constant=constant, object_pairs_hook=_parse_object)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if where != "the list" else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is no JSON ({error.msg} at {place}); write one object a line") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON that can be read ({str(error).rstrip('.')})") from error
-
-
-def _parse_constant(name: str) -> float | None:
-    return None if name == "NaN" else float(name)
 
 
 def _parse_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,10 +72,6 @@ def _pearson(x: Sum, y: Sum, xx: Sum, yy: Sum, xy: Sum) -> float:
     return (xy[0] - x[0] * y[0] / n) / (math.sqrt(vx) * math.sqrt(vy))
 
 
-def _perplexity(nll: Sum) -> float:
-    return math.exp(min(nll[0] / nll[1], 700.0))  # higher values overflow
-
-
 CONFUSION = ("tp", "fp", "fn")  # of label 1 of two
 PER_LABEL = tuple(f"{name}.0" for name in CONFUSION)  # and the same for every other label
 MOMENTS = ("x", "y", "xx", "yy", "xy")  # predictions x, targets y
@@ -95,7 +91,8 @@ KNOWN_METRICS = {
         _mean("answer_f1"),
         _mean("pass@1"),
         _mean("token_accuracy"),
-        Metric("perplexity", ("nll",), _perplexity, higher=False),
+        # Higher values of the exponential overflow.
+        Metric("perplexity", ("nll",), lambda nll: math.exp(min(nll[0] / nll[1], 700.0)), higher=False),
         _mean("nll", higher=False),
         _mean("loss", higher=False),
     )

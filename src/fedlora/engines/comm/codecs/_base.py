@@ -33,19 +33,19 @@ class Codec(ABC):
 
     @abstractmethod
     def form(self, shape: tuple[int, ...]) -> Form:
-        """Returns the fields of an encoded float32 tensor of this shape."""
+        """Return the fields of an encoded float32 tensor of this shape."""
 
     @abstractmethod
     def encode(self, x: Tensor, draws: Generator) -> dict[str, Tensor]:
-        """Encodes ``x``, which is float32 and not empty."""
+        """Encode ``x``, which is float32 and not empty."""
 
     @abstractmethod
     def decode(self, fields: Fields, shape: tuple[int, ...]) -> Tensor:
-        """Decodes to float32 of this shape. ``ValueError`` if fields of the right form are no encoding."""
+        """Decode to float32 of this shape. ``ValueError`` if fields of the right form are no encoding."""
 
     @abstractmethod
     def bound(self, x: Tensor) -> Tensor:
-        """Returns the largest error of ``decode(encode(x))`` for each number of a finite ``x``."""
+        """Return the largest error of ``decode(encode(x))`` for each number of a finite ``x``."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Quantized(Codec):
     levels: ClassVar[int]
 
     def quantize(self, x: Tensor, draws: Generator) -> tuple[Tensor, Tensor]:
-        """Rounds ``x / scale`` up or down at random, with ``x / scale`` as the mean.
+        """Round ``x / scale`` up or down at random, with ``x / scale`` as the mean.
 
         Returns (lines, length) int8, and the (lines,) scales; the scale of a line that is not finite is NaN.
         """
@@ -81,7 +81,7 @@ class Quantized(Codec):
         return (y + chance).floor().clamp(-self.levels, self.levels).to(torch.int8), scale
 
     def bound(self, x):
-        """Returns a step and the rounding of float32, ``s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``."""
+        """Return a step and the rounding of float32, ``s (1 + 2⁻¹⁶) + 2⁻¹¹⁹``."""
         step = x.abs().amax(longest(tuple(x.shape)) if x.ndim else (), keepdim=bool(x.ndim)) / self.levels
         return (step * (1 + 2.0**-16) + 2.0**-119).expand_as(x)
 
@@ -106,7 +106,7 @@ class Chain:
         return any(stage.coarse for stage in self.stages)
 
     def form(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Returns the fields of all stages."""
+        """Return the fields of all stages."""
         first, *rest = self.stages
         form = dict(first.form(shape))
         for stage in rest:
@@ -114,7 +114,7 @@ class Chain:
         return form
 
     def encode(self, x: Tensor, draws: Generator) -> dict[str, Tensor]:
-        """Encodes ``x``; a meta tensor gives meta fields."""
+        """Encode ``x``; a meta tensor gives meta fields."""
         if x.is_meta:
             form = self.form(tuple(x.shape))
             return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in form.items()}
@@ -125,7 +125,7 @@ class Chain:
         return fields
 
     def decode(self, fields: Fields, shape: tuple[int, ...]) -> Tensor:
-        """Decodes. ``ValueError`` if names, shapes or dtypes are not those of this shape, before a field is read."""
+        """Decode. ``ValueError`` if names, shapes or dtypes are not those of this shape, before a field is read."""
         needed = self.form(shape)
         for name in sorted(needed.keys() | fields.keys()):
             actual = (tuple(fields[name].shape), fields[name].dtype) if name in fields else None
@@ -140,7 +140,7 @@ class Chain:
         return first.decode(fields, shape)
 
     def bound(self, x: Tensor) -> Tensor:
-        """Returns the largest error of each number of ``x``."""
+        """Return the largest error of each number of ``x``."""
         first, *rest = self.stages
         bound = first.bound(x)
         for stage in rest:
@@ -150,12 +150,12 @@ class Chain:
 
 
 def longest(shape: tuple[int, ...]) -> int:
-    """Returns the axis along which numbers share a scale: LoRA's ``A`` and ``B`` both have one scale a rank."""
+    """Return the axis along which numbers share a scale: LoRA's ``A`` and ``B`` both have one scale a rank."""
     return max(range(len(shape)), key=lambda axis: shape[axis])
 
 
 def in_lines(x: Tensor) -> Tensor:
-    """Reshapes to ``(lines, length)``; a line has the numbers along the longest axis."""
+    """Reshape to ``(lines, length)``; a line has the numbers along the longest axis."""
     if x.ndim == 0:
         return x.reshape(1, 1)
     axis = longest(tuple(x.shape))
@@ -163,7 +163,7 @@ def in_lines(x: Tensor) -> Tensor:
 
 
 def from_lines(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverts ``in_lines``."""
+    """Invert ``in_lines``."""
     if not shape:
         return lines.reshape(())
     axis = longest(shape)
@@ -171,5 +171,5 @@ def from_lines(lines: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def line_count(shape: tuple[int, ...]) -> int:
-    """Returns the number of lines of a tensor of this shape."""
+    """Return the number of lines of a tensor of this shape."""
     return torch.Size(shape).numel() // max(1, max(shape, default=1))

@@ -69,7 +69,7 @@ class TopK(Codec):
         return max(1, math.ceil(self.share * n))
 
     def _top_mask(self, flat: Tensor) -> Tensor:
-        """Marks the numbers that are kept; NaN counts as largest, so that the receiver sees it."""
+        """Mark the numbers that are kept; NaN counts as largest, so that the receiver sees it."""
         size, k = flat.abs().nan_to_num(nan=float("inf"), posinf=float("inf")), self._count(len(flat))
         least = size.kthvalue(len(flat) - k + 1).values
         above, equal = size > least, size == least
