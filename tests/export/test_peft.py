@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_an_export(tmp_path, opened):
         assert torch.equal(tree["classifier"]["weight"], run.shared["classifier"]["weight"])
     with pytest.raises(ValueError, match="FLoRA begins every turn afresh and would lose model.start"):
         config("method.name=flora", f"model.start={tmp_path / 'out'}").federation()
-    with pytest.raises(ValueError, match="kind VeRA cannot start from an update"):
+    with pytest.raises(ValueError, match="a VeRA cannot start from an update"):
         config("adapter={name = 'vera', rank = 4}", f"model.start={tmp_path / 'out'}").federation()
     with pytest.raises(ValueError, match="it is not adapted here"):
         config("model.targets=['k_proj']", f"model.start={tmp_path / 'out'}").federation()

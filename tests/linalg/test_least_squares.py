@@ -162,7 +162,8 @@ def test_one_mix_for_weights_of_turned_frames():
     both = Grams(*(torch.cat(sides) for sides in zip(gram_matrices(one), gram_matrices(two._replace(w=one.w)))))
     p, q = als(both, one.w, True, 300)
     torch.testing.assert_close(p[0], p[1])
-    joint = least_squares._error(both, one.w, p[:, None], q[:, None]).sum()
+    M, b = least_squares.normal_equations(both.B, both.A, q[:, None], one.w)  # of the squared error, for this q
+    joint = ((M @ p[:, None, :, None])[..., 0] * p[:, None] - 2 * p[:, None] * b).sum()
     for k in range(6):
         start = torch.eye(6, dtype=torch.float64)[k].expand(2, 1, 6)
         assert joint <= least_squares.sweep_from(both, one.w, start, True, 300).error.sum() + 1e-3 * joint.abs()

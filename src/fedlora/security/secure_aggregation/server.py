@@ -186,10 +186,8 @@ class Server:
             self._check_secret(v, secret)
         added = [masks.own(self.session.id, v, secrets[v]) for v in self.summed]
         for v in self.commitments.keys() - set(self.summed):
-            others = (
-                masks.pairwise(self.session.id, v, KeyPair(secrets[v]), n, self.keys[n][KEY:]) for n in self.summed
-            )
-            added += masks.opposite(others)  # the masks that the others added for a client that sent no vector
+            key = KeyPair(secrets[v])  # the others added masks for this client, which sent no vector
+            added += masks.opposite(masks.pairwise(self.session.id, v, key, n, self.keys[n][KEY:]) for n in self.summed)
         self.total = self.total.copy()
         masks.add(self.total, masks.opposite(added))
 
