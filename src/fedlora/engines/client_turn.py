@@ -58,7 +58,7 @@ class ClientTurn:
         return ClientUpdate(sent, sent, ClientState(kept, trainer.state), trainer.loss)
 
     def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
-        """Apply the attack, if this client is an attacker, and encodes; ``state`` is the one before the turn."""
+        """Apply the attack, if this client is an attacker, and encode; ``state`` is the one before the turn."""
         f = self.federation
         sent = alter_upload(f.attack, f.rules, shared, state.kept, trained.sent, self.turn)
         encoded, decoded, kept = f.compression.encode_upload(

@@ -52,8 +52,8 @@ def export_model(
     }
     heads = {part: tree[part] for part in model.parts if part not in whole}
     # A truncated update is folded into the base instead of the adapter and the base updates.
-    blank, updates = model.initial(run.config.seed), cut if rank else run.base_updates
-    model.load({part: blank[part] if rank and part in cut else tree[part] for part in model.parts})
+    blank, updates = (model.initial(run.config.seed), cut) if rank else (tree, run.base_updates)
+    model.load({part: blank[part] if part in cut else tree[part] for part in model.parts})
     model.fold({part: (f,) for part, f in updates.items()})
     expected = _compute_logits(run, model.network)
     try:

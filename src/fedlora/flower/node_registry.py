@@ -119,8 +119,7 @@ class NodeRegistry:
 
     def _find_objection(self, node: int, metrics: MetricRecord, start: str) -> str | None:
         """Return the reason why a node cannot be a client; None if there is no reason."""
-        names = ("client", "examples", "base_updates_held", "labels")
-        client, rows, held, reading = map(metrics.get, names)
+        client, rows, held, reading = map(metrics.get, ("client", "examples", "base_updates_held", "labels"))
         if type(client) is not int or not 0 <= client < self.count:
             return f"it calls itself client {client!r}, and clients are numbered 0 to {self.count - 1}"
         if type(rows) is not int or rows < 1 or type(held) is not int:

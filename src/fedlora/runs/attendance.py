@@ -1,6 +1,6 @@
 """Faults of clients in the records of a run: absent clients, missing scores and quarantined uploads."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -72,12 +72,13 @@ def describe_means(rounds: Iterable[tuple[int, int]], total: int) -> str:
     if not few:
         return ""
     if len(few) <= STRETCHES:
-        spans = (f"round {n[0]}" if len(n) == 1 else f"rounds {n[0]}–{n[-1]}" for _, n in few)
-        return ", ".join(f"mean over {count} of {total} clients in {span}" for (count, _), span in zip(few, spans))
-    number, least = sum(len(numbers) for _, numbers in few), min(count for count, _ in few)
-    return (
-        f"mean over {least} to {total} of {total} clients, fewer than all in {number} of {len(pairs)} evaluated rounds"
-    )
+        return ", ".join(f"mean over {count} of {total} clients in {_name_rounds(numbers)}" for count, numbers in few)
+    least, part, evaluated = min(count for count, _ in few), sum(len(numbers) for _, numbers in few), len(pairs)
+    return f"mean over {least} to {total} of {total} clients, fewer than all in {part} of {evaluated} evaluated rounds"
+
+
+def _name_rounds(numbers: Sequence[int]) -> str:
+    return f"round {numbers[0]}" if len(numbers) == 1 else f"rounds {numbers[0]}–{numbers[-1]}"
 
 
 def name_faults(record: RoundRecord) -> str:

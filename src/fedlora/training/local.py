@@ -165,9 +165,9 @@ class LocalTrainer:
         self.loss = float(all_losses.mean()) if len(all_losses) else 0.0  # a private step may have no finite row
         is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
         if not math.isfinite(self.loss) or not bool(is_finite):  # the loss does not include the last step
-            what = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
+            problem = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
             raise FloatingPointError(
-                f"client {self.turn.client}'s {what} in round {self.turn.round + 1}; "
+                f"client {self.turn.client}'s {problem} in round {self.turn.round + 1}; "
                 "lower training.learning_rate, or set training.max_grad_norm."
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 Columns = dict[str, list[Any]]  # column -> its values; None if a row has none
 DELIMITERS = (",", ";", "\t", "|")  # the candidates for a CSV file
+CONSTANTS = {"NaN": None, "Infinity": float("inf"), "-Infinity": -float("inf")}  # of JSON as Python writes it
 
 
 def parse_csv(text: str, delimiter: str | None) -> Columns:
@@ -124,8 +125,7 @@ def parse_json(text: str) -> Columns:
 
 def _load_json(text: str, where: str) -> Any:
     try:
-        constant = {"NaN": None, "Infinity": float("inf"), "-Infinity": -float("inf")}.get
-        return json.loads(text, parse_constant=constant, object_pairs_hook=_parse_object)
+        return json.loads(text, parse_constant=CONSTANTS.get, object_pairs_hook=_parse_object)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if where != "the list" else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is no JSON ({error.msg} at {place}); write one object a line") from error
