@@ -187,7 +187,7 @@ def test_an_array_of_numpys_is_looked_at_first():
     pytest.importorskip("flwr", reason="needs the flower extra")
     from flwr.app import Array
 
-    from fedlora.flower.strategy.peft_state import read_tensor
+    from fedlora.flower.strategy.arrays import read_tensor
 
     good = Array(np.arange(6, dtype=np.float32).reshape(2, 3))
     assert read_tensor("k", good).shape == (2, 3)

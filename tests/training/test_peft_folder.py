@@ -265,7 +265,7 @@ def test_no_method_is_suggested_that_is_then_refused(name, sentence):
 
 @pytest.mark.parametrize("name", ["fedsb", "ravna", "feddp"])
 def test_nor_in_somebody_elses_loop(name):
-    from fedlora.flower.strategy.instructions import Recipe
+    from fedlora.training.recipe import Recipe
 
     with pytest.raises(ValueError, match=f"no method '{name}', and the nearest, .*, trains an adapter of kind .*take"):
         Recipe(name, 8.0).build()

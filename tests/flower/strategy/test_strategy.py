@@ -15,10 +15,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedlora.flower import load
-from fedlora.flower.strategy.instructions import list_peft_methods
-from fedlora.flower.strategy.peft_state import FOLD, MARK, PeftState, encode_base_updates
+from fedlora.flower.strategy.arrays import FOLD, MARK, encode_base_updates
 from fedlora.flower.wire import record_to_tree
 from fedlora.training.peft_keys import strip_wrappers
+from fedlora.training.peft_state import PeftState
+from fedlora.training.recipe import list_peft_methods
 from fedlora.types import Factors
 from tests.fixtures.flower_strategy import Federation, gap, initial, mean, strategy, three, weights
 from tests.flower.flowertune_app import task

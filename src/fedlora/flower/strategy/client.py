@@ -13,11 +13,13 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions, trainable_leaves
+from fedlora.flower.strategy.arrays import MARK, encode_mark, read_state, split_arrays
+from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions
 from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import apply_base_updates, find_lora_layers
-from fedlora.flower.strategy.peft_state import MARK, PeftState, encode_mark, split_arrays
 from fedlora.rounds import Rules, public_leaves
+from fedlora.training.peft_state import PeftState
+from fedlora.training.recipe import trainable_leaves
 from fedlora.types import Tree, Turn, Work
 
 
@@ -74,7 +76,7 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
     result of ``merge_and_unload`` includes both. Raises ``ValueError`` if the two do not fit together.
     """
     plain, base_updates = split_arrays(arrays)
-    state, arrived = PeftState.of(_state_dict(model)), PeftState.read(plain)
+    state, arrived = PeftState.of(_state_dict(model)), read_state(plain)
     _check_fit(state, arrived)
     mine, theirs = (sorted(set(adapter.ranks().values())) for adapter in (state, arrived))
     if state.ranks() != arrived.ranks():
@@ -109,7 +111,7 @@ class ModelTurn:
     @cached_property
     def shared(self) -> PeftState:
         """The adapter that the server sent."""
-        state = PeftState.read(self.message.content[self.instructions.arrays])
+        state = read_state(self.message.content[self.instructions.arrays])
         _check_fit(self.model_state, state)
         return state
 

@@ -1,67 +1,14 @@
 """The server's instructions to a client, sent beside the adapter: the method, the round, the base updates."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from dataclasses import asdict, dataclass
 
-import torch
 from flwr.app import ConfigRecord, Message
 
-from fedlora.adapters import Dense, LoRA
-from fedlora.flower.strategy.peft_state import PeftState
-from fedlora.methods import METHODS, Method
-from fedlora.methods.fedit import FedIT
-from fedlora.methods.local import Local
-from fedlora.registry import name_or_nearest
-from fedlora.rounds import Rules
-from fedlora.schema import construct
-from fedlora.training.peft_settings import pattern_for
-from fedlora.types import Layer, Turn, Upload
+from fedlora.training.recipe import Recipe
 
 RECORD, BASE_UPDATES = "fedlora", "fedlora.base_updates"  # records of a message: instructions, missing base updates
 PROTOCOL = 1
-PROBE = LoRA(rank=1, alpha=1.0)
-PROBE_LAYER: Layer = {"A": torch.ones(1, 3), "B": torch.ones(3, 1)}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The constants of a run: the method's name and settings, and the scale of ``B`` in messages."""
-
-    method: str
-    lora_alpha: float
-    use_rslora: bool = False
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha is {self.lora_alpha!r}; give the number in the server's LoraConfig.")
-
-    def build(self) -> Method:
-        """Return the method. Raises ``ValueError`` if it cannot work in a user's own training loop."""
-        try:
-            return _build(self.method, json.dumps(dict(self.method_options)))
-        except TypeError as error:
-            raise ValueError(
-                f"method_options holds what no message can carry ({error}); give numbers, strings and booleans."
-            ) from error
-
-    def rules(self, adapter: PeftState) -> Rules:
-        """Return the rule of each part: the method with the part's rank and scale, or the rule for heads."""
-        method = self.build()
-        heads = FedIT if method.shares_head else Local
-        rules: dict[str, Method] = {}
-        for part, layer in adapter.tree.items():
-            if part in adapter.adapted:
-                alpha = float(self.alpha_pattern.get(pattern_for(self.alpha_pattern, part), self.lora_alpha))
-                rules[part] = replace(method, adapter=LoRA(layer["A"].shape[0], alpha, self.use_rslora))
-            else:
-                rules[part] = heads(Dense(frozenset(layer)), method.weighting)
-        return rules
 
 
 @dataclass(frozen=True)
@@ -92,62 +39,3 @@ class Instructions:
                 "the server's fedlora speaks another protocol than this node's; install one version at both."
             )
         return cls(**{**values, "recipe": Recipe(**json.loads(values["recipe"]))})
-
-
-@lru_cache(maxsize=64)
-def _build(name: str, options: str) -> Method:
-    if ":" in name:
-        raise ValueError(
-            f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
-            "see `fedlora methods`."
-        )
-    near, subject = name_or_nearest("method", name, METHODS.names())
-    if near is not None and near not in list_peft_methods():
-        kinds = " or ".join(other.__name__ for other in METHODS.load(near).adapters)
-        raise ValueError(
-            f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
-            f"(`fedlora run`), or take one of {', '.join(list_peft_methods())}."
-        )
-    kind = METHODS.load(name)
-    method: Method = construct(kind, "method_options", json.loads(options), ("adapter",))
-    penalty = method.penalty(PROBE_LAYER)
-    if isinstance(penalty, torch.Tensor) or penalty != 0.0:
-        raise ValueError(
-            f"{method.title} adds a penalty to the loss with these method_options, which a training loop of your own "
-            "does not; leave it out, or run it with fedlora's own engine (`fedlora run`)."
-        )
-    return method
-
-
-def list_peft_methods() -> list[str]:
-    """Return the methods that can train PEFT's LoRA."""
-    return [name for name, kind in METHODS.classes().items() if LoRA in kind.adapters]
-
-
-def needs_client(method: Method) -> bool:
-    """Whether clients must call ``receive`` and ``send``: the method has client hooks, or changes the base."""
-    hooks = ("trains", "send", "keep")
-    if method.personal or any(getattr(type(method), hook) is not getattr(Method, hook) for hook in hooks):
-        return True
-    start = replace(method, adapter=PROBE).receive(PROBE_LAYER, {}, Turn(0, 0, 1))
-    return changes_base(method) or not all(torch.equal(start[leaf], PROBE_LAYER[leaf]) for leaf in "AB")
-
-
-def changes_base(method: Method) -> bool:
-    """Whether a round with these settings updates the base."""
-    rule = replace(method, adapter=PROBE)
-    eye = torch.eye(3)
-    uploads = [Upload(Turn(0, k, 1), 0.5, {"A": eye[k : k + 1], "B": eye[:, k : k + 1]}) for k in (0, 1)]
-    return bool(rule.combine_all({"": PROBE_LAYER}, {"": uploads})[""].base_update)
-
-
-def trainable_leaves(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:
-    """Return the leaves to train. Raises ``ValueError`` if the method needs a gradient first."""
-    return rule.trains(start, turn, _no_gradient)
-
-
-def _no_gradient() -> Layer:
-    raise ValueError(
-        "the method asks for a gradient before training, which a training loop of your own does not give; "
-        "run it with fedlora's own engine (`fedlora run`)."
-    )

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+from fedlora.flower.strategy.arrays import encode_base_updates, read_base_updates
 from fedlora.flower.strategy.instructions import Instructions
-from fedlora.flower.strategy.peft_state import encode_base_updates, read_base_updates
 from fedlora.flower.wire import overlay, record_to_tree, tree_to_record
 from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree

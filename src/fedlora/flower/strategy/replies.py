@@ -11,7 +11,7 @@ from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedlora.flower.replies import MALFORMED, describe_refusal
-from fedlora.flower.strategy.peft_state import MARK, PeftState, parse_keys, read_mark, read_tensor
+from fedlora.flower.strategy.arrays import MARK, read_mark, read_tensor
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules
 from fedlora.schema import construct, construct_by_name
@@ -20,6 +20,7 @@ from fedlora.security.robust._base import RobustAggregator, reweigh_uploads
 from fedlora.security.validation import UploadScreen, Validation, excluded_clients
 from fedlora.security.validation.expected import build_upload_spec
 from fedlora.seeds import derive_seed
+from fedlora.training.peft_state import PeftState, parse_keys
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")

@@ -5,18 +5,18 @@ from logging import getLogger
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedlora.engines.base_updates import BaseUpdateLog
-from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, Recipe, changes_base, needs_client
-from fedlora.flower.strategy.peft_state import PeftState, encode_base_updates, split_arrays
+from fedlora.flower.strategy.arrays import encode_base_updates, read_state, split_arrays
+from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions
 from fedlora.flower.strategy.replies import Guard, ReplyChecks, read_replies, read_weight, select_alike
 from fedlora.rounds import Received, Rules, public_leaves, server_turn
 from fedlora.seeds import derive_seed
+from fedlora.training.recipe import Recipe, changes_base, needs_client
 from fedlora.types import Tree, Turn
 
 LOG = getLogger("flwr")
@@ -125,7 +125,7 @@ class FedLoRA(FedAvg):
         """Read the arrays of a round. Arrays that are not this strategy's last ones begin a new run."""
         plain, base_updates = split_arrays(arrays)
         self._plain = ArrayRecord(plain)
-        self._shared = PeftState.read(plain)
+        self._shared = read_state(plain)
         self._rules: Rules = self.recipe.rules(self._shared)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
@@ -209,14 +209,6 @@ class FedLoRA(FedAvg):
 
     def _to_arrays(self, shared: Tree) -> dict[str, Array]:
         """Return the adapter with its keys and its precision; leaves that did not change keep their bits."""
-        arrays: dict[str, Array] = {}
-        for (part, leaf), key in self._shared.keys.items():
-            x, arrays[key] = shared[part][leaf], self._plain[key]
-            if x is not self._shared.tree[part][leaf]:
-                dtype = self._plain[key].numpy().dtype
-                with np.errstate(over="ignore"):
-                    array = x.contiguous().numpy().astype(dtype)
-                if not np.isfinite(array).all():
-                    raise ValueError(f"{key!r} is too large for {dtype}; send the adapter in float32.")
-                arrays[key] = Array(array)
-        return arrays
+        before = {key: array.numpy() for key, array in self._plain.items()}
+        after = self._shared.to_state_dict(shared, before)
+        return {key: self._plain[key] if x is before[key] else Array(x) for key, x in after.items()}

@@ -1,4 +1,4 @@
-"""PEFT's state dict as a tree of parts and leaves, and base updates beside it, in one record of arrays.
+"""PEFT's state dict, and base updates beside it, in one record of arrays.
 
 PEFT also reads replies and results, so they have its keys and Flower's own array format, unlike the trees of
 ``fedlora.flower.wire``.
@@ -6,8 +6,7 @@ PEFT also reads replies and results, so they have its keys and Flower's own arra
 
 import io
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from fedlora.files import RefusedHeaderError
 from fedlora.text import display_safe
-from fedlora.training.peft_keys import read_keys
-from fedlora.types import Factors, Tree
+from fedlora.training.peft_state import PeftState, to_float32
+from fedlora.types import Factors
 
 FOLD = "fedlora.fold."  # + part + ".U" or ".V": an update of the base weight
 MARK = "fedlora.turn"  # [round, number of base updates] in a reply of `send`
@@ -25,61 +24,6 @@ NUMBERS = "fiub"  # kinds of numpy's dtypes that are numbers
 UNREADABLE = (  # by numpy
     ValueError, TypeError, KeyError, EOFError, OSError, OverflowError, MemoryError, SyntaxError, RecursionError,
 )  # fmt: skip
-
-
-def parse_keys(keys: Iterable[str]) -> tuple[dict[tuple[str, str], str], frozenset[str]]:
-    """Return (part, leaf) -> key in the given order, and the parts that have LoRA factors.
-
-    Raises ``ValueError`` for keys that cannot be combined or occur twice.
-    """
-    keys = list(keys)
-    try:
-        parsed = read_keys(keys)
-    except ValueError as error:
-        raise ValueError(f"the adapter {error}.") from error
-    names = {key: (part, leaf) for part, pair in parsed.factors.items() for leaf, key in pair.items()}
-    names |= {key: path.rpartition(".")[::2] for path, key in parsed.whole.items()}
-    return {names[key]: key for key in keys}, frozenset(parsed.factors)
-
-
-@dataclass(frozen=True)
-class PeftState:
-    """A model's PEFT state dict: float32 leaves by part, the parts with factors, and the original keys."""
-
-    tree: Tree  # part -> A (r n) and B (m r), or the parameters of a module trained in full
-    adapted: frozenset[str]
-    keys: Mapping[tuple[str, str], str]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "PeftState":
-        """Build from a state dict. Raises ``ValueError`` for a key that cannot be combined."""
-        keys, adapted = parse_keys(tensors)
-        tree: dict[str, dict[str, Tensor]] = {}
-        for (part, leaf), key in keys.items():
-            tree.setdefault(part, {})[leaf] = tensors[key].detach().to("cpu", torch.float32)
-        for part in adapted:
-            shapes = {leaf: tuple(x.shape) for leaf, x in sorted(tree[part].items())}
-            is_pair = shapes.keys() == {"A", "B"} and all(len(shape) == 2 for shape in shapes.values())
-            if not is_pair or shapes["A"][0] != shapes["B"][1]:
-                raise ValueError(
-                    f"the factors of {part!r} do not fit together, found {shapes}; needed are A (r, n) and B (m, r) of "
-                    "one linear layer."
-                )
-        if not adapted:
-            raise ValueError(
-                "the arrays hold no LoRA factors (keys ending in lora_A.weight); send what PEFT's "
-                "get_peft_model_state_dict returns."
-            )
-        return cls(tree, adapted, keys)
-
-    @classmethod
-    def read(cls, arrays: Mapping[str, Array]) -> "PeftState":
-        """Build from received arrays. Raises ``ValueError`` for an array that cannot be read."""
-        return cls.of({key: read_tensor(key, array) for key, array in arrays.items()})
-
-    def ranks(self) -> dict[str, int]:
-        """Return each adapted part's rank."""
-        return {part: self.tree[part]["A"].shape[0] for part in self.adapted}
 
 
 def check_npy(data: bytes, shape: tuple[int, ...]) -> None:
@@ -107,14 +51,14 @@ def read_tensor(key: str, array: Array) -> Tensor:
     try:
         check_npy(array.data, tuple(array.shape))
         value = array.numpy()
-        x = torch.from_numpy(np.array(value, dtype=np.float32)) if value.dtype.kind == "f" else None
     except UNREADABLE as error:
         raise ValueError(f"{key!r} cannot be read ({type(error).__name__})") from error
-    if x is None:
-        raise ValueError(f"{key!r} holds {value.dtype} where floats are needed")
-    if not bool(x.isfinite().all()):
-        raise ValueError(f"{key!r} holds values that are NaN or infinite")
-    return x
+    return to_float32(key, value)
+
+
+def read_state(arrays: Mapping[str, Array]) -> PeftState:
+    """Return a received adapter. Raises ``ValueError`` for an array that cannot be read."""
+    return PeftState.of({key: read_tensor(key, array) for key, array in arrays.items()})
 
 
 def split_arrays(arrays: ArrayRecord) -> tuple[dict[str, Array], dict[str, Factors]]:
