@@ -8,6 +8,7 @@ from torch import Tensor
 from fedlora.linalg.factors import compact, total
 from fedlora.types import Factors, Tree
 
+RECENT = 16  # updates that ``keep_recent`` keeps one by one
 BaseUpdate = Mapping[str, tuple[Factors, ...]]  # of one round: part -> low-rank terms that are added to its base weight
 
 
@@ -75,6 +76,10 @@ class BaseUpdateLog:
             kept, everything = self._since(seen), self._since(0)
             first = _sum_updates(everything[: len(everything) - len(kept)])
             self.prefix, self.entries, self.start = {part: f[0] for part, f in first.items()}, kept, seen
+
+    def keep_recent(self) -> None:
+        """Keep all but the last updates as one sum, whatever clients have: one that lacks more is sent all of them."""
+        self.settle(max(self.start, len(self) - RECENT))
 
     def _since(self, seen: int) -> list[BaseUpdate]:
         """Return the updates after the first ``seen``; those that are kept as one sum count as one update."""

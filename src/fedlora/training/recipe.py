@@ -1,7 +1,7 @@
 """A method and its settings for somebody else's training loop, with PEFT's LoRA: which methods work there, and how."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -16,9 +16,10 @@ from fedlora.methods.local import Local
 from fedlora.registry import name_or_nearest
 from fedlora.rounds import Rules
 from fedlora.schema import construct
+from fedlora.seeds import derive_seed
 from fedlora.training.peft_settings import pattern_for
 from fedlora.training.peft_state import PeftState
-from fedlora.types import Layer, Turn, Upload
+from fedlora.types import Layer, Turn, Upload, Work
 
 PROBE = LoRA(rank=1, alpha=1.0)
 PROBE_LAYER: Layer = {"A": torch.ones(1, 3), "B": torch.ones(3, 1)}
@@ -48,6 +49,10 @@ class Recipe:
                 f"method_options holds what no message can carry ({error}); give numbers, strings and booleans."
             ) from error
 
+    def turn_seed(self, round: int, client: int) -> int:
+        """Return the seed of a client's turn in a round (from 0)."""
+        return derive_seed(self.seed, "turn", round, client)
+
     def rules(self, adapter: PeftState) -> Rules:
         """Return the rule of each part: the method with the part's rank and scale, or the rule for heads."""
         method = self.build()
@@ -64,13 +69,8 @@ class Recipe:
 
 @lru_cache(maxsize=64)
 def _build(name: str, options: str) -> Method:
-    if ":" in name:
-        raise ValueError(
-            f"the method is {name!r}, but what a server names is imported by every client; name an installed method, "
-            "see `fedlora methods`."
-        )
-    near, subject = name_or_nearest("method", name, METHODS.names())
-    if near is not None and near not in list_peft_methods():
+    near, subject = name_or_nearest("method", name, [*METHODS.names(), *([name] if ":" in name else [])])
+    if near is not None and LoRA not in METHODS.load(near).adapters:
         kinds = " or ".join(other.__name__ for other in METHODS.load(near).adapters)
         raise ValueError(
             f"{subject} trains an adapter of kind {kinds}, which PEFT's LoRA is not; run it with fedlora's own engine "
@@ -107,6 +107,48 @@ def changes_base(method: Method) -> bool:
     eye = torch.eye(3)
     uploads = [Upload(Turn(0, k, 1), 0.5, {"A": eye[k : k + 1], "B": eye[:, k : k + 1]}) for k in (0, 1)]
     return bool(rule.combine_all({"": PROBE_LAYER}, {"": uploads})[""].base_update)
+
+
+def server_obstacle(method: Method) -> str | None:
+    """Return the reason why clients without fedlora cannot take part, though they freeze, keep and send as listed.
+
+    None if they can: a server then computes the upload of ``send`` from the leaves that a client has trained.
+    """
+    rule = replace(method, adapter=PROBE)
+    end = {leaf: x + 1 for leaf, x in PROBE_LAYER.items()}
+    if method.prunes:
+        return "its clients shorten their own factors"
+    for turn in (Turn(0, 0, 1), Turn(1, 0, 1)):
+        try:
+            trained = trainable_leaves(rule, rule.receive(PROBE_LAYER, {}, turn), turn)
+        except ValueError:
+            return "its clients ask for a gradient before they train"
+        work = Work(rule.receive(PROBE_LAYER, {}, turn), end, trained)
+        sent = rule.send(work, turn)
+        stays = {leaf: end[leaf] for leaf in trained - sent.keys()}
+        if not sent:
+            return "its clients send nothing"
+        if not _is_equal(rule.keep(work, sent, turn), stays):
+            return "its clients keep notes of their own between rounds"
+        if stays and not _is_equal(rule.receive(PROBE_LAYER, stays, turn), {**work.start, **stays}):
+            return "its clients start from a mixture of what they keep and what they are sent"
+        try:
+            again = rule.send(plain_work(work.start, sent, stays.keys(), trained), turn)
+        except KeyError:
+            return "its clients compute what they send from leaves that they keep"
+        if again.keys() != sent.keys():
+            return "its clients send leaves that depend on training"
+    return None
+
+
+def plain_work(start: Layer, uploaded: Layer, stays: Collection[str], trained: frozenset[str]) -> Work:
+    """Return a client's work as far as a server knows it: without the leaves that stay, and their start."""
+    end = {leaf: x for leaf, x in {**start, **uploaded}.items() if leaf not in stays}
+    return Work({} if stays else start, end, trained)
+
+
+def _is_equal(layer: Layer, other: Layer) -> bool:
+    return layer.keys() == other.keys() and all(torch.equal(x, other[leaf]) for leaf, x in layer.items())
 
 
 def trainable_leaves(rule: Method, start: Layer, turn: Turn) -> frozenset[str]:

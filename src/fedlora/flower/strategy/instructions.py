@@ -38,4 +38,15 @@ class Instructions:
             raise ValueError(
                 "the server's fedlora speaks another protocol than this node's; install one version at both."
             )
-        return cls(**{**values, "recipe": Recipe(**json.loads(values["recipe"]))})
+        recipe = Recipe(**json.loads(values["recipe"]))
+        check_method_name(recipe)
+        return cls(**{**values, "recipe": recipe})
+
+
+def check_method_name(recipe: Recipe) -> None:
+    """Raise ``ValueError`` if the method is named by its place: a client imports nothing that a message names."""
+    if ":" in recipe.method:
+        raise ValueError(
+            f"the method is {recipe.method!r}, but what a server names is imported by every client; name an installed "
+            "method, see `fedlora methods`."
+        )

@@ -5,22 +5,21 @@ from logging import getLogger
 from typing import Any
 from uuid import uuid4
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedlora.engines.base_updates import BaseUpdateLog
+from fedlora.engines.peft_round import PeftRound
 from fedlora.flower.strategy.arrays import encode_base_updates, read_state, split_arrays
-from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions
-from fedlora.flower.strategy.replies import Guard, ReplyChecks, read_replies, read_weight, select_alike
-from fedlora.rounds import Received, Rules, public_leaves, server_turn
-from fedlora.seeds import derive_seed
+from fedlora.flower.strategy.instructions import BASE_UPDATES, RECORD, Instructions, check_method_name
+from fedlora.flower.strategy.replies import ReplyChecks, read_replies, read_weight, select_alike
+from fedlora.rounds import Received
+from fedlora.security.guard import Guard
 from fedlora.training.recipe import Recipe, changes_base, needs_client
-from fedlora.types import Tree, Turn
+from fedlora.types import Tree
 
 LOG = getLogger("flwr")
-LOGGED = 16  # base updates that are kept singly; a node that lacks more is sent the sum of all
 
 
 class FedLoRA(FedAvg):
@@ -51,6 +50,7 @@ class FedLoRA(FedAvg):
     ) -> None:
         super().__init__(**fedavg)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
+        check_method_name(self.recipe)
         self.method = self.recipe.build()
         self.guard = Guard(validation, robust, self.method, seed)
         self.r = r
@@ -77,7 +77,11 @@ class FedLoRA(FedAvg):
         self._open(server_round, arrays)
         messages = list(super().configure_train(server_round, self._plain, config, grid))
         nodes = [message.metadata.dst_node_id for message in messages]
-        self._asked = frozenset(self.guard.filter_nodes(nodes, server_round - 1))
+        excluded = self.guard.exclusions
+        for node in sorted(excluded & set(nodes)):
+            times = self.guard.conduct["strikes"][str(node)]
+            LOG.warning("round %s: node %s is left out: it was quarantined in %s rounds.", server_round, node, times)
+        self._asked = frozenset(nodes) - excluded
         messages = [message for message in messages if message.metadata.dst_node_id in self._asked]
         return self._add_instructions(messages, server_round - 1)
 
@@ -96,7 +100,7 @@ class FedLoRA(FedAvg):
         if not self._asked:
             return None, None
         self._forget_failures(replies)
-        good = self._screen(server_round - 1, replies)
+        good = self._screen(replies)
         LOG.info("aggregate_train: %s good replies of %s", len(good), len(self._asked))
         if len(good) < max(1, self.min_train_nodes):
             LOG.warning(
@@ -125,8 +129,7 @@ class FedLoRA(FedAvg):
         """Read the arrays of a round. Arrays that are not this strategy's last ones begin a new run."""
         plain, base_updates = split_arrays(arrays)
         self._plain = ArrayRecord(plain)
-        self._shared = read_state(plain)
-        self._rules: Rules = self.recipe.rules(self._shared)
+        self._turn = PeftRound(self.recipe, read_state(plain), server_round - 1)
         if not self._series or (server_round <= self._round and arrays is not self._arrays):
             self._series, self._known = uuid4().hex, {}
             self.guard.reset()
@@ -135,20 +138,13 @@ class FedLoRA(FedAvg):
         self._round, self._arrays = server_round, arrays
 
     def _check_start(self) -> None:
-        ranks = self._shared.ranks()
-        if self.r is not None and self.r != max(ranks.values()):
+        ranks = set(self._turn.shared.ranks().values())
+        if self.r is not None and self.r != max(ranks):
             raise ValueError(
-                f"r is {self.r}, but the initial arrays have ranks {sorted(set(ranks.values()))}; leave r out, or make "
+                f"r is {self.r}, but the initial arrays have ranks {sorted(ranks)}; leave r out, or make "
                 "the server's model with the largest rank."
             )
-        for part, rank in ranks.items():
-            rule, layer = self._rules[part], self._shared.tree[part]
-            start = public_leaves(rule.receive(layer, {}, Turn(0, 0, rank)))
-            if not torch.allclose(rule.adapter.delta(start).dense(), rule.adapter.delta(layer).dense(), atol=1e-6):
-                raise ValueError(
-                    f"{rule.title} begins every turn afresh and would lose the update that the initial arrays hold at "
-                    f"{part!r}; take another method, or merge the adapter into the base first."
-                )
+        self._turn.check_start()
 
     def _add_instructions(self, messages: Sequence[Message], round: int) -> list[Message]:
         records: dict[int, ArrayRecord] = {}  # first missing base update -> its record
@@ -159,7 +155,7 @@ class FedLoRA(FedAvg):
             if first not in records:
                 missing = {part: factors[0] for part, factors in self._log.missing_sum(first).items()}
                 records[first] = ArrayRecord(encode_base_updates(missing))
-            seed = derive_seed(self.recipe.seed, "turn", round, node)
+            seed = self.recipe.turn_seed(round, node)
             instructions = Instructions(
                 self.recipe, round, seed, self._series, self.arrayrecord_key, first, len(self._log)
             )
@@ -173,14 +169,15 @@ class FedLoRA(FedAvg):
             if reply.has_error():
                 self._known.pop(reply.metadata.src_node_id, None)
 
-    def _screen(self, round: int, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
+    def _screen(self, replies: Sequence[Message]) -> dict[int, tuple[Received, RecordDict]]:
         """Return the replies that pass the checks, alone and in comparison."""
-        checks = ReplyChecks(
-            self._rules, self._shared, round, self._asked, self.weighted_by_key, self.method.any_rank,
-            self.needs_client, len(self._log),
-        )  # fmt: skip
+        turn, number = self._turn, self._turn.number
+        checks = ReplyChecks(turn, self._asked, self.weighted_by_key, self.needs_client, len(self._log))
         good = checks.select_good(replies)
-        uploads = self.guard.screen(self._rules, self._shared.tree, round, {node: u for node, (u, _) in good.items()})
+        uploads = self.guard.screen(turn.rules, turn.shared.tree, number, {node: u for node, (u, _) in good.items()})
+        for node in sorted(good.keys() - uploads.keys()):
+            reason = self.quarantine[number + 1][node]
+            LOG.warning("round %s: node %s is left out, its upload is quarantined: %s.", number + 1, node, reason)
         return {node: (uploads[node], content) for node, (_, content) in good.items() if node in uploads}
 
     @property
@@ -190,25 +187,20 @@ class FedLoRA(FedAvg):
 
     def _combine(self, server_round: int, uploads: Sequence[Received]) -> ArrayRecord:
         try:
-            uploads = self.guard.apply_rule(self._rules, self._shared.tree, server_round - 1, uploads)
-            if not uploads:
-                raise ValueError("a robust rule needs 3 good replies.")
-            served = server_turn(self._rules, self._shared.tree, uploads)
-            tensors = [x for layer in served.shared.values() for x in layer.values()]
-            tensors += [x for factors in served.base_updates.values() for f in factors for x in f]
-            if not all(bool(x.isfinite().all()) for x in tensors):
-                raise ValueError("the result is not finite; lower the learning rate.")
+            served, _, kept = self._turn.combine(self.guard, uploads)
             arrays = self._to_arrays(served.shared)
-        except (ValueError, torch.linalg.LinAlgError) as error:
+        except ValueError as error:
             LOG.warning("round %s cannot be combined, the model stays as it was: %s", server_round, error)
             return self._arrays
+        if kept is not None:
+            LOG.info("round %s: the robust rule kept the nodes %s", server_round, kept)
         if served.base_updates:
             self._log.append(served.base_updates)
-            self._log.settle(max(self._log.start, len(self._log) - LOGGED))
+            self._log.keep_recent()
         return ArrayRecord({**arrays, **encode_base_updates(self._log.total())})
 
     def _to_arrays(self, shared: Tree) -> dict[str, Array]:
         """Return the adapter with its keys and its precision; leaves that did not change keep their bits."""
         before = {key: array.numpy() for key, array in self._plain.items()}
-        after = self._shared.to_state_dict(shared, before)
+        after = self._turn.shared.to_state_dict(shared, before)
         return {key: self._plain[key] if x is before[key] else Array(x) for key, x in after.items()}
