@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedlora.security.secure_aggregation import PHASES, Client, Server
+from fedlora.security.secure_aggregation import PHASES, SecureClient, SecureServer
 
 SIZES, COHORTS = (10**5, 10**6, 10**7), (3, 10, 50)
 
@@ -32,13 +32,13 @@ class Clock:
 def session(K: int, d: int, absent: int) -> dict[str, float]:
     """One session in which ``absent`` clients drop out before they send their vectors."""
     server, clock, x, up, down = (
-        Server.open(dict.fromkeys(range(K), 1 / K), d, K - K // 3),
+        SecureServer.open(dict.fromkeys(range(K), 1 / K), d, K - K // 3),
         Clock(),
         torch.randn(d),
         0,
         0,
     )
-    clients, told = {n: Client(server.session, n) for n in range(K)}, {}
+    clients, told = {n: SecureClient(server.session, n) for n in range(K)}, {}
     for phase in PHASES:
         for n in range(absent if phase == "mask" else 0):
             del clients[n]

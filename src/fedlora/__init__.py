@@ -15,6 +15,7 @@ _WHERE = {
     "Registry": "fedlora.registry",
     "Result": "fedlora.runs.run", "build": "fedlora.runs.config", "compare": "fedlora.runs.compare",
     "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run",
+    "RoundError": "fedlora.engines.server", "Server": "fedlora.engines.server",
 }  # fmt: skip
 
 __all__ = [*_WHERE, "__version__"]

@@ -291,7 +291,7 @@ def test_a_session_that_fails_without_a_culprit_ends_the_run_too(tmp_path, monke
     def outcome(server):
         raise ProtocolError("The shares do not fit together.")
 
-    monkeypatch.setattr("fedlora.security.secure_aggregation.Server.outcome", outcome)
+    monkeypatch.setattr("fedlora.security.secure_aggregation.SecureServer.outcome", outcome)
     network = replace(HIDDEN, repair_timeout=0.2)
     with pytest.raises(TooFewError, match="0 of 3 clients can take part, and it needs 3"):
         World(tmp_path, "rounds=1", *SHORT, network=network).run()

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedlora.files import write
 from fedlora.flower.client import Node
 from fedlora.flower.wire import ORDER, decode_layout, decode_order, encode_answer, to_vector
-from fedlora.security.secure_aggregation import PHASES, Client, Message, SessionTerms, default_threshold
+from fedlora.security.secure_aggregation import PHASES, Message, SecureClient, SessionTerms, default_threshold
 
 PHASE, SESSION, REQUEST, RESPONSE, LAYOUT = "phase", "session", "request", "response", "layout"  # names of records
 
@@ -25,10 +25,10 @@ def answer_phase(node: Node, content: RecordDict) -> RecordDict:
     if phase not in PHASES:
         raise ValueError(f"there is no step {phase!r} of secure aggregation; they are {', '.join(PHASES)}.")
     if phase == "advertise":
-        client = Client(check_session(node, SessionTerms.of(content[SESSION]), content[ORDER]), node.client)
+        client = SecureClient(check_session(node, SessionTerms.of(content[SESSION]), content[ORDER]), node.client)
         response = client.advertise()
     else:
-        client = Client.from_bytes(secret.read_bytes())
+        client = SecureClient.from_bytes(secret.read_bytes())
         request: list[Any] = [Message(**content[REQUEST])]
         if phase == "mask":
             answer = node.train(*decode_order(content), client.session.threshold)
@@ -57,7 +57,7 @@ def check_session(node: Node, session: SessionTerms, order: Mapping[str, object]
     return session
 
 
-def _check_single_sum(node: Node, client: Client, request: Message) -> None:
+def _check_single_sum(node: Node, client: SecureClient, request: Message) -> None:
     """Refuse to unmask a second sum of one round over other clients: their difference would reveal uploads."""
     path = node.store.path(node.client, "sums")
     now = [client.session.round, *sorted(client.survivors(request))]

@@ -15,7 +15,7 @@ from fedlora.flower.secure_client import LAYOUT, PHASE, REQUEST, RESPONSE, SESSI
 from fedlora.flower.server import FlowerLoop
 from fedlora.flower.wire import Layout, Order, build_layout, encode_layout, from_vector, vector_size
 from fedlora.rounds import Received, Served, server_turn, shares
-from fedlora.security.secure_aggregation import PHASES, ProtocolError, Server, TooFewClientsError
+from fedlora.security.secure_aggregation import PHASES, ProtocolError, SecureServer, TooFewClientsError
 from fedlora.security.secure_aggregation import Message as SecureMessage
 from fedlora.security.validation.expected import RefusedError
 
@@ -90,7 +90,7 @@ class SecureFlowerLoop(FlowerLoop):
         if not layout:  # no client sends anything, so only the turns themselves are needed
             return super()._ask(cohort, set())
         threshold, span = self.network.secure_threshold, self.network.secure_range
-        server = Server.open(weights, vector_size(layout), threshold, span, self.token, at.number)
+        server = SecureServer.open(weights, vector_size(layout), threshold, span, self.token, at.number)
         requests: dict[int, SecureMessage | None] = dict.fromkeys(cohort)
         for phase in PHASES:
             messages = [self._phase_message(server, phase, k, request, layout) for k, request in requests.items()]
@@ -105,7 +105,7 @@ class SecureFlowerLoop(FlowerLoop):
         self.replies = {k: self.replies[k] for k in outcome.numbers}
 
     def _phase_message(
-        self, server: Server, phase: str, client: int, request: SecureMessage | None, layout: Layout
+        self, server: SecureServer, phase: str, client: int, request: SecureMessage | None, layout: Layout
     ) -> Message:
         message = self._message(client, self._round, "train", with_leaves=phase == "mask")
         message.content[PHASE] = ConfigRecord({PHASE: phase})
@@ -117,7 +117,7 @@ class SecureFlowerLoop(FlowerLoop):
             message.content[LAYOUT] = encode_layout(layout)
         return message
 
-    def _process_response(self, server: Server, phase: str, order: Order, reply: Message) -> None:
+    def _process_response(self, server: SecureServer, phase: str, order: Order, reply: Message) -> None:
         """Process one client's message of a phase. A client whose message the protocol refuses is left out."""
         content, client = reply.content, order.client
         response = SecureMessage(**content[RESPONSE])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedlora.security.secure_aggregation import Client, masks
+from fedlora.security.secure_aggregation import SecureClient, masks
 from fedlora.security.secure_aggregation.keys import Address, unseal
 from fedlora.security.secure_aggregation.messages import unpack_table
 from fedlora.security.secure_aggregation.session import KEY, SERVER
@@ -149,5 +149,5 @@ def test_colluders_below_the_threshold_hold_too_few_shares():
 
 def test_clients_do_not_share_secrets_across_sessions():
     one, two = Round().clients[0], Round().clients[0]
-    assert isinstance(one, Client)
+    assert isinstance(one, SecureClient)
     assert len({one.seed, two.seed, one.masking.private, two.masking.private, one.sealing.private}) == 5

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.security.secure_aggregation import PHASES, Client, Message, ProtocolError, Server, TooFewClientsError
+from fedlora.security.secure_aggregation import (
+    PHASES,
+    Message,
+    ProtocolError,
+    SecureClient,
+    SecureServer,
+    TooFewClientsError,
+)
 from fedlora.security.secure_aggregation.keys import Address, KeyPair, seal, unseal
 from fedlora.security.secure_aggregation.messages import REPLIES, pack_table, unpack_table
 from fedlora.security.secure_aggregation.session import KEY, SERVER
@@ -118,7 +125,7 @@ def test_a_rounds_message_is_bound_to_the_session_even_with_the_same_keys(phase)
     old = Round().until(phase)
     new_terms = replace(old.server.session, round=1)
     assert new_terms.id != old.id
-    server = Server.from_bytes(old.server.to_bytes())
+    server = SecureServer.from_bytes(old.server.to_bytes())
     server.session = new_terms
     message = old.make(0)
     refuses(server.receive, message, "does not open")
@@ -155,7 +162,7 @@ def test_each_step_is_taken_once_and_in_order():
         round.step()
     request = round.told["unmask"][0]
     refuses(round.clients[0].unmask, request, "'done' is its next step")
-    refuses(Client.from_bytes(round.clients[0].to_bytes()).unmask, request, "'done' is its next step")
+    refuses(SecureClient.from_bytes(round.clients[0].to_bytes()).unmask, request, "'done' is its next step")
 
 
 def peers(round):
@@ -243,7 +250,7 @@ def test_values_that_a_client_does_not_send():
 
 def test_a_stranger_cannot_join():
     with pytest.raises(ValueError, match="Client 9 is not in this session's cohort"):
-        Client(Round().server.session, 9)
+        SecureClient(Round().server.session, 9)
 
 
 def test_a_late_upload_is_not_counted():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from fedlora.security.secure_aggregation import (
     PHASES,
-    Client,
     ProtocolError,
-    Server,
+    SecureClient,
+    SecureServer,
     SessionTerms,
     TooFewClientsError,
     default_threshold,
@@ -87,7 +87,7 @@ def test_below_the_threshold_there_is_no_sum(phase):
 
 def test_the_threshold_that_goes_without_saying():
     assert [default_threshold(K) for K in (3, 4, 7, 12, 25, 50)] == [3, 3, 5, 9, 17, 34]
-    assert Server.open(dict.fromkeys(range(12), 1 / 12), 5).session.threshold == 9
+    assert SecureServer.open(dict.fromkeys(range(12), 1 / 12), 5).session.threshold == 9
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_threshold_that_goes_without_saying():
 def test_terms_that_do_not_fit(change, text):
     terms = {"weights": dict.fromkeys(range(4), 0.25), "size": 3, **change}
     with pytest.raises(ValueError, match=text):
-        Server.open(**terms)
+        SecureServer.open(**terms)
 
 
 def test_shapes_are_flattened_and_a_large_vector_spans_chunks():
@@ -137,9 +137,9 @@ def test_every_party_survives_being_saved(phase):
 
 def saved(round):
     for n, client in round.clients.items():
-        round.clients[n] = Client.from_bytes(client.to_bytes())
+        round.clients[n] = SecureClient.from_bytes(client.to_bytes())
         assert round.clients[n] == client
-    server = Server.from_bytes(round.server.to_bytes())
+    server = SecureServer.from_bytes(round.server.to_bytes())
     assert server.to_bytes() == round.server.to_bytes()
     round.server = server
 
@@ -150,9 +150,9 @@ def test_what_is_saved_is_plain():
     for message in round.sent["share"].values():
         assert {type(x) for x in message.record().values()} <= {str, int, bytes}
     with pytest.raises(ValueError, match="another kind"):
-        Server.from_bytes(round.clients[0].to_bytes())
+        SecureServer.from_bytes(round.clients[0].to_bytes())
     with pytest.raises(ValueError, match="no saved client"):
-        Client.from_bytes(b"\x80\x04pickle")
+        SecureClient.from_bytes(b"\x80\x04pickle")
 
 
 def test_a_client_that_has_answered_keeps_no_secret():

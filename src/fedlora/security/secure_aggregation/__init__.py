@@ -6,9 +6,9 @@ https://doi.org/10.1145/3133956.3133982
 Needs ``cryptography``, a dependency of ``fedlora[flower]``. ``docs/secure-aggregation.md`` has the threat model.
 """
 
-from fedlora.security.secure_aggregation.client import Client
+from fedlora.security.secure_aggregation.client import SecureClient
 from fedlora.security.secure_aggregation.messages import PHASES, Message
-from fedlora.security.secure_aggregation.server import Aggregate, Server
+from fedlora.security.secure_aggregation.server import Aggregate, SecureServer
 from fedlora.security.secure_aggregation.session import (
     ProtocolError,
     SessionTerms,
@@ -18,6 +18,14 @@ from fedlora.security.secure_aggregation.session import (
 from fedlora.security.secure_aggregation.simulation import simulate
 
 __all__ = [
-    "PHASES", "Aggregate", "Client", "Message", "ProtocolError", "Server", "SessionTerms", "TooFewClientsError",
-    "default_threshold", "simulate",
+    "PHASES",
+    "Aggregate",
+    "Message",
+    "ProtocolError",
+    "SecureClient",
+    "SecureServer",
+    "SessionTerms",
+    "TooFewClientsError",
+    "default_threshold",
+    "simulate",
 ]  # fmt: skip  # fmt: skip

@@ -17,7 +17,7 @@ from fedlora.security.secure_aggregation.shamir import SHARE, split
 
 
 @dataclass
-class Client:
+class SecureClient:
     """Client ``number`` in one session: :meth:`advertise`, :meth:`share`, :meth:`mask`, :meth:`unmask`, in order.
 
     A refusal (:class:`ProtocolError`) does not change the client. Save :meth:`to_bytes` **before** a message is sent: a

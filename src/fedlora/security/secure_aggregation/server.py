@@ -32,7 +32,7 @@ class Aggregate(NamedTuple):
 
 
 @dataclass
-class Server:
+class SecureServer:
     """One session's server: :meth:`receive` a phase's messages, :meth:`close` it, and after four :meth:`outcome`.
 
     A refused message (:class:`ProtocolError`) does not change the server; its sender counts as dropped out.
