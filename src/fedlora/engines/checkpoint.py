@@ -32,7 +32,6 @@ from fedlora.files import (
     remove_temporary_files,
     write_verified_file,
 )
-from fedlora.tasks.metrics.scores import KNOWN_METRICS
 from fedlora.text import safe_filename
 from fedlora.types import Tree
 
@@ -63,11 +62,11 @@ class CheckpointSettings:
         value = float(scores["mean"] if self.best == "clients" else scores[metric])
         return value if math.isfinite(value) else None
 
-    def is_better(self, value: float | None, best: float | None, metric: str) -> bool:
+    def is_better(self, value: float | None, best: float | None, higher: bool) -> bool:
         """Whether a round is better than the best one so far; of equal rounds the first one counts."""
         if value is None or best is None:
             return value is not None
-        return value > best if KNOWN_METRICS[metric].higher else value < best
+        return value > best if higher else value < best
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,7 @@ class Checkpoints:
     metric: str  # of the task
     settings: CheckpointSettings = field(default_factory=CheckpointSettings)
     inputs: Mapping[str, Any] = field(default_factory=dict)  # digests of the rows and the base, from ``digest_inputs``
+    higher: bool = True  # whether a higher value of the metric is better
     notes: dict[str, Any] = field(default_factory=dict)  # plain values that go with the run: seconds, resumed rounds
     refused: list[str] = field(default_factory=list, init=False)
     best: dict[str, Any] | None = field(default=None, init=False)  # round, value, and the file's name
@@ -118,7 +118,7 @@ class Checkpoints:
             self._base_updates.append((name, log.start))
         self._last = Snapshot.take(done.state, engine.client_states(done.state))
         value = self.settings.score(done.record, self.metric)
-        better = self.settings.is_better(value, self.best and self.best["value"], self.metric)
+        better = self.settings.is_better(value, self.best and self.best["value"], self.higher)
         if better:
             self.best = {"round": self._last.number, "by": self.settings.best, "value": value}
         if last or better or self._last.number % self.settings.every == 0:

@@ -20,6 +20,7 @@ from fedlora.tasks._base import Examples
 
 SAMPLE = 1024  # values of each pretrained weight
 NAMES = 40  # labels that are kept by name
+ROW = "row"  # a feature: the number of a row in the caller's datasets, which is no content of it
 LONG = 60  # characters of a setting that is kept unchanged; a longer one is replaced by a digest
 # Settings of a pretrained model that do not change its outputs: its author, its storage, its names of labels.
 IDLE = ("transformers_version", "architectures", "dtype", "torch_dtype", "name_or_path", "id2label", "label2id")
@@ -152,7 +153,7 @@ def _split_features(examples: Examples) -> tuple[list[Iterator[bytes]], bytes]:
     size, rows, common = len(examples), [_iterate_rows(examples.lengths)], b""
     offsets = {key: x for key, x in examples.features.items() if key.endswith("offsets") and len(x) == size + 1}
     for key, x in sorted(examples.features.items()):
-        if key in offsets:
+        if key in offsets or key == ROW:
             continue
         ends = next((y for y in offsets.values() if x.dim() == 1 and int(y[-1]) == len(x)), None)
         if ends is not None:

@@ -285,7 +285,9 @@ class Loop(ABC):
         if harm := success_rate(f.attack, scores):
             record["attack"] = harm
         if scores:
-            record["clients"] = summarize(scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed))
+            record["clients"] = summarize(
+                scores, f.task.metric, f.clients.count, f.clients.capabilities(f.seed), f.task.is_higher_better
+            )
         self.clock["evaluate"] += time.perf_counter() - began
         self.watch(Event("evaluation", number))
         return record

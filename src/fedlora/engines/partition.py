@@ -215,9 +215,26 @@ class Own(Partitioner):
         raise AssertionError("every client has its own rows")
 
 
+@dataclass(frozen=True)
+class Given(Partitioner):
+    """Every client has the rows of its own dataset, in the order in which ``fedlora.run`` got these."""
+
+    column: ClassVar[str] = "client"  # of the rows of Python objects: the number of a row's dataset
+
+    def rows(self, examples, count, seed):
+        groups = torch.tensor([int(group) for group in examples.groups or ()], dtype=torch.int64)
+        sets = 1 + int(groups.max()) if len(groups) else 0
+        if sets != count:
+            raise ValueError(
+                f"clients.count is {count}, and clients.partition is 'given' with {sets} datasets, one a client; "
+                "leave clients.count out."
+            )
+        return [(groups == client).nonzero()[:, 0] for client in range(count)]
+
+
 _CLASSES = {
     "iid": Iid, "dirichlet": Dirichlet, "inner-dirichlet": InnerDirichlet, "pathological": Pathological,
-    "column": NaturalId, "size": Size, "own": Own,
+    "column": NaturalId, "size": Size, "own": Own, "given": Given,
 }  # fmt: skip
 PARTITIONERS = Registry(
     Partitioner, "partitioner", group="fedlora.partitioners",
@@ -232,7 +249,8 @@ def _labels(partitioner: Partitioner, examples: Examples) -> int:
         name = PARTITIONERS.name_of(type(partitioner))
         raise ValueError(
             f"clients.partition.name is {name!r}, which partitions by label, but all rows have the same; set "
-            "task.label to a column of several values, or split by 'iid', 'size' or 'column'."
+            "task.label to a column of several values (in a dataset of your own: an integer 'label' or 'labels', or "
+            "the second of two values), or split by 'iid', 'size' or 'column'."
         )
     return labels
 

@@ -7,7 +7,7 @@ from flwr.app import RecordDict
 
 from fedlora.flower.wire import HOLDS, METRICS, Order
 from fedlora.security.validation.expected import RefusedError
-from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, is_possible
+from fedlora.tasks.metrics.scores import KNOWN_METRICS, PARTS, Scores, is_possible
 from fedlora.text import display_safe
 
 # The errors that an unexpected record may raise: the reply is left out, and the round goes on.
@@ -44,15 +44,21 @@ def read_figures(metrics: Mapping[str, object]) -> tuple[int, float]:
     return rows, loss
 
 
-def read_scores(metrics: Mapping[str, object], metric: str) -> Scores:
-    """Return a client's sums and counts. Raises ``RefusedError`` if they are no numbers, or impossible."""
+def read_scores(metrics: Mapping[str, object], metric: str, own: bool = False) -> Scores:
+    """Return a client's sums and counts. Raises ``RefusedError`` if they are no numbers, or impossible.
+
+    Sums with unknown names are left out, unless the task's metrics are its ``own``.
+    """
     names = [key.removesuffix(".sum") for key in metrics if key.endswith(".sum")]
+    known = KNOWN_METRICS.keys() | PARTS | {metric}
+    names = names if own else [name for name in names if name.partition(".")[0] in known]
     scores = {name: (metrics[f"{name}.sum"], metrics.get(f"{name}.count")) for name in names}
     for name, (total, count) in scores.items():
         sound = isinstance(total, int | float) and math.isfinite(total) and type(count) is int and count > 0
         if not sound or not is_possible(name, total, count):
             raise RefusedError(f"its score {name!r} is {total!r} over {count!r} rows")
-    lacking = [name for name in KNOWN_METRICS[metric].needs if name not in scores]
+    needs = (metric,) if own or metric not in KNOWN_METRICS else KNOWN_METRICS[metric].needs
+    lacking = [name for name in needs if name not in scores]
     if lacking:
         raise RefusedError(f"its scores are {', '.join(scores) or 'none'}, without {lacking[0]}")
     return Scores(scores)

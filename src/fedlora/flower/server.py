@@ -299,7 +299,8 @@ class FlowerLoop(Loop, Strategy):
 
     def _process_scores(self, order: Order, reply: Message) -> None:
         metrics = read_metrics(order, reply.content)
-        self.results[order.client] = read_scores(metrics, self.federation.task.metric)
+        task = self.federation.task
+        self.results[order.client] = read_scores(metrics, task.metric, task.is_own_code)
 
     def _lose(self, client: int, why: str) -> None:
         """Leave a client out of the round. A reason is reported once a round."""

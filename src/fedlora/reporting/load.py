@@ -13,7 +13,6 @@ from fedlora.runs.file_names import COMPARISON, CONFIG, METRICS, SUMMARY
 from fedlora.runs.folder import RunFolder, read_json
 from fedlora.schema import construct_by_name
 from fedlora.tasks import TASKS
-from fedlora.tasks.metrics.scores import KNOWN_METRICS
 from fedlora.text import display_safe
 
 NAME = 80  # characters of a run's name
@@ -127,8 +126,8 @@ def load_run(folder: Path, label: str | None = None, failure: str | None = None)
     if summary is not None and summary.get("metric"):
         metric, higher = str(summary["metric"]["name"]), bool(summary["metric"]["higher"])
     else:
-        metric = construct_by_name(TASKS, "task", table.get("task", {})).metric
-        higher = KNOWN_METRICS[metric].higher
+        task = construct_by_name(TASKS, "task", table.get("task", {}))
+        metric, higher = task.metric, task.is_higher_better
     digest = Digest(int(table.get("rounds", 1)), metric, new=int(table.get("clients", {}).get("new", 0)))
     for record in run.each_record():
         digest.take(record)

@@ -6,6 +6,7 @@ import torch
 
 from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.loop import ENGINES
+from fedlora.engines.partition import Given
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.runs.sections import Sections
@@ -60,6 +61,20 @@ def check_adapter(method: type[Method], name: str, adapter: Adapter) -> None:
 def _of_method(config: Sections) -> Iterator[str]:
     """Yield the settings that the task or the method does not support."""
     method, optimizer = config.method, config.server.optimizer
+    if isinstance(config.clients.partitioner, Given) and not config.task.is_own_code:
+        yield (
+            "clients.partition is 'given', which is for the datasets of fedlora.run(train=[...]); name the partition "
+            "of the task's rows, such as 'iid'."
+        )
+    if config.task.is_own_code and config.engine.name == "flower-simulation":
+        yield (
+            "engine.name is 'flower-simulation', whose clients are other processes, and the model and data are Python "
+            "objects of this one; leave engine.name out."
+        )
+    if config.task.is_own_code and config.model.start is not None:
+        yield "model.start is set, and the model is a Python object; load the adapter into the model beforehand."
+    if config.task.is_own_code and config.model.quantize is not None:
+        yield f"model.quantize is {config.model.quantize!r}, and the model is a Python object; quantise it beforehand."
     if config.model.quantize is not None and not config.task.quantizes:
         supported = [name for name, kind in TASKS.classes().items() if kind.quantizes]
         yield (
@@ -186,6 +201,8 @@ def _of_example_privacy(config: Sections) -> Iterator[str]:
             "privacy.noise_on is 'upload', which belongs to privacy.level = 'client'; at the level 'example' the noise "
             "is in every step: leave it out."
         )
+    if config.task.losses_obstacle is not None:
+        yield f"privacy.level is 'example', but {config.task.losses_obstacle}."
     if getattr(config.task, "packing", False):
         yield (
             "task.packing is set, but rows in one sequence have no gradients of their own; with privacy.level = "

@@ -167,7 +167,7 @@ class RunFolder(Rounds):
         """Load the pretrained network, with a head of the run's size."""
         labels = self.summary["labels"]
         network = self.config.task.network(self.config.model.name, len(labels), self.config.seed)
-        if labels:
+        if labels and not self.config.task.is_own_code:
             network.config.id2label = dict(enumerate(labels))
             network.config.label2id = {name: i for i, name in enumerate(labels)}
         return network.eval()

@@ -118,7 +118,10 @@ def evaluate_personalization(run: RunFolder, steps: int = 20, watch: Watch = lam
     new |= {CENTRALISED: {k: x for k, x in centralised.items() if k >= members}} if new else {}
     capabilities = f.clients.capabilities(f.seed)
     summaries = [
-        {name: x if x is None else summarize(x, f.task.metric, count, capabilities) for name, x in columns.items()}
+        {
+            name: x if x is None else summarize(x, f.task.metric, count, capabilities, f.task.is_higher_better)
+            for name, x in columns.items()
+        }
         for columns in (current, new)
     ]
     result = {

@@ -121,8 +121,9 @@ def check_same(config: Config, folder: Path) -> None:
 
 def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> Checkpoints:
     return Checkpoints(
-        folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, digest_inputs(f)
-    )
+        folder / CHECKPOINTS, config_digest(table), config.task.metric, config.checkpoint, digest_inputs(f),
+        config.task.is_higher_better,
+    )  # fmt: skip
 
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:

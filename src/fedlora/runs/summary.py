@@ -13,7 +13,6 @@ from fedlora.engines.record import RoundRecord
 from fedlora.runs.attendance import collect_faults, count_scored_clients
 from fedlora.runs.config import Config
 from fedlora.runs.record import DIRECTIONS, errors_over_weights
-from fedlora.tasks.metrics.scores import KNOWN_METRICS
 
 LAST = 3  # evaluated rounds in the mean that smooths the final figure
 
@@ -24,7 +23,7 @@ def summarise(config: Config, records: Sequence[RoundRecord], interrupted: bool,
         "method": config.table["method"]["name"],
         "title": config.method.title,
         "personal": config.method.personal,
-        "metric": {"name": config.task.metric, "higher": KNOWN_METRICS[config.task.metric].higher},
+        "metric": {"name": config.task.metric, "higher": config.task.is_higher_better},
         "seed": config.seed,
         "rounds": len(records),
         "rounds_asked": config.rounds,

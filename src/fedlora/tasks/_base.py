@@ -12,7 +12,7 @@ from torch.nn import functional
 from fedlora.schema import PerMachine
 from fedlora.tasks.data.labels import Classes, check_names
 from fedlora.tasks.data.rows import Splits, draw_rows, load_splits, text_format
-from fedlora.tasks.metrics.scores import Scores
+from fedlora.tasks.metrics.scores import Scores, is_higher_better
 
 Batch = dict[str, Tensor]  # keyword arguments of the network, "labels" among them
 
@@ -72,7 +72,9 @@ class Task(ABC):
     quantizes: ClassVar[bool] = False  # whether ``network`` accepts ``loading``, the options of a quantised base
     brings_head: ClassVar[bool] = False  # whether the checkpoint has the whole network, so that no head is new
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # the values that ``task.metric`` may have
-    metric: str  # the main metric, a key of scores.KNOWN_METRICS
+    scores_rows: ClassVar[bool] = False  # whether it scores by ``score_rows``, instead of outputs that are kept a row
+    is_own_code: ClassVar[bool] = False  # whether model and data are Python objects of the caller
+    metric: str  # the main metric: a key of scores.KNOWN_METRICS, or a name of the task's own
     train_rows: int | None
     test_rows: int | None
 
@@ -83,6 +85,16 @@ class Task(ABC):
                 raise ValueError(f"task.{key} is {rows}; it must be at least 1, or left out for all rows.")
         if self.metric not in self.metrics:
             raise ValueError(f"task.metric is {self.metric!r}; here it is {' or '.join(map(repr, self.metrics))}.")
+
+    @property
+    def is_higher_better(self) -> bool:
+        """Whether higher values of the main metric are better."""
+        return is_higher_better(self.metric)
+
+    @property
+    def losses_obstacle(self) -> str | None:
+        """The reason why ``losses`` cannot be computed, in one sentence; None if it can."""
+        return None
 
     @abstractmethod
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
@@ -111,6 +123,10 @@ class Task(ABC):
         """Return rows for a training step; a task may augment them with random numbers from ``draws``, on the CPU."""
         return self.collate(examples, rows)
 
+    def relabel(self, batch: Batch, order: Tensor) -> Batch:
+        """Return the batch with label ``order[y]`` instead of ``y``."""
+        return {**batch, "labels": order[batch["labels"]]}
+
     @abstractmethod
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss of a batch, a differentiable scalar in float32 in every precision."""
@@ -125,8 +141,17 @@ class Task(ABC):
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return the input of ``scores`` for some rows: a fixed number of values a row."""
-        batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}
-        return self.outputs(network, batch)
+        return self.outputs(network, move_batch(self.collate(examples, rows), device))
+
+    def score_rows(
+        self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device, batch_size: int,
+        order: Tensor | None = None,
+    ) -> Scores:  # fmt: skip
+        """Return the scores of some rows, with the labels ``order[y]``; only if ``scores_rows``.
+
+        For a task whose scores are no function of fixed outputs of each row.
+        """
+        raise AssertionError("this task scores outputs")
 
     @abstractmethod
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
@@ -223,6 +248,19 @@ class Classification(Task):
             self.check_labels(outputs.shape[-1])
             sums |= confusion_counts(predicted == 1, labels == 1)
         return Scores(sums)
+
+
+def move_batch(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
+    """Return a batch with all tensors on the device: a tensor, a mapping, a tuple or list, or an object with ``to``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=non_blocking)
+    if isinstance(batch, Mapping):  # also a BatchEncoding, whose own ``to`` moves only tensors at its top
+        return {name: move_batch(x, device, non_blocking) for name, x in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_batch(x, device, non_blocking) for x in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(move_batch(x, device, non_blocking) for x in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
 
 
 def confusion_counts(predicted: Tensor, actual: Tensor) -> dict[str, tuple[int, int]]:

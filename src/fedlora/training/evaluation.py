@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.tasks._base import Examples, Shard, Task
-from fedlora.tasks.metrics.scores import KNOWN_METRICS, Scores, compute_metrics, pool
+from fedlora.tasks.metrics.scores import Scores, compute_metrics, is_higher_better, pool
 from fedlora.training.model import Model
 from fedlora.types import Tree
 
@@ -34,7 +34,10 @@ class Evaluation:
 
 @dataclass
 class Evaluator:
-    """Scores trees on the test rows. The outputs of the last tree are kept for clients that hold the same leaves."""
+    """Scores trees on the test rows.
+
+    The outputs, or the scores, of the last tree are kept for clients that hold the same leaves.
+    """
 
     model: Model
     task: Task
@@ -45,14 +48,19 @@ class Evaluator:
     _base_version: int = -1
     _outputs: Tensor | None = None
     _known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    _scores: dict[tuple[bytes, bytes], Scores] = field(default_factory=dict)  # by rows and order of labels
 
     def score_all(self, tree: Tree) -> Scores:
         """Return the scores of a tree on the global test rows, with the original labels."""
+        if self.task.scores_rows:
+            return self._score(tree, torch.arange(len(self.test)), None)
         return self.task.scores(self._evaluate(tree, torch.arange(len(self.test))), self.test.labels)
 
     def score_client(self, number: int, tree: Tree) -> Scores:
         """Return the scores of a tree on one client's test rows, with that client's labels."""
         shard = self.shards[number]
+        if self.task.scores_rows:
+            return self._score(tree, shard.test, shard.relabel)
         labels = self.test.labels[shard.test]
         labels = labels if shard.relabel is None else shard.relabel[labels]
         return self.task.scores(self._evaluate(tree, shard.test), labels)
@@ -60,14 +68,31 @@ class Evaluator:
     @torch.no_grad()  # not inference mode: loading may create parameters, which must be trainable later
     def _evaluate(self, tree: Tree, rows: Tensor) -> Tensor:
         """Return the outputs of some rows, computing only those that are not kept."""
-        if self._tree is None or self._base_version != self.model.base_version or not _is_same_tree(tree, self._tree):
-            self._tree, self._base_version, self._outputs = tree, self.model.base_version, None
-            self._known = torch.zeros(len(self.test), dtype=torch.bool)
+        self._forget_other_trees(tree)
         missing = rows[~self._known[rows]]
         if len(missing):
             self._compute(tree, missing)
         assert self._outputs is not None
         return self._outputs[rows]
+
+    @torch.no_grad()
+    def _score(self, tree: Tree, rows: Tensor, order: Tensor | None) -> Scores:
+        """Return the scores of some rows, from a task that scores rows itself."""
+        self._forget_other_trees(tree)
+        key = (rows.numpy().tobytes(), b"" if order is None else order.numpy().tobytes())
+        if key not in self._scores:
+            self.model.load(tree)
+            self.model.network.eval()
+            with self.model.running():
+                self._scores[key] = self.task.score_rows(
+                    self.model.network, self.test, rows, self.model.device, self.batch_size, order
+                )
+        return self._scores[key]
+
+    def _forget_other_trees(self, tree: Tree) -> None:
+        if self._tree is None or self._base_version != self.model.base_version or not _is_same_tree(tree, self._tree):
+            self._tree, self._base_version, self._outputs, self._scores = tree, self.model.base_version, None, {}
+            self._known = torch.zeros(len(self.test), dtype=torch.bool)
 
     def _compute(self, tree: Tree, rows: Tensor) -> None:
         self.model.load(tree)
@@ -94,16 +119,19 @@ def _is_same_tree(a: Tree, b: Tree) -> bool:
 
 
 def summarize(
-    scores: Mapping[int, Scores], metric: str, count: int, capabilities: Sequence[float] | None = None
-) -> dict[str, Any]:
+    scores: Mapping[int, Scores], metric: str, count: int, capabilities: Sequence[float] | None = None,
+    higher: bool | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return a metric over ``count`` clients: the mean over clients and over rows, the worst, the spread, and each.
 
     A client without scores does not count, and is ``None`` in ``each``. ``figures`` has the mean over clients of every
-    metric. If capabilities differ, ``capability`` has one group for each, the weakest first.
+    metric. If capabilities differ, ``capability`` has one group for each, the weakest first. ``higher`` says whether a
+    higher value is better (None: as the metric's name says).
     """
     metrics = {client: compute_metrics(sums) for client, sums in scores.items()}
     values = {client: every[metric] for client, every in metrics.items()}
-    pooled, worst_of = compute_metrics(pool(scores.values())), min if KNOWN_METRICS[metric].higher else max
+    higher = is_higher_better(metric) if higher is None else higher
+    pooled, worst_of = compute_metrics(pool(scores.values())), min if higher else max
     worst = worst_of(values, key=values.__getitem__)
     summary = {
         "mean": statistics.fmean(values.values()),
@@ -111,7 +139,11 @@ def summarize(
         "worst": values[worst],
         "worst_client": worst,
         "spread": statistics.pstdev(values.values()),
-        "figures": {name: statistics.fmean(every[name] for every in metrics.values()) for name in pooled},
+        "figures": {
+            name: statistics.fmean(every[name] for every in metrics.values())
+            for name in pooled
+            if all(name in every for every in metrics.values())
+        },
         "each": [values.get(client) for client in range(count)],
     }
     if capabilities is not None and len(set(capabilities)) > 1:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
-from fedlora.tasks._base import Batch, Examples, Shard, Task
+from fedlora.tasks._base import Batch, Examples, Shard, Task, move_batch
 from fedlora.training.model import Model
+from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
 from fedlora.types import Tree, Turn
 
 
@@ -108,12 +109,13 @@ class LocalTrainer:
     loss: float = math.nan  # mean over the turn's batches; set by ``fit``
 
     def batch(self, rows: Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Return rows as arguments of the network, with this client's labels; augmented if ``draws`` is given."""
+        """Return a batch of rows with this client's labels, on the device; augmented if ``draws`` is given."""
         task, examples = self.task, self.examples
         batch = task.collate(examples, rows) if draws is None else task.collate_for_training(examples, rows, draws)
         if self.shard.relabel is not None:
-            batch["labels"] = self.shard.relabel[batch["labels"]]
-        return {name: x.to(self.model.device, non_blocking=True) for name, x in batch.items()}
+            batch = task.relabel(batch, self.shard.relabel)
+        moved: Batch = move_batch(batch, self.model.device, non_blocking=True)
+        return moved
 
     def gradient(self, start: Tree) -> Tree:
         """Return the gradient at ``start`` on one batch, without dropout."""
@@ -138,8 +140,11 @@ class LocalTrainer:
         # Dropout draws from the global generator.
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.turn.seed)
-            self.model.network.train()
+            set_train_mode(self.model.network)
+            buffers = read_buffers(self.model.network) if self.task.is_own_code else None
             self._run(optimizer, parameters, rules)
+            if buffers is not None:
+                check_buffers(self.model.network, buffers)
         if self.training.keep_optimizer:
             self.state = (self.state or {}) | {key: optimizer.state[x] for key, x in parameters.items()}
         end = self.model.read()

@@ -19,6 +19,7 @@ from fedlora.methods._base import Method
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
 from fedlora.training.targets import find_full_modules, find_targets
+from fedlora.training.train_mode import disable_fast_paths
 from fedlora.types import Factors, Layer, Tree
 
 Precision = Literal["float32", "bf16-autocast", "bf16"]
@@ -98,6 +99,7 @@ class Model:
         for path, module in whole.items() if quantized else ():
             if not next(module.parameters(recurse=False)).is_floating_point():
                 raise ValueError(f"model.head names {path!r}, which is quantised and cannot be trained; leave it out.")
+        disable_fast_paths(network)
         network.requires_grad_(False)
         if precision == "bf16" and not quantized:
             network.to(torch.bfloat16)

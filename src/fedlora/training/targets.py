@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 # The names of query and value projections; the first line whose names all occur is used.
@@ -33,7 +34,7 @@ def find_targets(
     ``all-linear`` for every linear layer except outputs, or a regular expression of whole paths; both leave out the
     modules of ``whole``, which are trained in full. Raises ``ValueError`` for a pattern that matches nothing.
     """
-    weights = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    weights = {path: module for path, module in network.named_modules() if is_adaptable(module)}
     if isinstance(patterns, str):
         targets = _find_by_text(network, patterns, {path: x for path, x in weights.items() if path not in whole})
     else:
@@ -44,6 +45,14 @@ def find_targets(
         targets = {path: module for path, module in weights.items() if any(matches(path, p) for p in names)}
     _check_ties(network, targets, "model.targets")
     return targets
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a module is a ``Linear`` or ``Conv1D`` that is called.
+
+    The output layer of ``nn.MultiheadAttention`` is not: only its weight is read.
+    """
+    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -141,7 +150,11 @@ def _explain_other_kind(network: nn.Module, pattern: str) -> str | None:
                 "(PEFT's target_parameters), whose factors have another layout and cannot be combined here"
             )
     for path, module in network.named_modules():
-        if path and matches(path, pattern) and not isinstance(module, nn.Linear | Conv1D):
+        if matches(path, pattern) and isinstance(module, NonDynamicallyQuantizableLinear):
+            return (
+                f"names {path!r}, whose weight nn.MultiheadAttention reads without calling it, so no adapter would act"
+            )
+        if path and matches(path, pattern) and not is_adaptable(module):
             return f"names {path!r}, of the kind {type(module).__name__}, where only linear layers can be adapted"
     return None
 

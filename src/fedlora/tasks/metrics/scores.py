@@ -102,6 +102,19 @@ SHARES = frozenset(  # sums from 0 to the count
 )
 
 
+# Sums that metrics are computed from by a formula, and an attack's success: none of them is a metric by itself.
+PARTS = frozenset(
+    {need.partition(".")[0] for metric in KNOWN_METRICS.values() for need in metric.needs if need != metric.name}
+    - KNOWN_METRICS.keys()
+    | {"success"}
+)
+
+
+def is_higher_better(metric: str) -> bool:
+    """Whether higher values of a metric are better; true of a metric that is not known here."""
+    return KNOWN_METRICS[metric].higher if metric in KNOWN_METRICS else True
+
+
 def is_possible(name: str, total: float, count: int) -> bool:
     """Whether a sum of this name over ``count`` rows can be ``total``."""
     name = name.partition(".")[0]  # without the label
@@ -124,12 +137,14 @@ def spearman(x: Iterable[float], y: Iterable[float]) -> float:
 
 
 def compute_metrics(scores: Scores) -> dict[str, float]:
-    """Return every metric whose sums are there."""
-    return {
+    """Return every metric whose sums are there. A sum with a name of its own is a metric, too: its mean."""
+    known = {
         name: metric.value(scores.sums)
         for name, metric in KNOWN_METRICS.items()
         if scores.sums.keys() >= set(metric.needs)
     }
+    means = {name: x for name, x in scores.sums.items() if name.partition(".")[0] not in PARTS}
+    return known | {name: total / count for name, (total, count) in means.items()}
 
 
 def pool(scores: Iterable[Scores]) -> Scores:

@@ -1,0 +1,44 @@
+"""What a network does in training or evaluation beside its forward pass: fused kernels, running statistics, buffers."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Buffers = dict[str, tuple[int, int]]  # name -> identity and version of the tensor
+
+
+def disable_fast_paths(network: nn.Module) -> None:
+    """Make torch's transformer layers call their linear layers in evaluation, too.
+
+    Otherwise a fused kernel reads the weights of these layers and leaves out their adapters.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch's own sign that an activation has no fused kernel
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def set_train_mode(network: nn.Module) -> None:
+    """Set the network to training, except for normalisations with running statistics, which stay as they are.
+
+    The base is frozen, and the statistics belong to it: no client sends them, and clients share one network.
+    """
+    network.train()
+    for module in network.modules():
+        if isinstance(module, _NormBase) and module.track_running_stats:
+            module.eval()
+
+
+def read_buffers(network: nn.Module) -> Buffers:
+    """Return what identifies the content of all buffers, without a copy."""
+    return {name: (id(x), x._version) for name, x in network.named_buffers()}
+
+
+def check_buffers(network: nn.Module, before: Buffers) -> None:
+    """Raise ``ValueError`` if a buffer has changed, which would go from one client to the next and never be sent."""
+    changed = [name for name, place in read_buffers(network).items() if before.get(name) != place]
+    if changed:
+        raise ValueError(
+            f"the model changes its buffer {changed[0]!r} when it is trained, and buffers are not sent; make it a "
+            "parameter and name its module in head, or keep it fixed in training."
+        )
