@@ -1,6 +1,6 @@
 """Federated low-rank adaptation of pretrained transformers: one base model, many parties, no shared data.
 
-``fedlora.read`` and ``fedlora.run`` are all that a script needs. Names are loaded when they are first used, so that
+``fedlora.run("mine.toml")`` is all that a script needs. Names are loaded when they are first used, so that
 ``import fedlora`` and ``fedlora --help`` stay quick.
 """
 
@@ -8,24 +8,35 @@ import importlib
 from typing import Any
 
 _WHERE = {
+    "aggregate": "fedlora.api", "compare": "fedlora.runs.compare", "open": "fedlora.api", "plan": "fedlora.api",
+    "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run", "sweep": "fedlora.api",
+    "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema", "build": "fedlora.runs.config",
+    "CheckpointSettings": "fedlora.engines.checkpoint", "Clients": "fedlora.engines.clients",
+    "Compression": "fedlora.engines.comm.compression", "Engine": "fedlora.training.device",
+    "Evaluation": "fedlora.training.evaluation", "ModelTable": "fedlora.runs.sections",
+    "Network": "fedlora.engines.network_settings", "Privacy": "fedlora.security.privacy",
+    "ServerOptimizer": "fedlora.engines.server_optimizer", "Track": "fedlora.runs.trackers",
+    "Training": "fedlora.training.local", "Validation": "fedlora.security.validation",
+    "DualLoRA": "fedlora.adapters", "LoRA": "fedlora.adapters", "LoRASB": "fedlora.adapters",
+    "MultiHead": "fedlora.adapters", "VeRA": "fedlora.adapters",
     "Callback": "fedlora.runs.callbacks", "CallbackError": "fedlora.runs.callbacks",
-    "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema",
-    "MultiHead": "fedlora.adapters", "LoRA": "fedlora.adapters", "VeRA": "fedlora.adapters",
-    "Method": "fedlora.methods._base", "Model": "fedlora.training.model",
-    "Registry": "fedlora.registry",
-    "Result": "fedlora.runs.run", "build": "fedlora.runs.config", "compare": "fedlora.runs.compare",
-    "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run",
-    "RoundError": "fedlora.engines.server", "Server": "fedlora.engines.server",
+    "Method": "fedlora.methods._base", "Model": "fedlora.training.model", "Registry": "fedlora.registry",
+    "Result": "fedlora.runs.run", "RoundError": "fedlora.engines.server", "Server": "fedlora.engines.server",
+}  # fmt: skip
+_MODULES = {  # each has ``names()`` and ``load(name)``
+    "adapters": "fedlora.adapters", "attacks": "fedlora.security.attacks", "methods": "fedlora.methods",
+    "partitioners": "fedlora.engines.partition", "robust": "fedlora.security.robust", "tasks": "fedlora.tasks",
+    "trackers": "fedlora.runs.trackers",
 }  # fmt: skip
 
-__all__ = [*_WHERE, "__version__"]
+__all__ = [*_WHERE, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # reading it takes longer than all else here
         return importlib.import_module("importlib.metadata").version("fedlora")
-    if name == "methods":
-        return importlib.import_module("fedlora.methods")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name not in _WHERE:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)

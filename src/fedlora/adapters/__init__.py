@@ -10,5 +10,6 @@ from fedlora.adapters.vera import VeRA
 from fedlora.registry import Registry
 
 ADAPTERS = Registry(Adapter, "adapter", group="fedlora.adapters", package=__name__)  # type: ignore[type-abstract]
+names, load = ADAPTERS.names, ADAPTERS.load
 
 __all__ = ["ADAPTERS", "Adapter", "Dense", "DualLoRA", "LoRA", "LoRASB", "MultiHead", "VeRA"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
@@ -43,7 +43,8 @@ class Clients:
     sampling: Literal["fixed", "poisson"] = "fixed"  # per_round clients, or each independently with probability rate
     rate: float | None = None  # poisson only
     ranks: int | list[int] | dict[str, float] | None = None  # LoRA ranks or numbers of heads; None: the full one
-    partition: dict[str, Any] = field(default_factory=lambda: {"name": "iid"})  # see partition.py
+    # A name, a table of a name and its settings, or in Python a Partitioner; see partition.py.
+    partition: str | dict[str, Any] = field(default_factory=lambda: {"name": "iid"})
     permute_labels: bool = False  # every client has its own order of the labels (concept shift)
     new: int = 0  # number of last clients that never take part; `fedlora personal` scores them
     capability: str | list[float] | dict[str, float] | None = None  # a profile; None: all are equal
@@ -54,6 +55,9 @@ class Clients:
     straggler_work: float = 0.5  # share of the steps that they do
 
     def __post_init__(self):
+        if isinstance(self.partition, Partitioner):
+            settings = {"name": PARTITIONERS.name_of(type(self.partition)), **asdict(self.partition)}
+            object.__setattr__(self, "partition", settings)
         if self.count < 1:
             raise ValueError(f"clients.count is {self.count}; a federation needs at least 1 client.")
         if self.count > MOST:
@@ -137,9 +141,18 @@ class Clients:
         return max(1, cohort - math.ceil(gone)), max(1, cohort - math.floor(gone))
 
     @property
+    def partition_table(self) -> Mapping[str, Any]:
+        """The partition's name and the settings that are set. ``ValueError`` if it has neither form."""
+        if not isinstance(self.partition, str | dict):
+            raise ValueError(
+                f"clients.partition is {self.partition!r}; it should be a name, such as 'iid', or a table with one."
+            )
+        return {"name": self.partition} if isinstance(self.partition, str) else self.partition
+
+    @property
     def partitioner(self) -> Partitioner:
         """The partitioner that ``partition`` names. ``ValueError`` if that table is wrong."""
-        return construct_by_name(PARTITIONERS, "clients.partition", self.partition)
+        return construct_by_name(PARTITIONERS, "clients.partition", self.partition_table)
 
     @property
     def client_column(self) -> str | None:

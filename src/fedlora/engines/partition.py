@@ -240,6 +240,7 @@ PARTITIONERS = Registry(
     Partitioner, "partitioner", group="fedlora.partitioners",
     listed={name: f"{__name__}:{kind.__name__}" for name, kind in _CLASSES.items()},
 )  # fmt: skip
+names, load = PARTITIONERS.names, PARTITIONERS.load
 
 
 def _labels(partitioner: Partitioner, examples: Examples) -> int:

@@ -4,6 +4,7 @@ from fedlora.methods._base import Method
 from fedlora.registry import Registry, name_or_nearest
 
 METHODS = Registry(Method, "method", group="fedlora.methods", package=__name__)
+names, load = METHODS.names, METHODS.load
 
 
 def merging_methods() -> dict[str, type[Method]]:

@@ -4,17 +4,26 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapters import ADAPTERS, LoRA
+from fedlora.adapters import ADAPTERS, Adapter, LoRA
 from fedlora.engines.loop import Event, Watch
 from fedlora.files import save_json
 from fedlora.methods import METHODS, load_merging_method, merging_methods
 from fedlora.registry import nearest
 from fedlora.runs.comparison import Cell, Compared, comparison_rows
-from fedlora.runs.config import build
+from fedlora.runs.config import (
+    AnyConfig,
+    Overrides,
+    build,
+    check_compare,
+    default_adapter,
+    section_table,
+    to_table,
+)
 from fedlora.runs.counterfactual import compare_uploads
 from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
 from fedlora.runs.folder import RunFolder
@@ -41,30 +50,48 @@ def for_label(table: Table, label: str) -> Table:
     """Return the table of one method of a comparison, with the settings of its ``[compare.LABEL]`` table.
 
     ``label`` is a method's name; or another name, whose ``[compare.LABEL]`` table has ``method.name``; or
-    ``centralised``: one client with all the data and the cohort's steps. If the method is not defined for the run's
-    adapter, it gets an adapter of its own kind with as many parameters.
+    ``centralised``: one client with all the data and the cohort's steps. The table's own method keeps its settings. If
+    a method is not defined for the run's adapter, it gets an adapter of its own kind with as many parameters.
     """
     safe_filename(label, "a compared run")
     labels = table.get("compare", {})
-    base = {key: value for key, value in table.items() if key != "compare"}
+    check_compare(labels)
+    base = _name_adapter({key: value for key, value in table.items() if key != "compare"})
     if label == CENTRALISED:
         return merge_tables(_centralise(base), labels.get(label, {}))
     name = _method_name(label, labels)
     switched = _switch_method(base, name)
-    if table.get("method", {}).get("name") == name and switched.get("adapter") == base.get("adapter"):
-        switched["method"] = table["method"]
+    if METHODS.load(own_method(table)) is METHODS.load(name) and switched.get("adapter") == base.get("adapter"):
+        switched["method"] = {**section_table(table, "method"), "name": name}
     return merge_tables(switched, labels.get(label, {}))
+
+
+def own_method(table: Table) -> str:
+    """Return the name of a table's method."""
+    return str(section_table(table, "method")["name"])
+
+
+def _name_adapter(table: Table) -> Table:
+    """Return the table with the adapter that its run has, if that is the default of its method and no LoRA."""
+    adapter = default_adapter(METHODS.load(own_method(table)))
+    if "adapter" in table or adapter is None or isinstance(adapter, LoRA):
+        return table
+    return {**table, "adapter": _adapter_table(adapter)}
+
+
+def _adapter_table(adapter: Adapter) -> Table:
+    values = {key: value for key, value in asdict(adapter).items() if value is not None}
+    return {"name": ADAPTERS.name_of(type(adapter)), **values}
 
 
 def _switch_method(table: Table, method: str) -> Table:
     """Return the table with a method's defaults, and with an adapter that the method is defined for."""
-    kind, settings = METHODS.load(method), {"name": "lora", **table.get("adapter", {})}
+    kind, settings = METHODS.load(method), section_table(table, "adapter")
     equal = {"weighting": "uniform"} if _has_client_privacy(table) else {}
     switched = {**table, "method": {"name": method, **equal}}
     if not issubclass(ADAPTERS.load(settings["name"]), kind.adapters):
         adapter = kind.adapters[0].like(construct_by_name(ADAPTERS, "adapter", settings))
-        values = {key: value for key, value in asdict(adapter).items() if value is not None}
-        switched["adapter"] = {"name": ADAPTERS.name_of(type(adapter)), **values}
+        switched["adapter"] = _adapter_table(adapter)
     return switched
 
 
@@ -99,25 +126,48 @@ def _has_client_privacy(table: Table) -> bool:
 
 
 def compare(
-    table: Table,
-    labels: Sequence[str],
+    config: AnyConfig,
+    methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     out: str | Path | None = None,
     jobs: int = 1,
     watch: Callable[[Cell, Event], None] = lambda cell, event: None,
     done: Callable[[Cell], None] = lambda cell: None,
+    overrides: Overrides = (),
+    callbacks: Sequence[Any] = (),
 ) -> Compared:
-    """Run all methods with all seeds, and write ``comparison.json`` into ``out``. A run may diverge.
+    """Run all methods with all seeds: with the same data, partition, initial weights and budgets. A run may diverge.
 
-    An interrupted comparison in ``out`` is resumed: finished runs stay, and others are resumed from their checkpoints.
-    Raises ``ValueError`` if a run there has another configuration, or if the data have changed.
+        compared = fedlora.compare("mine.toml", methods=["fedit", "local"], seeds=[0])
+        compared.frame()  # a row a run
+        compared.rows  # a mean a method
+
+    Args:
+        config: the path of a TOML file, its table, or a ``Config``: whatever ``fedlora.run`` accepts.
+        methods: names of methods, labels of ``[compare.LABEL]`` tables, ``"centralised"``; the configuration's if None.
+        seeds: a run of each method for each; they replace the configuration's.
+        out: a new folder for ``comparison.json`` and a run's folder for each method and seed. An interrupted comparison
+            there is resumed: finished runs stay, and others are resumed from their checkpoints.
+        jobs: runs at the same time, in processes of their own with one thread each; a script that asks for several
+            needs ``if __name__ == "__main__":``.
+        watch: called with a run and each of its events, if ``jobs`` is 1.
+        done: called with each run that has ended.
+        overrides: ``"key=value"`` or a dict of dotted keys.
+        callbacks: of every run, see ``fedlora.Callback``; they need ``jobs=1``.
+
+    Raises ``ConfigError`` for wrong settings before the first run, and ``ValueError`` if a run in ``out`` has another
+    configuration, or if the data have changed.
     """
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and (folder / COMPARISON).exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
-    cells = plan_cells(table, list(dict.fromkeys(labels)), list(dict.fromkeys(seeds)), folder)
+    table = to_table(config, overrides)
+    labels = _list_once("methods", [own_method(table)] if methods is None else methods)
+    cells = plan_cells(table, labels, _list_once("seeds", seeds), folder)
+    if callbacks and jobs > 1:
+        raise ConfigError(f"callbacks run in this process, but jobs is {jobs}; set it to 1, or leave callbacks out.")
     finished: dict[tuple[str, int], Cell] = {}
-    for cell in execute_all(cells, jobs, watch):
+    for cell in execute_all(cells, jobs, watch, callbacks):
         finished[cell.label, cell.seed] = cell
         done(cell)
     ordered = Compared(finished[key] for cell in cells if (key := (cell.label, cell.seed)) in finished)
@@ -125,6 +175,13 @@ def compare(
         runs = [asdict(cell) for cell in ordered]
         save_json(folder / COMPARISON, {"rows": comparison_rows(ordered), "runs": runs})
     return ordered
+
+
+def _list_once(name: str, values: Any) -> list[Any]:
+    """Return the values without repetitions. Raises ``ConfigError`` if there are none, or a single one in no list."""
+    if isinstance(values, str | int) or not values:
+        raise ConfigError(f"{name} is {values!r}; it should be a list with at least one, e.g. [{values or 0!r}].")
+    return list(dict.fromkeys(values))
 
 
 def compare_aggregation(
@@ -163,10 +220,13 @@ def _aggregation_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[s
     return {**row, "gauge": statistics.fmean(x["gauge"] for x in rounds) if "gauge" in rounds[0] else None}
 
 
-def execute_all(cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None]) -> Iterator[Cell]:
-    """Yield each cell when it has run; several jobs run in processes of their own."""
+def execute_all(
+    cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None], callbacks: Sequence[Any] = ()
+) -> Iterator[Cell]:
+    """Yield each cell when it has run; several jobs run in processes of their own, without callbacks."""
     if jobs <= 1:
-        yield from (execute(cell, lambda event, cell=cell: watch(cell, event)) for cell in cells)
+        for cell in cells:
+            yield execute(cell, partial(watch, cell), callbacks=callbacks)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         # One torch thread each: two busy threads on one core would wait for each other.
@@ -179,7 +239,9 @@ def execute_all(cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event],
             raise
 
 
-def execute(cell: Cell, watch: Watch = lambda event: None, threads: int | None = None) -> Cell:
+def execute(
+    cell: Cell, watch: Watch = lambda event: None, threads: int | None = None, callbacks: Sequence[Any] = ()
+) -> Cell:
     """Run a cell in this process, or resume it. A finished cell is read from its folder."""
     config = build(merge_tables(cell.table, {"engine": {"threads": threads}} if threads else {}))
     cell = replace(cell, table=config.table)
@@ -189,7 +251,7 @@ def execute(cell: Cell, watch: Watch = lambda event: None, threads: int | None =
         check_same(config, folder.path)
         return replace(cell, summary=folder.summary)
     try:
-        result = run(config, cell.folder, watch, again=again)
+        result = run(config, cell.folder, watch, again=again, callbacks=callbacks)
     except FloatingPointError as error:
         return replace(cell, failure=str(error))
     if result.summary["interrupted"]:

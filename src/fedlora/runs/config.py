@@ -4,18 +4,19 @@ A table has the keyword arguments of one constructor, so the dataclasses in ``se
 error is one sentence with the key, the value and a remedy.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.adapters import Adapter
 from fedlora.engines.federation import Federation
+from fedlora.methods._base import Method
 from fedlora.registry import Registry
 from fedlora.runs.build import build_federation
 from fedlora.runs.compatibility import check_adapter, check_compatibility
 from fedlora.runs.sections import OPTIONAL, SECTIONS, Sections
-from fedlora.runs.trackers import Track
+from fedlora.runs.trackers import Track, Tracker
 from fedlora.schema import (
     ConfigError,
     Table,
@@ -26,6 +27,7 @@ from fedlora.schema import (
     construct_by_name,
     load_class,
     read_table,
+    set_keys,
 )
 from fedlora.training.peft_settings import OFF
 
@@ -38,9 +40,21 @@ DEFAULT_NAMES = {"adapter": "lora", "method": "fedit"}
 
 @dataclass(frozen=True)
 class Config(Sections):
-    """The configuration of a run. It is checked when it is built, also by ``dataclasses.replace``.
+    """The configuration of a run: the objects of all sections. ``fedlora.read`` makes it from TOML.
 
-    Raises ``ValueError`` if settings exclude each other or have wrong types.
+    It is checked when it is built, also by ``dataclasses.replace``: names and types as in TOML, and settings that
+    exclude each other. A ``Config`` of objects and one of a TOML file with the same settings are equal: their runs have
+    the same bits. ``table`` is its TOML with all defaults, and ``compare`` are the settings of single methods in a
+    comparison, by label.
+
+        config = fedlora.Config(
+            model=fedlora.ModelTable("demo-vit"),
+            task=fedlora.tasks.load("image-classification")(data="digits"),
+            method=fedlora.methods.load("fedsa-lora")(fedlora.LoRA(rank=4, alpha=8)),
+            training=fedlora.Training(local_steps=5, learning_rate=5e-3),
+        )
+
+    Raises ``ConfigError`` if settings exclude each other or have wrong types.
     """
 
     def __post_init__(self):
@@ -50,6 +64,52 @@ class Config(Sections):
     def federation(self, client: int | None = None, combines: bool = False) -> Federation:
         """Load the model and the data, and build the federation; see ``build_federation``."""
         return build_federation(self, client, combines)
+
+
+AnyConfig = str | Path | Mapping[str, Any] | Config  # a TOML file, its table, or the objects
+Overrides = Sequence[str] | Mapping[str, Any]  # "key=value", or values by key; keys are dotted
+
+
+def to_config(config: AnyConfig, overrides: Overrides = ()) -> Config:
+    """Return the configuration of a TOML file, a table or objects, with some settings replaced.
+
+    ``overrides`` are ``"key=value"`` as on the command line, or a mapping, e.g. ``{"training.batch_size": 8}``.
+    Raises ``ConfigError``.
+    """
+    if isinstance(config, Config) and not overrides:
+        return config
+    return build(to_table(config, overrides))
+
+
+def to_table(config: AnyConfig, overrides: Overrides = ()) -> Table:
+    """Return the TOML table of a file, a table or objects, with some settings replaced; it has no checks of its own.
+
+    The table of a ``Config`` is one that more settings can be laid over: a budget that was not set is not in it.
+    """
+    if isinstance(config, str | Path):
+        table = read_table(config)
+    elif isinstance(config, Config):
+        table = _to_source(config)
+    elif isinstance(config, Mapping):
+        table = dict(config)
+    else:
+        raise ConfigError(
+            f"the configuration is {config!r}; it should be the path of a .toml file, a dict or a fedlora.Config."
+        )
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides is {overrides!r}; it is a list of these, e.g. [{overrides!r}], or a dict.")
+    return set_keys(table, overrides) if isinstance(overrides, Mapping) else apply_overrides(table, overrides)
+
+
+def _to_source(config: Config) -> Table:
+    """Return the table of a configuration without derived settings, and with those that ``config.table`` leaves out."""
+    privacy = {f.name: x for f in fields(config.privacy) if (x := getattr(config.privacy, f.name)) is not None}
+    table = {**config.table, "training": dict(config.table["training"]), "privacy": privacy}
+    if config.training.local_steps is None:
+        table["training"].pop("local_steps", None)
+    if config.method.adapter == default_adapter(type(config.method)):  # another method has another default
+        del table["adapter"]
+    return {**table, **({"compare": dict(config.compare)} if config.compare else {})}
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -67,9 +127,10 @@ def build(table: Table) -> Config:
     values: dict[str, Any] = {key: check_type(key, table[key], int) for key in ("rounds", "seed") if key in table}
     for section in SECTIONS:
         if section in table or section not in OPTIONAL:
-            values[section] = _build_section(section, _section_table(table, section), values)
+            values[section] = _build_section(section, section_table(table, section), values)
     values.pop("adapter", None)
-    values["track"] = Track.from_table(_section_table(table, "track"))
+    values["compare"] = table.get("compare", {})
+    values["track"] = Track.from_table(section_table(table, "track"))
     try:
         return Config(**values)
     except ConfigError:
@@ -89,7 +150,8 @@ def _check_peft(table: Table) -> None:
             )
 
 
-def _section_table(table: Table, section: str) -> Table:
+def section_table(table: Table, section: str) -> Table:
+    """Return the settings of a section; an adapter or a method without a name has the default one."""
     settings = table.get(section, {})
     if not isinstance(settings, dict):
         raise ConfigError(f"{section} is {settings!r}; it is a table, e.g. [{section}].")
@@ -111,32 +173,74 @@ def _build_section(section: str, settings: Table, values: Table) -> Any:
     return construct(method, section, settings, skip=("adapter",), **ready)
 
 
-def _to_table(config: Sections) -> Table:
+def default_adapter(method: type[Method]) -> Adapter | None:
+    """Return the adapter of a method that is given none; None if it needs one."""
+    own = next(f for f in fields(method) if f.name == "adapter")
+    default: Any = own.default_factory() if own.default_factory is not MISSING else own.default
+    return None if default is MISSING else default
+
+
+def _to_table(config: Config) -> Table:
     """Return the TOML of a configuration with all defaults. ``None`` has no TOML form and is left out.
 
-    Raises ``ConfigError`` for an object or a value that TOML could not have made.
+    Numbers get the types of the settings, as TOML's do: 1 for a float becomes 1.0. Raises ``ConfigError`` for an object
+    or a value that TOML could not have made.
     """
     table: Table = {key: check_type(key, getattr(config, key), int) for key in ("rounds", "seed")}
     for section, kind in SECTIONS.items():
         value = getattr(config.method if section == "adapter" else config, section, None)
         if value is None and section in OPTIONAL:
             continue
-        if not is_dataclass(value) or isinstance(value, type):
+        base = kind.base if isinstance(kind, Registry) else kind
+        if not is_dataclass(value) or not isinstance(value, base):
             raise ConfigError(
-                f"{section} is {value!r}; it should be an object of its settings, as fedlora.read makes it."
+                f"{section} is {value!r}; it should be an object of its settings, a {base.__name__}, as fedlora.read "
+                "makes it."
             )
-        settings = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
-        settings = {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}
-        ready = {"adapter": config.method.adapter} if section == "method" else {}
-        construct(type(value), section, settings, skip=tuple(ready), **ready)
         names = {"name": kind.name_of(type(value))} if isinstance(kind, Registry) else {}
-        table[section] = names | settings
-    if config.track.trackers:
-        table["track"] = config.track.to_table()
+        table[section] = names | _check_settings(config, section, value)
+    check_compare(config.compare)
+    if trackers := _check_track(config.track).to_table():
+        table["track"] = trackers
     if not config.privacy.on:
         del table["privacy"]
     if config.training.local_epochs is None:
         table["training"]["local_steps"] = config.training.steps(1)
-    partition = {"name": config.clients.partition["name"], **asdict(config.clients.partitioner)}
+    partition = {"name": config.clients.partition_table["name"], **asdict(config.clients.partitioner)}
     table["clients"]["partition"] = partition
     return table
+
+
+def _check_settings(config: Config, section: str, value: Any) -> Table:
+    """Return the settings of a section. In ``config`` they get the types that TOML's would have."""
+    ready = {"adapter": config.method.adapter} if section == "method" else {}
+    given = _settings_of(value)
+    settings = _settings_of(construct(type(value), section, given, skip=tuple(ready), **ready))
+    if repr({key: settings[key] for key in given}) != repr(given):  # 1 == 1.0, but they are written differently
+        value = replace(value, **settings)
+        section, value = ("method", replace(config.method, adapter=value)) if section == "adapter" else (section, value)
+        object.__setattr__(config, section, value)
+    return settings
+
+
+def _settings_of(value: Any) -> Table:
+    """Return the settings of a section's object that are set."""
+    settings = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
+    return {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}
+
+
+def _check_track(track: Any) -> Track:
+    """Return ``[track]``. Raises ``ConfigError`` unless it is trackers by name."""
+    trackers = track.trackers if isinstance(track, Track) else None
+    if not isinstance(trackers, Mapping) or not all(isinstance(x, Tracker) for x in trackers.values()):
+        raise ConfigError(f"track is {track!r}; it should be a Track of trackers by name, as fedlora.read makes it.")
+    Track.from_table(track.to_table())
+    return track
+
+
+def check_compare(labels: Any) -> None:
+    """Raise ``ConfigError`` unless ``[compare]`` has a table for each label."""
+    for key, value in (labels if isinstance(labels, Mapping) else {"": labels}).items():
+        if not isinstance(value, Mapping):
+            place = f"compare.{key}".rstrip(".")
+            raise ConfigError(f"{place} is {value!r}; it is a table of settings, e.g. [compare.fedit].")

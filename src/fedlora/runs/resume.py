@@ -7,7 +7,7 @@ from typing import Any
 from fedlora.engines.checkpoint import is_extendable
 from fedlora.engines.loop import Watch
 from fedlora.engines.record import RoundRecord
-from fedlora.runs.config import Config, read
+from fedlora.runs.config import Config, Overrides, read, to_config, to_table
 from fedlora.runs.file_names import CONFIG, TOKEN
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import Result, run
@@ -17,11 +17,14 @@ from fedlora.schema import ConfigError
 def resume(
     path: str | Path,
     rounds: int | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     watch: Watch = lambda event: None,
     callbacks: Sequence[Any] = (),
 ) -> Result:
     """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
+
+        fedlora.run("mine.toml", out="runs/more", overrides={"rounds": 1})
+        result = fedlora.resume("runs/more", rounds=2)
 
     ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
     and ``task.data`` if the data have moved. Raises ``ConfigError`` for a folder without a run, with a finished run or
@@ -31,7 +34,7 @@ def resume(
     return run(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)
 
 
-def read_resumable(path: str | Path, rounds: int | None = None, overrides: Sequence[str] = ()) -> Config:
+def read_resumable(path: str | Path, rounds: int | None = None, overrides: Overrides = ()) -> Config:
     """Read the configuration of a folder's run. Raises ``ConfigError`` if the run cannot be resumed."""
     folder = Path(path).expanduser()
     places = ("*-seed*", "trials/*-seed*")  # of a comparison and of a sweep
@@ -49,7 +52,7 @@ def read_resumable(path: str | Path, rounds: int | None = None, overrides: Seque
             "`flwr run` with the same app and out, or, where that began it, by "
             f"`fedlora flower local {folder / CONFIG} --out {folder}`."
         )
-    config = read(folder / CONFIG, [*overrides, *([f"rounds={rounds}"] if rounds is not None else [])])
+    config = to_config(to_table(folder / CONFIG, overrides), {} if rounds is None else {"rounds": rounds})
     _check_rounds(folder, read(folder / CONFIG), config, RunFolder(folder).records)
     return config
 

@@ -15,7 +15,7 @@ from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json
 from fedlora.runs.callbacks import Callback, Callbacks, End, Start
-from fedlora.runs.config import Config
+from fedlora.runs.config import AnyConfig, Config, Overrides, to_config
 from fedlora.runs.error_log import tracebacks_in
 from fedlora.runs.file_names import CONFIG, ROWS
 from fedlora.runs.folder import RunFolder
@@ -47,18 +47,22 @@ Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int,
 
 
 def run(
-    config: Config,
+    config: AnyConfig,
     out: str | Path | None = None,
     watch: Watch = lambda event: None,
     observe: Observe | None = None,
     drive: Drive | None = None,
     again: bool = False,
     callbacks: Sequence[Any] = (),
+    overrides: Overrides = (),
 ) -> Result:
     """Run a federation to its end, or to Ctrl-C.
 
+        result = fedlora.run("mine.toml", out="runs/one", overrides={"method.name": "fedsa-lora"})
+        result.summary["final"]
+
     Args:
-        config: the configuration.
+        config: the path of a TOML file, its table, or a ``Config``.
         out: a new folder for ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line for each round, as
             it happens), ``summary.json``, ``shared.safetensors``, ``clients/K.safetensors`` and, if the method updates
             the base, ``base_update.safetensors``.
@@ -67,12 +71,13 @@ def run(
         drive: runs the rounds, instead of the engine that ``engine.name`` selects.
         again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
         callbacks: see ``fedlora.Callback``.
+        overrides: settings that replace those of ``config``: ``"key=value"``, or a dict, with dotted keys.
 
     Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
     ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
     folder's ``error.log``.
     """
-    folder = None if out is None else Path(out).expanduser()
+    config, folder = to_config(config, overrides), None if out is None else Path(out).expanduser()
     for name, tracker in config.track.trackers.items():
         tracker.check(name)
     builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]

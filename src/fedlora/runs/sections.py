@@ -12,6 +12,7 @@ from fedlora.engines.network_settings import Network
 from fedlora.engines.server_optimizer import ServerOptimizer
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
+from fedlora.methods.fedit import FedIT
 from fedlora.runs.trackers import Track
 from fedlora.schema import PerMachine, Table
 from fedlora.security.attacks import ATTACKS
@@ -58,7 +59,7 @@ class Sections:
 
     model: ModelTable
     task: Task
-    method: Method
+    method: Method = field(default_factory=FedIT)
     clients: Clients = field(default_factory=Clients)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -74,4 +75,5 @@ class Sections:
     track: Track = field(default_factory=Track)
     rounds: int = 20
     seed: int = 0
+    compare: Mapping[str, Any] = field(default_factory=dict)  # label -> settings of that method in a comparison
     table: Table = field(init=False, repr=False)

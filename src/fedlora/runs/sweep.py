@@ -14,7 +14,7 @@ from typing import Any
 from fedlora.engines.loop import Event
 from fedlora.files import save_json, write
 from fedlora.runs.attendance import describe_scored_clients
-from fedlora.runs.compare import execute_all, for_label
+from fedlora.runs.compare import execute_all, for_label, own_method
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
 from fedlora.runs.run import check_same
@@ -64,7 +64,7 @@ class Sweep:
         """
         grid = Grid.read(overrides)
         table = apply_overrides(table, grid.fixed)
-        labels = list(dict.fromkeys(labels or [table.get("method", {}).get("name", "fedit")]))
+        labels = list(dict.fromkeys(labels or [own_method(table)]))
         split = find_validation_split(table, holdout)
         points = grid.points_by_label(labels, trials, table.get("seed", 0))
         all_trials = [

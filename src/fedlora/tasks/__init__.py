@@ -4,3 +4,4 @@ from fedlora.registry import Registry
 from fedlora.tasks._base import Task
 
 TASKS = Registry(Task, "task", group="fedlora.tasks", package=__name__)  # type: ignore[type-abstract]
+names, load = TASKS.names, TASKS.load

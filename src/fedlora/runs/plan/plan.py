@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.adapters import Dense
 from fedlora.engines.federation import Federation
-from fedlora.runs.compare import for_label
+from fedlora.runs.compare import for_label, own_method
 from fedlora.runs.config import Config, build
 from fedlora.runs.plan.compute import MAX_BATCHES, Bench, ComputeEstimate, Shapes, estimate_compute
 from fedlora.runs.plan.meta_model import MetaModel, build_meta_model
@@ -33,7 +33,7 @@ def plan_methods(table: Table, labels: Sequence[str] = ()) -> list[dict[str, Any
     plans = []
     base = {key: value for key, value in table.items() if key != "compare"}
     for label in dict.fromkeys(labels or [None]):
-        name = label or table.get("method", {}).get("name", "fedit")
+        name = label or own_method(table)
         try:
             plans.append({"method": name, **plan_run(build(for_label(table, label) if label else base))})
         except ValueError as error:

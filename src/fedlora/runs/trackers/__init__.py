@@ -14,6 +14,7 @@ from fedlora.schema import ConfigError, Table, construct, load_class
 __all__ = ["TRACKERS", "RunInfo", "Track", "Tracker", "TrackerSession"]
 
 TRACKERS = Registry(Tracker, "tracker", group="fedlora.trackers", package=__name__)
+names, load = TRACKERS.names, TRACKERS.load
 
 
 @dataclass(frozen=True)

@@ -4,3 +4,4 @@ from fedlora.registry import Registry
 from fedlora.security.attacks._base import Attack
 
 ATTACKS = Registry(Attack, "attack", group="fedlora.attacks", package=__name__)
+names, load = ATTACKS.names, ATTACKS.load

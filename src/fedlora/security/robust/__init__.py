@@ -4,3 +4,4 @@ from fedlora.registry import Registry
 from fedlora.security.robust._base import RobustAggregator
 
 ROBUST_RULES = Registry(RobustAggregator, "robust aggregator", group="fedlora.robust", package=__name__)
+names, load = ROBUST_RULES.names, ROBUST_RULES.load
