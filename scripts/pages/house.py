@@ -21,6 +21,7 @@ LAYERS = (  # from the ground up; tests/test_house.py holds the imports to it
     ("engines",),
     ("runs",),
     ("flower", "export", "reporting", "code_eval"),
+    ("api",),
     ("cli",),
 )
 WIDTH, ROW, BOX, GAP, LEFT = 1180, 62, 38, 12, 96

@@ -61,14 +61,15 @@ def aggregate_command(
     as_json: Json = False,
 ) -> None:
     """Combine trained LoRA adapters; no base model is needed."""
-    from fedlora.export.aggregate import aggregate_adapters, build_method, tabulate_aggregation
-    from fedlora.training.device import Engine
+    from fedlora.api import aggregate
+    from fedlora.export.aggregate import tabulate_aggregation
 
-    name = method or ("flora" if exact else "svd")
     shares = None if weights is None else parse_numbers(weights, float, "--weights", "3,1,1")
-    rule, engine = build_method(name, option or []), Engine(device=device, threads=threads)
-    report = aggregate_adapters(adapters, rule, out, shares, rank, residual, exact, engine, same_base)
-    result = {"method": name, "adapters": len(adapters), "folder": str(out), **report.as_table()}
+    report = aggregate(
+        adapters, out, method, shares, rank, residual, exact, same_base=same_base, settings=option or [], device=device,
+        threads=threads,
+    )  # fmt: skip
+    result = report.as_table()
     print_result(as_json, result, lambda: [tabulate_aggregation(result)])
 
 

@@ -15,13 +15,9 @@ def report_command(
     runs: Runs, out: Annotated[Path, typer.Option(help="The file; an existing one is replaced.")] = Path("report.html")
 ) -> None:
     """Write a report on runs as one HTML file that needs no network; several runs are compared."""
-    from fedlora.files import write
-    from fedlora.reporting.html import render_page
-    from fedlora.reporting.load import load_runs
+    from fedlora.api import write_report
 
-    text = render_page(load_runs(runs)).encode()
-    write(out, text)
-    say(f"{out} ({len(text) / 1e6:.1f} MB): open it in any browser.")
+    say(f"{out} ({write_report(runs, out).stat().st_size / 1e6:.1f} MB): open it in any browser.")
 
 
 def plots_command(

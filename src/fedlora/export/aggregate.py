@@ -16,8 +16,9 @@ from fedlora.linalg.sums import CACHE_LIMIT
 from fedlora.methods import load_merging_method, merging_methods
 from fedlora.methods._base import Method, mean, terms, weighted_mean
 from fedlora.methods.fedit import FedIT
-from fedlora.runs.table import Table, format_relative, from_pairs
-from fedlora.schema import apply_overrides, construct
+from fedlora.runs.config import Overrides, to_table
+from fedlora.runs.table import Table, format_relative, from_pairs, to_html
+from fedlora.schema import construct
 from fedlora.training.device import Engine
 from fedlora.training.peft_folder import AdapterFolder, check_together, save_folder, save_labels
 from fedlora.training.peft_keys import strip_wrappers
@@ -42,6 +43,17 @@ class AggregationReport:
     weights: Mapping[str, Mapping[str, float]]
     ranks: set[int]
     rest_ranks: set[int]
+    adapters: int  # how many were combined
+    folder: Path
+    method: str  # its title
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Each weight's error, ``‖served - W*‖ / ‖W*‖`` (Frobenius norms), where ``W*`` is the exact mean."""
+        return {part: row["served"] for part, row in self.weights.items()}
+
+    def _repr_html_(self) -> str:
+        return to_html(tabulate_aggregation(self.as_table()))
 
     def total(self, name: str) -> float | None:
         """Return ``√Σ ‖error‖² / √Σ ‖W*‖²`` over all weights."""
@@ -52,6 +64,9 @@ class AggregationReport:
     def as_table(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         return {
+            "method": self.method,
+            "adapters": self.adapters,
+            "folder": str(self.folder),
             "error": self.total("served"),
             "error_fedit": self.total("fedit"),
             "ranks": sorted(self.ranks),
@@ -60,10 +75,10 @@ class AggregationReport:
         }
 
 
-def build_method(name: str, settings: Sequence[str] = ()) -> Method:
-    """Build a method by name, with ``key=value`` settings; ``ValueError`` if it does not fit finished adapters."""
+def build_method(name: str, settings: Overrides = ()) -> Method:
+    """Build a method by name, with its settings; ``ValueError`` if it does not fit finished adapters."""
     kind = load_merging_method(name)
-    method: Method = construct(kind, "method", apply_overrides({}, settings), skip=("adapter",))
+    method: Method = construct(kind, "method", to_table({}, settings), skip=("adapter",))
     return method
 
 
@@ -119,7 +134,7 @@ def aggregate_adapters(
         alone = {"modules_to_save": None, "task_type": None, "trainable_token_indices": None}
         save_folder(second, {**like, **alone}, rests, alphas, None, dtype, digest)
     ranks, rest_ranks = ({layer["A"].shape[-2] for layer in part_layers.values()} for part_layers in (layers, rests))
-    return AggregationReport(figures, ranks, rest_ranks)
+    return AggregationReport(figures, ranks, rest_ranks, len(adapters), Path(out), method.title)
 
 
 def _merge_settings(adapters: Sequence[AdapterFolder]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from fedlora.runs.counterfactual import compare_uploads
 from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.run import check_same, run
-from fedlora.schema import ConfigError, Table, construct_by_name, merge_tables
+from fedlora.schema import ConfigError, Table, construct_by_name, merge_tables, remove_key
 from fedlora.text import safe_filename
 
 CENTRALISED = "centralised"
@@ -115,9 +115,11 @@ def _centralise(table: Table) -> Table:
         clients, steps, seed, rounds = config.clients, config.training.steps(1), config.seed, range(config.rounds)
         total = sum(clients.steps(steps, r, k, seed) for r in rounds for k in clients.remaining(r, seed))
         training = {"local_steps": max(1, round(total / max(1, config.rounds)))}
-    dropped = ("clients", "method", *(["privacy"] if _has_client_privacy(table) else []))  # one client cannot hide
+    # One client has nobody to hide among, to attack or to guard against.
+    dropped = ("clients", "method", "robust", "attack", *(["privacy"] if _has_client_privacy(table) else []))
     base = {key: value for key, value in table.items() if key not in dropped}
-    return merge_tables({**_switch_method(base, "fedit"), "clients": {"count": 1}}, {"training": training})
+    base = merge_tables({**_switch_method(base, "fedit"), "clients": {"count": 1}}, {"training": training})
+    return remove_key(remove_key(base, ["flower", "secure_aggregation"]), ["flower", "secure_threshold"])
 
 
 def _has_client_privacy(table: Table) -> bool:

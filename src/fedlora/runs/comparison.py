@@ -26,8 +26,13 @@ class Cell:
     failure: str | None = None
 
 
-class Compared(list):
-    """The cells of a comparison."""
+class Compared(list[Cell]):
+    """The runs of a comparison, in the order of methods and seeds."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each method: mean and standard deviation of each figure over its seeds, as in comparison.json."""
+        return comparison_rows(self)
 
     def frame(self) -> "DataFrame":
         """Return a data frame with a row for each run: the figures of the final round, and the number of clients that
@@ -43,7 +48,7 @@ class Compared(list):
         return pandas.DataFrame(rows, columns=["method", "seed", *COLUMNS, "scored", "folder"])
 
     def _repr_html_(self) -> str:
-        rows = comparison_rows(self)
+        rows = self.rows
         return to_html(comparison_table(rows), below=coverage_notes(rows))
 
 

@@ -39,20 +39,25 @@ class Grid:
     """The swept settings: each key with its values, or with the range that they are drawn from."""
 
     settings: Mapping[str, Sequence[Any] | Range]
-    fixed: list[str] = field(default_factory=list)  # overrides with one value
+    fixed: Values = field(default_factory=dict)  # settings with one value
 
     @classmethod
-    def read(cls, overrides: Sequence[str]) -> "Grid":
-        """Parse ``key=a,b,c`` and ``key=low:high[:log]``. Raises ``ConfigError`` without a swept setting."""
+    def read(cls, space: Sequence[str] | Mapping[str, Any]) -> "Grid":
+        """Read ``key=a,b,c`` and ``key=low:high[:log]``, or a mapping from keys to lists of values, ranges or values.
+
+        Raises ``ConfigError`` without a swept setting.
+        """
         settings: dict[str, Sequence[Any] | Range] = {}
-        fixed = []
-        for item in overrides:
-            key, _, text = (part.strip() for part in item.partition("="))
-            values = _parse_range(key, text) or _parse_values(key, text)
-            if isinstance(values, list) and len(values) == 1:
-                fixed.append(item)
-            else:
+        fixed: Values = {}
+        for key, values in space.items() if isinstance(space, Mapping) else map(_parse_item, space):
+            if isinstance(values, str) and (parsed := _parse_range(key, values)):
+                values = parsed
+            if isinstance(values, list | tuple):
+                _check_values(key, values)
+            if isinstance(values, Range) or (isinstance(values, list | tuple) and len(values) > 1):
                 settings[key] = values
+            else:
+                fixed[key] = values[0] if isinstance(values, list | tuple) else values
         for key in settings:
             if (option := OPTIONS.get(_split_key(key)[1])) is not None:
                 raise ConfigError(f"{key} cannot be swept; set it with {option}.")
@@ -98,6 +103,18 @@ class Grid:
         return edges
 
 
+def _parse_item(item: str) -> tuple[str, Any]:
+    key, _, text = (part.strip() for part in item.partition("="))
+    return key, _parse_range(key, text) or _parse_values(key, text)
+
+
+def _check_values(key: str, values: Sequence[Any]) -> None:
+    if not values:
+        raise ConfigError(f"the values of {key} are {values!r}; name at least one.")
+    if len({repr(value) for value in values}) < len(values):
+        raise ConfigError(f"the values of {key} are {values!r}; one of them stands there twice.")
+
+
 def _parse_values(key: str, text: str) -> list[Any]:
     """Parse values between commas. Commas inside brackets and quotes do not separate values."""
     parts, depth, quote = [""], 0, ""
@@ -111,10 +128,7 @@ def _parse_values(key: str, text: str) -> list[Any]:
             parts[-1] += letter
     if not all(part.strip() for part in parts):
         raise ConfigError(f"the values of {key} are {text!r}; one of them is empty.")
-    values = [apply_overrides({}, [f"x={part.strip()}"])["x"] for part in parts]
-    if len({repr(value) for value in values}) < len(values):
-        raise ConfigError(f"the values of {key} are {text!r}; one of them stands there twice.")
-    return values
+    return [apply_overrides({}, [f"x={part.strip()}"])["x"] for part in parts]
 
 
 def _parse_range(key: str, text: str) -> Range | None:

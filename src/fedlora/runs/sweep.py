@@ -19,7 +19,7 @@ from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
 from fedlora.runs.run import check_same
 from fedlora.runs.search_space import Grid, Values
-from fedlora.schema import ConfigError, Table, apply_overrides, dumps, get_key, remove_key, set_keys, table_difference
+from fedlora.schema import ConfigError, Table, dumps, get_key, remove_key, set_keys, table_difference
 from fedlora.tasks.data import rows as source
 from fedlora.tasks.data.sources import load_data
 
@@ -55,15 +55,16 @@ class Sweep:
 
     @classmethod
     def plan(
-        cls, table: Table, overrides: Sequence[str], labels: Sequence[str] = (), seeds: Sequence[int] = (0,),
-        holdout: float | None = None, trials: int | None = None,
+        cls, table: Table, space: Sequence[str] | Mapping[str, Any], labels: Sequence[str] = (),
+        seeds: Sequence[int] = (0,), holdout: float | None = None, trials: int | None = None,
     ) -> "Sweep":  # fmt: skip
         """Build the trials of each method, and check every configuration. Raises ``ConfigError``.
 
-        ``labels`` are those of a comparison; without any, the table's method is tuned.
+        ``space`` is as in ``Grid.read``. ``labels`` are those of a comparison; without any, the table's method is
+        tuned.
         """
-        grid = Grid.read(overrides)
-        table = apply_overrides(table, grid.fixed)
+        grid = Grid.read(space)
+        table = set_keys(table, grid.fixed)
         labels = list(dict.fromkeys(labels or [own_method(table)]))
         split = find_validation_split(table, holdout)
         points = grid.points_by_label(labels, trials, table.get("seed", 0))

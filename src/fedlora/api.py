@@ -1,0 +1,301 @@
+"""The public verbs that span several packages: open, plan, sweep, aggregate. ``fedlora`` has all public names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from fedlora.engines.loop import Event, Watch
+from fedlora.export.aggregate import AggregationReport, aggregate_adapters, build_method
+from fedlora.export.peft import export_model
+from fedlora.files import write
+from fedlora.methods._base import Method
+from fedlora.reporting.html import render_page
+from fedlora.reporting.load import load_runs
+from fedlora.reporting.tables.plan import tabulate_plan
+from fedlora.reporting.tables.sweep import tabulate_sweep
+from fedlora.runs.comparison import Cell, Compared
+from fedlora.runs.config import AnyConfig, Overrides, to_config, to_table
+from fedlora.runs.file_names import COMPARISON, CONFIG
+from fedlora.runs.folder import RunFolder, read_json
+from fedlora.runs.plan.plan import plan_run
+from fedlora.runs.resume import resume
+from fedlora.runs.run import Result
+from fedlora.runs.sweep import CHOSEN, REPORT, Sweep
+from fedlora.runs.table import Table, from_pairs, to_html
+from fedlora.schema import ConfigError, read_table
+from fedlora.training.device import Engine
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+# ------------------------------------------------------------------------------------------------ finished runs
+@dataclass(frozen=True)
+class OpenRun(RunFolder):
+    """The folder of a run, finished or not: its settings, its figures and its model.
+
+    ``config``, ``summary`` (of a run that has ended), ``records`` (a mapping a round), ``shared`` and ``tree(client)``
+    (leaves by part of the model) are read when they are first needed; ``frame()`` and ``clients_frame()`` are pandas
+    data frames. Open the folder again to see the rounds that were finished since.
+    """
+
+    def export(
+        self, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
+    ) -> dict[str, Any]:
+        """Write the result to a new folder as a PEFT adapter, load it again and compare the logits.
+
+        Args:
+            out: a new folder.
+            client: the number of a client, for its own model; None: the shared one.
+            rank: truncate every weight's update to this rank.
+            merged: write the whole model instead of an adapter.
+
+        Returns ``folder``, ``client``, ``ranks``, ``error`` (of the truncation, relative to all updates) and
+        ``difference`` (the largest of the logits, relative to the largest logit). Raises ``ConfigError`` for a run
+        without such a model, and ``RuntimeError`` if the logits differ.
+        """
+        return export_model(RunFolder.open(self.path), out, client, rank, merged)
+
+    def report(self, out: str | Path = "report.html") -> Path:
+        """Write a report as one HTML file that needs no network; an existing file is replaced."""
+        return write_report([self.path], out)
+
+    def resume(
+        self,
+        rounds: int | None = None,
+        overrides: Overrides = (),
+        watch: Watch = lambda event: None,
+        callbacks: Sequence[Any] = (),
+    ) -> Result:
+        """Resume the run, or extend it to ``rounds``; see ``fedlora.resume``. This object then has the new rounds."""
+        result = resume(self.path, rounds, overrides, watch, callbacks)
+        for name in set(vars(self)) - {"path"}:  # cached from before
+            del vars(self)[name]
+        return result
+
+    def _repr_html_(self) -> str:
+        if self.has_summary:
+            return super()._repr_html_()
+        done = f"{len(self.records)} of {self.table.get('rounds', 20)}"
+        return to_html(from_pairs("Under way, or broken off", [("folder", str(self.path)), ("rounds", done)]))
+
+
+class OpenComparison(Compared):
+    """The runs of a comparison's folder."""
+
+    def __init__(self, path: Path, cells: Sequence[Cell]):
+        super().__init__(cells)
+        self.path = path
+
+    def report(self, out: str | Path = "report.html") -> Path:
+        """Write a report as one HTML file that needs no network; an existing file is replaced."""
+        return write_report([self.path], out)
+
+
+def open(path: str | Path) -> "OpenRun | OpenComparison | SweepReport":
+    """Open the folder of a run, of a comparison or of a sweep.
+
+        run = fedlora.open("runs/mine-1")
+        run.frame()
+        run.report("mine.html")
+
+    Raises ``ConfigError`` for any other folder.
+    """
+    folder = Path(path).expanduser()
+    if (folder / COMPARISON).exists():
+        cells = [Cell(**{**cell, "folder": _locate_run(folder, cell)}) for cell in read_json(folder / COMPARISON)["runs"]]
+        return OpenComparison(folder, cells)
+    if (folder / REPORT).exists():
+        return SweepReport.read(folder)
+    if (folder / CONFIG).exists():
+        return OpenRun(folder)
+    raise ConfigError(
+        f"{str(folder)!r} holds no run: it has no {CONFIG}; name a folder that fedlora.run, compare or sweep made."
+    )
+
+
+def _locate_run(folder: Path, cell: Mapping[str, Any]) -> str | None:
+    """Return where a compared run lies now; comparisons may be moved as a whole."""
+    return str(folder / Path(cell["folder"]).name) if cell.get("folder") else None
+
+
+def write_report(runs: Sequence[Path], out: str | Path) -> Path:
+    """Write a report on folders of runs and comparisons as one HTML file, and return its path."""
+    path = Path(out).expanduser()
+    write(path, render_page(load_runs(runs)).encode())
+    return path
+
+
+# ------------------------------------------------------------------------------------------ before and between
+@dataclass(frozen=True)
+class Plan:
+    """The costs of a run before it begins.
+
+    ``bytes`` and ``memory`` are in bytes, ``flops`` are floating-point operations; ``memory`` has ``client``,
+    ``server`` and ``one_process``, each the whole of a machine, and their parts. ``numbers`` counts parameters, and
+    ``rows`` has the clients' rows, steps and passes. ``options`` are the method's properties, and ``estimates`` are
+    sentences on the figures that are not exact.
+    """
+
+    method: str
+    title: str
+    options: Mapping[str, Any]
+    numbers: Mapping[str, Any]
+    rows: Mapping[str, Any]
+    bytes: Mapping[str, Any]
+    memory: Mapping[str, int]
+    flops: Mapping[str, float]
+    estimates: Sequence[str]
+    privacy: Mapping[str, Any] | None = None  # of the whole run
+
+    def _repr_html_(self) -> str:
+        return _render([*tabulate_plan({key: value for key, value in vars(self).items() if value is not None})])
+
+
+def plan(config: AnyConfig, overrides: Overrides = ()) -> Plan:
+    """Estimate the costs of a run, without pretrained weights: bytes, memory, operations.
+
+        plan = fedlora.plan("mine.toml")
+        plan.memory["one_process"] / 1e6  # MB
+
+    ``config`` is the path of a TOML file, its table or a ``Config``. Raises the ``ConfigError`` that the run would.
+    """
+    resolved = to_config(config, overrides)
+    return Plan(resolved.table["method"]["name"], **plan_run(resolved))
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """The trials of a sweep, and the best one of each method."""
+
+    report: Mapping[str, Any]  # the content of sweep.json
+    table: Mapping[str, Any] | None  # the configuration with the best values, for ``compare``; None: it was stopped
+    folder: Path | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "SweepReport":
+        """Read the folder of a sweep, finished or stopped."""
+        chosen = folder / CHOSEN
+        return cls(read_json(folder / REPORT), read_table(chosen) if chosen.exists() else None, folder)
+
+    @property
+    def best(self) -> dict[str, dict[str, Any]]:
+        """Each method's best values, by dotted key; empty if no trial came to a figure."""
+        return {row["method"]: dict(row["values"]) for row in self.report["methods"]}
+
+    def frame(self) -> "DataFrame":
+        """Return a data frame with a row for each trial: its values, and ``value``, the mean figure over seeds."""
+        import pandas
+
+        return pandas.DataFrame(
+            {"method": row["method"], "trial": trial["trial"], **trial["values"], "value": trial["value"],
+             "chosen": trial["trial"] == row["chosen"], "seconds": trial["seconds"]}
+            for row in self.report["methods"] for trial in row["trials"]
+        )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        return _render(tabulate_sweep(self.report))
+
+
+def sweep(
+    config: AnyConfig,
+    space: Mapping[str, Any] | Sequence[str],
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    holdout: float | None = None,
+    trials: int | None = None,
+    out: str | Path | None = None,
+    jobs: int = 1,
+    watch: Callable[[Cell, Event], None] = lambda cell, event: None,
+    done: Callable[[Cell], None] = lambda cell: None,
+    overrides: Overrides = (),
+) -> SweepReport:
+    """Try settings on validation rows, as many for every method, and return the best.
+
+        swept = fedlora.sweep("mine.toml", {"training.learning_rate": [1e-3, 5e-3]})
+        fedlora.compare(swept.table, ["fedit"], seeds=[1])
+
+    Args:
+        config: the path of a TOML file, its table or a ``Config``.
+        space: values to try by dotted key: a list, or a range as ``"1e-5:1e-3:log"`` to draw from, with ``trials``;
+            or the command line's ``"key=a,b,c"``.
+        methods: those of a comparison; the configuration's own if empty.
+        seeds: a trial's figure is the mean over them.
+        holdout: the share of the training rows to choose by; None: the data's validation rows, or 0.1.
+        trials: draw so many instead of all combinations.
+        out: a folder for the trials; a sweep that was stopped continues there. None: nothing is kept.
+        jobs: runs at the same time, in processes of their own.
+        watch, done: as in ``fedlora.compare``.
+        overrides: settings of all trials.
+
+    Raises ``ConfigError`` for settings that are wrong or make no difference, before the first run.
+    """
+    planned = Sweep.plan(to_table(config, overrides), space, methods, seeds, holdout, trials)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary if out is None else out).expanduser()
+        planned.run(folder, jobs, watch, done)
+        report = SweepReport.read(folder)
+    return report if out is not None else replace(report, folder=None)
+
+
+# ------------------------------------------------------------------------------------------------------ adapters
+def aggregate(
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    method: str | Method | None = None,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    residual: str | Path | None = None,
+    exact: bool = False,
+    same_base: bool = False,
+    settings: Overrides = (),
+    device: str = "auto",
+    threads: int | None = None,
+) -> AggregationReport:
+    """Combine trained LoRA adapters, folders that PEFT wrote, into one; no base model is needed.
+
+        report = fedlora.aggregate(["a", "b", "c"], out="merged", method="svd", weights=[3, 1, 1])
+        report.errors  # weight by weight, against the exact mean
+
+    Args:
+        adapters: PEFT folders of one base model.
+        out: a new folder that PEFT loads.
+        method: a name or a method; None: ``"svd"``, or ``"flora"`` with ``exact``.
+        weights: shares of any sum; None: equal.
+        rank: of the result; None: the largest of the adapters'.
+        residual: a new folder of a second adapter, for the method's base update.
+        exact: one adapter with everything, of the sum of the ranks.
+        same_base: the adapters' base models are one, under different names.
+        settings: of the method, if it is a name.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        threads: of the processor; None: all.
+
+    Raises ``ValueError`` if the adapters do not belong together, or the method cannot produce the wanted output.
+    """
+    if isinstance(adapters, str | Path):
+        raise ConfigError(f"adapters is {str(adapters)!r}; it is a list of folders, e.g. [{str(adapters)!r}].")
+    name = method or ("flora" if exact else "svd")
+    rule = build_method(name, settings) if isinstance(name, str) else _check_merging(name, settings)
+    engine = Engine(device=device, threads=threads)
+    report = aggregate_adapters(adapters, rule, out, weights, rank, residual, exact, engine, same_base)
+    return replace(report, method=name) if isinstance(name, str) else report
+
+
+def _check_merging(method: Method, settings: Overrides) -> Method:
+    """Return the method. Raises ``ConfigError`` if it cannot be applied to finished adapters."""
+    if not isinstance(method, Method):
+        raise ConfigError(f"method is {method!r}; it should be a name, such as 'svd', or a method's object.")
+    if why := method.merge_obstacle():
+        raise ConfigError(f"{method.title} cannot be applied to finished adapters: {why}.")
+    if settings:
+        raise ConfigError(f"settings are {settings!r}, and the method is an object; set them there.")
+    return method
+
+
+def _render(items: Sequence[Table | str]) -> str:
+    """Return the HTML of tables; lines stand below the table before them."""
+    tables = [item for item in items if isinstance(item, Table)]
+    lines = [item for item in items if isinstance(item, str)]
+    return "".join(to_html(table) for table in tables[:-1]) + to_html(tables[-1], below=lines)
