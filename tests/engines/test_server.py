@@ -1,11 +1,15 @@
 """``fedlora.Server``: state dicts in, state dict out, against other implementations and dense arithmetic."""
 
 import json
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import fedlora
 from fedlora.engines.server import RoundError, Server
@@ -17,6 +21,7 @@ from fedlora.seeds import derive_seed
 from fedlora.training.peft_state import PeftState
 from fedlora.training.recipe import Recipe
 from fedlora.types import Turn
+from tests.docs import blocks
 
 PART = "base_model.model.h.{}.q"
 A, B = (f"{PART.format(0)}.lora_{leaf}.weight" for leaf in "AB")
@@ -537,6 +542,71 @@ def test_a_result_too_large_for_its_precision():
 def test_ranks_that_cannot_be(method, rank, words):
     with pytest.raises(ValueError, match=words):
         server(method).client_state(0, rank)
+
+
+# ------------------------------------------------------------------------- in another engine
+@dataclass
+class FLModel:
+    """NVFLARE's value of the same name, as far as the page needs it."""
+
+    params: dict
+    meta: dict
+    current_round: int = 0
+    total_rounds: int = 0
+
+
+class ModelController:
+    """Stands in for NVFLARE's: three sites, which train as ``move`` does."""
+
+    def __init__(self, persistor_id):
+        assert persistor_id == ""
+
+    def sample_clients(self):
+        return ["site-2", "site-1", "site-3"]
+
+    def send_model_and_wait(self, targets, data):
+        assert isinstance(data, FLModel) and set(targets) == set(self.sample_clients())
+        results = []
+        for site in self.sample_clients():
+            moved = {
+                key: move(key, torch.tensor(data.params[key]), data.current_round + ord(site[-1])).numpy()
+                for key in data.meta["sends"]
+            }
+            results.append(FLModel(moved, {"NUM_STEPS_CURRENT_ROUND": int(site[-1]), "client_name": site}))
+        return results
+
+    def info(self, text):
+        assert "left out {}" in text
+
+
+@pytest.mark.parametrize("method", ["fedit", "rolora", "fedsa-lora"])
+def test_the_manuals_controller_for_nvflare(tmp_path, monkeypatch, method):
+    """The page's class on a stand-in of NVFLARE's interface, stopped after a round and started again."""
+    names = {
+        "nvflare.app_common.abstract.fl_model": FLModel,
+        "nvflare.app_common.workflows.model_controller": ModelController,
+    }
+    for name, kind in names.items():
+        module = ModuleType(name)
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, name, module)
+        for i in range(1, name.count(".") + 1):
+            monkeypatch.setitem(sys.modules, name.rsplit(".", i)[0], ModuleType("package"))
+    page = Path(__file__).parents[2] / "docs" / "server-only.md"
+    (block,) = (b for b in blocks.blocks(page, page.parent) if "class LoRAController" in b.text)
+    space: dict = {}
+    exec(block.text, space)
+    state = {key: x.numpy() for key, x in initial().items()}
+    save_file(state, tmp_path / "initial.safetensors")
+    for rounds in (1, 3):
+        space["LoRAController"](method, str(tmp_path / "initial.safetensors"), ALPHA, str(tmp_path), rounds).run()
+    made = server(method, state, validation=None)
+    for number in range(3):
+        uploads = [
+            {key: move(key, torch.tensor(made.state[key]), number + ord(k)) for key in made.sends} for k in "123"
+        ]
+        made.step(uploads, [1, 2, 3], [0, 1, 2])
+    assert same(load_file(tmp_path / "adapter_model.safetensors"), made.state)
 
 
 # ------------------------------------------------------------------------------------------ on disk

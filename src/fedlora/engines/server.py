@@ -38,10 +38,10 @@ class Server:
     state = server.step([upload_a, upload_b, upload_c], weights=[120, 40, 80])
     ```
 
-    Clients need not have fedlora. In each round, a client sets its adapter to ``state`` (all keys but those in
-    ``keeps``, once it has trained), trains the keys in ``trains`` with all others frozen, and sends the keys in
-    ``sends``. Whatever a method does with an upload at the client besides, such as FedRot-LoRA's rotation, the server
-    does. If clients differ in rank, or the method begins each turn afresh (FLoRA), a client starts from
+    Clients need not have fedlora. In each round, a client sets its adapter to ``state`` (with its own last values of
+    the keys in ``keeps``, once it has trained), trains the keys in ``trains`` with all others frozen, and sends the
+    keys in ``sends``. If a method's clients do more with an upload, as in FedRot-LoRA's rotation, the server does it.
+    If clients differ in rank, or the method begins each turn afresh (FLoRA), a client starts from
     ``client_state(client, rank)`` instead of ``state``. If the method changes the base, each base weight of all
     clients is the pretrained one plus the product ``U @ V`` of ``base_updates``.
 
