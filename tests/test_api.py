@@ -207,8 +207,7 @@ def test_a_sweep_takes_every_form(mine, tmp_path):
     first, *others = [fl.sweep(config, space) for config in forms(mine)]
     assert [trial["value"] for trial in first.report["methods"][0]["trials"]] == list(first.frame()["value"])
     assert all(
-        other.best == first.best and list(other.frame()["value"]) == list(first.frame()["value"])
-        for other in others
+        other.best == first.best and list(other.frame()["value"]) == list(first.frame()["value"]) for other in others
     )
     assert first.folder is None and "<table" in first._repr_html_()
     (best,) = first.best["fedit"].values()

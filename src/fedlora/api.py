@@ -105,7 +105,9 @@ def open(path: str | Path) -> "OpenRun | OpenComparison | SweepReport":
     """
     folder = Path(path).expanduser()
     if (folder / COMPARISON).exists():
-        cells = [Cell(**{**cell, "folder": _locate_run(folder, cell)}) for cell in read_json(folder / COMPARISON)["runs"]]
+        cells = [
+            Cell(**{**cell, "folder": _locate_run(folder, cell)}) for cell in read_json(folder / COMPARISON)["runs"]
+        ]
         return OpenComparison(folder, cells)
     if (folder / REPORT).exists():
         return SweepReport.read(folder)

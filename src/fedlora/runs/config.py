@@ -112,13 +112,26 @@ def _to_source(config: Config) -> Table:
     return {**table, **({"compare": dict(config.compare)} if config.compare else {})}
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file. ``overrides`` are ``key=value``, with dotted keys and TOML values."""
-    return build(apply_overrides(read_table(path), overrides))
+def read(path: str | Path, overrides: Overrides = ()) -> Config:
+    """Read a TOML file. ``overrides`` are ``key=value``, with dotted keys and TOML values, or a dict.
+
+        config = fedlora.read("mine.toml", ["training.local_steps=2"])
+        config.training.local_steps  # 2
+
+    Raises ``ConfigError``.
+    """
+    return build(to_table(Path(path), overrides))
 
 
 def build(table: Table) -> Config:
-    """Check a table and build its objects. Raises ``ConfigError``."""
+    """Check a table and build its objects.
+
+        task = {"name": "image-classification", "data": "digits"}
+        config = fedlora.build({"model": {"name": "demo-vit"}, "task": task, "rounds": 3})
+        config.method.title  # 'FedIT'
+
+    Raises ``ConfigError``.
+    """
     check_keys("", table, ["rounds", "seed", *SECTIONS, "track", "compare"])
     for section, example in REQUIRED.items():
         if section not in table:
