@@ -492,6 +492,18 @@ def test_too_few_good_uploads_leave_the_state_and_the_round_can_be_done_again():
     assert made.round == 1 and made.sends == keys("A")
 
 
+def test_a_client_may_send_again_what_it_sent_in_a_round_that_failed():
+    """And one that makes a round fail again and again is excluded in the end: each attempt counts."""
+    made = server("fedit", min_clients=2, validation={**WIDE, "strikes": 2})
+    good, bad = trained(made, 0), {key: x * torch.nan for key, x in trained(made, 1).items()}
+    for attempt in (1, 2):
+        with pytest.raises(RoundError, match="round 1 has 1 good uploads of 2"):
+            made.step([good, bad], clients=[0, 1])
+        assert made.exclusions == (frozenset() if attempt == 1 else {1})
+    made.step([good, trained(made, 2)], clients=[0, 2])
+    assert made.round == 1 and made.quarantine == {1: {1: f"'{A}' holds values that are NaN or infinite"}}
+
+
 def test_an_absurd_upload_is_quarantined_and_its_client_excluded():
     made = server("fedit", validation={"strikes": 2})
 
@@ -507,6 +519,8 @@ def test_an_absurd_upload_is_quarantined_and_its_client_excluded():
     other = server("fedit", made.state)
     assert same(made.step(good, clients=range(5)), other.step(good[:4]))
     assert made.quarantine[3] == {4: "it was quarantined in too many rounds (validation.strikes)"}
+    made.step([trained(made, k) for k in range(5)])
+    assert 4 not in made.quarantine, "without numbers, the fifth upload may be anyone's"
     unnamed = server("fedit", validation={"strikes": 1})
     for _ in range(2):
         unnamed.step(uploads())
@@ -622,6 +636,7 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path, method, rounds):
 
     for _ in range(rounds):
         go_on(made)
+    assert len(made._log.entries) <= 16 and bool(made._log.prefix) == (rounds > 16)
     made.save(tmp_path / "server.safetensors")
     loaded = Server.load(tmp_path / "server.safetensors")
     for number in range(3):
@@ -647,7 +662,11 @@ def test_settings_and_numpy_are_restored(tmp_path):
     made.save(tmp_path / "s")
     loaded = Server.load(tmp_path / "s")
     assert loaded.recipe == made.recipe and loaded._guard.limits == made._guard.limits
-    assert loaded._guard.rule == made._guard.rule and (loaded.min_clients, loaded.measure) == (3, False)
+    assert (
+        loaded._guard.rule == made._guard.rule
+        and loaded._guard.seed == 5
+        and (loaded.min_clients, loaded.measure) == (3, False)
+    )
     assert {type(x) for x in loaded.state.values()} == {np.ndarray} and same(loaded.state, state)
 
 
