@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,9 +111,13 @@ def test_compare_calls_back_from_each_run_or_says_why_not(mine):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"methods": "fedit"}, r"methods is 'fedit'; it should be a list with at least one, e.g. \['fedit'\]"),
+        ({"methods": "fedit"}, r"methods is 'fedit'; it should be a list of at least one, e.g. \["),
         ({"methods": []}, r"methods is \[\]; it should be a list"),
-        ({"seeds": 3}, r"seeds is 3; it should be a list with at least one, e.g. \[3\]"),
+        ({"methods": [fl.methods.load("fedit")()]}, r"methods is \[FedIT\(.*; it should be a list"),
+        ({"seeds": 3}, r"seeds is 3; it should be a list of at least one, e.g. \[0, 1, 2\]"),
+        ({"seeds": ["1"]}, r"seeds is \['1'\]; it should be a list"),
+        ({"overrides": {"privacy": "client"}}, r"privacy is 'client'; it is a table, e.g. \[privacy\]"),
+        ({"overrides": {"adapter": "lora"}}, r"adapter is 'lora'; it is a table, e.g. \[adapter\]"),
         ({"methods": ["fedti"]}, "there is no method 'fedti'; did you mean 'fedit'"),
         ({"overrides": {"compare.half": 3}}, "compare.half is 3; it is a table of settings"),
         ({"overrides": {"method": "fedit"}}, r"method is 'fedit'; it is a table, e.g. \[method\]"),
@@ -212,6 +217,8 @@ def test_a_sweep_takes_every_form(mine, tmp_path):
     assert first.folder is None and "<table" in first._repr_html_()
     (best,) = first.best["fedit"].values()
     assert best in (1e-3, 5e-3)
+    values = np.array([1e-3, 5e-3])
+    assert fl.sweep(mine, {"training.learning_rate": values, "training.local_steps": 1}).best == first.best
     kept = fl.sweep(mine, ["training.learning_rate=1e-3,5e-3", "training.local_steps=1"], out=tmp_path / "sweep")
     assert kept.best == first.best and fl.open(tmp_path / "sweep").best == first.best
     (cell,) = fl.compare(kept.table, ["fedit"])
@@ -222,6 +229,7 @@ def test_a_sweep_takes_every_form(mine, tmp_path):
     ("space", "sentence"),
     [
         ({}, "the sweep has no values to try"),
+        ("training.learning_rate=1,2", r"write them as a list, e.g. \['training.learning_rate=1,2'\], or a dict"),
         ({"rounds": [1]}, "the sweep has no values to try"),
         ({"training.learning_rate": []}, r"the values of training.learning_rate are \[\]; name at least one"),
         ({"training.learning_rate": [1.0, 1.0]}, "one of them stands there twice"),

@@ -200,7 +200,9 @@ def test_mistakes_in_objects_are_one_sentence(objects, sentence):
     ("config", "overrides", "sentence"),
     [
         (3, (), "the configuration is 3; it should be the path of a .toml file, a dict or a fedlora.Config"),
-        (PLAIN, "rounds=3", r"overrides is 'rounds=3'; it is a list of these, e.g. \['rounds=3'\], or a dict"),
+        (PLAIN, "rounds=3", r"overrides is 'rounds=3'; it is a list, e.g. \['rounds=3'\], or a dict by dotted keys"),
+        (PLAIN, 3, r"overrides is 3; it is a list, e.g. \['rounds=5'\]"),
+        (PLAIN, {3: 1}, r"overrides is \{3: 1\}; it is a list"),
         (PLAIN, ["rounds"], "the override 'rounds' has no '='"),
         (PLAIN, {"rouns": 3}, "there is no setting 'rouns'; did you mean 'rounds'"),
     ],

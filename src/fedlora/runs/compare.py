@@ -1,7 +1,7 @@
 """Compare methods over seeds: with the same data, partition, initial weights and budgets."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from functools import partial
@@ -124,7 +124,7 @@ def _centralise(table: Table) -> Table:
 
 def _has_client_privacy(table: Table) -> bool:
     """Whether the privacy guarantee is for whole clients, so that their weights must be equal."""
-    return bool(table.get("privacy", {}).get("level") == "client")
+    return bool(section_table(table, "privacy").get("level") == "client")
 
 
 def compare(
@@ -164,8 +164,8 @@ def compare(
     if folder is not None and (folder / COMPARISON).exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")
     table = to_table(config, overrides)
-    labels = _list_once("methods", [own_method(table)] if methods is None else methods)
-    cells = plan_cells(table, labels, _list_once("seeds", seeds), folder)
+    labels = _list_once("methods", [own_method(table)] if methods is None else methods, str, '["fedit", "local"]')
+    cells = plan_cells(table, labels, _list_once("seeds", seeds, int, "[0, 1, 2]"), folder)
     if callbacks and jobs > 1:
         raise ConfigError(f"callbacks run in this process, but jobs is {jobs}; set it to 1, or leave callbacks out.")
     finished: dict[tuple[str, int], Cell] = {}
@@ -179,11 +179,12 @@ def compare(
     return ordered
 
 
-def _list_once(name: str, values: Any) -> list[Any]:
-    """Return the values without repetitions. Raises ``ConfigError`` if there are none, or a single one in no list."""
-    if isinstance(values, str | int) or not values:
-        raise ConfigError(f"{name} is {values!r}; it should be a list with at least one, e.g. [{values or 0!r}].")
-    return list(dict.fromkeys(values))
+def _list_once(name: str, values: Any, kind: type, example: str) -> list[Any]:
+    """Return the values of an argument without repetitions. Raises ``ConfigError`` unless they are of their kind."""
+    listed = [] if isinstance(values, str | int) or not isinstance(values, Iterable) else list(dict.fromkeys(values))
+    if not listed or not all(isinstance(value, kind) for value in listed):
+        raise ConfigError(f"{name} is {values!r}; it should be a list of at least one, e.g. {example}.")
+    return listed
 
 
 def compare_aggregation(

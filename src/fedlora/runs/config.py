@@ -96,9 +96,16 @@ def to_table(config: AnyConfig, overrides: Overrides = ()) -> Table:
         raise ConfigError(
             f"the configuration is {config!r}; it should be the path of a .toml file, a dict or a fedlora.Config."
         )
-    if isinstance(overrides, str):
-        raise ConfigError(f"overrides is {overrides!r}; it is a list of these, e.g. [{overrides!r}], or a dict.")
+    _check_overrides(overrides)
     return set_keys(table, overrides) if isinstance(overrides, Mapping) else apply_overrides(table, overrides)
+
+
+def _check_overrides(overrides: Any) -> None:
+    """Raise ``ConfigError`` unless the overrides have one of their forms."""
+    is_listed = isinstance(overrides, Mapping | list | tuple)
+    if not is_listed or not all(isinstance(item, str) for item in overrides):
+        example = overrides if isinstance(overrides, str) else "rounds=5"
+        raise ConfigError(f"overrides is {overrides!r}; it is a list, e.g. [{example!r}], or a dict by dotted keys.")
 
 
 def _to_source(config: Config) -> Table:
@@ -120,7 +127,7 @@ def read(path: str | Path, overrides: Overrides = ()) -> Config:
 
     Raises ``ConfigError``.
     """
-    return build(to_table(Path(path), overrides))
+    return build(to_table(path, overrides))
 
 
 def build(table: Table) -> Config:

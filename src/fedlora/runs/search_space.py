@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -47,17 +47,16 @@ class Grid:
 
         Raises ``ConfigError`` without a swept setting.
         """
+        if isinstance(space, str):
+            raise ConfigError(f"the values to try are {space!r}; write them as a list, e.g. [{space!r}], or a dict.")
         settings: dict[str, Sequence[Any] | Range] = {}
         fixed: Values = {}
         for key, values in space.items() if isinstance(space, Mapping) else map(_parse_item, space):
-            if isinstance(values, str) and (parsed := _parse_range(key, values)):
-                values = parsed
-            if isinstance(values, list | tuple):
-                _check_values(key, values)
-            if isinstance(values, Range) or (isinstance(values, list | tuple) and len(values) > 1):
-                settings[key] = values
+            swept = _read_values(key, values)
+            if isinstance(swept, Range) or len(swept) > 1:
+                settings[key] = swept
             else:
-                fixed[key] = values[0] if isinstance(values, list | tuple) else values
+                fixed[key] = swept[0]
         for key in settings:
             if (option := OPTIONS.get(_split_key(key)[1])) is not None:
                 raise ConfigError(f"{key} cannot be swept; set it with {option}.")
@@ -108,11 +107,19 @@ def _parse_item(item: str) -> tuple[str, Any]:
     return key, _parse_range(key, text) or _parse_values(key, text)
 
 
-def _check_values(key: str, values: Sequence[Any]) -> None:
-    if not values:
+def _read_values(key: str, values: Any) -> list[Any] | Range:
+    """Return the values of a setting: a range, several values in any form but a text or a table, or a single one."""
+    if isinstance(values, str):
+        values = _parse_range(key, values) or values
+    if isinstance(values, Range):
+        return values
+    several = values.tolist() if hasattr(values, "tolist") else values  # of numpy and torch
+    listed = list(several) if isinstance(several, Iterable) and not isinstance(several, str | Mapping) else [several]
+    if not listed:
         raise ConfigError(f"the values of {key} are {values!r}; name at least one.")
-    if len({repr(value) for value in values}) < len(values):
-        raise ConfigError(f"the values of {key} are {values!r}; one of them stands there twice.")
+    if len({repr(value) for value in listed}) < len(listed):
+        raise ConfigError(f"the values of {key} are {listed!r}; one of them stands there twice.")
+    return listed
 
 
 def _parse_values(key: str, text: str) -> list[Any]:
