@@ -3,6 +3,7 @@
 import csv
 import tomllib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from fedlora.runs.trackers.tensorboard import TensorBoard
 from fedlora.schema import ConfigError
 from fedlora.security.attacks.sign_flip import SignFlip
 from fedlora.security.robust.krum import Krum
+from fedlora.tasks.objects import ObjectTask
 from tests.docs.standins import encoder
 from tests.fixtures.federation import TINY_VIT, same
 
@@ -165,6 +167,14 @@ def test_settings_laid_over_objects_are_those_laid_over_the_toml(overrides, tmp_
     ]
     assert all(config.table == found[0].table for config in found)
     assert found[0].table != build(PLAIN).table
+
+
+def test_a_task_keeps_its_python_objects_under_other_settings():
+    code = SimpleNamespace(losses_obstacle=None)
+    config = fl.Config(model=MODEL, task=ObjectTask(_code=code))
+    changed = to_config(config, {"rounds": 3, "task.metric": "loss"})
+    assert changed.rounds == 3 and changed.task._code is code
+    assert to_config(config, {"task": {"name": "image-classification", "data": "digits"}}).task == IMAGES(data="digits")
 
 
 def test_settings_of_a_comparison_stay_with_a_config(tmp_path):

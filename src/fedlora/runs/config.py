@@ -73,12 +73,16 @@ Overrides = Sequence[str] | Mapping[str, Any]  # "key=value", or values by key; 
 def to_config(config: AnyConfig, overrides: Overrides = ()) -> Config:
     """Return the configuration of a TOML file, a table or objects, with some settings replaced.
 
-    ``overrides`` are ``"key=value"`` as on the command line, or a mapping, e.g. ``{"training.batch_size": 8}``.
-    Raises ``ConfigError``.
+    ``overrides`` are ``"key=value"`` as on the command line, or a mapping, e.g. ``{"training.batch_size": 8}``. A task
+    keeps the Python objects that it has. Raises ``ConfigError``.
     """
     if isinstance(config, Config) and not overrides:
         return config
-    return build(to_table(config, overrides))
+    changed = build(to_table(config, overrides))
+    if not isinstance(config, Config) or type(changed.task) is not type(config.task):
+        return changed
+    objects = {f.name: getattr(config.task, f.name) for f in fields(config.task) if f.init and f.name.startswith("_")}
+    return replace(changed, task=replace(changed.task, **objects)) if objects else changed
 
 
 def to_table(config: AnyConfig, overrides: Overrides = ()) -> Table:
