@@ -45,18 +45,29 @@ class Trainer(Protocol):
 
 def client_turn(rules: Rules, shared: Tree, kept: Tree, turn: Turn, trainer: Trainer) -> tuple[Tree, Tree]:
     """Receive, train, send. Returns the upload and the leaves that stay with the client."""
-    work = client_work(rules, client_start(rules, shared, kept, turn), turn, trainer)
-    sent = {part: rule.send(work[part], turn) for part, rule in rules.items()}
-    stays = {part: rule.keep(work[part], sent[part], turn) for part, rule in rules.items()}
-    return sent, stays
+    return finish_turn(rules, client_work(rules, client_start(rules, shared, kept, turn), turn, trainer), turn)
 
 
 def client_work(rules: Rules, start: Tree, turn: Turn, trainer: Trainer) -> dict[str, Work]:
     """Train the leaves that the rules select, from ``start``."""
-    gradient = cache(lambda: trainer.gradient(start))  # computed once, and only if a rule needs it
-    trained = {p: rule.trains(start[p], turn, lambda p=p: gradient()[p]) for p, rule in rules.items()}
+    trained = select_leaves_to_train(rules, start, turn, trainer.gradient)
     end = trainer.fit(start, trained, rules)
     return {part: Work(start[part], end[part], trained[part]) for part in rules}
+
+
+def select_leaves_to_train(
+    rules: Rules, start: Tree, turn: Turn, gradient: Callable[[Tree], Tree]
+) -> dict[str, frozenset[str]]:
+    """Return the leaves to train in a turn. ``gradient(start)`` is computed once, and only if a rule needs it."""
+    once = cache(lambda: gradient(start))
+    return {part: rule.trains(start[part], turn, lambda part=part: once()[part]) for part, rule in rules.items()}
+
+
+def finish_turn(rules: Rules, work: Mapping[str, Work], turn: Turn) -> tuple[Tree, Tree]:
+    """Return the upload and the leaves that stay with the client, after training."""
+    sent = {part: rule.send(work[part], turn) for part, rule in rules.items()}
+    stays = {part: rule.keep(work[part], sent[part], turn) for part, rule in rules.items()}
+    return sent, stays
 
 
 def client_start(rules: Rules, shared: Tree, kept: Tree, turn: Turn) -> Tree:

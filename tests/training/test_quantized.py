@@ -10,7 +10,8 @@ from fedlora.adapters import LoRA
 from fedlora.runs.config import build
 from fedlora.schema import ConfigError
 from fedlora.tasks.networks.pretrained import quantization_options
-from fedlora.training.model import AdaptedLinear, Model, weight_shape
+from fedlora.training.model import Model
+from fedlora.training.parts import AdaptedLinear, weight_shape
 from fedlora.types import Factors
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fedlora.adapters import LoRA
 from fedlora.schema import ConfigError
-from fedlora.training.model import AdaptedLinear, Model
+from fedlora.training.model import Model
+from fedlora.training.parts import AdaptedLinear
 from fedlora.training.targets import find_targets, matches
 from tests.fixtures.federation import config
 from tests.fixtures.networks import network

@@ -1,19 +1,20 @@
 """One client's turn in a round: receive, train, clip and add noise, attack, encode. Every engine runs it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from fedlora.engines.federation import Federation
-from fedlora.rounds import client_turn
+from fedlora.rounds import client_start, client_turn, finish_turn
 from fedlora.security.attacks._base import alter_upload, poison_task
 from fedlora.security.privacy import Stream
 from fedlora.security.privacy.client_level import protect
 from fedlora.security.privacy.dp_sgd import PrivateTrainer
 from fedlora.training.local import LocalTrainer, OptimizerState
-from fedlora.types import Tree, Turn
+from fedlora.training.own_trainer import OwnTrainer
+from fedlora.types import Tree, Turn, Work
 
 
 class ClientState(NamedTuple):
@@ -29,7 +30,7 @@ class ClientUpdate(NamedTuple):
     sent: Tree  # encoded, for the wire
     decoded: Tree  # as the server decodes it
     state: ClientState
-    loss: float
+    loss: float | None  # None: the caller's own trainer did not return one
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,20 @@ class ClientTurn:
         """Receive, train locally, then clip and add noise if the client has to."""
         trainer = self.build_trainer(state.moments)
         sent, kept = client_turn(self.federation.rules, shared, state.kept, self.turn, trainer)
+        return self._protect_update(shared, sent, ClientState(kept, trainer.state), trainer.loss)
+
+    def start(self, shared: Tree, state: ClientState) -> Tree:
+        """Return the leaves that the client's training starts from."""
+        return client_start(self.federation.rules, shared, state.kept, self.turn)
+
+    def finish(self, shared: Tree, work: Mapping[str, Work], loss: float | None) -> ClientUpdate:
+        """Return the upload and the client's next state after training in a loop of the caller."""
+        sent, kept = finish_turn(self.federation.rules, work, self.turn)
+        return self._protect_update(shared, sent, ClientState(kept), loss)
+
+    def _protect_update(self, shared: Tree, sent: Tree, state: ClientState, loss: float | None) -> ClientUpdate:
         sent = self._protect(shared, sent)
-        return ClientUpdate(sent, sent, ClientState(kept, trainer.state), trainer.loss)
+        return ClientUpdate(sent, sent, state, loss)
 
     def upload(self, shared: Tree, state: ClientState, trained: ClientUpdate) -> ClientUpdate:
         """Apply the attack, if this client is an attacker, and encode; ``state`` is the one before the turn."""
@@ -66,9 +79,11 @@ class ClientTurn:
         )
         return ClientUpdate(encoded, decoded, ClientState(kept, trained.state.moments), trained.loss)
 
-    def build_trainer(self, moments: OptimizerState | None = None) -> LocalTrainer:
+    def build_trainer(self, moments: OptimizerState | None = None) -> LocalTrainer | OwnTrainer:
         """Return the client's local trainer of this round, with DP-SGD if single rows are protected."""
         f, turn = self.federation, self.turn
+        if f.trainers is not None:
+            return f.trainers.build_turn(turn, f.rounds, moments, self.step_done)
         assert f.data is not None, "clients train on rows"
         kind, private = LocalTrainer, {}
         if f.privacy.by_example:

@@ -9,6 +9,7 @@ from fedlora.engines.clients import Clients
 from fedlora.engines.comm.compression import Compression
 from fedlora.engines.privacy_ledger import PrivacyLedger
 from fedlora.engines.server_optimizer import ServerOptimizer
+from fedlora.engines.trainers import Trainers
 from fedlora.methods._base import Method
 from fedlora.rounds import Received, Rules, client_start
 from fedlora.security.attacks._base import Attack
@@ -19,7 +20,7 @@ from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Data, Shard, Task
 from fedlora.tasks.data.labels import label_map
 from fedlora.tasks.metrics.scores import Scores
-from fedlora.training.evaluation import Evaluation, Evaluator
+from fedlora.training.evaluation import Evaluation, Evaluator, Scorer
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.types import Tree, Turn
@@ -33,7 +34,7 @@ class Federation:
     method: Method
     model: Model
     task: Task
-    data: Data | None  # None: this machine only aggregates
+    data: Data | None  # None: this machine only aggregates, or clients train with ``trainers``
     clients: Clients
     shards: Mapping[int, Shard] | Sequence[Shard]
     budgets: list[int]
@@ -49,6 +50,7 @@ class Federation:
     attack: Attack | None = None
     compression: Compression = field(default_factory=Compression)
     privacy: Privacy = field(default_factory=Privacy)
+    trainers: Trainers | None = None  # the callers' own, in place of the task and its rows
     _cohorts: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)  # round -> its clients
 
     @cached_property
@@ -59,8 +61,9 @@ class Federation:
     @cached_property
     def privacy_ledger(self) -> PrivacyLedger:
         """The privacy that the run spends, with the noise multiplier that follows from it."""
-        shards = self.shards.items() if isinstance(self.shards, Mapping) else enumerate(self.shards)
-        rows = {client: len(shard.train) for client, shard in shards}
+        clients = self.shards if isinstance(self.shards, Mapping) else range(len(self.shards))
+        # A whole client's privacy does not depend on its rows, whose number may need its trainer.
+        rows = {client: len(self.shards[client].train) if self.privacy.by_example else 1 for client in clients}
         return PrivacyLedger(
             self.privacy, self.clients, self.training, self.rounds, rows, self.cohort,
             lambda round, client: self.training_of(round, client).steps(rows[client]),
@@ -114,12 +117,18 @@ class Federation:
         """The parts trained in full."""
         return frozenset(part for part, rule in self.rules.items() if isinstance(rule.adapter, Dense))
 
-    def evaluator(self, task: Task | None = None) -> Evaluator:
-        """Return an evaluator on this machine's test rows, for the run's task or another one on the same rows."""
-        assert self.data is not None, "only a machine with data evaluates"
+    def evaluator(self, task: Task | None = None) -> Scorer | None:
+        """Return an evaluator on this machine's test rows, for the run's task or another one on the same rows.
+
+        None on a machine without test rows.
+        """
+        if self.trainers is not None:
+            return self.trainers.evaluator()
+        if self.data is None:
+            return None
         return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
 
-    def score_client(self, evaluator: Evaluator, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
+    def score_client(self, evaluator: Scorer, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
         """Score a client's model after round ``number`` on its own test rows.
 
         With a personal method, the scores include the success of an attack.
@@ -132,7 +141,7 @@ class Federation:
         return Scores({**scores.sums, **harm})
 
     @cached_property
-    def _attack_evaluator(self) -> Evaluator | None:
+    def _attack_evaluator(self) -> Scorer | None:
         """The evaluator of an attack's success, if it shows in the outputs of personal models; else None."""
         task = self.attack.success_task(self.task) if self.attack is not None and self.method.personal else None
         return None if task is None else self.evaluator(task)

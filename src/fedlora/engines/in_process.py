@@ -12,7 +12,7 @@ from fedlora.engines.loop import Event, Loop, Reply, ServerState
 from fedlora.files import OffloadedTree
 from fedlora.rounds import Received, client_start
 from fedlora.security.validation import excluded_clients
-from fedlora.training.evaluation import Evaluator
+from fedlora.training.evaluation import Scorer
 from fedlora.types import Tree
 
 NEW = ClientState({})  # before a client's first turn
@@ -55,26 +55,43 @@ class InProcess(Loop):
     def run_turns(self, f: Federation, at: ServerState) -> list[Reply]:
         replies = []
         for client in f.cohort(at.number):
-            if client in excluded_clients(f.validation, at.conduct):
+            turn = self.open_turn(f, at, client)
+            if turn is None:
                 continue
-            state, turn = self._states.get(client, NEW), f.turn(at.number, client)
-            own = client_start(f.rules, at.shared, state.kept, turn)
-            delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
-            at.channel.record_delivery(at.number, client, delivery)
-            if client in self.absent:
-                continue  # it is not known to have arrived, so the next delivery has all of it again
-            at.channel.confirm(client, delivery)
-            client_turn = ClientTurn(f, turn, lambda client=client: self.watch(Event("step", at.number, client)))
-            update = client_turn.upload(at.shared, state, self.train(client_turn, at.shared, state))
-            self._before[client], self._states[client] = state, update.state
-            at.channel.record_upload(at.number, client, update.decoded, update.sent)
-            upload = self.receive_upload(Received(turn, len(f.shards[client].train), update.decoded))
-            if upload is None:
-                continue
-            if self.offload is not None:
-                upload = upload._replace(tree=OffloadedTree(self.offload / f"{client}.safetensors", upload.tree))
-            replies.append(Reply(upload, update.loss))
+            state = self.state(client)
+            reply = self.close_turn(f, at, turn, self.train(turn, at.shared, state))
+            replies += [] if reply is None else [reply]
         return replies
+
+    def open_turn(self, f: Federation, at: ServerState, client: int) -> ClientTurn | None:
+        """Deliver the server's state to a client, and return its turn; None if the client has none in this round."""
+        if client in excluded_clients(f.validation, at.conduct):
+            return None
+        state, turn = self.state(client), f.turn(at.number, client)
+        own = client_start(f.rules, at.shared, state.kept, turn)
+        delivery = at.channel.compute_delta(client, at.shared, at.base_updates, own)
+        at.channel.record_delivery(at.number, client, delivery)
+        if client in self.absent:
+            return None  # it is not known to have arrived, so the next delivery has all of it again
+        at.channel.confirm(client, delivery)
+        return ClientTurn(f, turn, lambda: self.watch(Event("step", at.number, client)))
+
+    def close_turn(self, f: Federation, at: ServerState, turn: ClientTurn, trained: ClientUpdate) -> Reply | None:
+        """Encode a client's update and receive it at the server; None if the upload is quarantined."""
+        client, state = turn.turn.client, self.state(turn.turn.client)
+        update = turn.upload(at.shared, state, trained)
+        self._before[client], self._states[client] = state, update.state
+        at.channel.record_upload(at.number, client, update.decoded, update.sent)
+        upload = self.receive_upload(Received(turn.turn, len(f.shards[client].train), update.decoded))
+        if upload is None:
+            return None
+        if self.offload is not None:
+            upload = upload._replace(tree=OffloadedTree(self.offload / f"{client}.safetensors", upload.tree))
+        return Reply(upload, update.loss)
+
+    def state(self, client: int) -> ClientState:
+        """Return the state that a client keeps from its last turn."""
+        return self._states.get(client, NEW)
 
     def train(self, client_turn: ClientTurn, shared: Tree, state: ClientState) -> ClientUpdate:
         """Train one client, measure the time and notify the watcher."""
@@ -84,9 +101,10 @@ class InProcess(Loop):
         self.watch(Event("turn", turn.round, turn.client, trained.loss))
         return trained
 
-    def score_clients(self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None):
-        assert evaluator is not None, "this process has all rows"
+    def score_clients(self, f: Federation, at: ServerState, number: int, evaluator: Scorer | None):
+        if evaluator is None:  # the callers' own trainers may have no test rows
+            return {}
         return {
-            client: f.score_client(evaluator, number, client, at.shared, self._states.get(client, NEW).kept)
+            client: f.score_client(evaluator, number, client, at.shared, self.state(client).kept)
             for client in range(f.clients.members)
         }

@@ -186,9 +186,11 @@ def _bytes(x: Tensor) -> bytes:
 def _digest_base(f: Federation) -> str:
     """Return a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
     hasher = hashlib.blake2b(digest_size=16)
+    leaves = {x.data_ptr() for part in f.model.parts.values() for x in part.leaves.values()}
     for name, x in sorted(f.model.network.state_dict().items()):
         is_head = any(name.startswith(f"{head}.") for head in f.heads)
-        if isinstance(x, Tensor) and not is_head:  # heads are drawn from the seed, or among the initial leaves
+        # Heads and adapters are drawn from the seed, or among the initial leaves.
+        if isinstance(x, Tensor) and not is_head and x.data_ptr() not in leaves:
             values = x.detach().reshape(-1)
             hasher.update(f"{name} {tuple(x.shape)}".encode())
             hasher.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))

@@ -26,7 +26,7 @@ from fedlora.security.robust._base import reweigh_uploads
 from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
 from fedlora.seeds import derive_seed
 from fedlora.tasks.metrics.scores import Scores, compute_metrics
-from fedlora.training.evaluation import Evaluator, summarize
+from fedlora.training.evaluation import Scorer, summarize
 from fedlora.types import Tree, Turn
 
 
@@ -46,7 +46,7 @@ class Reply(NamedTuple):
     """The result of a client's turn, as the server has it."""
 
     upload: Received
-    loss: float
+    loss: float | None  # None: not known
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Loop(ABC):
     absent: dict[int, str] = field(default_factory=dict, init=False)  # of this round: client -> reason
     unscored: dict[int, str] = field(default_factory=dict, init=False)  # the same of its evaluation
     screen: UploadScreen = field(init=False)  # of this round
+    began: float = field(default=0.0, init=False)  # when this round began
 
     @classmethod
     def drive(
@@ -116,7 +117,7 @@ class Loop(ABC):
 
     @abstractmethod
     def score_clients(
-        self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
+        self, f: Federation, at: ServerState, number: int, evaluator: Scorer | None
     ) -> Mapping[int, Scores]:
         """Score each client's model after round ``number`` on the client's own test rows.
 
@@ -181,44 +182,51 @@ class Loop(ABC):
     def run(self, f: Federation, at: ServerState | None = None) -> Iterator[Round]:
         """Yield one ``Round`` after another, from the start or from ``at``; the caller may stop at any round."""
         at = at or self.begin(f)
-        evaluator = f.evaluator() if f.data is not None else None
+        evaluator = f.evaluator()
         while at.number < f.rounds:
-            number, began, before = at.number, time.perf_counter(), at.shared
-            self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
-            self.screen = UploadScreen(f.validation, f.rules, before, at.conduct, alone=f.privacy.sums_clients)
-            self._drop(f, at)
-            replies = self._screen(f, at, self.run_turns(f, at))
-            selected = self.select_uploads(replies)
-            uploads, judged = reweigh_uploads(f.robust, f.method, f.rules, before, selected, number, f.seed)
-            with self._time_phase("combine"):
-                served = self._combine(f, at, uploads)
-            at.counted |= {reply.upload.turn.client: number for reply in replies}
-            losses = {reply.upload.turn.client: reply.loss for reply in replies}
-            record = RoundRecord(round=number + 1)
-            hidden = f.privacy.hides_figures
-            record["cohort"] = [] if hidden and f.clients.rate is not None else sorted(losses)
-            record["loss"] = {} if hidden else losses
-            record |= cast(RoundRecord, f.privacy_ledger.report_spending(number + 1))
-            if f.clients.stragglers:
-                record["stragglers"] = [
-                    client for client in f.clients.draw_stragglers(number, f.seed) if client in losses
-                ]
-            with self._time_phase("measure"):
-                if self.is_measured(f) and uploads:
-                    record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
-                if self.observe is not None and not hidden:
-                    record["oracle"] = self.observe(f.rules, before, uploads)
-            if f.evaluation.is_due(number, f.rounds):
-                record |= self._evaluate(f, evaluator, at, number)
-            bad = {} if hidden else self.screen.rejected  # they show uploads of single clients
-            quarantined = {client: rejected.reason for client, rejected in bad.items()}
-            faults = {"absent": dict(self.absent), "unscored": dict(self.unscored), "quarantined": quarantined}
-            record |= cast(RoundRecord, {key: value for key, value in {**faults, "robust": judged}.items() if value})
-            record["bytes"] = _sum_bytes(at.channel.ledger, number)
-            record["seconds"] = {**self.clock, "total": time.perf_counter() - began}
-            self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
-            base_updates = replace(at.base_updates, entries=list(at.base_updates.entries))  # as they are now
-            yield Round(number, at.shared, dict(self.kept_trees()), base_updates, record, at.channel.ledger, at, bad)
+            self.open_round(f, at)
+            yield self.close_round(f, at, self.run_turns(f, at), evaluator)
+
+    def open_round(self, f: Federation, at: ServerState) -> None:
+        """Begin a round: its clock, its screening of uploads, and the clients that are away."""
+        self.clock, self.absent, self.unscored = {"train": 0.0, "evaluate": 0.0}, {}, {}
+        self.began = time.perf_counter()
+        self.screen = UploadScreen(f.validation, f.rules, at.shared, at.conduct, alone=f.privacy.sums_clients)
+        self._drop(f, at)
+
+    def close_round(self, f: Federation, at: ServerState, replies: list[Reply], evaluator: Scorer | None) -> Round:
+        """Combine the replies of a round, measure and evaluate it, and return it."""
+        number, before = at.number, at.shared
+        replies = self._screen(f, at, replies)
+        selected = self.select_uploads(replies)
+        uploads, judged = reweigh_uploads(f.robust, f.method, f.rules, before, selected, number, f.seed)
+        with self._time_phase("combine"):
+            served = self._combine(f, at, uploads)
+        at.counted |= {reply.upload.turn.client: number for reply in replies}
+        losses = {reply.upload.turn.client: reply.loss for reply in replies}
+        record = RoundRecord(round=number + 1)
+        hidden = f.privacy.hides_figures
+        record["cohort"] = [] if hidden and f.clients.rate is not None else sorted(losses)
+        record["loss"] = {} if hidden else losses
+        record |= cast(RoundRecord, f.privacy_ledger.report_spending(number + 1))
+        if f.clients.stragglers:
+            record["stragglers"] = [client for client in f.clients.draw_stragglers(number, f.seed) if client in losses]
+        with self._time_phase("measure"):
+            if self.is_measured(f) and uploads:
+                record["weights"] = aggregation_errors(f.rules, before, uploads, self.kept_trees(), served)
+            if self.observe is not None and not hidden:
+                record["oracle"] = self.observe(f.rules, before, uploads)
+        if f.evaluation.is_due(number, f.rounds):
+            record |= self._evaluate(f, evaluator, at, number)
+        bad = {} if hidden else self.screen.rejected  # they show uploads of single clients
+        quarantined = {client: rejected.reason for client, rejected in bad.items()}
+        faults = {"absent": dict(self.absent), "unscored": dict(self.unscored), "quarantined": quarantined}
+        record |= cast(RoundRecord, {key: value for key, value in {**faults, "robust": judged}.items() if value})
+        record["bytes"] = _sum_bytes(at.channel.ledger, number)
+        record["seconds"] = {**self.clock, "total": time.perf_counter() - self.began}
+        self.watch(Event("round", number, epsilon=record["privacy"]["epsilon"] if "privacy" in record else None))
+        base_updates = replace(at.base_updates, entries=list(at.base_updates.entries))  # as they are now
+        return Round(number, at.shared, dict(self.kept_trees()), base_updates, record, at.channel.ledger, at, bad)
 
     @contextmanager
     def _time_phase(self, phase: str) -> Iterator[None]:
@@ -271,7 +279,7 @@ class Loop(ABC):
         at.number += 1
         return served
 
-    def _evaluate(self, f: Federation, evaluator: Evaluator | None, at: ServerState, number: int) -> RoundRecord:
+    def _evaluate(self, f: Federation, evaluator: Scorer | None, at: ServerState, number: int) -> RoundRecord:
         began = time.perf_counter()
         record = RoundRecord()
         if not f.method.personal and evaluator is not None:
@@ -279,7 +287,9 @@ class Loop(ABC):
             record["global"] = compute_metrics(evaluator.score_all(tree))
             judge = f.attack.success_task(f.task) if f.attack is not None else None
             if judge is not None:
-                hits, rows = f.evaluator(judge).score_all(tree).sums["success"]
+                judging = f.evaluator(judge)
+                assert judging is not None
+                hits, rows = judging.score_all(tree).sums["success"]
                 record["attack"] = {"success": hits / rows, "rows": rows}
         scores = self.score_clients(f, at, number, evaluator)
         if harm := success_rate(f.attack, scores):
@@ -310,10 +320,11 @@ def _sum_bytes(ledger: list[Transfer], number: int) -> dict[Direction, dict[str,
     return sums
 
 
-def explain_overflow(rounds: Iterator[Round]) -> Iterator[Round]:
-    """Yield the rounds. Raises ``FloatingPointError`` if a product of finite updates is too large to decompose."""
+@contextmanager
+def explain_overflow() -> Iterator[None]:
+    """Raise ``FloatingPointError`` if a product of finite updates in the block is too large to decompose."""
     try:
-        yield from rounds
+        yield
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(
             "the uploads are too large to be combined or measured; lower training.learning_rate, or set "

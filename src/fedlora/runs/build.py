@@ -13,6 +13,7 @@ from torch import nn
 
 from fedlora.adapters import Dense
 from fedlora.engines.federation import Federation
+from fedlora.engines.trainers import Trainers
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
@@ -36,6 +37,8 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     ``combines`` is true on the server.
     """
     device = config.engine.prepare()
+    if isinstance(trainers := getattr(config.task, "_code", None), Trainers):
+        return build_own_federation(config, trainers.model, trainers.shards, trainers)
     data, shards, names = load_rows(config, client, combines)
     network = load_network(config, len(names), device)
     if data is not None:
@@ -45,11 +48,31 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     if config.model.start is not None:
         base = None if config.model.same_base else config.model.name
         warm_start(f.model, f.rules, config.method, config.model.start, config.seed, names, base)
+    if f.privacy.by_example:
+        per_sample_gradients.check_row_independence(network)
+    return _complete(config, f)
+
+
+def build_own_federation(
+    config: Sections, model: Model, shards: Shards, trainers: Trainers | None = None
+) -> Federation:
+    """Build a federation around a loop of the caller: that of trainers, or of a session (None)."""
+    rules = model.rules(config.method, partial(head_rule, config.method))
+    budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
+    training = replace(config.training, precision="float32")
+    f = Federation(
+        rules, config.method, model, config.task, None, config.clients, shards, budgets, training, config.evaluation,
+        config.server, config.rounds, config.seed, compression=config.compression, privacy=config.privacy,
+        trainers=trainers,
+    )  # fmt: skip
+    return _complete(config, f)
+
+
+def _complete(config: Sections, f: Federation) -> Federation:
+    """Return the federation with its fingerprint, ``[validation]``, ``[robust]`` and ``[attack]``."""
     attack = config.attack
     if attack is not None:
         attack = attack.prepare(config.task, config.model.name, config.clients.members, config.seed)
-    if f.privacy.by_example:
-        per_sample_gradients.check_row_independence(network)
     return replace(
         f, fingerprint=fingerprint(config.table), validation=config.validation, robust=config.robust, attack=attack
     )

@@ -16,3 +16,4 @@ TOKEN = "run.json"  # the id of a run over Flower, under which clients keep thei
 
 COMPARISON = "comparison.json"  # in the folder of a comparison: its rows and its runs
 ORACLE = "oracle.json"  # the result of ``fedlora compare --oracle``
+INITIAL = "initial.safetensors"  # the first leaves of a model of PEFT, which no seed determines

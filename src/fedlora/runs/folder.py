@@ -122,6 +122,11 @@ class RunFolder(Rounds):
         """The leaves that all clients share."""
         return {part: public_leaves(layer) for part, layer in load_tree(self.path / names.SHARED).items()}
 
+    @property
+    def initial(self) -> Tree:
+        """The first leaves of a model of PEFT; empty if the seed determines them."""
+        return load_tree(self.path / names.INITIAL) if (self.path / names.INITIAL).exists() else {}
+
     @cached_property
     def base_updates(self) -> Mapping[str, Factors]:
         """The sum of all updates of the base, part by part."""

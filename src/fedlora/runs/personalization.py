@@ -140,4 +140,5 @@ def _train(run: RunFolder, label: str, watch: Watch, **changes: Any) -> tuple[Fe
     table["engine"] = {**table.get("engine", {}), "name": "inprocess", "offload": False}
     table["evaluation"] = {**table.get("evaluation", {}), "every": run.config.rounds, "measure": False}
     f = replace(build(table).federation(), **changes)
-    return f, deque(islice(explain_overflow(InProcess(watch).run(f)), run.summary["rounds"]), maxlen=1)[0]
+    with explain_overflow():
+        return f, deque(islice(InProcess(watch).run(f), run.summary["rounds"]), maxlen=1)[0]

@@ -67,30 +67,35 @@ class RunRecorder:
 
     def take(self, engine: Loop, f: Federation) -> None:
         """Run and record all rounds of an engine, to the end or to Ctrl-C."""
-        state = self._restore(engine, f)
+        state = self.restore(engine, f)
         try:
-            for self.last in explain_overflow(engine.run(f, state)):
-                write_quarantine(self.folder, self.last.record["round"], self.last.bad, f.validation)
-                self.records = [*self.records, self.last.record]
-                if self._file is not None:
-                    self._file.write(json.dumps(self.last.record) + "\n")
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
-                is_last = self.last.number + 1 >= f.rounds
-                self.readings = {**self.readings, **engine.readings()}
-                if self.checkpoints is not None:
-                    self.checkpoints.notes["seconds"] = self.seconds
-                    self.checkpoints.notes["readings"] = {str(k): v for k, v in self.readings.items()}
-                    self.checkpoints.after(self.last, engine, is_last)
-                self.callbacks.round(self.last.record)
-                if not is_last:
-                    self.stop.check()
+            with explain_overflow():
+                for done in engine.run(f, state):
+                    self.add(done, engine, f)
+                    if done.number + 1 < f.rounds:
+                        self.stop.check()
         except (KeyboardInterrupt, CallbackError) as stopped:
             self.interrupted = True
             if self.checkpoints is not None:
                 self.checkpoints.save()
             if isinstance(stopped, CallbackError):
                 raise
+
+    def add(self, done: Round, engine: Loop, f: Federation) -> None:
+        """Record a finished round: its line of metrics, its quarantined uploads, and a checkpoint if that is due."""
+        self.last = done
+        write_quarantine(self.folder, done.record["round"], done.bad, f.validation)
+        self.records = [*self.records, done.record]
+        if self._file is not None:
+            self._file.write(json.dumps(done.record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self.readings = {**self.readings, **engine.readings()}
+        if self.checkpoints is not None:
+            self.checkpoints.notes["seconds"] = self.seconds
+            self.checkpoints.notes["readings"] = {str(k): v for k, v in self.readings.items()}
+            self.checkpoints.after(done, engine, done.number + 1 >= f.rounds)
+        self.callbacks.round(done.record)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -105,7 +110,8 @@ class RunRecorder:
         with open(path, "a", encoding="utf-8") as self._file:
             yield
 
-    def _restore(self, engine: Loop, f: Federation) -> ServerState | None:
+    def restore(self, engine: Loop, f: Federation) -> ServerState | None:
+        """Return the state of the checkpoint to go on from, loaded into the engine; None at the start of a run."""
         if self.checkpoints is None:
             return None
         self.checkpoints.begin(f)

@@ -13,11 +13,11 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
-from fedlora.files import RefusedFileError, save_json
+from fedlora.files import RefusedFileError, save_json, save_tree
 from fedlora.runs.callbacks import Callback, Callbacks, End, Start
 from fedlora.runs.config import AnyConfig, Config, Overrides, to_config
 from fedlora.runs.error_log import tracebacks_in
-from fedlora.runs.file_names import CONFIG, ROWS
+from fedlora.runs.file_names import CONFIG, INITIAL, ROWS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, explain_full_disk, lock_folder
 from fedlora.runs.progress_writer import ProgressWriter
@@ -87,7 +87,7 @@ def run(
     with lock_folder(folder), explain_full_disk(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
-            recorder = _build_recorder(config, federation, folder, stop, again, all_callbacks)
+            recorder = build_recorder(config, federation, folder, stop, again, all_callbacks)
         with stop.listening() if drive is None else nullcontext():
             result = _run_rounds(config, federation, recorder, stop.wrap(all_callbacks.wrap(watch)), observe, drive)
     if stop.is_requested and not recorder.interrupted:  # too late for this run, but a caller may begin another
@@ -95,7 +95,7 @@ def run(
     return result
 
 
-def _build_recorder(
+def build_recorder(
     config: Config, f: Federation, folder: Path | None, stop: Stop, again: bool, callbacks: Callbacks
 ) -> RunRecorder:
     """Build the recorder and write the configuration. Raises ``ValueError`` if the run cannot be resumed."""
@@ -110,6 +110,10 @@ def _build_recorder(
         if recorder.saved is not None and (run.is_finished(config.rounds) or recorder.saved.number > config.rounds):
             raise ConfigError(f"{str(folder)!r} holds this run, finished; raise rounds, or choose another folder.")
     run.remove_partial_files()
+    if recorder.saved is not None and (start := run.initial):
+        f.model.start_at(start)
+    elif f.model.own_start:
+        save_tree(folder / INITIAL, f.model.own_start)
     run.write_config(table)
     if (rows := data_distribution(f)) is not None:
         save_json(folder / ROWS, rows)
@@ -154,22 +158,35 @@ def _run_rounds(
             kept = (drive or _load_engine(config.engine.name).drive)(config, f, watch, observe, recorder.take)
         except KeyboardInterrupt:
             kept, recorder.interrupted = None, True
+    result = finish_run(config, f, recorder, kept, watch, has_kept=drive is None)
+    recorder.callbacks.end(End("interrupted" if result.summary["interrupted"] else "finished", result.summary))
+    return result
+
+
+def finish_run(
+    config: Config, f: Federation, recorder: RunRecorder, kept: Mapping[int, Tree] | None, watch: Watch, has_kept: bool
+) -> Result:
+    """Write the result of the rounds so far, and return it.
+
+    ``kept`` has the leaves that clients keep; None if the last round has them. ``has_kept`` is whether this machine has
+    them.
+    """
     last = recorder.last
     shared = last.shared if last else f.model.initial(config.seed)
     kept = kept if kept is not None else last.kept if last else {}
     base_updates = last.base_updates if last else BaseUpdateLog()
+    refused = recorder.checkpoints.refused if recorder.checkpoints else []
     resumed = recorder.checkpoints.notes.get("resumed") if recorder.checkpoints else None
     summary = {
         **_summarise(config, f, recorder, recorder.records, recorder.interrupted),
         "base_updates": len(base_updates),
-        "kept": drive is None,  # whether this folder has the leaves that clients keep
+        "kept": has_kept,
         **({"resumed": list(resumed)} if resumed else {}),
         **({"refused": refused} if refused else {}),
     }
     if recorder.folder is not None and (last is not None or not recorder.records):  # else no new round was finished
         summary |= _write_best(config, f, recorder, watch)
         RunFolder(recorder.folder).write_result(shared, kept, base_updates, summary)
-    recorder.callbacks.end(End("interrupted" if summary["interrupted"] else "finished", summary))
     return Result(summary, recorder.records, shared, kept, recorder.folder)
 
 

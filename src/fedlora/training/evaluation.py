@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class Evaluation:
     def is_due(self, round: int, rounds: int) -> bool:
         """Whether round number ``round`` (from 0) ends with an evaluation."""
         return (round + 1) % self.every == 0 or round + 1 == rounds
+
+
+class Scorer(Protocol):
+    """The interface of an evaluator: it scores trees, which it may compare by identity with the last one."""
+
+    def score_all(self, tree: Tree) -> Scores: ...
+    def score_client(self, number: int, tree: Tree) -> Scores: ...
 
 
 @dataclass
@@ -90,7 +97,7 @@ class Evaluator:
         return self._scores[key]
 
     def _forget_other_trees(self, tree: Tree) -> None:
-        if self._tree is None or self._base_version != self.model.base_version or not _is_same_tree(tree, self._tree):
+        if self._tree is None or self._base_version != self.model.base_version or not is_same_tree(tree, self._tree):
             self._tree, self._base_version, self._outputs, self._scores = tree, self.model.base_version, None, {}
             self._known = torch.zeros(len(self.test), dtype=torch.bool)
 
@@ -112,7 +119,8 @@ class Evaluator:
         self._known[rows] = True
 
 
-def _is_same_tree(a: Tree, b: Tree) -> bool:
+def is_same_tree(a: Tree, b: Tree) -> bool:
+    """Whether two trees hold the same objects."""
     return a.keys() == b.keys() and all(
         a[part].keys() == b[part].keys() and all(a[part][leaf] is b[part][leaf] for leaf in a[part]) for part in a
     )

@@ -1,7 +1,7 @@
 """Local training of one client in one round."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from fedlora.tasks._base import Batch, Examples, Shard, Task, move_batch
 from fedlora.training.model import Model
 from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
 from fedlora.types import Tree, Turn
+
+ADVICE = "lower training.learning_rate, or set training.max_grad_norm"  # if training diverges
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,7 @@ class LocalTrainer:
                 check_buffers(self.model.network, buffers)
         if self.training.keep_optimizer:
             self.state = (self.state or {}) | {key: optimizer.state[x] for key, x in parameters.items()}
-        end = self.model.read()
-        return {
-            path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
-            for path, layer in start.items()
-        }
+        return merge_trained(start, self.model.read(), trained)
 
     def _run(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor], rules: Rules
@@ -168,13 +166,7 @@ class LocalTrainer:
             self.step_done()
         all_losses = torch.cat(losses)
         self.loss = float(all_losses.mean()) if len(all_losses) else 0.0  # a private step may have no finite row
-        is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters.values()]).all()
-        if not math.isfinite(self.loss) or not bool(is_finite):  # the loss does not include the last step
-            problem = "weights are no longer finite" if math.isfinite(self.loss) else f"loss is {self.loss}"
-            raise FloatingPointError(
-                f"client {self.turn.client}'s {problem} in round {self.turn.round + 1}; "
-                "lower training.learning_rate, or set training.max_grad_norm."
-            )
+        check_finite(self.loss, parameters.values(), self.turn)
 
     def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
         """Set the gradients of one step after another, and yield each step's losses, of batches or of rows."""
@@ -194,3 +186,22 @@ class LocalTrainer:
     def _penalty(self, rules: Rules) -> Tensor | float:
         layers = self.model.layers()
         return sum(rule.penalty(layers[path]) for path, rule in rules.items())
+
+
+def merge_trained(start: Tree, end: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:
+    """Return the tree after training: the leaves of ``trained`` from ``end``, and the others from ``start``."""
+    return {
+        path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
+        for path, layer in start.items()
+    }
+
+
+def check_finite(loss: float, parameters: Iterable[Tensor], turn: Turn, advice: str = ADVICE) -> None:
+    """Raise ``FloatingPointError`` if training ended with values that are not finite.
+
+    The mean loss does not include the last step.
+    """
+    is_finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all()
+    if not math.isfinite(loss) or not bool(is_finite):
+        problem = "weights are no longer finite" if math.isfinite(loss) else f"loss is {loss}"
+        raise FloatingPointError(f"client {turn.client}'s {problem} in round {turn.round + 1}; {advice}.")

@@ -6,58 +6,32 @@ every leaf of every part, so nothing of one client is left for the next.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Adapter, Dense
 from fedlora.linalg.factors import compact, total
-from fedlora.methods._base import Method
+from fedlora.methods._base import Method, pick
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
+from fedlora.training.parts import (
+    AdaptedLinear,
+    AdaptedPart,
+    Part,
+    WholePart,
+    gather_value,
+    own_parameters,
+    read_value,
+    write_value,
+)
 from fedlora.training.targets import find_full_modules, find_targets
 from fedlora.training.train_mode import disable_fast_paths
 from fedlora.types import Factors, Layer, Tree
 
 Precision = Literal["float32", "bf16-autocast", "bf16"]
-
-
-class AdaptedLinear(nn.Module):
-    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``."""
-
-    def __init__(self, base: nn.Module, adapter: Adapter):
-        super().__init__()
-        self.base: Any = base
-        self.adapter = adapter
-        self.leaves = nn.ParameterDict()
-        self.overlay: Factors | None = None  # base updates that are not added to the base weight
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight; T5 reads its dtype."""
-        weight: Tensor = self.base.weight
-        return weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
-        return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the model, whose leaves are in its module."""
-
-    module: nn.Module
-    adapter: Adapter
-
-    @property
-    def leaves(self) -> Mapping[str, nn.Parameter]:
-        if isinstance(self.module, AdaptedLinear):
-            return cast(Mapping[str, nn.Parameter], self.module.leaves)
-        return _own_parameters(self.module)
 
 
 class Model:
@@ -71,7 +45,7 @@ class Model:
         # In bfloat16, also under autocast, rounding would remove most of an update that is small beside the weight.
         self.overlay = precision != "float32" if overlay is None else overlay
         self._pretrained: dict[str, Tensor] = {}  # the original base weights that ``fold`` has changed
-        self._initial = {p: _copy(part.leaves) for p, part in parts.items() if isinstance(part.adapter, Dense)}
+        self._initial: dict[str, Layer] = {path: _copy(part) for path, part in parts.items() if not part.from_seed}
         self._started: dict[str, Factors] = {}  # the updates of a warm start
         self.start_tree: Tree = {}  # all arguments of ``start_from``
         self.base_version = 0  # the number of changes of the base
@@ -109,33 +83,41 @@ class Model:
                     parameter.data = parameter.data.to(torch.bfloat16)
         for module in whole.values():
             module.float()
-        parts = {path: Part(AdaptedLinear(module, adapter), adapter) for path, module in chosen.items()}
+        parts: dict[str, Part] = {p: AdaptedPart(AdaptedLinear(x, adapter), adapter) for p, x in chosen.items()}
         for path, part in parts.items():
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, part.module)
-        parts |= {path: Part(module, Dense(frozenset(_own_parameters(module)))) for path, module in whole.items()}
+        parts |= {path: WholePart(module, Dense(frozenset(own_parameters(module)))) for path, module in whole.items()}
         if not quantized:  # quantized weights are on their device
             network.to(device)
         return cls(network, parts, precision, torch.device(device), overlay)
 
     def rules(self, method: Method, heads: Callable[[Dense], Method]) -> Rules:
-        """Return the rule of each part: ``method`` for adapted weights, ``heads(dense)`` for parts trained in full."""
-        rules: dict[Dense, Method] = {}
-        return {
-            path: rules.setdefault(part.adapter, heads(part.adapter)) if isinstance(part.adapter, Dense) else method
-            for path, part in self.parts.items()
-        }
+        """Return the rule of each part: ``method`` for adapted weights, ``heads(dense)`` for parts trained in full.
+
+        A weight whose adapter has other settings than the method's, such as another rank, has a rule of its own.
+        """
+        rules: dict[Adapter, Method] = {method.adapter: method}
+        for part in self.parts.values():
+            if part.adapter not in rules:
+                own = part.adapter
+                rules[own] = heads(own) if isinstance(own, Dense) else replace(method, adapter=own)
+        return {path: rules[part.adapter] for path, part in self.parts.items()}
 
     def initial(self, seed: int) -> Tree:
-        """Return the tree before the first round, which every client draws from the seed and never receives."""
+        """Return the tree before the first round.
+
+        Adapters of this library are drawn from the seed; every client draws the same leaves. Parts trained in full, and
+        those of a PEFT model, begin with the values that they had when the model was attached.
+        """
         tree: dict[str, Layer] = {}
         # Tensors that several weights share (VeRA's pair) stay shared on a GPU. The originals are kept with their ids.
         moved: dict[int, tuple[Tensor, Tensor]] = {}
         for path, part in self.parts.items():
-            if not isinstance(part.module, AdaptedLinear):
+            if part.shape is None or not part.from_seed:
                 tree[path] = self._initial[path]
                 continue
-            leaves: Layer = part.adapter.init(*weight_shape(part.module.base), derive_seed(seed, "adapter", path))
+            leaves: Layer = part.adapter.init(*part.shape, derive_seed(seed, "adapter", path))
             if path in self._started:
                 leaves = part.adapter.around(self._started[path], leaves)
             for x in leaves.values():
@@ -148,7 +130,7 @@ class Model:
         """Make ``initial`` return these updates of weights, and leaves of parts trained in full."""
         for path, f in updates.items():
             part, (m, n) = self.parts.get(path), (f.U.shape[-2], f.V.shape[-1])
-            size = weight_shape(part.module.base) if part and isinstance(part.module, AdaptedLinear) else None
+            size = part.shape if part else None
             if size != (m, n):
                 here = f"it is {size[0]} x {size[1]} here" if size else "it is not adapted here"
                 raise ValueError(f"model.start adapts {path!r}, {m} x {n}, but {here}; name another start.")
@@ -158,7 +140,28 @@ class Model:
                 raise ValueError(f"model.start holds {path!r}, which has another size or is not trained here; drop it.")
         self._started = dict(updates)
         self.start_tree = {**{path: f._asdict() for path, f in updates.items()}, **whole}
-        self._initial |= {path: _copy(layer) for path, layer in whole.items()}
+        self._initial |= {path: {leaf: read_value(x) for leaf, x in layer.items()} for path, layer in whole.items()}
+
+    @property
+    def own_start(self) -> Tree:
+        """The first values of a PEFT model's trainable leaves, which no seed determines; empty for other models."""
+        if all(part.from_seed or part.base is None for part in self.parts.values()):
+            return {}
+        return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()}
+
+    def start_at(self, tree: Tree) -> None:
+        """Replace ``own_start``, by that of another process. Raises ``ValueError`` if it belongs to another model."""
+        mine = {(path, leaf): x.shape for path, layer in self.own_start.items() for leaf, x in layer.items()}
+        theirs = {(path, leaf): x.shape for path, layer in tree.items() for leaf, x in layer.items()}
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                found = [x if x is None else tuple(x) for x in (mine.get(key), theirs.get(key))]
+                raise ValueError(
+                    f"{'.'.join(key)!r} is {found[0]} in this model and {found[1]} in the run's; make the model with "
+                    "the adapter configuration that the run began with."
+                )
+        for path, layer in tree.items():
+            self._initial[path] = {**self._initial[path], **{leaf: x.to(self.device) for leaf, x in layer.items()}}
 
     @torch.no_grad()
     def load(self, tree: Tree) -> None:
@@ -176,49 +179,47 @@ class Model:
         trainable = leaf in part.adapter.trainable
         if not trainable and self._frozen.get((path, leaf)) is value:
             return  # already loaded, and nothing writes to it
-        old = part.leaves.get(leaf) if isinstance(part.module, AdaptedLinear) else part.leaves[leaf]
+        old = part.leaves.get(leaf)
         if old is not None and old.shape == value.shape and trainable:
-            old.copy_(value)
-        elif isinstance(part.module, AdaptedLinear):  # first load, or a client of another rank
-            fresh = value.to(self.device, torch.float32)
-            if trainable:  # contiguous, because the last bits of a product depend on the memory format
-                fresh = fresh.clone(memory_format=torch.contiguous_format)
-            part.module.leaves[leaf] = nn.Parameter(fresh, requires_grad=False)
-            if not trainable:
-                self._frozen[path, leaf] = value
-        else:
-            raise ValueError(f"cannot load {path!r}: {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}.")
+            write_value(old, value)
+            return
+        try:
+            part.replace(leaf, value, self.device)  # first load, or a client of another rank
+        except ValueError as error:
+            raise ValueError(f"cannot load {path!r}: {error}") from error
+        if not trainable:
+            self._frozen[path, leaf] = value
 
     def read(self) -> Tree:
-        """Return copies of all leaves, float32."""
-        return {path: _copy(part.leaves) for path, part in self.parts.items()}
+        """Return all leaves, float32; those that training may change are copies."""
+        return {path: _copy(part) for path, part in self.parts.items()}
 
     @torch.no_grad()
     def fold(self, base_updates: Mapping[str, Sequence[Factors]]) -> None:
         """Add updates to base weights, or to their overlays."""
         self.base_version += 1
         for path, factors in base_updates.items():
-            module = self.parts[path].module
-            if not isinstance(module, AdaptedLinear):
+            part = self.parts[path]
+            if part.base is None:
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
             update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
-            weight = module.base.weight
-            if self.overlay or not weight.is_floating_point():
-                module.overlay = compact(total([module.overlay, update]) if module.overlay else update)
+            weight = getattr(part.base, "weight", None)  # some quantised layers have none
+            if self.overlay or weight is None or not weight.is_floating_point():
+                part.set_overlay(compact(total([part.overlay, update]) if part.overlay else update))
                 continue
-            self._pretrained.setdefault(path, weight.detach().clone())
+            self._pretrained.setdefault(path, gather_value(weight).clone())
             delta = update.dense().to(weight.dtype)
-            weight += delta.mT if isinstance(module.base, Conv1D) else delta
+            write_value(weight, gather_value(weight) + (delta.mT if part.is_transposed else delta))
 
     @torch.no_grad()
     def unfold(self) -> None:
         """Restore the pretrained base, bit for bit."""
         self.base_version += 1
         for path, part in self.parts.items():
-            if isinstance(part.module, AdaptedLinear):
-                part.module.overlay = None
+            if part.base is not None:
+                part.set_overlay(None)
                 if path in self._pretrained:
-                    part.module.base.weight.copy_(self._pretrained.pop(path))
+                    write_value(part.base.weight, self._pretrained.pop(path))
 
     def gradient(self, loss: Callable[[nn.Module], Tensor]) -> Tree:
         """Return the gradient of a loss at the loaded leaves; zero for a leaf without influence."""
@@ -253,17 +254,6 @@ class Model:
             yield
 
 
-def weight_shape(base: Any) -> tuple[int, int]:
-    """Return the outputs m and inputs n of a ``Linear``, which may be packed, or of a ``Conv1D`` (weight n m)."""
-    if isinstance(base, Conv1D):
-        n, m = base.weight.shape
-        return m, n
-    return base.out_features, base.in_features
-
-
-def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(module.named_parameters(recurse=False))
-
-
-def _copy(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {leaf: x.detach().float().clone() for leaf, x in leaves.items()}
+def _copy(part: Part) -> dict[str, Tensor]:
+    trainable = part.adapter.trainable
+    return {leaf: read_value(x) if leaf in trainable else x.detach() for leaf, x in part.leaves.items()}

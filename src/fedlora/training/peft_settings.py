@@ -67,7 +67,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise ValueError(f"{str(folder)!r} holds an adapter of kind {kind!r}; only LORA can be used.")
     for key, value in settings.items():
-        reason = _unsupported_reason(key, value)
+        reason = unsupported_reason(key, value)
         if reason:
             raise ValueError(f"{str(folder)!r} sets {key}{reason}")
     for key, default in SCALE.items():
@@ -94,7 +94,7 @@ def pattern_for(patterns: Mapping[str, Any], part: str) -> str:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", part)), part)
 
 
-def _unsupported_reason(key: str, value: Any) -> str | None:
+def unsupported_reason(key: str, value: Any) -> str | None:
     """Return the end of the message ``... sets KEY`` for an unsupported setting, else None."""
     if key in ANY or key in EQUAL:
         return None

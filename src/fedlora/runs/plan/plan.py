@@ -11,7 +11,7 @@ from fedlora.runs.plan.compute import MAX_BATCHES, Bench, ComputeEstimate, Shape
 from fedlora.runs.plan.meta_model import MetaModel, build_meta_model
 from fedlora.runs.plan.traffic import Traffic, estimate_traffic
 from fedlora.schema import ConfigError, Table
-from fedlora.training.model import AdaptedLinear
+from fedlora.training.parts import AdaptedLinear
 
 # A configuration in which one section at a time is checked, and the other sections that a section is checked with.
 SOUND: Table = {"model": {"name": "demo-vit"}, "task": {"name": "image-classification", "data": "digits"}}

@@ -22,7 +22,8 @@ from fedlora.rounds import SMALL, Rules, client_turn, server_turn
 from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.runs.table import group_by
 from fedlora.seeds import derive_seed
-from fedlora.training.model import Model, weight_shape
+from fedlora.training.model import Model
+from fedlora.training.parts import weight_shape
 from fedlora.types import Factors, Layer, Tree, Turn
 
 PROBED = 3  # rounds that are repeated with other stand-ins, to find out whether bytes depend on values

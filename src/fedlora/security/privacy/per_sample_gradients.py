@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.adapters import Adapter
-from fedlora.training.model import AdaptedLinear, Model
+from fedlora.training.model import Model
+from fedlora.training.parts import AdaptedLinear
 from fedlora.types import Layer
 
 Leaves = dict[tuple[str, str], Tensor]  # (part, leaf) -> (b, *shape)

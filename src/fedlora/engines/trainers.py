@@ -1,0 +1,241 @@
+"""The clients' own trainers, built by a function of the caller, on one model in a process."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from fedlora.seeds import derive_seed
+from fedlora.tasks._base import Shard
+from fedlora.tasks.metrics.scores import Scores, pool
+from fedlora.training.evaluation import Scorer, is_same_tree
+from fedlora.training.local import OptimizerState, Training
+from fedlora.training.model import Model
+from fedlora.training.open_model import open_model
+from fedlora.training.own_trainer import OwnTrainer, seeded
+from fedlora.training.shared_base import SharedBases
+from fedlora.training.transformers_trainer import (
+    TransformersTurn,
+    adopt_model,
+    check_trainer,
+    describe_training,
+    evaluate_trainer,
+    is_transformers_trainer,
+)
+from fedlora.types import Tree, Turn
+
+Value = float | tuple[float, int]  # a metric, or its sum over rows and their number
+Evaluate = Callable[[Any, "ClientInfo"], Mapping[str, Value]]
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """The argument of the caller's function: the client that the trainer is for."""
+
+    number: int  # from 0
+    count: int  # of clients
+    seed: int  # of the run
+    rows: list[int] | None = None  # its rows of the data that the run divides; None if each client has its own
+    model: Any = None  # the network of this process, with its adapter; None for the first trainer
+    config: Mapping[str, Any] = field(default_factory=dict)  # the configuration of its node, in a deployment
+
+
+@dataclass
+class Trainers:
+    """The trainers of a process, each built when its client is first needed, and kept.
+
+    ``make(client)`` returns the trainer of a client. All trainers train one network, that of the first: the trainers of
+    transformers are handed it, and others must be built on ``client.model``. A pretrained network that ``make`` loads
+    by its name again shares the tensors of the first.
+    """
+
+    make: Callable[[ClientInfo], Any]
+    count: int
+    seed: int
+    evaluate: Evaluate | None = None  # metrics of a network for a client; None: the trainer's own ``evaluate``
+    schedule: Literal["run", "turn"] = "run"  # what learning-rate schedules cover
+    keep_optimizer: bool = False
+    rows: Mapping[int, list[int]] = field(default_factory=dict)  # by client, where the run divides the data
+    config: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 0  # the client whose trainer brings the network
+    _trainers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _bases: SharedBases = field(default_factory=SharedBases, init=False, repr=False)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model of this process, with the adapter of the first trainer."""
+        trainer = self._build(self.first, None)
+        self._trainers[self.first] = trainer
+        return open_model(trainer.model)
+
+    def info(self, client: int) -> ClientInfo:
+        """Return the description of a client."""
+        network = self.model.network if "model" in self.__dict__ else None
+        return ClientInfo(client, self.count, self.seed, self.rows.get(client), network, self.config)
+
+    def get(self, client: int) -> Any:
+        """Return the trainer of a client."""
+        network = self.model.network
+        if client not in self._trainers:
+            trainer = self._build(client, network)
+            if is_transformers_trainer(trainer):
+                self._check_alike(client, trainer.model)
+                adopt_model(trainer, network)
+            elif trainer.model is not network:
+                raise ValueError(
+                    f"client {client}'s trainer has a model of its own; build it on client.model, which is the model "
+                    "of the first trainer, so that the base is in memory once."
+                )
+            self._trainers[client] = trainer
+        return self._trainers[client]
+
+    def _build(self, client: int, network: Any) -> Any:
+        # One seed for all clients: parts that are drawn, such as a head, begin equal.
+        info = ClientInfo(client, self.count, self.seed, self.rows.get(client), network, self.config)
+        with seeded(derive_seed(self.seed, "trainer")), self._bases.loading():
+            trainer = self.make(info)
+        missing = [name for name in ("model", "train") if not hasattr(trainer, name)]
+        if missing:
+            raise ValueError(
+                f"the function returned a {type(trainer).__name__} without .{missing[0]} for client {client}; return a "
+                "Trainer, or an object with .model and .train()."
+            )
+        if is_transformers_trainer(trainer):
+            check_trainer(trainer)
+        return trainer
+
+    def _check_alike(self, client: int, network: Any) -> None:
+        """Raise ``ValueError`` if a trainer was made with another adapter than the first one."""
+        if network is self.model.network:
+            return
+        mine = {path: part.adapter for path, part in self.model.parts.items()}
+        theirs = {path: part.adapter for path, part in open_model(network).parts.items()}
+        for path in sorted(mine.keys() | theirs.keys()):
+            if mine.get(path) != theirs.get(path):
+                raise ValueError(
+                    f"client {client}'s model has {theirs.get(path)} at {path!r}, and client {self.first}'s "
+                    f"{mine.get(path)}; give all clients one adapter, and smaller ranks by clients.ranks."
+                )
+
+    def build_turn(
+        self, turn: Turn, rounds: int, moments: OptimizerState | None, step_done: Callable[[], None]
+    ) -> OwnTrainer:
+        """Return the local trainer of a client's turn."""
+        trainer = self.get(turn.client)
+        values = (self.model, trainer, turn, rounds, self.keep_optimizer, moments, step_done)
+        return (
+            TransformersTurn(*values, schedule=self.schedule)
+            if is_transformers_trainer(trainer)
+            else OwnTrainer(*values)
+        )
+
+    def describe_training(self) -> Training:
+        """Return the ``[training]`` table with the first trainer's settings if they are known."""
+        first = self.get(self.first)
+        return describe_training(first) if is_transformers_trainer(first) else Training()
+
+    def count_rows(self, client: int) -> int:
+        """Return a client's number of training rows: its weight."""
+        return count_rows(self.get(client), "train_dataset", client)
+
+    @property
+    def shards(self) -> "LazyShards":
+        """Each client's numbers of rows, as shards."""
+        return LazyShards(self)
+
+    def evaluator(self) -> Scorer | None:
+        """Return an evaluator; None if no function was given and the first trainer has no ``eval_dataset``."""
+        first = self.get(self.first)
+        if self.evaluate is None and getattr(first, "eval_dataset", None) is None:
+            return None
+        return TrainersEvaluator(self)
+
+    def score(self, client: int) -> Scores:
+        """Return the scores of the loaded leaves on a client's own test rows."""
+        self.model.network.eval()
+        with seeded(derive_seed(self.seed, "evaluation", client)):
+            if self.evaluate is not None:
+                return read_scores(self.evaluate(self.model.network, self.info(client)), client)
+            metrics, rows = evaluate_trainer(self.get(client))
+        return Scores({name: (value * rows, rows) for name, value in metrics.items()})
+
+
+@dataclass
+class TrainersEvaluator:
+    """Scores trees with the callers' own code. The last tree's scores are kept."""
+
+    trainers: Trainers
+    _tree: Tree | None = None
+    _base_version: int = -1
+    _scores: dict[int, Scores] = field(default_factory=dict)
+
+    def score_all(self, tree: Tree) -> Scores:
+        """Return the scores of a tree on all clients' test rows together."""
+        return pool([self.score_client(client, tree) for client in range(self.trainers.count)])
+
+    def score_client(self, number: int, tree: Tree) -> Scores:
+        """Return the scores of a tree on one client's test rows."""
+        model = self.trainers.model
+        if self._tree is None or self._base_version != model.base_version or not is_same_tree(tree, self._tree):
+            self._tree, self._base_version, self._scores = tree, model.base_version, {}
+        if number not in self._scores:
+            self.trainers.get(number)  # before the leaves are loaded: building a trainer may change the network
+            model.load(tree)
+            self._scores[number] = self.trainers.score(number)
+        return self._scores[number]
+
+
+@dataclass(frozen=True)
+class LazyShards(Mapping[int, Shard]):
+    """Each client's rows, of which only the numbers are known here; a client's trainer is built for them."""
+
+    trainers: Trainers
+
+    def __getitem__(self, client: int) -> Shard:
+        if not 0 <= client < self.trainers.count:
+            raise KeyError(client)
+        trainer = self.trainers.get(client)
+        rows = count_rows(trainer, "train_dataset", client)
+        tests = getattr(trainer, "eval_dataset", None)
+        return Shard(
+            torch.arange(rows), torch.arange(0 if tests is None or not hasattr(tests, "__len__") else len(tests))
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainers.count))
+
+    def __len__(self) -> int:
+        return self.trainers.count
+
+
+def count_rows(trainer: Any, name: str, client: int) -> int:
+    """Return the number of rows of a trainer's dataset, or of its attribute ``examples``."""
+    rows = getattr(trainer, "examples", None)
+    if rows is None:
+        data = getattr(trainer, name, None)
+        rows = len(data) if hasattr(data, "__len__") else None
+    if rows is None:
+        raise ValueError(
+            f"it is unknown how many rows client {client} trains on; give its trainer an attribute examples, the "
+            "number, or a train_dataset with a length."
+        )
+    if rows < 1:
+        raise ValueError(f"client {client} has {rows} training rows; a client needs at least one.")
+    return int(rows)
+
+
+def read_scores(metrics: Mapping[str, Value], client: int) -> Scores:
+    """Return the scores of an ``evaluate`` function. A metric without a number of rows counts as one row."""
+    sums = {}
+    for name, value in metrics.items():
+        total, rows = value if isinstance(value, tuple) else (float(value), 1)
+        if rows < 1 or not math.isfinite(total):
+            raise ValueError(
+                f"evaluate returned {value!r} for {name!r} of client {client}; return a finite number, or a sum over "
+                "rows and their number."
+            )
+        sums[name] = (float(total), int(rows))
+    return Scores(sums)

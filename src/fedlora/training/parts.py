@@ -1,0 +1,230 @@
+"""The parts of a network that have leaves: an adapted weight, a weight that PEFT adapts, a module trained in full."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.adapters import Adapter
+from fedlora.types import Factors
+
+OVERLAY = "_fedlora_overlay"  # of a base layer under PEFT: the base updates that are not added to its weight
+
+
+class AdaptedLinear(nn.Module):
+    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter):
+        super().__init__()
+        self.base: Any = base
+        self.adapter = adapter
+        self.leaves = nn.ParameterDict()
+        self.overlay: Factors | None = None  # base updates that are not added to the base weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight; T5 reads its dtype."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
+        return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """One part of a network, whose leaves are in ``module``."""
+
+    module: nn.Module
+    adapter: Adapter
+
+    from_seed = False  # whether the first leaves are drawn from the run's seed, instead of being the module's own
+
+    @property
+    @abstractmethod
+    def leaves(self) -> Mapping[str, nn.Parameter]:
+        """The leaves by name."""
+
+    @property
+    def base(self) -> Any:
+        """The linear layer under the adapter; None for a part trained in full."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """The outputs m and inputs n of the base weight; None for a part trained in full."""
+        return None if self.base is None else weight_shape(self.base)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base weight is stored as (n, m), as in GPT-2."""
+        return isinstance(self.base, Conv1D)
+
+    def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
+        """Give a leaf a value of another shape, or its first one. Raises ``ValueError`` if the part cannot."""
+        old = self.leaves[leaf]
+        raise ValueError(f"{leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}.")
+
+    @property
+    def overlay(self) -> Factors | None:
+        """The base updates that are kept beside the base weight."""
+        return None
+
+    def set_overlay(self, update: Factors | None) -> None:
+        """Replace the base updates beside the base weight."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WholePart(Part):
+    """A module trained in full; its parameters are the leaves."""
+
+    @property
+    def leaves(self) -> Mapping[str, nn.Parameter]:
+        return own_parameters(self.module)
+
+
+@dataclass(frozen=True)
+class AdaptedPart(Part):
+    """A weight with an adapter of this library around it."""
+
+    module: AdaptedLinear
+
+    from_seed = True
+
+    @property
+    def leaves(self) -> Mapping[str, nn.Parameter]:
+        return cast(Mapping[str, nn.Parameter], self.module.leaves)
+
+    @property
+    def base(self) -> Any:
+        return self.module.base
+
+    def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
+        fresh = value.to(device, torch.float32)
+        if leaf in self.adapter.trainable:  # contiguous, because the last bits of a product depend on the memory format
+            fresh = fresh.clone(memory_format=torch.contiguous_format)
+        self.module.leaves[leaf] = nn.Parameter(fresh, requires_grad=False)
+
+    @property
+    def overlay(self) -> Factors | None:
+        return self.module.overlay
+
+    def set_overlay(self, update: Factors | None) -> None:
+        self.module.overlay = update
+
+
+@dataclass(frozen=True)
+class PeftPart(Part):
+    """A weight under a layer of PEFT; ``name`` is the PEFT adapter's name. The first leaves are the layer's own."""
+
+    name: str
+
+    @property
+    def base(self) -> Any:
+        return cast(Any, self.module).get_base_layer()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        layer = cast(Any, self.module)
+        return layer.out_features, layer.in_features
+
+    @property
+    def is_transposed(self) -> bool:
+        return bool(getattr(self.module, "fan_in_fan_out", False))
+
+    @property
+    def overlay(self) -> Factors | None:
+        return getattr(self.base, OVERLAY, None)
+
+    def set_overlay(self, update: Factors | None) -> None:
+        if update is not None and not hasattr(self.base, OVERLAY):
+            self.base.register_forward_hook(_add_overlay)
+        if update is not None or hasattr(self.base, OVERLAY):
+            setattr(self.base, OVERLAY, update)
+
+
+@dataclass(frozen=True)
+class PeftLoRAPart(PeftPart):
+    """A weight under PEFT's LoRA: leaves ``A (r n)`` and ``B (m r)``."""
+
+    @property
+    def leaves(self) -> Mapping[str, nn.Parameter]:
+        layer = cast(Any, self.module)
+        return {"A": layer.lora_A[self.name].weight, "B": layer.lora_B[self.name].weight}
+
+    def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
+        """Give a factor another rank, with the scale of that rank."""
+        layer, side = cast(Any, self.module), cast(Any, self.module.get_submodule(f"lora_{leaf}"))[self.name]
+        old = side.weight
+        side.weight = nn.Parameter(value.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        rank = value.shape[0 if leaf == "A" else 1]
+        side.in_features, side.out_features = side.weight.shape[1], side.weight.shape[0]
+        layer.r[self.name], layer.scaling[self.name] = rank, cast(Any, self.adapter).scale(rank)
+
+
+@dataclass(frozen=True)
+class PeftVeRAPart(PeftPart):
+    """A weight under PEFT's VeRA: trained ``d (r)`` and ``b (m)``; the frozen pair is cut out of PEFT's buffers."""
+
+    frozen: Mapping[str, nn.Parameter]  # A (r n) and B (m r)
+
+    @property
+    def leaves(self) -> Mapping[str, nn.Parameter]:
+        layer = cast(Any, self.module)
+        return {**self.frozen, "d": layer.vera_lambda_d[self.name], "b": layer.vera_lambda_b[self.name]}
+
+    def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
+        old = self.leaves[leaf]
+        if old.shape != value.shape or not torch.equal(old, value.to(old)):
+            raise ValueError(
+                f"{leaf!r} is not that of PEFT's layer; give all clients one rank and one projection_prng_key."
+            )
+
+
+def _add_overlay(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    update: Factors | None = getattr(base, OVERLAY, None)
+    if update is None:
+        return output
+    U, V = (x.to(inputs[0].device) for x in update)
+    return output + ((inputs[0].to(V.dtype) @ V.mT) @ U.mT).to(output.dtype)
+
+
+def weight_shape(base: Any) -> tuple[int, int]:
+    """Return the outputs m and inputs n of a ``Linear``, which may be packed, or of a ``Conv1D`` (weight n m)."""
+    if isinstance(base, Conv1D):
+        n, m = base.weight.shape
+        return m, n
+    return base.out_features, base.in_features
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module itself, without those of its submodules."""
+    return dict(module.named_parameters(recurse=False))
+
+
+def read_value(parameter: Tensor) -> Tensor:
+    """Return a copy of a parameter in float32, whole also if it is sharded over processes."""
+    return gather_value(parameter).float().clone()
+
+
+def write_value(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter in place; every process of a sharded one passes the same whole value."""
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = cast(Any, parameter)
+        value = value.to(parameter.device, parameter.dtype)
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
+    parameter.copy_(value)
+
+
+def gather_value(parameter: Tensor) -> Tensor:
+    """Return the value of a parameter, not copied unless it is sharded over processes."""
+    x = parameter.detach()
+    return cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,0 +1,176 @@
+"""A client's turn with a ``Trainer`` of transformers or TRL: its seed, schedule, optimizer and folder.
+
+The budget of a turn is ``max_steps`` or ``num_train_epochs`` of the trainer's arguments. The learning-rate schedule
+covers the whole run, or a turn each.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from fedlora.seeds import derive_seed
+from fedlora.training.local import Training
+from fedlora.training.own_trainer import OwnTrainer, read_loss, seeded
+from fedlora.types import Tree
+
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+
+
+def is_transformers_trainer(trainer: Any) -> bool:
+    """Whether a trainer is a ``Trainer`` of transformers; TRL's are."""
+    from transformers import Trainer
+
+    return isinstance(trainer, Trainer)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise ``ValueError`` for settings of a ``Trainer`` that a turn cannot keep."""
+    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+        raise ValueError(
+            "the Trainer was given optimizers=(…), which hold the parameters of one turn; give the optimizer's class "
+            "by optimizer_cls_and_kwargs or args.optim, so that each turn builds its own."
+        )
+    if trainer.model_init is not None:
+        raise ValueError("the Trainer was given model_init, which makes a new model in each turn; give model instead.")
+    if trainer.args.resume_from_checkpoint:
+        raise ValueError(
+            "args.resume_from_checkpoint would replace what the server sends; leave it out, and resume the run by "
+            "fedlora.resume or again=True."
+        )
+
+
+def adopt_model(trainer: Any, network: Any) -> None:
+    """Let a trainer train ``network``, in place of the model that it was made with."""
+    if trainer.model is not network:
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = network
+
+
+def describe_training(trainer: Any) -> Training:
+    """Return the ``[training]`` table that describes a trainer's arguments, for the record of the run."""
+    args = trainer.args
+    budget: dict[str, Any] = {"local_steps": args.max_steps}
+    if args.max_steps <= 0:
+        budget = {"local_epochs": max(1, round(args.num_train_epochs))}
+    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    known = kind if kind in ("linear", "cosine") else "constant"
+    return Training(
+        **budget, batch_size=args.per_device_train_batch_size * max(1, args.world_size),
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay, schedule=known,
+        max_grad_norm=args.max_grad_norm or None, accumulation_steps=args.gradient_accumulation_steps,
+    )  # fmt: skip
+
+
+@dataclass
+class TransformersTurn(OwnTrainer):
+    """One client's turn with a ``Trainer``."""
+
+    schedule: Literal["run", "turn"] = "run"  # what the learning-rate schedule covers
+
+    def gradient(self, start: Tree) -> Tree:
+        """Return the gradient at ``start`` on the trainer's first batch of the turn, without dropout."""
+        self.model.load(start)
+        self.model.network.eval()
+        with seeded(derive_seed(self.turn.seed, "gradient")):
+            batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
+            return self.model.gradient(lambda network: self.trainer.compute_loss(network, batch))
+
+    def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
+        trainer = self.trainer
+        trainer.optimizer = trainer.lr_scheduler = None
+        with self._settings(parameters):
+            loss = read_loss(trainer.train())
+        if self.keep_optimizer:
+            state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
+            self.state = (self.state or {}) | {key: state[x] for key, x in parameters.items() if x in state}
+        trainer.optimizer = trainer.lr_scheduler = None  # with the moments, which are as large as the adapter
+        trainer.accelerator.free_memory()
+        return loss
+
+    @contextmanager
+    def _settings(self, parameters: Mapping[tuple[str, str], Tensor]) -> Iterator[None]:
+        """Give the trainer this turn's seed, folder, schedule and moments, and take them back after it."""
+        from transformers import TrainerCallback
+
+        trainer, args, turn = self.trainer, self.trainer.args, self.turn
+        folder, seeds = args.output_dir, (args.seed, args.data_seed)
+        loader = trainer.accelerator.dataloader_config
+        done = self.step_done
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+                done()
+
+        args.seed = turn.seed % 2**32
+        args.data_seed = loader.data_seed = args.seed
+        args.output_dir = str(Path(folder) / f"client-{turn.client}" / f"round-{turn.round + 1}")
+        trainer.create_scheduler = self._schedule_over_run(trainer.create_scheduler)
+        trainer.create_optimizer = self._restore_moments(trainer.create_optimizer, parameters)
+        steps = Steps()
+        trainer.add_callback(steps)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(steps)
+            del trainer.create_scheduler, trainer.create_optimizer
+            args.output_dir, (args.seed, args.data_seed), loader.data_seed = folder, seeds, seeds[1]
+
+    def _schedule_over_run(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        def create_scheduler(num_training_steps: int, optimizer: Any = None) -> Any:
+            if self.schedule == "turn":
+                return create(num_training_steps, optimizer)
+            scheduler = create(num_training_steps * self.rounds, optimizer)
+            advance_scheduler(scheduler, num_training_steps * self.turn.round)
+            return scheduler
+
+        return create_scheduler
+
+    def _restore_moments(
+        self, create: Callable[..., Any], parameters: Mapping[tuple[str, str], Tensor]
+    ) -> Callable[..., Any]:
+        def create_optimizer(*args: Any, **options: Any) -> Any:
+            optimizer = create(*args, **options)
+            for key in parameters if self.keep_optimizer and self.state else ():
+                if key in self.state:  # type: ignore[operator]
+                    moments = self.state[key]  # type: ignore[index]
+                    # Copied, because the optimizer works in place and the turn may be interrupted.
+                    copied = {name: x.clone() if torch.is_tensor(x) else x for name, x in moments.items()}
+                    optimizer.state[parameters[key]] = copied
+            return optimizer
+
+        return create_optimizer
+
+
+def advance_scheduler(scheduler: Any, steps: int) -> None:
+    """Set a new learning-rate scheduler to the state after ``steps`` steps."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "args.lr_scheduler_type is reduce_lr_on_plateau, which has no schedule over a run; set "
+            'schedule="turn", or take another type.'
+        )
+    if steps == 0:
+        return
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"args.lr_scheduler_type makes a {type(scheduler).__name__}, which cannot go on from a later step; set "
+            'schedule="turn", or take another type.'
+        )
+    scheduler.last_epoch = steps
+    rates = [base * rate(steps) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def evaluate_trainer(trainer: Any) -> tuple[dict[str, float], int]:
+    """Return the metrics of a trainer's ``evaluate()``, without the prefix ``eval_``, and its number of rows."""
+    found = trainer.evaluate()
+    metrics = {name.removeprefix("eval_"): x for name, x in found.items() if name.startswith("eval_")}
+    figures = {name: float(x) for name, x in metrics.items() if isinstance(x, int | float) and not name.endswith(SPEED)}
+    data = trainer.eval_dataset
+    return figures, sum(map(len, data.values())) if isinstance(data, dict) else len(data)
