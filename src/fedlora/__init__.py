@@ -8,7 +8,9 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "aggregate": "fedlora.api", "compare": "fedlora.runs.compare", "open": "fedlora.api", "plan": "fedlora.api",
+    "aggregate": "fedlora.api", "attach": "fedlora.training.open_model", "federate": "fedlora.runs.federate",
+    "ClientInfo": "fedlora.engines.trainers", "Session": "fedlora.runs.session",
+    "compare": "fedlora.runs.compare", "open": "fedlora.api", "plan": "fedlora.api",
     "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run", "sweep": "fedlora.api",
     "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema", "build": "fedlora.runs.config",
     "CheckpointSettings": "fedlora.engines.checkpoint", "Clients": "fedlora.engines.clients",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from fedlora.training.evaluation import Scorer, is_same_tree
 from fedlora.training.local import OptimizerState, Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
-from fedlora.training.own_trainer import OwnTrainer, seeded
+from fedlora.training.own_trainer import OwnTrainer, set_seeds
 from fedlora.training.shared_base import SharedBases
 from fedlora.training.transformers_trainer import (
     TransformersTurn,
@@ -61,6 +61,7 @@ class Trainers:
     rows: Mapping[int, list[int]] = field(default_factory=dict)  # by client, where the run divides the data
     config: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0  # the client whose trainer brings the network
+    losses_obstacle: ClassVar[str] = "the loss is inside the caller's own loop"
     _trainers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
     _bases: SharedBases = field(default_factory=SharedBases, init=False, repr=False)
 
@@ -95,7 +96,7 @@ class Trainers:
     def _build(self, client: int, network: Any) -> Any:
         # One seed for all clients: parts that are drawn, such as a head, begin equal.
         info = ClientInfo(client, self.count, self.seed, self.rows.get(client), network, self.config)
-        with seeded(derive_seed(self.seed, "trainer")), self._bases.loading():
+        with set_seeds(derive_seed(self.seed, "trainer")), self._bases.loading():
             trainer = self.make(info)
         missing = [name for name in ("model", "train") if not hasattr(trainer, name)]
         if missing:
@@ -139,7 +140,7 @@ class Trainers:
 
     def count_rows(self, client: int) -> int:
         """Return a client's number of training rows: its weight."""
-        return count_rows(self.get(client), "train_dataset", client)
+        return count_examples(self.get(client), "train_dataset", client)
 
     @property
     def shards(self) -> "LazyShards":
@@ -156,9 +157,9 @@ class Trainers:
     def score(self, client: int) -> Scores:
         """Return the scores of the loaded leaves on a client's own test rows."""
         self.model.network.eval()
-        with seeded(derive_seed(self.seed, "evaluation", client)):
+        with set_seeds(derive_seed(self.seed, "evaluation", client)):
             if self.evaluate is not None:
-                return read_scores(self.evaluate(self.model.network, self.info(client)), client)
+                return to_scores(self.evaluate(self.model.network, self.info(client)), client)
             metrics, rows = evaluate_trainer(self.get(client))
         return Scores({name: (value * rows, rows) for name, value in metrics.items()})
 
@@ -198,7 +199,7 @@ class LazyShards(Mapping[int, Shard]):
         if not 0 <= client < self.trainers.count:
             raise KeyError(client)
         trainer = self.trainers.get(client)
-        rows = count_rows(trainer, "train_dataset", client)
+        rows = count_examples(trainer, "train_dataset", client)
         tests = getattr(trainer, "eval_dataset", None)
         return Shard(
             torch.arange(rows), torch.arange(0 if tests is None or not hasattr(tests, "__len__") else len(tests))
@@ -211,7 +212,7 @@ class LazyShards(Mapping[int, Shard]):
         return self.trainers.count
 
 
-def count_rows(trainer: Any, name: str, client: int) -> int:
+def count_examples(trainer: Any, name: str, client: int) -> int:
     """Return the number of rows of a trainer's dataset, or of its attribute ``examples``."""
     rows = getattr(trainer, "examples", None)
     if rows is None:
@@ -227,7 +228,7 @@ def count_rows(trainer: Any, name: str, client: int) -> int:
     return int(rows)
 
 
-def read_scores(metrics: Mapping[str, Value], client: int) -> Scores:
+def to_scores(metrics: Mapping[str, Value], client: int) -> Scores:
     """Return the scores of an ``evaluate`` function. A metric without a number of rows counts as one row."""
     sums = {}
     for name, value in metrics.items():

@@ -11,8 +11,10 @@ from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.runs.sections import Sections
 from fedlora.schema import ConfigError
+from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import accounting
 from fedlora.tasks import TASKS
+from fedlora.training.recipe import PROBE_LAYER
 from fedlora.types import Turn, Work
 
 
@@ -28,6 +30,7 @@ def _exclusions(config: Sections) -> Iterator[str]:
         yield f"rounds is {config.rounds}; a run needs at least 1."
     check_adapter(type(config.method), config.table["method"]["name"], config.method.adapter)
     yield from _of_method(config)
+    yield from _of_own_loop(config)
     yield from _of_compression(config)
     ENGINES.check(config.engine.name)
     for size in config.clients.remaining_sizes if config.flower.secure_aggregation else ():
@@ -90,6 +93,37 @@ def _of_method(config: Sections) -> Iterator[str]:
         yield (
             f"checkpoint.best is 'global', but {method.title} has no global model; set it to 'clients', for their mean."
         )
+
+
+def _of_own_loop(config: Sections) -> Iterator[str]:
+    """Yield the settings that need fedlora's own training loop, if the caller has brought another one."""
+    method, clients = config.method, config.clients
+    if not getattr(config.task, "has_own_loop", False):
+        return
+    if config.privacy.by_example:
+        yield (
+            "privacy.level is 'example', which clips each row's gradient inside fedlora's own training loop; set "
+            "privacy.level = 'client', which works on uploads."
+        )
+    if type(method).penalty is not Method.penalty and method.penalty(PROBE_LAYER) != 0.0:
+        yield (
+            f"{method.title} adds a penalty to the loss with these settings, which a training loop of your own does "
+            "not compute; set it to 0, or run the method with fedlora's own loop (fedlora.run)."
+        )
+    if config.attack is not None and type(config.attack).poison is not Attack.poison:
+        yield (
+            f"attack.name is {config.table['attack']['name']!r}, which changes rows inside fedlora's own loop; take "
+            "an attack on uploads, or let the attackers' trainers have other rows."
+        )
+    scales_steps = clients.capability is not None and "steps" in clients.capability_scales
+    for key in ("local_steps", "stragglers", "permute_labels", "new"):
+        if getattr(clients, key):
+            yield (
+                f"clients.{key} is {getattr(clients, key)!r}, which changes what fedlora's own training loop does; "
+                "leave it out, and let the client's trainer do it."
+            )
+    if scales_steps:
+        yield "clients.capability_scales has 'steps', which are those of your own trainers; leave it out."
 
 
 def _of_compression(config: Sections) -> Iterator[str]:

@@ -18,7 +18,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Reply, explain_overflow
 from fedlora.engines.record import RoundRecord
-from fedlora.engines.trainers import ClientInfo, Evaluate, read_scores
+from fedlora.engines.trainers import ClientInfo, Evaluate, to_scores
 from fedlora.files import write
 from fedlora.rounds import public_leaves, select_leaves_to_train
 from fedlora.runs.build import build_own_federation
@@ -33,10 +33,11 @@ from fedlora.runs.run import Result, build_recorder, finish_run
 from fedlora.schema import ConfigError, read_table
 from fedlora.tasks._base import Shard
 from fedlora.tasks.metrics.scores import Scores, pool
-from fedlora.training.local import Training, check_finite, merge_trained
+from fedlora.training.local import Training, check_divergence, replace_leaves
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
 from fedlora.training.own_trainer import ADVICE, check_turn
+from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
 from fedlora.types import Tree, Turn, Work
 
 OPEN = 2**31 - 1  # the number of rounds of a session that was not given one
@@ -207,10 +208,13 @@ class Session(Rounds):
         model.load(start)
         parameters = model.select(trained)
         self._open = OpenTurn(turn, start, trained)
+        set_train_mode(model.network)
+        buffers = read_buffers(model.network)
         try:
-            yield model.network.train()
-            check_finite(self._open.loss or 0.0, parameters.values(), turn.turn, ADVICE) if parameters else None
-            end = merge_trained(start, self._read_end(start, trained, turn.turn), trained) if parameters else start
+            yield model.network
+            check_buffers(model.network, buffers)
+            check_divergence(self._open.loss or 0.0, parameters.values(), turn.turn, ADVICE) if parameters else None
+            end = replace_leaves(start, self._read_end(start, trained, turn.turn), trained) if parameters else start
             work = {part: Work(start[part], end[part], trained[part]) for part in f.rules}
             update = turn.finish(at.shared, work, self._open.loss)
             self._replies[number] = self._engine.close_turn(f, at, turn, update)
@@ -354,7 +358,7 @@ class SessionEvaluator:
         f.model.load(tree)
         network = f.model.network.eval()
         info = ClientInfo(number, f.clients.members, f.seed, model=network)
-        return read_scores(self.evaluate(network, info), number)
+        return to_scores(self.evaluate(network, info), number)
 
 
 def copy_run(source: Path, target: Path) -> None:

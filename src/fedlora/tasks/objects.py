@@ -28,7 +28,7 @@ class ObjectTask(Task):
     train_rows: int | None = None
     test_rows: int | None = None
     objects: dict[str, str] = field(default_factory=dict)  # names of the caller's objects, for people
-    _code: Code | None = field(default=None, repr=False, compare=False)
+    _code: Any = field(default=None, repr=False, compare=False)
     auto: ClassVar[str] = "AutoModel"
     scores_rows: ClassVar[bool] = True
     is_own_code: ClassVar[bool] = True
@@ -41,6 +41,11 @@ class ObjectTask(Task):
             )
         if self.train_rows is not None or self.test_rows is not None:
             raise ValueError("task.train_rows and task.test_rows cannot be set for Python objects; give fewer rows.")
+
+    @property
+    def has_own_loop(self) -> bool:
+        """Whether clients train in a loop of the caller, of which fedlora knows the start and the end."""
+        return bool({"trainer", "session"} & self.objects.keys())
 
     @property
     def is_higher_better(self) -> bool:

@@ -149,7 +149,7 @@ class LocalTrainer:
                 check_buffers(self.model.network, buffers)
         if self.training.keep_optimizer:
             self.state = (self.state or {}) | {key: optimizer.state[x] for key, x in parameters.items()}
-        return merge_trained(start, self.model.read(), trained)
+        return replace_leaves(start, self.model.read(), trained)
 
     def _run(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[tuple[str, str], Tensor], rules: Rules
@@ -166,7 +166,7 @@ class LocalTrainer:
             self.step_done()
         all_losses = torch.cat(losses)
         self.loss = float(all_losses.mean()) if len(all_losses) else 0.0  # a private step may have no finite row
-        check_finite(self.loss, parameters.values(), self.turn)
+        check_divergence(self.loss, parameters.values(), self.turn)
 
     def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
         """Set the gradients of one step after another, and yield each step's losses, of batches or of rows."""
@@ -188,7 +188,7 @@ class LocalTrainer:
         return sum(rule.penalty(layers[path]) for path, rule in rules.items())
 
 
-def merge_trained(start: Tree, end: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:
+def replace_leaves(start: Tree, end: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:
     """Return the tree after training: the leaves of ``trained`` from ``end``, and the others from ``start``."""
     return {
         path: {leaf: end[path][leaf] if leaf in trained[path] else x for leaf, x in layer.items()}
@@ -196,7 +196,7 @@ def merge_trained(start: Tree, end: Tree, trained: Mapping[str, frozenset[str]])
     }
 
 
-def check_finite(loss: float, parameters: Iterable[Tensor], turn: Turn, advice: str = ADVICE) -> None:
+def check_divergence(loss: float, parameters: Iterable[Tensor], turn: Turn, advice: str = ADVICE) -> None:
     """Raise ``FloatingPointError`` if training ended with values that are not finite.
 
     The mean loss does not include the last step.

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
-from fedlora.training.local import OptimizerState, check_finite, merge_trained
+from fedlora.training.local import OptimizerState, check_divergence, replace_leaves
 from fedlora.training.model import Model
+from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
 from fedlora.types import Tree, Turn
 
 ADVICE = "lower its learning rate, or clip its gradients"
@@ -51,13 +52,15 @@ class OwnTrainer:
         parameters = self.model.select(trained)
         if not parameters:
             return start
-        with seeded(self.turn.seed):
-            self.model.network.train()
+        with set_seeds(self.turn.seed):
+            set_train_mode(self.model.network)
+            buffers = read_buffers(self.model.network)
             self.loss = self.train(parameters)
-        check_finite(self.loss or 0.0, parameters.values(), self.turn, ADVICE)
+        check_buffers(self.model.network, buffers)
+        check_divergence(self.loss or 0.0, parameters.values(), self.turn, ADVICE)
         end = self.model.read()
         check_turn(self.model, start, end, trained, rules, self.turn)
-        return merge_trained(start, end, trained)
+        return replace_leaves(start, end, trained)
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
         """Call the trainer, and return its mean loss, or None if it does not return one."""
@@ -102,7 +105,7 @@ def check_turn(
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def set_seeds(seed: int) -> Iterator[None]:
     """Set the random generators of Python, numpy and torch inside the block, and restore them after it."""
     import numpy
 

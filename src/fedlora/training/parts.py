@@ -76,8 +76,8 @@ class Part(ABC):
         return None
 
     def set_overlay(self, update: Factors | None) -> None:
-        """Replace the base updates beside the base weight."""
-        raise NotImplementedError
+        """Replace the base updates beside the base weight. Raises ``ValueError`` for a part trained in full."""
+        raise ValueError("a part that is trained in full has no base weight.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from fedlora.training.model import Model
 from fedlora.training.parts import Part, PeftLoRAPart, PeftVeRAPart, WholePart, own_parameters
 from fedlora.training.peft_keys import PREFIX, strip_wrappers
 from fedlora.training.peft_settings import unsupported_reason
+from fedlora.training.train_mode import disable_fast_paths
 
 VERA_DEFAULTS = (("bias", "none"), ("init_weights", True))
 VERA = {  # settings of a VeraConfig that may have any value
@@ -34,6 +35,7 @@ def attach_peft(model: Any) -> Model:
     if not any(part.base is not None for part in parts.values()):
         raise ValueError(f"PEFT's adapter {name!r} has no layer in the model; name target_modules that the model has.")
     _check_trainable(model, parts)
+    disable_fast_paths(model)
     first = next(iter(next(iter(parts.values())).leaves.values()))
     low = any(x.dtype in (torch.bfloat16, torch.float16) for x in model.parameters())
     return Model(model, parts, "float32", first.device, overlay=low)
@@ -114,7 +116,7 @@ def _adapted_part(path: str, layer: Any, name: str, main: Adapter) -> Part | Non
         if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(f"the LoRA adapts {path!r}, a {kind}; only linear layers can be combined here.")
-        _check_unmerged(path, layer)
+        _check_active(path, layer)
         own = replace(cast(LoRA, main), rank=layer.r[name], alpha=float(layer.lora_alpha[name]))
         if own.scale(own.rank) != layer.scaling[name]:
             raise ValueError(
@@ -123,14 +125,14 @@ def _adapted_part(path: str, layer: Any, name: str, main: Adapter) -> Part | Non
             )
         return PeftLoRAPart(layer, own, name)
     if name in getattr(layer, "vera_lambda_d", ()):
-        _check_unmerged(path, layer)
+        _check_active(path, layer)
         A, B = layer.vera_A[name][:, : layer.in_features], layer.vera_B[name][: layer.out_features]
         frozen = {leaf: nn.Parameter(x, requires_grad=False) for leaf, x in (("A", A), ("B", B))}
         return PeftVeRAPart(layer, main, name, frozen)
     return None
 
 
-def _check_unmerged(path: str, layer: Any) -> None:
+def _check_active(path: str, layer: Any) -> None:
     if layer.merged or layer.disable_adapters:
         state = "merged into the base" if layer.merged else "disabled"
         raise ValueError(f"the adapter on {path!r} is {state}; call unmerge_adapter() or enable it before training.")

@@ -26,7 +26,7 @@ class SharedBases:
 
         original = PreTrainedModel.__dict__["from_pretrained"]
 
-        def from_pretrained(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
+        def load_or_clone(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
             key = (f"{cls.__module__}.{cls.__qualname__}", str(name), repr(args), repr(sorted(options.items())))
             if key not in self._networks:
                 network = original.__func__(cls, name, *args, **options)
@@ -36,7 +36,7 @@ class SharedBases:
                 return network
             return clone_network(self._networks[key])
 
-        PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment,method-assign]
+        PreTrainedModel.from_pretrained = classmethod(load_or_clone)  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:

@@ -30,8 +30,16 @@ def set_train_mode(network: nn.Module) -> None:
 
 
 def read_buffers(network: nn.Module) -> Buffers:
-    """Return what identifies the content of all buffers, without a copy."""
-    return {name: (id(x), x._version) for name, x in network.named_buffers()}
+    """Return what identifies the content of the buffers that belong to a checkpoint, without a copy.
+
+    Other buffers, such as the frequencies of a positional encoding, follow from the input.
+    """
+    return {
+        f"{path}.{name}": (id(x), x._version)
+        for path, module in network.named_modules()
+        for name, x in module._buffers.items()
+        if x is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def check_buffers(network: nn.Module, before: Buffers) -> None:

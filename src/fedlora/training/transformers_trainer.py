@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from fedlora.seeds import derive_seed
 from fedlora.training.local import Training
-from fedlora.training.own_trainer import OwnTrainer, read_loss, seeded
+from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
 from fedlora.types import Tree
 
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -76,7 +76,7 @@ class TransformersTurn(OwnTrainer):
         """Return the gradient at ``start`` on the trainer's first batch of the turn, without dropout."""
         self.model.load(start)
         self.model.network.eval()
-        with seeded(derive_seed(self.turn.seed, "gradient")):
+        with set_seeds(derive_seed(self.turn.seed, "gradient")):
             batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
             return self.model.gradient(lambda network: self.trainer.compute_loss(network, batch))
 
