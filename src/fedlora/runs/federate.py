@@ -44,6 +44,19 @@ def federate(
 ) -> Result:
     """Run a federation whose clients train with your own trainers, in this process.
 
+        import torch, peft
+        from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+        def trainer(client):
+            rows = [{"input_ids": torch.randint(5, 90, (8,)), "labels": i % 2} for i in range(20)]
+            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+            network = BertForSequenceClassification(BertConfig(vocab_size=90, **sizes))
+            network = peft.get_peft_model(network, peft.LoraConfig(r=2, task_type="SEQ_CLS"))
+            args = TrainingArguments("out", max_steps=2, report_to=[], disable_tqdm=True, dataloader_pin_memory=False)
+            return Trainer(network, args, train_dataset=rows, eval_dataset=rows)
+
+        result = fedlora.federate(trainer, clients=2, method="fedsa-lora", rounds=2, out="runs/own")
+
     Args:
         trainer: called once for each client, as ``trainer(client)`` with a ``ClientInfo``. Returns a ``Trainer`` of
             transformers or TRL, or any object with ``.model`` and ``.train()``. A turn is one call of ``train()``; its

@@ -18,6 +18,11 @@ def attach(
 ) -> nn.Module:  # fmt: skip
     """Put an adapter of this library on a network in place, and return the network.
 
+        import torch
+        net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        net = fedlora.attach(net, fedlora.LoRA(rank=2), targets=["0"], head=["2"])
+        session = fedlora.Session(net, method="fedrot-lora", clients=3)
+
     The network's own weights are frozen; the adapter's leaves and the modules of ``head`` are trainable, and a forward
     pass includes them. ``fedlora.Session`` and ``fedlora.federate`` take the network with any method of that adapter.
 
