@@ -1,14 +1,11 @@
 """What stands in for a reader's own things where a page's blocks are run, and the README's blocks that are not run."""
 
-import string
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
 from fedlora.schema import dumps, read_table
 from tests.fixtures.federation import TINY_VIT
+from tests.fixtures.networks import write_encoder
 
 QUICK = f"""\
 rounds = 1
@@ -67,12 +64,5 @@ def quick(folder: Path, name: str) -> None:
 
 
 def encoder(folder: Path, name: str) -> None:
-    """A text encoder that has learnt nothing, and spells every word, under a page's name for a pretrained one."""
-    letters = string.ascii_lowercase + string.digits + string.punctuation
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    (folder / name).mkdir()
-    (folder / name / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / name / "vocab.txt")).save_pretrained(folder / name)
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(vocab_size=len(words), **small)).save_pretrained(folder / name)
+    """A text encoder that has learnt nothing, under a page's name for a pretrained one."""
+    write_encoder(folder / name)

@@ -19,10 +19,13 @@ from fedlora.flower.client_store import ClientStore
 from fedlora.flower.deploy.node_config import apply_node_config
 from fedlora.flower.serve import run_server
 from fedlora.flower.server import FlowerLoop
-from fedlora.runs.config import build
-from fedlora.schema import merge_tables
+from fedlora.runs.config import build, read
+from fedlora.runs.file_names import TOKEN
+from fedlora.runs.party_files import read_parties
+from fedlora.schema import flatten_table, merge_tables, read_table
 from tests.fixtures.federation import TABLE, TINY_VIT
-from tests.fixtures.flower import QUICK, SERVED, DiedError, World, dying, same, trained
+from tests.fixtures.flower import QUICK, SERVED, DiedError, World, agree, dying, plain, same, trained
+from tests.fixtures.hospitals import open_hospitals
 from tests.fixtures.memory_grid import MemoryGrid
 
 NAMES = [str(i) for i in range(10)]
@@ -407,3 +410,39 @@ def test_parties_whose_models_are_set_otherwise_do_not_train_together(tmp_path, 
     assert "its configuration, its pretrained model or its version" in " ".join(
         e.text for e in events if e.kind == "node"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("fedit", {"clients": {"count": 3, "per_round": 2, "partition": {"name": "own"}}}),
+        ("fedsa-lora", {}),
+        ("flora", {"clients": {"count": 3, "ranks": [1, 2, 2], "partition": {"name": "own"}}}),
+        ("fedex-lora", {"compression": {"up": "int8"}}),
+    ],
+)
+def test_a_rehearsal_of_the_parties_files_has_the_bits_of_the_deployment(method, more, tmp_path, monkeypatch):
+    """Other columns, a semicolon, latin-1, and labels read by name and by position."""
+    more = {"method": {"name": method}, "flower": {"poll": 0.001, "join_timeout": 2.0, "min_clients": 1}, **more}
+    main, files = open_hospitals(tmp_path, **more)
+    here = fedlora.run(read_parties(files, main), tmp_path / "here")
+    monkeypatch.setattr(parties, "load_base", lru_cache(parties.load_base.__wrapped__))
+    table, nodes = read_table(main), {}
+    for client, file in enumerate(files):
+        own = flatten_table(read_table(file)) | {"task.data": str(file.parent / "notes.csv")}
+        nodes[10 + client] = {"client": client, "state": str(tmp_path / f"state-{client}"), **own}
+
+    def turns(kind, content, context):
+        return handle_message(kind, content, lambda run: parties.load_node(table, context.node_config, run))
+
+    there = run_server(read(main), MemoryGrid(build_client_app(turns), nodes), tmp_path / "there")
+    assert same(here.shared, there.shared)
+    assert agree([plain(r) for r in here.records], [plain(r) for r in there.records])
+    assert [r["loss"] for r in here.records] == [r["loss"] for r in there.records]
+    assert [r["bytes"]["up"] for r in here.records] == [r["bytes"]["up"] for r in there.records]
+    assert here.summary["label_maps"] == there.summary["label_maps"]
+    token = json.loads((tmp_path / "there" / TOKEN).read_text())["run"]
+    last = {client: r["round"] - 1 for r in there.records for client in r["cohort"]}
+    for client, kept in here.kept.items():
+        stored = ClientStore(tmp_path / f"state-{client}" / token).load(client).resolve_pending(last[client])
+        assert same(trained(stored.kept), trained(kept))

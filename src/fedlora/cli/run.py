@@ -43,19 +43,34 @@ def plan_command(config: ConfigPath, override: Override = None, methods: Methods
 
 
 def run_command(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.toml", help="The configuration; not needed with --parties.")
+    ] = None,
     override: Override = None,
+    parties: Annotated[
+        str | None,
+        typer.Option(
+            help="The TOML files of parties with their own data, with commas: play them all here, a client each."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the run [default: runs/NAME-N].")] = None,
     engine: EngineName = None,
     as_json: Json = False,
 ) -> None:
     """Run one federation, and keep it in a folder."""
     from fedlora.runs.config import read
+    from fedlora.runs.party_files import read_parties
     from fedlora.runs.progress import Progress
     from fedlora.runs.run import run
 
-    resolved = read(config, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
-    out = out or choose_folder(config.stem)
+    overrides = [*(override or []), *([f"engine.name={engine}"] if engine else [])]
+    if parties is not None:
+        resolved = read_parties(parse_names(parties), config, overrides, lambda text: say(f"Note: {text}"))
+    elif config is not None:
+        resolved = read(config, overrides)
+    else:
+        raise ValueError("no configuration is named; name a TOML file, or those of all parties with --parties.")
+    out = out or choose_folder(config.stem if config is not None else "parties")
     with Progress(resolved.rounds) as progress:
         result = run(resolved, out, progress.watch)
     _print_summary(result.summary, out, as_json)

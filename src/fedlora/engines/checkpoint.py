@@ -303,9 +303,17 @@ def config_digest(table: Mapping[str, Any]) -> str:
     """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if is_extendable(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
+    left = _without_paths(left)
+    if "party" in left:
+        left["party"] = [{k: v for k, v in _without_paths(party).items() if k != "file"} for party in left["party"]]
+    return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _without_paths(table: Mapping[str, Any]) -> dict[str, Any]:
+    left = dict(table)
     for section, name in (setting.split(".") for setting in (*PATHS, "model.same_base")):
         left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
-    return hashlib.blake2b(json.dumps(left, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return left
 
 
 def is_extendable(table: Mapping[str, Any]) -> bool:

@@ -1,8 +1,10 @@
 """The federation: the parts of a run, built and checked, for any engine."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from fedlora.adapters import Dense
 from fedlora.engines.clients import Clients
@@ -51,6 +53,8 @@ class Federation:
     compression: Compression = field(default_factory=Compression)
     privacy: Privacy = field(default_factory=Privacy)
     trainers: Trainers | None = None  # the callers' own, in place of the task and its rows
+    # In a rehearsal: each party's own federation, with its own task and rows, on the same model. ``data`` is None.
+    parties: Mapping[int, "Federation"] = field(default_factory=dict, repr=False)
     _cohorts: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)  # round -> its clients
 
     @cached_property
@@ -68,6 +72,15 @@ class Federation:
             self.privacy, self.clients, self.training, self.rounds, rows, self.cohort,
             lambda round, client: self.training_of(round, client).steps(rows[client]),
         )  # fmt: skip
+
+    def report_privacy(self, rounds: int) -> dict[str, Any]:
+        """Return the guarantee after some rounds; where each party alone knows its rows, of the one with the least."""
+        if not (self.parties and self.privacy.by_example):
+            return self.privacy_ledger.report(rounds)
+        ledgers = [replace(own.privacy_ledger, cohort=self.cohort) for own in self.parties.values()]
+        reports = [ledger.report(rounds)["privacy"] for ledger in ledgers]
+        least = max(reports, key=lambda report: math.inf if report["epsilon"] is None else report["epsilon"])
+        return {"privacy": {**least, "clients": {k: x for report in reports for k, x in report["clients"].items()}}}
 
     def cohort(self, round: int) -> list[int]:
         """Return the clients of a round, in order."""
@@ -99,12 +112,16 @@ class Federation:
         turn = upload.turn
         return self.clients.steps(self.training.steps(upload.examples), turn.round, turn.client, self.seed)
 
+    def for_client(self, client: int) -> "Federation":
+        """Return the federation with a client's task and rows: its own in a rehearsal of parties, else this one."""
+        return self.parties.get(client, self)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Note for the user: on the method's settings, and on the labels and partition of this machine's rows."""
         caution = () if self.method.caution is None else (self.method.caution,)
         if self.data is None:
-            return caution
+            return (*caution, *(note for own in self.parties.values() if own.data for note in own.data.notes))
         unused = self.clients.partitioner.describe_unused_rows(self.data.train, self.data.test, self.clients.count)
         return (*caution, *self.data.notes, *([unused] if unused else []))
 

@@ -25,6 +25,7 @@ class InProcess(Loop):
     offload: Path | None = None  # a folder for a round's uploads, instead of memory
     _states: dict[int, ClientState] = field(default_factory=dict, init=False)
     _before: dict[int, ClientState] = field(default_factory=dict, init=False)  # this round's turns
+    _readings: dict[int, str] = field(default_factory=dict, init=False)  # of parties with their own data
 
     @classmethod
     def drive(cls, config, f, watch, observe, take):
@@ -33,7 +34,11 @@ class InProcess(Loop):
 
     def begin(self, f: Federation) -> ServerState:
         self._states = {}
+        self._readings = {k: own.data.reading for k, own in f.parties.items() if own.data and own.data.reading}
         return super().begin(f)
+
+    def readings(self) -> Mapping[int, str]:
+        return self._readings
 
     def kept_trees(self) -> Mapping[int, Tree]:
         return {client: state.kept for client, state in self._states.items()}
@@ -74,7 +79,7 @@ class InProcess(Loop):
         if client in self.absent:
             return None  # it is not known to have arrived, so the next delivery has all of it again
         at.channel.confirm(client, delivery)
-        return ClientTurn(f, turn, lambda: self.watch(Event("step", at.number, client)))
+        return ClientTurn(f.for_client(client), turn, lambda: self.watch(Event("step", at.number, client)), key=f.key)
 
     def close_turn(self, f: Federation, at: ServerState, turn: ClientTurn, trained: ClientUpdate) -> Reply | None:
         """Encode a client's update and receive it at the server; None if the upload is quarantined."""
@@ -82,7 +87,7 @@ class InProcess(Loop):
         update = turn.upload(at.shared, state, trained)
         self._before[client], self._states[client] = state, update.state
         at.channel.record_upload(at.number, client, update.decoded, update.sent)
-        upload = self.receive_upload(Received(turn.turn, len(f.shards[client].train), update.decoded))
+        upload = self.receive_upload(Received(turn.turn, len(turn.federation.shards[client].train), update.decoded))
         if upload is None:
             return None
         if self.offload is not None:
@@ -102,9 +107,10 @@ class InProcess(Loop):
         return trained
 
     def score_clients(self, f: Federation, at: ServerState, number: int, evaluator: Scorer | None):
-        if evaluator is None:  # the callers' own trainers may have no test rows
+        if evaluator is None and not f.parties:  # the callers' own trainers may have no test rows
             return {}
-        return {
-            client: f.score_client(evaluator, number, client, at.shared, self.state(client).kept)
-            for client in range(f.clients.members)
-        }
+        scores = {}
+        for client in range(f.clients.members):
+            own, kept = f.for_client(client), self.state(client).kept
+            scores[client] = own.score_client(evaluator or own.evaluator(), number, client, at.shared, kept)
+        return scores

@@ -32,16 +32,24 @@ def digest_inputs(f: Federation) -> dict[str, Any]:
     ``base`` is of the pretrained weights, ``settings`` are the model's own, and ``start`` is of ``model.start``. For
     the rest see ``digest_rows``.
     """
+    return {**digest_model(f), **digest_rows(f)}
+
+
+def digest_model(f: Federation) -> dict[str, Any]:
+    """Return digests of the pretrained model and of the adapter that it starts with."""
     settings = model_settings(f.model.network)
-    return {"base": _digest_base(f), "settings": settings, "start": digest(f.model.start_tree), **digest_rows(f)}
+    return {"base": _digest_base(f), "settings": settings, "start": digest(f.model.start_tree)}
 
 
 def digest_rows(f: Federation) -> dict[str, Any]:
     """Return digests of this machine's rows, as training sees them; empty on a machine without data.
 
+    In a rehearsal, ``parties`` has the digests of each party's rows.
     ``rows`` has each split's number of rows, and digests of the features (in any order), of features and labels (in
     any order), and of features and labels in order.
     """
+    if f.parties:
+        return {"parties": {str(client): digest_rows(own) for client, own in f.parties.items()}}
     if f.data is None:
         return {}
     names = list(f.data.label_names)
@@ -81,6 +89,9 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """Describe the differences between two digests, a phrase for each."""
     rows = now.get("rows", {})
     changes = [text for split, old in before.get("rows", {}).items() if (text := _compare_split(split, old, rows))]
+    for client, own in before.get("parties", {}).items():
+        theirs = describe_changes(own, now.get("parties", {}).get(client, {}))
+        changes += [f"client {client}: {text}" for text in theirs]
     if before.get("labels") != now.get("labels"):
         labels, old_labels = (_list_labels(digests.get("labels")) for digests in (now, before))
         changes.append(f"the labels are {labels}, and were {old_labels}")

@@ -19,6 +19,7 @@ from fedlora.methods.fedit import FedIT
 from fedlora.methods.local import Local
 from fedlora.runs.sections import ModelTable, Sections
 from fedlora.schema import ConfigError, Table, per_machine_fields
+from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks import TASKS
 from fedlora.tasks._base import Data, Shard
@@ -36,21 +37,27 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     If each client's data are on its own machine (``clients.partition``), ``client`` is the client of this machine, and
     ``combines`` is true on the server.
     """
-    device = config.engine.prepare()
+    config.engine.prepare()
     if isinstance(trainers := getattr(config.task, "_code", None), Trainers):
         return build_own_federation(config, trainers.model, trainers.shards, trainers)
     data, shards, names = load_rows(config, client, combines)
+    f = load_model(config, data, shards, names)
+    if f.privacy.by_example:
+        per_sample_gradients.check_row_independence(f.model.network)
+    return _complete(config, f)
+
+
+def load_model(config: Sections, data: Data | None, shards: Shards, names: tuple[str, ...]) -> Federation:
+    """Load the model with its adapters and their start, and return its federation as ``attach_federation`` does."""
+    device = config.engine.prepare()
     network = load_network(config, len(names), device)
     if data is not None:
-        width = config.task.max_length if getattr(config.task, "pad_to_max_length", False) else 0
-        check_tokens(network, config.model.name, {"training": data.train, "test": data.test}, width)
+        check_row_tokens(config, network, data)
     f = attach_federation(config, network, device, data, shards, names)
     if config.model.start is not None:
         base = None if config.model.same_base else config.model.name
         warm_start(f.model, f.rules, config.method, config.model.start, config.seed, names, base)
-    if f.privacy.by_example:
-        per_sample_gradients.check_row_independence(network)
-    return _complete(config, f)
+    return f
 
 
 def build_own_federation(
@@ -70,12 +77,24 @@ def build_own_federation(
 
 def _complete(config: Sections, f: Federation) -> Federation:
     """Return the federation with its fingerprint, ``[validation]``, ``[robust]`` and ``[attack]``."""
-    attack = config.attack
-    if attack is not None:
-        attack = attack.prepare(config.task, config.model.name, config.clients.members, config.seed)
     return replace(
-        f, fingerprint=fingerprint(config.table), validation=config.validation, robust=config.robust, attack=attack
-    )
+        f, fingerprint=fingerprint(config.table), validation=config.validation, robust=config.robust,
+        attack=prepare_attack(config),
+    )  # fmt: skip
+
+
+def check_row_tokens(config: Sections, network: nn.Module, data: Data) -> None:
+    """Raise ``ValueError`` if rows have tokens that the network does not know, or too many."""
+    width = config.task.max_length if getattr(config.task, "pad_to_max_length", False) else 0
+    check_tokens(network, config.model.name, {"training": data.train, "test": data.test}, width)
+
+
+def prepare_attack(config: Sections) -> Attack | None:
+    """Return the attack of a configuration, prepared for its task; None without one."""
+    attack = config.attack
+    if attack is None:
+        return None
+    return attack.prepare(config.task, config.model.name, config.clients.members, config.seed)
 
 
 def attach_federation(
@@ -114,11 +133,17 @@ def load_rows(config: Sections, client: int | None, combines: bool) -> tuple[Dat
     if client is None and not combines:
         raise ConfigError(
             "clients.partition is 'own': every client has its own data on its own machine; run it with "
-            "`fedlora flower`, or set clients.partition to a partition of one data set."
+            "`fedlora flower`, play it here with `fedlora run --parties` and a file of each party, or set "
+            "clients.partition to a partition of one data set."
         )
     if client is None:
         return None, {}, tuple(names)
     data = config.task.load(config.model.name, config.seed)
+    for split, role in ((data.train, "training"), (data.test, "test")):
+        if not len(split):
+            raise ConfigError(
+                f"the data of client {client} have no {role} rows; a client with its own data needs both."
+            )
     shard = Shard(torch.arange(len(data.train)), torch.arange(len(data.test)))
     return data, {client: shard}, data.label_names
 
@@ -142,13 +167,20 @@ def per_machine_settings(table: Table) -> list[str]:
     return [f"{section}.{name}" for section, kind in kinds.items() for name in per_machine_fields(kind)]
 
 
-def fingerprint(table: Table) -> str:
-    """Digest the settings that must be equal on all machines: neither per-machine settings nor those of the server."""
+OF_SERVER = ("compare", "checkpoint", "validation", "robust", "track")  # tables that only the server reads
+
+
+def agreed_settings(table: Table) -> Table:
+    """Return the settings that must be equal on all machines: neither per-machine settings nor those of the server."""
     local = {*per_machine_settings(table), "training.precision"}
-    of_server = ("engine", "compare", "checkpoint", "validation", "robust", "track")
-    equal = {
+    return {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in local} if isinstance(value, dict) else value
         for section, value in table.items()
-        if section not in of_server
+        if section not in (*OF_SERVER, "engine", "party")
     }
+
+
+def fingerprint(table: Table) -> str:
+    """Digest the settings that must be equal on all machines."""
+    equal = agreed_settings(table)
     return hashlib.blake2b(json.dumps(equal, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -111,6 +111,11 @@ def _method_name(label: str, labels: Mapping[str, Any]) -> str:
 def _centralise(table: Table) -> Table:
     """Return the table of one client with all the data, and with the mean number of steps of a round's cohort."""
     config, training = build(table), {}
+    if config.clients.own_data:
+        raise ConfigError(
+            f"{CENTRALISED!r} trains on the rows of all clients together, but clients.partition is 'own': every party "
+            "has rows and columns of its own; leave it out."
+        )
     if not config.training.local_epochs:
         clients, steps, seed, rounds = config.clients, config.training.steps(1), config.seed, range(config.rounds)
         total = sum(clients.steps(steps, r, k, seed) for r in rounds for k in clients.remaining(r, seed))

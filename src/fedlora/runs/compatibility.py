@@ -33,6 +33,7 @@ def _exclusions(config: Sections) -> Iterator[str]:
     yield from _of_own_loop(config)
     yield from _of_compression(config)
     ENGINES.check(config.engine.name)
+    yield from _of_parties(config)
     for size in config.clients.remaining_sizes if config.flower.secure_aggregation else ():
         yield from _of_secure_aggregation(config, size)
     yield from _of_trust(config)
@@ -142,6 +143,22 @@ def _of_compression(config: Sections) -> Iterator[str]:
         yield (
             f"compression.down is {compression.down!r}, which sends changes only, but {method.title} serves other "
             "coordinates each round; take int8, bfloat16 or float16."
+        )
+
+
+def _of_parties(config: Sections) -> Iterator[str]:
+    clients, parties = config.clients, len(config.party)
+    if parties and not clients.own_data:
+        yield (
+            "[[party]] tables give each client its own data, but clients.partition is "
+            f'{clients.partition_table["name"]!r}; set it to {{ name = "own" }}, or leave them out.'
+        )
+    if parties and parties != clients.count:
+        yield f"there are {parties} [[party]] tables, but clients.count is {clients.count}; each client has one."
+    if clients.own_data and config.checkpoint.best == "global":
+        yield (
+            "checkpoint.best is 'global', but clients.partition is 'own', so the server has no test rows; set it to "
+            "'clients', for the mean of their scores."
         )
 
 

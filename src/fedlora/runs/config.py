@@ -12,10 +12,11 @@ from typing import Any
 from fedlora.adapters import Adapter
 from fedlora.engines.federation import Federation
 from fedlora.methods._base import Method
-from fedlora.registry import Registry
-from fedlora.runs.build import build_federation
+from fedlora.registry import Registry, unknown
+from fedlora.runs.build import build_federation, per_machine_settings
 from fedlora.runs.compatibility import check_adapter, check_compatibility
-from fedlora.runs.sections import OPTIONAL, SECTIONS, Sections
+from fedlora.runs.parties import build_rehearsal
+from fedlora.runs.sections import OPTIONAL, SECTIONS, Party, Sections
 from fedlora.runs.trackers import Track, Tracker
 from fedlora.schema import (
     ConfigError,
@@ -26,6 +27,7 @@ from fedlora.schema import (
     construct,
     construct_by_name,
     load_class,
+    merge_tables,
     read_table,
     set_keys,
 )
@@ -62,8 +64,18 @@ class Config(Sections):
         check_compatibility(self)
 
     def federation(self, client: int | None = None, combines: bool = False) -> Federation:
-        """Load the model and the data, and build the federation; see ``build_federation``."""
-        return build_federation(self, client, combines)
+        """Load the model and the data, and build the federation; see ``build_federation`` and ``build_rehearsal``."""
+        if not self.party or combines or client is not None:
+            return build_federation(self, client, combines)
+        return build_rehearsal(self, [self._of_party(client) for client in range(len(self.party))])
+
+    def _of_party(self, client: int) -> Sections:
+        """Return the configuration of one party alone. Raises ``ConfigError`` with the party's file."""
+        party, table = self.party[client], {key: value for key, value in self.table.items() if key != "party"}
+        try:
+            return build(merge_tables(table, {"task": party.task, "model": party.model}))
+        except ValueError as error:
+            raise ConfigError(f"{party.title(client)}: {error}") from error
 
 
 AnyConfig = str | Path | Mapping[str, Any] | Config  # a TOML file, its table, or the objects
@@ -143,7 +155,7 @@ def build(table: Table) -> Config:
 
     Raises ``ConfigError``.
     """
-    check_keys("", table, ["rounds", "seed", *SECTIONS, "track", "compare"])
+    check_keys("", table, ["rounds", "seed", *SECTIONS, "track", "compare", "party"])
     for section, example in REQUIRED.items():
         if section not in table:
             raise ConfigError(f"the configuration has no [{section}] table; it needs one, e.g. {example}.")
@@ -155,6 +167,7 @@ def build(table: Table) -> Config:
     values.pop("adapter", None)
     values["compare"] = table.get("compare", {})
     values["track"] = Track.from_table(section_table(table, "track"))
+    values["party"] = _build_parties(table)
     try:
         return Config(**values)
     except ConfigError:
@@ -172,6 +185,19 @@ def _check_peft(table: Table) -> None:
                 f"{section}.{key} is a setting of PEFT that cannot be used here: {OFF[key]}; leave it out, and name "
                 "linear layers in model.targets."
             )
+
+
+def _build_parties(table: Table) -> tuple[Party, ...]:
+    """Build the ``[[party]]`` tables. Raises ``ConfigError`` for a setting that must be equal for all parties."""
+    entries = check_type("party", table.get("party", []), list[dict[str, Any]])
+    parties = tuple(construct(Party, f"party[{client}]", entry) for client, entry in enumerate(entries))
+    allowed = [key for key in per_machine_settings(table) if not key.startswith("engine.")] if parties else []
+    for client, party in enumerate(parties):
+        for key in [*(f"task.{k}" for k in party.task), *(f"model.{k}" for k in party.model)]:
+            if key not in allowed:
+                reason = unknown("setting", key, allowed, "settings that a party may have of its own")
+                raise ConfigError(f"{party.title(client)}: {reason}")
+    return parties
 
 
 def section_table(table: Table, section: str) -> Table:
@@ -226,6 +252,8 @@ def _to_table(config: Config) -> Table:
     check_compare(config.compare)
     if trackers := _check_track(config.track).to_table():
         table["track"] = trackers
+    if parties := _check_parties(config, table):
+        table["party"] = parties
     if not config.privacy.on:
         del table["privacy"]
     if config.training.local_epochs is None:
@@ -251,6 +279,15 @@ def _settings_of(value: Any) -> Table:
     """Return the settings of a section's object that are set."""
     settings = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
     return {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}
+
+
+def _check_parties(config: Config, table: Table) -> list[Table]:
+    """Return the ``[[party]]`` tables. Raises ``ConfigError`` unless they are parties that TOML could have made."""
+    if not isinstance(config.party, tuple) or not all(isinstance(party, Party) for party in config.party):
+        raise ConfigError(f"party is {config.party!r}; it should be a tuple of Party, as fedlora.read makes it.")
+    parties = [{key: value for key, value in vars(party).items() if value} for party in config.party]
+    _build_parties({**table, "party": parties})
+    return parties
 
 
 def _check_track(track: Any) -> Track:

@@ -40,13 +40,17 @@ class PersonalModels:
     run: RunFolder
     steps: int  # of the fine-tuning
     f: Federation = field(init=False)  # with the run's base updates
-    evaluator: Evaluator = field(init=False)
+    _evaluator: Evaluator | None = field(init=False)  # None: each party has its own
 
     def __post_init__(self):
         self.f = self.run.config.federation()
         check_run_inputs(self.run.path, self.f)
         self.f.model.fold({part: (factors,) for part, factors in self.run.base_updates.items()})
-        self.evaluator = self.f.evaluator()
+        self._evaluator = None if self.f.parties else self.f.evaluator()
+
+    def evaluator(self, client: int) -> Evaluator:
+        """Return the evaluator on the rows of which a client has a part, or all in a rehearsal of parties."""
+        return self._evaluator or self.f.for_client(client).evaluator()
 
     def client_tree(self, client: int) -> Tree:
         """Return a client's leaves after the last round, or those that a new client would start from."""
@@ -59,7 +63,7 @@ class PersonalModels:
         Trains the leaves of the method's next turn, with a new optimiser and a constant learning rate, since the run's
         schedule has ended.
         """
-        f, turn = self.f, self.f.turn(self.run.summary["rounds"], client)
+        f, turn = self.f.for_client(client), self.f.turn(self.run.summary["rounds"], client)
         assert f.data is not None, "clients train on rows"
         training = replace(
             f.training, local_steps=self.steps, local_epochs=None, schedule="constant", warmup=0.0, keep_optimizer=False
@@ -69,7 +73,11 @@ class PersonalModels:
 
     def score(self, clients: Iterable[int]) -> dict[str, ClientScores | None]:
         """Score the run's models; None stands for a global model that the method does not have."""
-        score, shared = self.evaluator.score_client, None if self.f.method.personal else self.run.shared
+        shared = None if self.f.method.personal else self.run.shared
+
+        def score(client: int, tree: Tree) -> Scores:
+            return self.evaluator(client).score_client(client, tree)
+
         return {
             "global": None if shared is None else {client: score(client, shared) for client in clients},
             "held": {client: score(client, self.client_tree(client)) for client in clients},
@@ -79,18 +87,19 @@ class PersonalModels:
     def score_alone(self, watch: Watch) -> ClientScores:
         """Score clients that train alone, with the same start, rounds and steps."""
         f, last = _train(self.run, ALONE, watch)
-        scorer = f.evaluator()
-        return {
-            client: f.score_client(scorer, last.number, client, last.shared, last.kept.get(client, {}))
-            for client in range(f.clients.members)
-        }
+        scorer, scores = None if f.parties else f.evaluator(), {}
+        for client in range(f.clients.members):
+            own, kept = f.for_client(client), last.kept.get(client, {})
+            scores[client] = own.score_client(scorer or own.evaluator(), last.number, client, last.shared, kept)
+        return scores
 
     def score_centralised_model(self, clients: Iterable[int], watch: Watch) -> ClientScores:
         """Score one model on the training rows of all clients that took part, with the steps of their cohort."""
-        f = self.f
+        f, evaluator = self.f, self._evaluator
+        assert evaluator is not None, "the rows are in one data set"
         rows = torch.cat([f.shards[client].train for client in range(f.clients.members)]).sort().values
         f_central, last = _train(self.run, CENTRALISED, watch, data=f.data, shards=[Shard(rows, f.shards[0].test)])
-        scorer = Evaluator(f_central.model, f.task, self.evaluator.test, f.shards, f.evaluation.batch_size)
+        scorer = Evaluator(f_central.model, f.task, evaluator.test, f.shards, f.evaluation.batch_size)
         return {client: scorer.score_client(client, last.shared) for client in clients}
 
 
@@ -102,7 +111,7 @@ def evaluate_personalization(run: RunFolder, steps: int = 20, watch: Watch = lam
     and ``ValueError`` if they or the pretrained model have changed.
     """
     config = run.config
-    if config.clients.own_data:
+    if config.clients.own_data and not config.party:
         raise ConfigError(
             "clients.partition is 'own', so the rows are on the clients' machines; `fedlora personal` needs a run "
             "whose rows are all here."
@@ -113,8 +122,10 @@ def evaluate_personalization(run: RunFolder, steps: int = 20, watch: Watch = lam
     models = PersonalModels(run, steps)
     f, score = models.f, models.score
     current, new = score(range(members)), score(range(members, count)) if config.clients.new else {}
-    centralised = models.score_centralised_model(range(count), watch)
-    current |= {ALONE: models.score_alone(watch), CENTRALISED: {k: x for k, x in centralised.items() if k < members}}
+    # Parties have rows in columns of their own, which no machine could pool.
+    centralised = {} if config.party else models.score_centralised_model(range(count), watch)
+    pooled = {k: x for k, x in centralised.items() if k < members} or None
+    current |= {ALONE: models.score_alone(watch), CENTRALISED: pooled}
     new |= {CENTRALISED: {k: x for k, x in centralised.items() if k >= members}} if new else {}
     capabilities = f.clients.capabilities(f.seed)
     summaries = [

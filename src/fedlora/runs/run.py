@@ -10,6 +10,7 @@ from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.checkpoint import FOLDER as CHECKPOINTS
 from fedlora.engines.checkpoint import PATHS, Checkpoints, config_digest
 from fedlora.engines.federation import Federation
+from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
 from fedlora.engines.record import RoundRecord
@@ -20,15 +21,15 @@ from fedlora.runs.error_log import tracebacks_in
 from fedlora.runs.file_names import CONFIG, INITIAL, ROWS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, explain_full_disk, lock_folder
+from fedlora.runs.party_files import PartySource, read_parties
 from fedlora.runs.progress_writer import ProgressWriter
 from fedlora.runs.recorder import RunRecorder
 from fedlora.runs.result import Rounds
+from fedlora.runs.sections import EMBEDDED
 from fedlora.runs.summary import data_distribution, describe_labels, summarise
 from fedlora.runs.trackers._callback import Tracking
 from fedlora.schema import ConfigError, Table, merge_tables
 from fedlora.types import Tree
-
-EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int,
 
 
 def run(
-    config: AnyConfig,
+    config: AnyConfig | None = None,
     out: str | Path | None = None,
     watch: Watch = lambda event: None,
     observe: Observe | None = None,
@@ -55,6 +56,7 @@ def run(
     again: bool = False,
     callbacks: Sequence[Any] = (),
     overrides: Overrides = (),
+    parties: Sequence[PartySource] | None = None,
 ) -> Result:
     """Run a federation to its end, or to Ctrl-C.
 
@@ -72,18 +74,29 @@ def run(
         again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
         callbacks: see ``fedlora.Callback``.
         overrides: settings that replace those of ``config``: ``"key=value"``, or a dict, with dotted keys.
+        parties: the TOML file, or the table, of each party with data of its own, to play them all in this process;
+            ``config`` may then be None. See ``party_files.read_parties``.
 
     Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
     ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
     folder's ``error.log``.
     """
-    config, folder = to_config(config, overrides), None if out is None else Path(out).expanduser()
+    folder = None if out is None else Path(out).expanduser()
+    if parties is not None:
+        config = read_parties(parties, config, overrides, lambda text: watch(Event("note", 0, text=text)))
+    config = to_config(config, () if parties is not None else overrides)
     for name, tracker in config.track.trackers.items():
         tracker.check(name)
     builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]
     builtin += [Tracking(config.track.trackers)] if config.track.trackers else []
     all_callbacks = Callbacks(callbacks, builtin)
-    stop = Stop(is_patient=drive is None and _load_engine(config.engine.name).steps_here)
+    engine = None if drive is not None else _load_engine(config.engine.name)
+    if config.party and (engine is None or not issubclass(engine, InProcess)):
+        raise ConfigError(
+            "[[party]] tables are for a rehearsal in one process; set engine.name to 'inprocess', or leave them out "
+            "and let each node's configuration state its own settings."
+        )
+    stop = Stop(is_patient=engine is not None and engine.steps_here)
     with lock_folder(folder), explain_full_disk(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
@@ -137,7 +150,14 @@ def _checkpoints(config: Config, f: Federation, folder: Path, table: Table) -> C
 
 def _table_to_repeat(config: Config, f: Federation) -> Table:
     """Return the table that repeats a run from any folder, on any machine: with absolute paths."""
-    table = merge_tables(config.table, {"training": {"precision": f.training.precision}})
+    table = _with_absolute_paths(merge_tables(config.table, {"training": {"precision": f.training.precision}}))
+    if config.party:
+        table["party"] = [_with_absolute_paths(party) for party in table["party"]]
+    return table
+
+
+def _with_absolute_paths(table: Table) -> Table:
+    table = dict(table)
     for section, key in (place.split(".") for place in PATHS):
         value = table.get(section, {}).get(key)
         if isinstance(value, str) and value not in EMBEDDED and (path := Path(value).expanduser()).exists():
@@ -196,7 +216,7 @@ def _summarise(
     """Return the summary of some rounds, with the privacy of all rounds and the reading of labels."""
     return {
         **summarise(config, records, interrupted, recorder.seconds),
-        **f.privacy_ledger.report(len(recorder.records)),
+        **f.report_privacy(len(recorder.records)),
         **describe_labels(f, recorder.readings),
         **({"notes": list(f.notes)} if f.notes else {}),
     }

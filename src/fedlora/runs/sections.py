@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fedlora.adapters import ADAPTERS
@@ -42,6 +43,25 @@ class ModelTable:
     overlay: bool | None = None  # keep base updates beside the base weights; None: if these are used in bfloat16
 
 
+EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library
+
+
+@dataclass(frozen=True)
+class Party:
+    """One ``[[party]]`` table: the settings in which one party of a rehearsal differs from the rest of the file."""
+
+    task: dict[str, Any] = field(default_factory=dict)  # settings that a machine may have of its own, as ``model``
+    model: dict[str, Any] = field(default_factory=dict)
+    file: str | None = None  # where they were read from, for messages
+
+    def title(self, client: int) -> str:
+        """Return the name of the party in messages: its file, or its number."""
+        if self.file is None:
+            return f"party {client}"
+        path = Path(self.file)
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else self.file
+
+
 # Section -> the dataclass of its settings, or the registry of the classes that its ``name`` selects from. The order is
 # that of config.toml; an adapter is part of the method.
 SECTIONS: Mapping[str, Any] = {
@@ -73,6 +93,7 @@ class Sections:
     compression: Compression = field(default_factory=Compression)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     track: Track = field(default_factory=Track)
+    party: tuple[Party, ...] = ()  # parties with own data that this process plays; see runs/parties.py
     rounds: int = 20
     seed: int = 0
     compare: Mapping[str, Any] = field(default_factory=dict)  # label -> settings of that method in a comparison

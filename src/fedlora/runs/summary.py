@@ -80,14 +80,23 @@ def data_distribution(f: Federation) -> dict[str, Any] | None:
     The counts of labels are missing if rows have no labels. None if this machine has not all rows, or if the privacy
     guarantee does not cover such figures.
     """
-    if f.data is None or f.privacy.hides_figures or f.clients.own_data:
+    if f.privacy.hides_figures or (not f.parties and (f.data is None or f.clients.own_data)):
         return None
-    shards = f.shards if isinstance(f.shards, Mapping) else dict(enumerate(f.shards))
-    names, kinds = list(f.data.label_names), f.data.train.partition_labels
-    has_labels = names and not kinds.is_floating_point() and bool((kinds >= 0).all() and (kinds < len(names)).all())
+    names = list(f.label_names)
+    has_labels = bool(names) and all(_has_classes(own, len(names)) for own in f.parties.values() or [f])
     clients: dict[str, dict[str, Any]] = {}
-    for client, shard in shards.items():
+    for client in f.parties or range(len(f.shards)):
+        own = f.for_client(client)
+        assert own.data is not None
+        shard, kinds = own.shards[client], own.data.train.partition_labels
         clients[str(client)] = {"train": len(shard.train), "test": len(shard.test)}
         if has_labels:
             clients[str(client)]["labels"] = torch.bincount(kinds[shard.train], minlength=len(names)).tolist()
     return {"labels": names if has_labels else [], "clients": clients}
+
+
+def _has_classes(f: Federation, count: int) -> bool:
+    """Whether every training row has one of ``count`` classes."""
+    assert f.data is not None
+    kinds = f.data.train.partition_labels
+    return not kinds.is_floating_point() and bool((kinds >= 0).all() and (kinds < count).all())

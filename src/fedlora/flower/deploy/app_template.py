@@ -7,7 +7,7 @@ import tomli_w
 
 from fedlora.files import check_new_folder, write
 from fedlora.runs.config import Config
-from fedlora.schema import dumps
+from fedlora.schema import ConfigError, dumps
 
 APP = '''"""This federation's {kind} app; {note}."""
 
@@ -30,6 +30,11 @@ def write_app(folder: str | Path, config: Config, out: str | Path | None = None)
     machine has fedlora installed, and Flower installs nothing when a message arrives. Raises ``ValueError`` if the
     folder is not empty.
     """
+    if config.party:
+        raise ConfigError(
+            "the configuration has [[party]] tables, which are for a rehearsal in one process; leave them out, and put "
+            "each party's settings into its node's configuration."
+        )
     path = check_new_folder(folder)
     name = re.sub(r"[^a-z0-9]+", "_", path.name.lower()).strip("_") or "federation"
     name = name if name[0].isalpha() else f"app_{name}"
