@@ -69,7 +69,7 @@ def test_fine_tuned_is_a_plain_local_trainer_run(name, runs):
         f.model.load(end)
         with torch.inference_mode():
             right = f.task.outputs(f.model.network.eval(), batch).argmax(-1) == batch["labels"]
-        mine = compute_metrics(sides.evaluator.score_client(client, sides.fine_tune(client)))["accuracy"]
+        mine = compute_metrics(sides.score_tree(client, sides.fine_tune(client)))["accuracy"]
         assert mine == pytest.approx(float(right.float().mean()))
 
 

@@ -40,17 +40,17 @@ class PersonalModels:
     run: RunFolder
     steps: int  # of the fine-tuning
     f: Federation = field(init=False)  # with the run's base updates
-    _evaluator: Evaluator | None = field(init=False)  # None: each party has its own
+    evaluator: Evaluator | None = field(init=False)  # None in a rehearsal: each party has its own
 
     def __post_init__(self):
         self.f = self.run.config.federation()
         check_run_inputs(self.run.path, self.f)
         self.f.model.fold({part: (factors,) for part, factors in self.run.base_updates.items()})
-        self._evaluator = None if self.f.parties else self.f.evaluator()
+        self.evaluator = None if self.f.parties else self.f.evaluator()
 
-    def evaluator(self, client: int) -> Evaluator:
-        """Return the evaluator on the rows of which a client has a part, or all in a rehearsal of parties."""
-        return self._evaluator or self.f.for_client(client).evaluator()
+    def score_tree(self, client: int, tree: Tree) -> Scores:
+        """Score a tree on a client's own test rows."""
+        return (self.evaluator or self.f.for_client(client).evaluator()).score_client(client, tree)
 
     def client_tree(self, client: int) -> Tree:
         """Return a client's leaves after the last round, or those that a new client would start from."""
@@ -73,11 +73,7 @@ class PersonalModels:
 
     def score(self, clients: Iterable[int]) -> dict[str, ClientScores | None]:
         """Score the run's models; None stands for a global model that the method does not have."""
-        shared = None if self.f.method.personal else self.run.shared
-
-        def score(client: int, tree: Tree) -> Scores:
-            return self.evaluator(client).score_client(client, tree)
-
+        score, shared = self.score_tree, None if self.f.method.personal else self.run.shared
         return {
             "global": None if shared is None else {client: score(client, shared) for client in clients},
             "held": {client: score(client, self.client_tree(client)) for client in clients},
@@ -95,7 +91,7 @@ class PersonalModels:
 
     def score_centralised_model(self, clients: Iterable[int], watch: Watch) -> ClientScores:
         """Score one model on the training rows of all clients that took part, with the steps of their cohort."""
-        f, evaluator = self.f, self._evaluator
+        f, evaluator = self.f, self.evaluator
         assert evaluator is not None, "the rows are in one data set"
         rows = torch.cat([f.shards[client].train for client in range(f.clients.members)]).sort().values
         f_central, last = _train(self.run, CENTRALISED, watch, data=f.data, shards=[Shard(rows, f.shards[0].test)])
