@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,25 @@ def test_a_run_is_repeated_and_resumed_from_any_folder(hospitals, tmp_path, monk
         assert [r["clients"] for r in result.records] == [r["clients"] for r in whole.records]
     assert [len(record["cohort"]) for record in whole.records] == [2] * 3
     assert resumed.summary["label_maps"] == whole.summary["label_maps"]
+
+
+def test_run_takes_the_files_of_parties_and_says_what_it_does_not_use(hospitals):
+    main, files = hospitals
+    tables = [read_table(file) for file in files]
+    for file, table in zip(files, tables):
+        table["task"]["data"] = str(file.parent / "notes.csv")
+    tables[1]["engine"] = {"threads": 77}
+    events = []
+    result = fedlora.run(main, parties=tables, overrides={"rounds": 1}, watch=events.append)
+    assert same(result.shared, fedlora.run(read_parties(files, main, ["rounds=1"])).shared)
+    said = "party 1 sets engine.threads = 77; a rehearsal runs on one machine, with that of " + str(main) + "."
+    assert next(event.text for event in events if event.kind == "note") == said
+    config = read_parties(tables, fedlora.read(main), {"rounds": 1})
+    assert config == read_parties(tables, main, ["rounds=1"])
+    with pytest.raises(fedlora.ConfigError, match="party is .*; it should be a tuple of Party"):
+        replace(config, party=3)
+    with pytest.raises(fedlora.ConfigError, match="the configuration is None"):
+        fedlora.run()
 
 
 def test_a_party_whose_rows_changed_cannot_be_resumed(hospitals, tmp_path):
