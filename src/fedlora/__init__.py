@@ -10,8 +10,8 @@ from typing import Any
 _WHERE = {
     "aggregate": "fedlora.api", "attach": "fedlora.training.open_model", "federate": "fedlora.runs.federate",
     "ClientInfo": "fedlora.engines.trainers", "Session": "fedlora.runs.session",
-    "compare": "fedlora.runs.compare", "open": "fedlora.api", "plan": "fedlora.api",
-    "read": "fedlora.runs.config", "resume": "fedlora.runs.resume", "run": "fedlora.runs.run", "sweep": "fedlora.api",
+    "compare": "fedlora.api", "open": "fedlora.api", "plan": "fedlora.api",
+    "read": "fedlora.runs.config", "resume": "fedlora.api", "run": "fedlora.api", "sweep": "fedlora.api",
     "Config": "fedlora.runs.config", "ConfigError": "fedlora.schema", "build": "fedlora.runs.config",
     "CheckpointSettings": "fedlora.engines.checkpoint", "Clients": "fedlora.engines.clients",
     "Compression": "fedlora.engines.comm.compression", "Engine": "fedlora.training.device",
@@ -23,7 +23,9 @@ _WHERE = {
     "MultiHead": "fedlora.adapters", "VeRA": "fedlora.adapters",
     "Callback": "fedlora.runs.callbacks", "CallbackError": "fedlora.runs.callbacks",
     "Method": "fedlora.methods._base", "Model": "fedlora.training.model", "Registry": "fedlora.registry",
-    "Result": "fedlora.runs.run", "RoundError": "fedlora.engines.server", "Server": "fedlora.engines.server",
+    "Objects": "fedlora.runs.objects", "RunResult": "fedlora.api", "Result": "fedlora.runs.run",
+    "load_update": "fedlora.export.update", "RoundError": "fedlora.engines.server",
+    "Server": "fedlora.engines.server",
 }  # fmt: skip
 _MODULES = {  # each has ``names()`` and ``load(name)``
     "adapters": "fedlora.adapters", "attacks": "fedlora.security.attacks", "methods": "fedlora.methods",

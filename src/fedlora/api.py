@@ -1,12 +1,12 @@
 """The public verbs that span several packages: open, plan, sweep, aggregate. ``fedlora`` has all public names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from fedlora.engines.loop import Event, Watch
+from fedlora.engines.loop import Event, Observe, Watch
 from fedlora.export.aggregate import AggregationReport, aggregate_adapters, build_method
 from fedlora.export.peft import export_model
 from fedlora.files import write
@@ -15,20 +15,169 @@ from fedlora.reporting.html import render_page
 from fedlora.reporting.load import load_runs
 from fedlora.reporting.tables.plan import tabulate_plan
 from fedlora.reporting.tables.sweep import tabulate_sweep
+from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.config import AnyConfig, Overrides, to_config, to_table
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import RunFolder, read_json
+from fedlora.runs.objects import build_objects, code_of, take_objects
+from fedlora.runs.party_files import PartySource, read_parties
 from fedlora.runs.plan.plan import plan_run
-from fedlora.runs.resume import resume
-from fedlora.runs.run import Result
+from fedlora.runs.resume import resume_folder
+from fedlora.runs.run import Drive, Result, run_config
 from fedlora.runs.sweep import CHOSEN, REPORT, Sweep
 from fedlora.runs.table import Table, from_pairs, to_html
 from fedlora.schema import ConfigError, read_table
+from fedlora.tasks._code import Code
 from fedlora.training.device import Engine
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+@dataclass(frozen=True)
+class RunResult(Result):
+    """A run that has ended: ``summary``, ``records``, the ``shared`` leaves and those that clients keep.
+
+    ``frame()`` and ``clients_frame()`` are pandas data frames.
+    """
+
+    code: Code | None = field(default=None, repr=False)  # the run's Python objects
+
+    def export(
+        self, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
+    ) -> dict[str, Any]:
+        """Write the result to a new folder, load it again and compare the outputs; see ``OpenRun.export``."""
+        return export_model(RunFolder.open(self._place()), out, client, rank, merged, self.code)
+
+    def report(self, out: str | Path = "report.html") -> Path:
+        """Write a report as one HTML file that needs no network; an existing file is replaced."""
+        return write_report([self._place()], out)
+
+    def _place(self) -> Path:
+        if self.folder is None:
+            raise ConfigError("this run has no folder, so there is nothing to read; give out= a new folder.")
+        return self.folder
+
+
+def run(
+    config: AnyConfig | None = None,
+    out: str | Path | None = None,
+    watch: Watch = lambda event: None,
+    observe: Observe | None = None,
+    drive: Drive | None = None,
+    again: bool = False,
+    callbacks: Sequence[Any] = (),
+    overrides: Overrides = (),
+    parties: Sequence[PartySource] | None = None,
+    **objects: Any,
+) -> RunResult:
+    """Run a federation to its end, or to Ctrl-C: a configuration, or Python objects.
+
+        result = fedlora.run("mine.toml", out="runs/one", overrides={"method.name": "fedsa-lora"})
+        result.summary["final"]
+
+        result = fedlora.run(
+            model=net, train=[ds_a, ds_b, ds_c], test=ds_test, loss=loss, metrics={"accuracy": accuracy},
+            targets=["fc1", "fc2"], head=["out"], method="fedsa-lora", rounds=20, out="runs/two",
+        )
+
+    Args:
+        config: the path of a TOML file, its table, or a ``Config``.
+        out: a new folder for ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line for each round, as
+            it happens), ``summary.json``, ``shared.safetensors``, ``clients/K.safetensors`` and, if the method updates
+            the base, ``base_update.safetensors``.
+        watch: called with every event.
+        observe: returns more figures for each round's record.
+        drive: runs the rounds, instead of the engine that ``engine.name`` selects.
+        again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
+        callbacks: see ``fedlora.Callback``.
+        overrides: settings that replace those of ``config``: ``"key=value"``, or a dict, with dotted keys.
+        parties: the TOML file, or the table, of each party with data of its own, to play them all in this process;
+            ``config`` may then be None. See ``party_files.read_parties``.
+        objects: instead of ``config``: ``model``, ``train``, ``test``, ``loss``, ``metrics``, ``losses`` and
+            ``collate`` (see ``fedlora.Objects``), and settings: ``targets``, ``head``, ``method``, ``adapter``,
+            ``clients``, ``partition``, ``rounds``, ``seed``, ``training``, ``higher``, and further sections of a
+            configuration (see ``fedlora.runs.objects.config_of_objects``).
+
+    Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
+    ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
+    folder's ``error.log``.
+    """
+    if parties is None:
+        resolved = to_config(take_objects(config, objects), overrides)
+    elif objects:
+        raise ConfigError(
+            f"parties and {next(iter(objects))} are both given; parties have their data in files: drop one."
+        )
+    else:
+        resolved = read_parties(parties, config, overrides, lambda text: watch(Event("note", 0, text=text)))
+    result = run_config(resolved, out, watch, observe, drive, again, callbacks)
+    return RunResult(**vars(result), code=code_of(resolved))
+
+
+def resume(
+    path: str | Path,
+    rounds: int | None = None,
+    overrides: Overrides = (),
+    watch: Watch = lambda event: None,
+    callbacks: Sequence[Any] = (),
+    **objects: Any,
+) -> RunResult:
+    """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
+
+        fedlora.run("mine.toml", out="runs/more", overrides={"rounds": 1})
+        result = fedlora.resume("runs/more", rounds=2)
+
+    ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
+    and ``task.data`` if the data have moved. A run on Python objects needs the same ``objects`` again: ``model``,
+    ``train``, ``test``, and what else it had of ``loss``, ``metrics``, ``losses`` and ``collate``. Raises
+    ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
+    ``ValueError`` if no checkpoint is sound, or if the rows or the model are others.
+    """
+    own = build_objects(objects) if objects else None
+    result = resume_folder(path, rounds, overrides, watch, callbacks, own)
+    return RunResult(**vars(result), code=None if own is None else own.code())
+
+
+def compare(
+    config: AnyConfig | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    out: str | Path | None = None,
+    jobs: int = 1,
+    watch: Callable[[Cell, Event], None] = lambda cell, event: None,
+    done: Callable[[Cell], None] = lambda cell: None,
+    overrides: Overrides = (),
+    callbacks: Sequence[Any] = (),
+    **objects: Any,
+) -> Compared:
+    """Run all methods with all seeds: with the same data, partition, initial weights and budgets. A run may diverge.
+
+        compared = fedlora.compare("mine.toml", methods=["fedit", "local"], seeds=[0])
+        compared.frame()  # a row a run
+        compared.rows  # a mean a method
+
+    Args:
+        config: the path of a TOML file, its table, or a ``Config``: whatever ``fedlora.run`` accepts.
+        methods: names of methods, labels of ``[compare.LABEL]`` tables, ``"centralised"``; the configuration's if None.
+        seeds: a run of each method for each; they replace the configuration's.
+        out: a new folder for ``comparison.json`` and a run's folder for each method and seed. An interrupted comparison
+            there is resumed: finished runs stay, and others are resumed from their checkpoints.
+        jobs: runs at the same time, in processes of their own with one thread each; a script that asks for several
+            needs ``if __name__ == "__main__":``. Python objects need ``jobs=1``.
+        watch: called with a run and each of its events, if ``jobs`` is 1.
+        done: called with each run that has ended.
+        overrides: ``"key=value"`` or a dict of dotted keys.
+        callbacks: of every run, see ``fedlora.Callback``; they need ``jobs=1``.
+        objects: instead of ``config``, as in ``fedlora.run``.
+
+    Raises ``ConfigError`` for wrong settings before the first run, and ``ValueError`` if a run in ``out`` has another
+    configuration, or if the data have changed.
+    """
+    resolved = take_objects(config, objects)
+    return compare_methods(resolved, methods, seeds, out, jobs, watch, done, overrides, callbacks)
 
 
 # ------------------------------------------------------------------------------------------------ finished runs
@@ -45,6 +194,9 @@ class OpenRun(RunFolder):
         self, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
     ) -> dict[str, Any]:
         """Write the result to a new folder as a PEFT adapter, load it again and compare the logits.
+
+        A run on Python objects is written as an update that ``fedlora.load_update`` applies to its network. Nothing is
+        compared then, since the network is not here; ``RunResult.export`` compares.
 
         Args:
             out: a new folder.
@@ -68,9 +220,10 @@ class OpenRun(RunFolder):
         overrides: Overrides = (),
         watch: Watch = lambda event: None,
         callbacks: Sequence[Any] = (),
-    ) -> Result:
+        **objects: Any,
+    ) -> RunResult:
         """Resume the run, or extend it to ``rounds``; see ``fedlora.resume``. This object then has the new rounds."""
-        result = resume(self.path, rounds, overrides, watch, callbacks)
+        result = resume(self.path, rounds, overrides, watch, callbacks, **objects)
         for name in set(vars(self)) - {"path"}:  # cached from before
             del vars(self)[name]
         return result

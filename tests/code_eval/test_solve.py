@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from fedlora.api import run
 from fedlora.cli import app
 from fedlora.runs.config import build
-from fedlora.runs.run import run
 
 pytestmark = pytest.mark.shared
 

@@ -235,7 +235,8 @@ def test_nothing_moves_where_clients_are_equal():
 
 
 def test_comparison_carries_the_groups_and_centralised_does_the_cohorts_steps(tmp_path):
-    from fedlora.runs.compare import compare, for_label
+    from fedlora.api import compare
+    from fedlora.runs.compare import for_label
     from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.folder import read_json
     from tests.fixtures.federation import TABLE

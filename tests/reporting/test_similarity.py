@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
+from fedlora.api import run
 from fedlora.cli import app
 from fedlora.reporting.similarity import measure_similarity
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import run
 from fedlora.schema import ConfigError
 
 TABLE = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fedlora
+from fedlora.api import compare
 from fedlora.engines.loop import explain_overflow
-from fedlora.runs.compare import compare, for_label
+from fedlora.runs.compare import for_label
 from fedlora.runs.comparison import comparison_rows
 from fedlora.runs.config import build
 from tests.fixtures.federation import TINY_VIT

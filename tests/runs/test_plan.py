@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from fedlora.api import run
 from fedlora.cli import app
 from fedlora.methods import METHODS
 from fedlora.reporting.tables import plan as plans
@@ -17,7 +18,6 @@ from fedlora.reporting.terminal import show
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import build
 from fedlora.runs.plan.plan import build_meta_model, find_problems, plan_bytes, plan_methods
-from fedlora.runs.run import run
 from fedlora.schema import ConfigError, dumps
 from tests.fixtures.federation import TINY_VIT
 
@@ -127,7 +127,7 @@ def test_rows_numbers_and_steps_are_those_of_the_run():
 MEASURE = """
 import ctypes, gc, json, sys
 from fedlora.runs.config import build
-from fedlora.runs.run import run
+from fedlora.api import run
 
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from fedlora.adapters import LoRA
+from fedlora.api import run
 from fedlora.export.peft import export_model
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import run
 from fedlora.tasks import seq2seq
 from fedlora.tasks.metrics.answers import answer_f1, exact_match
 from fedlora.tasks.metrics.scores import compute_metrics

@@ -61,7 +61,7 @@ def run_command(
     from fedlora.runs.config import read
     from fedlora.runs.party_files import read_parties
     from fedlora.runs.progress import Progress
-    from fedlora.runs.run import run
+    from fedlora.runs.run import run_config
 
     overrides = [*(override or []), *([f"engine.name={engine}"] if engine else [])]
     if parties is not None:
@@ -72,7 +72,7 @@ def run_command(
         raise ValueError("no configuration is named; name a TOML file, or those of all parties with --parties.")
     out = out or choose_folder(config.stem if config is not None else "parties")
     with Progress(resolved.rounds) as progress:
-        result = run(resolved, out, progress.watch)
+        result = run_config(resolved, out, progress.watch)
     _print_summary(result.summary, out, as_json)
 
 
@@ -87,11 +87,11 @@ def resume_command(
     from fedlora.runs.folder import RunFolder
     from fedlora.runs.progress import Progress
     from fedlora.runs.resume import read_resumable
-    from fedlora.runs.run import run
+    from fedlora.runs.run import run_config
 
     resolved = read_resumable(folder, rounds, [*(override or []), *([f"engine.name={engine}"] if engine else [])])
     with Progress(resolved.rounds - len(RunFolder(folder).records)) as progress:
-        result = run(resolved, folder, progress.watch, again=True)
+        result = run_config(resolved, folder, progress.watch, again=True)
     _print_summary(result.summary, folder, as_json)
 
 
@@ -128,7 +128,7 @@ def compare_command(
     from fedlora.reporting.figures import draw_comparison
     from fedlora.reporting.load import load_cells
     from fedlora.reporting.tables.comparison import tabulate_comparison
-    from fedlora.runs.compare import compare
+    from fedlora.runs.compare import compare_methods
     from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.progress import Cells
     from fedlora.schema import apply_overrides, read_table
@@ -142,7 +142,7 @@ def compare_command(
     out = out or choose_folder(f"{config.stem}-compare")
     with Cells(len(labels) * len(numbers), table.get("rounds", 20)) as progress:
         try:
-            cells = compare(table, labels, numbers, out, jobs, progress.watch, progress.finish)
+            cells = compare_methods(table, labels, numbers, out, jobs, progress.watch, progress.finish)
         except KeyboardInterrupt:
             say(
                 f"The runs that were finished are in {out}, each in a folder of its own; the same command with "
@@ -218,7 +218,7 @@ def demo_command(
     from fedlora.reporting.figures import draw_comparison
     from fedlora.reporting.load import load_cells
     from fedlora.reporting.tables.comparison import tabulate_comparison
-    from fedlora.runs.compare import compare
+    from fedlora.runs.compare import compare_methods
     from fedlora.runs.comparison import comparison_rows
     from fedlora.runs.progress import Cells
     from fedlora.schema import read_table
@@ -229,7 +229,7 @@ def demo_command(
         say("Ten clients, 1,347 handwritten digits between them, unevenly split; a small ViT that was pretrained on")
         say("letters. Each trains a LoRA of rank 4 on its own digits; eight ways to combine them:")
         with Cells(len(DEMO_METHODS), table["rounds"]) as progress:
-            cells = compare(table, DEMO_METHODS, [table["seed"]], out, jobs, progress.watch, progress.finish)
+            cells = compare_methods(table, DEMO_METHODS, [table["seed"]], out, jobs, progress.watch, progress.finish)
         shutil.copy(path, out / "demo.toml")
     rows, figures = comparison_rows(cells), draw_comparison(load_cells(cells), out)
     result = {"rows": rows, "figures": [str(figure) for figure in figures]}

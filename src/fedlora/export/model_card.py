@@ -30,14 +30,40 @@ model = {auto}.from_pretrained("this folder")
 ```"""
 
 
+UPDATE = """```python
+import fedlora
+
+model = fedlora.load_update(model, "this folder")  # model: the network of the run, with its pretrained weights
+```
+
+Without fedlora: `update.safetensors` has `NAME/A` (rank x inputs) and `NAME/B` (outputs x rank) of each adapted weight,
+and all parameters of each module that was trained in full.
+
+```python
+import torch
+from safetensors.torch import load_file
+
+update = load_file("this folder/update.safetensors")
+with torch.no_grad():
+    for name, value in update.items():
+        module, _, leaf = name.rpartition("/")
+        if leaf == "A":
+            model.get_submodule(module).weight += update[module + "/B"] @ value  # transposed for a Conv1D
+        elif leaf != "B":
+            getattr(model.get_submodule(module), leaf).copy_(value)
+```"""
+
+
 def write_card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
     """Return Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
     model = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
     parts = LABELLED if summary["labels"] and not config.task.brings_head else dict.fromkeys(LABELLED, "")
-    use = (MERGED if merged else ADAPTER).format(auto=config.task.auto, base=config.model.name, **parts)
+    own = config.task.is_own_code
+    use = UPDATE if own else (MERGED if merged else ADAPTER)
+    use = use.format(auto=config.task.auto, base=config.model.name, **parts)
     front = [
-        "---", f"base_model: {strip_folders(config.model.name)}",
-        "library_name: " + ("transformers" if merged else "peft"),
+        "---", *([] if own else [f"base_model: {strip_folders(config.model.name)}"]),
+        "library_name: " + ("fedlora" if own else "transformers" if merged else "peft"),
         "tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---",
     ]  # fmt: skip
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, summary, about))

@@ -12,14 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.export.model_card import write_card
+from fedlora.export.update import export_update, truncation_error
 from fedlora.files import check_new_folder, write
 from fedlora.linalg.factors import compact, total, truncate
-from fedlora.linalg.geometry import distances
-from fedlora.linalg.sums import Term
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.table import Column, Table, format_relative
 from fedlora.schema import ConfigError
+from fedlora.tasks._code import Code
 from fedlora.tasks.networks.pretrained import resolve_model
 from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model
@@ -33,21 +33,34 @@ CLOSE = 1e-3  # largest difference of a reloaded model's logits in float32, rela
 
 
 def export_model(
-    run: RunFolder, out: str | Path, client: int | None = None, rank: int | None = None, merged: bool = False
+    run: RunFolder,
+    out: str | Path,
+    client: int | None = None,
+    rank: int | None = None,
+    merged: bool = False,
+    code: Code | None = None,
 ) -> dict[str, Any]:
     """Write the shared model's adapter, or one client's, to a new folder; returns the folder and its errors.
 
     ``rank`` truncates every weight's update to its best approximation of that rank. ``merged`` writes the whole model
     instead. The export is loaded again, by PEFT or by transformers, and its logits are compared with those of the
-    run's own model. If they differ, the folder is removed and ``RuntimeError`` is raised.
+    run's own model. If they differ, the folder is removed and ``RuntimeError`` is raised. For a run on Python objects
+    see ``export_update``; ``code`` are these objects, if they are here.
     """
+    if run.config.task.is_own_code:
+        if merged:
+            raise ConfigError(
+                "the model of this run was a Python object, so no whole model can be written; export its update, and "
+                "apply that to the model with fedlora.load_update."
+            )
+        return export_update(run, out, client, rank, code)
     tree, folder = run.tree(client), check_new_folder(out)
     model = attach_adapters(run.config, run.network())
     whole = collect_updates(model, tree, run.base_updates)
     cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
     about = {
         "client": client,
-        "error": _truncation_error(whole, cut),
+        "error": truncation_error(whole, cut),
         "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
     }
     heads = {part: tree[part] for part in model.parts if part not in whole}
@@ -83,14 +96,6 @@ def collect_updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors
             both = [f for f in (update, base_updates.get(part)) if f is not None and bool(f.U.any())]
             updates[part] = compact(total(both)) if both else update
     return updates
-
-
-def _truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
-    """Return the error of truncation, relative to all updates together (Frobenius norm)."""
-    pairs = [(Term(1.0, *whole[part]), Term(1.0, *cut[part])) for part in whole if cut[part] is not whole[part]]
-    lost = sum((norm * away[0]) ** 2 for norm, away in (distances([f], [[c]]) for f, c in pairs))
-    everything = sum(distances([Term(1.0, *f)], [])[0] ** 2 for f in whole.values())
-    return float(lost / everything) ** 0.5 if everything else 0.0
 
 
 def _write_adapter(

@@ -16,7 +16,7 @@ from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import TOKEN
 from fedlora.runs.folder import read_json
 from fedlora.runs.progress import Lines
-from fedlora.runs.run import Result, Take, run
+from fedlora.runs.run import Result, Take, run_config
 from fedlora.schema import ConfigError
 
 
@@ -60,4 +60,4 @@ def run_server(
             f"{str(out)!r} holds a run of an earlier version of fedlora; finish it with that version, or choose "
             "another folder."
         )
-    return run(config, out, watch, drive=drive, again=token_path.exists(), callbacks=callbacks)
+    return run_config(config, out, watch, drive=drive, again=token_path.exists(), callbacks=callbacks)

@@ -22,12 +22,13 @@ from fedlora.schema import ConfigError, Table, per_machine_fields
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks import TASKS
-from fedlora.tasks._base import Data, Shard
+from fedlora.tasks._base import Data, Shard, move_batch
 from fedlora.tasks.networks.pretrained import check_tokens, quantization_options
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
 from fedlora.training.warm_start import warm_start
 
+CHECKED = 4  # rows of the caller's losses
 Shards = Mapping[int, Shard] | Sequence[Shard]  # by client
 
 
@@ -44,6 +45,8 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     f = load_model(config, data, shards, names)
     if f.privacy.by_example:
         per_sample_gradients.check_row_independence(f.model.network)
+        if config.task.is_own_code:
+            _check_losses(f)
     return _complete(config, f)
 
 
@@ -95,6 +98,18 @@ def prepare_attack(config: Sections) -> Attack | None:
     if attack is None:
         return None
     return attack.prepare(config.task, config.model.name, config.clients.members, config.seed)
+
+
+def _check_losses(f: Federation) -> None:
+    """Raise ``ValueError`` if the losses of the caller's code are not those of single rows."""
+    data, task, device = f.data, f.task, f.model.device
+    assert data is not None, "this machine has the caller's rows"
+    f.model.load(f.model.initial(f.seed))
+    per_sample_gradients.check_losses(
+        f.model,
+        lambda network, rows: task.losses(network, move_batch(task.collate(data.train, rows), device)),
+        f.shards[0].train[:CHECKED],
+    )
 
 
 def attach_federation(

@@ -17,18 +17,21 @@ from fedlora.registry import nearest
 from fedlora.runs.comparison import Cell, Compared, comparison_rows
 from fedlora.runs.config import (
     AnyConfig,
+    Config,
     Overrides,
     build,
     check_compare,
     default_adapter,
+    keep_objects,
     section_table,
     to_table,
 )
 from fedlora.runs.counterfactual import compare_uploads
 from fedlora.runs.file_names import COMPARISON, CONFIG, ORACLE
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import check_same, run
+from fedlora.runs.run import check_same, run_config
 from fedlora.schema import ConfigError, Table, construct_by_name, merge_tables, remove_key
+from fedlora.tasks._base import Task
 from fedlora.text import safe_filename
 
 CENTRALISED = "centralised"
@@ -132,7 +135,7 @@ def _has_client_privacy(table: Table) -> bool:
     return bool(section_table(table, "privacy").get("level") == "client")
 
 
-def compare(
+def compare_methods(
     config: AnyConfig,
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
@@ -171,10 +174,13 @@ def compare(
     table = to_table(config, overrides)
     labels = _list_once("methods", [own_method(table)] if methods is None else methods, str, '["fedit", "local"]')
     cells = plan_cells(table, labels, _list_once("seeds", seeds, int, "[0, 1, 2]"), folder)
+    task = config.task if isinstance(config, Config) and config.task.is_own_code else None
+    if task is not None and jobs > 1:
+        raise ConfigError(f"the model and data are Python objects of this process, but jobs is {jobs}; set it to 1.")
     if callbacks and jobs > 1:
         raise ConfigError(f"callbacks run in this process, but jobs is {jobs}; set it to 1, or leave callbacks out.")
     finished: dict[tuple[str, int], Cell] = {}
-    for cell in execute_all(cells, jobs, watch, callbacks):
+    for cell in execute_all(cells, jobs, watch, callbacks, task):
         finished[cell.label, cell.seed] = cell
         done(cell)
     ordered = Compared(finished[key] for cell in cells if (key := (cell.label, cell.seed)) in finished)
@@ -211,7 +217,7 @@ def compare_aggregation(
         kind = load_merging_method(_method_name(label, settings))
         has_settings = settings.get(label, {}).get("method")
         methods[label] = replace(build(for_label(table, label)).method if has_settings else kind(), adapter=adapter)
-    records = run(config, out, watch, lambda *round: compare_uploads(*round, methods)).records
+    records = run_config(config, out, watch, lambda *round: compare_uploads(*round, methods)).records
     results = [record["oracle"] for record in records]
     rows = [_aggregation_row(label, results) for label in methods if label in results[0]["methods"]]
     means = {"tail": statistics.fmean(x["tail"] for x in results)}
@@ -229,12 +235,16 @@ def _aggregation_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def execute_all(
-    cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None], callbacks: Sequence[Any] = ()
-) -> Iterator[Cell]:
-    """Yield each cell when it has run; several jobs run in processes of their own, without callbacks."""
+    cells: Sequence[Cell], jobs: int, watch: Callable[[Cell, Event], None], callbacks: Sequence[Any] = (),
+    task: Task | None = None,
+) -> Iterator[Cell]:  # fmt: skip
+    """Yield each cell when it has run; several jobs run in processes of their own, without callbacks.
+
+    ``task`` has the Python objects of all cells, if they run on some.
+    """
     if jobs <= 1:
         for cell in cells:
-            yield execute(cell, partial(watch, cell), callbacks=callbacks)
+            yield execute(cell, partial(watch, cell), callbacks=callbacks, task=task)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         # One torch thread each: two busy threads on one core would wait for each other.
@@ -248,10 +258,12 @@ def execute_all(
 
 
 def execute(
-    cell: Cell, watch: Watch = lambda event: None, threads: int | None = None, callbacks: Sequence[Any] = ()
-) -> Cell:
+    cell: Cell, watch: Watch = lambda event: None, threads: int | None = None, callbacks: Sequence[Any] = (),
+    task: Task | None = None,
+) -> Cell:  # fmt: skip
     """Run a cell in this process, or resume it. A finished cell is read from its folder."""
     config = build(merge_tables(cell.table, {"engine": {"threads": threads}} if threads else {}))
+    config = config if task is None else keep_objects(config, task)
     cell = replace(cell, table=config.table)
     folder = None if cell.folder is None else RunFolder(Path(cell.folder))
     again = folder is not None and (folder.path / CONFIG).exists()
@@ -259,7 +271,7 @@ def execute(
         check_same(config, folder.path)
         return replace(cell, summary=folder.summary)
     try:
-        result = run(config, cell.folder, watch, again=again, callbacks=callbacks)
+        result = run_config(config, cell.folder, watch, again=again, callbacks=callbacks)
     except FloatingPointError as error:
         return replace(cell, failure=str(error))
     if result.summary["interrupted"]:

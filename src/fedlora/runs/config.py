@@ -31,6 +31,7 @@ from fedlora.schema import (
     read_table,
     set_keys,
 )
+from fedlora.tasks._base import Task
 from fedlora.training.peft_settings import OFF
 
 REQUIRED = {  # section -> an example
@@ -91,10 +92,15 @@ def to_config(config: AnyConfig, overrides: Overrides = ()) -> Config:
     if isinstance(config, Config) and not overrides:
         return config
     changed = build(to_table(config, overrides))
-    if not isinstance(config, Config) or type(changed.task) is not type(config.task):
-        return changed
-    objects = {f.name: getattr(config.task, f.name) for f in fields(config.task) if f.init and f.name.startswith("_")}
-    return replace(changed, task=replace(changed.task, **objects)) if objects else changed
+    return keep_objects(changed, config.task) if isinstance(config, Config) else changed
+
+
+def keep_objects(config: Config, task: Task) -> Config:
+    """Return the configuration with the Python objects of ``task``, if that is a task of the same kind with some."""
+    if type(config.task) is not type(task):
+        return config
+    objects = {f.name: getattr(task, f.name) for f in fields(task) if f.init and f.name.startswith("_")}  # type: ignore[arg-type]
+    return replace(config, task=replace(config.task, **objects)) if objects else config  # type: ignore[type-var]
 
 
 def to_table(config: AnyConfig, overrides: Overrides = ()) -> Table:

@@ -13,7 +13,7 @@ from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.registry import Registry
 from fedlora.runs.config import Config, build
-from fedlora.runs.run import Result, run
+from fedlora.runs.run import Result, run_config
 from fedlora.runs.sections import SECTIONS
 from fedlora.schema import ConfigError, Table
 from fedlora.training.local import Training
@@ -87,7 +87,7 @@ def federate(
     config = own_config(
         trainers.model, table, method, clients, rounds, seed, trainers.describe_training(), sections, trainers
     )
-    return run(config, out, watch, callbacks=callbacks, again=again)
+    return run_config(config, out, watch, callbacks=callbacks, again=again)
 
 
 def own_config(

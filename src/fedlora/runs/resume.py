@@ -10,16 +10,18 @@ from fedlora.engines.record import RoundRecord
 from fedlora.runs.config import Config, Overrides, read, to_config, to_table
 from fedlora.runs.file_names import CONFIG, TOKEN
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import Result, run
+from fedlora.runs.objects import Objects, attach_code
+from fedlora.runs.run import Result, run_config
 from fedlora.schema import ConfigError
 
 
-def resume(
+def resume_folder(
     path: str | Path,
     rounds: int | None = None,
     overrides: Overrides = (),
     watch: Watch = lambda event: None,
     callbacks: Sequence[Any] = (),
+    objects: Objects | None = None,
 ) -> Result:
     """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
 
@@ -27,11 +29,14 @@ def resume(
         result = fedlora.resume("runs/more", rounds=2)
 
     ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
-    and ``task.data`` if the data have moved. Raises ``ConfigError`` for a folder without a run, with a finished run or
-    with one that cannot be resumed here, and ``ValueError`` if no checkpoint is sound.
+    and ``task.data`` if the data have moved. A run on Python objects needs the same ``objects`` again. Raises
+    ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
+    ``ValueError`` if no checkpoint is sound.
     """
     config = read_resumable(path, rounds, overrides)
-    return run(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)
+    if objects is not None:
+        config = attach_code(config, objects.code())
+    return run_config(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)
 
 
 def read_resumable(path: str | Path, rounds: int | None = None, overrides: Overrides = ()) -> Config:

@@ -21,7 +21,6 @@ from fedlora.runs.error_log import tracebacks_in
 from fedlora.runs.file_names import CONFIG, INITIAL, ROWS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, explain_full_disk, lock_folder
-from fedlora.runs.party_files import PartySource, read_parties
 from fedlora.runs.progress_writer import ProgressWriter
 from fedlora.runs.recorder import RunRecorder
 from fedlora.runs.result import Rounds
@@ -47,8 +46,8 @@ class Result(Rounds):
 Drive = Callable[[Config, Federation, Watch, Observe | None, Take], Mapping[int, Tree] | None]
 
 
-def run(
-    config: AnyConfig | None = None,
+def run_config(
+    config: AnyConfig,
     out: str | Path | None = None,
     watch: Watch = lambda event: None,
     observe: Observe | None = None,
@@ -56,7 +55,6 @@ def run(
     again: bool = False,
     callbacks: Sequence[Any] = (),
     overrides: Overrides = (),
-    parties: Sequence[PartySource] | None = None,
 ) -> Result:
     """Run a federation to its end, or to Ctrl-C.
 
@@ -74,17 +72,13 @@ def run(
         again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
         callbacks: see ``fedlora.Callback``.
         overrides: settings that replace those of ``config``: ``"key=value"``, or a dict, with dotted keys.
-        parties: the TOML file, or the table, of each party with data of its own, to play them all in this process;
-            ``config`` may then be None. See ``party_files.read_parties``.
 
     Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
     ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
     folder's ``error.log``.
     """
     folder = None if out is None else Path(out).expanduser()
-    if parties is not None:
-        config = read_parties(parties, config, overrides, lambda text: watch(Event("note", 0, text=text)))
-    config = to_config(config, () if parties is not None else overrides)
+    config = to_config(config, overrides)
     for name, tracker in config.track.trackers.items():
         tracker.check(name)
     builtin: list[Callback] = [] if folder is None else [ProgressWriter(folder)]

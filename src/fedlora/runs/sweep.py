@@ -221,6 +221,11 @@ def find_validation_split(table: Table, share: float | None) -> str:
     """Return the data's validation split, or ``share`` of its training rows. Raises ``ConfigError`` without rows."""
     config = build({key: value for key, value in table.items() if key != "compare"})
     task: Any = config.task
+    if task.is_own_code:
+        raise ConfigError(
+            "a sweep chooses by validation rows of its task's data, and the data are Python objects; give "
+            "fedlora.compare a test set of validation rows instead."
+        )
     if config.clients.own_data or not hasattr(task, "test_split"):
         raise ConfigError(
             "there is no validation data to choose by, since every client has its own rows elsewhere; "

@@ -1,7 +1,7 @@
 """Python objects as a task: the model, the data, the loss and the metrics are the caller's own."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +61,15 @@ class ObjectTask(Task):
                 "fedlora.resume(folder, model=..., train=..., ...)."
             )
         return self._code
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the caller's objects are here."""
+        return self._code is not None
+
+    def with_code(self, code: Code) -> "ObjectTask":
+        """Return the task with the caller's objects."""
+        return replace(self, _code=code)
 
     @property
     def losses_obstacle(self) -> str | None:

@@ -35,7 +35,7 @@ def read_buffers(network: nn.Module) -> Buffers:
     Other buffers, such as the frequencies of a positional encoding, follow from the input.
     """
     return {
-        f"{path}.{name}": (id(x), x._version)
+        f"{path}.{name}".lstrip("."): (id(x), x._version)
         for path, module in network.named_modules()
         for name, x in module._buffers.items()
         if x is not None and name not in module._non_persistent_buffers_set

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import fedlora
-from fedlora.runs.compare import compare
+from fedlora.api import compare
 from fedlora.runs.sweep import Sweep
 from tests.fixtures.federation import TINY_VIT, config
 from tests.fixtures.own_files import ROWS, write

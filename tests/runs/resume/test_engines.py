@@ -5,12 +5,12 @@ import pytest
 pytest.importorskip("flwr", reason="needs the flower extra")
 
 import fedlora
+from fedlora.api import run
 from fedlora.flower.client import Node, SharedBase
 from fedlora.flower.client_messages import build_client_app, handle_message
 from fedlora.flower.client_store import ClientStore, LocalClients
 from fedlora.flower.server import FlowerLoop
 from fedlora.runs.resume import read_resumable
-from fedlora.runs.run import run
 from tests.fixtures.federation import same
 from tests.fixtures.flower import QUICK, agree
 from tests.fixtures.memory_grid import MemoryGrid

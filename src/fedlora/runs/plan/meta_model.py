@@ -15,6 +15,7 @@ from fedlora.files import read_header
 from fedlora.runs.build import attach_federation, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.traffic import PartGroup, group_parts
+from fedlora.schema import ConfigError
 from fedlora.tasks._base import Shard, Task
 from fedlora.tasks.networks.pretrained import load_quietly, resolve_model
 from fedlora.types import Tree
@@ -33,6 +34,11 @@ class MetaModel:
 
 def build_meta_model(config: Config) -> MetaModel:
     """Build the federation of a configuration with data, but without weights."""
+    if config.task.is_own_code:
+        raise ConfigError(
+            "a plan is computed from the config.json of a model, and the model of this run is a Python object; run one "
+            "round of it, and read the bytes and seconds of its record."
+        )
     device = config.engine.select_device()
     data, shards, names = load_rows(config, None, True)
     network = _build_network(config.task, config.model.name, len(names))

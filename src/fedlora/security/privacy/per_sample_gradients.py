@@ -96,6 +96,23 @@ def _layer_norm(path: str, module: nn.Module, x: Tensor, leaves: Layer, rows: in
 FORWARDS = {nn.Linear: _linear, nn.LayerNorm: _layer_norm}
 
 
+@torch.no_grad()
+def check_losses(model: Model, batch_losses: Callable[[nn.Module, Tensor], Tensor], rows: Tensor) -> None:
+    """Raise ``ValueError`` if a row's loss is another one in a batch with other rows.
+
+    ``batch_losses(network, rows)`` computes the losses of some rows. For losses that are not this library's own.
+    """
+    model.network.eval()
+    with model.running():
+        together = batch_losses(model.network, rows)
+        alone = torch.cat([batch_losses(model.network, row) for row in rows.split(1)])
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            "losses returns other values for rows in a batch than for each row alone, so no clipped gradient bounds "
+            "one row's part; with privacy.level = 'example' a row's loss depends on this row only."
+        )
+
+
 def check_row_independence(network: nn.Module) -> None:
     """``ValueError`` if the rows of a batch depend on each other: then there are no per-sample gradients."""
     for path, module in network.named_modules():

@@ -1,0 +1,152 @@
+"""Export of a run on a network that is no Hugging Face model: a file of weight updates, and a function to apply it."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.export.model_card import write_card
+from fedlora.files import check_new_folder, load_about, load_tree, save_tree, write
+from fedlora.linalg.factors import compact, total, truncate
+from fedlora.linalg.geometry import distances
+from fedlora.linalg.sums import Term
+from fedlora.runs.build import attach_adapters
+from fedlora.runs.folder import RunFolder
+from fedlora.schema import ConfigError
+from fedlora.tasks._base import move_batch
+from fedlora.tasks._code import Code
+from fedlora.types import Factors, Tree
+
+FILE = "update.safetensors"
+CLOSE = 1e-4  # largest difference of the outputs in float32, relative to the largest output
+
+
+def export_update(
+    run: RunFolder, out: str | Path, client: int | None = None, rank: int | None = None, code: Code | None = None
+) -> dict[str, Any]:
+    """Write the shared model's update of the base, or one client's, to a new folder; returns the folder and its errors.
+
+    ``update.safetensors`` has ``NAME.A`` (r n) and ``NAME.B`` (m r) of each adapted weight, whose update is ``B @ A``
+    with every scale and base update, and the parameters of each module that was trained in full. ``rank`` truncates
+    every update to its best approximation of that rank. With ``code``, the caller's objects, the update is applied to
+    a new network, and its outputs are compared with the run's own; if they differ, the folder is removed and
+    ``RuntimeError`` is raised.
+    """
+    tree, folder = run.tree(client), check_new_folder(out)
+    adapted = {part for part, layer in tree.items() if run.config.method.adapter.trainable & set(layer)}
+    whole = {part: _update_of(run, part, tree) for part in tree if part in adapted}
+    cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
+    about = {
+        "client": client,
+        "error": truncation_error(whole, cut),
+        "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
+    }
+    try:
+        factors = {part: {"A": f.V, "B": f.U} for part, f in cut.items()}
+        about_file = {"about": json.dumps({"adapted": sorted(factors)})}
+        save_tree(folder / FILE, {part: factors.get(part, layer) for part, layer in tree.items()}, about_file)
+        difference = None if code is None else _compare_outputs(run, folder, code, tree, cut if rank else None)
+        if difference is not None and difference > CLOSE:
+            raise RuntimeError(
+                f"the export's outputs differ from the run's by {difference:.1e} of the largest; please report it."
+            )
+        write(folder / "README.md", write_card(run.config, run.summary, about, merged=False).encode())
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return {"folder": str(folder), **about, "difference": difference}
+
+
+@torch.no_grad()
+def load_update(network: nn.Module, folder: str | Path) -> nn.Module:
+    """Apply an exported update to a network with the run's pretrained weights, in place, and return it.
+
+        model = fedlora.load_update(Net(), "exported")
+
+    Raises ``ValueError`` if a module is missing, or if a shape differs; then nothing is changed.
+    """
+    path, changes = Path(folder).expanduser() / FILE, []
+    if not path.exists():
+        raise ConfigError(
+            f"{str(folder)!r} has no {FILE}; name a folder that the export of a run on own objects wrote."
+        )
+    adapted = load_about(path)["adapted"]
+    for part, layer in load_tree(path).items():
+        try:
+            module = network.get_submodule(part)
+        except AttributeError as error:
+            raise ValueError(
+                f"{str(path)!r} changes {part!r}, which the network does not have; give its own."
+            ) from error
+        if part in adapted:
+            delta = layer["B"] @ layer["A"]
+            changes.append((part, module, "weight", delta.mT if isinstance(module, Conv1D) else delta, True))
+        else:
+            changes += [(part, module, leaf, value, False) for leaf, value in layer.items()]
+    for part, module, leaf, value, _ in changes:
+        old = getattr(module, leaf, None)
+        if not isinstance(old, Tensor) or old.shape != value.shape:
+            shape = tuple(old.shape) if isinstance(old, Tensor) else "none"
+            raise ValueError(
+                f"{str(path)!r} has a {leaf} of {tuple(value.shape)} for {part!r}, whose own is {shape}; give the "
+                "network of the run."
+            )
+    for _, module, leaf, value, is_update in changes:
+        parameter = getattr(module, leaf)
+        fresh = parameter.float() + value.to(parameter.device) if is_update else value
+        parameter.copy_(fresh)
+    return network
+
+
+def _update_of(run: RunFolder, part: str, tree: Tree) -> Factors:
+    update = run.config.method.adapter.delta(tree[part])
+    both = [f for f in (update, run.base_updates.get(part)) if f is not None and bool(f.U.any())]
+    return compact(total(both)) if both else update
+
+
+def truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
+    """Return the error of truncation, relative to all updates together (Frobenius norm)."""
+    pairs = [(Term(1.0, *whole[part]), Term(1.0, *cut[part])) for part in whole if cut[part] is not whole[part]]
+    lost = sum((norm * away[0]) ** 2 for norm, away in (distances([f], [[c]]) for f, c in pairs))
+    everything = sum(distances([Term(1.0, *f)], [])[0] ** 2 for f in whole.values())
+    return float(lost / everything) ** 0.5 if everything else 0.0
+
+
+@torch.no_grad()
+def _compare_outputs(run: RunFolder, folder: Path, code: Code, tree: Tree, cut: Mapping[str, Factors] | None) -> float:
+    """Return the largest difference between the run's model and the reloaded one, relative to the largest output.
+
+    ``cut`` are truncated updates, which replace the run's adapters and base updates.
+    """
+    batch, seed = code.probe(), run.config.seed
+    model = attach_adapters(run.config, code.network(seed))
+    blank, updates = (tree, run.base_updates) if cut is None else (model.initial(seed), cut)
+    model.load({part: blank[part] if part in (cut or {}) else tree[part] for part in tree})
+    model.fold({part: (f,) for part, f in updates.items()})
+    expected = compute_outputs(code, model.network, batch)
+    here = compute_outputs(code, load_update(code.network(seed), folder), batch)
+    largest = max(float(x.abs().max()) for x in expected)
+    return max(float((a - b).abs().max()) for a, b in zip(expected, here, strict=True)) / (largest or 1.0)
+
+
+def compute_outputs(code: Code, network: nn.Module, batch: Any) -> list[Tensor]:
+    """Return the tensors that the network puts out while the loss is computed; the loss itself if it puts out none."""
+    outputs: list[Tensor] = []
+    hook = network.register_forward_hook(lambda module, inputs, output: outputs.extend(_floats(output)))
+    try:
+        loss = code.loss(network.eval(), move_batch(batch, torch.device("cpu")))
+    finally:
+        hook.remove()
+    return outputs or [loss[None]]
+
+
+def _floats(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.detach().float()] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [x for part in parts for x in _floats(part)]
