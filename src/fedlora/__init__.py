@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _WHERE = {
-    "aggregate": "fedlora.api", "attach": "fedlora.training.open_model", "federate": "fedlora.runs.federate",
+    "aggregate": "fedlora.api", "attach": "fedlora.training.open_model", "federate": "fedlora.api",
     "ClientInfo": "fedlora.engines.trainers", "Session": "fedlora.runs.session",
     "compare": "fedlora.api", "open": "fedlora.api", "plan": "fedlora.api",
     "read": "fedlora.runs.config", "resume": "fedlora.api", "run": "fedlora.api", "sweep": "fedlora.api",

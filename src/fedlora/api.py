@@ -6,7 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from fedlora.engines.clients import Clients
 from fedlora.engines.loop import Event, Observe, Watch
+from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule
 from fedlora.export.aggregate import AggregationReport, aggregate_adapters, build_method
 from fedlora.export.peft import export_model
 from fedlora.files import write
@@ -18,12 +20,13 @@ from fedlora.reporting.tables.sweep import tabulate_sweep
 from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.config import AnyConfig, Overrides, to_config, to_table
+from fedlora.runs.federate import attach_trainers, run_trainers
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import RunFolder, read_json
 from fedlora.runs.objects import build_objects, code_of, take_objects
 from fedlora.runs.party_files import PartySource, read_parties
 from fedlora.runs.plan.plan import plan_run
-from fedlora.runs.resume import resume_folder
+from fedlora.runs.resume import read_resumable, resume_folder
 from fedlora.runs.run import Drive, Result, run_config
 from fedlora.runs.sweep import CHOSEN, REPORT, Sweep
 from fedlora.runs.table import Table, from_pairs, to_html
@@ -78,9 +81,13 @@ def run(
         result = fedlora.run("mine.toml", out="runs/one", overrides={"method.name": "fedsa-lora"})
         result.summary["final"]
 
+        import torch
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        rows = [(torch.randn(4), k % 2) for k in range(40)]
         result = fedlora.run(
-            model=net, train=[ds_a, ds_b, ds_c], test=ds_test, loss=loss, metrics={"accuracy": accuracy},
-            targets=["fc1", "fc2"], head=["out"], method="fedsa-lora", rounds=20, out="runs/two",
+            model=net, train=[rows[:20], rows[20:]], test=rows, targets=["0"], head=["2"], method="fedsa-lora",
+            loss=lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1]),
+            training=fedlora.Training(local_steps=2), rounds=2, out="runs/two",
         )
 
     Args:
@@ -117,12 +124,85 @@ def run(
     return RunResult(**vars(result), code=code_of(resolved))
 
 
+def federate(
+    trainer: Callable[[ClientInfo], Any],
+    clients: int | Mapping[str, Any] | Clients,
+    method: str | Mapping[str, Any] | Method | Sequence[str] = "fedit",
+    rounds: int = 20,
+    out: str | Path | None = None,
+    *,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    data: Any = None,
+    evaluate: Evaluate | None = None,
+    metric: str = "loss",
+    higher: bool | None = None,
+    schedule: Schedule = "run",
+    keep_optimizer: bool = False,
+    callbacks: Sequence[Any] = (),
+    watch: Watch = lambda event: None,
+    again: bool = False,
+    **sections: Any,
+) -> RunResult | Compared:
+    """Run a federation whose clients train with your own trainers, in this process.
+
+        import torch, peft
+        from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+        def trainer(client):
+            rows = [{"input_ids": torch.randint(5, 90, (8,)), "labels": i % 2} for i in range(20)]
+            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+            network = BertForSequenceClassification(BertConfig(vocab_size=90, **sizes))
+            network = peft.get_peft_model(network, peft.LoraConfig(r=2, task_type="SEQ_CLS"))
+            args = TrainingArguments("out", max_steps=2, report_to=[], disable_tqdm=True, dataloader_pin_memory=False)
+            return Trainer(network, args, train_dataset=rows, eval_dataset=rows)
+
+        result = fedlora.federate(trainer, clients=2, method="fedsa-lora", rounds=2, out="runs/own")
+
+    Args:
+        trainer: called once for each client, as ``trainer(client)`` with a ``ClientInfo``. Returns a ``Trainer`` of
+            transformers or TRL, or any object with ``.model`` and ``.train()``. A turn is one call of ``train()``; its
+            budget is the trainer's (``max_steps`` or ``num_train_epochs``). The first trainer's model is that of all
+            clients: later Trainers are handed it, and other objects must be built on ``client.model``.
+        clients: their number, or the ``[clients]`` table, such as ``{"count": 100, "per_round": 10}``.
+        method: a method's name, its table, or the method itself; a list of names is a comparison. The adapter is that
+            of the model.
+        rounds: the number of rounds.
+        out: a new run folder; ``fedlora show``, ``report``, ``compare`` and ``resume`` work on it.
+        seed: of the run. Python's, numpy's and torch's generators are set from run, round and client before each turn.
+        seeds: several seeds are a comparison, too; the result is that of ``fedlora.compare``.
+        data: common rows that ``clients["partition"]`` divides: a Dataset. ``client.rows`` has each client's numbers.
+            None: the clients have rows of their own.
+        evaluate: ``evaluate(network, client)`` returns metrics by name, each a number, or a sum over rows and their
+            number. None: the trainer's own ``evaluate()``, if it has an ``eval_dataset``.
+        metric: the main metric. ``higher``: whether higher values are better; None: known from the name, or true.
+        schedule: whether a Trainer's learning-rate schedule covers the whole ``"run"``, or each ``"turn"`` anew.
+        keep_optimizer: each client keeps its optimizer's moments between its turns (Trainers of transformers only).
+        callbacks: see ``fedlora.Callback``. ``watch`` is called with every event.
+        again: ``out`` may hold the beginning of this run, which then goes on from its last checkpoint.
+        sections: further tables of the configuration: ``compression``, ``privacy``, ``validation``, ``robust``,
+            ``server``, ``checkpoint``, ``evaluation``, ``attack``, ``engine``, ``track``.
+
+    Raises ``ConfigError`` for settings that cannot work in somebody else's loop, with the reason, and ``ValueError`` if
+    a trainer is not understood or a turn does not keep the method's rules.
+    """
+    result = run_trainers(
+        trainer, clients, method, rounds, out, seed=seed, seeds=seeds, data=data, evaluate=evaluate, metric=metric,
+        higher=higher, schedule=schedule, keep_optimizer=keep_optimizer, callbacks=callbacks, watch=watch, again=again,
+        **sections,
+    )  # fmt: skip
+    return result if isinstance(result, Compared) else RunResult(**vars(result))
+
+
 def resume(
     path: str | Path,
     rounds: int | None = None,
     overrides: Overrides = (),
     watch: Watch = lambda event: None,
     callbacks: Sequence[Any] = (),
+    trainer: Callable[[ClientInfo], Any] | None = None,
+    evaluate: Evaluate | None = None,
+    data: Any = None,
     **objects: Any,
 ) -> RunResult:
     """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
@@ -132,10 +212,14 @@ def resume(
 
     ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
     and ``task.data`` if the data have moved. A run on Python objects needs the same ``objects`` again: ``model``,
-    ``train``, ``test``, and what else it had of ``loss``, ``metrics``, ``losses`` and ``collate``. Raises
+    ``train``, ``test``, and what else it had of ``loss``, ``metrics``, ``losses`` and ``collate``. A run of
+    ``fedlora.federate`` needs the same ``trainer``, and what it had of ``evaluate`` and ``data``. Raises
     ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
     ``ValueError`` if no checkpoint is sound, or if the rows or the model are others.
     """
+    if trainer is not None:
+        config = attach_trainers(read_resumable(path, rounds, overrides), trainer, data, evaluate)
+        return RunResult(**vars(run_config(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)))
     own = build_objects(objects) if objects else None
     result = resume_folder(path, rounds, overrides, watch, callbacks, own)
     return RunResult(**vars(result), code=None if own is None else own.code())

@@ -9,6 +9,7 @@ Comments that a reader of the source sees and a reader of the page does not:
 - ``<!-- said by: FILE -->`` above a block: a message, which test_errors.py looks for in that file.
 - ``<!-- stand-in: mine.toml -->`` anywhere: the page's folder has a small configuration of the demo under this name.
 - ``<!-- encoder: minilm -->`` anywhere: the page's folder has a small untrained text encoder under this name.
+- ``<!-- decoder: llama -->`` anywhere: likewise a small untrained causal language model.
 - ``<!-- in small: FILE -->`` anywhere: the page's folder has this file of the project as ``standins.small`` makes it.
 - ``<!-- first: COMMAND -->`` anywhere: run in the page's folder before the page's blocks.
 """

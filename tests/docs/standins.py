@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.schema import dumps, read_table
 from tests.fixtures.federation import TINY_VIT
-from tests.fixtures.networks import write_encoder
+from tests.fixtures.networks import write_decoder, write_encoder
 
 QUICK = f"""\
 rounds = 1
@@ -66,3 +66,8 @@ def quick(folder: Path, name: str) -> None:
 def encoder(folder: Path, name: str) -> None:
     """A text encoder that has learnt nothing, under a page's name for a pretrained one."""
     write_encoder(folder / name)
+
+
+def decoder(folder: Path, name: str) -> None:
+    """A causal language model that has learnt nothing, under a page's name for a pretrained one."""
+    write_decoder(folder / name)

@@ -61,6 +61,8 @@ def prepared(path: Path, folder: Path, shell) -> None:
         standins.quick(folder, name)
     for name in blocks.asides(path, "encoder"):
         standins.encoder(folder, name)
+    for name in blocks.asides(path, "decoder"):
+        standins.decoder(folder, name)
     if path.name == "README.md":
         (folder / "mine.toml").write_text(standins.README_CONFIG)
     shutil.copytree(ROOT / "examples", folder / "examples")
@@ -88,8 +90,9 @@ def commands(block: blocks.Block, shell) -> None:
 
 
 def script(block: blocks.Block, shell, folder: Path) -> None:
-    """A Python block in a process of its own."""
-    name = f"block_{block.line}.py"
+    """A Python block in a process of its own; its first line may name its file, which later blocks import."""
+    first = block.text.splitlines()[0].removeprefix("# ")
+    name = first if first.isascii() and first.endswith(".py") and " " not in first else f"block_{block.line}.py"
     (folder / name).write_text(block.text + "\n")
     found = shell(f"python {shlex.quote(name)}")
     assert found.returncode == 0, f"{block.place}:\n{found.stdout}"

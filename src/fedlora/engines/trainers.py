@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from fedlora.training.transformers_trainer import (
 from fedlora.types import Tree, Turn
 
 Value = float | tuple[float, int]  # a metric, or its sum over rows and their number
+Schedule = Literal["run", "turn"]  # what learning-rate schedules cover
 Evaluate = Callable[[Any, "ClientInfo"], Mapping[str, Value]]
 
 
@@ -56,14 +57,20 @@ class Trainers:
     count: int
     seed: int
     evaluate: Evaluate | None = None  # metrics of a network for a client; None: the trainer's own ``evaluate``
-    schedule: Literal["run", "turn"] = "run"  # what learning-rate schedules cover
+    schedule: Schedule = "run"
     keep_optimizer: bool = False
-    rows: Mapping[int, list[int]] = field(default_factory=dict)  # by client, where the run divides the data
+    divide: Callable[[int], Mapping[int, list[int]]] | None = None  # seed -> each client's rows of common data
     config: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0  # the client whose trainer brings the network
     losses_obstacle: ClassVar[str] = "the loss is inside the caller's own loop"
+    bases: SharedBases = field(default_factory=SharedBases, repr=False)
+    has_run: bool = field(default=False, init=False)
     _trainers: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
-    _bases: SharedBases = field(default_factory=SharedBases, init=False, repr=False)
+
+    @cached_property
+    def rows(self) -> Mapping[int, list[int]]:
+        """Each client's rows of the common data; empty if each client has its own."""
+        return {} if self.divide is None else self.divide(self.seed)
 
     @cached_property
     def model(self) -> Model:
@@ -71,6 +78,18 @@ class Trainers:
         trainer = self._build(self.first, None)
         self._trainers[self.first] = trainer
         return open_model(trainer.model)
+
+    def for_run(self, seed: int) -> "Trainers":
+        """Return the trainers of a run: these for the first one, and then new ones on the base as it was."""
+        if not self.has_run and seed == self.seed:
+            self.has_run = True
+            return self
+        if "model" in self.__dict__:
+            self.model.unfold()
+            self.model.load(self.model.initial(self.seed))
+        own = replace(self, seed=seed)
+        own.has_run = True
+        return own
 
     def info(self, client: int) -> ClientInfo:
         """Return the description of a client."""
@@ -96,7 +115,7 @@ class Trainers:
     def _build(self, client: int, network: Any) -> Any:
         # One seed for all clients: parts that are drawn, such as a head, begin equal.
         info = ClientInfo(client, self.count, self.seed, self.rows.get(client), network, self.config)
-        with set_seeds(derive_seed(self.seed, "trainer")), self._bases.loading():
+        with set_seeds(derive_seed(self.seed, "trainer")), self.bases.loading():
             trainer = self.make(info)
         missing = [name for name in ("model", "train") if not hasattr(trainer, name)]
         if missing:
@@ -136,7 +155,8 @@ class Trainers:
     def describe_training(self) -> Training:
         """Return the ``[training]`` table with the first trainer's settings if they are known."""
         first = self.get(self.first)
-        return describe_training(first) if is_transformers_trainer(first) else Training()
+        training = describe_training(first) if is_transformers_trainer(first) else Training()
+        return training if self.schedule == "run" else replace(training, schedule="constant")
 
     def count_rows(self, client: int) -> int:
         """Return a client's number of training rows: its weight."""

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
 from fedlora.export.model_card import write_card
+from fedlora.export.peft_trained import export_trained_peft
 from fedlora.export.update import export_update, truncation_error
 from fedlora.files import check_new_folder, write
 from fedlora.linalg.factors import compact, total, truncate
@@ -48,6 +49,8 @@ def export_model(
     see ``export_update``; ``code`` are these objects, if they are here.
     """
     if run.config.task.is_own_code:
+        if run.peft_config and not merged:
+            return export_trained_peft(run, out, client, rank)
         if merged:
             raise ConfigError(
                 "the model of this run was a Python object, so no whole model can be written; export its update, and "

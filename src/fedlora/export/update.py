@@ -66,7 +66,14 @@ def export_update(
 def load_update(network: nn.Module, folder: str | Path) -> nn.Module:
     """Apply an exported update to a network with the run's pretrained weights, in place, and return it.
 
-        model = fedlora.load_update(Net(), "exported")
+        import torch
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        rows = [(torch.randn(4), k % 2) for k in range(40)]
+        loss = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        objects = {"model": net, "train": [rows[:20], rows[20:]], "test": rows, "loss": loss}
+        fedlora.run(**objects, targets=["0"], head=["2"], rounds=1, out="runs/net").export("exported")
+
+        net = fedlora.load_update(net, "exported")
 
     Raises ``ValueError`` if a module is missing, or if a shape differs; then nothing is changed.
     """

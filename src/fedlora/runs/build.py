@@ -26,6 +26,7 @@ from fedlora.tasks._base import Data, Shard, move_batch
 from fedlora.tasks.networks.pretrained import check_tokens, quantization_options
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
+from fedlora.training.open_model import find_adapter
 from fedlora.training.warm_start import warm_start
 
 CHECKED = 4  # rows of the caller's losses
@@ -39,7 +40,8 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     ``combines`` is true on the server.
     """
     config.engine.prepare()
-    if isinstance(trainers := getattr(config.task, "_code", None), Trainers):
+    if isinstance(code := getattr(config.task, "_code", None), Trainers):
+        trainers = code.for_run(config.seed)
         return build_own_federation(config, trainers.model, trainers.shards, trainers)
     data, shards, names = load_rows(config, client, combines)
     f = load_model(config, data, shards, names)
@@ -66,7 +68,20 @@ def load_model(config: Sections, data: Data | None, shards: Shards, names: tuple
 def build_own_federation(
     config: Sections, model: Model, shards: Shards, trainers: Trainers | None = None
 ) -> Federation:
-    """Build a federation around a loop of the caller: that of trainers, or of a session (None)."""
+    """Build a federation around a loop of the caller: that of trainers, or of a session (None).
+
+    Raises ``ConfigError`` if the configuration is not one of this model.
+    """
+    if (own := find_adapter(model)) != config.method.adapter:
+        raise ConfigError(
+            f"{config.method.title} is to train {config.method.adapter}, and the model has {own}; put the method's own "
+            "adapter on the model with fedlora.attach, or take another method."
+        )
+    if trainers is not None and config.clients.count != trainers.count:
+        raise ConfigError(
+            f"there are trainers for {trainers.count} clients, and clients.count is {config.clients.count}; "
+            "'centralised' and other numbers of clients need trainers of their own."
+        )
     rules = model.rules(config.method, partial(head_rule, config.method))
     budgets = config.clients.budgets(config.method.adapter.budget, config.seed)
     training = replace(config.training, precision="float32")

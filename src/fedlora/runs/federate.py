@@ -1,93 +1,125 @@
 """Federate somebody else's training loop: one function makes each client's trainer, and the rest is an ordinary run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
+
+import torch
 
 from fedlora.adapters import ADAPTERS
 from fedlora.engines.clients import Clients
 from fedlora.engines.loop import Watch
-from fedlora.engines.trainers import ClientInfo, Evaluate, Trainers
-from fedlora.methods import METHODS
+from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
 from fedlora.methods._base import Method
-from fedlora.registry import Registry
+from fedlora.runs.compare import compare_methods
+from fedlora.runs.comparison import Compared
 from fedlora.runs.config import Config, build
+from fedlora.runs.objects import describe_object, to_settings
 from fedlora.runs.run import Result, run_config
 from fedlora.runs.sections import SECTIONS
-from fedlora.schema import ConfigError, Table
+from fedlora.schema import ConfigError, Table, construct
+from fedlora.seeds import derive_seed
+from fedlora.tasks._base import Examples, lengths_of_one
+from fedlora.tasks.data.datasets import check_dataset, read_rows, read_values
+from fedlora.tasks.objects import ObjectTask
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import find_adapter
 
-REGISTRIES = [kind for kind in SECTIONS.values() if isinstance(kind, Registry)]
+OWN_ROWS = {"name": "own"}  # the partition of clients with rows of their own
 OWN = ("model", "task", "adapter", "training")  # sections that follow from the caller's objects
 
 
-def federate(
+def run_trainers(
     trainer: Callable[[ClientInfo], Any],
     clients: int | Mapping[str, Any] | Clients,
-    method: str | Mapping[str, Any] | Method = "fedit",
+    method: str | Mapping[str, Any] | Method | Sequence[str] = "fedit",
     rounds: int = 20,
     out: str | Path | None = None,
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    data: Any = None,
     evaluate: Evaluate | None = None,
     metric: str = "loss",
     higher: bool | None = None,
-    schedule: Literal["run", "turn"] = "run",
+    schedule: Schedule = "run",
     keep_optimizer: bool = False,
     callbacks: Sequence[Any] = (),
     watch: Watch = lambda event: None,
     again: bool = False,
     **sections: Any,
-) -> Result:
-    """Run a federation whose clients train with your own trainers, in this process.
-
-        import torch, peft
-        from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-
-        def trainer(client):
-            rows = [{"input_ids": torch.randint(5, 90, (8,)), "labels": i % 2} for i in range(20)]
-            sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-            network = BertForSequenceClassification(BertConfig(vocab_size=90, **sizes))
-            network = peft.get_peft_model(network, peft.LoraConfig(r=2, task_type="SEQ_CLS"))
-            args = TrainingArguments("out", max_steps=2, report_to=[], disable_tqdm=True, dataloader_pin_memory=False)
-            return Trainer(network, args, train_dataset=rows, eval_dataset=rows)
-
-        result = fedlora.federate(trainer, clients=2, method="fedsa-lora", rounds=2, out="runs/own")
-
-    Args:
-        trainer: called once for each client, as ``trainer(client)`` with a ``ClientInfo``. Returns a ``Trainer`` of
-            transformers or TRL, or any object with ``.model`` and ``.train()``. A turn is one call of ``train()``; its
-            budget is the trainer's (``max_steps`` or ``num_train_epochs``). The first trainer's model is that of all
-            clients: later Trainers are handed it, and other objects must be built on ``client.model``.
-        clients: their number, or the ``[clients]`` table, such as ``{"count": 100, "per_round": 10}``.
-        method: a method's name, its table, or the method itself. The adapter is that of the model.
-        rounds: the number of rounds.
-        out: a new run folder; ``fedlora show``, ``report``, ``compare`` and ``resume`` work on it.
-        seed: of the run. Python's, numpy's and torch's generators are set from run, round and client before each turn.
-        evaluate: ``evaluate(network, client)`` returns metrics by name, each a number, or a sum over rows and their
-            number. None: the trainer's own ``evaluate()``, if it has an ``eval_dataset``.
-        metric: the main metric. ``higher``: whether higher values are better; None: known from the name, or true.
-        schedule: whether a Trainer's learning-rate schedule covers the whole ``"run"``, or each ``"turn"`` anew.
-        keep_optimizer: each client keeps its optimizer's moments between its turns (Trainers of transformers only).
-        callbacks: see ``fedlora.Callback``. ``watch`` is called with every event.
-        again: ``out`` may hold the beginning of this run, which then goes on from its last checkpoint.
-        sections: further tables of the configuration: ``compression``, ``privacy``, ``validation``, ``robust``,
-            ``server``, ``checkpoint``, ``evaluation``, ``attack``, ``engine``, ``track``.
-
-    Raises ``ConfigError`` for settings that cannot work in somebody else's loop, with the reason, and ``ValueError`` if
-    a trainer is not understood or a turn does not keep the method's rules.
-    """
-    count = clients if isinstance(clients, int) else _as_table(clients).get("count", 1)
-    trainers = Trainers(trainer, count, seed, evaluate, schedule, keep_optimizer)
-    objects = {"trainer": name_of_object(trainer), "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
+) -> Result | Compared:
+    """Run a federation, or several, whose clients train with the caller's own trainers; see ``fedlora.federate``."""
+    many = isinstance(method, list | tuple) or seeds is not None
+    names = list(method) if isinstance(method, list | tuple) else None
+    own_clients = build_clients(clients, data)
+    trainers = build_trainers(trainer, own_clients, seed, data, evaluate, schedule, keep_optimizer)
+    objects = {"trainer": describe_object(trainer), "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
     table = {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
     config = own_config(
-        trainers.model, table, method, clients, rounds, seed, trainers.describe_training(), sections, trainers
+        trainers.model, table, names[0] if names else method, own_clients, rounds, seed, trainers.describe_training(),
+        sections, trainers,
+    )  # fmt: skip
+    if not many:
+        return run_config(config, out, watch, callbacks=callbacks, again=again)
+    return compare_methods(config, names, [seed] if seeds is None else seeds, out, callbacks=callbacks)
+
+
+def build_trainers(
+    trainer: Callable[[ClientInfo], Any], clients: Clients, seed: int, data: Any, evaluate: Evaluate | None,
+    schedule: Schedule, keep_optimizer: bool,
+) -> Trainers:  # fmt: skip
+    """Return the trainers of a function, whose clients may divide ``data``."""
+    divide = None if data is None else lambda seed: divide_rows(data, clients, seed)
+    return Trainers(trainer, clients.count, seed, evaluate, schedule, keep_optimizer, divide)
+
+
+def attach_trainers(
+    config: Config, trainer: Callable[[ClientInfo], Any], data: Any = None, evaluate: Evaluate | None = None
+) -> Config:
+    """Return the configuration of a run folder with the trainers that it needs to go on. Raises ``ConfigError``."""
+    objects = getattr(config.task, "objects", {})
+    if "trainer" not in objects:
+        raise ConfigError("this run did not train with trainers of the caller; leave trainer out.")
+    if (data is None) != config.clients.own_data:
+        want = "had none" if config.clients.own_data else "divided common rows"
+        raise ConfigError(f"data is {'missing' if data is None else 'given'}, and the run {want}; give what it had.")
+    keeps = objects.get("keep_optimizer") == "true"
+    schedule: Schedule = "turn" if objects.get("schedule") == "turn" else "run"
+    trainers = build_trainers(trainer, config.clients, config.seed, data, evaluate, schedule, keeps)
+    return replace(config, task=cast(ObjectTask, config.task).with_code(trainers))
+
+
+def build_clients(clients: Any, data: Any = None) -> Clients:
+    """Return the ``[clients]`` table of a caller's own loop: without ``data``, every client has rows of its own.
+
+    With ``data`` the default partition is ``"iid"``.
+    """
+    table = {"count": clients} if isinstance(clients, int) else to_settings("clients", clients)
+    if data is None and table.get("partition", OWN_ROWS) != OWN_ROWS:
+        raise ConfigError(
+            f"clients.partition is {table['partition']!r}, which divides common rows; give these by data=, or leave "
+            "the partition out."
+        )
+    return construct(
+        Clients, "clients", {**table, "partition": table.get("partition", "iid" if data is not None else OWN_ROWS)}
     )
-    return run_config(config, out, watch, callbacks=callbacks, again=again)
+
+
+def divide_rows(data: Any, clients: Clients, seed: int) -> dict[int, list[int]]:
+    """Return each client's rows of a dataset, by ``clients.partition``. Raises ``ValueError`` if a client gets none."""
+    check_dataset(data, "data")
+    known, column = read_rows(data), clients.client_column
+    labels = torch.zeros(known.count, dtype=torch.int64) if known.labels is None else known.labels
+    groups = None if column is None else tuple(read_values(data, column, "data"))
+    examples = Examples({}, labels, lengths_of_one(known.count), groups)
+    parts = clients.partitioner.rows(examples, clients.count, derive_seed(seed, "split"))
+    for client, rows in enumerate(parts):
+        if not len(rows):
+            raise ValueError(f"client {client} got no rows; lower clients.count, or make the partition more even.")
+    return {client: rows.tolist() for client, rows in enumerate(parts)}
 
 
 def own_config(
@@ -100,51 +132,20 @@ def own_config(
             known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
             raise ConfigError(f"there is no argument {section!r} here; the sections are {', '.join(known)}.")
     adapter = find_adapter(model)
-    own_clients = {"count": clients} if isinstance(clients, int) else _as_table(clients)
     table: Table = {
         "model": {"name": name_of_network(model.network)},
         "task": task,
-        "clients": {"partition": {"name": "own"}, **own_clients},
+        "clients": to_settings("clients", clients),
         "adapter": {"name": ADAPTERS.name_of(type(adapter)), **asdict(adapter)},
-        "method": _method_table(method),
-        "training": _as_table(training),
+        "method": to_settings("method", method),
+        "training": to_settings("training", training),
         "rounds": rounds,
         "seed": seed,
-        **{key: _as_table(value) for key, value in sections.items() if value is not None},
+        **{key: to_settings(key, value) for key, value in sections.items() if value is not None},
     }
     table["adapter"] = {key: value for key, value in table["adapter"].items() if value is not None}
     config = build(table)
-    return replace(config, task=replace(config.task, _code=code))  # type: ignore[type-var]
-
-
-def _method_table(method: Any) -> Table:
-    if isinstance(method, str):
-        return {"name": method}
-    if isinstance(method, Method):
-        values = {key: value for key, value in vars(method).items() if key != "adapter" and value is not None}
-        return {"name": METHODS.name_of(type(method)), **values}
-    return _as_table(method)
-
-
-def _as_table(value: Any) -> Table:
-    """Return a section as a table: a name, a table, or an object of its settings."""
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, Mapping):
-        return dict(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        registry = next(
-            (kind for kind in SECTIONS.values() if hasattr(kind, "name_of") and isinstance(value, kind.base)), None
-        )
-        named = {"name": registry.name_of(type(value))} if registry else {}
-        return named | {key: x for key, x in asdict(value).items() if x is not None}
-    raise ConfigError(f"{value!r} is no section of a configuration; give a table or an object of its settings.")
-
-
-def name_of_object(value: Any) -> str:
-    """Return the place of a function or class, for people who read the run's configuration."""
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{getattr(value, '__module__', type(value).__module__)}:{name}"
+    return config if code is None else replace(config, task=cast(ObjectTask, config.task).with_code(code))
 
 
 def name_of_network(network: Any) -> str:

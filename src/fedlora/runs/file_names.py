@@ -17,3 +17,4 @@ TOKEN = "run.json"  # the id of a run over Flower, under which clients keep thei
 COMPARISON = "comparison.json"  # in the folder of a comparison: its rows and its runs
 ORACLE = "oracle.json"  # the result of ``fedlora compare --oracle``
 INITIAL = "initial.safetensors"  # the first leaves of a model of PEFT, which no seed determines
+PEFT_CONFIG = "peft_config.json"  # the configuration of the PEFT adapter that a run trained, for its export

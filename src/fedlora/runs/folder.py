@@ -3,14 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fedlora.adapters import Dense
+from fedlora.adapters import Adapter, Dense, LoRA
 from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.record import RoundRecord
 from fedlora.files import load_tree, remove_temporary_files, save_json, save_tree, write
@@ -22,6 +22,7 @@ from fedlora.runs.interrupt import FULL
 from fedlora.runs.result import Rounds
 from fedlora.schema import ConfigError, Table, dumps, read_table
 from fedlora.text import display_safe
+from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Factors, Tree, Turn
 
 NEEDED = (  # of a summary
@@ -127,6 +128,11 @@ class RunFolder(Rounds):
         """The first leaves of a model of PEFT; empty if the seed determines them."""
         return load_tree(self.path / names.INITIAL) if (self.path / names.INITIAL).exists() else {}
 
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configuration of the PEFT adapter that the run trained; empty for fedlora's own adapters."""
+        return read_json(self.path / names.PEFT_CONFIG) if (self.path / names.PEFT_CONFIG).exists() else {}
+
     @cached_property
     def base_updates(self) -> Mapping[str, Factors]:
         """The sum of all updates of the base, part by part."""
@@ -163,10 +169,21 @@ class RunFolder(Rounds):
             return self.shared
         budget = self.config.clients.budgets(method.adapter.budget, self.config.seed)[client]
         rules = {
-            part: method if method.adapter.trainable & set(layer) else head_rule(method, Dense(frozenset(layer)))
+            part: replace(method, adapter=self.adapter_of(part))
+            if method.adapter.trainable & set(layer)
+            else head_rule(method, Dense(frozenset(layer)))
             for part, layer in self.shared.items()
         }
         return client_start(rules, self.shared, self.kept_leaves(client), Turn(self.config.rounds, client, budget))
+
+    def adapter_of(self, part: str) -> Adapter:
+        """Return the adapter of one weight; only the patterns of a PEFT configuration give weights different ones."""
+        adapter, config = self.config.method.adapter, self.peft_config
+        if not isinstance(adapter, LoRA) or not config:
+            return adapter
+        ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+        rank, alpha = ranks.get(pattern_for(ranks, part), adapter.rank), alphas.get(pattern_for(alphas, part))
+        return replace(adapter, rank=rank, alpha=adapter.alpha if alpha is None else float(alpha))
 
     def network(self) -> nn.Module:
         """Load the pretrained network, with a head of the run's size."""

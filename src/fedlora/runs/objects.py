@@ -146,7 +146,7 @@ def config_of_objects(
     given = {"method": {"name": method} if isinstance(method, str) else method, "adapter": adapter, **sections}
     if isinstance(method, Method):
         given["adapter"] = method.adapter if adapter is None else adapter
-    table |= {name: _to_settings(name, value) for name, value in given.items() if value is not None}
+    table |= {name: to_settings(name, value) for name, value in given.items() if value is not None}
     return attach_code(build(table), code)
 
 
@@ -222,7 +222,7 @@ def describe_object(value: Any) -> str:
 
 def _clients_table(code: OwnObjects, clients: Any, partition: Any) -> Table:
     """Return the ``[clients]`` table; a list of datasets decides the number and the partition."""
-    table = {"count": clients} if isinstance(clients, int) else _to_settings("clients", clients) if clients else {}
+    table = {"count": clients} if isinstance(clients, int) else to_settings("clients", clients) if clients else {}
     if isinstance(clients, Clients):  # its defaults are no wishes
         table = {key: x for key, x in table.items() if x != getattr(Clients(), key)}
     if partition is not None:
@@ -242,16 +242,18 @@ def _clients_table(code: OwnObjects, clients: Any, partition: Any) -> Table:
 
 
 def _training_table(model: Any, training: Any) -> Table:
-    table = {} if training is None else _to_settings("training", training)
+    table = {} if training is None else to_settings("training", training)
     if not isinstance(model, str | Path | PreTrainedModel) and table.get("precision", "auto") == "auto":
         table["precision"] = "float32"  # a cast may break a module that nobody wrote for it
     return table
 
 
-def _to_settings(section: str, value: Any) -> Table:
-    """Return the table of a section that is given as an object or as a table."""
+def to_settings(section: str, value: Any) -> Table:
+    """Return the table of a section that is given as an object, as a table, or as the name of a plug-in."""
     if isinstance(value, Mapping):
         return dict(value)
+    if isinstance(value, str) and isinstance(SECTIONS.get(section), Registry):
+        return {"name": value}
     if section == "track" and hasattr(value, "to_table"):
         return dict(value.to_table())
     kind = SECTIONS.get(section)

@@ -18,7 +18,7 @@ from fedlora.files import RefusedFileError, save_json, save_tree
 from fedlora.runs.callbacks import Callback, Callbacks, End, Start
 from fedlora.runs.config import AnyConfig, Config, Overrides, to_config
 from fedlora.runs.error_log import tracebacks_in
-from fedlora.runs.file_names import CONFIG, INITIAL, ROWS
+from fedlora.runs.file_names import CONFIG, INITIAL, PEFT_CONFIG, ROWS
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop, explain_full_disk, lock_folder
 from fedlora.runs.progress_writer import ProgressWriter
@@ -28,6 +28,7 @@ from fedlora.runs.sections import EMBEDDED
 from fedlora.runs.summary import data_distribution, describe_labels, summarise
 from fedlora.runs.trackers._callback import Tracking
 from fedlora.schema import ConfigError, Table, merge_tables
+from fedlora.training.peft_model import read_peft_config
 from fedlora.types import Tree
 
 
@@ -121,6 +122,7 @@ def build_recorder(
         f.model.start_at(start)
     elif f.model.own_start:
         save_tree(folder / INITIAL, f.model.own_start)
+        save_json(folder / PEFT_CONFIG, read_peft_config(f.model.network))
     run.write_config(table)
     if (rows := data_distribution(f)) is not None:
         save_json(folder / ROWS, rows)

@@ -24,7 +24,7 @@ from fedlora.rounds import public_leaves, select_leaves_to_train
 from fedlora.runs.build import build_own_federation
 from fedlora.runs.callbacks import Callbacks
 from fedlora.runs.config import Config, build
-from fedlora.runs.federate import own_config
+from fedlora.runs.federate import build_clients, own_config
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
@@ -99,7 +99,9 @@ class Session(Rounds):
         length = "open" if rounds is None else "given"
         task = {"name": "objects", "metric": metric, "objects": {"session": length}}
         task |= {} if higher is None else {"higher": higher}
-        config = own_config(opened, task, method, clients, rounds or OPEN, seed, Training(), sections, None)
+        config = own_config(
+            opened, task, method, build_clients(clients), rounds or OPEN, seed, Training(), sections, None
+        )
         if rounds is None and not is_extendable(config.table):
             raise ConfigError(
                 "privacy.target_epsilon is spread over all rounds; give the session their number, rounds=."

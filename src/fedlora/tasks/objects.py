@@ -67,7 +67,7 @@ class ObjectTask(Task):
         """Whether the caller's objects are here."""
         return self._code is not None
 
-    def with_code(self, code: Code) -> "ObjectTask":
+    def with_code(self, code: Any) -> "ObjectTask":
         """Return the task with the caller's objects."""
         return replace(self, _code=code)
 

@@ -1,5 +1,6 @@
 """A model of PEFT as a ``Model``: its LoRA or VeRA layers are the adapted parts, ``modules_to_save`` the whole ones."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -62,6 +63,22 @@ def main_adapter(model: Any) -> Adapter:
     if kind_of(config) == "VERA":
         return VeRA(config.r, config.d_initial, config.projection_prng_key)
     return LoRA(config.r, float(config.lora_alpha), bool(config.use_rslora))
+
+
+def read_peft_config(model: Any) -> dict[str, Any]:
+    """Return the configuration of a ``PeftModel``'s active adapter, as ``save_pretrained`` writes it; else {}."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return {}
+    config = model.peft_config[active_adapter(model)].to_dict()
+    base = getattr(model.get_base_model(), "config", None)
+    name = config.get("base_model_name_or_path") or getattr(base, "name_or_path", None)
+    return {**json.loads(json.dumps(config, default=_to_plain)), "base_model_name_or_path": name or None}
+
+
+def _to_plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))
 
 
 def kind_of(config: Any) -> str:

@@ -19,7 +19,9 @@ from fedlora.training.local import Training
 from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
 from fedlora.types import Tree
 
-SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+SPEED = (  # ends of the names of figures that are no metrics
+    "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time", "num_tokens",
+)  # fmt: skip
 
 
 def is_transformers_trainer(trainer: Any) -> bool:
