@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+LOAD = "from_pretrained"  # the method of transformers that loads a network
+
 
 class SharedBases:
     """The pretrained networks of a process by class, name and loading options.
@@ -24,7 +26,7 @@ class SharedBases:
         """Share the networks that are loaded inside the block."""
         from transformers import PreTrainedModel
 
-        original = PreTrainedModel.__dict__["from_pretrained"]
+        original = PreTrainedModel.__dict__[LOAD]
 
         def load_or_clone(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
             key = (f"{cls.__module__}.{cls.__qualname__}", str(name), repr(args), repr(sorted(options.items())))
@@ -36,11 +38,11 @@ class SharedBases:
                 return network
             return clone_network(self._networks[key])
 
-        PreTrainedModel.from_pretrained = classmethod(load_or_clone)  # type: ignore[assignment,method-assign]
+        setattr(PreTrainedModel, LOAD, classmethod(load_or_clone))
         try:
             yield
         finally:
-            PreTrainedModel.from_pretrained = original
+            setattr(PreTrainedModel, LOAD, original)
 
 
 def clone_network(network: nn.Module) -> nn.Module:

@@ -60,7 +60,7 @@ def describe_training(trainer: Any) -> Training:
     if args.max_steps <= 0:
         budget = {"local_epochs": max(1, round(args.num_train_epochs))}
     kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    known = kind if kind in ("linear", "cosine") else "constant"
+    known: Any = {"constant": "constant", "cosine": "cosine"}.get(kind, "linear")
     return Training(
         **budget, batch_size=args.per_device_train_batch_size * max(1, args.world_size),
         learning_rate=args.learning_rate, weight_decay=args.weight_decay, schedule=known,
@@ -137,12 +137,11 @@ class TransformersTurn(OwnTrainer):
     ) -> Callable[..., Any]:
         def create_optimizer(*args: Any, **options: Any) -> Any:
             optimizer = create(*args, **options)
-            for key in parameters if self.keep_optimizer and self.state else ():
-                if key in self.state:  # type: ignore[operator]
-                    moments = self.state[key]  # type: ignore[index]
-                    # Copied, because the optimizer works in place and the turn may be interrupted.
-                    copied = {name: x.clone() if torch.is_tensor(x) else x for name, x in moments.items()}
-                    optimizer.state[parameters[key]] = copied
+            kept = (self.state or {}) if self.keep_optimizer else {}
+            for key in parameters.keys() & kept.keys():
+                # Copied, because the optimizer works in place and the turn may be interrupted.
+                moments = {name: x.clone() if torch.is_tensor(x) else x for name, x in kept[key].items()}
+                optimizer.state[parameters[key]] = moments
             return optimizer
 
         return create_optimizer
