@@ -286,7 +286,9 @@ def test_labels_are_permuted_where_a_batch_has_them():
 def test_a_table_without_its_objects():
     table = {"model": {"name": "Net"}, "task": {"name": "objects", "objects": {"model": "train.py:Net"}}}
     config = build(table)
-    with pytest.raises(ConfigError, match=r"were Python objects \(model = train.py:Net\); pass them to fedlora.resume"):
+    with pytest.raises(
+        ConfigError, match=r"were Python objects \(model = train.py:Net\); to go on, pass them to fedlora.resume"
+    ):
         config.federation()
     assert config.task.metric == "loss" and not config.task.is_higher_better
     assert ObjectTask("gain").is_higher_better and not ObjectTask("gain", higher=False).is_higher_better

@@ -139,6 +139,11 @@ class Trainers:
                     f"client {client}'s model has {theirs.get(path)} at {path!r}, and client {self.first}'s "
                     f"{mine.get(path)}; give all clients one adapter, and smaller ranks by clients.ranks."
                 )
+        if (name := self.model.find_other_weight(network)) is not None:
+            raise ValueError(
+                f"client {client}'s model has another {name!r} than client {self.first}'s; start all clients from one "
+                "base, and name modules that the checkpoint lacks, such as a new head, in modules_to_save."
+            )
 
     def build_turn(
         self, turn: Turn, rounds: int, moments: OptimizerState | None, step_done: Callable[[], None]

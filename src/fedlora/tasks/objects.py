@@ -56,10 +56,12 @@ class ObjectTask(Task):
         """The caller's objects. Raises ``ConfigError`` if there are none, as for a configuration from a file."""
         if self._code is None:
             names = ", ".join(f"{key} = {name}" for key, name in self.objects.items())
-            raise ConfigError(
-                f"the model and data of this run were Python objects{f' ({names})' if names else ''}; pass them to "
-                "fedlora.resume(folder, model=..., train=..., ...)."
-            )
+            remedy = "pass them to fedlora.resume(folder, model=..., train=..., ...)"
+            remedy = "pass it to fedlora.resume(folder, trainer=...)" if "trainer" in self.objects else remedy
+            remedy = "use fedlora.Session.load(folder, model)" if "session" in self.objects else remedy
+            what = "training loop of this run was" if self.has_own_loop else "model and data of this run were"
+            kind = "the caller's own" if self.has_own_loop else "Python objects"
+            raise ConfigError(f"the {what} {kind}{f' ({names})' if names else ''}; to go on, {remedy}.")
         return self._code
 
     @property

@@ -195,6 +195,23 @@ class Model:
         return {path: _copy(part) for path, part in self.parts.items()}
 
     @torch.no_grad()
+    def find_other_weight(self, network: nn.Module) -> str | None:
+        """Return the name of a frozen weight of another network that differs from this one's, before base updates.
+
+        None if all are equal. Weights on the same tensor are not compared value by value.
+        """
+        leaves = {id(x) for part in self.parts.values() for x in part.leaves.values()}
+        before = {id(self.parts[path].base.weight): x for path, x in self._pretrained.items()}
+        others = dict(network.named_parameters())
+        for name, x in self.network.named_parameters():
+            other = others.get(name)
+            if id(x) in leaves or (other is not None and other.data_ptr() == x.data_ptr()):
+                continue
+            if other is None or not _is_equal(before.get(id(x), x), other):
+                return name
+        return None
+
+    @torch.no_grad()
     def fold(self, base_updates: Mapping[str, Sequence[Factors]]) -> None:
         """Add updates to base weights, or to their overlays."""
         self.base_version += 1
@@ -252,6 +269,10 @@ class Model:
         mixed = self.precision != "float32"
         with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
             yield
+
+
+def _is_equal(x: Tensor, other: Tensor) -> bool:
+    return x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other.to(x.device))
 
 
 def _copy(part: Part) -> dict[str, Tensor]:
