@@ -183,6 +183,9 @@ def federate(
         sections: further tables of the configuration: ``compression``, ``privacy``, ``validation``, ``robust``,
             ``server``, ``checkpoint``, ``evaluation``, ``attack``, ``engine``, ``track``.
 
+    Afterwards the network of the trainers is as it was before, so that a second call begins as the first did; the
+    trained leaves are in the result and in ``out``.
+
     Raises ``ConfigError`` for settings that cannot work in somebody else's loop, with the reason, and ``ValueError`` if
     a trainer is not understood or a turn does not keep the method's rules.
     """

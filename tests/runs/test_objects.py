@@ -12,7 +12,7 @@ import fedlora as fl
 from fedlora.runs.config import read
 from fedlora.runs.objects import Objects, config_of_objects, describe_object
 from fedlora.schema import ConfigError
-from fedlora.training.train_mode import check_buffers, read_buffers
+from fedlora.training.frozen import Frozen
 from tests.fixtures.federation import TABLE, TINY_VIT, config, same, settings
 from tests.fixtures.own_models import (
     ConvNet,
@@ -331,10 +331,10 @@ def test_a_net_that_keeps_statistics_of_its_own():
     with pytest.raises(ValueError, match="changes its buffer 'seen' when it is trained, and buffers are not sent"):
         fl.run(**mixer(model=Counting()))
     net = ConvNet()
-    buffers = read_buffers(net)
+    frozen = Frozen.read(net)
     net(torch.randn(4, *IMAGE))
     with pytest.raises(ValueError, match="body.1"):
-        check_buffers(net, buffers)
+        frozen.check(net)
 
 
 def test_attention_whose_weights_are_only_read():

@@ -299,7 +299,8 @@ def _number(path: Path) -> int:
 def config_digest(table: Mapping[str, Any]) -> str:
     """Return a digest of all settings that decide a run's bits, without those of a machine and the number of rounds.
 
-    The paths and names of data and model are left out, too, because their content is compared.
+    The paths and names of data and model are left out, too, because their content is compared, and so are the names of
+    Python objects.
     """
     free = ("engine", "flower", "checkpoint", "track", *(["rounds"] if is_extendable(table) else []))
     left = {key: value for key, value in table.items() if key not in free}
@@ -313,6 +314,9 @@ def _without_paths(table: Mapping[str, Any]) -> dict[str, Any]:
     left = dict(table)
     for section, name in (setting.split(".") for setting in (*PATHS, "model.same_base")):
         left |= {section: {k: v for k, v in left[section].items() if k != name}} if section in left else {}
+    if "objects" in left.get("task", {}):  # names of functions and classes, as "module:name", may change
+        named = {k: v for k, v in left["task"]["objects"].items() if ":" not in v}
+        left["task"] = {**left["task"], "objects": named}
     return left
 
 

@@ -84,9 +84,6 @@ class Trainers:
         if not self.has_run and seed == self.seed:
             self.has_run = True
             return self
-        if "model" in self.__dict__:
-            self.model.unfold()
-            self.model.load(self.model.initial(self.seed))
         own = replace(self, seed=seed)
         own.has_run = True
         return own
@@ -150,6 +147,7 @@ class Trainers:
     ) -> OwnTrainer:
         """Return the local trainer of a client's turn."""
         trainer = self.get(turn.client)
+        count_examples(trainer, "train_dataset", turn.client)  # before the time for training is spent
         values = (self.model, trainer, turn, rounds, self.keep_optimizer, moments, step_done)
         return (
             TransformersTurn(*values, schedule=self.schedule)

@@ -43,6 +43,10 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     if isinstance(code := getattr(config.task, "_code", None), Trainers):
         trainers = code.for_run(config.seed)
         return build_own_federation(config, trainers.model, trainers.shards, trainers)
+    if getattr(config.task, "has_own_loop", False):
+        objects = config.table["task"]["objects"]
+        again = "Session.load(folder, model)" if "session" in objects else "resume(folder, trainer=...)"
+        raise ConfigError(f"clients of this run train in a loop of the caller; go on with it by fedlora.{again}.")
     data, shards, names = load_rows(config, client, combines)
     f = load_model(config, data, shards, names)
     if f.privacy.by_example:

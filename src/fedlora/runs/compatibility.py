@@ -106,7 +106,8 @@ def _of_own_loop(config: Sections) -> Iterator[str]:
             "privacy.level is 'example', which clips each row's gradient inside fedlora's own training loop; set "
             "privacy.level = 'client', which works on uploads."
         )
-    if type(method).penalty is not Method.penalty and method.penalty(PROBE_LAYER) != 0.0:
+    penalty = method.penalty(PROBE_LAYER)
+    if isinstance(penalty, torch.Tensor) or penalty != 0.0:
         yield (
             f"{method.title} adds a penalty to the loss with these settings, which a training loop of your own does "
             "not compute; set it to 0, or run the method with fedlora's own loop (fedlora.run)."

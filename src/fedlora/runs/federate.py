@@ -12,6 +12,7 @@ from fedlora.engines.clients import Clients
 from fedlora.engines.loop import Watch
 from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
 from fedlora.methods._base import Method
+from fedlora.registry import unknown
 from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Compared
 from fedlora.runs.config import Config, build
@@ -52,6 +53,8 @@ def run_trainers(
     **sections: Any,
 ) -> Result | Compared:
     """Run a federation, or several, whose clients train with the caller's own trainers; see ``fedlora.federate``."""
+    if schedule not in ("run", "turn"):
+        raise ConfigError(f"schedule is {schedule!r}; it is 'run' or 'turn'.")
     many = isinstance(method, list | tuple) or seeds is not None
     names = list(method) if isinstance(method, list | tuple) else None
     own_clients = build_clients(clients, data)
@@ -130,7 +133,7 @@ def own_config(
     for section in sections:
         if section in OWN or section not in (*SECTIONS, "track"):
             known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
-            raise ConfigError(f"there is no argument {section!r} here; the sections are {', '.join(known)}.")
+            raise ConfigError(unknown("argument", section, known, "sections"))
     adapter = find_adapter(model)
     table: Table = {
         "model": {"name": name_of_network(model.network)},

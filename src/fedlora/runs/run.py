@@ -96,8 +96,12 @@ def run_config(
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)
             recorder = build_recorder(config, federation, folder, stop, again, all_callbacks)
-        with stop.listening() if drive is None else nullcontext():
-            result = _run_rounds(config, federation, recorder, stop.wrap(all_callbacks.wrap(watch)), observe, drive)
+        try:
+            with stop.listening() if drive is None else nullcontext():
+                result = _run_rounds(config, federation, recorder, stop.wrap(all_callbacks.wrap(watch)), observe, drive)
+        finally:
+            if federation.trainers is not None:  # their network is the caller's, and may be in another run afterwards
+                federation.model.reset(config.seed)
     if stop.is_requested and not recorder.interrupted:  # too late for this run, but a caller may begin another
         raise KeyboardInterrupt
     return result

@@ -33,11 +33,12 @@ from fedlora.runs.run import Result, build_recorder, finish_run
 from fedlora.schema import ConfigError, read_table
 from fedlora.tasks._base import Shard
 from fedlora.tasks.metrics.scores import Scores, pool
+from fedlora.training.frozen import Frozen
 from fedlora.training.local import Training, check_divergence, replace_leaves
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
 from fedlora.training.own_trainer import ADVICE, check_turn
-from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
+from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn, Work
 
 OPEN = 2**31 - 1  # the number of rounds of a session that was not given one
@@ -211,12 +212,12 @@ class Session(Rounds):
         parameters = model.select(trained)
         self._open = OpenTurn(turn, start, trained)
         set_train_mode(model.network)
-        buffers = read_buffers(model.network)
+        frozen = Frozen.read(model.network)
         try:
             yield model.network
-            check_buffers(model.network, buffers)
             check_divergence(self._open.loss or 0.0, parameters.values(), turn.turn, ADVICE) if parameters else None
             end = replace_leaves(start, self._read_end(start, trained, turn.turn), trained) if parameters else start
+            frozen.check(model.network)
             work = {part: Work(start[part], end[part], trained[part]) for part in f.rules}
             update = turn.finish(at.shared, work, self._open.loss)
             self._replies[number] = self._engine.close_turn(f, at, turn, update)

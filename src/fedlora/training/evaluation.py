@@ -137,6 +137,12 @@ def summarize(
     higher value is better (None: as the metric's name says).
     """
     metrics = {client: compute_metrics(sums) for client, sums in scores.items()}
+    for client, every in metrics.items():
+        if metric not in every:
+            names = ", ".join(sorted(every)) or "none"
+            raise ValueError(
+                f"the metric is {metric!r}, and the scores of client {client} are {names}; set metric to one of these."
+            )
     values = {client: every[metric] for client, every in metrics.items()}
     higher = is_higher_better(metric) if higher is None else higher
     pooled, worst_of = compute_metrics(pool(scores.values())), min if higher else max

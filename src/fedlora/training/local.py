@@ -11,8 +11,9 @@ from torch import Tensor
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Batch, Examples, Shard, Task, move_batch
+from fedlora.training.frozen import Frozen
 from fedlora.training.model import Model
-from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
+from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
 
 ADVICE = "lower training.learning_rate, or set training.max_grad_norm"  # if training diverges
@@ -143,10 +144,10 @@ class LocalTrainer:
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.turn.seed)
             set_train_mode(self.model.network)
-            buffers = read_buffers(self.model.network) if self.task.is_own_code else None
+            frozen = Frozen.read(self.model.network) if self.task.is_own_code else None
             self._run(optimizer, parameters, rules)
-            if buffers is not None:
-                check_buffers(self.model.network, buffers)
+            if frozen is not None:
+                frozen.check(self.model.network)
         if self.training.keep_optimizer:
             self.state = (self.state or {}) | {key: optimizer.state[x] for key, x in parameters.items()}
         return replace_leaves(start, self.model.read(), trained)

@@ -238,6 +238,12 @@ class Model:
                 if path in self._pretrained:
                     write_value(part.base.weight, self._pretrained.pop(path))
 
+    def reset(self, seed: int) -> None:
+        """Restore the pretrained base and the first leaves, all of which require gradients."""
+        self.unfold()
+        self.load(self.initial(seed))
+        self.select({path: part.adapter.trainable for path, part in self.parts.items()})
+
     def gradient(self, loss: Callable[[nn.Module], Tensor]) -> Tree:
         """Return the gradient of a loss at the loaded leaves; zero for a leaf without influence."""
         parameters = self.select({path: part.adapter.trainable for path, part in self.parts.items()})

@@ -39,8 +39,7 @@ def attach(
     if ATTRIBUTE in module.__dict__:
         raise ValueError("the network has an adapter of fedlora already; attach to a new copy of the network.")
     model = Model.attach(module, adapter, targets, head, device=next(module.parameters()).device)
-    model.load(model.initial(seed))
-    model.select({path: part.adapter.trainable for path, part in model.parts.items()})
+    model.reset(seed)
     module.__dict__[ATTRIBUTE] = model
     return module
 
@@ -48,16 +47,19 @@ def attach(
 def open_model(network: Any) -> Model:
     """Return the ``Model`` of a network with adapters: of ``attach``, or a ``PeftModel``.
 
-    A ``PeftModel`` begins with the values that it has now. A network of ``attach`` begins with its pretrained base, and
-    with leaves that are drawn from the run's seed.
+    The base is the pretrained one again, whatever an earlier run or session has added to it. A ``PeftModel`` begins
+    with the factors that it has now, and a network of ``attach`` with leaves that are drawn from the run's seed.
 
     Raises ``ValueError`` for a network without adapters, or with one that is not understood.
     """
     known = getattr(network, "__dict__", {}).get(ATTRIBUTE)
     if isinstance(known, Model):
         known.unfold()
-        return known
-    return attach_peft(network)
+        if any(part.from_seed for part in known.parts.values()):
+            return known
+    model = attach_peft(network)
+    network.__dict__[ATTRIBUTE] = model
+    return model
 
 
 def find_adapter(model: Model) -> Adapter:

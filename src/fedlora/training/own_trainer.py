@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
+from fedlora.training.frozen import Frozen
 from fedlora.training.local import OptimizerState, check_divergence, replace_leaves
 from fedlora.training.model import Model
-from fedlora.training.train_mode import check_buffers, read_buffers, set_train_mode
+from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
 
 ADVICE = "lower its learning rate, or clip its gradients"
@@ -54,12 +55,12 @@ class OwnTrainer:
             return start
         with set_seeds(self.turn.seed):
             set_train_mode(self.model.network)
-            buffers = read_buffers(self.model.network)
+            frozen = Frozen.read(self.model.network)
             self.loss = self.train(parameters)
-        check_buffers(self.model.network, buffers)
         check_divergence(self.loss or 0.0, parameters.values(), self.turn, ADVICE)
         end = self.model.read()
         check_turn(self.model, start, end, trained, rules, self.turn)
+        frozen.check(self.model.network)
         return replace_leaves(start, end, trained)
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:

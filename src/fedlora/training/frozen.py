@@ -1,0 +1,63 @@
+"""What training must leave as it is: the frozen weights of a network, and the buffers that belong to its checkpoint."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+SAMPLE = 64  # values of a weight; training changes nearly all of them
+SMALL = 2**14  # values of a buffer that is compared as a whole
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The values of a network before training, in part: enough to see that training has changed them.
+
+    Values are compared, because a Trainer may move the network to another device, load the same weights again, or send
+    them to the processes of a client.
+    """
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, network: nn.Module) -> "Frozen":
+        """Read a network whose leaves to train require gradients."""
+        weights = {name: _sample(x, SAMPLE) for name, x in network.named_parameters() if not x.requires_grad}
+        return cls(weights, {name: _sample(x, SMALL) for name, x in _buffers(network).items()})
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ``ValueError`` if a weight or a buffer has changed, which would go on to the next client unsent."""
+        for name, x in network.named_parameters():
+            if name in self.weights and not _is_equal(_sample(x, SAMPLE), self.weights[name]):
+                raise ValueError(
+                    f"training changed {name!r}, which is frozen in this turn and is not sent; build the optimizer in "
+                    "the turn, of the parameters that require gradients, and leave requires_grad as it is."
+                )
+        for name, x in _buffers(network).items():
+            if name not in self.buffers or not _is_equal(_sample(x, SMALL), self.buffers[name]):
+                raise ValueError(
+                    f"the model changes its buffer {name!r} when it is trained, and buffers are not sent; make it a "
+                    "parameter and name its module in head, or keep it fixed in training."
+                )
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a checkpoint. Others, such as the frequencies of an encoding, follow from the input."""
+    return {
+        f"{path}.{name}".removeprefix("."): x
+        for path, module in network.named_modules()
+        for name, x in module._buffers.items()
+        if x is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _sample(x: Tensor, size: int) -> Tensor:
+    """Return a copy of up to about ``size`` values, at equal distances; of a sharded weight, of its local part."""
+    values = x.detach()
+    values = (values.to_local() if hasattr(values, "to_local") else values).flatten()  # type: ignore[operator]
+    return values[:: max(1, len(values) // size)].cpu().clone()
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two samples are equal, bit for bit or both nan. Other sizes are those of another division."""
+    return a.shape != b.shape or a.dtype != b.dtype or bool(((a == b) | ((a != a) & (b != b))).all())
