@@ -426,7 +426,7 @@ REFUSED = {
     "section": ({"compresion": {"up": "int8"}}, "there is no argument 'compresion'; did you mean 'compression'"),
     "own section": ({"training": {"learning_rate": 1.0}}, "there is no argument 'training'"),
     "setting": ({"compression": {"upp": "int8"}}, "did you mean 'up'"),
-    "type of a section": ({"robust": 3}, "3 is no section"),
+    "type of a section": ({"robust": 3}, "robust is 3; it should be an object of its settings, or a dict"),
     "adapter of the method": ({"method": "fed-sb"}, "'fed-sb' is not defined for adapter.name = 'lora'"),
     "rounds": ({"rounds": 0}, "rounds is 0"),
     "clients": ({"clients": 0}, "clients.count is 0"),
