@@ -141,10 +141,13 @@ class Session(Rounds):
             (folder / "metrics.jsonl").touch()
         else:
             shutil.copytree(saved, folder)
-        self._federation = build_own_federation(config, model, SessionRows(self._rows))
-        self._recorder = build_recorder(
-            config, self._federation, folder, Stop(), saved is not None, Callbacks(callbacks)
-        )
+        self._federation = build_own_federation(config, model, SessionRows(self._rows, config.clients.count))
+        try:
+            self._recorder = build_recorder(
+                config, self._federation, folder, Stop(), saved is not None, Callbacks(callbacks)
+            )
+        except ValueError as error:  # names the caller's folder, instead of the copy
+            raise type(error)(str(error).replace(str(folder), str(saved))) from error
         self._exit.enter_context(self._recorder.writing())
         self._exit.callback(shutil.rmtree, place, ignore_errors=True)
         weakref.finalize(self, self._exit.close)
@@ -235,13 +238,15 @@ class Session(Rounds):
 
         A client of the cohort without a turn is absent. Raises ``ValueError`` if no client had a turn.
         """
-        if self._replies is None or not self._replies or self._open is not None:
+        cohort = self.cohort()  # empty in some rounds of Poisson sampling
+        if self._open is not None or (cohort and not self._replies):
             raise ValueError(
                 "no client has finished a turn in this round; begin with `with session.client(k) as model:`."
             )
         for client in self._federation.cohort(self._at.number):
-            if client not in self._replies:
+            if client not in (self._replies or {}):
                 self._engine.absent.setdefault(client, UNUSED)
+        assert self._replies is not None
         replies = [reply for client, reply in sorted(self._replies.items()) if reply is not None]
         with explain_overflow():
             done = self._engine.close_round(self._federation, self._at, replies, self._evaluator())
@@ -327,20 +332,23 @@ class Session(Rounds):
         return path
 
 
+@dataclass(frozen=True)
 class SessionRows(Mapping[int, Shard]):
-    """Each client's number of rows, as given with its last turn."""
+    """The number of rows of each of ``count`` clients, as given with its last turn; one before its first turn."""
 
-    def __init__(self, rows: dict[int, Shard]) -> None:
-        self.rows = rows
+    rows: dict[int, Shard]
+    count: int
 
     def __getitem__(self, client: int) -> Shard:
-        return self.rows[client]
+        if not 0 <= client < self.count:
+            raise KeyError(client)
+        return self.rows.get(client, Shard(torch.arange(1), torch.arange(0)))
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.rows)
+        return iter(range(self.count))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
 
 @dataclass
