@@ -331,7 +331,7 @@ def test_a_net_that_keeps_statistics_of_its_own():
     with pytest.raises(ValueError, match="changes its buffer 'seen' when it is trained, and buffers are not sent"):
         fl.run(**mixer(model=Counting()))
     net = ConvNet()
-    frozen = Frozen.read(net)
+    frozen = Frozen.read(net, {})
     net(torch.randn(4, *IMAGE))
     with pytest.raises(ValueError, match="body.1"):
         frozen.check(net)

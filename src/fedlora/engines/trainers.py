@@ -180,7 +180,7 @@ class Trainers:
     def score(self, client: int) -> Scores:
         """Return the scores of the loaded leaves on a client's own test rows."""
         self.model.network.eval()
-        with set_seeds(derive_seed(self.seed, "evaluation", client)):
+        with set_seeds(derive_seed(self.seed, "evaluation", client)), torch.no_grad():
             if self.evaluate is not None:
                 return to_scores(self.evaluate(self.model.network, self.info(client)), client)
             metrics, rows = evaluate_trainer(self.get(client))

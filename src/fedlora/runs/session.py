@@ -155,6 +155,7 @@ class Session(Rounds):
         self._at = self._recorder.restore(self._engine, self._federation) or self._engine.begin(self._federation)
         self._replies: dict[int, Reply | None] | None = None  # of the open round
         self._open: OpenTurn | None = None
+        self._broken: str | None = None  # why no turn can follow
         self._saved_to: Path | None = saved
         self._result: Result | None = None
 
@@ -203,6 +204,8 @@ class Session(Rounds):
         if self._open is not None or number in self._replies:
             why = "its turn is over" if self._open is None else f"client {self.turn.client}'s turn is open"
             raise ValueError(f"client {number} cannot begin a turn in round {self.round}: {why}.")
+        if self._broken is not None:
+            raise ValueError(f"the session has ended: {self._broken}")
         if examples < 1:
             raise ValueError(f"client {number} has {examples} examples; a client needs at least one.")
         self._rows[number] = Shard(torch.arange(examples), torch.arange(0))
@@ -215,23 +218,33 @@ class Session(Rounds):
         parameters = model.select(trained)
         self._open = OpenTurn(turn, start, trained)
         set_train_mode(model.network)
-        frozen = Frozen.read(model.network)
+        frozen = Frozen.read(model.network, model.parts)
         try:
-            yield model.network
+            try:
+                yield model.network
+            finally:
+                self._check_frozen(frozen)
             check_divergence(self._open.loss or 0.0, parameters.values(), turn.turn, ADVICE) if parameters else None
             end = replace_leaves(start, self._read_end(start, trained, turn.turn), trained) if parameters else start
-            frozen.check(model.network)
             work = {part: Work(start[part], end[part], trained[part]) for part in f.rules}
             update = turn.finish(at.shared, work, self._open.loss)
             self._replies[number] = self._engine.close_turn(f, at, turn, update)
         finally:
             self._open = None
 
+    def _check_frozen(self, frozen: Frozen) -> None:
+        """Raise ``ValueError`` if a turn has changed the base. The session ends with it: all clients share the base."""
+        try:
+            frozen.check(self._federation.model.network)
+        except ValueError as error:
+            self._broken = str(error)
+            raise
+
     def report_loss(self, loss: float | Tensor) -> None:
         """Set the mean training loss of the open turn, for the records."""
         _ = self.turn
         assert self._open is not None
-        self._open.loss = float(loss)
+        self._open.loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
 
     def aggregate(self) -> RoundRecord:
         """Combine the uploads of this round's turns, evaluate if that is due, and return the round's record.
@@ -322,6 +335,8 @@ class Session(Rounds):
             raise ValueError(f"round {self.round} is open; call aggregate() before save().")
         path = Path(folder).expanduser()
         mine = self._saved_to is not None and path.absolute() == self._saved_to.absolute()
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{str(path)!r} is a file; choose a new folder.")
         if not mine and path.exists() and any(path.iterdir()):
             raise ConfigError(f"{str(path)!r} is not empty and holds nothing of this session; choose another folder.")
         if self._recorder.checkpoints is not None:
@@ -369,7 +384,8 @@ class SessionEvaluator:
         f.model.load(tree)
         network = f.model.network.eval()
         info = ClientInfo(number, f.clients.members, f.seed, model=network)
-        return to_scores(self.evaluate(network, info), number)
+        with torch.no_grad():
+            return to_scores(self.evaluate(network, info), number)
 
 
 def copy_run(source: Path, target: Path) -> None:

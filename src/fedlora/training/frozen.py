@@ -1,8 +1,11 @@
 """What training must leave as it is: the frozen weights of a network, and the buffers that belong to its checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from fedlora.training.parts import Part
 
 SAMPLE = 64  # values of a weight; training changes nearly all of them
 SMALL = 2**14  # values of a buffer that is compared as a whole
@@ -20,9 +23,10 @@ class Frozen:
     buffers: dict[str, Tensor]
 
     @classmethod
-    def read(cls, network: nn.Module) -> "Frozen":
-        """Read a network whose leaves to train require gradients."""
-        weights = {name: _sample(x, SAMPLE) for name, x in network.named_parameters() if not x.requires_grad}
+    def read(cls, network: nn.Module, parts: Mapping[str, Part]) -> "Frozen":
+        """Read a network, without the leaves of its parts."""
+        leaves = {id(x) for part in parts.values() for x in part.leaves.values()}
+        weights = {name: _sample(x, SAMPLE) for name, x in network.named_parameters() if id(x) not in leaves}
         return cls(weights, {name: _sample(x, SMALL) for name, x in _buffers(network).items()})
 
     def check(self, network: nn.Module) -> None:
@@ -30,8 +34,8 @@ class Frozen:
         for name, x in network.named_parameters():
             if name in self.weights and not _is_equal(_sample(x, SAMPLE), self.weights[name]):
                 raise ValueError(
-                    f"training changed {name!r}, which is frozen in this turn and is not sent; build the optimizer in "
-                    "the turn, of the parameters that require gradients, and leave requires_grad as it is."
+                    f"training changed {name!r}, which belongs to the base and is not sent; load the network again, "
+                    "leave requires_grad as it is, and build the optimizer of the parameters that require gradients."
                 )
         for name, x in _buffers(network).items():
             if name not in self.buffers or not _is_equal(_sample(x, SMALL), self.buffers[name]):

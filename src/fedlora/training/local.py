@@ -144,7 +144,7 @@ class LocalTrainer:
         with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(self.turn.seed)
             set_train_mode(self.model.network)
-            frozen = Frozen.read(self.model.network) if self.task.is_own_code else None
+            frozen = Frozen.read(self.model.network, self.model.parts) if self.task.is_own_code else None
             self._run(optimizer, parameters, rules)
             if frozen is not None:
                 frozen.check(self.model.network)

@@ -55,12 +55,12 @@ class OwnTrainer:
             return start
         with set_seeds(self.turn.seed):
             set_train_mode(self.model.network)
-            frozen = Frozen.read(self.model.network)
+            frozen = Frozen.read(self.model.network, self.model.parts)
             self.loss = self.train(parameters)
         check_divergence(self.loss or 0.0, parameters.values(), self.turn, ADVICE)
         end = self.model.read()
-        check_turn(self.model, start, end, trained, rules, self.turn)
         frozen.check(self.model.network)
+        check_turn(self.model, start, end, trained, rules, self.turn)
         return replace_leaves(start, end, trained)
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
@@ -73,11 +73,11 @@ def read_loss(result: Any) -> float | None:
     if isinstance(result, numbers.Real) and not isinstance(result, bool):
         return float(result)
     if isinstance(result, Tensor) and result.numel() == 1:
-        return float(result)
+        return float(result.detach())
     for name in LOSSES:
         value = result.get(name) if isinstance(result, Mapping) else getattr(result, name, None)
         if isinstance(value, numbers.Real | Tensor):
-            return float(value)
+            return float(value.detach() if isinstance(value, Tensor) else value)
     return None
 
 
