@@ -57,12 +57,7 @@ def play(session, rounds, gradient=False):
         for k in session.cohort():
             number, data = session.round - 1, words(k)[0]
             seed = derive_seed(SEED, "turn", number, k)
-            probe = (
-                {"loss": lambda model, k=k, seed=seed: model(**first_batch(k, fedlora_turn(seed))).loss}
-                if gradient
-                else {}
-            )
-            with session.client(k, examples=len(data), **probe) as model:
+            with session.client(k, len(data), first_loss(k, seed) if gradient else None) as model:
                 session.report_loss(own_turn(model, data, number, k))
         session.aggregate()
     return session
