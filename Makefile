@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 THREADS := OMP_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: demo test test-all test-times lint check bench docs pages clean
+.PHONY: demo test test-all test-times lint check bench docs pages notebooks clean
 
 demo: $(VENV)/.base ## ten parties, eight methods, embedded data, one to three minutes
 	$(OFFLINE) $(BIN)/fedlora demo
@@ -33,6 +33,9 @@ check: lint test-all ## what CI runs
 
 pages: $(VENV)/.dev ## generated pages and figures of docs/, from the code and the measured results
 	$(BIN)/python -m scripts.pages
+
+notebooks: $(VENV)/.dev ## runs the notebooks of examples/ and stores their outputs, half a minute
+	$(BIN)/python -m scripts.notebooks
 
 docs: pages ## the site, in build/site; open build/site/index.html
 	$(BIN)/python -m mkdocs build --strict
