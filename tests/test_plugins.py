@@ -2,7 +2,9 @@
 
 import csv
 import json
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,30 @@ from fedlora.runs.config import Config, build, read
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.plan.plan import plan_run
 from fedlora.runs.sections import ModelTable
+from fedlora.schema import ConfigError
 from tests.fixtures.federation import TABLE, TINY_VIT, same
-from tests.fixtures.plugins import importable, installed  # noqa: F401
+from tests.fixtures.plugins import NAMES, PATHS, importable, installed  # noqa: F401
+from tests.fixtures.toml import TOML
+
+PAGE = Path(__file__).parents[1] / "docs" / "plugins.md"
+# How a file names one plug-in, and where the configuration has it. ``NAME`` stands for its name.
+PLACES = {
+    "method": ('[method]\nname = "NAME"', lambda config: config.method),
+    "adapter": ('[method]\nname = "METHOD"\n[adapter]\nname = "NAME"', lambda config: config.method.adapter),
+    "task": ('[task]\nname = "NAME"', lambda config: config.task),
+    "partitioner": ('[clients]\ncount = 2\npartition = { name = "NAME" }', lambda config: config.clients.partitioner),
+    "partitioner as a name": ('[clients]\ncount = 2\npartition = "NAME"', lambda config: config.clients.partitioner),
+    "codec": ('[compression]\nup = "NAME"', lambda config: config.compression.upward.stages[-1]),
+    "codec in a list": (
+        '[compression]\ntop_k = 0.1\nup = ["top-k", "NAME"]',
+        lambda config: config.compression.upward.stages[-1],
+    ),
+    "codec of downloads": ('[compression]\ndown = "NAME"', lambda config: config.compression.downward.stages[-1]),
+    "attack": ('[attack]\nname = "NAME"\nclients = [1]', lambda config: config.attack),
+    "robust": ('[robust]\nname = "NAME"', lambda config: config.robust),
+    "tracker": ('[track]\n"NAME" = true', lambda config: next(iter(config.track.trackers.values()))),
+    "engine": ('[engine]\nname = "NAME"', lambda config: config.engine.name),
+}
 
 
 @pytest.fixture(params=["installed", "importable"])
@@ -40,6 +64,36 @@ def table(names, rounds=2):
         "track": {names["tracker"]: True},
         "engine": {"name": names["engine"]},
     }
+
+
+def write_file(path, names, place):
+    """A file that names one plug-in, and the configuration of the tests besides."""
+    text = PLACES[place][0].replace("NAME", names[place.split()[0]]).replace("METHOD", names["method"])
+    own = tomllib.loads(text)
+    rest = [f"[{part}" for part in TOML.split("\n[")[1:] if part.partition("]")[0] not in own]
+    path.write_text("\n".join(["rounds = 1", *rest, text]))
+    return path
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_names_one(names, place, tmp_path):
+    kind, found = place.split()[0], PLACES[place][1](read(write_file(tmp_path / "mine.toml", names, place)))
+    assert found == names[kind] if kind == "engine" else type(found).__name__ == PATHS[kind].partition(":")[2]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_that_names_none_is_refused(names, place, tmp_path):
+    wrong = {**names, place.split()[0]: "example_plugins:Missing"}
+    with pytest.raises((ConfigError, ValueError), match="'example_plugins:Missing' could not be loaded"):
+        read(write_file(tmp_path / "mine.toml", wrong, place))
+
+
+def test_the_page_names_one_of_each(importable):  # noqa: F811
+    block = PAGE.read_text(encoding="utf-8").partition("# plugins.toml\n")[2].partition("```")[0]
+    config = build(tomllib.loads(block))
+    kinds = {kind: type(PLACES[kind][1](config)).__name__ for kind in NAMES if kind != "engine"}
+    assert kinds == {kind: PATHS[kind].partition(":")[2] for kind in kinds}
+    assert config.engine.name == PATHS["engine"] and build(config.table).table == config.table
 
 
 def test_a_run_with_one_of_each(names, tmp_path):
