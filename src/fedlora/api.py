@@ -186,8 +186,8 @@ def federate(
     Afterwards the network of the trainers is as it was before, so that a second call begins as the first did; the
     trained leaves are in the result and in ``out``.
 
-    Raises ``ConfigError`` for settings that cannot work in somebody else's loop, with the reason, and ``ValueError`` if
-    a trainer is not understood or a turn does not keep the method's rules.
+    Raises ``ConfigError`` for settings that cannot work in the caller's loop, with the reason, and ``ValueError`` if a
+    trainer is not supported or a turn does not keep the method's rules.
     """
     result = run_trainers(
         trainer, clients, method, rounds, out, seed=seed, seeds=seeds, data=data, evaluate=evaluate, metric=metric,
@@ -218,7 +218,7 @@ def resume(
     ``train``, ``test``, and what else it had of ``loss``, ``metrics``, ``losses`` and ``collate``. A run of
     ``fedlora.federate`` needs the same ``trainer``, and what it had of ``evaluate`` and ``data``. Raises
     ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
-    ``ValueError`` if no checkpoint is sound, or if the rows or the model are others.
+    ``ValueError`` if no checkpoint is sound, or if the rows or the model have changed.
     """
     if trainer is not None:
         config = attach_trainers(read_resumable(path, rounds, overrides), trainer, data, evaluate)
@@ -243,8 +243,8 @@ def compare(
     """Run all methods with all seeds: with the same data, partition, initial weights and budgets. A run may diverge.
 
         compared = fedlora.compare("mine.toml", methods=["fedit", "local"], seeds=[0])
-        compared.frame()  # a row a run
-        compared.rows  # a mean a method
+        compared.frame()  # a row for each run
+        compared.rows  # means for each method
 
     Args:
         config: the path of a TOML file, its table, or a ``Config``: whatever ``fedlora.run`` accepts.
@@ -424,7 +424,7 @@ class SweepReport:
 
     @property
     def best(self) -> dict[str, dict[str, Any]]:
-        """Each method's best values, by dotted key; empty if no trial came to a figure."""
+        """Each method's best values, by dotted key; empty if no trial has a figure."""
         return {row["method"]: dict(row["values"]) for row in self.report["methods"]}
 
     def frame(self) -> "DataFrame":

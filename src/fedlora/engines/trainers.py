@@ -1,4 +1,4 @@
-"""The clients' own trainers, built by a function of the caller, on one model in a process."""
+"""The trainers of clients, built by a function of the caller; all trainers of a process share one model."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ Evaluate = Callable[[Any, "ClientInfo"], Mapping[str, Value]]
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """The argument of the caller's function: the client that the trainer is for."""
+    """The argument of the caller's function: the client whose trainer it builds."""
 
     number: int  # from 0
     count: int  # of clients
@@ -48,9 +48,9 @@ class ClientInfo:
 class Trainers:
     """The trainers of a process, each built when its client is first needed, and kept.
 
-    ``make(client)`` returns the trainer of a client. All trainers train one network, that of the first: the trainers of
-    transformers are handed it, and others must be built on ``client.model``. A pretrained network that ``make`` loads
-    by its name again shares the tensors of the first.
+    ``make(client)`` returns the trainer of a client. All trainers train the network of the first one. A Trainer of
+    transformers gets it in place of its own; any other trainer must be built on ``client.model``. A pretrained network
+    that ``make`` loads by its name again shares the tensors of the first.
     """
 
     make: Callable[[ClientInfo], Any]
@@ -80,7 +80,7 @@ class Trainers:
         return open_model(trainer.model)
 
     def for_run(self, seed: int) -> "Trainers":
-        """Return the trainers of a run: these for the first one, and then new ones on the base as it was."""
+        """Return the trainers of a run: these for the first run, and new ones on the restored base after it."""
         if not self.has_run and seed == self.seed:
             self.has_run = True
             return self
@@ -147,7 +147,7 @@ class Trainers:
     ) -> OwnTrainer:
         """Return the local trainer of a client's turn."""
         trainer = self.get(turn.client)
-        count_examples(trainer, "train_dataset", turn.client)  # before the time for training is spent
+        count_examples(trainer, "train_dataset", turn.client)  # an error ends the run before any training
         values = (self.model, trainer, turn, rounds, self.keep_optimizer, moments, step_done)
         return (
             TransformersTurn(*values, schedule=self.schedule)
@@ -162,12 +162,12 @@ class Trainers:
         return training if self.schedule == "run" else replace(training, schedule="constant")
 
     def count_rows(self, client: int) -> int:
-        """Return a client's number of training rows: its weight."""
+        """Return a client's number of training rows, which is its weight in the aggregate."""
         return count_examples(self.get(client), "train_dataset", client)
 
     @property
     def shards(self) -> "LazyShards":
-        """Each client's numbers of rows, as shards."""
+        """Each client's numbers of training and test rows, as shards."""
         return LazyShards(self)
 
     def evaluator(self) -> Scorer | None:
@@ -214,7 +214,7 @@ class TrainersEvaluator:
 
 @dataclass(frozen=True)
 class LazyShards(Mapping[int, Shard]):
-    """Each client's rows, of which only the numbers are known here; a client's trainer is built for them."""
+    """Each client's numbers of rows, as shards. Reading them builds the client's trainer."""
 
     trainers: Trainers
 

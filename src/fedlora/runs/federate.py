@@ -1,4 +1,4 @@
-"""Federate somebody else's training loop: one function makes each client's trainer, and the rest is an ordinary run."""
+"""Runs whose clients train with the caller's own trainers; one function builds the trainer of each client."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -82,7 +82,7 @@ def build_trainers(
 def attach_trainers(
     config: Config, trainer: Callable[[ClientInfo], Any], data: Any = None, evaluate: Evaluate | None = None
 ) -> Config:
-    """Return the configuration of a run folder with the trainers that it needs to go on. Raises ``ConfigError``."""
+    """Return a run folder's configuration with the trainers that resuming needs. Raises ``ConfigError``."""
     objects = getattr(config.task, "objects", {})
     if "trainer" not in objects:
         raise ConfigError("this run did not train with trainers of the caller; leave trainer out.")

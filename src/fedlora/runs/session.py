@@ -1,4 +1,4 @@
-"""A federation around a training loop of the caller, a client at a time: what the loop does in between is its own."""
+"""A federation around the caller's own training loop, which trains one client at a time."""
 
 import shutil
 import weakref
@@ -72,7 +72,7 @@ class Session(Rounds):
         method: a method's name, its table, or the method itself.
         clients: their number, or the ``[clients]`` table.
         rounds: their number, if it is known; privacy with a target ε needs it.
-        seed: of the run: of cohorts, and of what methods draw.
+        seed: of the run, for cohorts and for the methods' draws.
         evaluate: ``evaluate(network, client)`` returns metrics of a client's model, see ``fedlora.federate``. None: the
             records have no scores.
         metric: the main metric of ``evaluate``. ``higher``: whether higher values are better.
@@ -113,10 +113,10 @@ class Session(Rounds):
     def load(
         cls, folder: str | Path, model: nn.Module, evaluate: Evaluate | None = None, callbacks: Sequence[Any] = ()
     ) -> "Session":
-        """Return the session that ``save`` wrote to a folder, on a model that is made as it was then.
+        """Return the session that ``save`` wrote to a folder, on a model that is built in the same way.
 
-        It goes on with the same bits. Raises ``ConfigError`` if the folder holds no session, and ``ValueError`` if the
-        model has another base or adapter.
+        The next rounds have the same bits as without the break. Raises ``ConfigError`` if the folder holds no session,
+        and ``ValueError`` if the model has another base or adapter.
         """
         path = Path(folder).expanduser()
         if not (path / CONFIG).exists():
@@ -195,7 +195,7 @@ class Session(Rounds):
 
         Args:
             number: the client, one of ``cohort()``.
-            examples: its number of training rows: its weight in the aggregate.
+            examples: its number of training rows, which is its weight in the aggregate.
             loss: the loss of a network on one batch, for the methods that choose what to train by its gradient.
         """
         if number not in self.cohort():
@@ -349,7 +349,7 @@ class Session(Rounds):
 
 @dataclass(frozen=True)
 class SessionRows(Mapping[int, Shard]):
-    """The number of rows of each of ``count`` clients, as given with its last turn; one before its first turn."""
+    """Each client's number of rows, as given with its last turn; 1 before its first turn."""
 
     rows: dict[int, Shard]
     count: int
@@ -389,7 +389,7 @@ class SessionEvaluator:
 
 
 def copy_run(source: Path, target: Path) -> None:
-    """Make ``target`` a copy of a run folder: new files first, and the files that are not in it any more at the end."""
+    """Make ``target`` a copy of a run folder: first write new files, then delete those that the run no longer has."""
     files = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
     for file in files:
         content = (source / file).read_bytes()

@@ -1,4 +1,4 @@
-"""Python objects of the caller in the place of a model's name and of data files."""
+"""The caller's Python objects, used instead of a model's name and data files."""
 
 import math
 import numbers
@@ -148,7 +148,7 @@ class OwnObjects(Code):
 
     def _read(self, place: int, dataset: Any) -> Rows:
         if place not in self._rows:
-            with torch.random.fork_rng([]):  # random transforms leave the caller's draws alone
+            with torch.random.fork_rng([]):  # random transforms do not change the caller's generator
                 self._rows[place] = read_rows(dataset)
         return self._rows[place]
 

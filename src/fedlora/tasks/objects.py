@@ -19,8 +19,8 @@ NAME = re.compile(r"[A-Za-z0-9@][A-Za-z0-9_@-]*")  # of a metric
 class ObjectTask(Task):
     """The ``[task]`` table of a run on Python objects; the objects themselves are no part of it.
 
-    ``fedlora.run(model=..., train=...)`` makes it. A run folder's ``config.toml`` names the objects, and needs them
-    again to go on.
+    ``fedlora.run(model=..., train=...)`` makes it. A run folder's ``config.toml`` names the objects, and
+    resuming needs the same ones.
     """
 
     metric: str = "loss"

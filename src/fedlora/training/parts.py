@@ -66,7 +66,7 @@ class Part(ABC):
         return isinstance(self.base, Conv1D)
 
     def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
-        """Give a leaf a value of another shape, or its first one. Raises ``ValueError`` if the part cannot."""
+        """Set a leaf to its first value, or to one of another shape. Raises ``ValueError`` if the part cannot."""
         old = self.leaves[leaf]
         raise ValueError(f"{leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}.")
 
@@ -159,7 +159,7 @@ class PeftLoRAPart(PeftPart):
         return {"A": layer.lora_A[self.name].weight, "B": layer.lora_B[self.name].weight}
 
     def replace(self, leaf: str, value: Tensor, device: torch.device) -> None:
-        """Give a factor another rank, with the scale of that rank."""
+        """Set a factor of another rank, with the scale of that rank."""
         layer, side = cast(Any, self.module), cast(Any, self.module.get_submodule(f"lora_{leaf}"))[self.name]
         old = side.weight
         side.weight = nn.Parameter(value.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
@@ -209,12 +209,12 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_value(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter in float32, whole also if it is sharded over processes."""
+    """Return a float32 copy of a parameter, the full one if it is sharded over processes."""
     return gather_value(parameter).float().clone()
 
 
 def write_value(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter in place; every process of a sharded one passes the same whole value."""
+    """Set a parameter in place. If it is sharded, every process passes the same full value."""
     if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

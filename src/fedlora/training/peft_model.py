@@ -1,4 +1,4 @@
-"""A model of PEFT as a ``Model``: its LoRA or VeRA layers are the adapted parts, ``modules_to_save`` the whole ones."""
+"""A model of PEFT as a ``Model``: LoRA and VeRA layers are adapted parts, and ``modules_to_save`` whole parts."""
 
 import json
 from collections.abc import Iterator

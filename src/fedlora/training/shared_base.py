@@ -1,4 +1,4 @@
-"""One copy of a pretrained base for all clients of a process, whichever trainer asks transformers for it."""
+"""One copy of a pretrained base in memory for all clients of a process."""
 
 import copy
 from collections.abc import Iterator

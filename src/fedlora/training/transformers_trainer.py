@@ -1,7 +1,7 @@
 """A client's turn with a ``Trainer`` of transformers or TRL: its seed, schedule, optimizer and folder.
 
 The budget of a turn is ``max_steps`` or ``num_train_epochs`` of the trainer's arguments. The learning-rate schedule
-covers the whole run, or a turn each.
+covers the whole run, or one turn.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +19,13 @@ from fedlora.training.local import Training
 from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
 from fedlora.types import Tree
 
-SPEED = (  # ends of the names of figures that are no metrics
+SPEED = (  # suffixes of the names of figures that are no metrics
     "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time", "num_tokens",
 )  # fmt: skip
 
 
 def is_transformers_trainer(trainer: Any) -> bool:
-    """Whether a trainer is a ``Trainer`` of transformers; TRL's are."""
+    """Return whether a trainer is a ``Trainer`` of transformers; those of TRL are."""
     from transformers import Trainer
 
     return isinstance(trainer, Trainer)
@@ -48,7 +48,7 @@ def check_trainer(trainer: Any) -> None:
 
 
 def adopt_model(trainer: Any, network: Any) -> None:
-    """Let a trainer train ``network``, in place of the model that it was made with."""
+    """Replace the model of a trainer by ``network``."""
     if trainer.model is not network:
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = network
 
@@ -105,7 +105,7 @@ class TransformersTurn(OwnTrainer):
 
     @contextmanager
     def _settings(self, parameters: Mapping[tuple[str, str], Tensor]) -> Iterator[None]:
-        """Give the trainer this turn's seed, folder, schedule and moments, and take them back after it."""
+        """Set the trainer's seed, folder, schedule and moments for this turn, and restore them after it."""
         from transformers import TrainerCallback
 
         trainer, args, turn = self.trainer, self.trainer.args, self.turn
