@@ -8,13 +8,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import aggregation, agreement, checkpoints, engines, federation, levers, merging, startup, training
+from benchmarks import (
+    aggregation,
+    agreement,
+    checkpoints,
+    engines,
+    federate,
+    federation,
+    levers,
+    merging,
+    startup,
+    training,
+)
 
 ALL = {
     "training": training.measure,
     "levers": levers.measure,
     "memory": federation.memory,
     "overhead": federation.overhead,
+    "federate": federate.measure,
     "aggregation": aggregation.measure,
     "merging": merging.measure,
     "agreement": agreement.measure,

@@ -19,7 +19,7 @@ from fedlora.flower.deploy.local import Loopback
 from fedlora.methods import METHODS
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, build
-from fedlora.runs.run import run
+from fedlora import run
 from fedlora.types import Tree
 
 MODEL, CLIENTS, ROUNDS = "minilm-l3-h384-v8k", 3, 3

@@ -18,7 +18,7 @@ from fedlora.runs.compare import execute, for_label
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.run import run
+from fedlora import run
 from fedlora.schema import Table, apply_overrides, read_table
 
 ROOT = Path(__file__).parents[1]

@@ -219,6 +219,7 @@ class Model:
             part = self.parts[path]
             if part.base is None:
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
+            part.mark_base(True)
             update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
             weight = getattr(part.base, "weight", None)  # some quantised layers have none
             if self.overlay or weight is None or not weight.is_floating_point():
@@ -235,6 +236,7 @@ class Model:
         for path, part in self.parts.items():
             if part.base is not None:
                 part.set_overlay(None)
+                part.mark_base(False)
                 if path in self._pretrained:
                     write_value(part.base.weight, self._pretrained.pop(path))
 

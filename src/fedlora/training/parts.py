@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.adapters import Adapter
 from fedlora.types import Factors
 
+UPDATED = "_fedlora_updated"  # of a layer of PEFT: whether its base has updates
 OVERLAY = "_fedlora_overlay"  # of a base layer under PEFT: the base updates that are not added to its weight
 
 
@@ -74,6 +75,9 @@ class Part(ABC):
     def overlay(self) -> Factors | None:
         """The base updates that are kept beside the base weight."""
         return None
+
+    def mark_base(self, changed: bool) -> None:  # noqa: B027 - an adapter of this library cannot be turned off
+        """Note whether the base weight has updates, added to it or beside it."""
 
     def set_overlay(self, update: Factors | None) -> None:
         """Replace the base updates beside the base weight. Raises ``ValueError`` for a part trained in full."""
@@ -138,6 +142,12 @@ class PeftPart(Part):
     def is_transposed(self) -> bool:
         return bool(getattr(self.module, "fan_in_fan_out", False))
 
+    def mark_base(self, changed: bool) -> None:
+        if changed and not hasattr(self.module, UPDATED):
+            self.module.register_forward_pre_hook(_refuse_bare_call)
+        if changed or hasattr(self.module, UPDATED):
+            setattr(self.module, UPDATED, changed)
+
     @property
     def overlay(self) -> Factors | None:
         return getattr(self.base, OVERLAY, None)
@@ -185,6 +195,16 @@ class PeftVeRAPart(PeftPart):
             raise ValueError(
                 f"{leaf!r} is not that of PEFT's layer; give all clients one rank and one projection_prng_key."
             )
+
+
+def _refuse_bare_call(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raise ``ValueError`` if a layer is called without its adapter, though its base is not the pretrained one."""
+    if getattr(layer, UPDATED) and cast(Any, layer).disable_adapters:
+        raise ValueError(
+            "the model was called without its adapter, as DPO does for its reference, and the method has added updates "
+            "to the base, so this is not the pretrained model; take a method that leaves the base as it is, such as "
+            "fedit or fedsa-lora, or give the trainer a ref_model."
+        )
 
 
 def _add_overlay(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

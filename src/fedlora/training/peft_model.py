@@ -133,7 +133,7 @@ def _adapted_part(path: str, layer: Any, name: str, main: Adapter) -> Part | Non
         if not (isinstance(A, nn.Linear) and isinstance(B, nn.Linear)):
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(f"the LoRA adapts {path!r}, a {kind}; only linear layers can be combined here.")
-        _check_active(path, layer)
+        _check_active(path, layer, name)
         own = replace(cast(LoRA, main), rank=layer.r[name], alpha=float(layer.lora_alpha[name]))
         if own.scale(own.rank) != layer.scaling[name]:
             raise ValueError(
@@ -142,14 +142,19 @@ def _adapted_part(path: str, layer: Any, name: str, main: Adapter) -> Part | Non
             )
         return PeftLoRAPart(layer, own, name)
     if name in getattr(layer, "vera_lambda_d", ()):
-        _check_active(path, layer)
+        _check_active(path, layer, name)
         A, B = layer.vera_A[name][:, : layer.in_features], layer.vera_B[name][: layer.out_features]
         frozen = {leaf: nn.Parameter(x, requires_grad=False) for leaf, x in (("A", A), ("B", B))}
         return PeftVeRAPart(layer, main, name, frozen)
     return None
 
 
-def _check_active(path: str, layer: Any) -> None:
+def _check_active(path: str, layer: Any, name: str) -> None:
+    if list(layer.active_adapters) != [name]:
+        raise ValueError(
+            f"the adapters {', '.join(layer.active_adapters)} are active on {path!r}, and the model trains {name!r}; "
+            "call model.set_adapter with one of them."
+        )
     if layer.merged or layer.disable_adapters:
         state = "merged into the base" if layer.merged else "disabled"
         raise ValueError(f"the adapter on {path!r} is {state}; call unmerge_adapter() or enable it before training.")
