@@ -466,6 +466,34 @@ def test_a_bad_upload_is_left_out_and_the_others_share_its_weight(fault, named):
     assert made._guard.conduct.get("strikes", {}) == ({"5": 1} if named else {})
 
 
+def test_an_upload_that_is_left_out_is_logged(caplog):
+    made = server("fedit")
+    uploads = [trained(made, client) for client in range(3)]
+    del uploads[1][A]
+    made.step(uploads, clients=[4, 5, 6])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("round 1: client 5 is left out, its upload is quarantined: ") and A in line
+
+
+@pytest.mark.parametrize(
+    "method, state, more, words",
+    [
+        (None, None, {}, "the method is None; give its name"),
+        ("fedit", "adapter", {}, "the initial state is a str; give what PEFT's get_peft_model_state_dict returns"),
+        ("fedit", None, {"lora_alpha": "8"}, "lora_alpha is '8'; give the number"),
+    ],
+)
+def test_arguments_of_another_kind(method, state, more, words):
+    with pytest.raises(ValueError, match=words):
+        server(method, state, **more)
+
+
+def test_weights_that_are_no_list():
+    made = server("fedit")
+    with pytest.raises(ValueError, match="weights is 3; give a list with one weight an upload"):
+        made.step([trained(made, 0)], weights=3)
+
+
 def test_an_upload_that_is_no_state_dict():
     made = server("fedit")
     made.step([trained(made, 0), [1, 2]])

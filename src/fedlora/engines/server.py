@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from logging import getLogger
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedlora.training.recipe import Recipe, plain_work, server_obstacle
 from fedlora.types import Factors, Tree
 
 FORM = 1  # of saved files
+LOG = getLogger(__name__)
 STATE, SETTLED, RECENT = "state", "settled", "recent"  # parts of a saved file
 
 
@@ -77,6 +79,7 @@ class Server:
     ) -> None:
         if min_clients < 1:
             raise ValueError(f"min_clients is {min_clients}; a round needs at least one upload.")
+        _check_arguments(method, initial, lora_alpha)
         self.recipe = Recipe(method, lora_alpha, use_rslora, method_options or {}, alpha_pattern or {}, seed)
         self.method = self.recipe.build()
         if obstacle := server_obstacle(self.method):
@@ -182,9 +185,18 @@ class Server:
             self._log.keep_recent()
             last = BaseUpdateLog(entries=[served.base_updates])
             self.last_base_updates = last.total()
+        self._report_quarantine(named=clients is not None)
         self._state, self.errors, self._number = state, errors, self._number + 1
         self._open()
         return self.state
+
+    def _report_quarantine(self, named: bool) -> None:
+        """Warn of the uploads that were left out, since the state does not show it."""
+        noun = "client" if named else "upload"
+        for client, reason in self.quarantine.get(self._number + 1, {}).items():
+            LOG.warning(
+                "round %s: %s %s is left out, its upload is quarantined: %s.", self._number + 1, noun, client, reason
+            )
 
     @property
     def base_updates(self) -> dict[str, Factors]:
@@ -313,11 +325,24 @@ def _complete(now: PeftRound, upload: Received) -> Received:
     return upload._replace(tree=tree)
 
 
+def _check_arguments(method: Any, initial: Any, lora_alpha: Any) -> None:
+    if not isinstance(method, str):
+        raise ValueError(f"the method is {method!r}; give its name, such as 'flora-na'.")
+    if not isinstance(initial, Mapping):
+        raise ValueError(
+            f"the initial state is a {type(initial).__name__}; give what PEFT's get_peft_model_state_dict returns."
+        )
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
+        raise ValueError(f"lora_alpha is {lora_alpha!r}; give the number in the clients' LoraConfig.")
+
+
 def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not count:
         raise ValueError("there are no uploads; give step at least one state dict.")
     if weights is None:
         return [1] * count
+    if not hasattr(weights, "__iter__") or isinstance(weights, str):
+        raise ValueError(f"weights is {weights!r}; give a list with one weight an upload.")
     values = [x.item() if hasattr(x, "item") else x for x in weights]
     if len(values) != count:
         raise ValueError(f"there are {count} uploads and {len(values)} weights; give one weight an upload.")
