@@ -17,6 +17,8 @@ from fedlora.engines.federation import Federation
 from fedlora.files import digest
 from fedlora.schema import flatten_table
 from fedlora.tasks._base import Examples
+from fedlora.training.parts import gather_value
+from fedlora.training.sharding import is_sharded, reshard
 
 SAMPLE = 1024  # values of each pretrained weight
 NAMES = 40  # labels that are kept by name
@@ -197,12 +199,21 @@ def _bytes(x: Tensor) -> bytes:
 def _digest_base(f: Federation) -> str:
     """Return a digest of up to 1,024 values of each pretrained weight; another model differs in nearly all of them."""
     hasher = hashlib.blake2b(digest_size=16)
-    leaves = {x.data_ptr() for part in f.model.parts.values() for x in part.leaves.values()}
+    reshard(f.model.network)
+    parameters = [x for part in f.model.parts.values() for x in part.leaves.values()]
+    leaves = {x.data_ptr() for x in parameters if not is_sharded(x)}
+    ids = set(map(id, parameters))
+    names = {name for name, x in f.model.network.named_parameters(remove_duplicate=False) if id(x) in ids}
     for name, x in sorted(f.model.network.state_dict().items()):
         is_head = any(name.startswith(f"{head}.") for head in f.heads)
         # Heads and adapters are drawn from the seed, or among the initial leaves.
-        if isinstance(x, Tensor) and not is_head and x.data_ptr() not in leaves:
-            values = x.detach().reshape(-1)
+        if (
+            isinstance(x, Tensor)
+            and not is_head
+            and name not in names
+            and (is_sharded(x) or x.data_ptr() not in leaves)
+        ):
+            values = gather_value(x).reshape(-1)
             hasher.update(f"{name} {tuple(x.shape)}".encode())
             hasher.update(_bytes(values[:: max(1, len(values) // SAMPLE)][:SAMPLE]))
     return hasher.hexdigest()

@@ -27,6 +27,7 @@ from fedlora.security.validation import Rejected, UploadScreen, excluded_clients
 from fedlora.seeds import derive_seed
 from fedlora.tasks.metrics.scores import Scores, compute_metrics
 from fedlora.training.evaluation import Scorer, summarize
+from fedlora.training.ranks import synchronize
 from fedlora.types import Tree, Turn
 
 
@@ -269,10 +270,15 @@ class Loop(ABC):
 
     def _combine(self, f: Federation, at: ServerState, uploads: list[Received]) -> Served:
         served = f.server.step(at.shared, self.aggregate(f, at, uploads))
+        before = at.shared
+        synchronize(
+            {part: {k: x for k, x in y.items() if x is not before[part].get(k)} for part, y in served.shared.items()}
+        )
         at.shared = f.compression.encode_shared(at.shared, served.shared, derive_seed(f.seed, "down", at.number))
         if served.base_updates:
             # One update a weight, no larger than the weight. All apply the rounded update, so bits are equal.
             base_updates = {part: (compact(total(factors)),) for part, factors in served.base_updates.items()}
+            synchronize({part: factors[0]._asdict() for part, factors in base_updates.items()})
             at.base_updates.append(f.compression.round_base_update(base_updates))
             at.base_updates.settle(min(map(at.channel.count_base_updates, range(f.clients.members))))
             f.model.fold(at.base_updates.entries[-1])

@@ -16,6 +16,7 @@ from fedlora.training.local import OptimizerState, Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
 from fedlora.training.own_trainer import OwnTrainer, set_seeds
+from fedlora.training.ranks import check_equal, meet
 from fedlora.training.shared_base import SharedBases
 from fedlora.training.transformers_trainer import (
     TransformersTurn,
@@ -77,7 +78,9 @@ class Trainers:
         """The model of this process, with the adapter of the first trainer."""
         trainer = self._build(self.first, None)
         self._trainers[self.first] = trainer
-        return open_model(trainer.model)
+        model = open_model(trainer.model)
+        model.synchronize()
+        return model
 
     def for_run(self, seed: int) -> "Trainers":
         """Return the trainers of a run: these for the first run, and new ones on the restored base after it."""
@@ -147,7 +150,8 @@ class Trainers:
     ) -> OwnTrainer:
         """Return the local trainer of a client's turn."""
         trainer = self.get(turn.client)
-        count_examples(trainer, "train_dataset", turn.client)  # an error ends the run before any training
+        rows = count_examples(trainer, "train_dataset", turn.client)  # an error ends the run before any training
+        check_equal(f"client {turn.client}'s number of training rows", rows)
         values = (self.model, trainer, turn, rounds, self.keep_optimizer, moments, step_done)
         return (
             TransformersTurn(*values, schedule=self.schedule)
@@ -179,6 +183,7 @@ class Trainers:
 
     def score(self, client: int) -> Scores:
         """Return the scores of the loaded leaves on a client's own test rows."""
+        meet()
         self.model.network.eval()
         with set_seeds(derive_seed(self.seed, "evaluation", client)), torch.no_grad():
             if self.evaluate is not None:

@@ -13,11 +13,12 @@ from fedlora.engines.loop import Watch
 from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
+from fedlora.runs.all_ranks import run_on_all_ranks
 from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Compared
 from fedlora.runs.config import Config, build
 from fedlora.runs.objects import describe_object, to_settings
-from fedlora.runs.run import Result, run_config
+from fedlora.runs.run import Result
 from fedlora.runs.sections import SECTIONS
 from fedlora.schema import ConfigError, Table, construct
 from fedlora.seeds import derive_seed
@@ -27,6 +28,7 @@ from fedlora.tasks.objects import ObjectTask
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import find_adapter
+from fedlora.training.ranks import is_parallel
 
 OWN_ROWS = {"name": "own"}  # the partition of clients with rows of their own
 OWN = ("model", "task", "adapter", "training")  # sections that follow from the caller's objects
@@ -66,7 +68,13 @@ def run_trainers(
         sections, trainers,
     )  # fmt: skip
     if not many:
-        return run_config(config, out, watch, callbacks=callbacks, again=again)
+        place = None if out is None else Path(out).expanduser()
+        return run_on_all_ranks(config, place, watch, callbacks, again)
+    if is_parallel():
+        raise ConfigError(
+            "a comparison of methods or seeds runs with one process a client; call federate once for each of them, "
+            "with its own out."
+        )
     return compare_methods(config, names, [seed] if seeds is None else seeds, out, callbacks=callbacks)
 
 

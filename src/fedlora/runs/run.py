@@ -29,6 +29,7 @@ from fedlora.runs.summary import data_distribution, describe_labels, summarise
 from fedlora.runs.trackers._callback import Tracking
 from fedlora.schema import ConfigError, Table, merge_tables
 from fedlora.training.peft_model import read_peft_config
+from fedlora.training.ranks import is_parallel
 from fedlora.types import Tree
 
 
@@ -91,7 +92,7 @@ def run_config(
             "[[party]] tables are for a rehearsal in one process; set engine.name to 'inprocess', or leave them out "
             "and let each node's configuration state its own settings."
         )
-    stop = Stop(is_patient=engine is not None and engine.steps_here)
+    stop = Stop(is_patient=engine is not None and engine.steps_here and not is_parallel())
     with lock_folder(folder), explain_full_disk(folder), tracebacks_in(folder, CONFIG):
         with nullcontext() if folder is None else RunFolder(folder).claim(again):
             federation = config.federation(combines=drive is not None)

@@ -20,6 +20,7 @@ from fedlora.engines.loop import Reply, explain_overflow
 from fedlora.engines.record import RoundRecord
 from fedlora.engines.trainers import ClientInfo, Evaluate, to_scores
 from fedlora.files import write
+from fedlora.methods._base import pick
 from fedlora.rounds import public_leaves, select_leaves_to_train
 from fedlora.runs.build import build_own_federation
 from fedlora.runs.callbacks import Callbacks
@@ -37,7 +38,17 @@ from fedlora.training.frozen import Frozen
 from fedlora.training.local import Training, check_divergence, replace_leaves
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
-from fedlora.training.own_trainer import ADVICE, check_turn
+from fedlora.training.own_trainer import ADVICE, check_turn, read_end
+from fedlora.training.ranks import (
+    average,
+    average_tree,
+    check_equal,
+    copy_from_first_rank,
+    is_first_rank,
+    meet,
+    share_failure,
+)
+from fedlora.training.sharding import check_wrappers
 from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn, Work
 
@@ -107,7 +118,8 @@ class Session(Rounds):
             raise ConfigError(
                 "privacy.target_epsilon is spread over all rounds; give the session their number, rounds=."
             )
-        self._begin(config, opened, evaluate, callbacks, None)
+        with share_failure():
+            self._begin(config, opened, evaluate, callbacks, None)
 
     @classmethod
     def load(
@@ -119,20 +131,23 @@ class Session(Rounds):
         and ``ValueError`` if the model has another base or adapter.
         """
         path = Path(folder).expanduser()
-        if not (path / CONFIG).exists():
-            raise ConfigError(f"{str(path)!r} holds no session: it has no {CONFIG}; name a folder that save wrote.")
-        table = read_table(path / CONFIG)
-        length = table.get("task", {}).get("objects", {}).get("session")
-        if length is None:
-            raise ConfigError(f"{str(path)!r} holds a run and no session; go on with it by fedlora.resume.")
-        config = build({**table, "rounds": OPEN} if length == "open" else table)
-        session = cls.__new__(cls)
-        session._begin(config, open_model(model), evaluate, callbacks, path)
+        with share_failure(), copy_from_first_rank(path) as saved:
+            if not (saved / CONFIG).exists():
+                raise ConfigError(f"{str(path)!r} holds no session: it has no {CONFIG}; name a folder that save wrote.")
+            table = read_table(saved / CONFIG)
+            length = table.get("task", {}).get("objects", {}).get("session")
+            if length is None:
+                raise ConfigError(f"{str(path)!r} holds a run and no session; go on with it by fedlora.resume.")
+            config = build({**table, "rounds": OPEN} if length == "open" else table)
+            session = cls.__new__(cls)
+            session._begin(config, open_model(model), evaluate, callbacks, saved)
+            session._saved_to = path
         return session
 
     def _begin(
         self, config: Config, model: Model, evaluate: Evaluate | None, callbacks: Sequence[Any], saved: Path | None
     ) -> None:
+        model.synchronize()
         self.config, self._evaluate, self._rows = config, evaluate, dict[int, Shard]()
         place, self._exit = Path(mkdtemp(prefix="fedlora-session-")), ExitStack()
         self._folder = folder = place / "run"
@@ -144,7 +159,8 @@ class Session(Rounds):
         self._federation = build_own_federation(config, model, SessionRows(self._rows, config.clients.count))
         try:
             self._recorder = build_recorder(
-                config, self._federation, folder, Stop(), saved is not None, Callbacks(callbacks)
+                config, self._federation, folder, Stop(), saved is not None,
+                Callbacks(callbacks if is_first_rank() else ()),
             )
         except ValueError as error:  # names the caller's folder, instead of the copy
             raise type(error)(str(error).replace(str(folder), str(saved))) from error
@@ -198,6 +214,12 @@ class Session(Rounds):
             examples: its number of training rows, which is its weight in the aggregate.
             loss: the loss of a network on one batch, for the methods that choose what to train by its gradient.
         """
+        with share_failure(), self._hold_turn(number, examples, loss) as network:
+            yield network
+
+    @contextmanager
+    def _hold_turn(self, number: int, examples: int, loss: Callable[[nn.Module], Tensor] | None) -> Iterator[nn.Module]:
+        check_equal(f"client {number}'s number of examples", examples)
         if number not in self.cohort():
             raise ValueError(f"client {number} is not in the cohort of round {self.round}, {self.cohort()}.")
         assert self._replies is not None
@@ -214,6 +236,7 @@ class Session(Rounds):
         assert turn is not None
         start = turn.start(at.shared, self._engine.state(number))
         trained = select_leaves_to_train(f.rules, start, turn.turn, lambda start: self._gradient(start, loss))
+        check_wrappers(model.network)
         model.load(start)
         parameters = model.select(trained)
         self._open = OpenTurn(turn, start, trained)
@@ -224,8 +247,8 @@ class Session(Rounds):
                 yield model.network
             finally:
                 self._check_frozen(frozen)
-            check_divergence(self._open.loss or 0.0, parameters.values(), turn.turn, ADVICE) if parameters else None
-            end = replace_leaves(start, self._read_end(start, trained, turn.turn), trained) if parameters else start
+            self._open.loss = average(self._open.loss)
+            end = self._read_end(start, trained, turn.turn) if parameters else start
             work = {part: Work(start[part], end[part], trained[part]) for part in f.rules}
             update = turn.finish(at.shared, work, self._open.loss)
             self._replies[number] = self._engine.close_turn(f, at, turn, update)
@@ -246,6 +269,7 @@ class Session(Rounds):
         assert self._open is not None
         self._open.loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
 
+    @share_failure()
     def aggregate(self) -> RoundRecord:
         """Combine the uploads of this round's turns, evaluate if that is due, and return the round's record.
 
@@ -276,12 +300,15 @@ class Session(Rounds):
             )
         model.load(start)
         model.network.eval()
-        return model.gradient(loss)
+        return average_tree(model.gradient(loss))
 
     def _read_end(self, start: Tree, trained: Mapping[str, frozenset[str]], turn: Turn) -> Tree:
-        end = self._federation.model.read()
+        assert self._open is not None
+        end = read_end(self._federation.model, start, trained)
+        leaves = [x for path in trained for x in pick(end[path], trained[path]).values()]
+        check_divergence(self._open.loss or 0.0, leaves, turn, ADVICE)
         check_turn(self._federation.model, start, end, trained, self._federation.rules, turn)
-        return end
+        return replace_leaves(start, end, trained)
 
     def _evaluator(self) -> "SessionEvaluator | None":
         if self._evaluate is None:
@@ -325,6 +352,7 @@ class Session(Rounds):
         """The summary of the rounds so far."""
         return self.result.summary
 
+    @share_failure()
     def save(self, folder: str | Path) -> Path:
         """Write the session to a run folder: for ``Session.load``, and for ``fedlora show``, ``report`` and ``export``.
 
@@ -334,6 +362,13 @@ class Session(Rounds):
         if self._replies:
             raise ValueError(f"round {self.round} is open; call aggregate() before save().")
         path = Path(folder).expanduser()
+        if is_first_rank():
+            self._save(path)
+        meet()  # the folder is there for all ranks after this
+        self._saved_to = path
+        return path
+
+    def _save(self, path: Path) -> None:
         mine = self._saved_to is not None and path.absolute() == self._saved_to.absolute()
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{str(path)!r} is a file; choose a new folder.")
@@ -343,8 +378,6 @@ class Session(Rounds):
             self._recorder.checkpoints.save()
         _ = self.result
         copy_run(self._folder, path)
-        self._saved_to = path
-        return path
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ every leaf of every part, so nothing of one client is left for the next.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from fedlora.training.parts import (
     read_value,
     write_value,
 )
+from fedlora.training.ranks import synchronize
+from fedlora.training.sharding import add_value, is_sharded, reshard
 from fedlora.training.targets import find_full_modules, find_targets
 from fedlora.training.train_mode import disable_fast_paths
 from fedlora.types import Factors, Layer, Tree
@@ -149,6 +151,10 @@ class Model:
             return {}
         return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()}
 
+    def synchronize(self) -> None:
+        """Let all processes that train together begin with the first one's values."""
+        synchronize({path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()})
+
     def start_at(self, tree: Tree) -> None:
         """Replace ``own_start``, by that of another process. Raises ``ValueError`` if it belongs to another model."""
         mine = {(path, leaf): x.shape for path, layer in self.own_start.items() for leaf, x in layer.items()}
@@ -166,6 +172,7 @@ class Model:
     @torch.no_grad()
     def load(self, tree: Tree) -> None:
         """Set every leaf of every part. Raises ``ValueError`` if a part or leaf is missing or unknown."""
+        reshard(self.network)
         if tree.keys() != self.parts.keys():
             raise ValueError(f"cannot load: parts {sorted(tree.keys() ^ self.parts.keys())} are missing or unknown.")
         for path, layer in tree.items():
@@ -180,9 +187,16 @@ class Model:
         if not trainable and self._frozen.get((path, leaf)) is value:
             return  # already loaded, and nothing writes to it
         old = part.leaves.get(leaf)
-        if old is not None and old.shape == value.shape and trainable:
+        if old is not None and old.shape == value.shape and (trainable or is_sharded(old)):
             write_value(old, value)
+            if not trainable:
+                self._frozen[path, leaf] = value
             return
+        if old is not None and is_sharded(old):
+            raise ValueError(
+                f"cannot load {path!r}: {leaf!r} has shape {tuple(value.shape)}, not {tuple(old.shape)}, and a weight "
+                "that is divided over processes keeps its shape; give all clients one rank, or use DDP."
+            )
         try:
             part.replace(leaf, value, self.device)  # first load, or a client of another rank
         except ValueError as error:
@@ -192,7 +206,8 @@ class Model:
 
     def read(self) -> Tree:
         """Return all leaves, float32; those that training may change are copies."""
-        return {path: _copy(part) for path, part in self.parts.items()}
+        reshard(self.network)
+        return {path: _copy(part, self.device) for path, part in self.parts.items()}
 
     @torch.no_grad()
     def find_other_weight(self, network: nn.Module) -> str | None:
@@ -215,6 +230,7 @@ class Model:
     def fold(self, base_updates: Mapping[str, Sequence[Factors]]) -> None:
         """Add updates to base weights, or to their overlays."""
         self.base_version += 1
+        reshard(self.network)
         for path, factors in base_updates.items():
             part = self.parts[path]
             if part.base is None:
@@ -225,14 +241,16 @@ class Model:
             if self.overlay or weight is None or not weight.is_floating_point():
                 part.set_overlay(compact(total([part.overlay, update]) if part.overlay else update))
                 continue
-            self._pretrained.setdefault(path, gather_value(weight).clone())
+            if path not in self._pretrained:
+                self._pretrained[path] = weight.detach().clone()
             delta = update.dense().to(weight.dtype)
-            write_value(weight, gather_value(weight) + (delta.mT if part.is_transposed else delta))
+            add_value(weight, delta.mT if part.is_transposed else delta)
 
     @torch.no_grad()
     def unfold(self) -> None:
         """Restore the pretrained base, bit for bit."""
         self.base_version += 1
+        reshard(self.network)
         for path, part in self.parts.items():
             if part.base is not None:
                 part.set_overlay(None)
@@ -251,14 +269,25 @@ class Model:
         parameters = self.select({path: part.adapter.trainable for path, part in self.parts.items()})
         with self.running():
             value = loss(self.network)
-        grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         tree: dict[str, dict[str, Tensor]] = {path: {} for path in self.parts}
-        for ((path, leaf), parameter), grad in zip(parameters.items(), grads, strict=True):
-            tree[path][leaf] = torch.zeros_like(parameter) if grad is None else grad
+        for ((path, leaf), parameter), grad in zip(parameters.items(), self._gradients(value, parameters), strict=True):
+            tree[path][leaf] = torch.zeros(parameter.shape, device=self.device) if grad is None else grad
         return tree
+
+    def _gradients(self, loss: Tensor, parameters: Mapping[Any, nn.Parameter]) -> Sequence[Tensor | None]:
+        if not any(map(is_sharded, parameters.values())):
+            return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        # FSDP2 gives gradients to sharded parameters in hooks of backward(), as their means over the processes.
+        loss.backward()
+        reshard(self.network)
+        grads = [None if x.grad is None else gather_value(x.grad).to(self.device) for x in parameters.values()]
+        for x in parameters.values():
+            x.grad = None
+        return grads
 
     def select(self, trained: Mapping[str, frozenset[str]]) -> dict[tuple[str, str], nn.Parameter]:
         """Make exactly these leaves require gradients, and return them in a fixed order."""
+        reshard(self.network)
         chosen = {}
         for path, part in self.parts.items():
             for leaf, parameter in sorted(part.leaves.items()):
@@ -283,6 +312,7 @@ def _is_equal(x: Tensor, other: Tensor) -> bool:
     return x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other.to(x.device))
 
 
-def _copy(part: Part) -> dict[str, Tensor]:
+def _copy(part: Part, device: torch.device | None = None) -> dict[str, Tensor]:
     trainable = part.adapter.trainable
-    return {leaf: read_value(x) if leaf in trainable else x.detach() for leaf, x in part.leaves.items()}
+    values = {leaf: read_value(x) if leaf in trainable else gather_value(x) for leaf, x in part.leaves.items()}
+    return values if device is None else {leaf: x.to(device) for leaf, x in values.items()}

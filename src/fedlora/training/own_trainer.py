@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.methods._base import pick
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
 from fedlora.training.frozen import Frozen
 from fedlora.training.local import OptimizerState, check_divergence, replace_leaves
 from fedlora.training.model import Model
+from fedlora.training.ranks import average, check_together, meet, synchronize
+from fedlora.training.sharding import check_shapes, check_wrappers
 from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
 
@@ -49,6 +52,8 @@ class OwnTrainer:
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
         """Train the leaves of ``trained`` from ``start``, and return the tree; other leaves are the same objects."""
+        meet()
+        check_wrappers(self.model.network)
         self.model.load(start)
         parameters = self.model.select(trained)
         if not parameters:
@@ -56,9 +61,9 @@ class OwnTrainer:
         with set_seeds(self.turn.seed):
             set_train_mode(self.model.network)
             frozen = Frozen.read(self.model.network, self.model.parts)
-            self.loss = self.train(parameters)
-        check_divergence(self.loss or 0.0, parameters.values(), self.turn, ADVICE)
-        end = self.model.read()
+            self.loss = average(self.train(parameters))
+        end = read_end(self.model, start, trained)
+        check_divergence(self.loss or 0.0, (end[path][leaf] for path, leaf in parameters), self.turn, ADVICE)
         frozen.check(self.model.network)
         check_turn(self.model, start, end, trained, rules, self.turn)
         return replace_leaves(start, end, trained)
@@ -66,6 +71,17 @@ class OwnTrainer:
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
         """Call the trainer, and return its mean loss, or None if it does not return one."""
         return read_loss(self.trainer.train())
+
+
+def read_end(model: Model, start: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:
+    """Return the leaves after training, whole, and those of ``trained`` as the first rank has them."""
+    check_wrappers(model.network)
+    check_shapes(start, {path: part.leaves for path, part in model.parts.items()})
+    end = model.read()
+    changed = {path: pick(end[path], leaves) for path, leaves in trained.items()}
+    check_together(start, changed)
+    synchronize(changed)
+    return end
 
 
 def read_loss(result: Any) -> float | None:

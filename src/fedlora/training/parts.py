@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Adapter
+from fedlora.training.sharding import distribute_like, is_sharded
 from fedlora.types import Factors
 
 UPDATED = "_fedlora_updated"  # of a layer of PEFT: whether its base has updates
@@ -235,16 +236,10 @@ def read_value(parameter: Tensor) -> Tensor:
 
 def write_value(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter in place. If it is sharded, every process passes the same full value."""
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded = cast(Any, parameter)
-        value = value.to(parameter.device, parameter.dtype)
-        value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
-    parameter.copy_(value)
+    parameter.copy_(distribute_like(parameter, value))
 
 
 def gather_value(parameter: Tensor) -> Tensor:
     """Return the value of a parameter, not copied unless it is sharded over processes."""
     x = parameter.detach()
-    return cast(Any, x).full_tensor() if hasattr(x, "full_tensor") else x
+    return cast(Any, x).full_tensor() if is_sharded(x) else x

@@ -17,8 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from fedlora.seeds import derive_seed
 from fedlora.training.local import Training
 from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
+from fedlora.training.ranks import average_tree, is_parallel
+from fedlora.training.sharding import is_fully_sharded
 from fedlora.types import Tree
 
+LOSS_SCALE_IS_RIGHT = "_fedlora_loss_scale_is_right"
 SPEED = (  # suffixes of the names of figures that are no metrics
     "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time", "num_tokens",
 )  # fmt: skip
@@ -40,11 +43,37 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.model_init is not None:
         raise ValueError("the Trainer was given model_init, which makes a new model in each turn; give model instead.")
+    _check_parallelism(trainer)
     if trainer.args.resume_from_checkpoint:
         raise ValueError(
             "args.resume_from_checkpoint would replace what the server sends; leave it out, and resume the run by "
             "fedlora.resume or again=True."
         )
+
+
+def _check_parallelism(trainer: Any) -> None:
+    plugin = find_fsdp(trainer)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError(
+            "the Trainer uses FSDP version 1, which flattens parameters, so adapters cannot be read from it; set "
+            'fsdp_config={"version": 2} in its arguments, or fsdp_version: 2 in the configuration of Accelerate.'
+        )
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "cpu_ram_efficient_loading gives the base to the first process only, and base updates and checkpoints "
+            "need it in each; set it to false in fsdp_config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false."
+        )
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "the Trainer uses DeepSpeed's ZeRO stage 3, whose parameters cannot be read and set whole here; use FSDP2 "
+            '(fsdp=True, fsdp_config={"version": 2}), or ZeRO stage 1 or 2.'
+        )
+
+
+def find_fsdp(trainer: Any) -> Any:
+    """Return the FSDP settings that a ``Trainer`` trains with, or None."""
+    return getattr(trainer.accelerator.state, "fsdp_plugin", None)
 
 
 def adopt_model(trainer: Any, network: Any) -> None:
@@ -90,10 +119,18 @@ class TransformersTurn(OwnTrainer):
         self.model.network.eval()
         with set_seeds(derive_seed(self.turn.seed, "gradient")):
             batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
-            return self.model.gradient(lambda network: self.trainer.compute_loss(network, batch))
+            return average_tree(self.model.gradient(lambda network: self.trainer.compute_loss(network, batch)))
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
         trainer = self.trainer
+        if self.keep_optimizer and (find_fsdp(trainer) or trainer.is_deepspeed_enabled):
+            raise ValueError(
+                "keep_optimizer needs an optimizer whose moments are whole in each process, and FSDP and DeepSpeed "
+                "divide them; leave keep_optimizer out, or use DDP."
+            )
+        unwrap_model(trainer)
+        if find_fsdp(trainer) and is_fully_sharded(trainer.model):
+            find_fsdp(trainer).auto_wrap_policy = None  # it would look for layers by class, which FSDP2 has replaced
         trainer.optimizer = trainer.lr_scheduler = None
         with self._settings(parameters):
             loss = read_loss(trainer.train())
@@ -101,6 +138,9 @@ class TransformersTurn(OwnTrainer):
             state = getattr(trainer.optimizer, "optimizer", trainer.optimizer).state
             self.state = (self.state or {}) | {key: state[x] for key, x in parameters.items() if x in state}
         free_optimizer(trainer)
+        unwrap_model(trainer)
+        if is_parallel():
+            check_loss_scale(trainer)
         return loss
 
     @contextmanager
@@ -156,6 +196,46 @@ class TransformersTurn(OwnTrainer):
         return create_optimizer
 
 
+def unwrap_model(trainer: Any) -> None:
+    """Make a ``Trainer`` wrap its model anew in its next ``train()``.
+
+    DDP looks at the parameters that require gradients when it is built, and methods change them from round to round.
+    After an evaluation Accelerate takes the model as wrapped, so that processes would train apart from each other.
+    """
+    trainer.model_wrapped = trainer.model
+    if is_parallel():
+        attributes = vars(trainer.model)
+        attributes.pop("_is_accelerate_prepared", None)
+        if (forward := attributes.pop("_original_forward", None)) is not None:  # without mixed precision around it
+            trainer.model.forward = forward
+
+
+def check_loss_scale(trainer: Any) -> None:
+    """Raise ``ValueError`` if a ``Trainer`` multiplies a loss by the number of processes that is a mean already.
+
+    By ``average_tokens_across_devices`` the model must divide its loss by the number of tokens of all processes. Many
+    models take the number and do not use it: their losses and gradients would be too large.
+    """
+    if not (trainer.args.average_tokens_across_devices and trainer.model_accepts_loss_kwargs):
+        return
+    if trainer.compute_loss_func is not None or getattr(trainer, LOSS_SCALE_IS_RIGHT, False):
+        return
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    mode, numbers = trainer.model.training, (1000, 2000)
+    trainer.model.eval()
+    with torch.no_grad():
+        items = [torch.tensor(number, device=trainer.args.device) for number in numbers]
+        losses = [float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=x)) for x in items]
+    trainer.model.train(mode)
+    if losses[0] == losses[1]:
+        network = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+        raise ValueError(
+            f"the loss of {type(network).__name__.removeprefix('FSDP')} is a mean over each process's rows, and the "
+            "Trainer multiplies it by the number of processes; set average_tokens_across_devices=False."
+        )
+    setattr(trainer, LOSS_SCALE_IS_RIGHT, True)
+
+
 def advance_scheduler(scheduler: Any, steps: int) -> None:
     """Set a new learning-rate scheduler to the state after ``steps`` steps."""
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -179,7 +259,14 @@ def advance_scheduler(scheduler: Any, steps: int) -> None:
 
 def evaluate_trainer(trainer: Any) -> tuple[dict[str, float], int]:
     """Return the metrics of a trainer's ``evaluate()``, without the prefix ``eval_``, and its number of rows."""
-    found = trainer.evaluate()
+    models = trainer.accelerator._models
+    if find_fsdp(trainer):  # else Accelerate would ask for an optimizer, to shard the model that is sharded already
+        models.append(trainer.model)
+    try:
+        found = trainer.evaluate()
+    finally:
+        models.clear()
+        unwrap_model(trainer)
     metrics = {name.removeprefix("eval_"): x for name, x in found.items() if name.startswith("eval_")}
     figures = {name: float(x) for name, x in metrics.items() if isinstance(x, int | float) and not name.endswith(SPEED)}
     data = trainer.eval_dataset
