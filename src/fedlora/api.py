@@ -17,6 +17,7 @@ from fedlora.reporting.html import render_page
 from fedlora.reporting.load import load_runs
 from fedlora.reporting.tables.plan import tabulate_plan
 from fedlora.reporting.tables.sweep import tabulate_sweep
+from fedlora.runs.all_ranks import run_on_all_ranks
 from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.config import AnyConfig, Overrides, to_config, to_table
@@ -222,7 +223,7 @@ def resume(
     """
     if trainer is not None:
         config = attach_trainers(read_resumable(path, rounds, overrides), trainer, data, evaluate)
-        return RunResult(**vars(run_config(config, Path(path).expanduser(), watch, again=True, callbacks=callbacks)))
+        return RunResult(**vars(run_on_all_ranks(config, Path(path).expanduser(), watch, callbacks, again=True)))
     own = build_objects(objects) if objects else None
     result = resume_folder(path, rounds, overrides, watch, callbacks, own)
     return RunResult(**vars(result), code=None if own is None else own.code())

@@ -21,7 +21,7 @@ from fedlora.training.ranks import (
     share_failure,
 )
 
-SAVED = (CONFIG, METRICS, SUMMARY, INITIAL, f"{CHECKPOINTS}/**")  # files that a run goes on from
+SAVED = (CONFIG, METRICS, SUMMARY, INITIAL, CHECKPOINTS)  # files that a run goes on from
 LATE = 2**31  # rounds, more than a run has
 
 

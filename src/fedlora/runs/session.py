@@ -159,7 +159,11 @@ class Session(Rounds):
         self._federation = build_own_federation(config, model, SessionRows(self._rows, config.clients.count))
         try:
             self._recorder = build_recorder(
-                config, self._federation, folder, Stop(), saved is not None,
+                config,
+                self._federation,
+                folder,
+                Stop(),
+                saved is not None,
                 Callbacks(callbacks if is_first_rank() else ()),
             )
         except ValueError as error:  # names the caller's folder, instead of the copy

@@ -10,6 +10,8 @@ from fedlora.training.parts import Part
 SAMPLE = 64  # values of a weight; training changes nearly all of them
 SMALL = 2**14  # values of a buffer that is compared as a whole
 
+Sample = tuple[int, Tensor]  # the number of values of a tensor on this process, and some of them
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -19,8 +21,8 @@ class Frozen:
     them to the processes of a client.
     """
 
-    weights: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    weights: dict[str, Sample]
+    buffers: dict[str, Sample]
 
     @classmethod
     def read(cls, network: nn.Module, parts: Mapping[str, Part]) -> "Frozen":
@@ -55,13 +57,16 @@ def _buffers(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _sample(x: Tensor, size: int) -> Tensor:
-    """Return a copy of up to about ``size`` values, at equal distances; of a sharded weight, of its local part."""
+def _sample(x: Tensor, size: int) -> Sample:
+    """Return the number of values, and a copy of about ``size`` of them; of a sharded weight, of its local part."""
     values = x.detach()
     values = (values.to_local() if hasattr(values, "to_local") else values).flatten()  # type: ignore[operator]
-    return values[:: max(1, len(values) // size)].cpu().clone()
+    return len(values), values[:: max(1, len(values) // size)].cpu().clone()
 
 
-def _is_equal(a: Tensor, b: Tensor) -> bool:
+def _is_equal(sample: Sample, other: Sample) -> bool:
     """Whether two samples are equal, bit for bit or both nan. Other sizes are those of another division."""
-    return a.shape != b.shape or a.dtype != b.dtype or bool(((a == b) | ((a != a) & (b != b))).all())
+    (count, a), (count_before, b) = sample, other
+    if count != count_before or a.dtype != b.dtype:
+        return True
+    return bool(((a == b) | ((a != a) & (b != b))).all())

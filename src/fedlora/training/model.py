@@ -175,11 +175,11 @@ class Model:
         reshard(self.network)
         if tree.keys() != self.parts.keys():
             raise ValueError(f"cannot load: parts {sorted(tree.keys() ^ self.parts.keys())} are missing or unknown.")
-        for path, layer in tree.items():
+        for path, layer in sorted(tree.items()):
             part, leaves = self.parts[path], self.parts[path].leaves
             if len(leaves) and layer.keys() != leaves.keys():
                 raise ValueError(f"cannot load {path!r}: leaves {sorted(layer.keys() ^ leaves.keys())} do not fit.")
-            for leaf, value in layer.items():
+            for leaf, value in sorted(layer.items()):  # in one order, because processes set sharded leaves together
                 self._set(part, path, leaf, value)
 
     def _set(self, part: Part, path: str, leaf: str, value: Tensor) -> None:
@@ -215,14 +215,15 @@ class Model:
 
         None if all are equal. Weights on the same tensor are not compared value by value.
         """
+        reshard(self.network)
         leaves = {id(x) for part in self.parts.values() for x in part.leaves.values()}
         before = {id(self.parts[path].base.weight): x for path, x in self._pretrained.items()}
         others = dict(network.named_parameters())
         for name, x in self.network.named_parameters():
             other = others.get(name)
-            if id(x) in leaves or (other is not None and other.data_ptr() == x.data_ptr()):
+            if id(x) in leaves or (other is not None and other.data_ptr() == x.data_ptr() and not is_sharded(x)):
                 continue
-            if other is None or not _is_equal(before.get(id(x), x), other):
+            if other is None or not _is_equal(gather_value(before.get(id(x), x)), gather_value(other)):
                 return name
         return None
 
@@ -231,7 +232,7 @@ class Model:
         """Add updates to base weights, or to their overlays."""
         self.base_version += 1
         reshard(self.network)
-        for path, factors in base_updates.items():
+        for path, factors in sorted(base_updates.items()):
             part = self.parts[path]
             if part.base is None:
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")

@@ -6,7 +6,7 @@ Every rank runs the same federation. The first rank's leaves are everyone's, and
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -207,22 +207,25 @@ def check_equal(what: str, value: Any) -> None:
 
 
 @contextmanager
-def copy_from_first_rank(folder: Path, patterns: Iterable[str] = ("**",)) -> Iterator[Path]:
-    """Give the first rank ``folder`` itself, and the others a temporary folder with a copy of the files of patterns."""
+def copy_from_first_rank(folder: Path, names: Collection[str] | None = None) -> Iterator[Path]:
+    """Give the first rank ``folder`` itself, and the others a temporary copy of the files and folders of these names.
+
+    None: of all.
+    """
     if not is_parallel():
         yield folder
         return
     with TemporaryDirectory(prefix="fedlora-rank-") as place:
         target = Path(place) / "run"
-        _send_files(folder, target, patterns)
+        _send_files(folder, target, names)
         yield folder if is_first_rank() else target
 
 
-def _send_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+def _send_files(source: Path, target: Path, names: Collection[str] | None) -> None:
     meet()
     first = is_first_rank()
-    places = [place for pattern in patterns for place in source.rglob(pattern)] if first else []
-    files = sorted({place.relative_to(source).as_posix() for place in places if place.is_file()})
+    places = [place.relative_to(source) for place in source.rglob("*") if place.is_file()] if first else []
+    files = sorted(place.as_posix() for place in places if names is None or place.parts[0] in names)
     for name in json.loads(_send(json.dumps(files).encode()).decode()):
         place = (source if first else target) / name
         place.parent.mkdir(parents=True, exist_ok=True)
