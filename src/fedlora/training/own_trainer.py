@@ -17,7 +17,7 @@ from fedlora.seeds import derive_seed
 from fedlora.training.frozen import Frozen
 from fedlora.training.local import OptimizerState, check_divergence, replace_leaves
 from fedlora.training.model import Model
-from fedlora.training.ranks import average, check_together, meet, synchronize
+from fedlora.training.ranks import average, check_trained_together, meet, synchronize
 from fedlora.training.sharding import check_shapes, check_wrappers
 from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
@@ -79,7 +79,7 @@ def read_end(model: Model, start: Tree, trained: Mapping[str, frozenset[str]]) -
     check_shapes(start, {path: part.leaves for path, part in model.parts.items()})
     end = model.read()
     changed = {path: pick(end[path], leaves) for path, leaves in trained.items()}
-    check_together(start, changed)
+    check_trained_together(start, changed)
     synchronize(changed)
     return end
 

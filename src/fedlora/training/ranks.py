@@ -5,6 +5,7 @@ Every rank runs the same federation. The first rank's leaves are everyone's, and
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -87,14 +88,19 @@ def share_failure() -> Iterator[None]:
         yield
     except RankError:
         raise
-    except Exception as error:
-        if not is_parallel():
-            raise
-        sentence = _other_failure()
-        if sentence is not None:  # ours follows from it, such as a connection that was closed
-            raise RankError(sentence) from error
-        _publish_failure(f"has ended: {type(error).__name__}: {error}")
+    except Exception:
+        _end_other_ranks(sys.exc_info()[1])
         raise
+
+
+def _end_other_ranks(error: BaseException | None) -> None:
+    """Publish an error of this rank. Raises ``RankError`` if it follows from that of another rank."""
+    if not is_parallel():
+        return
+    sentence = _other_failure()
+    if sentence is not None:  # ours follows from it, such as a connection that was closed
+        raise RankError(sentence) from error
+    _publish_failure(f"has ended: {type(error).__name__}: {error}")
 
 
 def end_run(is_interrupted: bool) -> None:
@@ -139,7 +145,7 @@ def synchronize(tree: Tree) -> Tree:
     return tree
 
 
-def check_together(start: Tree, end: Tree) -> None:
+def check_trained_together(start: Tree, end: Tree) -> None:
     """Raise ``ValueError`` on every rank if the ranks have trained apart from each other, from ``start`` to ``end``.
 
     Each would have trained on its own rows only, and the other ranks' training would be lost.
