@@ -39,8 +39,8 @@ class Frozen:
                     f"training changed {name!r}, which belongs to the base and is not sent; load the network again, "
                     "leave requires_grad as it is, and build the optimizer of the parameters that require gradients."
                 )
-        for name, x in _buffers(network).items():
-            if name not in self.buffers or not _is_equal(_sample(x, SMALL), self.buffers[name]):
+        for name, buffer in _buffers(network).items():
+            if name not in self.buffers or not _is_equal(_sample(buffer, SMALL), self.buffers[name]):
                 raise ValueError(
                     f"the model changes its buffer {name!r} when it is trained, and buffers are not sent; make it a "
                     "parameter and name its module in head, or keep it fixed in training."
@@ -60,7 +60,7 @@ def _buffers(network: nn.Module) -> dict[str, Tensor]:
 def _sample(x: Tensor, size: int) -> Sample:
     """Return the number of values, and a copy of about ``size`` of them; of a sharded weight, of its local part."""
     values = x.detach()
-    values = (values.to_local() if hasattr(values, "to_local") else values).flatten()  # type: ignore[operator]
+    values = (values.to_local() if hasattr(values, "to_local") else values).flatten()
     return len(values), values[:: max(1, len(values) // size)].cpu().clone()
 
 
