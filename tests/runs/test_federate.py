@@ -427,7 +427,7 @@ REFUSED = {
     "own section": ({"training": {"learning_rate": 1.0}}, "there is no argument 'training'"),
     "setting": ({"compression": {"upp": "int8"}}, "did you mean 'up'"),
     "type of a section": ({"robust": 3}, "robust is 3; it should be an object of its settings, or a dict"),
-    "adapter of the method": ({"method": "fed-sb"}, "'fed-sb' is not defined for adapter.name = 'lora'"),
+    "adapter of the method": ({"method": "fed-sb"}, r"trains fedlora.LoRASB, and the model has a LoRA; put that adapter on the network with fedlora.attach"),
     "rounds": ({"rounds": 0}, "rounds is 0"),
     "clients": ({"clients": 0}, "clients.count is 0"),
     "simulation": ({"engine": {"name": "flower-simulation"}}, "other processes"),
@@ -521,7 +521,7 @@ def test_a_trainer_that_trains_another_model_changes_nothing_and_is_told():
             self.model(**torch.utils.data.default_collate([words(0)[0][0]])).loss.backward()
             self.optimizer.step()
 
-    with pytest.warns(UserWarning, match="client 0's training changed nothing in round 1; its optimizer may hold"):
+    with pytest.warns(UserWarning, match="client 0's training changed no adapter in round 1; its optimizer may hold"):
         federate(Stale, "fedit", 1, 1)
 
 

@@ -120,6 +120,8 @@ class Federation:
     def notes(self) -> tuple[str, ...]:
         """Note for the user: on the method's settings, and on the labels and partition of this machine's rows."""
         caution = () if self.method.caution is None else (self.method.caution,)
+        if self.trainers is not None and self.trainers.evaluator() is None:
+            return (*caution, "no trainer has an eval_dataset, and there is no evaluate function: nothing is scored.")
         if self.data is None:
             return (*caution, *(note for own in self.parties.values() if own.data for note in own.data.notes))
         unused = self.clients.partitioner.describe_unused_rows(self.data.train, self.data.test, self.clients.count)

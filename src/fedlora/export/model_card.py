@@ -54,15 +54,31 @@ with torch.no_grad():
 ```"""
 
 
-def write_card(config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool) -> str:
-    """Return Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors."""
+AUTO = {  # the class of transformers for PEFT's task type
+    "CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+
+
+def write_card(
+    config: Config, summary: Mapping[str, Any], about: Mapping[str, Any], merged: bool,
+    peft: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Return Markdown with the Hub's front matter: method, clients, rounds, bytes, seed, scores and errors.
+
+    ``peft`` is the configuration of the adapter, if the run trained a model of PEFT in a loop of the caller.
+    """
     model = "the shared model" if about["client"] is None else f"client {about['client']}'s own model"
     parts = LABELLED if summary["labels"] and not config.task.brings_head else dict.fromkeys(LABELLED, "")
-    own = config.task.is_own_code
+    own = config.task.is_own_code and not peft
     use = UPDATE if own else (MERGED if merged else ADAPTER)
-    use = use.format(auto=config.task.auto, base=config.model.name, **parts)
+    auto, base = config.task.auto, config.model.name
+    if peft:
+        auto, base = AUTO.get(peft.get("task_type") or "", "AutoModel"), peft.get("base_model_name_or_path") or base
+    use = use.format(auto=auto, base=base, **parts)
     front = [
-        "---", *([] if own else [f"base_model: {strip_folders(config.model.name)}"]),
+        "---", *([] if own else [f"base_model: {strip_folders(base)}"]),
         "library_name: " + ("fedlora" if own else "transformers" if merged else "peft"),
         "tags:", "- fedlora", "- federated-learning", *([] if merged else ["- lora"]), "---",
     ]  # fmt: skip

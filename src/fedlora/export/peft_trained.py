@@ -44,7 +44,8 @@ def export_trained_peft(run: RunFolder, out: str | Path, client: int | None, ran
     }  # fmt: skip
     try:
         save_folder(folder, config, layers, alphas, heads)
-        write(folder / "README.md", write_card(run.config, run.summary, about, merged=False).encode())
+        card = write_card(run.config, run.summary, about, merged=False, peft=run.peft_config)
+        write(folder / "README.md", card.encode())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -98,7 +98,8 @@ def build_own_federation(
 
 
 def _complete(config: Sections, f: Federation) -> Federation:
-    """Return the federation with its fingerprint, ``[validation]``, ``[robust]`` and ``[attack]``."""
+    """Return the federation with its fingerprint, ``[validation]``, ``[robust]`` and ``[attack]``, checked."""
+    f.model.check_start()
     return replace(
         f, fingerprint=fingerprint(config.table), validation=config.validation, robust=config.robust,
         attack=prepare_attack(config),

@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 
-from fedlora.adapters import ADAPTERS
+from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.clients import Clients
 from fedlora.engines.loop import Watch
 from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
+from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
 from fedlora.runs.all_ranks import run_on_all_ranks
@@ -20,7 +21,7 @@ from fedlora.runs.config import Config, build
 from fedlora.runs.objects import describe_object, to_settings
 from fedlora.runs.run import Result
 from fedlora.runs.sections import SECTIONS
-from fedlora.schema import ConfigError, Table, construct
+from fedlora.schema import ConfigError, Table, construct, load_class
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Examples, lengths_of_one
 from fedlora.tasks.data.datasets import check_dataset, read_rows, read_values
@@ -60,6 +61,9 @@ def run_trainers(
     many = isinstance(method, list | tuple) or seeds is not None
     names = list(method) if isinstance(method, list | tuple) else None
     own_clients = build_clients(clients, data)
+    for name in names or [to_settings("method", method).get("name")]:
+        if isinstance(name, str):  # before a trainer is built, which may take minutes
+            load_class(METHODS, name)
     trainers = build_trainers(trainer, own_clients, seed, data, evaluate, schedule, keep_optimizer)
     objects = {"trainer": describe_object(trainer), "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
     table = {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
@@ -109,6 +113,8 @@ def build_clients(clients: Any, data: Any = None) -> Clients:
     With ``data`` the default partition is ``"iid"``.
     """
     table = {"count": clients} if isinstance(clients, int) else to_settings("clients", clients)
+    if "count" not in table:
+        raise ConfigError("clients has no count; give the number of clients.")
     if data is None and table.get("partition", OWN_ROWS) != OWN_ROWS:
         raise ConfigError(
             f"clients.partition is {table['partition']!r}, which divides common rows; give these by data=, or leave "
@@ -142,13 +148,14 @@ def own_config(
         if section in OWN or section not in (*SECTIONS, "track"):
             known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
             raise ConfigError(unknown("argument", section, known, "sections"))
-    adapter = find_adapter(model)
+    adapter, named = find_adapter(model), to_settings("method", method)
+    _check_adapter(named.get("name"), adapter)
     table: Table = {
         "model": {"name": name_of_network(model.network)},
         "task": task,
         "clients": to_settings("clients", clients),
         "adapter": {"name": ADAPTERS.name_of(type(adapter)), **asdict(adapter)},
-        "method": to_settings("method", method),
+        "method": named,
         "training": to_settings("training", training),
         "rounds": rounds,
         "seed": seed,
@@ -157,6 +164,17 @@ def own_config(
     table["adapter"] = {key: value for key, value in table["adapter"].items() if value is not None}
     config = build(table)
     return config if code is None else replace(config, task=cast(ObjectTask, config.task).with_code(code))
+
+
+def _check_adapter(method: Any, adapter: Adapter) -> None:
+    """Raise ``ConfigError`` if the method is not defined for the adapter that the model has."""
+    kind = load_class(METHODS, method) if isinstance(method, str) else Method
+    if not isinstance(adapter, kind.adapters):
+        names = " or ".join(f"fedlora.{other.__name__}" for other in kind.adapters)
+        raise ConfigError(
+            f"{kind.title} trains {names}, and the model has a {type(adapter).__name__}; put that adapter on the "
+            "network with fedlora.attach, or take another method."
+        )
 
 
 def name_of_network(network: Any) -> str:

@@ -228,6 +228,11 @@ def _clients_table(code: OwnObjects, clients: Any, partition: Any) -> Table:
     if partition is not None:
         table["partition"] = {"name": partition} if isinstance(partition, str) else dict(partition)
     if code.clients is None:
+        if "count" not in table:
+            raise ConfigError(
+                "clients is missing: train is one dataset, which is divided among clients; give their number, or a "
+                "list with a dataset for each client."
+            )
         return table
     if table.get("partition", GIVEN) != GIVEN:
         raise ConfigError(

@@ -144,6 +144,12 @@ class Model:
         self.start_tree = {**{path: f._asdict() for path, f in updates.items()}, **whole}
         self._initial |= {path: {leaf: read_value(x) for leaf, x in layer.items()} for path, layer in whole.items()}
 
+    def check_start(self) -> None:
+        """Raise ``ValueError`` if the adapter cannot be drawn for a weight of the model, before anything is written."""
+        for adapter, shape in {(x.adapter, x.shape) for x in self.parts.values() if x.from_seed}:
+            if shape is not None:
+                adapter.init(*shape, 0)
+
     @property
     def own_start(self) -> Tree:
         """The first values of a PEFT model's trainable leaves, which no seed determines; empty for other models."""

@@ -100,13 +100,13 @@ def read_loss(result: Any) -> float | None:
 def check_turn(
     model: Model, start: Tree, end: Tree, trained: Mapping[str, frozenset[str]], rules: Rules, turn: Turn
 ) -> None:
-    """Check that training changed only the leaves of ``trained``, and warn if it changed none of them."""
-    changed = False
+    """Check that training changed only the leaves of ``trained``, and warn if it changed no factor of an adapter."""
+    changed, adapted = False, [path for path in start if trained[path] and model.parts[path].base is not None]
     for path, layer in start.items():
         for leaf in model.parts[path].adapter.trainable & set(layer):
             before = layer[leaf].to(model.parts[path].leaves[leaf].dtype).float().to(end[path][leaf])
             same = torch.equal(end[path][leaf], before)
-            changed |= not same and leaf in trained[path]
+            changed |= not same and leaf in trained[path] and (path in adapted or not adapted)
             if not same and leaf not in trained[path]:
                 raise ValueError(
                     f"{leaf} of {path!r} is not where client {turn.client}'s turn began, though {rules[path].title} "
@@ -115,8 +115,9 @@ def check_turn(
                 )
     if not changed:
         warnings.warn(
-            f"client {turn.client}'s training changed nothing in round {turn.round + 1}; its optimizer may hold the "
-            "parameters of another model (build it in train(), from .model), or its learning rate is 0.",
+            f"client {turn.client}'s training changed {'no adapter' if adapted else 'nothing'} in round "
+            f"{turn.round + 1}; its optimizer may hold other parameters than those of this turn (build it in train(), "
+            "of the parameters that require gradients), or its learning rate is 0.",
             stacklevel=2,
         )
 
