@@ -39,8 +39,8 @@ def digest_inputs(f: Federation) -> dict[str, Any]:
 
 def digest_model(f: Federation) -> dict[str, Any]:
     """Return digests of the pretrained model and of the adapter that it starts with."""
-    settings = model_settings(f.model.network)
-    return {"base": _digest_base(f), "settings": settings, "start": digest(f.model.start_tree)}
+    base = f.model.remote_base or {"base": _digest_base(f), "settings": model_settings(f.model.network)}
+    return {**base, "start": digest(f.model.start_tree)}
 
 
 def digest_rows(f: Federation) -> dict[str, Any]:

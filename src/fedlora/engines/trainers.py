@@ -30,6 +30,7 @@ from fedlora.types import Tree, Turn
 
 Value = float | tuple[float, int]  # a metric, or its sum over rows and their number
 Schedule = Literal["run", "turn"]  # what learning-rate schedules cover
+Divide = Callable[[int], Mapping[int, list[int]]]  # a run's seed -> each client's rows of common data
 Evaluate = Callable[[Any, "ClientInfo"], Mapping[str, Value]]
 
 
@@ -60,7 +61,7 @@ class Trainers:
     evaluate: Evaluate | None = None  # metrics of a network for a client; None: the trainer's own ``evaluate``
     schedule: Schedule = "run"
     keep_optimizer: bool = False
-    divide: Callable[[int], Mapping[int, list[int]]] | None = None  # seed -> each client's rows of common data
+    divide: Divide | None = None  # seed -> each client's rows of common data
     config: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0  # the client whose trainer brings the network
     losses_obstacle: ClassVar[str] = "the loss is inside the caller's own loop"

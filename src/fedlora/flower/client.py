@@ -14,13 +14,14 @@ from fedlora.engines.client_turn import ClientState, ClientTurn
 from fedlora.engines.clients import DROPPED
 from fedlora.engines.federation import Federation
 from fedlora.engines.inputs import describe_changes, digest_rows, model_settings
+from fedlora.engines.model_spec import ModelSpec
 from fedlora.engines.network_settings import Network
 from fedlora.files import digest
 from fedlora.flower.client_store import ClientStore, StoredState, select_leaves
 from fedlora.flower.wire import Order, overlay
 from fedlora.methods._base import pick
 from fedlora.tasks.data.labels import READINGS
-from fedlora.training.evaluation import Evaluator
+from fedlora.training.evaluation import Scorer
 from fedlora.types import Tree
 
 
@@ -49,14 +50,15 @@ class SharedBase:
     """The base model of the process, and the base updates in it. All clients of the process use it in turn."""
 
     federation: Federation
+    spec: ModelSpec | None = None  # of the model, if clients have trainers of their own
     applied: tuple[str, ...] = ()
-    evaluator: Evaluator = field(init=False)
+    evaluator: Scorer | None = field(init=False)  # None: clients' own trainers have no test rows
     initial: Tree = field(init=False)
     start: str = field(init=False)  # digest of the initial leaves and of the pretrained weights
 
     def __post_init__(self):
         f = self.federation
-        self.evaluator, self.initial, self.start = f.evaluator(), f.model.initial(f.seed), digest_start(f)
+        self.evaluator, self.initial, self.start = f.evaluator(), f.model.initial(f.seed), digest_start(f, self.spec)
 
     @cached_property
     def rows(self) -> dict[str, Any]:
@@ -134,8 +136,10 @@ class Node:
         )
         if line := f.privacy_ledger.spending_line(order.round + 1):
             print(line, file=sys.stderr)
-        examples, loss = len(f.shards[self.client].train), 0.0 if f.privacy.hides_figures else update.loss
-        return Answer({"round": order.round, "examples": examples, "loss": loss}, holds, update.sent)
+        figures: dict[str, int | float] = {"round": order.round, "examples": len(f.shards[self.client].train)}
+        if f.privacy.hides_figures or update.loss is not None:  # a caller's own trainer may return no loss
+            figures["loss"] = 0.0 if f.privacy.hides_figures or update.loss is None else update.loss
+        return Answer(figures, holds, update.sent)
 
     def evaluate(self, order: Order, leaves: Tree, base_updates: Sequence[BaseUpdate]) -> Answer:
         """Return sums and counts of each score on the client's own test rows.
@@ -147,8 +151,10 @@ class Node:
         stored, shared, holds = self._receive(before, order, leaves, base_updates)
         arrived = {name: getattr(stored, name) for name in ("leaves", "base_updates", "base_updates_held", "base")}
         self.store.save(self.client, replace(before, counted=order.counted, **arrived))
-        scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, stored.kept)
         metrics: dict[str, int | float] = {"round": order.round}
+        if self.base.evaluator is None:
+            return Answer(metrics, holds)
+        scores = self.federation.score_client(self.base.evaluator, order.round, self.client, shared, stored.kept)
         for name, (total, count) in scores.sums.items():
             metrics |= {f"{name}.sum": total, f"{name}.count": count}
         return Answer(metrics, holds)
@@ -206,13 +212,16 @@ class Node:
         )
 
 
-def digest_start(f: Federation) -> str:
+def digest_start(f: Federation, spec: ModelSpec | None = None) -> str:
     """Return a digest of everything that all clients must share: configuration, initial leaves, pretrained model.
 
     Of the model it includes the settings of its config.json, and of each weight up to 1,024 values in bfloat16, the
-    coarsest precision that a client may hold it in.
+    coarsest precision that a client may hold it in. ``spec`` has the same of a model that the server does not have.
     """
     sample = {"leaves": {"": torch.frombuffer(bytearray(digest(f.model.initial(f.seed)).encode()), dtype=torch.uint8)}}
+    if spec is not None:
+        settings = json.dumps(dict(spec.settings), sort_keys=True)
+        return digest(sample | {"configuration": dict.fromkeys((f.fingerprint, settings, spec.base), torch.zeros(0))})
     for name, x in f.model.network.state_dict().items():
         if x.is_floating_point():
             values = x.detach().reshape(-1)

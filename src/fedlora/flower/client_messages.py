@@ -16,10 +16,12 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora.flower.deploy.node_config import apply_node_config, read_client, state_folder
+from fedlora.flower.requirements import RefusedTermsError
 from fedlora.schema import Table
 
 if TYPE_CHECKING:
     from fedlora.flower.client import Node, SharedBase
+    from fedlora.flower.trainer_client import TrainerClient
 
 HELLO = "query"  # the type of the message that asks a node for its client
 STALE = "it must be sent everything"
@@ -50,25 +52,40 @@ def build_client_app(turns: Callable[[str, RecordDict, Context], RecordDict | st
 
 
 def handle_message(
-    kind: str, content: RecordDict, load: Callable[[str], "Node"], log: str = "its own log"
+    kind: str,
+    content: RecordDict,
+    load: Callable[[str], "Node"],
+    log: str = "its own log",
+    describe: Callable[[], RecordDict] | None = None,
 ) -> RecordDict | str:
     """Let a client answer a message; ``load(run)`` returns its node with its state for that run.
+
+    ``describe()`` answers the questions before a run of clients with their own trainers.
 
     An error is printed in full here, in ``log``. Only its type is sent to the server: the text may hold the content of
     a row, so it stays on this machine.
     """
     from fedlora.flower.client import ChangedRowsError, DroppedError, StaleError
-    from fedlora.flower.wire import ORDER
+    from fedlora.flower.wire import OPENING, ORDER
 
     failure = "it could not load its model and data"
     try:
         run = str(content[ORDER]["run"])
         if not TOKEN.fullmatch(run):
             raise ValueError(f"a run is named {run!r}; the server's version of fedlora differs from this one.")
+        if kind == HELLO and OPENING in content:
+            if describe is None:
+                raise RefusedTermsError(
+                    "this client's app has a configuration and no trainer; make it by client_app(trainer)"
+                )
+            return describe()
         node = load(run)
         failure = "it could not say who it is" if kind == HELLO else "its turn failed"
         return _answer(kind, content, node)
     except DroppedError as error:
+        return str(error)
+    except RefusedTermsError as error:
+        print(f"fedlora: {error}", file=sys.stderr, flush=True)
         return str(error)
     except (StaleError, ChangedRowsError) as error:
         print(f"fedlora: {error}", file=sys.stderr)
@@ -122,6 +139,28 @@ def load_node(table: Table, node_config: Mapping[str, Any], run: str) -> "Node":
     own_table = apply_node_config(table, node_config)
     store = ClientStore(state_folder(node_config) / run)
     return Node(load_base(json.dumps(own_table), client), client, store, build(own_table).flower)
+
+
+def handle_trainer_message(
+    client: Callable[[], "TrainerClient"], kind: str, content: RecordDict, node_config: Mapping[str, Any],
+    folder: Path | None = None, log: str = "its own log",
+) -> RecordDict | str:  # fmt: skip
+    """Let a client with its own trainer answer a message; ``folder`` has its state, if its node does not say where."""
+
+    def place() -> tuple[int, Path, Mapping[str, Any]]:
+        return read_client(node_config), folder or state_folder(node_config), node_config
+
+    def load(run: str) -> "Node":
+        return client().load(run, kind, content, *place())
+
+    return handle_message(kind, content, load, log, lambda: client().describe(content, *place()))
+
+
+def build_trainers_app(own: "TrainerClient", folder: Path) -> ClientApp:
+    """Return a client app for all clients of a simulation with trainers of their own."""
+    return build_client_app(
+        lambda kind, content, context: handle_trainer_message(lambda: own, kind, content, context.node_config, folder)
+    )
 
 
 def build_simulated_app(table: Table, folder: Path) -> ClientApp:

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engines.loop import Event, Watch
@@ -19,6 +19,7 @@ from fedlora.tasks.data.labels import READINGS
 from fedlora.text import display_safe
 
 PATIENCE = 600.0  # seconds for a node to load its model and answer
+Record = ConfigRecord | ArrayRecord
 GONE = "its node is not connected"
 LOADING = "is connected and still loading its model and data"
 
@@ -33,6 +34,7 @@ class NodeRegistry:
     start: str  # digest of everything that all clients must share
     report: Callable[[int | None, str], None]  # client, event
     describe: Callable[[str], str] = lambda reading: ""  # describes how a client reads its labels
+    terms: Mapping[str, Record] = field(default_factory=dict)  # further records of the first message to a node
     retry: float = 10.0  # seconds until a node that failed or was refused is asked again
     pause: Callable[[], None] = lambda: sleep(0.1)  # between two refreshes
     nodes: dict[int, int] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class NodeRegistry:
         self.asked = {key: (node, then) for key, (node, then) in self.asked.items() if now - then <= PATIENCE}
         resting = {node for node, until in self.resting.items() if now < until}
         new = sorted(self.connected - {*self.nodes.values(), *(node for node, _ in self.asked.values()), *resting})
-        content = RecordDict({ORDER: ConfigRecord({"run": self.run})})
+        content = RecordDict({ORDER: ConfigRecord({"run": self.run}), **self.terms})
         messages = [Message(content, node, HELLO) for node in new]
         pushed = set(self.grid.push_messages(messages))  # a message has its id from here on
         ids = ((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)

@@ -34,11 +34,16 @@ def read_metrics(order: Order, content: RecordDict) -> Mapping[str, object]:
     return metrics
 
 
-def read_figures(metrics: Mapping[str, object]) -> tuple[int, float]:
-    """Return rows and loss of a turn. Raises ``RefusedError`` if they are no numbers."""
+def read_figures(metrics: Mapping[str, object], may_lack_loss: bool = False) -> tuple[int, float | None]:
+    """Return rows and loss of a turn; None for the loss that a client's own trainer does not return.
+
+    Raises ``RefusedError`` if they are no numbers.
+    """
     rows, loss = metrics.get("examples"), metrics.get("loss")
     if type(rows) is not int or rows < 1:
         raise RefusedError(f"it claims {rows!r} training rows")
+    if loss is None and may_lack_loss:
+        return rows, None
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise RefusedError(f"its loss is {loss!r}")
     return rows, loss

@@ -124,7 +124,7 @@ class SecureFlowerLoop(FlowerLoop):
         if response.sender != client:
             raise RefusedError(f"it answered as client {response.sender}")
         if phase == "mask":
-            rows, loss = read_figures(read_metrics(order, content))
+            rows, loss = read_figures(read_metrics(order, content), self.terms is not None)
             if self.federation.method.weighting == "examples" and rows != self._registry.rows[client]:
                 raise RefusedError(f"it trained on {rows} rows and had said {self._registry.rows[client]}")
             upload = torch.empty(server.session.size, dtype=torch.int32, device="meta")

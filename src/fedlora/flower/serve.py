@@ -1,17 +1,19 @@
-"""The server app of a configuration: runs it over Flower into a folder, and resumes it from there."""
+"""The server app: runs a configuration, or clients with their own trainers, over Flower into a folder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedlora.engines.clients import Clients
 from fedlora.engines.federation import Federation
 from fedlora.engines.loop import Observe, Watch
 from fedlora.files import save_json
 from fedlora.flower.secure_server import select_loop
+from fedlora.flower.serve_trainers import TrainersRun, run_trainers_server
 from fedlora.runs.config import Config, read
 from fedlora.runs.file_names import TOKEN
 from fedlora.runs.folder import read_json
@@ -20,20 +22,54 @@ from fedlora.runs.run import Result, Take, run_config
 from fedlora.schema import ConfigError
 
 
-def server_app(config: str | Path, callbacks: Sequence[Any] = ()) -> ServerApp:
-    """Return a ``ServerApp`` that runs a TOML file's federation into the folder ``out`` of the run's configuration.
+def server_app(
+    config: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    *,
+    method: Any = "fedit",
+    rounds: int = 20,
+    clients: int | Mapping[str, Any] | Clients | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    metric: str = "loss",
+    higher: bool | None = None,
+    schedule: Literal["run", "turn"] = "run",
+    keep_optimizer: bool = False,
+    **sections: Any,
+) -> ServerApp:
+    """Return a ``ServerApp`` for a TOML file's federation, or for clients with their own trainers.
 
-    If that folder holds the beginning of this run, it is resumed after the last finished round. ``callbacks`` are
-    called on the server.
+        app = fedlora.flower.server_app(method="fedsa-lora", rounds=20, clients=3, out="runs/three")
+
+    Args:
+        config: a TOML file, for clients of ``client_app(config)``. None: for clients of ``client_app(trainer)``. Then
+            the server needs no model; it gets the settings of this call, and the clients get them from the server.
+        callbacks: see ``fedlora.Callback``; they are called on the server.
+        method, rounds, seed, metric, higher, schedule, keep_optimizer, sections: see ``fedlora.federate``.
+        clients: their number, or the ``[clients]`` table; None: ``clients`` of the run's configuration
+            (``flwr run --run-config clients=3``).
+        out: the run's folder on the server's machine. ``out`` of the run's configuration comes first. If it holds the
+            beginning of this run, the run goes on after its last finished round.
+
+    Raises ``ConfigError`` for a section that does not exist, or if settings are given beside a file.
     """
     app = ServerApp()
+    own = TrainersRun(clients, method, rounds, seed, metric, higher, schedule, keep_optimizer, sections)
+    if config is not None and own != TrainersRun():
+        raise ConfigError("server_app was given a TOML file and settings of a run; put the settings into the file.")
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        resolved = read(config)
-        run_server(
-            resolved, grid, Path(str(context.run_config["out"])).expanduser(), Lines(resolved.rounds).watch, callbacks
-        )
+        place = context.run_config.get("out", out)
+        if place is None:
+            raise ConfigError("the run has no folder; give server_app out=..., or set out in the run's configuration.")
+        folder = Path(str(place)).expanduser()
+        if config is not None:
+            resolved = read(config)
+            run_server(resolved, grid, folder, Lines(resolved.rounds).watch, callbacks)
+        else:
+            settings = own.with_clients(context.run_config.get("clients"))
+            run_trainers_server(settings, grid, folder, Lines(rounds).watch, callbacks)
 
     return app
 

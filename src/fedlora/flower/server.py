@@ -25,6 +25,7 @@ from fedlora.flower.client_messages import STALE
 from fedlora.flower.client_store import LocalClients, name_base, select_leaves
 from fedlora.flower.node_registry import GONE, NodeRegistry, Quorum
 from fedlora.flower.replies import MALFORMED, describe_refusal, read_figures, read_metrics, read_scores
+from fedlora.flower.terms import Terms
 from fedlora.flower.wire import LEAVES, Order, SentOrder, add_round, encode_order, record_to_tree
 from fedlora.rounds import Received, Served
 from fedlora.security.validation import excluded_clients
@@ -42,6 +43,7 @@ class FlowerLoop(Loop, Strategy):
     network: Network = field(default_factory=Network, kw_only=True)
     token: str = field(default="run", kw_only=True)  # of this run: clients keep their state under it
     grid: Grid | None = field(default=None, kw_only=True)
+    terms: Terms | None = field(default=None, kw_only=True)  # for clients with trainers of their own
     local: LocalClients | None = field(default=None, kw_only=True)  # the clients' states, if they are on this machine
     registry: NodeRegistry | None = field(default=None, init=False)
     at: ServerState | None = field(default=None, init=False)
@@ -65,9 +67,10 @@ class FlowerLoop(Loop, Strategy):
         """Make the registry, before any base update is applied: it has a digest of the pretrained weights."""
         assert self.grid is not None, "start(grid) first"
         self.registry = NodeRegistry(
-            self.grid, self.federation.clients.members, self.token, digest_start(self.federation),
+            self.grid, self.federation.clients.members, self.token,
+            digest_start(self.federation, self.terms.spec if self.terms else None),
             lambda client, text: self.watch(Event("node", self._round, client, text=text)),
-            self._describe_reading, self.network.retry, self._pause,
+            self._describe_reading, self.terms.to_records() if self.terms else {}, self.network.retry, self._pause,
         )  # fmt: skip
         return self.registry
 
@@ -156,6 +159,8 @@ class FlowerLoop(Loop, Strategy):
     def score_clients(
         self, f: Federation, at: ServerState, number: int, evaluator: Evaluator | None
     ) -> Mapping[int, Scores]:
+        if self.terms is not None and not self.terms.spec.has_scores:
+            return {}
         self.at, self.results, self._blamed, self._round = at, {}, self.unscored, number
         self._registry.refresh()
         orders = self.configure_evaluate(number + 1, None, None, self.grid)
@@ -285,7 +290,7 @@ class FlowerLoop(Loop, Strategy):
             self._blamed.pop(order.client, None)
 
     def _process_upload(self, order: Order, reply: Message) -> None:
-        rows, loss = read_figures(read_metrics(order, reply.content))
+        rows, loss = read_figures(read_metrics(order, reply.content), self.terms is not None)
         f, client, turn = self.federation, order.client, self.federation.turn(order.round, order.client)
         encoded = record_to_tree(reply.content[LEAVES], upload_limits(f.compression.max_upload_mb))
         self.watch(Event("turn", order.round, client, loss))

@@ -28,6 +28,8 @@ MESSAGE = Limits(2**31, 100_000, 2**24)  # for messages of the server; uploads h
 STYPE = "safetensors"  # the format of our arrays, in place of Flower's npy
 LEAVES, BASE_UPDATES, ORDER, METRICS, HOLDS = "leaves", "base_updates", "order", "metrics", "holds"
 
+OPENING = "opening"  # a question before a run of clients with their own trainers
+
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
 
 
@@ -134,7 +136,7 @@ def add_round(result: Result, done: Round) -> None:
     """Add a finished round to the result that Flower's ``start`` returns."""
     number, record = done.number + 1, done.record
     result.arrays = tree_to_record(done.shared)
-    losses = {f"loss.{client}": loss for client, loss in record["loss"].items()}
+    losses = {f"loss.{client}": loss for client, loss in record["loss"].items() if loss is not None}
     result.train_metrics_clientapp[number] = MetricRecord(losses)
     if "clients" in record:
         scores = {k: v for k, v in record["clients"].items() if isinstance(v, int | float)}

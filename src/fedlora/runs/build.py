@@ -13,6 +13,7 @@ from torch import nn
 
 from fedlora.adapters import Dense
 from fedlora.engines.federation import Federation
+from fedlora.engines.model_spec import RemoteModel
 from fedlora.engines.trainers import Trainers
 from fedlora.methods._base import Method
 from fedlora.methods.fedit import FedIT
@@ -43,6 +44,8 @@ def build_federation(config: Sections, client: int | None = None, combines: bool
     if isinstance(code := getattr(config.task, "_code", None), Trainers):
         trainers = code.for_run(config.seed)
         return build_own_federation(config, trainers.model, trainers.shards, trainers)
+    if isinstance(code, RemoteModel):
+        return build_own_federation(config, code, {})
     if getattr(config.task, "has_own_loop", False):
         objects = config.table["task"]["objects"]
         again = "Session.load(folder, model)" if "session" in objects else "resume(folder, trainer=...)"

@@ -70,7 +70,8 @@ def _of_method(config: Sections) -> Iterator[str]:
             "clients.partition is 'given', which is for the datasets of fedlora.run(train=[...]); name the partition "
             "of the task's rows, such as 'iid'."
         )
-    if config.task.is_own_code and config.engine.name == "flower-simulation":
+    has_trainers = "trainer" in getattr(config.task, "objects", {})  # each process calls the function for its own
+    if config.task.is_own_code and not has_trainers and config.engine.name == "flower-simulation":
         yield (
             "engine.name is 'flower-simulation', whose clients are other processes, and the model and data are Python "
             "objects of this one; leave engine.name out."

@@ -56,8 +56,7 @@ def run_trainers(
     **sections: Any,
 ) -> Result | Compared:
     """Run a federation, or several, whose clients train with the caller's own trainers; see ``fedlora.federate``."""
-    if schedule not in ("run", "turn"):
-        raise ConfigError(f"schedule is {schedule!r}; it is 'run' or 'turn'.")
+    table = describe_task(describe_object(trainer), metric, higher, schedule, keep_optimizer)
     many = isinstance(method, list | tuple) or seeds is not None
     names = list(method) if isinstance(method, list | tuple) else None
     own_clients = build_clients(clients, data)
@@ -65,8 +64,6 @@ def run_trainers(
         if isinstance(name, str):  # before a trainer is built, which may take minutes
             load_class(METHODS, name)
     trainers = build_trainers(trainer, own_clients, seed, data, evaluate, schedule, keep_optimizer)
-    objects = {"trainer": describe_object(trainer), "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
-    table = {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
     config = own_config(
         trainers.model, table, names[0] if names else method, own_clients, rounds, seed, trainers.describe_training(),
         sections, trainers,
@@ -144,14 +141,22 @@ def own_config(
     sections: Mapping[str, Any], code: Any,
 ) -> Config:  # fmt: skip
     """Return the configuration of a run on a caller's own model and loop. Raises ``ConfigError`` for wrong settings."""
-    for section in sections:
-        if section in OWN or section not in (*SECTIONS, "track"):
-            known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
-            raise ConfigError(unknown("argument", section, known, "sections"))
-    adapter, named = find_adapter(model), to_settings("method", method)
+    network = name_of_network(model.network)
+    return config_of_adapter(
+        find_adapter(model), network, task, method, clients, rounds, seed, training, sections, code
+    )
+
+
+def config_of_adapter(
+    adapter: Adapter, network: str, task: Table, method: Any, clients: Any, rounds: int, seed: int, training: Training,
+    sections: Mapping[str, Any], code: Any,
+) -> Config:  # fmt: skip
+    """Return the configuration of a run on a network that has this adapter, which may be on another machine."""
+    check_sections(sections)
+    named = to_settings("method", method)
     _check_adapter(named.get("name"), adapter)
     table: Table = {
-        "model": {"name": name_of_network(model.network)},
+        "model": {"name": network},
         "task": task,
         "clients": to_settings("clients", clients),
         "adapter": {"name": ADAPTERS.name_of(type(adapter)), **asdict(adapter)},
@@ -175,6 +180,22 @@ def _check_adapter(method: Any, adapter: Adapter) -> None:
             f"{kind.title} trains {names}, and the model has a {type(adapter).__name__}; put that adapter on the "
             "network with fedlora.attach, or take another method."
         )
+
+
+def check_sections(sections: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for a section that a run with a caller's own loop does not have."""
+    for section in sections:
+        if section in OWN or section not in (*SECTIONS, "track"):
+            known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
+            raise ConfigError(unknown("argument", section, known, "sections"))
+
+
+def describe_task(trainer: str, metric: str, higher: bool | None, schedule: str, keep_optimizer: bool) -> Table:
+    """Return the ``[task]`` table of a run with trainers of the caller; ``trainer`` names the function."""
+    if schedule not in ("run", "turn"):
+        raise ConfigError(f"schedule is {schedule!r}; it is 'run' or 'turn'.")
+    objects = {"trainer": trainer, "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
+    return {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
 
 
 def name_of_network(network: Any) -> str:

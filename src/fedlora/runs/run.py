@@ -13,6 +13,7 @@ from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.inputs import digest_inputs
 from fedlora.engines.loop import ENGINES, Event, Loop, Observe, Take, Watch
+from fedlora.engines.model_spec import RemoteModel
 from fedlora.engines.record import RoundRecord
 from fedlora.files import RefusedFileError, save_json, save_tree
 from fedlora.runs.callbacks import Callback, Callbacks, End, Start
@@ -127,7 +128,8 @@ def build_recorder(
         f.model.start_at(start)
     elif f.model.own_start:
         save_tree(folder / INITIAL, f.model.own_start)
-        save_json(folder / PEFT_CONFIG, read_peft_config(f.model.network))
+        peft = f.model.spec.peft if isinstance(f.model, RemoteModel) else read_peft_config(f.model.network)
+        save_json(folder / PEFT_CONFIG, peft)
     run.write_config(table)
     if (rows := data_distribution(f)) is not None:
         save_json(folder / ROWS, rows)

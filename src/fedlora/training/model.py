@@ -39,6 +39,10 @@ Precision = Literal["float32", "bf16-autocast", "bf16"]
 class Model:
     """Attach once; then use ``load``, ``read``, ``fold``, ``unfold`` and ``gradient`` only."""
 
+    # Of a model whose network is on other machines only: digests of its base, and its adapter.
+    remote_base: Mapping[str, Any] | None = None
+    remote_adapter: Adapter | None = None
+
     def __init__(
         self, network: nn.Module, parts: Mapping[str, Part], precision: Precision, device: torch.device,
         overlay: bool | None = None,
@@ -151,19 +155,32 @@ class Model:
                 adapter.init(*shape, 0)
 
     @property
+    def first_leaves(self) -> Tree:
+        """The first values of all leaves that no seed determines: of a PEFT model, and of parts trained in full."""
+        return dict(self._initial)
+
+    @property
     def own_start(self) -> Tree:
         """The first values of a PEFT model's trainable leaves, which no seed determines; empty for other models."""
-        if all(part.from_seed or part.base is None for part in self.parts.values()):
+        if all(part.from_seed or part.shape is None for part in self.parts.values()):
             return {}
-        return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()}
+        return self._pick_trainable(self._initial)
+
+    @property
+    def trainable_start(self) -> Tree:
+        """The trainable ones of ``first_leaves``: what ``start_at`` of another process needs."""
+        return self._pick_trainable(self._initial)
+
+    def _pick_trainable(self, tree: Tree) -> Tree:
+        return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in tree.items()}
 
     def synchronize(self) -> None:
         """Let all processes that train together begin with the first one's values."""
         synchronize({path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()})
 
     def start_at(self, tree: Tree) -> None:
-        """Replace ``own_start``, by that of another process. Raises ``ValueError`` if it belongs to another model."""
-        mine = {(path, leaf): x.shape for path, layer in self.own_start.items() for leaf, x in layer.items()}
+        """Replace ``trainable_start``, by that of another process. Raises ``ValueError`` if it is of another model."""
+        mine = {(path, leaf): x.shape for path, layer in self.trainable_start.items() for leaf, x in layer.items()}
         theirs = {(path, leaf): x.shape for path, layer in tree.items() for leaf, x in layer.items()}
         for key in sorted(mine.keys() | theirs.keys()):
             if mine.get(key) != theirs.get(key):

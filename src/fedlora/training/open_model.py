@@ -64,5 +64,7 @@ def open_model(network: Any) -> Model:
 
 def find_adapter(model: Model) -> Adapter:
     """Return the adapter of a model; single weights of a ``PeftModel`` may have another rank or scale."""
+    if model.remote_adapter is not None:
+        return model.remote_adapter
     first = next(part for part in model.parts.values() if part.base is not None)
     return first.adapter if first.from_seed else main_adapter(model.network)

@@ -173,7 +173,9 @@ class PeftLoRAPart(PeftPart):
         """Set a factor of another rank, with the scale of that rank."""
         layer, side = cast(Any, self.module), cast(Any, self.module.get_submodule(f"lora_{leaf}"))[self.name]
         old = side.weight
-        side.weight = nn.Parameter(value.to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        # Contiguous, because the last bits of a product depend on the memory format.
+        fresh = value.to(old.device, old.dtype).clone(memory_format=torch.contiguous_format)
+        side.weight = nn.Parameter(fresh, requires_grad=old.requires_grad)
         rank = value.shape[0 if leaf == "A" else 1]
         side.in_features, side.out_features = side.weight.shape[1], side.weight.shape[0]
         layer.r[self.name], layer.scaling[self.name] = rank, cast(Any, self.adapter).scale(rank)

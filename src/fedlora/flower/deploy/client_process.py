@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -28,10 +28,11 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
-from fedlora.flower.client_messages import build_client_app, handle_message, load_node
+from fedlora.flower.client_messages import build_client_app
+from fedlora.flower.deploy.app_source import Source, read_source, source_from_table
 from fedlora.flower.deploy.node_config import state_folder
 from fedlora.runs.progress_file import is_alive
-from fedlora.schema import ConfigError, read_table
+from fedlora.schema import ConfigError
 
 LOG = "host.log"  # in a client's state folder
 STARTING = 300.0  # seconds for a client process to start; imports take a minute on a busy machine
@@ -40,19 +41,40 @@ LOOK = 0.5  # seconds between two checks whether the parent is alive
 
 
 # ------------------------------------------------------------------------------------------ the proxy
-def client_app(config: str | Path) -> ClientApp:
-    """Return the ``ClientApp`` of a TOML file. A node's configuration has ``client`` and its own machine's settings.
+def client_app(
+    config: str | Path | Callable[[Any], Any], *, evaluate: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+    requires: Mapping[str, Any] | None = None, accepts: Collection[str] = (),
+) -> ClientApp:  # fmt: skip
+    """Return the ``ClientApp`` of a TOML file, or of clients with their own trainers.
 
-    With ``host = false`` in it there is no client process: each message loads model and data again.
+        def trainer(client):
+            return MyTrainer(client.number, client.config["data"])
+
+        app = fedlora.flower.client_app(trainer, requires={"privacy.level": "client"})
+
+    A node's configuration has ``client``, its number, and its own machine's settings. The base model stays in memory
+    between messages, in a client process of its own; with ``host = false`` in the node's configuration there is none,
+    and each message loads model and data again.
+
+    Args:
+        config: a TOML file, or the function ``trainer(client)`` of ``fedlora.federate``, defined in a module. All
+            other settings of the run then come from the server, and ``client.config`` is the node's configuration.
+        evaluate: see ``fedlora.federate``; a function of a module too.
+        requires: settings without which this client takes part in no run, by dotted keys, such as
+            ``{"flower.secure_aggregation": True}``.
+        accepts: plug-ins, as ``"package.module:Class"``, that the server may name; others are refused unless they are
+            part of fedlora or have an entry point. ``"attack"``: the run may have a table ``[attack]``.
+
+    Raises ``ConfigError`` for a function that another process cannot import, or a requirement that is no setting.
     """
-    path = Path(config)
+    source = read_source(config, evaluate, requires or {}, accepts)
 
     def turns(kind: str, content: RecordDict, context: Context) -> RecordDict | str:
         node_config = context.node_config
         if node_config.get("host", True) is False:
-            return handle_message(kind, content, lambda run: load_node(read_table(path), node_config, run))
+            return source.answer(kind, content, node_config, "its own log")
         try:
-            with _connect(path, node_config) as connection:  # messages are Flower's protobuf: reading executes no code
+            with _connect(source, node_config) as connection:  # messages are Flower's protobuf: reading runs no code
                 connection.send_bytes(kind.encode())
                 connection.send_bytes(recorddict_to_proto(content).SerializeToString())
                 is_answer, body = connection.recv_bytes() == b"answer", connection.recv_bytes()
@@ -73,9 +95,9 @@ def log_path(node_config: Mapping[str, Any]) -> Path:
     return state_folder(node_config).absolute() / LOG
 
 
-def _connect(config: Path, node_config: Mapping[str, Any]) -> Connection:
+def _connect(source: Source, node_config: Mapping[str, Any]) -> Connection:
     """Return a connection to the client process of this configuration; the process is started if necessary."""
-    endpoint = Endpoint(config, node_config)
+    endpoint = Endpoint(source, node_config)
     with open(os.open(endpoint.lock, os.O_CREAT | os.O_WRONLY, 0o600), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two messages at once must not start two processes
         if connection := endpoint.connect():
@@ -97,17 +119,17 @@ class Endpoint:
     There is one for each configuration, node configuration, and SuperNode process. The log is in the state folder.
     """
 
-    def __init__(self, config: Path, node_config: Mapping[str, Any]):
+    def __init__(self, source: Source, node_config: Mapping[str, Any]):
         runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
         folder = runtime / f"fedlora-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.lstat()
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
             raise OSError(f"{str(folder)!r} is open to others; remove it, or set XDG_RUNTIME_DIR")
-        identity = [config.read_text(encoding="utf-8"), dict(node_config), os.getppid()]
+        identity = [source.identity(), dict(node_config), os.getppid()]
         name = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
         self.socket, self.key, self.lock = (folder / f"{name}.{end}" for end in ("sock", "key", "lock"))
-        self.config, self.node_config, self.log = config, node_config, log_path(node_config)
+        self.source, self.node_config, self.log = source, node_config, log_path(node_config)
 
     def connect(self) -> Connection | None:
         """Return a connection, or None if no process listens."""
@@ -119,7 +141,7 @@ class Endpoint:
     def start(self) -> subprocess.Popen:
         """Start a client process in its own session. It ends with the SuperNode's executor, which is our parent."""
         arguments = {
-            "config": str(self.config), "node": dict(self.node_config), "parent": os.getppid(),
+            "source": self.source.to_table(), "node": dict(self.node_config), "parent": os.getppid(),
             "socket": str(self.socket), "key": str(self.key),
         }  # fmt: skip
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -133,7 +155,7 @@ class Endpoint:
 # ----------------------------------------------------------------------------------- the client process
 def serve_messages(arguments: Mapping[str, Any]) -> None:
     """Answer every proxy that connects with the key, one after another."""
-    table, node_config = read_table(arguments["config"]), arguments["node"]
+    source, node_config = source_from_table(arguments["source"]), arguments["node"]
     key, socket = Path(arguments["key"]), Path(arguments["socket"])
     socket.unlink(missing_ok=True)
     authkey = secrets.token_bytes(32)
@@ -153,16 +175,16 @@ def serve_messages(arguments: Mapping[str, Any]) -> None:
             try:
                 with listener.accept() as connection:
                     idle_since = None
-                    _reply(connection, table, node_config)
+                    _reply(connection, source, node_config)
                     idle_since = time.monotonic()
             except (EOFError, OSError, AuthenticationError) as error:  # a proxy was killed
                 print(f"fedlora: a message was not finished: {error}", file=sys.stderr, flush=True)
 
 
-def _reply(connection: Connection, table: dict, node_config: dict) -> None:
+def _reply(connection: Connection, source: Source, node_config: dict) -> None:
     kind = connection.recv_bytes().decode()
     content = recorddict_from_proto(Proto.FromString(connection.recv_bytes()))
-    answer = handle_message(kind, content, lambda run: load_node(table, node_config, run), f"{LOG} in its state folder")
+    answer = source.answer(kind, content, node_config, f"{LOG} in its state folder")
     is_answer = isinstance(answer, RecordDict)
     connection.send_bytes(b"answer" if is_answer else b"error")
     connection.send_bytes(recorddict_to_proto(answer).SerializeToString() if is_answer else str(answer).encode())
