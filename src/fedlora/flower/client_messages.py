@@ -151,7 +151,7 @@ def handle_trainer_message(
         return read_client(node_config), folder or state_folder(node_config), node_config
 
     def load(run: str) -> "Node":
-        return client().load(run, kind, content, *place())
+        return client().load(run, content, *place())
 
     return handle_message(kind, content, load, log, lambda: client().describe(content, *place()))
 

@@ -82,7 +82,7 @@ def run_trainers_server(
     """
     again = (out / TOKEN).exists()
     if again:
-        token, model = str(read_json(out / TOKEN)["run"]), load_model(out)
+        token, model = str(read_json(out / TOKEN)["run"]), load_remote_model(out)
     else:
         with RunFolder(out).claim(False):
             pass  # before the clients load anything
@@ -102,7 +102,7 @@ def run_trainers_server(
     return run_config(settings.config(model), out, watch, drive=drive, again=again, callbacks=callbacks)
 
 
-def load_model(out: Path) -> RemoteModel:
+def load_remote_model(out: Path) -> RemoteModel:
     """Return the model of the run in a folder. Raises ``ConfigError`` if the folder holds none."""
     if not (out / MODEL).exists():
         raise ConfigError(

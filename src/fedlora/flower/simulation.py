@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
+from pickle import PicklingError
 from tempfile import TemporaryDirectory
 
 import torch
@@ -95,7 +96,7 @@ def _build_client(
     )
     try:
         ray.cloudpickle.dumps(own)
-    except Exception as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError, PicklingError) as error:
         raise ConfigError(
             "engine.name is 'flower-simulation', whose clients are other processes, and the trainer function cannot "
             f"be pickled ({type(error).__name__}: {display_safe(error, 200)}); let it load its data itself, or leave "

@@ -13,7 +13,6 @@ from fedlora.engines.model_spec import ModelSpec, describe_model
 from fedlora.engines.network_settings import Network
 from fedlora.engines.trainers import Divide, Evaluate, Trainers
 from fedlora.flower.client import Node, SharedBase
-from fedlora.flower.client_messages import HELLO
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.requirements import RefusedTermsError, check_terms
 from fedlora.flower.terms import START, TERMS, Terms
@@ -56,20 +55,16 @@ class TrainerClient:
             answer[START] = tree_to_record(leaves)
         return answer
 
-    def load(
-        self, run: str, kind: str, content: RecordDict, client: int, folder: Path, config: Mapping[str, Any]
-    ) -> Node:
+    def load(self, run: str, content: RecordDict, client: int, folder: Path, config: Mapping[str, Any]) -> Node:
         """Return a client's node, with its state for a run in ``folder``. The first message brings the run's terms."""
         store, loaded = ClientStore(folder / run), _LOADED.get(str(folder))
         path = store.folder / FILE
-        if kind == HELLO and (TERMS in content or not path.exists()):
+        if TERMS in content or not path.exists():
             terms = self._accept_terms(run, content, path)
         elif loaded is not None and loaded.run == run and loaded.base is not None:
             return Node(loaded.base, client, store, loaded.network)
-        elif path.exists():
-            terms = Terms.load(path)
         else:
-            raise ValueError(f"{str(path)!r} is missing, so the settings of the run are unknown; begin a new run.")
+            terms = Terms.load(path)
         loaded = self._load_base(run, terms, client, folder, config)
         assert loaded.base is not None
         return Node(loaded.base, client, store, loaded.network)
