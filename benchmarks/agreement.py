@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tests.fixtures.memory_grid import MemoryGrid
 
+from fedlora import run
 from fedlora.files import load_tree
 from fedlora.flower.client_messages import build_simulated_app
 from fedlora.flower.client_store import ClientStore
@@ -19,7 +20,6 @@ from fedlora.flower.deploy.local import Loopback
 from fedlora.methods import METHODS
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import Config, build
-from fedlora import run
 from fedlora.types import Tree
 
 MODEL, CLIENTS, ROUNDS = "minilm-l3-h384-v8k", 3, 3

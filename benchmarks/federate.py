@@ -1,4 +1,4 @@
-"""What ``fedlora.federate`` costs beside ``Trainer.train()``: processor time of the same steps, and memory of clients."""
+"""What ``fedlora.federate`` costs beside ``Trainer.train()``: processor time of equal steps, and memory of clients."""
 
 import json
 import subprocess

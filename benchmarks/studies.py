@@ -13,12 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fedlora import run
 from fedlora.export.peft import export_model
 from fedlora.runs.compare import execute, for_label
 from fedlora.runs.comparison import Cell
 from fedlora.runs.config import build
 from fedlora.runs.folder import RunFolder
-from fedlora import run
 from fedlora.schema import Table, apply_overrides, read_table
 
 ROOT = Path(__file__).parents[1]
