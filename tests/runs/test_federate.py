@@ -430,7 +430,6 @@ REFUSED = {
     "adapter of the method": ({"method": "fed-sb"}, r"trains fedlora.LoRASB, and the model has a LoRA; put that adapter on the network with fedlora.attach"),
     "rounds": ({"rounds": 0}, "rounds is 0"),
     "clients": ({"clients": 0}, "clients.count is 0"),
-    "simulation": ({"engine": {"name": "flower-simulation"}}, "other processes"),
     "schedule": ({"schedule": "rounds"}, "schedule is 'rounds'; it is 'run' or 'turn'"),
     "ranks": ({"clients": {"count": 3, "ranks": [1, 2, 2]}}, "needs one rank for all"),
 }  # fmt: skip

@@ -388,7 +388,7 @@ def test_wrong_settings_are_sentences():
         ({"method": "fedit", "privacy": {"level": "example", "noise_multiplier": 1.0}}, "inside fedlora's own training loop"),
         ({"method": {"name": "hetlora", "decay": 0.9, "tail_penalty": 0.1}}, "adds a penalty to the loss"),
         ({"method": "fedit", "compresion": {}}, "did you mean 'compression'"),
-        ({"method": "fed-sb"}, "is not defined for adapter.name = 'lora'"),
+        ({"method": "fed-sb"}, "Fed-SB trains fedlora.LoRASB, and the model has a LoRA"),
         ({"method": {"name": "fedit", "weighting": "uniform"}, "privacy": {"level": "client", "clip": 1.0, "target_epsilon": 5.0}}, "give the session their number, rounds="),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=text):
