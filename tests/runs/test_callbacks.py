@@ -36,7 +36,7 @@ def test_hooks_come_in_order_and_after_what_they_tell_is_on_disk(tmp_path):
             assert list((tmp_path / "run" / "checkpoints").glob(f"{record['round']:06d}-*"))
 
     notes = Notes()
-    result = runs.run(small("fedit", "rounds=2", "evaluation.every=2"), tmp_path / "run", callbacks=[OnDisk(), notes])
+    result = runs.run_config(small("fedit", "rounds=2", "evaluation.every=2"), tmp_path / "run", callbacks=[OnDisk(), notes])
     told = [x for x in notes.seen if x[0] in ("start", "on_round", "on_evaluation", "end")]
     assert told == [
         ("start", 0), ("on_round", 1), ("on_round", 2),
@@ -49,20 +49,20 @@ def test_hooks_come_in_order_and_after_what_they_tell_is_on_disk(tmp_path):
 def test_a_callback_that_raises_stops_the_run_and_loses_nothing(tmp_path):
     config, broken = small("fedsa-lora", "rounds=3", "checkpoint.every=3"), Raises(ZeroDivisionError("by nought"))
     with pytest.raises(CallbackError, match=r"Raises\.on_round raised ZeroDivisionError in round 2: by nought") as told:
-        runs.run(config, tmp_path / "a", callbacks=[broken])
+        runs.run_config(config, tmp_path / "a", callbacks=[broken])
     assert isinstance(told.value.__cause__, ZeroDivisionError)
     assert broken.end.state == "failed" and broken.end.summary is None
     assert json.loads((tmp_path / "a" / "progress.json").read_text())["state"] == "failed"
     notes = Notes()
-    resuming.resume(tmp_path / "a", callbacks=[notes])
+    resuming.resume_folder(tmp_path / "a", callbacks=[notes])
     assert notes.seen[0] == ("start", 2), "the second round was finished, and is not done again"
-    runs.run(config, tmp_path / "b")
+    runs.run_config(config, tmp_path / "b")
     assert alike(tmp_path / "a", tmp_path / "b"), "callbacks change no bit"
 
 
 def test_a_callback_may_end_a_run_as_ctrl_c_would(tmp_path):
     early = Raises(KeyboardInterrupt(), round=1)
-    result = runs.run(small("fedit", "rounds=3"), tmp_path / "run", callbacks=[early])
+    result = runs.run_config(small("fedit", "rounds=3"), tmp_path / "run", callbacks=[early])
     assert result.summary["interrupted"] and result.summary["rounds"] == 1
     assert early.end == End("interrupted", early.end.summary) and early.end.summary["rounds"] == 1
 
@@ -90,7 +90,7 @@ def test_faults_are_told():
 )
 def test_what_is_no_callback_is_said_before_anything_runs(one, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        runs.run(small("fedit"), tmp_path / "run", callbacks=[one])
+        runs.run_config(small("fedit"), tmp_path / "run", callbacks=[one])
     assert not (tmp_path / "run").exists()
 
 

@@ -43,9 +43,9 @@ def done(tmp_path_factory):
     some = ["track.tensorboard=true", f"track.mlflow={{uri='sqlite:///{place}/mlflow.db',experiment='hospitals'}}",
             "track.wandb={mode='offline'}"]  # fmt: skip
     folder = place / "one"
-    runs.run(small("fedit", "rounds=3", DROPS, *some), folder, callbacks=[Stops()])
+    runs.run_config(small("fedit", "rounds=3", DROPS, *some), folder, callbacks=[Stops()])
     kept = json.loads((folder / "trackers.json").read_text())
-    result = resuming.resume(folder, overrides=["track.trackio={project='late'}"])
+    result = resuming.resume_folder(folder, overrides=["track.trackio={project='late'}"])
     return place, folder, result, kept
 
 
@@ -95,7 +95,7 @@ def test_the_config_keeps_them_and_no_bit_goes_by_them(done, tmp_path):
     _, folder, result, _ = done
     track = read(folder / "config.toml").table["track"]
     assert list(track) == ["tensorboard", "mlflow", "wandb", "trackio"] and track["trackio"] == {"project": "late"}
-    plain = runs.run(small("fedit", "rounds=3", DROPS))
+    plain = runs.run_config(small("fedit", "rounds=3", DROPS))
     assert [{k: v for k, v in r.items() if k != "seconds"} for r in plain.records] == [
         {k: v for k, v in r.items() if k != "seconds"}
         for r in json.loads(json.dumps(result.records), object_hook=whole)
@@ -166,7 +166,7 @@ def test_a_round_that_a_tracker_does_not_take_is_sent_again_and_said_once(tmp_pa
     session, said = Flaky([1, 1, 3]), []
     monkeypatch.setattr(trackers.TRACKERS.load("tensorboard"), "open", lambda self, told: session)
     watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
-    runs.run(small("fedit", "rounds=3", "track.tensorboard=true"), tmp_path / "run", watch)
+    runs.run_config(small("fedit", "rounds=3", "track.tensorboard=true"), tmp_path / "run", watch)
     assert session.got == [1, 2, 3] and session.state == "finished", "the third was sent at the end"
     assert said == [
         "tensorboard does not take round 1, it is tried again: no route",
@@ -178,7 +178,7 @@ def test_what_a_tracker_never_took_is_named(tmp_path, monkeypatch):
     session, said = Flaky([2] * 9), []
     monkeypatch.setattr(trackers.TRACKERS.load("tensorboard"), "open", lambda self, told: session)
     watch = lambda event: said.append(event.text) if event.kind == "note" else None  # noqa: E731
-    runs.run(small("fedit", "rounds=2", "track.tensorboard=true"), tmp_path / "run", watch)
+    runs.run_config(small("fedit", "rounds=2", "track.tensorboard=true"), tmp_path / "run", watch)
     assert said[-1] == "tensorboard lacks the rounds 2; metrics.jsonl has them."
     assert json.loads((tmp_path / "run" / "trackers.json").read_text())["tensorboard"]["rounds"] == 1
 
@@ -187,7 +187,7 @@ def test_a_tracker_that_cannot_begin_is_said_before_the_first_round(tmp_path):
     (tmp_path / "file").write_text("")
     config = small("fedit", "rounds=1", f"track.tensorboard={{folder='{tmp_path}/file'}}")
     with pytest.raises(ConfigError, match=r"tensorboard did not begin: .*; mend track\.tensorboard, or leave it out"):
-        runs.run(config, tmp_path / "run")
+        runs.run_config(config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
@@ -198,7 +198,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(name, tmp_path, monk
     )
     config = small("fedit", f"track.{name}=true")
     with pytest.raises(ConfigError) as told:
-        runs.run(config, tmp_path / "run")
+        runs.run_config(config, tmp_path / "run")
     assert str(told.value) == (
         f"[track] names {name!r}, but {EXTRAS[name]} is not installed; run `pip install 'fedlora[track-{name}]'`, or "
         f"leave track.{name} out."
@@ -235,9 +235,9 @@ def test_reading_a_config_imports_no_tracker():
 
 def test_other_settings_begin_another_run_with_all_rounds(tmp_path):
     config = small("fedit", "rounds=1", "track.tensorboard=true")
-    runs.run(config, tmp_path / "run")
+    runs.run_config(config, tmp_path / "run")
     own = tmp_path / "boards"
-    runs.run(replace(config, rounds=2, track=trackers.Track.from_table({"tensorboard": {"folder": str(own)}})), tmp_path / "run",
+    runs.run_config(replace(config, rounds=2, track=trackers.Track.from_table({"tensorboard": {"folder": str(own)}})), tmp_path / "run",
              again=True)  # fmt: skip
     assert sorted(reading.tensorboard(own / "run")["clients/mean"]) == [1, 2]
 
