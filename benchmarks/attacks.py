@@ -22,7 +22,7 @@ from benchmarks.study_tables import spread
 from fedlora.engines.in_process import InProcess
 from fedlora.files import digest
 from fedlora.runs.config import Config, build
-from fedlora.runs.run import Drive, run
+from fedlora.runs.run import Drive, run_config
 from fedlora.schema import Table, apply_overrides, read_table
 from fedlora.security.attacks._base import poison_task
 
@@ -104,7 +104,7 @@ class _Remembering(InProcess):
 def figures(config: Config, known: Turns) -> dict[str, Any]:
     """What is kept of a run: accuracy, the attack's success, and who was quarantined."""
     try:
-        summary: Mapping[str, Any] = run(config, drive=remembering(known) if config.attack else None).summary
+        summary: Mapping[str, Any] = run_config(config, drive=remembering(known) if config.attack else None).summary
     except FloatingPointError as error:
         return {"accuracy": None, "failure": str(error)}
     if summary["interrupted"]:

@@ -149,8 +149,21 @@ def try_tracker(name: str, **settings: Any) -> dict[str, Any]:
     return {"said": "a round is kept"}
 
 
+def try_trl() -> dict[str, Any]:
+    """Check that TRL's trainers are ones that ``fedlora.federate`` can hand a model and a turn's settings."""
+    from transformers import Trainer
+    from trl import DPOTrainer, SFTTrainer
+
+    hooks = ("create_optimizer", "create_scheduler", "add_callback", "remove_callback", "train", "evaluate")
+    for kind in (SFTTrainer, DPOTrainer):
+        lacking = [name for name in hooks if not hasattr(kind, name)]
+        assert issubclass(kind, Trainer) and not lacking, f"{kind.__name__} has no {', '.join(lacking) or 'Trainer'}"
+    return {"said": "its trainers are Trainers of transformers"}
+
+
 TESTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "torch": try_torch, "model": try_model, "figures": try_figures, "peft": try_peft, "dp": try_dp,
+    "torch": try_torch, "model": try_model, "figures": try_figures, "peft": try_peft,
+    "trl": try_trl, "dp": try_dp,
     "flower": try_flower, "flower-simulation": try_simulation, "quantize": try_quantize,
     "track-tensorboard": partial(try_tracker, "tensorboard"),
     "track-mlflow": partial(try_tracker, "mlflow", uri="sqlite:///{folder}/mlflow.db"),
