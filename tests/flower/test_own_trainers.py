@@ -382,6 +382,7 @@ def test_a_function_that_cannot_be_pickled_is_refused_by_the_simulation():
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("flower")
+@pytest.mark.filterwarnings("ignore")  # Ray leaves processes to the garbage collector
 def test_the_simulation_has_the_bits_of_one_process():
     pytest.importorskip("ray", reason="needs the flower-simulation extra")
     told = {"rounds": 2, "keep_optimizer": True, "clients": {"count": 3, "per_round": 2}}
