@@ -36,7 +36,9 @@ def test_hooks_come_in_order_and_after_what_they_tell_is_on_disk(tmp_path):
             assert list((tmp_path / "run" / "checkpoints").glob(f"{record['round']:06d}-*"))
 
     notes = Notes()
-    result = runs.run_config(small("fedit", "rounds=2", "evaluation.every=2"), tmp_path / "run", callbacks=[OnDisk(), notes])
+    result = runs.run_config(
+        small("fedit", "rounds=2", "evaluation.every=2"), tmp_path / "run", callbacks=[OnDisk(), notes]
+    )
     told = [x for x in notes.seen if x[0] in ("start", "on_round", "on_evaluation", "end")]
     assert told == [
         ("start", 0), ("on_round", 1), ("on_round", 2),
