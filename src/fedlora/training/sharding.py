@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedlora.types import Tree
@@ -26,6 +27,8 @@ def reshard(network: nn.Module) -> None:
 
     The gathered copies stay in the modules after an evaluation; a value that is written to them would be lost.
     """
+    if not (dist.is_available() and dist.is_initialized()):  # FSDP2 needs a process group, and a second to be imported
+        return
     for module in network.modules():
         if is_fully_sharded(module):
             module.reshard()
