@@ -16,7 +16,7 @@ from fedlora.training.local import OptimizerState, Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
 from fedlora.training.own_trainer import OwnTrainer, set_seeds
-from fedlora.training.ranks import check_equal, meet
+from fedlora.training.ranks import barrier, check_equal
 from fedlora.training.shared_base import SharedBases
 from fedlora.training.transformers_trainer import (
     TransformersTurn,
@@ -184,7 +184,7 @@ class Trainers:
 
     def score(self, client: int) -> Scores:
         """Return the scores of the loaded leaves on a client's own test rows."""
-        meet()
+        barrier()
         self.model.network.eval()
         with set_seeds(derive_seed(self.seed, "evaluation", client)), torch.no_grad():
             if self.evaluate is not None:

@@ -42,10 +42,10 @@ from fedlora.training.own_trainer import ADVICE, check_turn, read_end
 from fedlora.training.ranks import (
     average,
     average_tree,
+    barrier,
     check_equal,
     copy_from_first_rank,
     is_first_rank,
-    meet,
     share_failure,
 )
 from fedlora.training.sharding import check_wrappers
@@ -368,7 +368,7 @@ class Session(Rounds):
         path = Path(folder).expanduser()
         if is_first_rank():
             self._save(path)
-        meet()  # the folder is there for all ranks after this
+        barrier()  # the folder is there for all ranks after this
         self._saved_to = path
         return path
 

@@ -17,7 +17,7 @@ from fedlora.seeds import derive_seed
 from fedlora.training.frozen import Frozen
 from fedlora.training.local import OptimizerState, check_divergence, replace_leaves
 from fedlora.training.model import Model
-from fedlora.training.ranks import average, check_trained_together, meet, synchronize
+from fedlora.training.ranks import average, barrier, check_trained_together, synchronize
 from fedlora.training.sharding import check_shapes, check_wrappers
 from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
@@ -52,7 +52,7 @@ class OwnTrainer:
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
         """Train the leaves of ``trained`` from ``start``, and return the tree; other leaves are the same objects."""
-        meet()
+        barrier()
         check_wrappers(self.model.network)
         self.model.load(start)
         parameters = self.model.select(trained)

@@ -29,12 +29,12 @@ class RankError(RuntimeError):
 
 
 class _Ranks:
-    """The group in which trees are sent, by CPU, apart from the caller's own, and the number of meetings so far."""
+    """The group in which trees are sent, by CPU, apart from the caller's own, and the number of barriers so far."""
 
     def __init__(self) -> None:
         self.world: Any = None
         self.group: Any = None
-        self.meetings = 0
+        self.barriers = 0
 
 
 _RANKS = _Ranks()
@@ -58,17 +58,17 @@ def _group() -> Any:
     """Return the group of this module; made anew if the caller has begun another default group."""
     world = dist.group.WORLD
     if _RANKS.world is not world:
-        _RANKS.world, _RANKS.group, _RANKS.meetings = world, dist.new_group(backend="gloo"), 0
+        _RANKS.world, _RANKS.group, _RANKS.barriers = world, dist.new_group(backend="gloo"), 0
     return _RANKS.group
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every rank is here. Raises ``RankError`` as soon as one of them has failed."""
     if not is_parallel():
         return
     _group()
-    _RANKS.meetings += 1
-    key, pause = f"fedlora/meeting/{_RANKS.meetings}", 0.0005
+    _RANKS.barriers += 1
+    key, pause = f"fedlora/barrier/{_RANKS.barriers}", 0.0005
     try:
         store = _store()
         count = store.add(key, 1)
@@ -106,7 +106,7 @@ def _end_other_ranks(error: BaseException | None) -> None:
 def end_run(is_interrupted: bool) -> None:
     """Wait for the other ranks at the end of a run, or end them too if this one was interrupted."""
     if not is_interrupted:
-        meet()
+        barrier()
     elif is_parallel():
         _publish_failure("was interrupted")
 
@@ -132,7 +132,7 @@ def synchronize(tree: Tree) -> Tree:
     """
     if not is_parallel():
         return tree
-    meet()
+    barrier()
     leaves = _leaves(tree)
     for dtype in sorted({x.dtype for x in leaves}, key=str):
         same = [x for x in leaves if x.dtype == dtype]
@@ -152,7 +152,7 @@ def check_trained_together(start: Tree, end: Tree) -> None:
     """
     if not is_parallel() or not _leaves(end):
         return
-    meet()
+    barrier()
     mine = _flatten(_leaves(end))
     first = mine.clone()
     dist.broadcast(first, 0, group=_group())
@@ -178,7 +178,7 @@ def average(value: float | None) -> float | None:
     """Return the mean of a number over the ranks that have one; None if none has."""
     if not is_parallel():
         return value
-    meet()
+    barrier()
     sums = torch.tensor([0.0, 0.0] if value is None else [value, 1.0], dtype=torch.float64)
     dist.all_reduce(sums, group=_group())
     return float(sums[0] / sums[1]) if sums[1] else None
@@ -188,7 +188,7 @@ def average_tree(tree: Tree) -> Tree:
     """Return the mean of a tree over all ranks."""
     if not is_parallel():
         return tree
-    meet()
+    barrier()
     means: dict[str, dict[str, Tensor]] = {path: {} for path in tree}
     for path in sorted(tree):
         for leaf, x in sorted(tree[path].items()):
@@ -202,7 +202,7 @@ def check_equal(what: str, value: Any) -> None:
     """Raise ``ValueError`` on every rank if a plain value differs from that of the first rank."""
     if not is_parallel():
         return
-    meet()
+    barrier()
     digest = hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).digest()
     mine = torch.frombuffer(bytearray(digest), dtype=torch.int64)
     everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
@@ -228,7 +228,7 @@ def copy_from_first_rank(folder: Path, names: Collection[str] | None = None) -> 
 
 
 def _send_files(source: Path, target: Path, names: Collection[str] | None) -> None:
-    meet()
+    barrier()
     first = is_first_rank()
     places = [place.relative_to(source) for place in source.rglob("*") if place.is_file()] if first else []
     files = sorted(place.as_posix() for place in places if names is None or place.parts[0] in names)
