@@ -1,4 +1,4 @@
-"""The public verbs that span several packages: open, plan, sweep, aggregate. ``fedlora`` has all public names."""
+"""The public functions on whole runs: run, federate, resume, compare, open, plan, sweep, aggregate."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from fedlora.runs.all_ranks import run_on_all_ranks
 from fedlora.runs.compare import compare_methods
 from fedlora.runs.comparison import Cell, Compared
 from fedlora.runs.config import AnyConfig, Overrides, to_config, to_table
-from fedlora.runs.federate import attach_trainers, run_trainers
+from fedlora.runs.federate import attach_trainers, config_of_trainers
 from fedlora.runs.file_names import COMPARISON, CONFIG
 from fedlora.runs.folder import RunFolder, read_json
 from fedlora.runs.objects import build_objects, code_of, take_objects
@@ -34,6 +34,7 @@ from fedlora.runs.table import Table, from_pairs, to_html
 from fedlora.schema import ConfigError, read_table
 from fedlora.tasks._code import Code
 from fedlora.training.device import Engine
+from fedlora.training.ranks import is_parallel
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -190,12 +191,20 @@ def federate(
     Raises ``ConfigError`` for settings that cannot work in the caller's loop, with the reason, and ``ValueError`` if a
     trainer is not supported or a turn does not keep the method's rules.
     """
-    result = run_trainers(
-        trainer, clients, method, rounds, out, seed=seed, seeds=seeds, data=data, evaluate=evaluate, metric=metric,
-        higher=higher, schedule=schedule, keep_optimizer=keep_optimizer, callbacks=callbacks, watch=watch, again=again,
-        **sections,
-    )  # fmt: skip
-    return result if isinstance(result, Compared) else RunResult(**vars(result))
+    config = config_of_trainers(
+        trainer, clients, method, rounds, seed, data, evaluate, metric, higher, schedule, keep_optimizer, sections
+    )
+    is_list = isinstance(method, list | tuple)
+    if not is_list and seeds is None:
+        place = None if out is None else Path(out).expanduser()
+        return RunResult(**vars(run_on_all_ranks(config, place, watch, callbacks, again)))
+    if is_parallel():
+        raise ConfigError(
+            "a comparison of methods or seeds runs with one process a client; call federate once for each of them, "
+            "with its own out."
+        )
+    methods = list(method) if is_list else None
+    return compare_methods(config, methods, [seed] if seeds is None else seeds, out, callbacks=callbacks)
 
 
 def resume(

@@ -146,28 +146,7 @@ def compare_methods(
     overrides: Overrides = (),
     callbacks: Sequence[Any] = (),
 ) -> Compared:
-    """Run all methods with all seeds: with the same data, partition, initial weights and budgets. A run may diverge.
-
-        compared = fedlora.compare("mine.toml", methods=["fedit", "local"], seeds=[0])
-        compared.frame()  # a row a run
-        compared.rows  # a mean a method
-
-    Args:
-        config: the path of a TOML file, its table, or a ``Config``: whatever ``fedlora.run`` accepts.
-        methods: names of methods, labels of ``[compare.LABEL]`` tables, ``"centralised"``; the configuration's if None.
-        seeds: a run of each method for each; they replace the configuration's.
-        out: a new folder for ``comparison.json`` and a run's folder for each method and seed. An interrupted comparison
-            there is resumed: finished runs stay, and others are resumed from their checkpoints.
-        jobs: runs at the same time, in processes of their own with one thread each; a script that asks for several
-            needs ``if __name__ == "__main__":``.
-        watch: called with a run and each of its events, if ``jobs`` is 1.
-        done: called with each run that has ended.
-        overrides: ``"key=value"`` or a dict of dotted keys.
-        callbacks: of every run, see ``fedlora.Callback``; they need ``jobs=1``.
-
-    Raises ``ConfigError`` for wrong settings before the first run, and ``ValueError`` if a run in ``out`` has another
-    configuration, or if the data have changed.
-    """
+    """Run all methods with all seeds; see ``fedlora.compare`` for the arguments and the errors."""
     folder = None if out is None else Path(out).expanduser()
     if folder is not None and (folder / COMPARISON).exists():
         raise ConfigError(f"{str(out)!r} holds a comparison already; choose another folder with --out.")

@@ -1,25 +1,19 @@
 """Runs whose clients train with the caller's own trainers; one function builds the trainer of each client."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.clients import Clients
-from fedlora.engines.loop import Watch
 from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
-from fedlora.runs.all_ranks import run_on_all_ranks
-from fedlora.runs.compare import compare_methods
-from fedlora.runs.comparison import Compared
 from fedlora.runs.config import Config, build
 from fedlora.runs.objects import describe_object, to_settings
-from fedlora.runs.run import Result
 from fedlora.runs.sections import SECTIONS
 from fedlora.schema import ConfigError, Table, construct, load_class
 from fedlora.seeds import derive_seed
@@ -29,54 +23,28 @@ from fedlora.tasks.objects import ObjectTask
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import find_adapter
-from fedlora.training.ranks import is_parallel
 
 OWN_ROWS = {"name": "own"}  # the partition of clients with rows of their own
 OWN = ("model", "task", "adapter", "training")  # sections that follow from the caller's objects
 
 
-def run_trainers(
-    trainer: Callable[[ClientInfo], Any],
-    clients: int | Mapping[str, Any] | Clients,
-    method: str | Mapping[str, Any] | Method | Sequence[str] = "fedit",
-    rounds: int = 20,
-    out: str | Path | None = None,
-    *,
-    seed: int = 0,
-    seeds: Sequence[int] | None = None,
-    data: Any = None,
-    evaluate: Evaluate | None = None,
-    metric: str = "loss",
-    higher: bool | None = None,
-    schedule: Schedule = "run",
-    keep_optimizer: bool = False,
-    callbacks: Sequence[Any] = (),
-    watch: Watch = lambda event: None,
-    again: bool = False,
-    **sections: Any,
-) -> Result | Compared:
-    """Run a federation, or several, whose clients train with the caller's own trainers; see ``fedlora.federate``."""
+def config_of_trainers(
+    trainer: Callable[[ClientInfo], Any], clients: Any, method: Any, rounds: int, seed: int, data: Any,
+    evaluate: Evaluate | None, metric: str, higher: bool | None, schedule: Schedule, keep_optimizer: bool,
+    sections: Mapping[str, Any],
+) -> Config:  # fmt: skip
+    """Return the configuration of ``fedlora.federate``; for several methods, that of the first."""
     table = describe_task(describe_object(trainer), metric, higher, schedule, keep_optimizer)
-    many = isinstance(method, list | tuple) or seeds is not None
     names = list(method) if isinstance(method, list | tuple) else None
     own_clients = build_clients(clients, data)
     for name in names or [to_settings("method", method).get("name")]:
         if isinstance(name, str):  # before a trainer is built, which may take minutes
             load_class(METHODS, name)
     trainers = build_trainers(trainer, own_clients, seed, data, evaluate, schedule, keep_optimizer)
-    config = own_config(
+    return own_config(
         trainers.model, table, names[0] if names else method, own_clients, rounds, seed, trainers.describe_training(),
         sections, trainers,
     )  # fmt: skip
-    if not many:
-        place = None if out is None else Path(out).expanduser()
-        return run_on_all_ranks(config, place, watch, callbacks, again)
-    if is_parallel():
-        raise ConfigError(
-            "a comparison of methods or seeds runs with one process a client; call federate once for each of them, "
-            "with its own out."
-        )
-    return compare_methods(config, names, [seed] if seeds is None else seeds, out, callbacks=callbacks)
 
 
 def build_trainers(

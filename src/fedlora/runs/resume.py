@@ -23,16 +23,7 @@ def resume_folder(
     callbacks: Sequence[Any] = (),
     objects: Objects | None = None,
 ) -> Result:
-    """Resume the run in a folder, to ``rounds`` or to the number in its configuration.
-
-        fedlora.run("mine.toml", out="runs/more", overrides={"rounds": 1})
-        result = fedlora.resume("runs/more", rounds=2)
-
-    ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
-    and ``task.data`` if the data have moved. A run on Python objects needs the same ``objects`` again. Raises
-    ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
-    ``ValueError`` if no checkpoint is sound.
-    """
+    """Resume the run in a folder; see ``fedlora.resume``. A run on Python objects needs the same ``objects`` again."""
     config = read_resumable(path, rounds, overrides)
     if objects is not None:
         config = attach_code(config, objects.code())

@@ -59,26 +59,9 @@ def run_config(
     callbacks: Sequence[Any] = (),
     overrides: Overrides = (),
 ) -> Result:
-    """Run a federation to its end, or to Ctrl-C.
+    """Run a configuration to its end, or to Ctrl-C; see ``fedlora.run`` for the arguments and the errors.
 
-        result = fedlora.run("mine.toml", out="runs/one", overrides={"method.name": "fedsa-lora"})
-        result.summary["final"]
-
-    Args:
-        config: the path of a TOML file, its table, or a ``Config``.
-        out: a new folder for ``config.toml`` (enough to repeat the run), ``metrics.jsonl`` (a line for each round, as
-            it happens), ``summary.json``, ``shared.safetensors``, ``clients/K.safetensors`` and, if the method updates
-            the base, ``base_update.safetensors``.
-        watch: called with every event.
-        observe: returns more figures for each round's record.
-        drive: runs the rounds, instead of the engine that ``engine.name`` selects.
-        again: ``out`` may hold the beginning of this run, which is then resumed from its last checkpoint.
-        callbacks: see ``fedlora.Callback``.
-        overrides: settings that replace those of ``config``: ``"key=value"``, or a dict, with dotted keys.
-
-    Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
-    ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
-    folder's ``error.log``.
+    ``drive`` runs the rounds, instead of the engine that ``engine.name`` selects.
     """
     folder = None if out is None else Path(out).expanduser()
     config = to_config(config, overrides)
