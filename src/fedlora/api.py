@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.engines.clients import Clients
 from fedlora.engines.loop import Event, Observe, Watch
-from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule
+from fedlora.engines.trainers import ClientInfo, Evaluate
 from fedlora.export.aggregate import AggregationReport, aggregate_adapters, build_method
 from fedlora.export.peft import export_model
 from fedlora.files import write
@@ -35,6 +35,7 @@ from fedlora.schema import ConfigError, read_table
 from fedlora.tasks._code import Code
 from fedlora.training.device import Engine
 from fedlora.training.ranks import is_parallel
+from fedlora.training.transformers_trainer import Schedule
 
 if TYPE_CHECKING:
     from pandas import DataFrame

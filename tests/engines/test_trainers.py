@@ -188,13 +188,13 @@ def test_numbers_of_rows():
     class None_:  # noqa: N801
         train_dataset = iter([])
 
-    assert count_examples(Some(), "train_dataset", 0) == 7
-    assert count_examples(Loop(None, None, [1, 2]), "train_dataset", 0) == 2
+    assert count_examples(Some(), 0) == 7
+    assert count_examples(Loop(None, None, [1, 2]), 0) == 2
     with pytest.raises(ValueError, match="client 3 trains on; give its trainer an attribute examples"):
-        count_examples(None_(), "train_dataset", 3)
+        count_examples(None_(), 3)
     Some.examples = 0
     with pytest.raises(ValueError, match="client 3 has 0 training rows"):
-        count_examples(Some(), "train_dataset", 3)
+        count_examples(Some(), 3)
 
 
 def test_scores_of_a_function():

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,7 @@ from fedlora.training.own_trainer import OwnTrainer, set_seeds
 from fedlora.training.ranks import barrier, check_equal
 from fedlora.training.shared_base import SharedBases
 from fedlora.training.transformers_trainer import (
+    Schedule,
     TransformersTurn,
     adopt_model,
     check_trainer,
@@ -29,7 +30,6 @@ from fedlora.training.transformers_trainer import (
 from fedlora.types import Tree, Turn
 
 Value = float | tuple[float, int]  # a metric, or its sum over rows and their number
-Schedule = Literal["run", "turn"]  # what learning-rate schedules cover
 Divide = Callable[[int], Mapping[int, list[int]]]  # a run's seed -> each client's rows of common data
 Evaluate = Callable[[Any, "ClientInfo"], Mapping[str, Value]]
 
@@ -77,7 +77,7 @@ class Trainers:
     @cached_property
     def model(self) -> Model:
         """The model of this process, with the adapter of the first trainer."""
-        trainer = self._build(self.first, None)
+        trainer = self._build(self.first)
         self._trainers[self.first] = trainer
         model = open_model(trainer.model)
         model.synchronize()
@@ -101,7 +101,7 @@ class Trainers:
         """Return the trainer of a client."""
         network = self.model.network
         if client not in self._trainers:
-            trainer = self._build(client, network)
+            trainer = self._build(client)
             if is_transformers_trainer(trainer):
                 self._check_alike(client, trainer.model)
                 adopt_model(trainer, network)
@@ -113,11 +113,10 @@ class Trainers:
             self._trainers[client] = trainer
         return self._trainers[client]
 
-    def _build(self, client: int, network: Any) -> Any:
+    def _build(self, client: int) -> Any:
         # One seed for all clients: parts that are drawn, such as a head, begin equal.
-        info = ClientInfo(client, self.count, self.seed, self.rows.get(client), network, self.config)
         with set_seeds(derive_seed(self.seed, "trainer")), self.bases.loading():
-            trainer = self.make(info)
+            trainer = self.make(self.info(client))
         missing = [name for name in ("model", "train") if not hasattr(trainer, name)]
         if missing:
             raise ValueError(
@@ -151,14 +150,12 @@ class Trainers:
     ) -> OwnTrainer:
         """Return the local trainer of a client's turn."""
         trainer = self.get(turn.client)
-        rows = count_examples(trainer, "train_dataset", turn.client)  # an error ends the run before any training
+        rows = count_examples(trainer, turn.client)  # an error ends the run before any training
         check_equal(f"client {turn.client}'s number of training rows", rows)
         values = (self.model, trainer, turn, rounds, self.keep_optimizer, moments, step_done)
-        return (
-            TransformersTurn(*values, schedule=self.schedule)
-            if is_transformers_trainer(trainer)
-            else OwnTrainer(*values)
-        )
+        if is_transformers_trainer(trainer):
+            return TransformersTurn(*values, schedule=self.schedule)
+        return OwnTrainer(*values)
 
     def describe_training(self) -> Training:
         """Return the ``[training]`` table with the first trainer's settings if they are known."""
@@ -166,21 +163,23 @@ class Trainers:
         training = describe_training(first) if is_transformers_trainer(first) else Training()
         return training if self.schedule == "run" else replace(training, schedule="constant")
 
-    def count_rows(self, client: int) -> int:
-        """Return a client's number of training rows, which is its weight in the aggregate."""
-        return count_examples(self.get(client), "train_dataset", client)
-
     @property
     def shards(self) -> "LazyShards":
-        """Each client's numbers of training and test rows, as shards."""
-        return LazyShards(self)
+        """Each client's numbers of training and test rows, as shards. Reading one builds the client's trainer."""
+        return LazyShards(self.count, self._count_rows)
+
+    def _count_rows(self, client: int) -> Shard:
+        trainer = self.get(client)
+        tests = getattr(trainer, "eval_dataset", None)
+        return number_rows(count_examples(trainer, client), len(tests) if hasattr(tests, "__len__") else 0)
 
     def evaluator(self) -> Scorer | None:
         """Return an evaluator; None if no function was given and the first trainer has no ``eval_dataset``."""
         first = self.get(self.first)
         if self.evaluate is None and getattr(first, "eval_dataset", None) is None:
             return None
-        return TrainersEvaluator(self)
+        # A trainer is built before its client's leaves are loaded: building it may change the network.
+        return OwnEvaluator(self.model, self.count, self.score, self.get)
 
     def score(self, client: int) -> Scores:
         """Return the scores of the loaded leaves on a client's own test rows."""
@@ -194,58 +193,65 @@ class Trainers:
 
 
 @dataclass
-class TrainersEvaluator:
-    """Scores trees with the callers' own code. The last tree's scores are kept."""
+class OwnEvaluator:
+    """Scores trees with the caller's own code: ``score(client)`` returns the scores of the loaded leaves.
 
-    trainers: Trainers
+    The last tree's scores are kept. ``prepare(client)`` is called before a tree is loaded for the client.
+    """
+
+    model: Model
+    count: int  # of clients
+    score: Callable[[int], Scores]
+    prepare: Callable[[int], object] = lambda client: None
     _tree: Tree | None = None
     _base_version: int = -1
     _scores: dict[int, Scores] = field(default_factory=dict)
 
     def score_all(self, tree: Tree) -> Scores:
         """Return the scores of a tree on all clients' test rows together."""
-        return pool([self.score_client(client, tree) for client in range(self.trainers.count)])
+        return pool([self.score_client(client, tree) for client in range(self.count)])
 
     def score_client(self, number: int, tree: Tree) -> Scores:
         """Return the scores of a tree on one client's test rows."""
-        model = self.trainers.model
-        if self._tree is None or self._base_version != model.base_version or not is_same_tree(tree, self._tree):
-            self._tree, self._base_version, self._scores = tree, model.base_version, {}
+        version = self.model.base_version
+        if self._tree is None or self._base_version != version or not is_same_tree(tree, self._tree):
+            self._tree, self._base_version, self._scores = tree, version, {}
         if number not in self._scores:
-            self.trainers.get(number)  # before the leaves are loaded: building a trainer may change the network
-            model.load(tree)
-            self._scores[number] = self.trainers.score(number)
+            self.prepare(number)
+            self.model.load(tree)
+            self._scores[number] = self.score(number)
         return self._scores[number]
 
 
 @dataclass(frozen=True)
 class LazyShards(Mapping[int, Shard]):
-    """Each client's numbers of rows, as shards. Reading them builds the client's trainer."""
+    """The shards of clients 0 to ``count - 1``, each read when it is needed."""
 
-    trainers: Trainers
+    count: int
+    read: Callable[[int], Shard]
 
     def __getitem__(self, client: int) -> Shard:
-        if not 0 <= client < self.trainers.count:
+        if not 0 <= client < self.count:
             raise KeyError(client)
-        trainer = self.trainers.get(client)
-        rows = count_examples(trainer, "train_dataset", client)
-        tests = getattr(trainer, "eval_dataset", None)
-        return Shard(
-            torch.arange(rows), torch.arange(0 if tests is None or not hasattr(tests, "__len__") else len(tests))
-        )
+        return self.read(client)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.trainers.count))
+        return iter(range(self.count))
 
     def __len__(self) -> int:
-        return self.trainers.count
+        return self.count
 
 
-def count_examples(trainer: Any, name: str, client: int) -> int:
-    """Return the number of rows of a trainer's dataset, or of its attribute ``examples``."""
+def number_rows(train: int, test: int = 0) -> Shard:
+    """Return the shard of a client whose rows are known by their number only."""
+    return Shard(torch.arange(train), torch.arange(test))
+
+
+def count_examples(trainer: Any, client: int) -> int:
+    """Return the number of a trainer's training rows, or its attribute ``examples``."""
     rows = getattr(trainer, "examples", None)
     if rows is None:
-        data = getattr(trainer, name, None)
+        data = getattr(trainer, "train_dataset", None)
         rows = len(data) if hasattr(data, "__len__") else None
     if rows is None:
         raise ValueError(

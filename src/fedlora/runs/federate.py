@@ -8,7 +8,7 @@ import torch
 
 from fedlora.adapters import ADAPTERS, Adapter
 from fedlora.engines.clients import Clients
-from fedlora.engines.trainers import ClientInfo, Evaluate, Schedule, Trainers
+from fedlora.engines.trainers import ClientInfo, Evaluate, Trainers
 from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
@@ -23,6 +23,7 @@ from fedlora.tasks.objects import ObjectTask
 from fedlora.training.local import Training
 from fedlora.training.model import Model
 from fedlora.training.open_model import find_adapter
+from fedlora.training.transformers_trainer import Schedule
 
 OWN_ROWS = {"name": "own"}  # the partition of clients with rows of their own
 OWN = ("model", "task", "adapter", "training")  # sections that follow from the caller's objects

@@ -4,7 +4,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from fedlora.engines.checkpoint import is_extendable
 from fedlora.engines.client_turn import ClientTurn
-from fedlora.engines.federation import Federation
 from fedlora.engines.in_process import InProcess
 from fedlora.engines.loop import Reply, explain_overflow
 from fedlora.engines.record import RoundRecord
-from fedlora.engines.trainers import ClientInfo, Evaluate, to_scores
+from fedlora.engines.trainers import ClientInfo, Evaluate, LazyShards, OwnEvaluator, number_rows, to_scores
 from fedlora.files import write
 from fedlora.methods._base import pick
 from fedlora.rounds import public_leaves, select_leaves_to_train
@@ -32,8 +31,7 @@ from fedlora.runs.interrupt import Stop
 from fedlora.runs.result import Rounds
 from fedlora.runs.run import Result, build_recorder, finish_run
 from fedlora.schema import ConfigError, read_table
-from fedlora.tasks._base import Shard
-from fedlora.tasks.metrics.scores import Scores, pool
+from fedlora.tasks.metrics.scores import Scores
 from fedlora.training.frozen import Frozen
 from fedlora.training.local import Training, check_divergence, replace_leaves
 from fedlora.training.model import Model
@@ -148,7 +146,7 @@ class Session(Rounds):
         self, config: Config, model: Model, evaluate: Evaluate | None, callbacks: Sequence[Any], saved: Path | None
     ) -> None:
         model.synchronize()
-        self.config, self._evaluate, self._rows = config, evaluate, dict[int, Shard]()
+        self.config, self._evaluate, self._rows = config, evaluate, dict[int, int]()
         place, self._exit = Path(mkdtemp(prefix="fedlora-session-")), ExitStack()
         self._folder = folder = place / "run"
         if saved is None:
@@ -156,7 +154,10 @@ class Session(Rounds):
             (folder / "metrics.jsonl").touch()
         else:
             shutil.copytree(saved, folder)
-        self._federation = build_own_federation(config, model, SessionRows(self._rows, config.clients.count))
+        # A client's number of rows is given with its turn; before its first turn it counts as 1.
+        rows = self._rows
+        shards = LazyShards(config.clients.count, lambda client: number_rows(rows.get(client, 1)))
+        self._federation = build_own_federation(config, model, shards)
         try:
             self._recorder = build_recorder(
                 config,
@@ -234,7 +235,7 @@ class Session(Rounds):
             raise ValueError(f"the session has ended: {self._broken}")
         if examples < 1:
             raise ValueError(f"client {number} has {examples} examples; a client needs at least one.")
-        self._rows[number] = Shard(torch.arange(examples), torch.arange(0))
+        self._rows[number] = examples
         f, at, model = self._federation, self._at, self._federation.model
         turn = self._engine.open_turn(f, at, number)
         assert turn is not None
@@ -314,10 +315,17 @@ class Session(Rounds):
         check_turn(self._federation.model, start, end, trained, self._federation.rules, turn)
         return replace_leaves(start, end, trained)
 
-    def _evaluator(self) -> "SessionEvaluator | None":
+    def _evaluator(self) -> OwnEvaluator | None:
         if self._evaluate is None:
             return None
-        return SessionEvaluator(self._federation, self._evaluate)
+        return OwnEvaluator(self._federation.model, self._federation.clients.members, self._score)
+
+    @torch.no_grad()
+    def _score(self, client: int) -> Scores:
+        f = self._federation
+        network = f.model.network.eval()
+        assert self._evaluate is not None
+        return to_scores(self._evaluate(network, ClientInfo(client, f.clients.members, f.seed, model=network)), client)
 
     # ------------------------------------------------------------------------------------------ the model
     def model(self, client: int | None = None) -> nn.Module:
@@ -382,47 +390,6 @@ class Session(Rounds):
             self._recorder.checkpoints.save()
         _ = self.result
         copy_run(self._folder, path)
-
-
-@dataclass(frozen=True)
-class SessionRows(Mapping[int, Shard]):
-    """Each client's number of rows, as given with its last turn; 1 before its first turn."""
-
-    rows: dict[int, Shard]
-    count: int
-
-    def __getitem__(self, client: int) -> Shard:
-        if not 0 <= client < self.count:
-            raise KeyError(client)
-        return self.rows.get(client, Shard(torch.arange(1), torch.arange(0)))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
-
-    def __len__(self) -> int:
-        return self.count
-
-
-@dataclass
-class SessionEvaluator:
-    """Scores trees with the caller's function."""
-
-    federation: Federation
-    evaluate: Evaluate
-    _scores: dict[int, Scores] = field(default_factory=dict)
-
-    def score_all(self, tree: Tree) -> Scores:
-        """Return the scores of a tree on all clients' rows together."""
-        return pool([self.score_client(client, tree) for client in range(self.federation.clients.members)])
-
-    def score_client(self, number: int, tree: Tree) -> Scores:
-        """Return the scores of a tree for one client."""
-        f = self.federation
-        f.model.load(tree)
-        network = f.model.network.eval()
-        info = ClientInfo(number, f.clients.members, f.seed, model=network)
-        with torch.no_grad():
-            return to_scores(self.evaluate(network, info), number)
 
 
 def copy_run(source: Path, target: Path) -> None:

@@ -21,6 +21,7 @@ from fedlora.training.ranks import average_tree, is_parallel
 from fedlora.training.sharding import is_fully_sharded
 from fedlora.types import Tree
 
+Schedule = Literal["run", "turn"]  # the part of a run that a learning-rate schedule covers
 LOSS_SCALE_IS_RIGHT = "_fedlora_loss_scale_is_right"
 SPEED = (  # suffixes of the names of figures that are no metrics
     "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time", "num_tokens",
@@ -111,7 +112,7 @@ def describe_training(trainer: Any) -> Training:
 class TransformersTurn(OwnTrainer):
     """One client's turn with a ``Trainer``."""
 
-    schedule: Literal["run", "turn"] = "run"  # what the learning-rate schedule covers
+    schedule: Schedule = "run"
 
     def gradient(self, start: Tree) -> Tree:
         """Return the gradient at ``start`` on the trainer's first batch of the turn, without dropout."""
