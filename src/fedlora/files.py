@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -333,6 +335,16 @@ def check_new_folder(folder: str | Path) -> Path:
         raise ValueError(f"{str(path)!r} exists already and is not empty; name another folder.")
     _check_writable(path)
     return path
+
+
+@contextmanager
+def remove_on_error(folder: Path) -> Iterator[None]:
+    """Remove a folder, which the block writes, if the block raises."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def check_output_file(file: str | Path) -> Path:

@@ -1,6 +1,5 @@
 """Export of a run's result for use without fedlora: a PEFT adapter, or a merged model."""
 
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapters import Dense, LoRA
+from fedlora.export._updates import collect_updates
 from fedlora.export.model_card import write_card
 from fedlora.export.peft_trained import export_trained_peft
-from fedlora.export.update import export_update, truncation_error
-from fedlora.files import check_new_folder, write
-from fedlora.linalg.factors import compact, total, truncate
+from fedlora.export.update import export_update
+from fedlora.files import check_new_folder, remove_on_error, write
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.table import Column, Table, format_relative
@@ -59,20 +58,15 @@ def export_model(
         return export_update(run, out, client, rank, code)
     tree, folder = run.tree(client), check_new_folder(out)
     model = attach_adapters(run.config, run.network())
-    whole = collect_updates(model, tree, run.base_updates)
-    cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
-    about = {
-        "client": client,
-        "error": truncation_error(whole, cut),
-        "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
-    }
-    heads = {part: tree[part] for part in model.parts if part not in whole}
+    parts = [part for part, p in model.parts.items() if not isinstance(p.adapter, Dense)]
+    cut, about = collect_updates(run, tree, parts, client, rank)
+    heads = {part: tree[part] for part in model.parts if part not in cut}
     # A truncated update is folded into the base instead of the adapter and the base updates.
     blank, updates = (model.initial(run.config.seed), cut) if rank else (tree, run.base_updates)
     model.load({part: blank[part] if part in cut else tree[part] for part in model.parts})
     model.fold({part: (f,) for part, f in updates.items()})
     expected = _compute_logits(run, model.network)
-    try:
+    with remove_on_error(folder):
         if merged:
             _merge_and_write(run, folder, cut, heads)
         else:
@@ -84,21 +78,7 @@ def export_model(
                 f"the export's logits differ from the run's by {difference:.1e} of the largest; please report it."
             )
         write(folder / "README.md", write_card(run.config, run.summary, about, merged).encode())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return {"folder": str(folder), **about, "difference": difference}
-
-
-def collect_updates(model: Model, tree: Tree, base_updates: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Return each adapted weight's difference from the pretrained one: the adapter's update and the base updates."""
-    updates = {}
-    for part, p in model.parts.items():
-        if not isinstance(p.adapter, Dense):
-            update = p.adapter.delta(tree[part])
-            both = [f for f in (update, base_updates.get(part)) if f is not None and bool(f.U.any())]
-            updates[part] = compact(total(both)) if both else update
-    return updates
 
 
 def _write_adapter(

@@ -1,7 +1,6 @@
 """Export of a run on a network that is no Hugging Face model: a file of weight updates, and a function to apply it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.export._updates import collect_updates, list_adapted_parts
 from fedlora.export.model_card import write_card
-from fedlora.files import check_new_folder, load_about, load_tree, save_tree, write
-from fedlora.linalg.factors import compact, total, truncate
-from fedlora.linalg.geometry import distances
-from fedlora.linalg.sums import Term
+from fedlora.files import check_new_folder, load_about, load_tree, remove_on_error, save_tree, write
 from fedlora.runs.build import attach_adapters
 from fedlora.runs.folder import RunFolder
 from fedlora.schema import ConfigError
@@ -38,15 +35,8 @@ def export_update(
     ``RuntimeError`` is raised.
     """
     tree, folder = run.tree(client), check_new_folder(out)
-    adapted = {part for part, layer in tree.items() if run.config.method.adapter.trainable & set(layer)}
-    whole = {part: _update_of(run, part, tree) for part in tree if part in adapted}
-    cut = {part: truncate(f, rank) if rank and f.V.shape[-2] > rank else f for part, f in whole.items()}
-    about = {
-        "client": client,
-        "error": truncation_error(whole, cut),
-        "ranks": sorted({f.V.shape[-2] for f in cut.values()}),
-    }
-    try:
+    cut, about = collect_updates(run, tree, list_adapted_parts(run, tree), client, rank)
+    with remove_on_error(folder):
         factors = {part: {"A": f.V, "B": f.U} for part, f in cut.items()}
         about_file = {"about": json.dumps({"adapted": sorted(factors)})}
         save_tree(folder / FILE, {part: factors.get(part, layer) for part, layer in tree.items()}, about_file)
@@ -56,9 +46,6 @@ def export_update(
                 f"the export's outputs differ from the run's by {difference:.1e} of the largest; please report it."
             )
         write(folder / "README.md", write_card(run.config, run.summary, about, merged=False).encode())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return {"folder": str(folder), **about, "difference": difference}
 
 
@@ -108,20 +95,6 @@ def load_update(network: nn.Module, folder: str | Path) -> nn.Module:
         fresh = parameter.float() + value.to(parameter.device) if is_update else value
         parameter.copy_(fresh)
     return network
-
-
-def _update_of(run: RunFolder, part: str, tree: Tree) -> Factors:
-    update = run.config.method.adapter.delta(tree[part])
-    both = [f for f in (update, run.base_updates.get(part)) if f is not None and bool(f.U.any())]
-    return compact(total(both)) if both else update
-
-
-def truncation_error(whole: Mapping[str, Factors], cut: Mapping[str, Factors]) -> float:
-    """Return the error of truncation, relative to all updates together (Frobenius norm)."""
-    pairs = [(Term(1.0, *whole[part]), Term(1.0, *cut[part])) for part in whole if cut[part] is not whole[part]]
-    lost = sum((norm * away[0]) ** 2 for norm, away in (distances([f], [[c]]) for f, c in pairs))
-    everything = sum(distances([Term(1.0, *f)], [])[0] ** 2 for f in whole.values())
-    return float(lost / everything) ** 0.5 if everything else 0.0
 
 
 @torch.no_grad()
