@@ -13,8 +13,7 @@ from fedlora.methods import METHODS
 from fedlora.methods._base import Method
 from fedlora.registry import unknown
 from fedlora.runs.config import Config, build
-from fedlora.runs.objects import describe_object, to_settings
-from fedlora.runs.sections import SECTIONS
+from fedlora.runs.objects import FURTHER, describe_object, task_table, to_settings
 from fedlora.schema import ConfigError, Table, construct, load_class
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Examples, lengths_of_one
@@ -26,7 +25,6 @@ from fedlora.training.open_model import find_adapter
 from fedlora.training.transformers_trainer import Schedule
 
 OWN_ROWS = {"name": "own"}  # the partition of clients with rows of their own
-OWN = ("model", "task", "adapter", "training")  # sections that follow from the caller's objects
 
 
 def config_of_trainers(
@@ -154,9 +152,8 @@ def _check_adapter(method: Any, adapter: Adapter) -> None:
 def check_sections(sections: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for a section that a run with a caller's own loop does not have."""
     for section in sections:
-        if section in OWN or section not in (*SECTIONS, "track"):
-            known = [key for key in (*SECTIONS, "track") if key not in (*OWN, "clients", "method")]
-            raise ConfigError(unknown("argument", section, known, "sections"))
+        if section not in FURTHER:
+            raise ConfigError(unknown("argument", section, FURTHER, "sections"))
 
 
 def describe_task(trainer: str, metric: str, higher: bool | None, schedule: str, keep_optimizer: bool) -> Table:
@@ -164,7 +161,7 @@ def describe_task(trainer: str, metric: str, higher: bool | None, schedule: str,
     if schedule not in ("run", "turn"):
         raise ConfigError(f"schedule is {schedule!r}; it is 'run' or 'turn'.")
     objects = {"trainer": trainer, "schedule": schedule, "keep_optimizer": str(keep_optimizer).lower()}
-    return {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
+    return task_table(metric, higher, objects)
 
 
 def name_of_network(network: Any) -> str:

@@ -24,7 +24,8 @@ from fedlora.tasks.objects import ObjectTask
 from fedlora.training.local import Training
 
 GIVEN = {"name": "given"}  # the partition of a list of datasets
-NO_SECTIONS = ("model", "task", "clients", "adapter", "method", "training")  # these are arguments of their own
+ARGUMENTS = ("model", "task", "clients", "adapter", "method", "training")  # sections that have arguments of their own
+FURTHER = [name for name in (*SECTIONS, "track") if name not in ARGUMENTS]  # sections that are given by their names
 
 
 PARTS = ("model", "train", "test", "loss", "metrics", "losses", "collate")  # the fields of ``Objects``
@@ -125,29 +126,31 @@ def config_of_objects(
     Raises ``ConfigError`` if something is wrong.
     """
     code = objects.code()
-    known = [name for name in (*SECTIONS, "track") if name not in NO_SECTIONS]
     for name in sections:
-        if name not in known:
-            near = [*PARTS, *inspect.signature(config_of_objects).parameters, *known]
+        if name not in FURTHER:
+            near = [*PARTS, *inspect.signature(config_of_objects).parameters, *FURTHER]
             near = [x for x in near if x not in ("objects", "sections")]
             raise ConfigError(unknown("argument", name, near, "arguments"))
     table: Table = {
         "rounds": rounds,
         "seed": seed,
         "model": {"name": describe_object(objects.model), "head": _to_list("head", head)},
-        "task": {"name": "objects", "metric": objects.metric, "objects": objects.names},
+        "task": task_table(objects.metric, higher, objects.names),
         "clients": _clients_table(code, clients, partition),
         "training": _training_table(objects.model, training),
     }
     if targets is not None:
         table["model"]["targets"] = targets if isinstance(targets, str) else list(targets)
-    if higher is not None:
-        table["task"]["higher"] = higher
     given = {"method": {"name": method} if isinstance(method, str) else method, "adapter": adapter, **sections}
     if isinstance(method, Method):
         given["adapter"] = method.adapter if adapter is None else adapter
     table |= {name: to_settings(name, value) for name, value in given.items() if value is not None}
     return attach_code(build(table), code)
+
+
+def task_table(metric: str, higher: bool | None, objects: Mapping[str, str]) -> Table:
+    """Return the ``[task]`` table of a run on Python objects; ``objects`` are their names, for people."""
+    return {"name": "objects", "metric": metric, "objects": objects, **({} if higher is None else {"higher": higher})}
 
 
 def attach_code(config: Config, code: Code) -> Config:

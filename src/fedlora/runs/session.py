@@ -19,7 +19,6 @@ from fedlora.engines.loop import Reply, explain_overflow
 from fedlora.engines.record import RoundRecord
 from fedlora.engines.trainers import ClientInfo, Evaluate, LazyShards, OwnEvaluator, number_rows, to_scores
 from fedlora.files import write
-from fedlora.methods._base import pick
 from fedlora.rounds import public_leaves, select_leaves_to_train
 from fedlora.runs.build import build_own_federation
 from fedlora.runs.callbacks import Callbacks
@@ -28,15 +27,16 @@ from fedlora.runs.federate import build_clients, own_config
 from fedlora.runs.file_names import CONFIG
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.interrupt import Stop
+from fedlora.runs.objects import task_table
 from fedlora.runs.result import Rounds
 from fedlora.runs.run import Result, build_recorder, finish_run
 from fedlora.schema import ConfigError, read_table
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.training.frozen import Frozen
-from fedlora.training.local import Training, check_divergence, replace_leaves
+from fedlora.training.local import Training, replace_leaves
 from fedlora.training.model import Model
 from fedlora.training.open_model import open_model
-from fedlora.training.own_trainer import ADVICE, check_turn, read_end
+from fedlora.training.own_trainer import check_turn, read_end
 from fedlora.training.ranks import (
     average,
     average_tree,
@@ -106,9 +106,7 @@ class Session(Rounds):
         **sections: Any,
     ) -> None:
         opened = open_model(model)
-        length = "open" if rounds is None else "given"
-        task = {"name": "objects", "metric": metric, "objects": {"session": length}}
-        task |= {} if higher is None else {"higher": higher}
+        task = task_table(metric, higher, {"session": "open" if rounds is None else "given"})
         config = own_config(
             opened, task, method, build_clients(clients), rounds or OPEN, seed, Training(), sections, None
         )
@@ -309,9 +307,7 @@ class Session(Rounds):
 
     def _read_end(self, start: Tree, trained: Mapping[str, frozenset[str]], turn: Turn) -> Tree:
         assert self._open is not None
-        end = read_end(self._federation.model, start, trained)
-        leaves = [x for path in trained for x in pick(end[path], trained[path]).values()]
-        check_divergence(self._open.loss or 0.0, leaves, turn, ADVICE)
+        end = read_end(self._federation.model, start, trained, self._open.loss, turn)
         check_turn(self._federation.model, start, end, trained, self._federation.rules, turn)
         return replace_leaves(start, end, trained)
 

@@ -162,21 +162,17 @@ class Model:
     @property
     def own_start(self) -> Tree:
         """The first values of a PEFT model's trainable leaves, which no seed determines; empty for other models."""
-        if all(part.from_seed or part.shape is None for part in self.parts.values()):
-            return {}
-        return self._pick_trainable(self._initial)
+        is_peft = any(not part.from_seed and part.shape is not None for part in self.parts.values())
+        return self.trainable_start if is_peft else {}
 
     @property
     def trainable_start(self) -> Tree:
-        """The trainable ones of ``first_leaves``: what ``start_at`` of another process needs."""
-        return self._pick_trainable(self._initial)
-
-    def _pick_trainable(self, tree: Tree) -> Tree:
-        return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in tree.items()}
+        """The trainable leaves of ``first_leaves``, for ``start_at`` of another process."""
+        return {path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()}
 
     def synchronize(self) -> None:
         """Let all processes that train together begin with the first one's values."""
-        synchronize({path: pick(x, set(x) & self.parts[path].adapter.trainable) for path, x in self._initial.items()})
+        synchronize(self.trainable_start)
 
     def start_at(self, tree: Tree) -> None:
         """Replace ``trainable_start``, by that of another process. Raises ``ValueError`` if it is of another model."""

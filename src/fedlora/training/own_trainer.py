@@ -62,8 +62,7 @@ class OwnTrainer:
             set_train_mode(self.model.network)
             frozen = Frozen.read(self.model.network, self.model.parts)
             self.loss = average(self.train(parameters))
-        end = read_end(self.model, start, trained)
-        check_divergence(self.loss or 0.0, (end[path][leaf] for path, leaf in parameters), self.turn, ADVICE)
+        end = read_end(self.model, start, trained, self.loss, self.turn)
         frozen.check(self.model.network)
         check_turn(self.model, start, end, trained, rules, self.turn)
         return replace_leaves(start, end, trained)
@@ -73,14 +72,18 @@ class OwnTrainer:
         return read_loss(self.trainer.train())
 
 
-def read_end(model: Model, start: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:
-    """Return the leaves after training, whole, and those of ``trained`` as the first rank has them."""
+def read_end(model: Model, start: Tree, trained: Mapping[str, frozenset[str]], loss: float | None, turn: Turn) -> Tree:
+    """Return the leaves after training, whole, and those of ``trained`` as the first rank has them.
+
+    Raises ``FloatingPointError`` if a turn has ended with a loss or values that are not finite.
+    """
     check_wrappers(model.network)
     check_shapes(start, {path: part.leaves for path, part in model.parts.items()})
     end = model.read()
     changed = {path: pick(end[path], leaves) for path, leaves in trained.items()}
     check_trained_together(start, changed)
     synchronize(changed)
+    check_divergence(loss or 0.0, (x for layer in changed.values() for x in layer.values()), turn, ADVICE)
     return end
 
 
