@@ -211,11 +211,15 @@ def _refuse_bare_call(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _add_overlay(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    update: Factors | None = getattr(base, OVERLAY, None)
+    return add_update(output, inputs[0], getattr(base, OVERLAY, None))
+
+
+def add_update(output: Tensor, x: Tensor, update: Factors | None) -> Tensor:
+    """Return ``output + x ΔWᵀ`` for a linear layer, in the dtype of ``output``; ``output`` itself without an update."""
     if update is None:
         return output
-    U, V = (x.to(inputs[0].device) for x in update)
-    return output + ((inputs[0].to(V.dtype) @ V.mT) @ U.mT).to(output.dtype)
+    U, V = (factor.to(x.device) for factor in update)
+    return output + ((x.to(V.dtype) @ V.mT) @ U.mT).to(output.dtype)
 
 
 def weight_shape(base: Any) -> tuple[int, int]:

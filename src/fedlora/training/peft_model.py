@@ -15,6 +15,7 @@ from fedlora.training.peft_keys import PREFIX, strip_wrappers
 from fedlora.training.peft_settings import unsupported_reason
 from fedlora.training.train_mode import disable_fast_paths
 
+NEEDED = "give what PEFT's get_peft_model returns, or put an adapter on it with fedlora.attach"
 VERA_DEFAULTS = (("bias", "none"), ("init_weights", True))
 VERA = {  # settings of a VeraConfig that may have any value
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -42,15 +43,12 @@ def attach_peft(model: Any) -> Model:
     return Model(model, parts, "float32", first.device, overlay=low)
 
 
-def active_adapter(model: Any) -> str:
-    """Return the name of the one active adapter of a ``PeftModel``."""
+def active_adapter(model: Any, remedy: str = NEEDED) -> str:
+    """Return the name of the one active adapter of a ``PeftModel``. ``remedy`` ends the error for another model."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"the model is a {type(model).__name__}; give what PEFT's get_peft_model returns, or put an adapter on it "
-            "with fedlora.attach."
-        )
+        raise ValueError(f"the model is a {type(model).__name__}; {remedy}.")
     name = model.active_adapter
     if not isinstance(name, str):
         raise ValueError(f"the adapters {name!r} are active at once; call model.set_adapter with one of them.")

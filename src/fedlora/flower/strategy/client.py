@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions
 from fedlora.flower.strategy.node_memory import NodeMemory
 from fedlora.flower.strategy.peft_base import apply_base_updates, find_lora_layers
 from fedlora.rounds import Rules, public_leaves
+from fedlora.training.peft_model import active_adapter
 from fedlora.training.peft_state import PeftState
 from fedlora.training.recipe import trainable_leaves
 from fedlora.types import Tree, Turn, Work
@@ -244,11 +245,4 @@ def _state_dict(model: Any) -> dict[str, Tensor]:
 
 
 def _active_adapter(model: Any) -> str:
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"the model is a {type(model).__name__}; give fedlora.flower what PEFT's get_peft_model returns."
-        )
-    name = model.active_adapter
-    if not isinstance(name, str):
-        raise ValueError(f"the adapters {name!r} are active at once; call model.set_adapter with one of them.")
-    return name
+    return active_adapter(model, "give fedlora.flower what PEFT's get_peft_model returns")

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from fedlora.training.parts import add_update
 from fedlora.training.peft_keys import PREFIX, strip_wrappers
 from fedlora.types import Factors
 
@@ -63,8 +64,4 @@ def _change(base: nn.Module, layer: LoraLayer, old: Factors | None, new: Factors
 
 
 def _add_base_update(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    factors: Factors | None = getattr(base, ATTRIBUTE, None)
-    if factors is None:
-        return output
-    U, V = (x.to(inputs[0].device) for x in factors)
-    return output + ((inputs[0].to(V.dtype) @ V.mT) @ U.mT).to(output.dtype)
+    return add_update(output, inputs[0], getattr(base, ATTRIBUTE, None))
