@@ -66,14 +66,14 @@ def handle_message(
     a row, so it stays on this machine.
     """
     from fedlora.flower.client import ChangedRowsError, DroppedError, StaleError
-    from fedlora.flower.wire import OPENING, ORDER
+    from fedlora.flower.wire import ORDER, QUERY
 
     failure = "it could not load its model and data"
     try:
         run = str(content[ORDER]["run"])
         if not TOKEN.fullmatch(run):
             raise ValueError(f"a run is named {run!r}; the server's version of fedlora differs from this one.")
-        if kind == HELLO and OPENING in content:
+        if kind == HELLO and QUERY in content:
             if describe is None:
                 raise RefusedTermsError(
                     "this client's app has a configuration and no trainer; make it by client_app(trainer)"

@@ -14,7 +14,7 @@ from fedlora.engines.loop import Observe, Watch
 from fedlora.engines.model_spec import ModelSpec, RemoteModel
 from fedlora.engines.network_settings import Network
 from fedlora.files import load_about, load_tree, save_json, save_tree
-from fedlora.flower.opening import Opening
+from fedlora.flower.model_query import ModelQuery
 from fedlora.flower.secure_server import select_loop
 from fedlora.flower.terms import Terms
 from fedlora.runs.config import Config
@@ -88,8 +88,8 @@ def run_trainers_server(
             pass  # before the clients load anything
         count = build_clients(settings.clients).count
         table = {"clients": {"count": count}, "seed": settings.seed, "task": settings.task}
-        opening = Opening(grid, table, count, settings.network, watch)
-        token, model = opening.run, opening.fetch_model()
+        query = ModelQuery(grid, table, count, settings.network, watch)
+        token, model = query.run, query.fetch_model()
 
     def drive(config: Config, f: Federation, watch: Watch, observe: Observe | None, take: Take) -> None:
         if not again:

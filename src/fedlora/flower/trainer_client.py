@@ -16,7 +16,7 @@ from fedlora.flower.client import Node, SharedBase
 from fedlora.flower.client_store import ClientStore
 from fedlora.flower.requirements import RefusedTermsError, check_terms
 from fedlora.flower.terms import START, TERMS, Terms
-from fedlora.flower.wire import OPENING, encode_answer, tree_to_record
+from fedlora.flower.wire import QUERY, encode_answer, tree_to_record
 from fedlora.runs.build import build_own_federation
 from fedlora.runs.config import build
 from fedlora.runs.federate import name_of_network
@@ -44,8 +44,8 @@ class TrainerClient:
     engine: Table = field(default_factory=dict)  # the settings ``[engine]`` of this machine
 
     def describe(self, content: RecordDict, client: int, folder: Path, config: Mapping[str, Any]) -> RecordDict:
-        """Answer the questions before a run: the client's number, and the description of its model and first leaves."""
-        question = content[OPENING]
+        """Answer the queries before a run: the client's number, and the description of its model and first leaves."""
+        question = content[QUERY]
         if question["ask"] == "number":
             return encode_answer({"client": client}, "")
         loaded = self._load_trainers(json.loads(str(question["table"])), client, folder, config)
@@ -108,9 +108,9 @@ class TrainerClient:
         loaded = _LOADED.get(str(folder))
         if loaded is None or loaded.recipe != recipe:
             _LOADED.pop(str(folder), None)  # before another model is loaded
-            told = {} if self.is_simulated else dict(config)
+            node_config = {} if self.is_simulated else dict(config)
             trainers = Trainers(
-                self.make, recipe[0], recipe[1], self.evaluate, schedule, keep, self.divide, told, client
+                self.make, recipe[0], recipe[1], self.evaluate, schedule, keep, self.divide, node_config, client
             )
             loaded = _LOADED[str(folder)] = LoadedTrainers(recipe, trainers, describe_trainers(trainers))
         return loaded

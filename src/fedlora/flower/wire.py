@@ -28,7 +28,7 @@ MESSAGE = Limits(2**31, 100_000, 2**24)  # for messages of the server; uploads h
 STYPE = "safetensors"  # the format of our arrays, in place of Flower's npy
 LEAVES, BASE_UPDATES, ORDER, METRICS, HOLDS = "leaves", "base_updates", "order", "metrics", "holds"
 
-OPENING = "opening"  # a question before a run of clients with their own trainers
+QUERY = "model_query"  # before a run of clients with their own trainers
 
 Layout = Mapping[str, tuple[int, ...]]  # ``part/leaf`` -> shape
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 LOAD = "from_pretrained"  # the method of transformers that loads a network
@@ -48,4 +47,4 @@ class SharedBases:
 def clone_network(network: nn.Module) -> nn.Module:
     """Return a copy of a network's modules on the same parameters and buffers."""
     tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(x): x for x in tensors if isinstance(x, torch.Tensor)})
+    return copy.deepcopy(network, {id(x): x for x in tensors})

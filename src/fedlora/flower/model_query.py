@@ -1,4 +1,4 @@
-"""The questions before a run of clients with their own trainers: who is there, and what model do they train?
+"""The queries before a run of clients with their own trainers: for the clients' numbers, and for their model.
 
 The server has no model. It takes the description and the first leaves of client 0, as a run in one process does; if
 that client does not come in time, those of the lowest number that does.
@@ -21,15 +21,15 @@ from fedlora.flower.node_registry import PATIENCE
 from fedlora.flower.replies import MALFORMED, describe_refusal
 from fedlora.flower.terms import LONGEST, START
 from fedlora.flower.trainer_client import MODEL
-from fedlora.flower.wire import METRICS, OPENING, ORDER, record_to_tree
+from fedlora.flower.wire import METRICS, ORDER, QUERY, record_to_tree
 from fedlora.schema import Table
 from fedlora.security.validation.expected import RefusedError
 from fedlora.text import display_safe
 
 
 @dataclass
-class Opening:
-    """Asks the nodes of a grid. ``table`` has the settings that clients need to build their trainers."""
+class ModelQuery:
+    """Queries the nodes of a grid. ``table`` has the settings that clients need to build their trainers."""
 
     grid: Grid
     table: Table
@@ -90,7 +90,7 @@ class Opening:
 
     def _ask(self, nodes: list[int], question: dict[str, str], seconds: float) -> dict[int, RecordDict]:
         """Return the replies of nodes within some seconds. A node that fails is asked again later."""
-        content = RecordDict({ORDER: ConfigRecord({"run": self.run}), OPENING: ConfigRecord(dict(question))})
+        content = RecordDict({ORDER: ConfigRecord({"run": self.run}), QUERY: ConfigRecord(dict(question))})
         messages = [Message(content, node, HELLO) for node in nodes]
         pushed = set(self.grid.push_messages(messages)) if messages else set()
         waiting = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in pushed}
