@@ -12,6 +12,8 @@ import fedlora
 from fedlora.schema import ConfigError
 from tests.fixtures.federation import same
 from tests.fixtures.own_trainers import (
+    LORA_METHODS,
+    QUERY,
     SEED,
     TRAINING,
     Loop,
@@ -27,19 +29,6 @@ from tests.fixtures.own_trainers import (
     peft_bert,
     sampled,
     words,
-)
-
-QUERY = "bert.encoder.layer.0.attention.self.query"
-LORA_METHODS = (
-    "fedit",
-    "ffa-lora",
-    "rolora",
-    "fedsa-lora",
-    "flora-na",
-    "fedrot-lora",
-    "fedex-lora",
-    "flora",
-    "flexlora",
 )
 
 

@@ -16,6 +16,8 @@ from fedlora.seeds import derive_seed
 from tests.fixtures.federation import same
 from tests.fixtures.own_models import ConvNet
 from tests.fixtures.own_trainers import (
+    LORA_METHODS,
+    QUERY,
     ROWS,
     SEED,
     TARGETS,
@@ -29,19 +31,6 @@ from tests.fixtures.own_trainers import (
     sampled,
     words,
 )
-
-LORA_METHODS = (
-    "fedit",
-    "ffa-lora",
-    "rolora",
-    "fedsa-lora",
-    "flora-na",
-    "fedrot-lora",
-    "fedex-lora",
-    "flora",
-    "flexlora",
-)
-QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 def first_loss(client, seed):
