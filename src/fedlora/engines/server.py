@@ -95,7 +95,9 @@ class Server:
         self.errors: dict[str, dict[str, float]] = {}
         self.last_base_updates: dict[str, Factors] = {}
         self._log = BaseUpdateLog()
-        self._number, self._state = 0, {key: _copy(key, x) for key, x in initial.items()}
+        for key, x in initial.items():
+            to_float32(key, x)  # raises for another kind of value
+        self._number, self._state = 0, {key: _copy(x) for key, x in initial.items()}
         self._open().check_start()
 
     # --------------------------------------------------------------------------------- the next round
@@ -107,7 +109,7 @@ class Server:
     @property
     def state(self) -> dict[str, Value]:
         """The present state dict, with the keys, types and precision of ``initial``; a copy."""
-        return {key: _copy(key, x) for key, x in self._state.items()}
+        return {key: _copy(x) for key, x in self._state.items()}
 
     @property
     def trains(self) -> list[str]:
@@ -137,7 +139,7 @@ class Server:
             raise ValueError(f"the rank is {rank}; {self.method.title} needs {limit} with this state.")
         turn = now.turn(client, rank)
         tree = {part: public_leaves(rule.receive(now.shared.tree[part], {}, turn)) for part, rule in now.rules.items()}
-        return {key: _copy(key, x) for key, x in now.shared.to_state_dict(tree, self._state).items()}
+        return {key: _copy(x) for key, x in now.shared.to_state_dict(tree, self._state).items()}
 
     # ----------------------------------------------------------------------------------- a round
     def step(
@@ -365,8 +367,7 @@ def _check_clients(clients: Sequence[int] | None, count: int) -> list[int]:
     return ids
 
 
-def _copy(key: str, value: Any) -> Value:
-    to_float32(key, value)
+def _copy(value: Any) -> Value:
     return value.detach().clone() if isinstance(value, Tensor) else value.copy()
 
 

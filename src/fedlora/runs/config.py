@@ -272,8 +272,8 @@ def _to_table(config: Config) -> Table:
 def _check_settings(config: Config, section: str, value: Any) -> Table:
     """Return the settings of a section. In ``config`` they get the types that TOML's would have."""
     ready = {"adapter": config.method.adapter} if section == "method" else {}
-    given = _settings_of(value)
-    settings = _settings_of(construct(type(value), section, given, skip=tuple(ready), **ready))
+    given = list_settings(value)
+    settings = list_settings(construct(type(value), section, given, skip=tuple(ready), **ready))
     if repr({key: settings[key] for key in given}) != repr(given):  # 1 == 1.0, but they are written differently
         value = replace(value, **settings)
         section, value = ("method", replace(config.method, adapter=value)) if section == "adapter" else (section, value)
@@ -281,7 +281,7 @@ def _check_settings(config: Config, section: str, value: Any) -> Table:
     return settings
 
 
-def _settings_of(value: Any) -> Table:
+def list_settings(value: Any) -> Table:
     """Return the settings of a section's object that are set."""
     settings = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
     return {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}

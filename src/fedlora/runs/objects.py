@@ -15,7 +15,7 @@ from fedlora.adapters import Adapter
 from fedlora.engines.clients import Clients
 from fedlora.methods._base import Method
 from fedlora.registry import Registry, unknown
-from fedlora.runs.config import AnyConfig, Config, build
+from fedlora.runs.config import AnyConfig, Config, build, list_settings
 from fedlora.runs.sections import SECTIONS
 from fedlora.schema import ConfigError, Table
 from fedlora.tasks._code import Code, Metric, OwnObjects
@@ -268,8 +268,7 @@ def to_settings(section: str, value: Any) -> Table:
     if not is_dataclass(value) or isinstance(value, type):
         raise ConfigError(f"{section} is {value!r}; it should be an object of its settings, or a dict.")
     names = {"name": kind.name_of(type(value))} if isinstance(kind, Registry) else {}
-    settings = {f.name: getattr(value, f.name) for f in fields(value) if f.init and not f.name.startswith("_")}
-    return names | {key: x for key, x in settings.items() if x is not None and not isinstance(x, Adapter)}
+    return names | list_settings(value)
 
 
 def _to_list(key: str, value: Any) -> list[str]:
