@@ -226,8 +226,8 @@ def resume(
 
     ``overrides`` are settings that do not change the bits: ``engine.name``, ``engine.threads``, ``checkpoint.keep``,
     and ``task.data`` if the data have moved. A run on Python objects needs the same ``objects`` again: ``model``,
-    ``train``, ``test``, and what else it had of ``loss``, ``metrics``, ``losses`` and ``collate``. A run of
-    ``fedlora.federate`` needs the same ``trainer``, and what it had of ``evaluate`` and ``data``. Raises
+    ``train``, ``test``, and those of ``loss``, ``metrics``, ``losses`` and ``collate`` that it was given. A run of
+    ``fedlora.federate`` needs the same ``trainer``, and ``evaluate`` and ``data`` if it was given them. Raises
     ``ConfigError`` for a folder without a run, with a finished run or with one that cannot be resumed here, and
     ``ValueError`` if no checkpoint is sound, or if the rows or the model have changed.
     """

@@ -119,6 +119,33 @@ def test_base_updates_of_a_bfloat16_base_are_kept_beside_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_adapter_on_one_base_begins_with_what_the_base_is(dtype):
+    """A new adapter in place of the old one finds the pretrained base; after a merge the merged one is the base."""
+    config, path = peft.LoraConfig(r=2, target_modules=["q_proj"]), "model.layers.0.self_attn.q_proj"
+    base = llama(dtype)
+    update = {path: (Factors(torch.full((16, 1), 0.1), torch.ones(1, 16)),)}
+    with torch.no_grad():
+        pretrained = base(input_ids=IDS).logits.clone()
+        open_model(peft.get_peft_model(base, config)).fold(update)
+        with pytest.warns(UserWarning, match="second time|multiple adapters"):
+            again = peft.get_peft_model(base, config)  # as an app does that keeps its base between messages
+        assert not torch.equal(again(input_ids=IDS).logits, pretrained)
+        model = open_model(again)
+        assert torch.equal(again(input_ids=IDS).logits, pretrained)
+        model.fold(update)
+        merged = again.merge_and_unload()
+        after = merged(input_ids=IDS).logits.clone()
+        assert not torch.equal(after, pretrained)
+        network = peft.get_peft_model(merged, config)
+        model = open_model(network)
+        assert torch.equal(network(input_ids=IDS).logits, after), "what was merged is this adapter's base"
+        model.fold(update)
+        assert not torch.equal(network(input_ids=IDS).logits, after)
+        model.unfold()
+        assert torch.equal(network(input_ids=IDS).logits, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["flora", "fedex-lora"])
 def test_methods_that_change_the_base_on_llama(method, dtype):
     network = peft.get_peft_model(llama(dtype), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))

@@ -18,7 +18,7 @@ def test_a_second_network_has_the_tensors_of_the_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(counted))
     original, bases = PreTrainedModel.__dict__["from_pretrained"], SharedBases()
-    with bases.loading():
+    with bases.share_loads():
         one = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         two = AutoModelForSequenceClassification.from_pretrained(str(tmp_path))
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -37,7 +37,7 @@ def test_a_second_network_has_the_tensors_of_the_first(tmp_path, monkeypatch):
 
 def test_the_first_network_may_get_an_adapter_before_the_second_is_made(tmp_path):
     bert().save_pretrained(tmp_path)
-    with SharedBases().loading():
+    with SharedBases().share_loads():
         first = peft.get_peft_model(BertForSequenceClassification.from_pretrained(tmp_path), lora())
         second = BertForSequenceClassification.from_pretrained(tmp_path)
     assert not any("lora" in name for name, _ in second.named_parameters()), "modules are each network's own"
@@ -54,7 +54,7 @@ def test_modules_are_copied_and_tensors_are_not():
 def test_the_loader_comes_back_after_an_error(tmp_path):
     original = PreTrainedModel.__dict__["from_pretrained"]
     try:
-        with SharedBases().loading():
+        with SharedBases().share_loads():
             BertForSequenceClassification.from_pretrained(tmp_path / "nothing")
     except OSError:
         pass

@@ -52,7 +52,7 @@ class Server:
         initial: What PEFT's ``get_peft_model_state_dict`` returns: tensors or numpy arrays of floats.
         lora_alpha, use_rslora, alpha_pattern: Those of the ``LoraConfig`` of all clients.
         method_options: The method's settings, as in the table ``[method]``.
-        seed: Of what the method draws.
+        seed: Of the random draws of the method.
         validation: Settings of the table ``[validation]``; validation is always on.
         robust: The name of a robust aggregator, or its table.
         min_clients: The number of good uploads that a round needs.

@@ -115,7 +115,7 @@ class Trainers:
 
     def _build(self, client: int) -> Any:
         # One seed for all clients: parts that are drawn, such as a head, begin equal.
-        with set_seeds(derive_seed(self.seed, "trainer")), self.bases.loading():
+        with set_seeds(derive_seed(self.seed, "trainer")), self.bases.share_loads():
             trainer = self.make(self.info(client))
         missing = [name for name in ("model", "train") if not hasattr(trainer, name)]
         if missing:

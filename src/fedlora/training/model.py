@@ -50,7 +50,6 @@ class Model:
         self.network, self.parts, self.precision, self.device = network, parts, precision, device
         # In bfloat16, also under autocast, rounding would remove most of an update that is small beside the weight.
         self.overlay = precision != "float32" if overlay is None else overlay
-        self._pretrained: dict[str, Tensor] = {}  # the original base weights that ``fold`` has changed
         self._initial: dict[str, Layer] = {path: _copy(part) for path, part in parts.items() if not part.from_seed}
         self._started: dict[str, Factors] = {}  # the updates of a warm start
         self.start_tree: Tree = {}  # all arguments of ``start_from``
@@ -236,7 +235,8 @@ class Model:
         """
         reshard(self.network)
         leaves = {id(x) for part in self.parts.values() for x in part.leaves.values()}
-        before = {id(self.parts[path].base.weight): x for path, x in self._pretrained.items()}
+        originals = [(part.base, part.original) for part in self.parts.values() if part.original is not None]
+        before = {id(base.weight): x.weight for base, x in originals if x.weight is not None}
         others = dict(network.named_parameters())
         for name, x in self.network.named_parameters():
             other = others.get(name)
@@ -255,14 +255,14 @@ class Model:
             part = self.parts[path]
             if part.base is None:
                 raise ValueError(f"cannot fold into {path!r}: it is trained in full and has no base weight.")
-            part.mark_base(True)
+            original = part.keep_original()
             update = total([Factors(f.U.to(self.device), f.V.to(self.device)) for f in factors])
             weight = getattr(part.base, "weight", None)  # some quantised layers have none
             if self.overlay or weight is None or not weight.is_floating_point():
                 part.set_overlay(compact(total([part.overlay, update]) if part.overlay else update))
                 continue
-            if path not in self._pretrained:
-                self._pretrained[path] = weight.detach().clone()
+            if original.weight is None:
+                original.weight = weight.detach().clone()
             delta = update.dense().to(weight.dtype)
             add_value(weight, delta.mT if part.is_transposed else delta)
 
@@ -271,12 +271,8 @@ class Model:
         """Restore the pretrained base, bit for bit."""
         self.base_version += 1
         reshard(self.network)
-        for path, part in self.parts.items():
-            if part.base is not None:
-                part.set_overlay(None)
-                part.mark_base(False)
-                if path in self._pretrained:
-                    write_value(part.base.weight, self._pretrained.pop(path))
+        for part in self.parts.values():
+            part.restore_original()
 
     def reset(self, seed: int) -> None:
         """Restore the pretrained base and the first leaves, all of which require gradients."""

@@ -53,12 +53,8 @@ def open_model(network: Any) -> Model:
     Raises ``ValueError`` for a network without adapters, or with one that is not understood.
     """
     known = getattr(network, "__dict__", {}).get(ATTRIBUTE)
-    if isinstance(known, Model):
-        known.unfold()
-        if any(part.from_seed for part in known.parts.values()):
-            return known
-    model = attach_peft(network)
-    network.__dict__[ATTRIBUTE] = model
+    model = known if isinstance(known, Model) else attach_peft(network)
+    model.unfold()
     return model
 
 

@@ -13,8 +13,17 @@ from fedlora.adapters import Adapter
 from fedlora.training.sharding import distribute_like, is_sharded
 from fedlora.types import Factors
 
-UPDATED = "_fedlora_updated"  # of a layer of PEFT: whether its base has updates
+ORIGINAL = "_fedlora_original"  # of an adapted layer: its base before the first update, while there are updates
+GUARDED = "_fedlora_guarded"  # of a layer of PEFT: it has the hook that refuses a call without the adapter
 OVERLAY = "_fedlora_overlay"  # of a base layer under PEFT: the base updates that are not added to its weight
+
+
+@dataclass
+class Original:
+    """A base before its first update."""
+
+    overlay: Factors | None  # of earlier updates: a layer of PEFT may have been merged and adapted again
+    weight: Tensor | None = None  # a copy, if updates are added to the weight
 
 
 class AdaptedLinear(nn.Module):
@@ -77,8 +86,28 @@ class Part(ABC):
         """The base updates that are kept beside the base weight."""
         return None
 
-    def mark_base(self, changed: bool) -> None:  # noqa: B027 - an adapter of this library cannot be turned off
-        """Note whether the base weight has updates, added to it or beside it."""
+    @property
+    def original(self) -> Original | None:
+        """The base before its first update; None if it has no updates."""
+        original: Original | None = self.module.__dict__.get(ORIGINAL)
+        return original
+
+    def keep_original(self) -> Original:
+        """Return the base before its first update, which is now if it has none.
+
+        It is kept with the adapted layer, so another ``Model`` of the same network knows it, too.
+        """
+        original: Original = self.module.__dict__.setdefault(ORIGINAL, Original(self.overlay))
+        return original
+
+    def restore_original(self) -> None:
+        """Take all updates back, bit for bit."""
+        original: Original | None = self.module.__dict__.pop(ORIGINAL, None)
+        if original is None:
+            return
+        self.set_overlay(original.overlay)
+        if original.weight is not None:
+            write_value(self.base.weight, original.weight)
 
     def set_overlay(self, update: Factors | None) -> None:
         """Replace the base updates beside the base weight. Raises ``ValueError`` for a part trained in full."""
@@ -143,11 +172,11 @@ class PeftPart(Part):
     def is_transposed(self) -> bool:
         return bool(getattr(self.module, "fan_in_fan_out", False))
 
-    def mark_base(self, changed: bool) -> None:
-        if changed and not hasattr(self.module, UPDATED):
+    def keep_original(self) -> Original:
+        if GUARDED not in self.module.__dict__:
             self.module.register_forward_pre_hook(_refuse_bare_call)
-        if changed or hasattr(self.module, UPDATED):
-            setattr(self.module, UPDATED, changed)
+            self.module.__dict__[GUARDED] = True
+        return super().keep_original()
 
     @property
     def overlay(self) -> Factors | None:
@@ -202,7 +231,7 @@ class PeftVeRAPart(PeftPart):
 
 def _refuse_bare_call(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Raise ``ValueError`` if a layer is called without its adapter, though its base is not the pretrained one."""
-    if getattr(layer, UPDATED) and cast(Any, layer).disable_adapters:
+    if ORIGINAL in layer.__dict__ and cast(Any, layer).disable_adapters:
         raise ValueError(
             "the model was called without its adapter, as DPO does for its reference, and the method has added updates "
             "to the base, so this is not the pretrained model; take a method that leaves the base as it is, such as "

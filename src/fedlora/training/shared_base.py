@@ -13,15 +13,15 @@ LOAD = "from_pretrained"  # the method of transformers that loads a network
 class SharedBases:
     """The pretrained networks of a process by class, name and loading options.
 
-    ``loading()`` makes ``from_pretrained`` of transformers return a new network on the same tensors if it has loaded
-    the same one before, so that each client's network has its own modules and no weight is in memory twice.
+    ``share_loads()`` makes ``from_pretrained`` of transformers return a new network on the same tensors if it has
+    loaded the same one before, so that each client's network has its own modules and no weight is in memory twice.
     """
 
     def __init__(self) -> None:
         self._networks: dict[tuple[str, ...], nn.Module] = {}
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def share_loads(self) -> Iterator[None]:
         """Share the networks that are loaded inside the block."""
         from transformers import PreTrainedModel
 

@@ -233,11 +233,12 @@ def test_calls_in_the_wrong_order_are_said():
     now = get_peft_model_state_dict(model)[A0]
     arrived = now.clone()
     now.copy_(start)
-    with pytest.raises(ValueError, match="is not where this turn began, though FFA-LoRA freezes it"):
+    with pytest.raises(ValueError, match=r"is not where client \d's turn began, though FFA-LoRA freezes it"):
         send(model, message, context)
     now.copy_(arrived)
     assert {key.split(".")[-3] for key, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
-    assert len(send(model, message, context)) == 4
+    with pytest.warns(UserWarning, match="training changed no adapter in round 1"):
+        assert len(send(model, message, context)) == 4
     with pytest.raises(ValueError, match="give fedlora.flower what PEFT's get_peft_model returns"):
         receive(model.get_base_model(), message, context)
     message.content["fedlora"]["protocol"] = 0

@@ -3,25 +3,28 @@
 Both call the method's own hooks, as a client of fedlora's engine does; the training loop between them is the user's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from fedlora.adapters import LoRA
 from fedlora.flower.strategy.arrays import MARK, encode_mark, read_state, split_arrays
 from fedlora.flower.strategy.instructions import BASE_UPDATES, Instructions
 from fedlora.flower.strategy.node_memory import NodeMemory
-from fedlora.flower.strategy.peft_base import apply_base_updates, find_lora_layers
 from fedlora.rounds import Rules, public_leaves
-from fedlora.training.peft_model import active_adapter
+from fedlora.training.model import Model
+from fedlora.training.open_model import open_model
+from fedlora.training.own_trainer import check_turn
+from fedlora.training.peft_model import active_adapter, attach_peft
 from fedlora.training.peft_state import PeftState
 from fedlora.training.recipe import trainable_leaves
-from fedlora.types import Tree, Turn, Work
+from fedlora.types import Factors, Layer, Tree, Turn, Work
 
 
 def receive(model: Any, message: Message, context: Context) -> Any:
@@ -39,12 +42,12 @@ def receive(model: Any, message: Message, context: Context) -> Any:
         if len(records) != 1:
             raise ValueError(f"the message holds {len(records)} records of arrays where one is needed.")
         return load(model, records[0])
-    turn = ModelTurn(model, message, context, instructions)
+    turn = ModelTurn(_open(model), message, context, instructions)
     record = message.content.array_records.get(BASE_UPDATES)
-    apply_base_updates(model, turn.node.receive_base_updates(instructions, message.metadata.message_id, record))
+    _fold(turn.model, turn.node.receive_base_updates(instructions, message.metadata.message_id, record))
     _set_state(model, turn.model_state, turn.model_leaves)
     if message.metadata.message_type.startswith("train"):
-        turn.freeze()
+        turn.model.select(turn.trainable)
     return model
 
 
@@ -57,7 +60,8 @@ def send(model: Any, message: Message, context: Context) -> ArrayRecord:
     instructions = Instructions.read(message)
     if instructions is None:
         return ArrayRecord(_state_dict(model))
-    turn = ModelTurn(model, message, context, instructions)
+    _active_adapter(model)
+    turn = ModelTurn(attach_peft(model), message, context, instructions)
     if turn.node.message != message.metadata.message_id:
         raise ValueError(
             "fedlora.flower.send was called for a message that receive has not seen; call "
@@ -85,7 +89,7 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
             f"the model has ranks {mine} and the arrays {theirs}, or others at some weights; "
             "make the model with the server's LoraConfig."
         )
-    apply_base_updates(model, base_updates)
+    _fold(_open(model), base_updates)
     _set_state(model, state, arrived.tree)
     return model
 
@@ -94,7 +98,7 @@ def load(model: Any, arrays: ArrayRecord) -> Any:
 class ModelTurn:
     """One message at one node, for one model."""
 
-    model: Any
+    model: Model
     message: Message
     context: Context
     instructions: Instructions
@@ -107,7 +111,7 @@ class ModelTurn:
     @cached_property
     def model_state(self) -> PeftState:
         """The present adapter of the model."""
-        return PeftState.of(_state_dict(self.model))
+        return PeftState.of(_state_dict(self.model.network))
 
     @cached_property
     def shared(self) -> PeftState:
@@ -140,6 +144,11 @@ class ModelTurn:
         }
 
     @cached_property
+    def trainable(self) -> Mapping[str, frozenset[str]]:
+        """The leaves that the method trains in this round."""
+        return {part: trainable_leaves(rule, self.start[part], self._turn(part)) for part, rule in self.rules.items()}
+
+    @cached_property
     def model_leaves(self) -> Tree:
         """The leaves at the turn's start in the model's scale, padded with zeros to the model's rank.
 
@@ -156,52 +165,53 @@ class ModelTurn:
 
     def finish(self) -> tuple[Tree, Tree]:
         """Return the upload and the leaves that stay, by the method's hooks."""
-        work = {}
-        for part, start in self.start.items():
-            trained, end = self._trainable_leaves(part), self.model_state.tree[part]
-            for leaf in start.keys() - trained:
-                self._check_frozen(part, leaf)
-            if part in self.model_state.adapted:
-                rank = start["A"].shape[0]
-                B = end["B"][:, :rank] / self._ratio(part, rank)
-                end = {"A": end["A"][:rank].contiguous(), "B": B.contiguous()}
-            work[part] = Work(start, end, trained)
+        end = self.model_state.tree
+        check_turn(self.model, self.model_leaves, end, self.trainable, self.rules, self._turn())
+        work = {part: Work(self.start[part], self._to_server(part), self.trainable[part]) for part in self.rules}
         sent = {part: rule.send(work[part], self._turn(part)) for part, rule in self.rules.items()}
         stays = {part: rule.keep(work[part], sent[part], self._turn(part)) for part, rule in self.rules.items()}
         return sent, stays
 
-    def freeze(self) -> None:
-        """Freeze all factors but those that the method trains in this round."""
-        for part, layer in self._layers.items():
-            for leaf, modules in (("A", layer.lora_A), ("B", layer.lora_B)):
-                modules[_active_adapter(self.model)].weight.requires_grad_(leaf in self._trainable_leaves(part))
+    def _to_server(self, part: str) -> Layer:
+        """Return a part's leaves after training, without padding and in the server's scale."""
+        end = self.model_state.tree[part]
+        if part not in self.model_state.adapted:
+            return end
+        rank = self.start[part]["A"].shape[0]
+        B = end["B"][:, :rank] / self._ratio(part, rank)
+        return {"A": end["A"][:rank].contiguous(), "B": B.contiguous()}
 
-    def _trainable_leaves(self, part: str) -> frozenset[str]:
-        return trainable_leaves(self.rules[part], self.start[part], self._turn(part))
-
-    @cached_property
-    def _layers(self) -> dict[str, LoraLayer]:
-        layers = find_lora_layers(self.model)
-        return {part: layers[part] for part in self.model_state.adapted}
-
-    def _turn(self, part: str) -> Turn:
-        rank = self.model_state.tree[part]["A"].shape[0] if part in self.model_state.adapted else 0
+    def _turn(self, part: str | None = None) -> Turn:
+        rank = self.model_state.ranks().get(part, 0) if part else 0
         return Turn(self.instructions.round, self.context.node_id, rank, self.instructions.seed)
 
     def _ratio(self, part: str, rank: int) -> float:
         """Return the model's ``B`` divided by the server's ``B`` of this rank, for equal updates ``s B A``."""
-        scale: float = self.rules[part].adapter.scale(rank)  # type: ignore[attr-defined]
-        return float(scale) / self._layers[part].scaling[_active_adapter(self.model)]
+        server, own = (cast(LoRA, x) for x in (self.rules[part].adapter, self.model.parts[part].adapter))
+        return server.scale(rank) / own.scale(own.rank)
 
-    def _check_frozen(self, part: str, leaf: str) -> None:
-        weight = getattr(self._layers[part], f"lora_{leaf}")[_active_adapter(self.model)].weight
-        start = self.model_leaves[part][leaf].to(weight.dtype).float()
-        if not torch.equal(self.model_state.tree[part][leaf], start):
+
+def _open(model: Any) -> Model:
+    """Return the model on its pretrained base, without the updates of earlier messages."""
+    _active_adapter(model)
+    return open_model(model)
+
+
+def _fold(model: Model, base_updates: Mapping[str, Factors]) -> None:
+    """Add base updates to a pretrained base. Raises ``ValueError`` if they are of another base."""
+    for part, update in base_updates.items():
+        shape = model.parts[part].shape if part in model.parts else None
+        if shape is None:
             raise ValueError(
-                f"{leaf} of {part!r} is not where this turn began, though {self.rules[part].title} freezes it in this "
-                "round; call fedlora.flower.receive(model, msg, context) before the optimiser is made, and do not set "
-                "the state dict again."
+                f"the server folds into {part!r}, which this model does not adapt; make the model with the server's "
+                "target_modules."
             )
+        if (update.U.shape[0], update.V.shape[1]) != shape:
+            raise ValueError(
+                f"the server folds an update of {update.U.shape[0]} x {update.V.shape[1]} into {part!r}, a weight of "
+                f"{shape[0]} x {shape[1]}; start server and client from one base model."
+            )
+    model.fold({part: (update,) for part, update in base_updates.items()})
 
 
 def _set_state(model: Any, state: PeftState, leaves: Tree) -> None:
