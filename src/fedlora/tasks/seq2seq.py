@@ -144,6 +144,15 @@ class Seq2Seq(TableTask):
         labels, _ = _pad(examples, "target", rows, IGNORED)
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
+    def padded_lengths(self, examples: Examples, rows: Tensor) -> Tensor:
+        """Return the lengths of sources and targets (b, 2)."""
+        ends = [examples.features[f"{name}_offsets"] for name in ("source", "target")]
+        return torch.stack([offsets[rows + 1] - offsets[rows] for offsets in ends], 1)
+
+    def loss_terms(self, batch: Batch) -> int:
+        """Return the number of target tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the batch's target tokens."""
         return functional.cross_entropy(_target_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
