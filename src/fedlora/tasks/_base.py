@@ -162,7 +162,7 @@ class Task(ABC):
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return the input of ``scores`` for some rows: a fixed number of values a row."""
-        return self.outputs(network, move_batch(self.collate(examples, rows), device, non_blocking=True))
+        return self.outputs(network, move_batch(self.collate(examples, rows), device))
 
     def score_rows(
         self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device, batch_size: int,

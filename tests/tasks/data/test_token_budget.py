@@ -1,5 +1,7 @@
 """Batches within a budget of tokens."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,3 +62,13 @@ def test_packed_parts_have_the_sequences_of_the_whole_batch():
     parts = task.split_by_tokens(examples, rows, 3 * LONGEST)
     assert len(parts) > 3
     assert sorted(row for part in parts for row in sequences(part)) == sequences(rows)
+
+
+def test_a_row_counts_with_its_prompt_and_answer():
+    task = CausalLM("x", metric="exact_match", max_new_tokens=10)
+    examples = token_rows(task, 3)
+    prompts = {"prompt_offsets": torch.tensor([0, 2, 32, 34])}
+    lengths = task.padded_lengths(replace(examples, features={**examples.features, **prompts}), torch.tensor([1, 0, 2]))
+    own = examples.lengths
+    assert lengths.tolist() == [[max(int(own[1]), 40)], [max(int(own[0]), 12)], [max(int(own[2]), 12)]]
+    assert task.padded_lengths(examples, torch.tensor([1])).tolist() == [[int(own[1])]], "training rows have no prompts"
