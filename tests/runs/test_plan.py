@@ -12,14 +12,18 @@ from typer.testing import CliRunner
 
 from fedlora.api import run
 from fedlora.cli import app
+from fedlora.engines.client_turn import ClientTurn
 from fedlora.methods import METHODS
 from fedlora.reporting.tables import plan as plans
 from fedlora.reporting.terminal import show
+from fedlora.rounds import client_turn
 from fedlora.runs.compare import for_label
 from fedlora.runs.config import build
+from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.runs.plan.plan import build_meta_model, find_problems, plan_bytes, plan_methods
 from fedlora.schema import ConfigError, dumps
 from tests.fixtures.federation import TINY_VIT
+from tests.fixtures.networks import write_encoder
 
 TABLE = {
     "rounds": 3,
@@ -172,6 +176,41 @@ def test_memory_is_within_a_fifth(shared, model, batch, scored, precision):
     spent = int(found.stdout)
     said = plan_methods(table)[0]["memory"]["one_process"]
     assert said == pytest.approx(spent, rel=0.2)
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_peaks_are_those_of_the_parts_of_a_batch(tmp_path, budget):
+    """Against the tensors of real training and evaluation, with one row that is longer than all others."""
+    write_encoder(tmp_path / "encoder")
+    rows = [{"text": "ab " * (3 + 5 * (n % 7) + 40 * (n == 6)), "label": n % 2} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limit = {} if budget is None else {"max_tokens": budget}
+    table = {
+        "rounds": 1,
+        "model": {"name": str(tmp_path / "encoder")},
+        "task": {"name": "text-classification", "data": str(tmp_path / "rows.jsonl"), "max_length": 64},
+        "clients": {"count": 2},
+        "training": {"local_epochs": 1, "batch_size": 8, "accumulation_steps": 2, **limit},
+        "evaluation": limit,
+    }  # fmt: skip
+    plan, config = plan_methods(table)[0]["memory"], build(table)
+    f = config.federation()
+    tree = f.model.initial(f.seed)
+    f.model.load(tree)
+    peaks = []
+    for client in (0, 1):
+        trainer = ClientTurn(f, f.turn(0, client)).build_trainer()
+        with MemoryTracker([*f.model.network.parameters(), *f.model.network.buffers()]) as memory:
+            client_turn(f.rules, tree, {}, trainer.turn, trainer)
+        peaks.append(memory.peak)
+    assert plan["training_peak"] == pytest.approx(max(peaks), rel=0.1)
+    with MemoryTracker([*f.model.network.parameters(), *f.model.network.buffers()]) as memory:
+        f.evaluator().score_all(tree)
+    assert plan["evaluation_peak"] == pytest.approx(memory.peak, rel=0.1)
+    if budget is not None:
+        whole = plan_methods({**table, "training": {**table["training"], "max_tokens": 10_000}, "evaluation": {}})[0]
+        assert plan["training_peak"] < whole["memory"]["training_peak"] / 2
+        assert plan["evaluation_peak"] < whole["memory"]["evaluation_peak"] / 2
 
 
 # ------------------------------------------------------------------------------ what a user meets

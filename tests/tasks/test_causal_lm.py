@@ -13,7 +13,7 @@ from fedlora.tasks.data.templates import fill
 from fedlora.tasks.data.tokens import IGNORED, encode, flatten_tokens, pack_batch, pad_batch, truncate_rows
 from fedlora.tasks.metrics.scores import compute_metrics, pool
 from fedlora.training.device import checkpoint_activations
-from fedlora.training.evaluation import Evaluator
+from fedlora.training.evaluation import Evaluation, Evaluator
 from fedlora.training.model import Model
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
@@ -480,7 +480,7 @@ def test_pooled_perplexity_is_that_of_all_tokens(tmp_path, model):
     attached = Model.attach(made.network(model, 0, 0), LoRA(2, 4))
     assert not any("lm_head" in path for path in attached.parts) and len(attached.parts) == 10
     shards = [Shard(torch.arange(2), torch.tensor(rows)) for rows in ([0], [1, 2, 3, 4, 5])]
-    evaluator, tree = Evaluator(attached, made, data.test, shards, 4), attached.initial(0)
+    evaluator, tree = Evaluator(attached, made, data.test, shards, Evaluation(batch_size=4)), attached.initial(0)
     each = [evaluator.score_client(k, tree) for k in (0, 1)]
     everyone = evaluator.score_all(tree)
     assert compute_metrics(pool(each))["perplexity"] == pytest.approx(compute_metrics(everyone)["perplexity"], rel=1e-9)

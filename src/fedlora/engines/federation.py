@@ -145,7 +145,7 @@ class Federation:
             return self.trainers.evaluator()
         if self.data is None:
             return None
-        return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation.batch_size)
+        return Evaluator(self.model, task or self.task, self.data.test, self.shards, self.evaluation)
 
     def score_client(self, evaluator: Scorer, number: int, client: int, shared: Tree, kept: Tree) -> Scores:
         """Score a client's model after round ``number`` on its own test rows.

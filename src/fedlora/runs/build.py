@@ -210,7 +210,7 @@ OF_SERVER = ("compare", "checkpoint", "validation", "robust", "track")  # tables
 
 def agreed_settings(table: Table) -> Table:
     """Return the settings that must be equal on all machines: neither per-machine settings nor those of the server."""
-    local = {*per_machine_settings(table), "training.precision"}
+    local = {*per_machine_settings(table), "training.precision", "training.max_tokens", "evaluation.max_tokens"}
     return {
         section: {k: v for k, v in value.items() if f"{section}.{k}" not in local} if isinstance(value, dict) else value
         for section, value in table.items()

@@ -14,6 +14,7 @@ from fedlora.schema import ConfigError
 from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import accounting
 from fedlora.tasks import TASKS
+from fedlora.tasks._base import Task
 from fedlora.training.recipe import PROBE_LAYER
 from fedlora.types import Turn, Work
 
@@ -86,6 +87,13 @@ def _of_method(config: Sections) -> Iterator[str]:
             f"model.quantize is {config.model.quantize!r}, but {config.table['task']['name']!r} trains its base's head "
             f"in full; leave it out, or take {' or '.join(map(repr, supported))}."
         )
+    for section, other in (("training", "training.batch_size"), ("evaluation", "evaluation.batch_size")):
+        limit = getattr(config, section).max_tokens
+        if limit is not None and type(config.task).padded_lengths is Task.padded_lengths:
+            yield (
+                f"{section}.max_tokens is {limit}, but rows of {config.table['task']['name']!r} have no tokens; leave "
+                f"it out, and set {other}."
+            )
     if optimizer != "none" and not method.averages:
         yield (
             f"server.optimizer = {optimizer!r} works on averaged leaves, but {method.title} does not average them; "

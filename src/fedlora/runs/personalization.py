@@ -95,7 +95,7 @@ class PersonalModels:
         assert evaluator is not None, "the rows are in one data set"
         rows = torch.cat([f.shards[client].train for client in range(f.clients.members)]).sort().values
         f_central, last = _train(self.run, CENTRALISED, watch, data=f.data, shards=[Shard(rows, f.shards[0].test)])
-        scorer = Evaluator(f_central.model, f.task, evaluator.test, f.shards, f.evaluation.batch_size)
+        scorer = Evaluator(f_central.model, f.task, evaluator.test, f.shards, f.evaluation)
         return {client: scorer.score_client(client, last.shared) for client in clients}
 
 

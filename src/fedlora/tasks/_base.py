@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from fedlora.schema import PerMachine
 from fedlora.tasks.data.labels import Classes, check_names
 from fedlora.tasks.data.rows import Splits, draw_rows, load_splits, text_format
+from fedlora.tasks.data.token_budget import batch_sizes
 from fedlora.tasks.metrics.scores import Scores, is_higher_better
 
 Batch = dict[str, Tensor]  # keyword arguments of the network, "labels" among them
@@ -122,6 +124,25 @@ class Task(ABC):
     def collate_for_training(self, examples: Examples, rows: Tensor, draws: torch.Generator) -> Batch:
         """Return rows for a training step; a task may augment them with random numbers from ``draws``, on the CPU."""
         return self.collate(examples, rows)
+
+    def padded_lengths(self, examples: Examples, rows: Tensor) -> Tensor | None:
+        """Return the tokens of some rows' sequences (b, s), each padded to its longest in a batch; None: no tokens."""
+        return None
+
+    def split_by_tokens(self, examples: Examples, rows: Tensor, max_tokens: int) -> list[Tensor]:
+        """Return the rows of a training batch in batches of at most ``max_tokens`` tokens, padding included.
+
+        A longer row is a batch of its own. The rows are in the order given if all of them fit into one batch.
+        """
+        lengths = self.padded_lengths(examples, rows)
+        if lengths is None or len(rows) * int(lengths.max(0).values.sum()) <= max_tokens:
+            return [rows]
+        order = lengths.sum(1).argsort(stable=True)  # similar lengths together: less padding
+        return list(rows[order].split(batch_sizes(lengths[order], max_tokens)))
+
+    def loss_terms(self, batch: Batch) -> int:
+        """Return the number of terms that ``loss`` is the mean of; by default one a row."""
+        return len(batch["labels"])
 
     def relabel(self, batch: Batch, order: Tensor) -> Batch:
         """Return the batch with label ``order[y]`` instead of ``y``."""
@@ -261,6 +282,11 @@ def move_batch(batch: Any, device: torch.device, non_blocking: bool = False) -> 
     if isinstance(batch, tuple | list):
         return type(batch)(move_batch(x, device, non_blocking) for x in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def pin_batch(batch: Any) -> Any:
+    """Return a batch whose tensors are in pinned memory, from which CUDA copies while Python goes on."""
+    return tree_map_only(Tensor, Tensor.pin_memory, batch)
 
 
 def confusion_counts(predicted: Tensor, actual: Tensor) -> dict[str, tuple[int, int]]:

@@ -131,6 +131,10 @@ class TextTask(TableTask):
     def preprocessor(self, model: str) -> Any:
         return load_tokenizer(model)
 
+    def padded_lengths(self, examples: Examples, rows: Tensor) -> Tensor:
+        lengths = examples.lengths[rows, None]
+        return torch.full_like(lengths, self.max_length) if self.pad_to_max_length else lengths
+
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Return a batch, padded to its longest row or to ``max_length``."""
         width = self.max_length if self.pad_to_max_length else None

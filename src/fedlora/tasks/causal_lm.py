@@ -21,6 +21,7 @@ from fedlora.tasks.data.tokens import (
     pack_batch,
     pad_batch,
     random_batch,
+    split_sequences,
     truncate_rows,
 )  # fmt: skip
 from fedlora.tasks.metrics.answers import is_correct
@@ -206,6 +207,25 @@ class CausalLM(TableTask):
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Return one row in each sequence, or packed rows."""
         return pack_batch(examples, rows, self.max_length) if self.packing else pad_batch(examples, rows)
+
+    def padded_lengths(self, examples: Examples, rows: Tensor) -> Tensor:
+        """Return the lengths (b, 1) of rows in sequences of their own, at least of the prompt with its answer."""
+        lengths = examples.lengths[rows]
+        if "prompt_offsets" in examples.features:
+            offsets = examples.features["prompt_offsets"]
+            lengths = torch.maximum(lengths, offsets[rows + 1] - offsets[rows] + self.max_new_tokens)
+        return lengths[:, None]
+
+    def split_by_tokens(self, examples: Examples, rows: Tensor, max_tokens: int) -> list[Tensor]:
+        if not self.packing:
+            return super().split_by_tokens(examples, rows, max_tokens)
+        return [
+            rows[places] for places in split_sequences(examples.lengths[rows].tolist(), self.max_length, max_tokens)
+        ]
+
+    def loss_terms(self, batch: Batch) -> int:
+        """Return the number of learnt tokens."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the batch's learnt tokens."""

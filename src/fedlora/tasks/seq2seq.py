@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
+from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits, move_batch
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.labels import Classes, check_names
 from fedlora.tasks.data.rows import client_groups, is_missing, read_column
@@ -144,6 +144,15 @@ class Seq2Seq(TableTask):
         labels, _ = _pad(examples, "target", rows, IGNORED)
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
+    def padded_lengths(self, examples: Examples, rows: Tensor) -> Tensor:
+        """Return the lengths of sources and targets (b, 2)."""
+        ends = [examples.features[f"{name}_offsets"] for name in ("source", "target")]
+        return torch.stack([offsets[rows + 1] - offsets[rows] for offsets in ends], 1)
+
+    def loss_terms(self, batch: Batch) -> int:
+        """Return the number of target tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over the batch's target tokens."""
         return functional.cross_entropy(_target_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
@@ -161,15 +170,15 @@ class Seq2Seq(TableTask):
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return each row's ``outputs``, and the exact match and F1 of the generated answer."""
-        batch = {name: x.to(device) for name, x in self.collate(examples, rows).items()}
-        outputs = self.outputs(network, batch).cpu()
+        batch = move_batch(self.collate(examples, rows), device)
+        outputs = self.outputs(network, batch)
         if self.metric == "nll":
             return outputs
         assert examples.texts is not None, "rows have right answers"
         golds = [examples.texts[row]["golds"] for row in rows.tolist()]
         answers = zip(self.answers(network, batch), golds)
         pairs = [(float(exact_match(text, right)), answer_f1(text, right)) for text, right in answers]
-        return torch.cat([outputs, torch.tensor(pairs)], 1)
+        return torch.cat([outputs, torch.tensor(pairs, device=device)], 1)
 
     @torch.no_grad()
     def answers(self, network: nn.Module, batch: Batch) -> list[str]:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fedlora.tasks._base import Examples, Shard, Task
+from fedlora.tasks.data.token_budget import batch_sizes
 from fedlora.tasks.metrics.scores import Scores, compute_metrics, is_higher_better, pool
 from fedlora.training.model import Model
+from fedlora.training.token_budget import default_tokens
 from fedlora.types import Tree
 
 
@@ -19,17 +21,30 @@ class Evaluation:
     """The ``[evaluation]`` table."""
 
     every: int = 1  # rounds between evaluations; the last round is always evaluated
-    batch_size: int = 256
+    batch_size: int = 256  # rows at a time, at most
+    # Tokens at a time, at most, padding included, if rows have tokens; a longer row is evaluated alone. None: by the
+    # memory of the machine and the size of the model.
+    max_tokens: int | None = None
     measure: bool = True  # aggregation errors, weight by weight
 
     def __post_init__(self) -> None:
-        for key in ("every", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"evaluation.{key} is {getattr(self, key)}; it must be at least 1.")
+        for key in ("every", "batch_size", "max_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{key} is {value}; it must be at least 1.")
 
     def is_due(self, round: int, rounds: int) -> bool:
         """Whether round number ``round`` (from 0) ends with an evaluation."""
         return (round + 1) % self.every == 0 or round + 1 == rounds
+
+    def split(self, task: Task, examples: Examples, rows: Tensor, model: Model) -> list[Tensor]:
+        """Return rows in batches, of similar lengths, within ``batch_size`` rows and ``max_tokens`` tokens."""
+        rows = rows[examples.lengths[rows].argsort(stable=True)]  # less padding
+        lengths = task.padded_lengths(examples, rows)
+        if lengths is None:
+            return list(rows.split(self.batch_size))
+        tokens = self.max_tokens or default_tokens(model.network, model.device)
+        return list(rows.split(batch_sizes(lengths, tokens, self.batch_size)))
 
 
 class Scorer(Protocol):
@@ -50,7 +65,7 @@ class Evaluator:
     task: Task
     test: Examples
     shards: Mapping[int, Shard] | Sequence[Shard]
-    batch_size: int = 256
+    settings: Evaluation = Evaluation()
     _tree: Tree | None = None
     _base_version: int = -1
     _outputs: Tensor | None = None
@@ -92,7 +107,7 @@ class Evaluator:
             self.model.network.eval()
             with self.model.running():
                 self._scores[key] = self.task.score_rows(
-                    self.model.network, self.test, rows, self.model.device, self.batch_size, order
+                    self.model.network, self.test, rows, self.model.device, self.settings.batch_size, order
                 )
         return self._scores[key]
 
@@ -104,18 +119,20 @@ class Evaluator:
     def _compute(self, tree: Tree, rows: Tensor) -> None:
         self.model.load(tree)
         self.model.network.eval()
-        rows = rows[self.test.lengths[rows].argsort(stable=True)]  # similar lengths together: less padding
-        for batch in rows.split(self.batch_size):
+        batches = self.settings.split(self.task, self.test, rows, self.model)
+        values = []  # on the device until the end, so that no batch waits for the one before
+        for batch in batches:
             with self.model.running():
-                outputs = self.task.evaluate(self.model.network, self.test, batch, self.model.device).float().cpu()
-            if bool(outputs.isnan().any()):  # an accuracy could be computed from it
-                raise FloatingPointError(
-                    "the model's outputs for test rows are not numbers (nan); lower training.learning_rate, or set "
-                    "training.max_grad_norm."
-                )
-            if self._outputs is None:
-                self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
-            self._outputs[batch] = outputs
+                values.append(self.task.evaluate(self.model.network, self.test, batch, self.model.device).float())
+        outputs = torch.cat(values).cpu()
+        if bool(outputs.isnan().any()):  # an accuracy could be computed from it
+            raise FloatingPointError(
+                "the model's outputs for test rows are not numbers (nan); lower training.learning_rate, or set "
+                "training.max_grad_norm."
+            )
+        if self._outputs is None:
+            self._outputs = torch.zeros(len(self.test), *outputs.shape[1:])
+        self._outputs[torch.cat(batches)] = outputs
         self._known[rows] = True
 
 

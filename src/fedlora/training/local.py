@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from fedlora.rounds import Rules
 from fedlora.seeds import derive_seed
-from fedlora.tasks._base import Batch, Examples, Shard, Task, move_batch
+from fedlora.tasks._base import Batch, Examples, Shard, Task, move_batch, pin_batch
 from fedlora.training.frozen import Frozen
 from fedlora.training.model import Model
+from fedlora.training.prefetch import prefetch
 from fedlora.training.train_mode import set_train_mode
 from fedlora.types import Tree, Turn
 
@@ -26,6 +28,9 @@ class Training:
     local_steps: int | None = None  # optimizer steps a round; 10 if local_epochs is not set either
     local_epochs: int | None = None  # or passes over the client's rows
     batch_size: int = 16
+    # Tokens that are computed at once, at most, padding included, if rows have tokens: a larger batch is computed in
+    # parts, whose gradients add up to the batch's. A longer row is a part of its own. None: every batch at once.
+    max_tokens: int | None = None
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -42,7 +47,7 @@ class Training:
     def __post_init__(self) -> None:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("training sets both local_steps and local_epochs; keep one of them.")
-        for key in ("local_steps", "local_epochs", "batch_size", "accumulation_steps"):
+        for key in ("local_steps", "local_epochs", "batch_size", "max_tokens", "accumulation_steps"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"training.{key} is {value}; it must be at least 1.")
@@ -93,6 +98,7 @@ def _group_by_length(order: Tensor, lengths: Tensor, size: int, draws: torch.Gen
     return torch.cat([*shuffled, *(batch for batch in batches if len(batch) < size)])
 
 
+MicroBatches = list[tuple[Any, float]]  # a batch in parts, each with its share of the batch's loss; they add up to 1
 OptimizerState = dict[tuple[str, str], dict[str, Any]]  # an optimizer's moments, leaf by leaf
 
 
@@ -113,20 +119,44 @@ class LocalTrainer:
 
     def batch(self, rows: Tensor, draws: torch.Generator | None = None) -> Batch:
         """Return a batch of rows with this client's labels, on the device; augmented if ``draws`` is given."""
+        moved: Batch = self._move(self._collate(rows, draws))
+        return moved
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows of a batch in parts within ``training.max_tokens``."""
+        limit = self.training.max_tokens
+        return [rows] if limit is None else self.task.split_by_tokens(self.examples, rows, limit)
+
+    def _micro_batches(self, rows: Tensor, draws: torch.Generator | None = None) -> MicroBatches:
+        """Return a batch of rows, on the CPU, in parts within ``training.max_tokens``."""
+        batches = [self._collate(part, draws) for part in self.split(rows)]
+        if len(batches) == 1:
+            return [(batches[0], 1.0)]
+        terms = [self.task.loss_terms(batch) for batch in batches]
+        return [(batch, count / sum(terms)) for batch, count in zip(batches, terms)]
+
+    def _collate(self, rows: Tensor, draws: torch.Generator | None) -> Batch:
         task, examples = self.task, self.examples
         batch = task.collate(examples, rows) if draws is None else task.collate_for_training(examples, rows, draws)
         if self.shard.relabel is not None:
             batch = task.relabel(batch, self.shard.relabel)
-        moved: Batch = move_batch(batch, self.model.device, non_blocking=True)
-        return moved
+        return pin_batch(batch) if self.model.device.type == "cuda" else batch
+
+    def _move(self, batch: Any) -> Any:
+        return move_batch(batch, self.model.device, non_blocking=True)
 
     def gradient(self, start: Tree) -> Tree:
         """Return the gradient at ``start`` on one batch, without dropout."""
         self.model.load(start)
         self.model.network.eval()
         seed = derive_seed(self.turn.seed, "gradient")
-        batch = self.batch(next(sample_batches(self.examples, self.shard.train, self.training, seed)))
-        return self.model.gradient(lambda network: self.task.loss(network, batch))
+        rows = next(sample_batches(self.examples, self.shard.train, self.training, seed))
+        total: Tree = {}
+        for batch, share in self._micro_batches(rows):
+            moved = self._move(batch)
+            part = self.model.gradient(lambda network, x=moved, share=share: self.task.loss(network, x) * share)
+            total = _add(total, part) if total else part
+        return total
 
     def fit(self, start: Tree, trained: Mapping[str, frozenset[str]], rules: Rules) -> Tree:
         """Train the leaves of ``trained`` from ``start``, and return the tree; other leaves are the same objects."""
@@ -165,28 +195,45 @@ class LocalTrainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.step_done()
-        all_losses = torch.cat(losses)
-        self.loss = float(all_losses.mean()) if len(all_losses) else 0.0  # a private step may have no finite row
+        self.loss = self._mean_loss(torch.cat(losses))
         check_divergence(self.loss, parameters.values(), self.turn)
+
+    def _mean_loss(self, losses: Tensor) -> float:
+        """Return the loss of a turn from those of its batches."""
+        return float(losses.mean())
 
     def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
         """Set the gradients of one step after another, and yield each step's losses, of batches or of rows."""
         parts = self.training.accumulation_steps
         stream = sample_batches(self.examples, self.shard.train, self.training, derive_seed(self.turn.seed, "batches"))
         draws = torch.Generator().manual_seed(derive_seed(self.turn.seed, "augmentation"))
-        while True:
-            losses = []
-            for _ in range(parts):
-                batch = self.batch(next(stream), draws)
-                with self.model.running():
-                    loss = self.task.loss(self.model.network, batch)
-                ((loss + self._penalty(rules)) / parts).backward()
-                losses.append(loss.detach()[None])
-            yield losses
+        count = self.training.steps(len(self.shard.train)) * parts
+        batches: Iterator[MicroBatches] = (self._micro_batches(rows, draws) for rows in islice(stream, count))
+        # The caller's own code stays in one thread: it may draw from the global generator.
+        if self.model.device.type == "cuda" and not self.task.is_own_code:
+            batches = prefetch(batches)
+        for _ in range(count // parts):
+            yield [self._backward(next(batches), parts, rules) for _ in range(parts)]
+
+    def _backward(self, batch: MicroBatches, parts: int, rules: Rules) -> Tensor:
+        """Add the gradient of a batch's loss and of the penalty, over ``parts``; return the loss (1,)."""
+        losses = []
+        for number, (micro_batch, share) in enumerate(batch):
+            moved = self._move(micro_batch)
+            with self.model.running():
+                loss = self.task.loss(self.model.network, moved) * share
+            penalty = self._penalty(rules) if number == 0 else 0.0
+            ((loss + penalty) / parts).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum(0, keepdim=True)
 
     def _penalty(self, rules: Rules) -> Tensor | float:
         layers = self.model.layers()
         return sum(rule.penalty(layers[path]) for path, rule in rules.items())
+
+
+def _add(tree: Tree, other: Tree) -> Tree:
+    return {path: {leaf: x + other[path][leaf] for leaf, x in layer.items()} for path, layer in tree.items()}
 
 
 def replace_leaves(start: Tree, end: Tree, trained: Mapping[str, frozenset[str]]) -> Tree:

@@ -68,7 +68,8 @@ class Bench:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()  # allocates the moments
-            optimizer.zero_grad(set_to_none=True)
+            if self.training.max_tokens is None and self.training.accumulation_steps == 1:
+                optimizer.zero_grad(set_to_none=True)  # else a batch begins with the gradients of those before it
             memory.peak = before = memory.now
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 loss = self._loss(shapes)
@@ -115,7 +116,10 @@ class Bench:
 
 @dataclass
 class Shapes:
-    """The batches of a run: how many have each number of rows and width, and one batch of each width."""
+    """The batches of a run, in parts within ``training.max_tokens``: how many have each number of rows and width.
+
+    ``rows`` has the largest batch of each width.
+    """
 
     counts: Counter[tuple[int, int]] = field(default_factory=Counter)
     rows: dict[int, Tensor] = field(default_factory=dict)  # width -> the largest batch of that width
@@ -140,10 +144,12 @@ class Shapes:
         stream = sample_batches(f.data.train, rows, training, derive_seed(f.turn(number, client).seed, "batches"))
         for _ in range(training.steps(len(rows)) * training.accumulation_steps):
             batch = next(stream)
-            width = int(f.data.train.lengths[batch].max())
-            self.counts[len(batch), width] += 1
-            if width not in self.rows or len(self.rows[width]) < len(batch):
-                self.rows[width] = batch
+            limit = training.max_tokens
+            for part in [batch] if limit is None else f.task.split_by_tokens(f.data.train, batch, limit):
+                width = int(f.data.train.lengths[part].max())
+                self.counts[len(part), width] += 1
+                if width not in self.rows or len(self.rows[width]) < len(part):
+                    self.rows[width] = part
 
     def widths(self) -> list[int]:
         """Return the widths to try: that of the largest batch, the smallest and the median."""
@@ -195,17 +201,18 @@ def _estimate_evaluation(meta: MetaModel, bench: Bench, turn_flops: float) -> tu
     """Return the most expensive batch of an evaluation, ``turn_flops``, and the mean operations of a client."""
     f = meta.federation
     assert f.data is not None
-    test, size = f.data.test, f.evaluation.batch_size
-    parts = torch.arange(len(test))[test.lengths.argsort(stable=True)].split(size)
-    tried = [parts[i] for i in {0, len(parts) // 2, len(parts) - 1}]
-    costs = [bench.score(meta.config.task.collate(test, rows)) for rows in tried]
+    test, task = f.data.test, meta.config.task
+    parts = f.evaluation.split(task, test, torch.arange(len(test)), f.model)
+    largest = max(range(len(parts)), key=lambda i: len(parts[i]) * int(test.lengths[parts[i]].max()))
+    tried = [parts[i] for i in {0, len(parts) // 2, largest, len(parts) - 1}]
+    costs = [bench.score(task.collate(test, rows)) for rows in tried]
     row_flops = _interpolate(
         {int(test.lengths[rows].max()): cost.flops / len(rows) for rows, cost in zip(tried, costs)}
     )
     totals = []
     for client in range(f.clients.members):
         rows = f.shards[client].test
-        ordered = rows[test.lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
+        ordered = f.evaluation.split(task, test, rows, f.model) if len(rows) else ()
         totals.append(sum(len(part) * row_flops(int(test.lengths[part].max())) for part in ordered))
     return max(costs, key=lambda cost: cost.peak), turn_flops, statistics.fmean(totals)
 
@@ -225,7 +232,10 @@ def _trained_leaves(meta: MetaModel) -> list[dict[str, frozenset[str]]]:
 def _batch_without_rows(meta: MetaModel) -> dict[str, Tensor]:
     """Return a batch of rows with the task's maximal length, for data on other machines."""
     probe = meta.config.task.probe(meta.federation.model.network)
-    rows, width = meta.federation.training.batch_size, getattr(meta.config.task, "max_length", None)
+    training, width = meta.federation.training, getattr(meta.config.task, "max_length", None)
+    rows = training.batch_size
+    if training.max_tokens is not None and width:
+        rows = min(rows, max(1, training.max_tokens // width))
     shapes = {
         name: torch.empty((rows, *((width,) if x.ndim == 2 and width else x.shape[1:])), dtype=x.dtype, device="meta")
         for name, x in probe.items()

@@ -28,8 +28,8 @@ class PrivateTrainer(LocalTrainer):
     """One turn of DP-SGD: ``g = (Σ_i clip(g_i) + N(0, (noise · clip)²)) / (rate · rows)``, then the usual optimiser.
 
     A step's rows are a Poisson sample of the client's, ``training.batch_size`` times ``accumulation_steps`` on average;
-    at most ``batch_size`` are computed at once. Later operations (moments, weight decay, ``max_grad_norm``, a method's
-    penalty) use no row.
+    at most ``batch_size``, of at most ``max_tokens`` tokens, are computed at once. Later operations (moments, weight
+    decay, ``max_grad_norm``, a method's penalty) use no row.
     """
 
     clip: float = field(default=1.0, kw_only=True)
@@ -38,6 +38,11 @@ class PrivateTrainer(LocalTrainer):
 
     def gradient(self, start: Tree) -> Tree:
         raise ValueError("a method that uses a gradient on the client's rows has no example-level guarantee.")
+
+    def _mean_loss(self, losses: Tensor) -> float:
+        """Return the mean of the finite losses of rows, 0 without one: one row must not stop the turn."""
+        finite = losses[losses.isfinite()]
+        return float(finite.mean()) if len(finite) else 0.0
 
     def _gradients(self, parameters: Mapping[tuple[str, str], Tensor], rules: Rules) -> Iterator[list[Tensor]]:
         per_sample_gradients.check_row_independence(self.model.network)
@@ -48,7 +53,8 @@ class PrivateTrainer(LocalTrainer):
             sample = self.shard.train[self.stream.sample(rows, q, "rows", self.turn.round, step)]
             sums = {key: torch.zeros_like(x, dtype=torch.float64) for key, x in parameters.items()}
             losses = []
-            for part in sample.split(self.training.batch_size) if len(sample) else ():
+            chunks = sample.split(self.training.batch_size) if len(sample) else ()
+            for part in (part for chunk in chunks for part in self.split(chunk)):
                 batch = self.batch(part, draws)
                 part_losses, grads = per_sample_gradients.compute_gradients(
                     self.model, lambda network, batch=batch: self.task.losses(network, batch), len(part), parameters
@@ -58,7 +64,7 @@ class PrivateTrainer(LocalTrainer):
                     # A row that is not finite has the factor 0, and 0 times infinity is NaN.
                     finite = torch.nan_to_num(grad, 0.0, 0.0, 0.0)
                     sums[key] += torch.einsum("b,b...->...", by, finite.double())
-                losses.append(part_losses[part_losses.isfinite()])  # one row must not stop the turn
+                losses.append(part_losses)
             for key, parameter in parameters.items():
                 noise = self.stream.normal(parameter.shape, "step", self.turn.round, step, *key).to(parameter.device)
                 parameter.grad = ((sums[key] + self.noise * self.clip * noise) / (q * rows)).to(parameter.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedlora.tasks._base import Batch, Examples
 from fedlora.tasks.data.templates import Segment
+from fedlora.tasks.data.token_budget import batch_sizes
 
 IGNORED = -100  # cross_entropy's ignore_index
 Side = Literal["left", "right"]
@@ -152,6 +153,21 @@ def pack_batch(examples: Examples, rows: Tensor, width: int) -> Batch:
             mask[number, tokens] = True
         positions[number, ends[-1] :] = torch.arange(longest - ends[-1])  # padding is a row of its own
     return {"position_ids": positions, **_tokens_and_labels(examples, places, mask)}
+
+
+def split_sequences(lengths: Sequence[int], width: int, max_tokens: int) -> list[list[int]]:
+    """Return the places of rows in batches whose ``pack_batch`` has at most ``max_tokens`` tokens, padding included.
+
+    Each batch has whole sequences of all rows' ``pack_batch``, and packing it gives the same sequences again: a row
+    goes to the first sequence with room, whatever the others hold. A longer sequence is a batch of its own.
+    """
+    bins = _assign_bins(lengths, width)
+    filled = torch.tensor([[sum(lengths[i] for i in members)] for members in bins])
+    if len(bins) * int(filled.max()) <= max_tokens:
+        return [list(range(len(lengths)))]
+    order = filled[:, 0].argsort(stable=True)
+    parts = order.split(batch_sizes(filled[order], max_tokens))
+    return [sorted(i for number in part.tolist() for i in bins[number]) for part in parts]
 
 
 def _tokens_and_labels(examples: Examples, places: Tensor, mask: Tensor) -> Batch:
