@@ -1,11 +1,16 @@
 """Chats in the templates of several families: the tokens that are learnt, decoded, against answers written by hand."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from fedlora.runs.chat import Chat
+from fedlora.tasks.data.chat_templates import ChatRenderer
+from fedlora.tasks.data.conversations import Conversation
 from fedlora.tasks.data.few_shot import select_prompts
 from tests.fixtures.chat_templates import (
     AT_THE_END,
@@ -270,3 +275,65 @@ def test_an_answer_column_and_calls_in_exact_match(tmp_path, model):
         chat_task(tmp_path, rows, ONE_CALL, metric="exact_match", answer="text").load(model, 0)
     data = chat_task(tmp_path, rows, ONE_CALL, metric="exact_match", answer_column="gold").load(model, 0)
     assert data.test.texts[0]["gold"] == "12"
+
+
+@pytest.fixture(scope="module")
+def trl_templates():
+    """The chat templates of known models, as TRL has them; those for training mark the answers for a mask."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
+    if folder is None or not (folder / "qwen3_training.jinja").is_file():
+        pytest.skip("needs the chat templates of TRL 1.0 or newer")
+    return folder
+
+
+TALKS = {
+    "system": ([system("Be brief."), user("Hi"), bot("Hello"), user("More"), bot("Bye")], None),
+    "thinking": ([user("Hi"), bot("<think>polite</think>\n\nHello"), user("2?"), bot("<think>add</think>\n\n4")], None),
+    "tools": ([user("Rome?"), bot("", tool_calls=[CALL]), {"role": "tool", "content": "sunny"}, bot("Sunny.")], [WEATHER]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_instruct_2507", "gemma", "gemma3", "llama3", "lfm2_v2", "cohere2"])
+def test_what_is_learnt_is_what_trl_masks(trl_templates, model, family, talk):
+    """Token by token, up to the white space after a turn, which only the mask of TRL leaves out."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (trl_templates / f"{family}_training.jinja").read_text()
+    messages, tools = TALKS[talk]
+    answers = tuple(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    renderer, conversation = ChatRenderer(tokenizer), Conversation(messages, answers, tools, "row 0")
+    if tools and family in ("gemma", "gemma3", "llama3", "cohere2"):
+        with pytest.raises(ValueError, match="row 0"):
+            renderer.render(conversation)
+        return
+    (segments,) = renderer.render(conversation)
+    if not renderer.takes_system:
+        messages = conversation.with_folded_system().messages
+    masked = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    text, learnt = "".join(text for text, _ in segments), "".join(text for text, flag in segments if flag)
+    assert text == tokenizer.decode(masked["input_ids"])
+    chosen = tokenizer.decode([i for i, flag in zip(masked["input_ids"], masked["assistant_masks"]) if flag])
+    assert learnt.split() == chosen.split() and chosen
+
+
+def test_the_published_templates_of_qwen3_gemma_and_llama(trl_templates, tmp_path, model):
+    def learnt(family, talk):
+        messages, tools = TALKS[talk]
+        row = {"messages": messages, **({"tools": tools} if tools else {})}
+        template = (trl_templates / f"{family}.jinja").read_text()
+        return [spans for _, spans in load(tmp_path, model, row, template)[0]]
+
+    call = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    assert learnt("qwen3", "thinking") == [
+        ["<think>\npolite\n</think>\n\nHello<|im_end|>\n<eos>"],
+        ["<think>\nadd\n</think>\n\n4<|im_end|>\n<eos>"],
+    ]
+    assert learnt("qwen3", "tools") == [
+        [f"<think>\n\n</think>\n\n<tool_call>\n{call}\n</tool_call><|im_end|>\n<eos>"],
+        ["<think>\n\n</think>\n\nSunny.<|im_end|>\n<eos>"],
+    ]
+    assert learnt("gemma", "system") == [["Hello<end_of_turn>\n", "Bye<end_of_turn>\n<eos>"]]
+    assert learnt("llama3_1", "tools") == [
+        ['{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>', "Sunny.<|eot_id|><eos>"]
+    ]
