@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import fedlora
+from fedlora.runs.chat import Chat
 from fedlora.runs.config import read
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.party_files import read_parties
 from fedlora.runs.personalization import evaluate_personalization
-from fedlora.schema import read_table
+from fedlora.schema import dumps, read_table
+from tests.fixtures.chat_templates import THINKER
 from tests.fixtures.federation import TINY_VIT, same
 from tests.fixtures.hospitals import LABELS, open_hospitals, write_rows
-from tests.fixtures.networks import write_encoder
+from tests.fixtures.networks import write_decoder, write_encoder
 
 
 @pytest.fixture
@@ -238,3 +240,51 @@ def test_the_command_line(hospitals, tmp_path, commands):
     done = call("--out", "no")
     assert done.returncode == 2 and "no configuration is named" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_parties_with_chats_in_forms_of_their_own(tmp_path):
+    """ShareGPT, and a prompt with a completion, give the bits of messages everywhere; chat reads what training did."""
+    write_decoder(tmp_path / "decoder")
+    (tmp_path / "federation.toml").write_text(
+        dumps({
+            "rounds": 1,
+            "model": {"name": str(tmp_path / "decoder")},
+            "task": {"name": "causal-lm", "data": "own", "chat_template": THINKER, "messages": "messages"},
+            "clients": {"count": 3, "partition": {"name": "own"}},
+            "adapter": {"name": "lora", "rank": 2, "alpha": 4},
+            "training": {"local_steps": 2, "batch_size": 2, "learning_rate": 1e-2},
+        })
+    )  # fmt: skip
+    talks = [[("user", f"Say {i}."), ("assistant", f"<think>easy</think>{i}."), ("user", "Again."), ("assistant", str(i))] for i in range(10)]  # fmt: skip
+    messages = [[{"role": role, "content": text} for role, text in talk] for talk in talks]
+    shared = [
+        [{"from": {"user": "human", "assistant": "gpt"}[who], "value": text} for who, text in talk] for talk in talks
+    ]
+    rows = {
+        "alike": [{"messages": x} for x in messages],
+        "sharegpt": [{"talk": x, "conversations": 3} for x in shared],
+        "pairs": [{"ask": x[:-1], "say": x[-1:]} for x in messages],
+    }
+    files = {}
+    for name, column in (("alike", {}), ("sharegpt", {"messages": "talk"}), ("pairs", {"messages": ["ask", "say"]})):
+        place = tmp_path / name
+        place.mkdir()
+        (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        (place / "party.toml").write_text(dumps({"task": {"data": "rows.jsonl", **column}}))
+        files[name] = place / "party.toml"
+    main = tmp_path / "federation.toml"
+    mixed = fedlora.run(
+        read_parties([files["alike"], files["sharegpt"]] * 2, main, ["clients.count=4"]), tmp_path / "run"
+    )
+    alike = fedlora.run(read_parties([files["alike"]] * 4, main, ["clients.count=4"]))
+    assert same(mixed.shared, alike.shared)
+    sizes = json.loads((tmp_path / "run" / "rows.json").read_text())["clients"]
+    assert [(own["train"], own["test"]) for own in sizes.values()] == [(16, 4)] * 4, "two samples a row"
+    assert sum("in samples of their own, 16 in all" in note for note in mixed.summary["notes"]) == 4
+    last = ["clients.count=1", "task.turns=last"]
+    pair, whole = (fedlora.run(read_parties([files[name]], main, last)) for name in ("pairs", "alike"))
+    assert same(pair.shared, whole.shared) and "notes" not in pair.summary
+    chat = Chat.open(RunFolder.open(tmp_path / "run"), system="Be brief.")
+    talk = [{"role": "user", "content": "Say 3."}, {"role": "assistant", "content": "<think>easy</think>3."}]
+    asked = chat.prompt([*talk, {"role": "user", "content": "Again."}])
+    assert asked == "[sys]Be brief.[end]\n[usr]Say 3.[end]\n[bot]3.[end]\n[usr]Again.[end]\n[bot]"

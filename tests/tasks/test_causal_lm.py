@@ -224,7 +224,7 @@ def test_chat_messages(tmp_path, model):
     "messages,template,sentence",
     [
         ([{"role": "assistant", "content": "x"}], None, "has no chat template.*set task.chat_template, or set task.prompt"),
-        ([{"role": "user", "content": "x"}], CHAT, "row 0 of column 'messages'.*no message by 'assistant' that answers"),
+        ([{"role": "user", "content": "x"}], CHAT, "nothing is left to learn in any of the 6 training rows.*give the rows answers by 'assistant'"),
         ("x", CHAT, "is no list of messages; each needs a role and a content"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}], "{{ raise_exception('roles must alternate') }}", "does not take row 0.*roles must"),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2, "{{ messages[-1].content }}",

@@ -138,7 +138,9 @@ def test_conversations_that_nobody_answers(tmp_path, model):
     lines(tmp_path, [talk("Hi."), talk("Hi.", "Hello."), talk("Ho.")])
     lines(tmp_path, [talk("Hi.", "Hello.")], "test")
     with pytest.raises(ValueError, match="row 0 of .* nothing to learn; drop it, or set task.drop_unlearnable = true"):
-        CausalLM(str(tmp_path), chat_template=CHAT).load(model, 0)
-    found = CausalLM(str(tmp_path), chat_template=CHAT, drop_unlearnable=True).load(model, 0)
-    assert len(found.train) == 1
-    assert found.notes == ("2 of 3 training rows were left out: nothing is left to learn in them.",)
+        CausalLM(str(tmp_path), chat_template=CHAT, drop_unlearnable=False).load(model, 0)
+    found, same = (
+        CausalLM(str(tmp_path), chat_template=CHAT, **drop).load(model, 0) for drop in ({}, {"drop_unlearnable": True})
+    )
+    assert len(found.train) == len(same.train) == 1
+    assert found.notes == same.notes == ("2 of 3 training rows were left out: nothing is left to learn in them.",)

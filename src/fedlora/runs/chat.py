@@ -10,7 +10,8 @@ from fedlora.runs.build import attach_adapters, load_network
 from fedlora.runs.folder import RunFolder
 from fedlora.schema import ConfigError
 from fedlora.tasks.causal_lm import CausalLM, context_length
-from fedlora.tasks.data.templates import PromptTemplate, check_chat_template, render_messages
+from fedlora.tasks.data.chat_templates import check_chat_template, prepare_messages, render_messages
+from fedlora.tasks.data.templates import PromptTemplate
 from fedlora.tasks.data.tokens import tokenize
 from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.training.device import Engine
@@ -46,9 +47,9 @@ class Chat:
             )
         tree, tokenizer = run.tree(client), task.preprocessor(config.model.name)
         if any(name is not None for name in (task.prompt, task.messages, task.text)):
-            template = task.template([])
+            template = task.template()
         else:
-            template = task.template(task.load_splits(config.seed)[0].column_names)
+            template = task.template(task.load_splits(config.seed)[0])
         if template is None:
             check_chat_template(tokenizer)
         elif system is not None:
@@ -82,7 +83,8 @@ class Chat:
         if self.template is not None:
             return self.template.fill_prompt(turns[-1]["content"])
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return render_messages([*system, *turns], self.tokenizer, "this conversation", ask=True)
+        messages = prepare_messages([*system, *turns], self.tokenizer)
+        return render_messages(messages, self.tokenizer, "this conversation", ask=True)
 
 
 def _load_model(run: RunFolder) -> tuple[Model, str]:

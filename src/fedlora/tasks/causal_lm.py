@@ -10,6 +10,8 @@ from torch.nn import functional
 from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
 from fedlora.tasks.data import templates
+from fedlora.tasks.data.chat_templates import ChatRenderer, Turns
+from fedlora.tasks.data.conversations import Conversation, find_columns, read_conversations, remove_thinking
 from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.tokens import (
@@ -39,13 +41,15 @@ class CausalLM(TableTask):
 
     prompt: PerMachine[str | None] = None  # a column, or a template such as "{instruction}\n\n{context}"
     response: PerMachine[str | None] = None  # the same for the learnt text; None: the usual names
-    messages: PerMachine[str | None] = None  # or a column of chat messages, each with role and content
+    messages: PerMachine[str | list[str] | None] = None  # or a column of chat messages; or two, prompt and completion
+    tools: PerMachine[str | None] = None  # a column of tools for the chat template; None: "tools"; "": no tools
     text: PerMachine[str | None] = None  # or plain text, all of it learnt
     chat_template: str | None = None  # for messages, in place of the tokenizer's (Jinja)
+    turns: Turns = "all"  # learn every answer of a chat, or only the "last"
     label: PerMachine[str | None] = None  # a column for partitions by label, such as a category
     max_length: int = 512  # tokens of a row; longer rows are cut
     truncation_side: Side = "right"  # of the cuts
-    drop_unlearnable: bool = False  # leave out rows with nothing to learn; False: they are an error
+    drop_unlearnable: bool | None = None  # leave out rows with nothing to learn, or stop; None: only chats are left out
     packing: bool = False  # train on several rows in one sequence of up to max_length tokens
     metric: str = "perplexity"  # or "token_accuracy" of the response, or "exact_match" of a generated answer
     answer: Literal["number", "text"] = "number"  # the kind of answer that exact_match compares
@@ -74,6 +78,11 @@ class CausalLM(TableTask):
         ways = [key for key in ("prompt", "messages", "text") if getattr(self, key) is not None]
         if len(ways) > 1:
             raise ValueError(f"task.{ways[0]} and task.{ways[1]} are both set; keep one of them.")
+        if isinstance(self.messages, list) and len(self.messages) != 2:
+            raise ValueError(
+                f"task.messages names {len(self.messages)} columns; it is one column, or two: the messages of a prompt "
+                "and of its completion."
+            )
         if self.grades_answers and self.text is not None:
             raise ValueError(PLAIN)
         if self.shots and self.messages is not None:
@@ -112,19 +121,24 @@ class CausalLM(TableTask):
             messages += [note] if note else []
         return Data(train, test, (), tuple(messages))
 
-    def template(self, available: list[str]) -> templates.PromptTemplate | None:
-        """Return the template for rows with these columns; None for chat messages."""
-        column = self.prompt or self.text
-        if self.messages is not None or (column is None and templates.MESSAGES in available):
+    def chat_columns(self, *splits: Any) -> tuple[str, ...]:
+        """Return the columns of chat messages: of the settings, or the usual ones of these splits; empty: no chat."""
+        if self.messages is not None:
+            return (self.messages,) if isinstance(self.messages, str) else tuple(self.messages)
+        return find_columns(splits) if self.prompt is None and self.text is None else ()
+
+    def template(self, *splits: Any) -> templates.PromptTemplate | None:
+        """Return the template for the rows of these splits, of which settings need none; None for chat messages."""
+        if self.chat_columns(*splits):
             return None
+        available = list(dict.fromkeys(name for split in splits for name in split.column_names))
         return templates.choose_template(available, self.prompt, self.response, self.text)
 
     def _add_columns(self, train: Any, test: Any) -> tuple[Any, Any]:
         """Return both splits with all columns of the prompt; a column that only one split has is empty in the other."""
-        available = list(dict.fromkeys([*train.column_names, *test.column_names]))
-        template = self.template(available)
+        template = self.template(train, test)
         for name in templates.template_columns(template.prompt) if template is not None else []:
-            if name in available:
+            if name in {*train.column_names, *test.column_names}:
                 train, test = (
                     split if name in split.column_names else split.add_column(name, [None] * len(split))
                     for split in (train, test)
@@ -135,24 +149,48 @@ class CausalLM(TableTask):
         self, split: Any, tokenizer: Any, role: str
     ) -> tuple[Any, list[list[templates.Segment]], list[Tokens], list[str]]:
         """Return the rows with something to learn, their segments and tokens, and notes on the others."""
-        template, count = self.template(split.column_names), len(split)
+        template, notes = self.template(split), list[str]()
+        drop = template is None if self.drop_unlearnable is None else self.drop_unlearnable
         if template is None:
-            column = self.messages or templates.MESSAGES
-            rows = templates.render_conversations(split, column, tokenizer, self.drop_unlearnable)
+            split, rows, notes = self._render_chats(split, tokenizer, role, drop)
         else:
-            rows = template.segment_rows(split, self.drop_unlearnable)
-        if self.drop_unlearnable:
+            rows = template.segment_rows(split, drop)
+        count = len(rows)
+        if drop:
             keep = [any(learnt and text.strip() for text, learnt in row) for row in rows]
             split, rows = templates.select_rows(keep, split, rows)
         # A chat template writes the start token.
         tokens = encode(rows, tokenizer, special=template is not None) if rows else []
         limits = (self.max_length, self.truncation_side, tokenizer.bos_token_id, role)
-        if self.drop_unlearnable:
+        if drop:
             keep = [any(row.learnt) for row in truncate_rows(tokens, *limits, allow_empty=True)[0]]
             split, rows, tokens = templates.select_rows(keep, split, rows, tokens)
-        dropped = templates.dropped_note(count, len(tokens), role, "; raise task.max_length or give the rows responses")
+        lacking = "responses" if template is not None else "answers by 'assistant'"
+        advice = f"; raise task.max_length or give the rows {lacking}"
+        dropped = templates.dropped_note(count, len(tokens), role, advice)
         truncated, note = truncate_rows(tokens, *limits)
-        return split, rows, truncated, [text for text in (dropped, note) if text]
+        return split, rows, truncated, [*notes, *(text for text in (dropped, note) if text)]
+
+    def _read_chats(self, split: Any) -> list[Conversation]:
+        return read_conversations(split, self.chat_columns(split), self.tools)
+
+    def _render_chats(
+        self, split: Any, tokenizer: Any, role: str, allow_empty: bool
+    ) -> tuple[Any, list[list[templates.Segment]], list[str]]:
+        """Return the rows' samples as segments, the split with each row as often as it has samples, and notes."""
+        renderer = ChatRenderer(tokenizer, self.turns, allow_empty)
+        samples = [renderer.render(conversation) for conversation in self._read_chats(split)]
+        if self.grades_answers and role == "test" and renderer.split:
+            raise ValueError(
+                f"task.metric is 'exact_match', which grades one answer a row, but {renderer.split} of {len(split)} "
+                "test rows have several answers and a chat template that writes earlier turns otherwise when later "
+                "ones follow; set task.turns = 'last'."
+            )
+        rows = [sample for several in samples for sample in several]
+        notes = renderer.notes(len(split), len(rows), role)
+        if renderer.split:
+            split = split.select([i for i, several in enumerate(samples) for _ in several])
+        return split, rows, notes
 
     def _build_examples(
         self, split: Any, rows: list[Tokens], strata: Tensor | None, tokenizer: Any, context: int, role: str,
@@ -175,7 +213,7 @@ class CausalLM(TableTask):
                 f"task.max_new_tokens is {self.max_new_tokens}, but the model reads at most {context} tokens, prompt "
                 "included; lower it."
             )
-        template = self.template(test.column_names)
+        template = self.template(test)
         if template is not None and not templates.template_columns(template.prompt):
             raise ValueError(PLAIN)
         if template is None and self.shots:
@@ -183,7 +221,11 @@ class CausalLM(TableTask):
         train_rows, test_rows = segments
         kinds, wanted = ([0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata))
         shots = draw_shots(train_rows, kinds, wanted, self.shots, seed)
-        golds = read_golds(test, test_rows, self.answer_column, self.answer)
+        if template is None:  # the answers as they were written, without the template's marks
+            responses = [conversation.last_answer for conversation in self._read_chats(test)]
+        else:
+            responses = [row[-1][0] for row in test_rows]
+        golds = read_golds(test, responses, self.answer_column, self.answer)
         return encode_prompts(test_rows, golds, shots, tokenizer, room, template is None)
 
     def known_labels(self) -> tuple[str, ...] | None:
@@ -254,7 +296,10 @@ class CausalLM(TableTask):
         assert examples.texts is not None, "test rows have right answers"
         tokenizer = self.preprocessor(str(network.config.name_or_path))
         answers = generate(network, tokenizer, select_prompts(examples.features, rows), self.generation)
-        hits = [is_correct(text, examples.texts[i]["gold"], self.answer) for i, text in zip(rows.tolist(), answers)]
+        hits = [
+            is_correct(remove_thinking(text), remove_thinking(examples.texts[i]["gold"]), self.answer)
+            for i, text in zip(rows.tolist(), answers)
+        ]
         return torch.cat([outputs, torch.tensor(hits).double()[:, None]], 1)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:

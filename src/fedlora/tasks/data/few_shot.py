@@ -62,10 +62,15 @@ def draw_shots(train: Sequence[list[Segment]], kinds: list[int], wanted: list[in
     return [shots[kind] for kind in wanted]
 
 
-def read_golds(split: Any, rows: Sequence[Sequence[Segment]], name: str | None, kind: Kind) -> list[str]:
-    """Return the right answers: a column's, or the responses. Raises ``ValueError`` if a number is missing."""
+def read_golds(split: Any, responses: Sequence[str], name: str | None, kind: Kind) -> list[str]:
+    """Return the right answers: a column's, or the responses. Raises ``ValueError`` if a number or text is missing."""
     if name is None:
-        golds = [row[-1][0] for row in rows]
+        golds = list(responses)
+        if not all(text.strip() for text in golds):  # the last answer of a chat may be a tool call
+            raise ValueError(
+                f"test row {[bool(text.strip()) for text in golds].index(False)} ends with an answer without text, "
+                "which cannot be compared; drop the row, set task.answer_column, or another task.metric."
+            )
     else:
         values = read_column(split, name, "task.answer_column")
         golds = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in values]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.tasks.data.rows import is_missing, read_column, read_named_column
+from fedlora.tasks.data.rows import is_missing, read_named_column
 
 Segment = tuple[str, bool]  # some text, and whether it is learnt
 # The prompts and responses of public data sets, tried in this order if no column is set.
@@ -23,7 +23,7 @@ USUAL = (
     ("{prompt}", "{response}"),
     ("Q: {input}\nA:", " {target}"),
 )
-MESSAGES, TEXT = "messages", "text"
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def _to_text(value: Any, name: str, key: str) -> str:
         return str(int(value))
     if isinstance(value, str | int | float):
         return str(value)
-    raise ValueError(f"column {name!r} ({key}) holds {value!r}, which is not text; name a text column.")
+    chat = "set task.messages if it holds chat messages" if isinstance(value, list) else "name a text column"
+    raise ValueError(f"column {name!r} ({key}) holds {value!r:.200}, which is not text; {chat}.")
 
 
 def label_strata(train: Any, test: Any, label: str | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -155,60 +156,3 @@ def dropped_note(count: int, left: int, role: str, advice: str) -> str:
     if not left:
         raise ValueError(f"nothing is left to learn in any of the {count} {role} rows{advice}.")
     return f"{count - left} of {count} {role} rows were left out: nothing is left to learn in them." * (left < count)
-
-
-def render_conversations(split: Any, name: str, tokenizer: Any, allow_empty: bool = False) -> list[list[Segment]]:
-    """Return each row's messages in the tokenizer's chat template; the assistant's messages are learnt.
-
-    Unless ``allow_empty``, a row without an answer of the assistant is a ``ValueError``.
-    """
-    check_chat_template(tokenizer)
-    return [
-        _render_segments(messages, tokenizer, f"row {number} of column {name!r} (task.messages)", allow_empty)
-        for number, messages in enumerate(read_column(split, name, "task.messages"))
-    ]
-
-
-def check_chat_template(tokenizer: Any) -> None:
-    """Raise ``ValueError`` if the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which messages need; take a model that "
-            "was made for chats, set task.chat_template, or set task.prompt and task.response instead."
-        )
-
-
-def _render_segments(messages: Any, tokenizer: Any, where: str, allow_empty: bool) -> list[Segment]:
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise ValueError(f"{where} is no list of messages; each needs a role and a content, both text.")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-    if not answers and not allow_empty:
-        raise ValueError(
-            f"{where} has no message by 'assistant' that answers another, so nothing to learn; drop it, or set "
-            "task.drop_unlearnable = true."
-        )
-    done, segments = "", list[Segment]()
-    for i in answers:
-        before = render_messages(messages[:i], tokenizer, where, True)
-        after = render_messages(messages[: i + 1], tokenizer, where)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError(
-                f"the chat template of {tokenizer.name_or_path!r} writes earlier turns of {where} otherwise when later "
-                "ones follow; set another task.chat_template, or task.prompt and task.response."
-            )
-        segments += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    return segments
-
-
-def render_messages(messages: Sequence[Mapping[str, str]], tokenizer: Any, where: str, ask: bool = False) -> str:
-    """Return messages as text; with ``ask``, including the beginning of the assistant's turn."""
-    from jinja2.exceptions import TemplateError
-
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    try:
-        return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
-        raise ValueError(f"the chat template does not take {where}: {str(error).rstrip('.')}.") from error
