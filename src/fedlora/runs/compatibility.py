@@ -86,6 +86,21 @@ def _of_method(config: Sections) -> Iterator[str]:
             f"model.quantize is {config.model.quantize!r}, but {config.table['task']['name']!r} trains its base's head "
             f"in full; leave it out, or take {' or '.join(map(repr, supported))}."
         )
+    if config.model.quantize is not None and config.model.overlay is False:
+        yield (
+            f"model.overlay is false, but a base of model.quantize = {config.model.quantize!r} has steps that are "
+            "larger than an update and would lose it; leave model.overlay out, so that base updates are kept beside it."
+        )
+    if config.model.attention != "auto" and not config.task.accepts_loading:
+        yield (
+            f"model.attention is {config.model.attention!r}, but the task {config.table['task']['name']!r} loads its "
+            "network itself; leave model.attention out."
+        )
+    if config.model.attention == "flash_attention_2" and getattr(config.task, "packing", False):
+        yield (
+            "model.attention is 'flash_attention_2', which takes no mask that separates the rows of task.packing; set "
+            "model.attention to 'sdpa', or leave task.packing out."
+        )
     if optimizer != "none" and not method.averages:
         yield (
             f"server.optimizer = {optimizer!r} works on averaged leaves, but {method.title} does not average them; "
