@@ -64,7 +64,7 @@ def load_complete(auto: Any, model: str, loading: Mapping[str, Any] | None = Non
 
     Raises ``ValueError`` if the checkpoint lacks weights, which would be random and never trained.
     """
-    network, missing = _load_network(auto, model, **(loading or {}))
+    network, missing, _ = _load_network(auto, model, **(loading or {}))
     if missing:
         raise ValueError(
             f"the model {model!r} lacks {len(missing)} weights of {type(network).__name__}, such as {missing[0]!r}; "
@@ -86,10 +86,11 @@ def load_with_new_head(
     loading = loading or {}
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed(seed, "network"))
-        network, missing = _load_network(auto, model, num_labels=labels, ignore_mismatched_sizes=True, **loading)
+        options = {"num_labels": labels, "ignore_mismatched_sizes": True, **loading}
+        network, missing, mismatched = _load_network(auto, model, **options)
         if loading.get("dtype", torch.float32) != torch.float32:  # else the draws differ from those of a float32 base
             torch.manual_seed(derive_seed(seed, "network"))
-            _draw_in_float32(network, missing)
+            _draw_in_float32(network, [*missing, *mismatched])
     body = [key for key in missing if key.startswith(f"{network.base_model_prefix}.")]
     lost = [key for key in body if ".pooler." not in key]
     if lost:
@@ -100,8 +101,8 @@ def load_with_new_head(
     return network
 
 
-def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]]:
-    """Return a network and the names of the weights that its checkpoint lacks."""
+def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str], list[str]]:
+    """Return a network, and the names of the weights that its checkpoint lacks, or has in another size."""
     try:
         network, report = load_quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **loading})
     except ValueError as error:
@@ -119,7 +120,7 @@ def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]
             f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load; "
             "name another, or another task.name."
         ) from error
-    return network, sorted(report["missing_keys"])
+    return network, sorted(report["missing_keys"]), sorted(key for key, *_ in report["mismatched_keys"])
 
 
 def _first_sentence(error: Exception) -> str:
