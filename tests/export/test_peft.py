@@ -75,7 +75,7 @@ def test_clients_of_unequal_rank(tmp_path):
 
 def test_a_reloaded_model_that_differs_is_an_error(tmp_path, monkeypatch, opened):
     run = opened("fedit")
-    monkeypatch.setattr("fedlora.export.peft._reload", lambda run, folder, merged: run.network())
+    monkeypatch.setattr("fedlora.export.peft._reload", lambda run, folder, merged, is_half: run.network())
     with pytest.raises(RuntimeError, match="the export's logits differ"):
         export_model(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -55,6 +55,7 @@ class Federation:
     trainers: Trainers | None = None  # the callers' own, in place of the task and its rows
     # In a rehearsal: each party's own federation, with its own task and rows, on the same model. ``data`` is None.
     parties: Mapping[int, "Federation"] = field(default_factory=dict, repr=False)
+    model_notes: tuple[str, ...] = ()  # messages for the user about how the model was loaded
     _cohorts: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)  # round -> its clients
 
     @cached_property
@@ -119,7 +120,7 @@ class Federation:
     @property
     def notes(self) -> tuple[str, ...]:
         """Note for the user: on the method's settings, and on the labels and partition of this machine's rows."""
-        caution = () if self.method.caution is None else (self.method.caution,)
+        caution = (*(() if self.method.caution is None else (self.method.caution,)), *self.model_notes)
         if self.trainers is not None and self.trainers.evaluator() is None:
             return (*caution, "no trainer has an eval_dataset, and there is no evaluate function: nothing is scored.")
         if self.data is None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from fedlora.training.base_model import weights_digest
 from fedlora.training.model import Model
 from fedlora.training.peft_folder import save_folder, save_labels
 from fedlora.training.peft_keys import PREFIX
+from fedlora.training.precision import HALF
 from fedlora.training.targets import new_modules
 from fedlora.types import Factors, Layer, Tree
 
 HEADS = ("classifier", "score")  # ends of paths that PEFT saves of every network for the task SEQ_CLS
+CLOSE_HALF = 5e-2  # the same in bfloat16, whose steps are 2^-8 of a number
 CLOSE = 1e-3  # largest difference of a reloaded model's logits in float32, relative to the largest logit
 
 
@@ -57,7 +60,9 @@ def export_model(
             )
         return export_update(run, out, client, rank, code)
     tree, folder = run.tree(client), check_new_folder(out)
-    model = attach_adapters(run.config, run.network())
+    network = run.network()
+    is_half = any(x.dtype in HALF for x in network.parameters())
+    model = attach_adapters(run.config, network, "bf16" if is_half else "float32")
     parts = [part for part, p in model.parts.items() if not isinstance(p.adapter, Dense)]
     cut, about = collect_updates(run, tree, parts, client, rank)
     heads = {part: tree[part] for part in model.parts if part not in cut}
@@ -65,15 +70,15 @@ def export_model(
     blank, updates = (model.initial(run.config.seed), cut) if rank else (tree, run.base_updates)
     model.load({part: blank[part] if part in cut else tree[part] for part in model.parts})
     model.fold({part: (f,) for part, f in updates.items()})
-    expected = _compute_logits(run, model.network)
+    expected = _compute_logits(run, model.network, is_half)
     with remove_on_error(folder):
         if merged:
             _merge_and_write(run, folder, cut, heads)
         else:
             _write_adapter(run, folder, model, tree, cut, heads, bool(rank))
-        logits = _compute_logits(run, _reload(run, folder, merged))
+        logits = _compute_logits(run, _reload(run, folder, merged, is_half), is_half)
         difference = float((logits - expected).abs().max() / expected.abs().max())
-        if difference > CLOSE:
+        if difference > (CLOSE_HALF if is_half else CLOSE):
             raise RuntimeError(
                 f"the export's logits differ from the run's by {difference:.1e} of the largest; please report it."
             )
@@ -131,10 +136,11 @@ def find_modules_to_save(network: nn.Module, heads: Iterable[str], task: str | N
 
 @torch.no_grad()
 def _merge_and_write(run: RunFolder, folder: Path, cut: Mapping[str, Factors], heads: Mapping[str, Layer]) -> None:
-    network = run.network()
+    network = run.network(stored=True)
     for part, f in cut.items():
         module = network.get_submodule(part)
-        module.weight += f.dense().mT if isinstance(module, Conv1D) else f.dense()
+        change = f.dense().mT if isinstance(module, Conv1D) else f.dense()
+        module.weight.copy_(module.weight.float() + change)  # in float32, rounded once
     for part, layer in heads.items():
         for leaf, x in layer.items():
             getattr(network.get_submodule(part), leaf).copy_(x)
@@ -144,9 +150,10 @@ def _merge_and_write(run: RunFolder, folder: Path, cut: Mapping[str, Factors], h
         preprocessor.save_pretrained(folder)
 
 
-def _reload(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
+def _reload(run: RunFolder, folder: Path, merged: bool, is_half: bool) -> nn.Module:
     if merged:
-        return run.config.task.network(str(folder), len(run.summary["labels"]), run.config.seed)
+        loading = {"loading": {"dtype": torch.bfloat16}} if is_half else {}
+        return run.config.task.network(str(folder), len(run.summary["labels"]), run.config.seed, **loading)
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -159,10 +166,11 @@ def _reload(run: RunFolder, folder: Path, merged: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def _compute_logits(run: RunFolder, network: nn.Module) -> Tensor:
+def _compute_logits(run: RunFolder, network: nn.Module, is_half: bool) -> Tensor:
     network.eval()
-    logits: Tensor = network(**run.config.task.probe(network)).logits
-    return logits
+    with torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext():
+        logits: Tensor = network(**run.config.task.probe(network)).logits
+    return logits.float()
 
 
 def tabulate_exports(exports: Sequence[Mapping[str, Any]]) -> Table:

@@ -24,7 +24,7 @@ from fedlora.security.attacks._base import Attack
 from fedlora.security.privacy import per_sample_gradients
 from fedlora.tasks import TASKS
 from fedlora.tasks._base import Data, Shard, move_batch
-from fedlora.tasks.networks.pretrained import check_tokens, quantization_options
+from fedlora.tasks.networks.pretrained import attention_options, check_tokens, quantization_options, stored_dtype
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
 from fedlora.training.open_model import find_adapter
@@ -66,6 +66,9 @@ def load_model(config: Sections, data: Data | None, shards: Shards, names: tuple
     if data is not None:
         check_row_tokens(config, network, data)
     f = attach_federation(config, network, device, data, shards, names)
+    if config.task.accepts_loading:
+        note = config.engine.describe_loading(config.training.precision, stored_dtype(config.model.name))
+        f = replace(f, model_notes=(note,) if note else ())
     if config.model.start is not None:
         base = None if config.model.same_base else config.model.name
         warm_start(f.model, f.rules, config.method, config.model.start, config.seed, names, base)
@@ -140,6 +143,11 @@ def attach_federation(
 ) -> Federation:
     """Attach adapters to a network and build its federation, without ``[validation]``, ``[robust]``, ``[attack]``."""
     training = config.engine.resolve_precision(config.training, network)
+    if config.model.attention == "flash_attention_2" and training.precision == "float32":
+        raise ConfigError(
+            "model.attention is 'flash_attention_2', which computes in half precision only, and training.precision "
+            "comes to 'float32'; set it to 'bf16', or model.attention to 'auto'."
+        )
     if training.gradient_checkpointing:
         checkpoint_activations(network)
     model = attach_adapters(config, network, typing.cast(Any, training.precision), device)
@@ -151,11 +159,21 @@ def attach_federation(
     )  # fmt: skip
 
 
-def load_network(config: Sections, labels: int, device: torch.device) -> nn.Module:
-    """Load the pretrained network, quantised by ``model.quantize``."""
-    kind = config.model.quantize
-    loading = {} if kind is None else {"loading": quantization_options(kind, device)}
+def load_network(config: Sections, labels: int, device: torch.device, precision: str | None = None) -> nn.Module:
+    """Load the pretrained network, quantised by ``model.quantize``, for a precision or that of ``[training]``."""
+    precision = config.training.precision if precision is None else precision
+    options = attention_options(config.model.attention, device)
+    if config.model.quantize is not None:
+        options |= quantization_options(config.model.quantize, device)
+    if is_loaded_half(config, precision, config.engine):
+        options["dtype"] = torch.bfloat16
+    loading = {"loading": options} if options else {}
     return config.task.network(config.model.name, labels, config.seed, **loading)
+
+
+def is_loaded_half(config: Sections, precision: str, engine: Engine) -> bool:
+    """Whether the checkpoint of a configuration is loaded in half precision, with this ``training.precision``."""
+    return config.task.accepts_loading and engine.loads_half(precision, stored_dtype(config.model.name))
 
 
 def load_rows(config: Sections, client: int | None, combines: bool) -> tuple[Data | None, Shards, tuple[str, ...]]:

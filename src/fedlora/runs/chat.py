@@ -14,6 +14,7 @@ from fedlora.tasks.data.chat_templates import check_chat_template, prepare_messa
 from fedlora.tasks.data.templates import PromptTemplate
 from fedlora.tasks.data.tokens import tokenize
 from fedlora.tasks.networks.generation import GenerationSettings, generate
+from fedlora.tasks.networks.pretrained import stored_dtype
 from fedlora.training.device import Engine
 from fedlora.training.local import Training
 from fedlora.training.model import Model
@@ -92,8 +93,9 @@ def _load_model(run: RunFolder) -> tuple[Model, str]:
     engine, config = Engine(), run.config
     device = engine.prepare()
     is_whole = config.model.quantize is None or device.type != "cuda"
-    network = run.network() if is_whole else load_network(config, 0, device)
+    network = run.network("auto") if is_whole else load_network(config, 0, device, "auto")
     precision: Any = engine.resolve_precision(Training(), network).precision
     is_changed = is_whole and config.model.quantize
-    note = "without a GPU the base is not quantised, as it was in training" if is_changed else ""
-    return attach_adapters(config, network, precision, torch.device(device)), note
+    notes = ["without a GPU the base is not quantised, as it was in training"] if is_changed else []
+    notes += [note] if (note := engine.describe_loading("auto", stored_dtype(config.model.name))) else []
+    return attach_adapters(config, network, precision, torch.device(device)), "; ".join(notes)

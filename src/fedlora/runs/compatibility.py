@@ -94,6 +94,21 @@ def _of_method(config: Sections) -> Iterator[str]:
                 f"{section}.max_tokens is {limit}, but rows of {config.table['task']['name']!r} have no tokens; leave "
                 f"it out, and set {other}."
             )
+    if config.model.quantize is not None and config.model.overlay is False:
+        yield (
+            f"model.overlay is false, but a base of model.quantize = {config.model.quantize!r} has steps that are "
+            "larger than an update and would lose it; leave model.overlay out, so that base updates are kept beside it."
+        )
+    if config.model.attention != "auto" and not config.task.accepts_loading:
+        yield (
+            f"model.attention is {config.model.attention!r}, but the task {config.table['task']['name']!r} loads its "
+            "network itself; leave model.attention out."
+        )
+    if config.model.attention == "flash_attention_2" and getattr(config.task, "packing", False):
+        yield (
+            "model.attention is 'flash_attention_2', which takes no mask that separates the rows of task.packing; set "
+            "model.attention to 'sdpa', or leave task.packing out."
+        )
     if optimizer != "none" and not method.averages:
         yield (
             f"server.optimizer = {optimizer!r} works on averaged leaves, but {method.title} does not average them; "

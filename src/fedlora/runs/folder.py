@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedlora.adapters import Adapter, Dense, LoRA
@@ -16,12 +17,14 @@ from fedlora.engines.record import RoundRecord
 from fedlora.files import load_tree, remove_temporary_files, save_json, save_tree, write
 from fedlora.rounds import client_start, public_leaves
 from fedlora.runs import file_names as names
-from fedlora.runs.build import head_rule
+from fedlora.runs.build import head_rule, is_loaded_half
 from fedlora.runs.config import Config, read
 from fedlora.runs.interrupt import FULL
 from fedlora.runs.result import Rounds
 from fedlora.schema import ConfigError, Table, dumps, read_table
+from fedlora.tasks.networks.pretrained import stored_dtype
 from fedlora.text import display_safe
+from fedlora.training.device import Engine
 from fedlora.training.peft_settings import pattern_for
 from fedlora.types import Factors, Tree, Turn
 
@@ -185,10 +188,15 @@ class RunFolder(Rounds):
         rank, alpha = ranks.get(pattern_for(ranks, part), adapter.rank), alphas.get(pattern_for(alphas, part))
         return replace(adapter, rank=rank, alpha=adapter.alpha if alpha is None else float(alpha))
 
-    def network(self) -> nn.Module:
-        """Load the pretrained network, with a head of the run's size."""
-        labels = self.summary["labels"]
-        network = self.config.task.network(self.config.model.name, len(labels), self.config.seed)
+    def network(self, precision: str | None = None, stored: bool = False) -> nn.Module:
+        """Load the pretrained network, with a head of the run's size, for a precision or that of the run.
+
+        A checkpoint in half precision is loaded in bfloat16, or with ``stored`` in its own dtype.
+        """
+        labels, config, loading = self.summary["labels"], self.config, dict[str, Any]()
+        if is_loaded_half(config, precision or config.training.precision, Engine()):
+            loading = {"loading": {"dtype": stored_dtype(config.model.name) if stored else torch.bfloat16}}
+        network = config.task.network(config.model.name, len(labels), config.seed, **loading)
         if labels and not self.config.task.is_own_code:
             network.config.id2label = dict(enumerate(labels))
             network.config.label2id = {name: i for i, name in enumerate(labels)}

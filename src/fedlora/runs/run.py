@@ -26,7 +26,7 @@ from fedlora.runs.progress_writer import ProgressWriter
 from fedlora.runs.recorder import RunRecorder
 from fedlora.runs.result import Rounds
 from fedlora.runs.sections import EMBEDDED
-from fedlora.runs.summary import data_distribution, describe_labels, summarise
+from fedlora.runs.summary import data_distribution, describe_base, describe_labels, summarise
 from fedlora.runs.trackers._callback import Tracking
 from fedlora.schema import ConfigError, Table, merge_tables
 from fedlora.training.peft_model import read_peft_config
@@ -204,6 +204,7 @@ def _summarise(
         **summarise(config, records, interrupted, recorder.seconds),
         **f.report_privacy(len(recorder.records)),
         **describe_labels(f, recorder.readings),
+        **describe_base(f.model.network, f.model.precision),
         **({"notes": list(f.notes)} if f.notes else {}),
     }
 

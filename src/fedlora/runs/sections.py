@@ -40,7 +40,10 @@ class ModelTable:
     start: str | None = None  # a PEFT adapter folder with the initial adapters and head; every client needs it
     same_base: PerMachine[bool | None] = None  # true: ``start`` belongs to this model, even if it names another
     quantize: Literal["4bit", "8bit"] | None = None  # the precision of the base, on a GPU, through bitsandbytes
-    overlay: bool | None = None  # keep base updates beside the base weights; None: if these are used in bfloat16
+    # Keep base updates beside the base weights; None: if these are used in bfloat16. false adds them in float32, a
+    # weight at a time, and rounds the sum to the weight's precision.
+    overlay: bool | None = None
+    attention: PerMachine[Literal["auto", "sdpa", "eager", "flash_attention_2"]] = "auto"  # auto: transformers' choice
 
 
 EMBEDDED = ("digits", "demo-vit")  # names of data and models that ship with the library

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedlora.engines.federation import Federation
 from fedlora.engines.record import RoundRecord
@@ -53,6 +54,12 @@ def summarise(config: Config, records: Sequence[RoundRecord], interrupted: bool,
             means = statistics.fmean(record["global"][config.task.metric] for record in last)
             summary["last_rounds"]["global"] = means
     return summary
+
+
+def describe_base(network: nn.Module, precision: str) -> dict[str, Any]:
+    """Return the precision that a pretrained model is used in, and its implementation of attention."""
+    attention = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    return {"base": {"precision": precision, **({"attention": attention} if attention else {})}}
 
 
 def _sums(rows: list[Mapping[str, float]]) -> dict[str, float]:

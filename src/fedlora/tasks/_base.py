@@ -71,7 +71,8 @@ class Task(ABC):
 
     auto: ClassVar[str]  # the class of transformers that loads the network
     peft: ClassVar[str | None] = None  # PEFT's task type, for exports
-    quantizes: ClassVar[bool] = False  # whether ``network`` accepts ``loading``, the options of a quantised base
+    quantizes: ClassVar[bool] = False  # whether its base may be quantised
+    accepts_loading: ClassVar[bool] = False  # whether ``network`` accepts ``loading``, options of ``from_pretrained``
     brings_head: ClassVar[bool] = False  # whether the checkpoint has the whole network, so that no head is new
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # the values that ``task.metric`` may have
     scores_rows: ClassVar[bool] = False  # whether it scores by ``score_rows``, instead of outputs that are kept a row

@@ -32,6 +32,7 @@ class TextTask(TableTask):
     pad_to_max_length: bool = False  # pad every batch to max_length instead of its longest row
     metric: str = ""
     auto: ClassVar[str] = "AutoModelForSequenceClassification"
+    accepts_loading: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_CLS"
 
     def __post_init__(self) -> None:
@@ -115,12 +116,12 @@ class TextTask(TableTask):
         tokens = tokenizer(*([part[i] for i in full] for part in texts), return_attention_mask=False, verbose=False)
         return sum(len(ids) > self.max_length for ids in tokens["input_ids"])
 
-    def network(self, model: str, labels: int, seed: int) -> nn.Module:
+    def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
         """Return the pretrained network with a new head of ``labels`` outputs."""
         from transformers import AutoModelForSequenceClassification
 
         self.check_labels(labels)
-        network = load_with_new_head(AutoModelForSequenceClassification, model, labels, seed)
+        network = load_with_new_head(AutoModelForSequenceClassification, model, labels, seed, loading)
         if network.config.pad_token_id is None:  # causal models use the last token that is not padding
             network.config.pad_token_id = load_tokenizer(model).pad_token_id
         return network

@@ -60,6 +60,7 @@ class CausalLM(TableTask):
     auto: ClassVar[str] = "AutoModelForCausalLM"
     peft: ClassVar[str | None] = "CAUSAL_LM"
     quantizes: ClassVar[bool] = True
+    accepts_loading: ClassVar[bool] = True
     brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
 
@@ -232,7 +233,7 @@ class CausalLM(TableTask):
         return ()
 
     def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
-        """Return the pretrained network; ``loading`` are the options of ``pretrained.quantization_options``."""
+        """Return the pretrained network; ``loading`` are further options of ``from_pretrained``."""
         from transformers import AutoModelForCausalLM
 
         network = load_complete(AutoModelForCausalLM, model, loading)

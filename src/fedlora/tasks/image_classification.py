@@ -33,6 +33,7 @@ class ImageClassification(Classification, TableTask):
     metric: str = "accuracy"  # or "macro_f1", or with two labels "f1" or "matthews"
     augment: list[Literal["flip", "crop"]] | None = None  # in training only, drawn again for every step
     auto: ClassVar[str] = "AutoModelForImageClassification"
+    accepts_loading: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,11 +66,11 @@ class ImageClassification(Classification, TableTask):
         )
         return Data(train_rows, test_rows, targets.names, targets.notes, targets.reading)
 
-    def network(self, model: str, labels: int, seed: int) -> nn.Module:
+    def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
         from transformers import AutoModelForImageClassification
 
         self.check_labels(labels)
-        return load_with_new_head(AutoModelForImageClassification, model, labels, seed)
+        return load_with_new_head(AutoModelForImageClassification, model, labels, seed, loading)
 
     def probe(self, network: nn.Module) -> Batch:
         shape = (4, getattr(network.config, "num_channels", 3), *image_size(network.config))

@@ -43,6 +43,7 @@ class Seq2Seq(TableTask):
     drop_unlearnable: bool = False  # leave out rows without source or target, or with one too long; False: an error
     metric: str = "exact_match"  # or "answer_f1", or "nll" without generating anything
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    accepts_loading: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
     brings_head: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "answer_f1", "nll")
@@ -125,10 +126,10 @@ class Seq2Seq(TableTask):
     def known_labels(self) -> tuple[str, ...] | None:
         return ()
 
-    def network(self, model: str, labels: int, seed: int) -> nn.Module:
+    def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
         from transformers import AutoModelForSeq2SeqLM
 
-        return load_complete(AutoModelForSeq2SeqLM, model)
+        return load_complete(AutoModelForSeq2SeqLM, model, loading)
 
     def probe(self, network: Any) -> Batch:
         draws = torch.Generator().manual_seed(0)

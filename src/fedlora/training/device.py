@@ -11,6 +11,7 @@ from torch import nn
 
 from fedlora.schema import PerMachine
 from fedlora.training.local import Training
+from fedlora.training.precision import HALF
 
 WORTH_BF16 = 4_000_000  # parameters; below, the conversion costs more than the faster products save
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
@@ -49,11 +50,32 @@ class Engine:
         return self.select_device()
 
     def resolve_precision(self, training: Training, network: nn.Module) -> Training:
-        """Replace ``precision = "auto"`` by the fast precision of this machine for this network."""
+        """Replace ``precision = "auto"`` by the fast precision of this machine for this network.
+
+        It is bf16 if the machine multiplies bfloat16 and the network is large, or was loaded in half precision.
+        """
         if training.precision != "auto":
             return training
-        large = sum(x.numel() for x in network.parameters()) >= WORTH_BF16
-        return replace(training, precision="bf16" if large and has_bf16(self.select_device()) else "float32")
+        suits = any(x.dtype in HALF for x in network.parameters())
+        suits = suits or sum(x.numel() for x in network.parameters()) >= WORTH_BF16
+        return replace(training, precision="bf16" if suits and has_bf16(self.select_device()) else "float32")
+
+    def loads_half(self, precision: str, stored: torch.dtype | None) -> bool:
+        """Whether a checkpoint that is stored in a dtype is loaded in bfloat16, with this ``training.precision``."""
+        is_fast = precision == "bf16" or (precision == "auto" and has_bf16(self.select_device()))
+        return stored in HALF and is_fast
+
+    def describe_loading(self, precision: str, stored: torch.dtype | None) -> str | None:
+        """Return a note if a checkpoint in half precision is held in another one than the user may expect."""
+        if stored == torch.bfloat16 and precision == "auto" and not self.loads_half(precision, stored):
+            return (
+                f"the checkpoint is in bfloat16, which {self.select_device().type!r} does not compute in on this "
+                "machine: it is held in float32, in twice the memory."
+            )
+        if stored == torch.float16 and precision in ("auto", "bf16"):
+            held = "bfloat16, which rounds it by 3 bits" if self.loads_half(precision, stored) else "float32"
+            return f"the checkpoint is in float16: it is held in {held}."
+        return None
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from fedlora.training.parts import (
     read_value,
     write_value,
 )
+from fedlora.training.precision import HALF, cast_parameters
 from fedlora.training.ranks import synchronize
 from fedlora.training.sharding import add_value, is_sharded, reshard
 from fedlora.training.targets import find_full_modules, find_targets
@@ -66,8 +67,8 @@ class Model:
 
         ``precision="bf16"`` keeps the frozen weights in bfloat16; leaves are float32 in every precision. ``overlay``
         keeps base updates beside the base weights, for a base that is quantized or shared; None: only if the weights
-        are multiplied in bfloat16. Raises ``ValueError`` if a pattern matches nothing, or if a weight is both target
-        and head.
+        are in half precision or multiplied in it. Raises ``ValueError`` if a pattern matches nothing, or if a weight is
+        both target and head.
         """
         whole = find_full_modules(network, head)
         chosen = find_targets(network, targets, whole)
@@ -80,12 +81,10 @@ class Model:
                 raise ValueError(f"model.head names {path!r}, which is quantised and cannot be trained; leave it out.")
         disable_fast_paths(network)
         network.requires_grad_(False)
-        if precision == "bf16" and not quantized:
-            network.to(torch.bfloat16)
-        elif precision == "bf16":  # a quantized network refuses to be cast as a whole
-            for parameter in network.parameters():
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        if overlay is None and any(x.dtype in HALF for x in network.parameters()):
+            overlay = True
+        if precision == "bf16":
+            cast_parameters(network, torch.bfloat16)
         for module in whole.values():
             module.float()
         parts: dict[str, Part] = {p: AdaptedPart(AdaptedLinear(x, adapter), adapter) for p, x in chosen.items()}
@@ -263,8 +262,11 @@ class Model:
                 continue
             if original.weight is None:
                 original.weight = weight.detach().clone()
-            delta = update.dense().to(weight.dtype)
-            add_value(weight, delta.mT if part.is_transposed else delta)
+            delta = update.dense().mT if part.is_transposed else update.dense()
+            if weight.dtype in (torch.float32, torch.float64):
+                add_value(weight, delta.to(weight.dtype))
+            else:  # the sum is rounded once
+                write_value(weight, gather_value(weight).float() + delta)
 
     @torch.no_grad()
     def unfold(self) -> None:

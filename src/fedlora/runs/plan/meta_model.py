@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedlora.engines.federation import Federation
 from fedlora.files import read_header
-from fedlora.runs.build import attach_federation, load_rows
+from fedlora.runs.build import attach_federation, is_loaded_half, load_rows
 from fedlora.runs.config import Config
 from fedlora.runs.plan.traffic import PartGroup, group_parts
 from fedlora.schema import ConfigError
@@ -30,6 +30,7 @@ class MetaModel:
     groups: list[PartGroup]
     tree: Tree
     fake: FakeTensorMode
+    loading: int  # bytes of the pretrained weights in the precision in which they are loaded
 
 
 def build_meta_model(config: Config) -> MetaModel:
@@ -41,7 +42,9 @@ def build_meta_model(config: Config) -> MetaModel:
         )
     device = config.engine.select_device()
     data, shards, names = load_rows(config, None, True)
-    network = _build_network(config.task, config.model.name, len(names))
+    dtype = torch.bfloat16 if is_loaded_half(config, config.training.precision, config.engine) else torch.float32
+    network = _build_network(config.task, config.model.name, len(names), dtype)
+    loading = sum(x.nbytes for x in network.parameters())
     all_shards = _AllShards(shards if isinstance(shards, Mapping) else enumerate(shards))
     f = attach_federation(config, network, "meta", data, all_shards, names)
     if f.training.gradient_checkpointing:
@@ -50,7 +53,7 @@ def build_meta_model(config: Config) -> MetaModel:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_by_fake_tensors(network, fake, device)
     f.model.device = device
-    return MetaModel(config, f, groups, tree, fake)
+    return MetaModel(config, f, groups, tree, fake, loading)
 
 
 class _AllShards(dict[int, Any]):
@@ -60,7 +63,7 @@ class _AllShards(dict[int, Any]):
         return Shard(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
-def _build_network(task: Task, model: str, labels: int) -> nn.Module:
+def _build_network(task: Task, model: str, labels: int, dtype: torch.dtype) -> nn.Module:
     """Build the network that ``task.network`` would load, on the meta device. Raises ``ValueError``."""
     import transformers
 
@@ -68,7 +71,7 @@ def _build_network(task: Task, model: str, labels: int) -> nn.Module:
     config = load_quietly(transformers.AutoConfig, model, **settings)
     auto: Any = getattr(transformers, task.auto)
     with torch.device("meta"):
-        network: nn.Module = auto.from_config(config, dtype=torch.float32)
+        network: nn.Module = auto.from_config(config, dtype=dtype)
     if getattr(config, "pad_token_id", None) is None:
         network.config.pad_token_id = 0
     if task.brings_head:

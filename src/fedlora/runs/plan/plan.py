@@ -80,7 +80,7 @@ def plan_run(config: Config) -> dict[str, Any]:
         "rows": _rows(f),
         **f.privacy_ledger.report(config.rounds, plan=True),
         "bytes": plan_bytes(meta, traffic),
-        "memory": _memory(f, traffic, compute),
+        "memory": _memory(meta, traffic, compute),
         "flops": compute.flops(f),
         "estimates": _estimates(meta, traffic, shapes, bench),
     }
@@ -153,15 +153,16 @@ def plan_bytes(meta: MetaModel, traffic: Traffic | None = None) -> dict[str, Any
     }
 
 
-def _memory(f: Federation, traffic: Traffic, compute: ComputeEstimate) -> dict[str, Any]:
+def _memory(meta: MetaModel, traffic: Traffic, compute: ComputeEstimate) -> dict[str, Any]:
     """Return the bytes of the tensors of a client, of the server and of one process that is both."""
-    model, train, score = f.model, compute.train, compute.score
+    f, train, score = meta.federation, compute.train, compute.score
+    model, loading = f.model, meta.loading
     stored = {x.untyped_storage()._cdata: x for part in model.parts.values() for x in part.leaves.values()}
     leaves = sum(x.nbytes for x in stored.values())
     ids = {id(x) for part in model.parts.values() for x in part.leaves.values()}
     network = (*model.network.parameters(), *model.network.buffers())
     weights = sum({id(x): x.nbytes for x in network if id(x) not in ids}.values())  # a tied weight counts once
-    base_updates = traffic.base_updates if model.overlay else 0
+    base_updates = traffic.fold_sum if model.overlay else 0
     if traffic.base_updates and not model.overlay:  # a copy of the adapted weights from before the updates
         parts = [part.module.base.weight for part in model.parts.values() if isinstance(part.module, AdaptedLinear)]
         base_updates = sum(x.nbytes for x in parts)
@@ -171,7 +172,6 @@ def _memory(f: Federation, traffic: Traffic, compute: ComputeEstimate) -> dict[s
     client = weights + 2 * leaves + base_updates + max(train.peak, score.peak)
     server = weights + 2 * leaves + base_updates + traffic.base_updates + uploads + traffic.combining
     work = max(train.peak, score.peak, traffic.combining)
-    loading = sum(x.numel() * 4 for x in model.network.parameters())  # weights are loaded in float32
     together = weights + 3 * leaves + base_updates + traffic.base_updates + uploads + traffic.kept + moments + work
     return {
         "weights": weights,
@@ -182,6 +182,8 @@ def _memory(f: Federation, traffic: Traffic, compute: ComputeEstimate) -> dict[s
         "training_peak": train.peak,
         "evaluation_peak": score.peak,
         "base_updates": base_updates,
+        "base_updates_a_round": traffic.fold_round if model.overlay else 0,
+        "base_updates_at_most": traffic.fold_bound if model.overlay else base_updates,
         "uploads": uploads,
         "combining": traffic.combining,
         "client": max(client, loading),
@@ -199,7 +201,13 @@ def _estimates(meta: MetaModel, traffic: Traffic, shapes: Shapes, bench: Bench) 
         "as much as is said here."
     ]
     if meta.config.model.quantize is not None:
-        texts.append("Memory is that of a base in float32: what model.quantize saves is not taken off.")
+        texts.append("Memory is that of the base as it is published: what model.quantize saves is not taken off.")
+    if traffic.fold_bound and meta.federation.model.overlay:
+        texts.append(
+            f"Folding keeps its sum beside the base: up to {traffic.fold_round / 1e6:,.1f} MB more a round, at most "
+            f"{traffic.fold_bound / 1e6:,.1f} MB. model.overlay = false adds it to the weights; in bfloat16 that loses "
+            "part of each update."
+        )
     if data is not None and data.test.texts is not None:
         texts.append("Answers are generated in every evaluation: what that takes is not counted.")
     if traffic.varies:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapters import Dense
+from fedlora.engines.base_updates import BaseUpdateLog
 from fedlora.engines.client_turn import ClientState, ClientUpdate
 from fedlora.engines.comm.channel import Transfer
 from fedlora.engines.federation import Federation
@@ -47,6 +48,9 @@ class Traffic:
     varies: bool = False  # whether the bytes depend on the values of trained leaves
     kept: int = 0  # bytes of the leaves that all clients keep
     base_updates: int = 0  # bytes of the base-update log
+    fold_round: int = 0  # bytes by which a round's base update lets the sum of all grow
+    fold_bound: int = 0  # bytes of that sum at the rank min(m, n), beyond which it does not grow
+    fold_sum: int = 0  # bytes of that sum after the run
     combining: int = 0  # bytes that combining a round takes at most, beside the uploads
 
     def kinds(self, direction: str) -> dict[str, int]:
@@ -82,6 +86,9 @@ def estimate_traffic(f: Federation, groups: Iterable[PartGroup]) -> Traffic:
         total.kept += traffic.kept
         total.base_updates += traffic.base_updates
         total.combining += traffic.combining
+        total.fold_round += traffic.fold_round
+        total.fold_bound += traffic.fold_bound
+        total.fold_sum += traffic.fold_sum
     return total
 
 
@@ -119,12 +126,25 @@ def simulate_group(f: Federation, group: PartGroup, trainer: "_StandInTrainer | 
     factors += [x for entry in log.entries for several in entry.values() for f in several for x in f]
     kept = [x for tree in last.kept.values() for layer in tree.values() for x in layer.values()]
     numbers = sum(x.numel() for x in group.layer.values())
+    each, bound = _sizes_of_update(log)
     return Traffic(
         [row._replace(numbers=row.numbers * group.count, bytes=row.bytes * group.count) for row in last.ledger],
         kept=group.count * sum(x.nbytes for x in kept),
         base_updates=group.count * sum(x.nbytes for x in factors),
+        fold_round=group.count * min(each, bound),
+        fold_bound=group.count * bound,
+        fold_sum=group.count * min(each * len(log), bound),
         combining=engine.peak * min(group.count, max(1, SMALL // max(1, numbers))),
     )
+
+
+def _sizes_of_update(log: BaseUpdateLog) -> tuple[int, int]:
+    """Return the bytes of the last round's update of one weight, and of an update of full rank; zero without one."""
+    terms = [f for several in (log.entries[-1].values() if log.entries else ()) for f in several]
+    if not terms:
+        return 0, 0
+    m, n = terms[0].U.shape[-2], terms[0].V.shape[-1]
+    return sum(x.nbytes for f in terms for x in f), min(m, n) * (m + n) * terms[0].U.element_size()
 
 
 @dataclass(frozen=True)

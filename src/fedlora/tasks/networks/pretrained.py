@@ -1,6 +1,6 @@
 """Loading of pretrained networks and tokenizers by hub id or folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -50,12 +50,21 @@ def load_quietly(auto: Any, model: str, **kwargs: Any) -> Any:
             logging.enable_progress_bar()
 
 
+def stored_dtype(model: str) -> torch.dtype | None:
+    """Return the dtype of a checkpoint's weights, as its ``config.json`` says; None if it does not."""
+    from transformers import AutoConfig
+
+    config = load_quietly(AutoConfig, model)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def load_complete(auto: Any, model: str, loading: Mapping[str, Any] | None = None) -> nn.Module:
     """Return a pretrained network with its checkpoint's head, in float32 unless ``loading`` has other options.
 
     Raises ``ValueError`` if the checkpoint lacks weights, which would be random and never trained.
     """
-    network, missing = _load_network(auto, model, **(loading or {}))
+    network, missing, _ = _load_network(auto, model, **(loading or {}))
     if missing:
         raise ValueError(
             f"the model {model!r} lacks {len(missing)} weights of {type(network).__name__}, such as {missing[0]!r}; "
@@ -65,15 +74,23 @@ def load_complete(auto: Any, model: str, loading: Mapping[str, Any] | None = Non
     return network
 
 
-def load_with_new_head(auto: Any, model: str, labels: int, seed: int) -> nn.Module:
-    """Return a pretrained network in float32 with a new head of ``labels`` outputs, drawn from ``seed``.
+def load_with_new_head(
+    auto: Any, model: str, labels: int, seed: int, loading: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Return a pretrained network with a new head of ``labels`` outputs, drawn from ``seed``.
 
-    A pooler that the checkpoint lacks is drawn as well, and trained like the head. Raises ``ValueError`` if other
-    weights of the body are missing, which would be random and never trained.
+    It is in float32 unless ``loading`` has another dtype; the head is always drawn in float32. A pooler that the
+    checkpoint lacks is drawn as well, and trained like the head. Raises ``ValueError`` if other weights of the body are
+    missing, which would be random and never trained.
     """
+    loading = loading or {}
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed(seed, "network"))
-        network, missing = _load_network(auto, model, num_labels=labels, ignore_mismatched_sizes=True)
+        options = {"num_labels": labels, "ignore_mismatched_sizes": True, **loading}
+        network, missing, mismatched = _load_network(auto, model, **options)
+        if loading.get("dtype", torch.float32) != torch.float32:  # else the draws differ from those of a float32 base
+            torch.manual_seed(derive_seed(seed, "network"))
+            _draw_in_float32(network, [*missing, *mismatched])
     body = [key for key in missing if key.startswith(f"{network.base_model_prefix}.")]
     lost = [key for key in body if ".pooler." not in key]
     if lost:
@@ -84,11 +101,16 @@ def load_with_new_head(auto: Any, model: str, labels: int, seed: int) -> nn.Modu
     return network
 
 
-def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]]:
-    """Return a network and the names of the weights that its checkpoint lacks."""
+def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str], list[str]]:
+    """Return a network, and the names of the weights that its checkpoint lacks, or has in another size."""
     try:
         network, report = load_quietly(auto, model, output_loading_info=True, **{"dtype": torch.float32, **loading})
     except ValueError as error:
+        if (kind := loading.get("attn_implementation")) and "attention" in str(error).lower():
+            raise ValueError(
+                f"model.attention is {kind!r}, which the model {model!r} cannot compute ({_first_sentence(error)}); "
+                "set it to 'auto', or to 'eager'."
+            ) from error
         if "Unrecognized configuration class" not in str(error):
             raise
         from transformers import AutoConfig
@@ -98,7 +120,44 @@ def _load_network(auto: Any, model: str, **loading: Any) -> tuple[Any, list[str]
             f"the model {model!r} is of the kind {kind!r}, which {auto.__name__} does not load; "
             "name another, or another task.name."
         ) from error
-    return network, sorted(report["missing_keys"])
+    return network, sorted(report["missing_keys"]), sorted(key for key, *_ in report["mismatched_keys"])
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0].splitlines()[0].rstrip(".")
+
+
+def _draw_in_float32(network: Any, names: Sequence[str]) -> None:
+    """Draw the modules of these parameters again, in float32 and in the order in which transformers draws them."""
+    drawn = {name.rpartition(".")[0] for name in names}
+    for path, module in network.named_modules():
+        if path in drawn:
+            for name, x in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(torch.empty_like(x, dtype=torch.float32)))
+            network._init_weights(module)
+
+
+def attention_options(kind: str, device: torch.device) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` for an implementation of attention.
+
+    Raises ``ValueError`` if this machine has no FlashAttention.
+    """
+    if kind == "auto":
+        return {}
+    if kind == "flash_attention_2":
+        from transformers.utils.import_utils import is_flash_attn_2_available
+
+        if device.type != "cuda":
+            raise ValueError(
+                f"model.attention is {kind!r}, which needs a CUDA device, but engine.device comes to {device.type!r}; "
+                "set model.attention to 'auto' or 'sdpa'."
+            )
+        if not is_flash_attn_2_available():
+            raise ValueError(
+                f"model.attention is {kind!r}, which needs the package flash-attn; install it by "
+                "`pip install flash-attn`, or set model.attention to 'auto' or 'sdpa'."
+            )
+    return {"attn_implementation": kind}
 
 
 def quantization_options(kind: Literal["4bit", "8bit"], device: torch.device) -> dict[str, Any]:
