@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedlora
 from fedlora.runs.folder import RunFolder
@@ -16,7 +18,7 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.shared
 
 COLOURS = {"dog": "brown", "cat": "red", "ball": "blue", "sun": "red", "tree": "green", "boat": "blue", "bird": "blue", "house": "brown"}  # fmt: skip
-CHOICES = ["red", "blue", "green", "a happy brown"]
+CHOICES = ["red.", "blue.", "green.", "a happy brown."]
 ROWS = [
     {"question": f"What color is the {thing}?", "choices": CHOICES, "answer": next(i for i, c in enumerate(CHOICES) if colour in c)}
     for thing, colour in COLOURS.items()
@@ -38,16 +40,16 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
     "own_perplexity": """
 task: own_perplexity
 output_type: loglikelihood
-doc_to_target: "{{choices[answer]}}</s>"
+doc_to_target: " {{choices[answer]}}</s>"  # here the harness adds no space
 metric_list: [{metric: perplexity}]
 """,
     "own_answers": """
 task: own_answers
 output_type: generate_until
 doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["</s>", "\\n"], max_gen_toks: 16, do_sample: false}
+generation_kwargs: {until: ["."], max_gen_toks: 16, do_sample: false}
 filter_list: [{name: none, filter: [{function: remove_whitespace}, {function: take_first}]}]
-metric_list: [{metric: exact_match, ignore_case: true}]
+metric_list: [{metric: exact_match, ignore_case: true, ignore_punctuation: true}]
 """,
 }
 
@@ -74,11 +76,11 @@ def figures(folder, shared):
             "rounds": 2,
             "model": {"name": str(shared / "models" / "stories260k-llama")},
             "task": {"name": "causal-lm", "data": str(folder / "rows"), "choices": "choices", "metric": metric,
-                     "answer": "text", "max_new_tokens": 16},
+                     "answer": "text", "max_new_tokens": 16, "stop": ["."]},
             "clients": {"count": 2},
             "adapter": {"name": "lora", "rank": 8, "alpha": 16},
             "method": {"name": "fedit"},
-            "training": {"local_steps": 12, "batch_size": 4, "learning_rate": 1e-2},
+            "training": {"local_steps": 40, "batch_size": 4, "learning_rate": 1e-2},
             "evaluation": {"every": 2},
         }  # fmt: skip
         fedlora.run(config, out=str(folder / metric))
@@ -114,4 +116,26 @@ def test_the_harness_finds_the_runs_own_figures(folder, figures, shared):
     per_token = math.exp(math.log(harness["own_perplexity"]["perplexity,none"]) * len(ROWS) / tokens)
     assert per_token == pytest.approx(own["perplexity"], rel=1e-4)
     assert own["perplexity"] == figures["exact_match"]["perplexity"], "the metric changes no training"
-    assert 0 < own["choice_accuracy"] and 0 < figures["exact_match"]["exact_match"], "figures that can differ"
+    assert own["choice_accuracy"] > 0.5 and figures["exact_match"]["exact_match"] > 0, "figures that can differ"
+
+
+@pytest.mark.slow
+def test_flowertune_loads_the_export_as_it_is(folder, figures, shared):
+    """The calls of FlowerTune's finance/eval.py, without its quantisation."""
+    model = str(shared / "models" / "stories260k-llama")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = PeftModel.from_pretrained(base, str(folder / "adapter"), torch_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    network.resize_token_embeddings(len(tokenizer))
+    network.eval()
+    sums, tokens = 0.0, 0
+    for row in ROWS:
+        prompt = f"Question: {row['question']}\nAnswer:"
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = tokenizer(f"{prompt} {row['choices'][row['answer']]}</s>")["input_ids"]
+        with torch.no_grad():
+            logits = network(torch.tensor([ids])).logits[0, :, :512].double().log_softmax(-1)  # without the new token
+        sums -= float(sum(logits[i - 1, ids[i]] for i in range(start, len(ids))))
+        tokens += len(ids) - start
+    assert math.exp(sums / tokens) == pytest.approx(figures["exact_match"]["perplexity"], rel=1e-4)
