@@ -264,6 +264,8 @@ def test_a_head_that_the_checkpoint_brings_is_not_trained(shared, tmp_path):
         plan_methods({**table, "task": asked, "model": {**table["model"], "quantize": "4bit"}})[0]["estimates"]
     )
     assert "Answers are generated" in said and "model.quantize" in said
+    chosen = {**task, "metric": "choice_accuracy", "choices": [f"#### {2 * n}" for n in range(12)]}
+    assert "Every choice is scored" in " ".join(plan_methods({**table, "task": chosen})[0]["estimates"])
 
 
 def test_all_that_is_wrong_is_said_at_once():

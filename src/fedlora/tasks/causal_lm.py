@@ -1,7 +1,8 @@
 """Causal language models: prompt and response, chat messages, or plain text."""
 
+import inspect
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.chat_templates import ChatRenderer, Turns
 from fedlora.tasks.data.conversations import Conversation, find_columns, read_conversations, remove_thinking
+from fedlora.tasks.data.choices import (
+    Style,
+    check_style,
+    cover_choices,
+    encode_choices,
+    grade_choices,
+    log_likelihoods,
+    write_choices,
+)
 from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.tokens import (
@@ -26,8 +36,8 @@ from fedlora.tasks.data.tokens import (
     split_sequences,
     truncate_rows,
 )  # fmt: skip
-from fedlora.tasks.metrics.answers import is_correct
-from fedlora.tasks.metrics.scores import Scores
+from fedlora.tasks.metrics.answers import Kind, grade_answers
+from fedlora.tasks.metrics.scores import CHOICE, Scores
 from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
@@ -51,10 +61,13 @@ class CausalLM(TableTask):
     truncation_side: Side = "right"  # of the cuts
     drop_unlearnable: bool | None = None  # leave out rows with nothing to learn, or stop; None: only chats are left out
     packing: bool = False  # train on several rows in one sequence of up to max_length tokens
-    metric: str = "perplexity"  # or "token_accuracy" of the response, or "exact_match" of a generated answer
-    answer: Literal["number", "text"] = "number"  # the kind of answer that exact_match compares
+    # or "token_accuracy" of the response, "exact_match" of a generated answer, "choice_accuracy" of the likeliest
+    metric: str = "perplexity"  # choice, or "choice_accuracy_norm" of the choice that is likeliest per character
+    answer: Kind = "number"  # the kind of answer that exact_match compares: "number", "text" or "math" (LaTeX)
     answer_column: str | None = None  # the right answer; None: the response
-    shots: int = 0  # solved training rows before each prompt, for exact_match
+    choices: PerMachine[str | list[str] | None] = None  # a column of lists, or the choices of all rows
+    choice_style: Style = "text"  # the response is a choice's text, or its "label" such as B
+    shots: int = 0  # solved training rows before each prompt, for exact_match and choice_accuracy
     max_new_tokens: int = 256  # of a generated answer
     stop: list[str] | None = None  # strings that end an answer; None: with shots, a blank line
     auto: ClassVar[str] = "AutoModelForCausalLM"
@@ -62,7 +75,7 @@ class CausalLM(TableTask):
     quantizes: ClassVar[bool] = True
     accepts_loading: ClassVar[bool] = True
     brings_head: ClassVar[bool] = True
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match")
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "exact_match", *CHOICE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,12 +101,23 @@ class CausalLM(TableTask):
             raise ValueError(PLAIN)
         if self.shots and self.messages is not None:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
+        if self.grades_choices and self.choices is None:
+            raise ValueError(f"task.metric is {self.metric!r}, which needs task.choices: a column of lists, or a list.")
+        if self.choices is not None and (self.messages is not None or self.text is not None):
+            raise ValueError(
+                "task.choices works with task.prompt and task.response; leave it out with messages or text."
+            )
         self.generation  # noqa: B018 - raises if a setting is wrong
 
     @property
     def grades_answers(self) -> bool:
         """Whether evaluation generates answers."""
         return self.metric == "exact_match"
+
+    @property
+    def grades_choices(self) -> bool:
+        """Whether evaluation compares the likelihoods of choices."""
+        return self.metric in CHOICE
 
     @property
     def generation(self) -> GenerationSettings:
@@ -105,20 +129,25 @@ class CausalLM(TableTask):
         """Read, check and tokenize both splits once."""
         both = self.draw_splits(self.load_splits(seed), seed)
         tokenizer, context = self.preprocessor(model), context_length(model)
-        learnable = [
-            self._select_learnable(split, tokenizer, role)
-            for split, role in zip(self._add_columns(*both), ("training", "test"))
-        ]
+        roles = ("training", "test")
+        both = [self._write_choices(split, role) for split, role in zip(self._add_columns(*both), roles)]
+        learnable = [self._select_learnable(split, tokenizer, role) for split, role in zip(both, roles)]
         splits, segments, tokens, notes = zip(*learnable)
         strata = templates.label_strata(splits[0], splits[1], self.label)
         train, test = (
             self._build_examples(split, rows, kinds, tokenizer, context, role, client_column)
-            for split, rows, kinds, role in zip(splits, tokens, strata, ("training", "test"))
+            for split, rows, kinds, role in zip(splits, tokens, strata, roles)
         )
         messages = [note for several in notes for note in several]
         if self.grades_answers:
             prompts, texts, note = self._build_prompts(splits[1], segments, strata, tokenizer, context, seed)
             test = replace(test, features={**test.features, **prompts}, texts=texts)
+            messages += [note] if note else []
+        elif self.grades_choices:
+            template = self._prompt_template(splits[1])
+            shots, answer = self._draw_shots(segments, strata, seed), self._answer_of(template)
+            choices, note = encode_choices(splits[1], template, answer, shots, tokenizer, context)
+            test = replace(test, features={**test.features, **choices})
             messages += [note] if note else []
         return Data(train, test, (), tuple(messages))
 
@@ -145,6 +174,35 @@ class CausalLM(TableTask):
                     for split in (train, test)
                 )
         return train, test
+
+    def _prompt_template(self, split: Any) -> templates.PromptTemplate:
+        """Return the template of rows with a prompt. Raises ``ValueError`` for messages and plain text."""
+        template = self.template(split)
+        if template is None or not templates.template_columns(template.prompt):
+            raise ValueError("task.choices needs rows with a prompt and a response; set task.prompt and task.response.")
+        return template
+
+    def _answer_of(self, template: templates.PromptTemplate) -> str:
+        """Return the column of the right choice."""
+        names = templates.template_columns(template.response)
+        if self.answer_column is None and len(names) > 1:
+            raise ValueError(
+                f"task.response has the columns {', '.join(names)}; set task.answer_column to one of them."
+            )
+        return self.answer_column or names[0]
+
+    def _write_choices(self, split: Any, role: str) -> Any:
+        """Return the split with the right choice as its answer, if rows have choices."""
+        if self.choices is None:
+            return split
+        template = self._prompt_template(split)
+        answer = self._answer_of(template)
+        check_style(self.choice_style, self.choices, template, answer)
+        return write_choices(split, self.choices, answer, self.choice_style, role)
+
+    def _draw_shots(self, segments: Any, strata: Any, seed: int) -> list[str]:
+        kinds, wanted = ([0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata))
+        return draw_shots(segments[0], kinds, wanted, self.shots, seed)
 
     def _select_learnable(
         self, split: Any, tokenizer: Any, role: str
@@ -219,9 +277,7 @@ class CausalLM(TableTask):
             raise ValueError(PLAIN)
         if template is None and self.shots:
             raise ValueError("task.shots works with task.prompt and task.response; leave it out with messages.")
-        train_rows, test_rows = segments
-        kinds, wanted = ([0] * len(rows) if x is None else x.tolist() for rows, x in zip(segments, strata))
-        shots = draw_shots(train_rows, kinds, wanted, self.shots, seed)
+        shots, test_rows = self._draw_shots(segments, strata, seed), segments[1]
         if template is None:  # the answers as they were written, without the template's marks
             responses = [conversation.last_answer for conversation in self._read_chats(test)]
         else:
@@ -289,27 +345,42 @@ class CausalLM(TableTask):
         return torch.stack([zeros.index_add(0, row, x.double()) for x in values], 1)
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
-        """Return each row's ``outputs``, and whether the generated answer is right."""
+        """Return each row's ``outputs``, and whether the generated answer, or the likeliest choice, is right."""
         batch = {name: x.to(device) for name, x in pad_batch(examples, rows).items()}
         outputs = self.outputs(network, batch).cpu()
+        if self.grades_choices:
+            return torch.cat([outputs, _grade_rows(network, examples, rows, device)], 1)
         if not self.grades_answers:
             return outputs
         assert examples.texts is not None, "test rows have right answers"
         tokenizer = self.preprocessor(str(network.config.name_or_path))
         answers = generate(network, tokenizer, select_prompts(examples.features, rows), self.generation)
-        hits = [
-            is_correct(remove_thinking(text), remove_thinking(examples.texts[i]["gold"]), self.answer)
-            for i, text in zip(rows.tolist(), answers)
-        ]
+        golds = [remove_thinking(examples.texts[i]["gold"]) for i in rows.tolist()]
+        hits = grade_answers([remove_thinking(text) for text in answers], golds, self.answer)
         return torch.cat([outputs, torch.tensor(hits).double()[:, None]], 1)
 
     def scores(self, outputs: Tensor, labels: Tensor) -> Scores:
-        """Return sums over tokens, and over rows if answers were generated."""
+        """Return sums over tokens, and over rows if answers or choices were graded."""
         nll, tokens, correct, *hits = outputs.double().sum(0).tolist()
         sums = {"nll": (nll, int(tokens)), "token_accuracy": (int(correct), int(tokens))}
-        if hits:
-            sums["exact_match"] = (int(hits[0]), len(outputs))
-        return Scores(sums)
+        names = CHOICE if self.grades_choices else ("exact_match",)
+        return Scores(sums | {name: (int(total), len(outputs)) for name, total in zip(names, hits)})
+
+
+def _grade_rows(network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+    """Return ``grade_choices`` of some rows, from as many sequences at a time as there are rows."""
+    selects = "logits_to_keep" in inspect.signature(network.forward).parameters
+
+    def forward(ids: Tensor, mask: Tensor, first: int) -> Tensor:
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if selects:  # logits of the prompts are not needed
+            keep = torch.arange(first, ids.shape[1], device=device)
+            return compute_logits(network, batch, use_cache=False, logits_to_keep=keep)
+        return compute_logits(network, batch, use_cache=False)[:, first:]
+
+    sequences = cover_choices(examples.features, rows)
+    values = log_likelihoods(forward, sequences, int(examples.features["pad"]), len(rows))
+    return grade_choices(values, examples.features, rows)
 
 
 def _learnt_logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

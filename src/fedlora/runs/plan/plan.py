@@ -210,6 +210,8 @@ def _estimates(meta: MetaModel, traffic: Traffic, shapes: Shapes, bench: Bench) 
         )
     if data is not None and data.test.texts is not None:
         texts.append("Answers are generated in every evaluation: what that takes is not counted.")
+    if data is not None and "choice_ids" in data.test.features:
+        texts.append("Every choice is scored in every evaluation: only the right one of each row is counted.")
     if traffic.varies:
         texts.append("Bytes depend on the values that training finds; these are the bytes of stand-ins.")
     if not shapes.is_complete:

@@ -11,6 +11,7 @@ from fedlora.tasks.data.rows import read_column
 from fedlora.tasks.data.templates import Segment
 from fedlora.tasks.data.tokens import flatten_rows, tokenize
 from fedlora.tasks.metrics.answers import Kind, extract_number
+from fedlora.tasks.metrics.math_answers import MathGrader
 
 BETWEEN = "\n\n"  # between a solved example and the next
 
@@ -63,7 +64,7 @@ def draw_shots(train: Sequence[list[Segment]], kinds: list[int], wanted: list[in
 
 
 def read_golds(split: Any, responses: Sequence[str], name: str | None, kind: Kind) -> list[str]:
-    """Return the right answers: a column's, or the responses. Raises ``ValueError`` if a number or text is missing."""
+    """Return the right answers: a column's, or the responses. Raises ``ValueError`` if one has no answer."""
     if name is None:
         golds = list(responses)
         if not all(text.strip() for text in golds):  # the last answer of a chat may be a tool call
@@ -74,11 +75,17 @@ def read_golds(split: Any, responses: Sequence[str], name: str | None, kind: Kin
     else:
         values = read_column(split, name, "task.answer_column")
         golds = [f"{value:.12g}" if isinstance(value, float) else str(value) for value in values]
-    lacking = [i for i, text in enumerate(golds) if kind == "number" and extract_number(text) is None]
+    lacking = []
+    if kind == "number":
+        lacking = [i for i, text in enumerate(golds) if extract_number(text) is None]
+    elif kind == "math":
+        with MathGrader() as grader:
+            lacking = [i for i, text in enumerate(golds) if not grader.is_answer(text)]
     if lacking:
         where = "the response" if name is None else f"column {name!r} (task.answer_column)"
+        lacks = "number" if kind == "number" else "mathematical answer"
         raise ValueError(
-            f"{where} has no number in {len(lacking)} of {len(golds)} test rows, first in row {lacking[0]}: "
+            f"{where} has no {lacks} in {len(lacking)} of {len(golds)} test rows, first in row {lacking[0]}: "
             f"{golds[lacking[0]].strip()[:60]!r}; correct the rows, or set task.answer to 'text'."
         )
     return golds

@@ -24,8 +24,8 @@ class Tokens:
     learnt: list[bool]
 
 
-def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool) -> list[Tokens]:
-    """Return the tokens of each row. An end token is added and learnt if the last segment is learnt.
+def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool, end: bool = True) -> list[Tokens]:
+    """Return the tokens of each row. With ``end``, an end token is added and learnt if the last segment is learnt.
 
     A prompt has the same tokens as alone, as in generation. The next segment has its tokens of the whole text, if the
     whole text's tokens begin with the prompt's. ``special`` adds the tokenizer's start token.
@@ -44,11 +44,11 @@ def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any, special: bool) -> 
                 more = alone[place]
             row.ids.extend(more)
             row.learnt.extend([rows[i][k][1]] * len(more))
-    end = tokenizer.eos_token_id
+    end_id = tokenizer.eos_token_id if end else None
     for row, segments in zip(encoded, rows):
         last = row.ids[max((i + 1 for i, learnt in enumerate(row.learnt) if not learnt), default=0) :]
-        if segments[-1][1] and end is not None and end not in last:  # a chat template may have added it
-            row.ids.append(end)
+        if segments[-1][1] and end_id is not None and end_id not in last:  # a chat template may have added it
+            row.ids.append(end_id)
             row.learnt.append(True)
         if row.learnt:
             row.learnt[0] = False  # there is no token before it to predict it from

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Literal
 
-Kind = Literal["number", "text"]
+from fedlora.tasks.metrics.math_answers import MathGrader
+
+Kind = Literal["number", "text", "math"]
 
 # A sign is part of a number only if nothing to subtract from stands before it: 7-3 ends with 3.
 NUMBER = re.compile(
@@ -49,7 +51,15 @@ def extract_option(text: str) -> str | None:
     return match[1].upper() if match else None
 
 
-def is_correct(text: str, gold: str, kind: Kind) -> bool:
+def grade_answers(texts: Sequence[str], golds: Sequence[str], kind: Kind) -> list[bool]:
+    """Return whether each text gives the answer of its gold."""
+    if kind == "math":
+        with MathGrader() as grader:
+            return [grader.is_equal(text, gold) for text, gold in zip(texts, golds)]
+    return [is_correct(text, gold, kind) for text, gold in zip(texts, golds)]
+
+
+def is_correct(text: str, gold: str, kind: Literal["number", "text"]) -> bool:
     """Whether ``text`` gives the answer of ``gold``, which may be an option, as in (B)."""
     if kind == "number":
         number = extract_number(text)

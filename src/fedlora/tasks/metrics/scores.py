@@ -89,6 +89,8 @@ KNOWN_METRICS = {
         _mean("mse", higher=False),
         _mean("exact_match"),
         _mean("answer_f1"),
+        _mean("choice_accuracy"),
+        _mean("choice_accuracy_norm"),
         _mean("pass@1"),
         _mean("token_accuracy"),
         # Higher values of the exponential overflow.
@@ -97,8 +99,13 @@ KNOWN_METRICS = {
         _mean("loss", higher=False),
     )
 }
+CHOICE = ("choice_accuracy", "choice_accuracy_norm")  # of the likeliest choice, and of the likeliest per character
 SHARES = frozenset(  # sums from 0 to the count
-    ("accuracy", "accuracy_mismatched", *CONFUSION, "exact_match", "answer_f1", "pass@1", "token_accuracy", "success")
+    (
+        *("accuracy", "accuracy_mismatched", "exact_match", "answer_f1", "pass@1", "token_accuracy", "success"),
+        *CONFUSION,
+        *CHOICE,
+    )
 )
 
 
