@@ -12,7 +12,6 @@ from fedlora.schema import PerMachine
 from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.chat_templates import ChatRenderer, Turns
-from fedlora.tasks.data.conversations import Conversation, find_columns, read_conversations, remove_thinking
 from fedlora.tasks.data.choices import (
     Style,
     check_style,
@@ -22,6 +21,7 @@ from fedlora.tasks.data.choices import (
     log_likelihoods,
     write_choices,
 )
+from fedlora.tasks.data.conversations import Conversation, find_columns, read_conversations, remove_thinking
 from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
 from fedlora.tasks.data.tokens import (
