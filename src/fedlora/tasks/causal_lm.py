@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
+from fedlora.tasks._base import Batch, Data, Examples, move_batch
+from fedlora.tasks._tokens import TokenTask
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.few_shot import BETWEEN, draw_shots, encode_prompts, read_golds, select_prompts
 from fedlora.tasks.data.rows import client_groups
@@ -26,6 +27,7 @@ from fedlora.tasks.data.tokens import (
 from fedlora.tasks.metrics.answers import is_correct
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.networks.generation import GenerationSettings, generate
+from fedlora.tasks.networks.next_token_loss import Inputs, prepare_loss
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
 PLAIN = "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
@@ -33,7 +35,7 @@ LEAK = 0.1  # largest tolerated influence of the row before, relative to no sepa
 
 
 @dataclass(frozen=True)
-class CausalLM(TableTask):
+class CausalLM(TokenTask):
     """The ``[task]`` table of causal language models."""
 
     prompt: PerMachine[str | None] = None  # a column, or a template such as "{instruction}\n\n{context}"
@@ -193,6 +195,7 @@ class CausalLM(TableTask):
         from transformers import AutoModelForCausalLM
 
         network = load_complete(AutoModelForCausalLM, model, loading)
+        prepare_loss(network, move_batch(self.probe(network), next(network.parameters()).device))
         if self.packing:
             check_packing(network)
         return network
@@ -207,23 +210,15 @@ class CausalLM(TableTask):
         """Return one row in each sequence, or packed rows."""
         return pack_batch(examples, rows, self.max_length) if self.packing else pad_batch(examples, rows)
 
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the batch's learnt tokens."""
-        return functional.cross_entropy(*_learnt_logits(network, batch))
+    def inputs(self, network: nn.Module, batch: Batch) -> Inputs:
+        return {**{name: x for name, x in batch.items() if name != "labels"}, "use_cache": False}
 
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return each row's mean cross-entropy over its learnt tokens (b,)."""
-        nll, tokens, _ = self.outputs(network, batch).unbind(1)
-        return nll / tokens.clamp_min(1)
+    def targets(self, batch: Batch) -> Tensor:
+        return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's negative log-likelihood, number of learnt tokens, and number of correct predictions."""
-        logits, labels = _learnt_logits(network, batch)
-        row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        values = [functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(row)]
-        values.append(logits.argmax(-1) == labels)
-        zeros = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=row.device)
-        return torch.stack([zeros.index_add(0, row, x.double()) for x in values], 1)
+        return self.sums(network, batch)
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return each row's ``outputs``, and whether the generated answer is right."""
@@ -244,13 +239,6 @@ class CausalLM(TableTask):
         if hits:
             sums["exact_match"] = (int(hits[0]), len(outputs))
         return Scores(sums)
-
-
-def _learnt_logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the float32 logits of all learnt tokens of a batch, and these tokens."""
-    logits, labels = compute_logits(network, batch, use_cache=False)[:, :-1], batch["labels"][:, 1:]
-    learnt = labels != IGNORED
-    return logits[learnt].float(), labels[learnt]
 
 
 @torch.no_grad()
