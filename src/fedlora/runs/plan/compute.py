@@ -67,7 +67,7 @@ class Bench:
         parameters = list(self.model.select(trained).values())
         if not parameters:
             return BatchCost(0, 0, 0)
-        optimizer = self.training.build(parameters)
+        optimizer, learnt = self.training.build(parameters), self._count_learnt(shapes)
         self.model.network.train()
         with self.fake, MemoryTracker(self.known) as memory:
             for parameter in parameters:
@@ -76,7 +76,7 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
             memory.peak = before = memory.now
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                loss = self._loss(shapes)
+                loss = self._loss(shapes, learnt)
                 saved = memory.now - before
                 loss.backward()
             del loss
@@ -92,41 +92,44 @@ class Bench:
     def score(self, shapes: Mapping[str, Tensor]) -> BatchCost:
         """Measure a forward pass for evaluation."""
         self.model.network.eval()
+        learnt = self._count_learnt(shapes)
         counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         with self.fake, torch.no_grad(), MemoryTracker(self.known) as memory, counter:
             batch = self._batch(shapes)
             with self.model.running():
-                self._run(lambda: self.task.outputs(self.model.network, batch), batch, shapes)
+                self._run(lambda: self.task.outputs(self.model.network, batch), batch, learnt)
         return BatchCost(counter.get_total_flops(), 0, memory.peak)
 
-    def _loss(self, shapes: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, shapes: Mapping[str, Tensor], learnt: int) -> Tensor:
         batch = self._batch(shapes)
         with self.model.running():
-            return self._run(lambda: self.task.loss(self.model.network, batch), batch, shapes)
+            return self._run(lambda: self.task.loss(self.model.network, batch), batch, learnt)
 
     def _batch(self, shapes: Mapping[str, Tensor]) -> Batch:
         return {name: torch.zeros(x.shape, dtype=x.dtype, device=self.model.device) for name, x in shapes.items()}
 
-    def _run(self, compute: Callable[[], Tensor], batch: Batch, rows: Mapping[str, Tensor]) -> Tensor:
-        """Run the task's computation, or take as many positions as ``rows`` learn if its shapes depend on values."""
+    def _run(self, compute: Callable[[], Tensor], batch: Batch, learnt: int) -> Tensor:
+        """Run the task's computation, or take the loss at ``learnt`` positions if its shapes depend on values."""
         network: Any = self.model.network
         try:
             return compute()
         except (DataDependentOutputException, DynamicOutputShapeException):
             if isinstance(self.task, TokenTask):
-                positions = torch.arange(self._count_learnt(self.task, rows), device=self.model.device)
+                positions = torch.arange(learnt, device=self.model.device)
                 inputs = self.task.inputs(network, batch)
                 return loss_of(network).mean(network, inputs, positions, torch.zeros_like(positions))
             self.is_approximate = True
             flat = network(**{name: x for name, x in batch.items() if name != "labels"}).logits.flatten(0, -2).float()
             return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
-    def _count_learnt(self, task: TokenTask, rows: Mapping[str, Tensor]) -> int:
-        """Return the number of learnt positions of a batch, all of them if its rows are on other machines."""
-        if rows["labels"].is_meta:
+    def _count_learnt(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of learnt tokens in a batch, all of them if its rows are on other machines."""
+        if not isinstance(self.task, TokenTask):
+            return 0
+        if batch["labels"].is_meta:
             self.is_approximate = True
-            return rows["labels"].numel()
-        return len(select_learnt(task.targets(dict(rows)))[0])
+            return batch["labels"].numel()
+        return len(select_learnt(self.task.targets(dict(batch)))[0])
 
 
 @dataclass
