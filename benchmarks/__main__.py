@@ -16,6 +16,7 @@ from benchmarks import (
     federate,
     federation,
     levers,
+    logits,
     merging,
     startup,
     training,
@@ -24,6 +25,7 @@ from benchmarks import (
 ALL = {
     "training": training.measure,
     "levers": levers.measure,
+    "logits": logits.measure,
     "memory": federation.memory,
     "overhead": federation.overhead,
     "federate": federate.measure,

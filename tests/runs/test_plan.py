@@ -324,3 +324,25 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     assert found.exit_code == 0 and json.loads(found.stdout)[0]["numbers"]["trainable"] == 682
     bad = runner.invoke(app, ["plan", str(tmp_path / "my.toml"), "-o", "rounds=0", "-o", "clients.count=0"])
     assert bad.exit_code == 2 and "rounds is 0" in bad.stderr and "clients.count is 0" in bad.stderr
+
+
+@pytest.mark.shared
+def test_memory_of_a_large_vocabulary_is_that_of_chunks(shared, tmp_path):
+    """The logits of a batch would be several chunks of 128 MiB; one chunk and its copies are counted."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaForCausalLM(LlamaConfig(vocab_size=65_536, **small)).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(shared / "models" / "stories260k-llama").save_pretrained(tmp_path / "wide")
+    rows = [{"question": "how many apples?" * 4, "answer": "ten apples" * 4} for _ in range(64)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "causal-lm", "data": str(tmp_path / "data"), "max_length": 64}
+    training = {"precision": "float32", "batch_size": 32, "local_steps": 1}
+    table = {**TABLE, "model": {"name": str(tmp_path / "wide")}, "task": task, "clients": {"count": 1}, "rounds": 1}
+    plan = plan_methods({**table, "training": training, "evaluation": {"batch_size": 64}})[0]
+    chunk = 4 * 2**25
+    assert chunk < plan["memory"]["evaluation_peak"] < 3 * chunk
+    assert chunk < plan["memory"]["training_peak"] < 5 * chunk
+    assert not any("every position" in text for text in plan["estimates"])

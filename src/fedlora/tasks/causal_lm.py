@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits
+from fedlora.tasks._base import Batch, Data, Examples, compute_logits, move_batch
+from fedlora.tasks._tokens import TokenTask
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.chat_templates import ChatRenderer, Turns
 from fedlora.tasks.data.choices import (
@@ -39,6 +40,7 @@ from fedlora.tasks.data.tokens import (
 from fedlora.tasks.metrics.answers import Kind, grade_answers
 from fedlora.tasks.metrics.scores import CHOICE, Scores
 from fedlora.tasks.networks.generation import GenerationSettings, generate
+from fedlora.tasks.networks.next_token_loss import Inputs, prepare_loss
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
 PLAIN = "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
@@ -46,7 +48,7 @@ LEAK = 0.1  # largest tolerated influence of the row before, relative to no sepa
 
 
 @dataclass(frozen=True)
-class CausalLM(TableTask):
+class CausalLM(TokenTask):
     """The ``[task]`` table of causal language models."""
 
     prompt: PerMachine[str | None] = None  # a column, or a template such as "{instruction}\n\n{context}"
@@ -293,6 +295,7 @@ class CausalLM(TableTask):
         from transformers import AutoModelForCausalLM
 
         network = load_complete(AutoModelForCausalLM, model, loading)
+        prepare_loss(network, move_batch(self.probe(network), next(network.parameters()).device))
         if self.packing:
             check_packing(network)
         return network
@@ -322,27 +325,15 @@ class CausalLM(TableTask):
             rows[places] for places in split_sequences(examples.lengths[rows].tolist(), self.max_length, max_tokens)
         ]
 
-    def loss_terms(self, batch: Batch) -> int:
-        """Return the number of learnt tokens."""
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+    def inputs(self, network: nn.Module, batch: Batch) -> Inputs:
+        return {**{name: x for name, x in batch.items() if name != "labels"}, "use_cache": False}
 
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the batch's learnt tokens."""
-        return functional.cross_entropy(*_learnt_logits(network, batch))
-
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return each row's mean cross-entropy over its learnt tokens (b,)."""
-        nll, tokens, _ = self.outputs(network, batch).unbind(1)
-        return nll / tokens.clamp_min(1)
+    def targets(self, batch: Batch) -> Tensor:
+        return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's negative log-likelihood, number of learnt tokens, and number of correct predictions."""
-        logits, labels = _learnt_logits(network, batch)
-        row = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
-        values = [functional.cross_entropy(logits, labels, reduction="none"), torch.ones_like(row)]
-        values.append(logits.argmax(-1) == labels)
-        zeros = torch.zeros(len(batch["labels"]), dtype=torch.float64, device=row.device)
-        return torch.stack([zeros.index_add(0, row, x.double()) for x in values], 1)
+        return self.sums(network, batch)
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return each row's ``outputs``, and whether the generated answer, or the likeliest choice, is right."""
@@ -381,13 +372,6 @@ def _grade_rows(network: nn.Module, examples: Examples, rows: Tensor, device: to
     sequences = cover_choices(examples.features, rows)
     values = log_likelihoods(forward, sequences, int(examples.features["pad"]), len(rows))
     return grade_choices(values, examples.features, rows)
-
-
-def _learnt_logits(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the float32 logits of all learnt tokens of a batch, and these tokens."""
-    logits, labels = compute_logits(network, batch, use_cache=False)[:, :-1], batch["labels"][:, 1:]
-    learnt = labels != IGNORED
-    return logits[learnt].float(), labels[learnt]
 
 
 @torch.no_grad()

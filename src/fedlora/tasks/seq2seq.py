@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, TableTask, compute_logits, move_batch
+from fedlora.tasks._base import Batch, Data, Examples, move_batch
+from fedlora.tasks._tokens import TokenTask
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.labels import Classes, check_names
 from fedlora.tasks.data.rows import client_groups, is_missing, read_column
@@ -17,6 +17,7 @@ from fedlora.tasks.data.tokens import IGNORED, flatten_rows, locate_rows
 from fedlora.tasks.metrics.answers import answer_f1, exact_match
 from fedlora.tasks.metrics.scores import Scores
 from fedlora.tasks.networks.generation import generation_config
+from fedlora.tasks.networks.next_token_loss import Inputs, prepare_loss
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
 # Templates over the usual columns of public data sets, tried in this order if nothing is set.
@@ -28,7 +29,7 @@ DROP = "fill or drop these rows, or set task.drop_unlearnable = true"
 
 
 @dataclass(frozen=True)
-class Seq2Seq(TableTask):
+class Seq2Seq(TokenTask):
     """The ``[task]`` table of sequence-to-sequence models."""
 
     source: PerMachine[str | None] = None  # a column, or a template such as "question: {question} context: {context}"
@@ -129,7 +130,9 @@ class Seq2Seq(TableTask):
     def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
         from transformers import AutoModelForSeq2SeqLM
 
-        return load_complete(AutoModelForSeq2SeqLM, model, loading)
+        network = load_complete(AutoModelForSeq2SeqLM, model, loading)
+        prepare_loss(network, move_batch(self.probe(network), next(network.parameters()).device))
+        return network
 
     def probe(self, network: Any) -> Batch:
         draws = torch.Generator().manual_seed(0)
@@ -150,24 +153,18 @@ class Seq2Seq(TableTask):
         ends = [examples.features[f"{name}_offsets"] for name in ("source", "target")]
         return torch.stack([offsets[rows + 1] - offsets[rows] for offsets in ends], 1)
 
-    def loss_terms(self, batch: Batch) -> int:
-        """Return the number of target tokens."""
-        return int((batch["labels"] != IGNORED).sum())
+    def inputs(self, network: Any, batch: Batch) -> Inputs:
+        """Return the network's arguments; the decoder's inputs are the targets shifted by one."""
+        shifted = network.prepare_decoder_input_ids_from_labels(batch["labels"])
+        others = {name: x for name, x in batch.items() if name != "labels"}
+        return {**others, "decoder_input_ids": shifted, "use_cache": False}
 
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the batch's target tokens."""
-        return functional.cross_entropy(_target_logits(network, batch).mT, batch["labels"], ignore_index=IGNORED)
-
-    def losses(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return each row's mean cross-entropy over its target tokens (b,)."""
-        nll, tokens = self.outputs(network, batch).unbind(1)
-        return nll / tokens.clamp_min(1)
+    def targets(self, batch: Batch) -> Tensor:
+        return batch["labels"]
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's negative log-likelihood and number of target tokens."""
-        logits, labels = _target_logits(network, batch), batch["labels"]
-        nll = functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
-        return torch.stack([nll.sum(1), (labels != IGNORED).sum(1).float()], 1)
+        return self.sums(network, batch)[:, :2].float()
 
     def evaluate(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
         """Return each row's ``outputs``, and the exact match and F1 of the generated answer."""
@@ -197,12 +194,6 @@ class Seq2Seq(TableTask):
         nll, tokens, *right = outputs.double().sum(0).tolist()
         names = ("exact_match", "answer_f1")
         return Scores({"nll": (nll, int(tokens)), **{n: (x, len(outputs)) for n, x in zip(names, right)}})
-
-
-def _target_logits(network: nn.Module, batch: Batch) -> Tensor:
-    """Return rows by target tokens by vocabulary, float32; the decoder's inputs are the targets shifted by one."""
-    shifted = network.prepare_decoder_input_ids_from_labels(batch["labels"])
-    return compute_logits(network, batch, decoder_input_ids=shifted, use_cache=False).float()
 
 
 def _pad(examples: Examples, name: str, rows: Tensor, fill: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.runs.plan.meta_model import MetaModel
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Batch
+from fedlora.tasks._tokens import TokenTask
+from fedlora.tasks.networks.next_token_loss import assume_chunks, loss_of, select_learnt
 from fedlora.training.local import sample_batches
 
 MAX_BATCHES = 20_000  # batches whose shapes are drawn; of a longer run, the first ones
@@ -55,6 +57,9 @@ class Bench:
             for x in (x for layer in meta.tree.values() for x in layer.values()):  # a shared leaf stays one tensor
                 leaves[id(x)] = leaves.get(id(x), torch.empty(x.shape, device=self.model.device))
         self.model.load({part: {k: leaves[id(x)] for k, x in layer.items()} for part, layer in meta.tree.items()})
+        if isinstance(self.task, TokenTask):
+            with self.fake:
+                assume_chunks(self.model.network, self._batch(self.task.probe(self.model.network)))
         self.known = [*self.model.network.parameters(), *self.model.network.buffers()]
 
     def train(self, shapes: Mapping[str, Tensor], trained: Mapping[str, frozenset[str]]) -> BatchCost:
@@ -62,7 +67,7 @@ class Bench:
         parameters = list(self.model.select(trained).values())
         if not parameters:
             return BatchCost(0, 0, 0)
-        optimizer = self.training.build(parameters)
+        optimizer, learnt = self.training.build(parameters), self._count_learnt(shapes)
         self.model.network.train()
         with self.fake, MemoryTracker(self.known) as memory:
             for parameter in parameters:
@@ -72,7 +77,7 @@ class Bench:
                 optimizer.zero_grad(set_to_none=True)  # else a batch begins with the gradients of those before it
             memory.peak = before = memory.now
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-                loss = self._loss(shapes)
+                loss = self._loss(shapes, learnt)
                 saved = memory.now - before
                 loss.backward()
             del loss
@@ -88,30 +93,44 @@ class Bench:
     def score(self, shapes: Mapping[str, Tensor]) -> BatchCost:
         """Measure a forward pass for evaluation."""
         self.model.network.eval()
+        learnt = self._count_learnt(shapes)
         counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         with self.fake, torch.no_grad(), MemoryTracker(self.known) as memory, counter:
             batch = self._batch(shapes)
             with self.model.running():
-                self._run(lambda: self.task.outputs(self.model.network, batch), batch)
+                self._run(lambda: self.task.outputs(self.model.network, batch), batch, learnt)
         return BatchCost(counter.get_total_flops(), 0, memory.peak)
 
-    def _loss(self, shapes: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, shapes: Mapping[str, Tensor], learnt: int) -> Tensor:
         batch = self._batch(shapes)
         with self.model.running():
-            return self._run(lambda: self.task.loss(self.model.network, batch), batch)
+            return self._run(lambda: self.task.loss(self.model.network, batch), batch, learnt)
 
     def _batch(self, shapes: Mapping[str, Tensor]) -> Batch:
         return {name: torch.zeros(x.shape, dtype=x.dtype, device=self.model.device) for name, x in shapes.items()}
 
-    def _run(self, compute: Callable[[], Tensor], batch: Batch) -> Tensor:
-        """Run the task's computation, or take the loss at every position if its shapes depend on values."""
+    def _run(self, compute: Callable[[], Tensor], batch: Batch, learnt: int) -> Tensor:
+        """Run the task's computation, or take the loss at ``learnt`` positions if its shapes depend on values."""
+        network: Any = self.model.network
         try:
             return compute()
         except (DataDependentOutputException, DynamicOutputShapeException):
+            if isinstance(self.task, TokenTask):
+                positions = torch.arange(learnt, device=self.model.device)
+                inputs = self.task.inputs(network, batch)
+                return loss_of(network).mean(network, inputs, positions, torch.zeros_like(positions))
             self.is_approximate = True
-            output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
-            flat = output.logits.flatten(0, -2).float()
+            flat = network(**{name: x for name, x in batch.items() if name != "labels"}).logits.flatten(0, -2).float()
             return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
+
+    def _count_learnt(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of learnt tokens in a batch, all of them if its rows are on other machines."""
+        if not isinstance(self.task, TokenTask):
+            return 0
+        if batch["labels"].is_meta:
+            self.is_approximate = True
+            return batch["labels"].numel()
+        return len(select_learnt(self.task.targets(dict(batch)))[0])
 
 
 @dataclass
@@ -240,7 +259,10 @@ def _batch_without_rows(meta: MetaModel) -> dict[str, Tensor]:
         name: torch.empty((rows, *((width,) if x.ndim == 2 and width else x.shape[1:])), dtype=x.dtype, device="meta")
         for name, x in probe.items()
     }
-    return {**shapes, "labels": torch.empty(rows, dtype=torch.int64, device="meta")}
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    if isinstance(meta.config.task, TokenTask):
+        labels = torch.empty_like(shapes.get("decoder_input_ids", shapes["input_ids"]))
+    return {**shapes, "labels": labels}
 
 
 def _interpolate(points: Mapping[int, float]) -> Callable[[int], float]:

@@ -219,5 +219,5 @@ def _estimates(meta: MetaModel, traffic: Traffic, shapes: Shapes, bench: Bench) 
     if data is None:
         texts.append("No rows are here: every row is assumed to have the maximal length, without an evaluation.")
     if bench.is_approximate:
-        texts.append("The loss is taken over every position: which ones count depends on the rows.")
+        texts.append("The loss is taken over every position: which ones are learnt depends on the rows.")
     return texts
