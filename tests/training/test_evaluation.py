@@ -9,6 +9,7 @@ from torch import nn
 from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.schema import ConfigError
 from fedlora.tasks._base import Shard
+from fedlora.tasks.networks.next_token_loss import AllLogits, ChunkedLogits
 from fedlora.training import token_budget
 from fedlora.training.evaluation import Evaluation, Evaluator
 from fedlora.training.token_budget import default_tokens, total_memory
@@ -81,8 +82,9 @@ def test_images_are_evaluated_by_rows():
 class Network(nn.Module):
     """A language model of another size: 8 B parameters would not fit into a test."""
 
-    def __init__(self, hidden, words, predicts=True):
+    def __init__(self, hidden, words, predicts=True, loss=None):
         super().__init__()
+        self.next_token_loss = loss or AllLogits()
         self.config = type("Config", (), {"hidden_size": hidden, "vocab_size": words})()
         self.get_output_embeddings = lambda: nn.Linear(1, 1) if predicts else None
 
@@ -92,6 +94,7 @@ class Network(nn.Module):
     [
         (Network(640, 262_144), 24, 512 * 2),  # 0.94 thousand: the floor
         (Network(640, 262_144), 80, 2048),
+        (Network(640, 262_144, loss=ChunkedLogits("model")), 24, 32_768),
         (Network(4096, 128_256), 80, 4096),
         (Network(384, 8000), 24, 16_384),
         (Network(384, 8000, predicts=False), 24, 65_536),
