@@ -16,6 +16,7 @@ from fedlora.training.precision import HALF
 WORTH_BF16 = 4_000_000  # parameters; below, the conversion costs more than the faster products save
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 LARGE = 32_768  # bytes; larger blocks are mapped separately if memory is returned
+HUGE = 2**25  # the largest threshold that glibc takes
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ def set_allocator(kind: Literal["keep", "return"]) -> bool:
 
     Each training step frees and allocates the same large blocks. By default, glibc returns them to the kernel, which
     zeroes every page again. The price of ``keep`` is that the process stays at its peak memory; ``return`` is slower.
+    Blocks from ``HUGE`` on are returned in any case: smaller ones would settle in the gaps of a heap that keeps them,
+    and every chunk of a large vocabulary's logits would make it grow.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    keep = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+    keep = {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: HUGE, M_TRIM_THRESHOLD: 2**31 - 1}
     options = keep if kind == "keep" else {M_MMAP_MAX: 65_536, M_MMAP_THRESHOLD: LARGE, M_TRIM_THRESHOLD: LARGE}
     libc = ctypes.CDLL("libc.so.6")
     return all(libc.mallopt(option, value) for option, value in options.items())

@@ -23,7 +23,9 @@ from fedlora.tasks.data.tokens import IGNORED
 
 CHUNK = 2**25  # logits that are computed at once
 ROWS = 2  # learnt positions of a chunk when a network is tested
-TOLERANCE = 1e-4  # of loss and gradient in float32, relative; a wrong head was at 6e-3
+# Relative, of loss and gradient in float32: a wrong head was at 6e-3, and rounding at 1.5e-4 (Gemma 3 270M, where the
+# gradient is a sum over 262,144 words that nearly cancel).
+TOLERANCE = 1e-3
 COARSE = 2e-2  # in bfloat16 and for quantised weights: products of other sizes are rounded in another way
 # A network that cannot be divided, or that needs other inputs, may fail anywhere in its own code.
 FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
