@@ -111,6 +111,9 @@ def run(
             ``clients``, ``partition``, ``rounds``, ``seed``, ``training``, ``higher``, and further sections of a
             configuration (see ``fedlora.runs.objects.config_of_objects``).
 
+    Ctrl-C raises no ``KeyboardInterrupt`` here: the call returns the finished rounds, and
+    ``result.summary["interrupted"]`` is true. A second Ctrl-C exits at once.
+
     Raises ``ConfigError`` for a folder that holds a run or cannot be written, ``OSError`` if the disk is full, and
     ``CallbackError`` if a callback raises. Finished rounds stay. The traceback of an unexpected error is written to the
     folder's ``error.log``.
@@ -188,6 +191,9 @@ def federate(
 
     Afterwards the network of the trainers is as it was before, so that a second call begins as the first did; the
     trained leaves are in the result and in ``out``.
+
+    Ctrl-C returns the finished rounds, with ``result.summary["interrupted"]`` true; a comparison raises
+    ``KeyboardInterrupt``.
 
     Raises ``ConfigError`` for settings that cannot work in the caller's loop, with the reason, and ``ValueError`` if a
     trainer is not supported or a turn does not keep the method's rules.

@@ -8,6 +8,7 @@ import torch
 from fedlora.adapters import LoRA, MultiHead
 from fedlora.methods.ravan import Ravan
 from fedlora.rounds import Received, server_turn
+from fedlora.schema import ConfigError
 from fedlora.types import Turn, Work
 
 ADAPTER = MultiHead(4, 3)
@@ -94,8 +95,16 @@ def test_bases():
 
 
 def test_gram_schmidt_needs_room():
-    with pytest.raises(ValueError, match=r"heads \* head_rank <= min\(m, n\), but 4 \* 5 = 20 is more than 14.*lower"):
+    with pytest.raises(
+        ConfigError, match=r"heads \* head_rank <= min\(m, n\), but 4 \* 5 = 20 is more than 14"
+    ) as found:
         MultiHead(4, 5).init(14, 17, 0)
+    assert 'set adapter.head_rank to at most 3, or adapter.basis to "normal"' in str(found.value)
+    MultiHead(4, 3).init(14, 17, 0)
+    MultiHead(4, 5, basis="normal").init(14, 17, 0)
+    with pytest.raises(ConfigError, match="set adapter.heads to at most 14, or"):
+        MultiHead(16, 1).init(14, 17, 0)
+    MultiHead(14, 1).init(14, 17, 0)
 
 
 def test_the_budget_matches_a_lora():

@@ -113,9 +113,22 @@ UNKNOWN = {
 
 @pytest.mark.parametrize(("targets", "sentence"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_names_no_linear_layer_says_why(targets, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
+    with pytest.raises(ConfigError, match=sentence) as caught:
         find_targets(Odd(), targets)
     assert str(caught.value).count(". ") == 0, "one sentence"
+
+
+@pytest.mark.parametrize(
+    ("targets", "head", "sentence"),
+    [
+        (["fc"], ["fcc"], r"model.head has 'fcc'"),
+        (["fc"], ["fc"], r"'fc' is named in model.targets and in model.head"),
+        (None, [], r"none of the usual query and value projections; set model.targets"),
+    ],
+)
+def test_other_names_of_the_user_are_errors_of_the_configuration(targets, head, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        Model.attach(Odd(), LoRA(2), targets, head=head)
 
 
 def test_one_text_in_a_configuration():

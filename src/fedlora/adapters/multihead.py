@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedlora.adapters._base import Adapter, check_positive, generator
+from fedlora.schema import ConfigError
 from fedlora.types import Factors, Layer
 
 Basis = Literal["gram_schmidt", "normal", "constant", "shared_subspace"]
@@ -99,10 +100,11 @@ def _outer(basis: Basis, heads: int, r: int, m: int, n: int, seed: int) -> tuple
     wide = heads * r
     if basis == "gram_schmidt":
         if wide > min(m, n):
-            raise ValueError(
+            room = min(m, n) // heads
+            fitting = f"adapter.head_rank to at most {room}" if room else f"adapter.heads to at most {min(m, n)}"
+            raise ConfigError(
                 f"Ravan's gram_schmidt basis needs heads * head_rank <= min(m, n), but {heads} * {r} = {wide} is more "
-                f"than {min(m, n)} for a weight of {m} x {n}; lower adapter.head_rank (or adapter.lora_rank), "
-                'or set adapter.basis = "normal".'
+                f'than {min(m, n)} for a weight of {m} x {n}; set {fitting}, or adapter.basis to "normal".'
             )
         return _orthonormal(n, wide, draws).mT.contiguous(), _orthonormal(m, wide, draws)
     if basis == "normal":  # variance 1/n and 1/m; unit variance would be about m·n too large in the product

@@ -16,6 +16,7 @@ from fedlora.adapters import Adapter, Dense
 from fedlora.linalg.factors import compact, total
 from fedlora.methods._base import Method, pick
 from fedlora.rounds import Rules
+from fedlora.schema import ConfigError
 from fedlora.seeds import derive_seed
 from fedlora.training.parts import (
     AdaptedLinear,
@@ -74,7 +75,7 @@ class Model:
         chosen = find_targets(network, targets, whole)
         both = sorted(set(chosen) & set(whole))
         if both:
-            raise ValueError(f"{both[0]!r} is named in model.targets and in model.head; name it in one of them.")
+            raise ConfigError(f"{both[0]!r} is named in model.targets and in model.head; name it in one of them.")
         quantized = getattr(network, "is_quantized", False)
         for path, module in whole.items() if quantized else ():
             if not next(module.parameters(recurse=False)).is_floating_point():

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.schema import ConfigError
+
 # The names of query and value projections; the first line whose names all occur is used.
 # BERT RoBERTa ELECTRA ViT DeiT | Llama Mistral Qwen (newer ViT DeiT Swin) | DistilBERT | DeBERTa | GPT-2 (fused) |
 # GPT-NeoX Pythia BLOOM Falcon (fused) | Phi-3 (fused) | MPT (fused) | T5
@@ -32,7 +34,7 @@ def find_targets(
 
     ``None`` selects the usual query and value projections; a list has patterns of names. A string has PEFT's meaning:
     ``all-linear`` for every linear layer except outputs, or a regular expression of whole paths; both leave out the
-    modules of ``whole``, which are trained in full. Raises ``ValueError`` for a pattern that matches nothing.
+    modules of ``whole``, which are trained in full. Raises ``ConfigError`` for a pattern that matches nothing.
     """
     weights = {path: module for path, module in network.named_modules() if is_adaptable(module)}
     if isinstance(patterns, str):
@@ -41,7 +43,7 @@ def find_targets(
         names = _usual_names(weights) if patterns is None else patterns
         for pattern in names:
             if not any(matches(path, pattern) for path in weights):
-                raise ValueError(_explain_mismatch(network, "model.targets", pattern, list(weights)))
+                raise ConfigError(_explain_mismatch(network, "model.targets", pattern, list(weights)))
         targets = {path: module for path, module in weights.items() if any(matches(path, p) for p in names)}
     _check_ties(network, targets, "model.targets")
     return targets
@@ -65,13 +67,13 @@ def _find_by_text(network: nn.Module, text: str, weights: Mapping[str, nn.Module
     try:
         targets = {path: module for path, module in weights.items() if re.fullmatch(text, path)}
     except re.error as error:
-        raise ValueError(
+        raise ConfigError(
             f"model.targets is {text!r}, not a valid regular expression ({error}); give {ALL!r}, a regular expression "
             "of whole paths, or a list of names."
         ) from error
     if not targets:
         reason = _explain_mismatch(network, "model.targets", text, list(weights))
-        raise ValueError(f"{reason[:-1]}; one text is a regular expression of whole paths, and names go into a list.")
+        raise ConfigError(f"{reason[:-1]}; one text is a regular expression of whole paths, and names go into a list.")
     return targets
 
 
@@ -83,7 +85,7 @@ def find_full_modules(network: nn.Module, patterns: Sequence[str] | None) -> dic
     paths = [path for path, _ in network.named_modules() if path]
     for pattern in patterns or ():
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(_explain_mismatch(network, "model.head", pattern, paths))
+            raise ConfigError(_explain_mismatch(network, "model.head", pattern, paths))
     patterns = new_modules(network) if patterns is None else patterns
     roots = [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
     modules = {
@@ -104,14 +106,14 @@ def new_modules(network: nn.Module) -> list[str]:
 
 
 def _check_ties(network: nn.Module, chosen: Mapping[str, nn.Module], key: str) -> None:
-    """Raise ``ValueError`` if a chosen weight also belongs to another module, which would change with it."""
+    """Raise ``ConfigError`` if a chosen weight also belongs to another module, which would change with it."""
     owners: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     for path, module in chosen.items():
         others = [o for p in module.parameters(recurse=False) for o in owners.get(id(p), []) if o != path]
         if others:
-            raise ValueError(f"{key} names {path!r}, whose weight is also that of {others[0]!r} (tied); leave it out.")
+            raise ConfigError(f"{key} names {path!r}, whose weight is also that of {others[0]!r} (tied); leave it out.")
 
 
 def _usual_names(weights: Mapping[str, nn.Module]) -> Sequence[str]:
@@ -119,7 +121,7 @@ def _usual_names(weights: Mapping[str, nn.Module]) -> Sequence[str]:
         if all(any(matches(path, name) for path in weights) for name in names):
             return names
     examples = ", ".join(list(_last_names(weights))[:10]) or "it has no linear layer at all"
-    raise ValueError(
+    raise ConfigError(
         "this network has none of the usual query and value projections; set model.targets to some of its linear "
         f"layers: {examples}."
     )

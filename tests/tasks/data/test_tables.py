@@ -244,6 +244,26 @@ def test_encodings(tmp_path):
         load(put(tmp_path, b'{"text": "caf\xe9"}\n', "t.jsonl"))
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "mac-roman", "gb18030"])
+def test_utf8_under_another_name_is_refused(tmp_path, encoding):
+    text = "text,label\nwell,0\ncafé in Köln,1\n"
+    file = put(tmp_path, text.encode())
+    wrong = "é".encode().decode(encoding)
+    assert wrong != "é" and text.encode().decode(encoding), "it is read without an error"
+    with pytest.raises(ValueError, match="valid UTF-8: line 3 has 'é'") as found:
+        load(file, encoding=encoding)
+    assert f"which would be read as {wrong!r}; set task.encoding to 'utf-8', or save the file in UTF-8" in str(
+        found.value
+    )
+    assert str(file) in str(found.value) and repr(encoding) in str(found.value)
+    assert list(load(file, encoding="utf-8")["text"]) == ["well", "café in Köln"]
+    # a file that is what it is declared, and one without such characters
+    assert list(load(put(tmp_path, text.encode(encoding)), encoding=encoding)["text"]) == ["well", "café in Köln"]
+    assert list(load(put(tmp_path, "text,label\nwell,0\n"), encoding=encoding)["text"]) == ["well"]
+    # "Ã©" in earnest: the way that the error names
+    assert list(load(put(tmp_path, f"text,label\n{wrong},0\n"))["text"]) == [wrong]
+
+
 @pytest.mark.parametrize("name,content", {
     "a.csv": "text;label\nso gut, ja;1\nso schlecht;0\n", "b.csv": "text\tlabel\nso gut, ja\t1\nso schlecht\t0\n",
     "c.tsv": "text\tlabel\nso gut, ja\t1\nso schlecht\t0\n", "d.csv": "text|label\nso gut, ja|1\nso schlecht|0\n",

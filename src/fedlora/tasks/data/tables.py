@@ -99,11 +99,33 @@ def _decode(data: bytes, form: TextFormat) -> str:
             f"line {line} is not {encoding} (byte 0x{data[start : start + 1].hex()}); set task.encoding to {other}, "
             "such as 'cp1252' or 'latin-1'"
         ) from error
+    _check_not_utf8(data, encoding)
     text = text.removeprefix("\ufeff") if form.encoding else text
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(f"line {line} has a null character; if the file is UTF-16, set task.encoding to 'utf-16'")
     return text
+
+
+def _check_not_utf8(data: bytes, encoding: str) -> None:
+    """Raise ``ValueError`` for UTF-8 under the name of another encoding, most of which decode any bytes to something.
+
+    Text of several words in another encoding is hardly ever valid UTF-8 as well.
+    """
+    name = codecs.lookup(encoding).name
+    if name.startswith("utf") or data.isascii():
+        return
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    place = next(i for i, character in enumerate(text) if not character.isascii())
+    wrong = text[place].encode("utf-8").decode(encoding, "replace")
+    raise ValueError(
+        f"task.encoding is {encoding!r}, but all of it is valid UTF-8: line {text[:place].count(chr(10)) + 1} has "
+        f"{text[place]!r}, which would be read as {wrong!r}; set task.encoding to 'utf-8', or save the file in UTF-8 "
+        f"if it is {encoding} and {wrong!r} is right"
+    )
 
 
 def _to_integers(values: list[Any]) -> list[Any]:
