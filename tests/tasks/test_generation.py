@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedlora.adapters import LoRA
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.networks.generation import GenerationSettings, generate
 from fedlora.training.model import Model
+from tests.fixtures.networks import FAMILIES, write_decoder
 
 PROMPTS = ["Once upon a time", "The dog", "Lily and Tom went to the park to play. They saw a big", "Yes"]
 
@@ -112,3 +114,29 @@ def test_the_likeliest_share_alone_is_greedy(made):
 def test_mistakes(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         GenerationSettings(**settings)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_left_padding_is_not_read(family, tmp_path):
+    """GPT-2 has absolute positions, which padding must not shift; a row that ends early must not change the others."""
+    write_decoder(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    sizes = {
+        **FAMILIES[family],
+        "vocab_size": len(tokenizer),
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    wide = AutoConfig.for_model(family, **sizes, initializer_range=0.5)
+    network = AutoModelForCausalLM.from_config(wide).eval()
+    prompts = tokenizer(["a", "three words here", "Once upon a time, far away", "b!"])["input_ids"]
+    free = [alone(network, ids, 16) for ids in prompts]
+    ended = free[0][5]
+    network.config.eos_token_id = network.generation_config.eos_token_id = ended
+    expected = [ids[: ids.index(ended)] if ended in ids else ids for ids in free]
+    assert len({tuple(ids) for ids in free}) == 4 and len(expected[0]) < 16 and max(map(len, expected)) == 16
+    assert generate(network, tokenizer, prompts, GenerationSettings(16)) == tokenizer.batch_decode(
+        expected, skip_special_tokens=True
+    )

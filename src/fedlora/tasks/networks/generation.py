@@ -57,7 +57,10 @@ def generate(
     with generation_config(network, tokenizer, do_sample=settings.temperature > 0, **options), random_state:
         torch.manual_seed(seed)
         output = network.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **stop)
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    rows = [
+        row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in output[:, width:].tolist()
+    ]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)  # an end token need not be a special one
     return [text[: min((i for i in map(text.find, settings.stop) if i >= 0), default=None)] for text in texts]
 
 
