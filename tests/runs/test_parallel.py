@@ -164,6 +164,11 @@ def test_trainers_go_on_under_deepspeed(deepspeed, tmp_path):
 
 
 @pytest.mark.slow
+def test_no_engine_of_deepspeed_outlives_its_turn(deepspeed):
+    assert (deepspeed / "engines-0.txt").read_text() == "[0, 0]"  # after each round
+
+
+@pytest.mark.slow
 def test_moments_are_not_kept_under_deepspeed(deepspeed):
     assert "keep_optimizer needs an optimizer whose moments are whole in each process" in refusal(deepspeed, "moments")
 

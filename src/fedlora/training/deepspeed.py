@@ -39,7 +39,7 @@ def check_deepspeed(plugin: Any, network: nn.Module) -> None:
             raise ValueError(
                 f"DeepSpeed's {section} would cast the whole model to {str(dtype).removeprefix('torch.')}, and "
                 f"{other!r} is not: updates that are smaller would be lost between rounds; leave {section} out of the "
-                "arguments and of DeepSpeed's configuration, and load the base in half precision to save memory."
+                "arguments and of DeepSpeed's configuration."
             )
 
 
@@ -56,10 +56,14 @@ def use_own_settings(trainer: Any) -> None:
 def release_engine(trainer: Any) -> None:
     """Drop a ``Trainer``'s engine, so that the next turn builds one for the leaves that it trains.
 
-    Accelerate would call the first engine's ``backward`` for ever, and hooks of it would stay on the parameters.
+    ``destroy()`` leaves the engine's hooks on the module, which all clients share: every engine of a run would stay in
+    memory, with its moments, and be called in each forward pass.
     """
     wrapper = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
     if wrapper is not None:
         wrapper.engine.destroy()
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            if (hook := getattr(wrapper.engine, name, None)) is not None:
+                hook.remove()
         trainer.accelerator.deepspeed_engine_wrapped = None
     trainer.deepspeed = None

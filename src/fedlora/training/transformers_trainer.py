@@ -87,6 +87,7 @@ def free_optimizer(trainer: Any) -> None:
     """
     release_engine(trainer)
     trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     for name in ("_optimizers", "_schedulers", "_dataloaders", "_models"):
         getattr(trainer.accelerator, name, []).clear()
 
