@@ -20,7 +20,13 @@ pytestmark = pytest.mark.xdist_group("parallel")  # two processes are as many as
 
 def start(case, folder, timeout=240):
     """Start a case in two processes, and return what came of it."""
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     return subprocess.run(

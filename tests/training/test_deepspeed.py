@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.training.deepspeed import check_deepspeed, release_engine, use_own_settings
+from fedlora.training.deepspeed import check_zero_plugin, release_engine, use_own_settings
 from fedlora.training.sharding import check_wrappers
 from fedlora.training.transformers_trainer import check_trainer
 
@@ -54,11 +54,11 @@ def test_a_network_of_stage_3_is_refused():
 )
 def test_settings_that_would_be_wrong_are_refused(config, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check_deepspeed(plugin(1, **config), nn.Linear(2, 2))
+        check_zero_plugin(plugin(1, **config), nn.Linear(2, 2))
 
 
 def test_half_precision_of_the_model_itself_is_taken():
-    check_deepspeed(plugin(1, bf16={"enabled": True}), nn.Linear(2, 2, dtype=torch.bfloat16))
+    check_zero_plugin(plugin(1, bf16={"enabled": True}), nn.Linear(2, 2, dtype=torch.bfloat16))
 
 
 def test_each_trainer_has_its_own_settings():

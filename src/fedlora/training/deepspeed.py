@@ -8,12 +8,12 @@ from torch import nn
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration
 
 
-def find_deepspeed(trainer: Any) -> Any:
+def find_zero_plugin(trainer: Any) -> Any:
     """Return the DeepSpeed settings that a ``Trainer`` trains with, or None."""
     return getattr(trainer.accelerator.state, "deepspeed_plugin", None)
 
 
-def check_deepspeed(plugin: Any, network: nn.Module) -> None:
+def check_zero_plugin(plugin: Any, network: nn.Module) -> None:
     """Raise ``ValueError`` for settings of DeepSpeed with which a turn would be wrong."""
     if plugin.zero_stage == 3:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from fedlora.seeds import derive_seed
-from fedlora.training.deepspeed import check_deepspeed, find_deepspeed, release_engine, use_own_settings
+from fedlora.training.deepspeed import check_zero_plugin, find_zero_plugin, release_engine, use_own_settings
 from fedlora.training.local import Training
 from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
 from fedlora.training.ranks import average_tree, is_parallel
@@ -65,8 +65,8 @@ def _check_parallelism(trainer: Any) -> None:
             "cpu_ram_efficient_loading gives the base to the first process only, and base updates and checkpoints "
             "need it in each; set it to false in fsdp_config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false."
         )
-    if (deepspeed := find_deepspeed(trainer)) is not None:
-        check_deepspeed(deepspeed, trainer.model)
+    if (deepspeed := find_zero_plugin(trainer)) is not None:
+        check_zero_plugin(deepspeed, trainer.model)
 
 
 def find_fsdp(trainer: Any) -> Any:
@@ -123,7 +123,7 @@ class TransformersTurn(OwnTrainer):
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
         trainer = self.trainer
-        if self.keep_optimizer and (find_fsdp(trainer) or find_deepspeed(trainer)):
+        if self.keep_optimizer and (find_fsdp(trainer) or find_zero_plugin(trainer)):
             raise ValueError(
                 "keep_optimizer needs an optimizer whose moments are whole in each process, and FSDP and DeepSpeed "
                 "divide them; leave keep_optimizer out, or use DDP."
@@ -264,7 +264,7 @@ def evaluate_trainer(trainer: Any) -> tuple[dict[str, float], int]:
     models = trainer.accelerator._models
     if find_fsdp(trainer):  # else Accelerate would ask for an optimizer, to shard the model that is sharded already
         models.append(trainer.model)
-    if find_deepspeed(trainer):  # else the Trainer would make an engine, which it refuses below ZeRO stage 3
+    if find_zero_plugin(trainer):  # else the Trainer would make an engine, which it refuses below ZeRO stage 3
         models.append(trainer.model)
         trainer.deepspeed = trainer.model
     try:
