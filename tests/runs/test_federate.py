@@ -220,6 +220,7 @@ def test_a_trainers_own_settings_come_back(tmp_path):
     federate(make, "fedit", 1, 1)
     assert settings() == (str(tmp_path), 11, 12)
     assert made["trainer"].optimizer is None, "the moments are given up between turns"
+    assert made["trainer"].callback_handler.optimizer is None
     made["break"] = True
     with pytest.raises(RuntimeError, match="site 0 is gone"):
         federate(make, "fedit", 1, 1)

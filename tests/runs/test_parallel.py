@@ -1,9 +1,10 @@
-"""Clients that train in two processes: DDP and FSDP2, in a plain loop and in Trainers, equal one process."""
+"""Clients that train in two processes equal one: DDP and FSDP2, in a plain loop and in Trainers, and DeepSpeed."""
 
 import os
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,13 @@ pytestmark = pytest.mark.xdist_group("parallel")  # two processes are as many as
 
 def start(case, folder, timeout=240):
     """Start a case in two processes, and return what came of it."""
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
     return subprocess.run(
@@ -42,6 +49,13 @@ def sessions(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
     return start_well("trainers", tmp_path_factory.mktemp("trainers"))
+
+
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory):
+    if find_spec("deepspeed") is None:  # not imported here: it would change other tests of this process
+        pytest.skip("DeepSpeed is not installed; pip install 'fedlora[deepspeed]'")
+    return start_well("deepspeed", tmp_path_factory.mktemp("deepspeed"))
 
 
 def read(folder, name):
@@ -140,6 +154,29 @@ def test_moments_are_kept_under_ddp(trainers, tmp_path):
 )
 def test_trainers_refuse_what_would_be_wrong(trainers, name, sentence):
     assert sentence in refusal(trainers, name)
+
+
+# -------------------------------------------------------------------------------------------------- DeepSpeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", cases.STAGES)
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_trainers_under_deepspeed_equal_one_process(deepspeed, tmp_path, method, stage):
+    check_equal_to(run_alone(tmp_path, method, **cases.UNEQUAL), deepspeed, f"{stage}-{method}")
+
+
+@pytest.mark.slow
+def test_trainers_go_on_under_deepspeed(deepspeed, tmp_path):
+    check_equal_to(run_alone(tmp_path, "flora", **cases.UNEQUAL), deepspeed, "resumed")
+
+
+@pytest.mark.slow
+def test_no_engine_of_deepspeed_outlives_its_turn(deepspeed):
+    assert (deepspeed / "engines-0.txt").read_text() == "[0, 0]"  # after each round
+
+
+@pytest.mark.slow
+def test_moments_are_not_kept_under_deepspeed(deepspeed):
+    assert "keep_optimizer needs an optimizer whose moments are whole in each process" in refusal(deepspeed, "moments")
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -161,9 +161,20 @@ def try_trl() -> dict[str, Any]:
     return {"said": "its trainers are Trainers of transformers"}
 
 
+def try_zero() -> dict[str, Any]:
+    """Read a configuration of ZeRO stage 2, and check that engines have what ``fedlora.federate`` calls."""
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed import DeepSpeedEngine
+
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1})
+    assert plugin.zero_stage == 2, f"stage 2 is read as {plugin.zero_stage}"
+    assert hasattr(DeepSpeedEngine, "destroy"), "an engine has no destroy"
+    return {"said": "ZeRO stage 2 is read"}
+
+
 TESTS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": try_torch, "model": try_model, "figures": try_figures, "peft": try_peft,
-    "trl": try_trl, "dp": try_dp,
+    "trl": try_trl, "deepspeed": try_zero, "dp": try_dp,
     "flower": try_flower, "flower-simulation": try_simulation, "quantize": try_quantize,
     "track-tensorboard": partial(try_tracker, "tensorboard"),
     "track-mlflow": partial(try_tracker, "mlflow", uri="sqlite:///{folder}/mlflow.db"),

@@ -22,7 +22,8 @@ from fedlora.runs.error_log import find_version
 TIMEOUT = 300.0  # seconds for one test
 PACKAGES = {  # test -> the packages that it needs; a name of an extra, or of a part of every installation
     "torch": ("torch",), "model": ("transformers",), "figures": ("altair", "vl-convert-python"), "peft": ("peft",),
-    "trl": ("trl", "peft"), "dp": ("opacus",), "flower": ("flwr", "cryptography"), "flower-simulation": ("ray",),
+    "trl": ("trl", "peft"), "deepspeed": ("deepspeed", "accelerate"), "dp": ("opacus",),
+    "flower": ("flwr", "cryptography"), "flower-simulation": ("ray",),
     "quantize": ("bitsandbytes",),
     "track-tensorboard": ("tensorboard",), "track-mlflow": ("mlflow-skinny",), "track-wandb": ("wandb",),
     "track-trackio": ("trackio",),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from fedlora.seeds import derive_seed
+from fedlora.training.deepspeed import check_zero_plugin, find_zero_plugin, release_engine, use_own_settings
 from fedlora.training.local import Training
 from fedlora.training.own_trainer import OwnTrainer, read_loss, set_seeds
 from fedlora.training.ranks import average_tree, is_parallel
@@ -64,12 +65,8 @@ def _check_parallelism(trainer: Any) -> None:
             "cpu_ram_efficient_loading gives the base to the first process only, and base updates and checkpoints "
             "need it in each; set it to false in fsdp_config, or FSDP_CPU_RAM_EFFICIENT_LOADING=false."
         )
-    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "the Trainer uses DeepSpeed's ZeRO stage 3, whose parameters cannot be read and set whole here; use FSDP2 "
-            '(fsdp=True, fsdp_config={"version": 2}), or ZeRO stage 1 or 2.'
-        )
+    if (deepspeed := find_zero_plugin(trainer)) is not None:
+        check_zero_plugin(deepspeed, trainer.model)
 
 
 def find_fsdp(trainer: Any) -> Any:
@@ -88,7 +85,9 @@ def free_optimizer(trainer: Any) -> None:
 
     ``accelerator.free_memory()`` would collect the garbage of the whole process, which takes longer than short turns.
     """
+    release_engine(trainer)
     trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     for name in ("_optimizers", "_schedulers", "_dataloaders", "_models"):
         getattr(trainer.accelerator, name, []).clear()
 
@@ -124,11 +123,13 @@ class TransformersTurn(OwnTrainer):
 
     def train(self, parameters: Mapping[tuple[str, str], Tensor]) -> float | None:
         trainer = self.trainer
-        if self.keep_optimizer and (find_fsdp(trainer) or trainer.is_deepspeed_enabled):
+        if self.keep_optimizer and (find_fsdp(trainer) or find_zero_plugin(trainer)):
             raise ValueError(
                 "keep_optimizer needs an optimizer whose moments are whole in each process, and FSDP and DeepSpeed "
                 "divide them; leave keep_optimizer out, or use DDP."
             )
+        release_engine(trainer)  # of a turn that was interrupted
+        use_own_settings(trainer)
         unwrap_model(trainer)
         if find_fsdp(trainer) and is_fully_sharded(trainer.model):
             find_fsdp(trainer).auto_wrap_policy = None  # it would look for layers by class, which FSDP2 has replaced
@@ -263,10 +264,14 @@ def evaluate_trainer(trainer: Any) -> tuple[dict[str, float], int]:
     models = trainer.accelerator._models
     if find_fsdp(trainer):  # else Accelerate would ask for an optimizer, to shard the model that is sharded already
         models.append(trainer.model)
+    if find_zero_plugin(trainer):  # else the Trainer would make an engine, which it refuses below ZeRO stage 3
+        models.append(trainer.model)
+        trainer.deepspeed = trainer.model
     try:
         found = trainer.evaluate()
     finally:
         models.clear()
+        release_engine(trainer)
         unwrap_model(trainer)
     metrics = {name.removeprefix("eval_"): x for name, x in found.items() if name.startswith("eval_")}
     figures = {name: float(x) for name, x in metrics.items() if isinstance(x, int | float) and not name.endswith(SPEED)}
