@@ -18,7 +18,10 @@ OVERLAY = "_fedlora_overlay"  # of a base layer under PEFT: the base updates tha
 
 
 class AdaptedLinear(nn.Module):
-    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``."""
+    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``.
+
+    Without leaves, before the first load, it is its base.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
@@ -34,7 +37,9 @@ class AdaptedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
+        y = self.base(x)
+        if len(self.leaves):
+            y = y + self.adapter.forward(x, dict(self.leaves.items()))
         return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
 
 

@@ -108,9 +108,12 @@ class Bench:
             return compute()
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.is_approximate = True
-            output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
-            flat = output.logits.flatten(0, -2).float()
-            return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
+            return torch.stack([self._loss_everywhere(part) for part in self.task.forward_batches(batch)]).sum()
+
+    def _loss_everywhere(self, batch: Batch) -> Tensor:
+        output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
+        flat = output.logits.flatten(0, -2).float()
+        return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
 
 @dataclass

@@ -95,10 +95,23 @@ KNOWN_METRICS = {
         Metric("perplexity", ("nll",), lambda nll: math.exp(min(nll[0] / nll[1], 700.0)), higher=False),
         _mean("nll", higher=False),
         _mean("loss", higher=False),
+        _mean("reward_accuracy"),
+        _mean("reward_margin"),
+        _mean("dpo_loss", higher=False),
     )
 }
 SHARES = frozenset(  # sums from 0 to the count
-    ("accuracy", "accuracy_mismatched", *CONFUSION, "exact_match", "answer_f1", "pass@1", "token_accuracy", "success")
+    (
+        "accuracy",
+        "accuracy_mismatched",
+        *CONFUSION,
+        "exact_match",
+        "answer_f1",
+        "pass@1",
+        "token_accuracy",
+        "success",
+        "reward_accuracy",
+    )
 )
 
 

@@ -1,0 +1,31 @@
+"""Values of the pretrained network for each row, which a task's loss compares with, such as DPO's reference."""
+
+from dataclasses import replace
+
+import torch
+
+from fedlora.tasks._base import Data, Examples, Task
+from fedlora.training.model import Model
+from fedlora.training.parts import AdaptedPart
+
+
+@torch.no_grad()
+def add_reference(model: Model, task: Task, data: Data, batch_size: int) -> Data:
+    """Return the data with ``Examples.reference``, if the task needs it; before the first ``load`` of the model."""
+    if not task.needs_reference:
+        return data
+    is_loaded = any(len(part.leaves) for part in model.parts.values() if isinstance(part, AdaptedPart))
+    assert not is_loaded and model.base_version == 0, "the network is still the pretrained one"
+    model.network.eval()
+    return replace(data, train=_add(model, task, data.train, batch_size), test=_add(model, task, data.test, batch_size))
+
+
+def _add(model: Model, task: Task, examples: Examples, batch_size: int) -> Examples:
+    order, values = examples.lengths.argsort(stable=True), []  # similar lengths together: less padding
+    for rows in order.split(batch_size) if len(examples) else ():
+        with model.running():
+            values.append(task.reference(model.network, examples, rows, model.device).cpu())
+    if not values:
+        return examples
+    together = torch.cat(values)
+    return replace(examples, reference=torch.empty_like(together).index_copy_(0, order, together))
