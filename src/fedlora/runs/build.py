@@ -28,6 +28,7 @@ from fedlora.tasks.networks.pretrained import attention_options, check_tokens, q
 from fedlora.training.device import Engine, checkpoint_activations
 from fedlora.training.model import Model, Precision
 from fedlora.training.open_model import find_adapter
+from fedlora.training.reference import add_reference
 from fedlora.training.warm_start import warm_start
 
 CHECKED = 4  # rows of the caller's losses
@@ -69,6 +70,8 @@ def load_model(config: Sections, data: Data | None, shards: Shards, names: tuple
     if config.task.accepts_loading:
         note = config.engine.describe_loading(config.training.precision, stored_dtype(config.model.name))
         f = replace(f, model_notes=(note,) if note else ())
+    if data is not None:
+        f = replace(f, data=add_reference(f.model, config.task, data, config.evaluation))
     if config.model.start is not None:
         base = None if config.model.same_base else config.model.name
         warm_start(f.model, f.rules, config.method, config.model.start, config.seed, names, base)

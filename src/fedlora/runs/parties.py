@@ -8,6 +8,7 @@ from fedlora.engines.inputs import describe_changes, digest_model
 from fedlora.runs.build import build_federation, check_row_tokens, load_model, load_rows, prepare_attack
 from fedlora.runs.sections import Sections
 from fedlora.schema import ConfigError
+from fedlora.training.reference import add_reference
 
 
 def build_rehearsal(config: Sections, parties: Sequence[Sections]) -> Federation:
@@ -34,6 +35,7 @@ def _build_party(config: Sections, f: Federation, party: Sections, client: int, 
     data, shards, names = load_rows(party, client, False)
     assert data is not None
     check_row_tokens(party, f.model.network, data)
+    data = add_reference(f.model, party.task, data, config.evaluation)
     data = replace(data, notes=tuple(f"{title}: {note}" for note in data.notes))
     return replace(f, task=party.task, data=data, shards=shards, label_names=names, attack=prepare_attack(party))
 

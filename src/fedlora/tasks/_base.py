@@ -30,6 +30,7 @@ class Examples:
     strata: Tensor | None = None  # (N,) int64: for partitions by label; None: the labels
     texts: tuple[Mapping[str, Any], ...] | None = None  # each row's texts, for tasks that grade answers
     sets: Tensor | None = None  # (N,) int64: each row's test set, if there are several
+    reference: Tensor | None = None  # (N, ...): the pretrained network's values of each row, if the task needs them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,6 +77,7 @@ class Task(ABC):
     brings_head: ClassVar[bool] = False  # whether the checkpoint has the whole network, so that no head is new
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)  # the values that ``task.metric`` may have
     scores_rows: ClassVar[bool] = False  # whether it scores by ``score_rows``, instead of outputs that are kept a row
+    needs_reference: ClassVar[bool] = False  # whether its loss compares with the pretrained network's ``reference``
     is_own_code: ClassVar[bool] = False  # whether model and data are Python objects of the caller
     metric: str  # the main metric: a key of scores.KNOWN_METRICS, or a name of the task's own
     train_rows: int | None
@@ -148,6 +150,17 @@ class Task(ABC):
     def relabel(self, batch: Batch, order: Tensor) -> Batch:
         """Return the batch with label ``order[y]`` instead of ``y``."""
         return {**batch, "labels": order[batch["labels"]]}
+
+    def forward_batches(self, batch: Batch) -> list[Batch]:
+        """Return the batches of the loss's forward passes: by default this one."""
+        return [batch]
+
+    def reference(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
+        """Return the pretrained network's values for some rows (b, ...); only if ``needs_reference``.
+
+        They are computed once, without adapters, and ``collate`` finds them in ``Examples.reference``.
+        """
+        raise AssertionError("this task has no reference")
 
     @abstractmethod
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:

@@ -27,7 +27,10 @@ class Original:
 
 
 class AdaptedLinear(nn.Module):
-    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``."""
+    """``x ↦ base(x) + x ΔWᵀ`` for one frozen ``Linear`` or ``Conv1D``.
+
+    Without leaves, before the first load, it is its base.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
@@ -43,7 +46,9 @@ class AdaptedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x) + self.adapter.forward(x, dict(self.leaves.items()))
+        y = self.base(x)
+        if len(self.leaves):
+            y = y + self.adapter.forward(x, dict(self.leaves.items()))
         return y if self.overlay is None else y + (x @ self.overlay.V.mT) @ self.overlay.U.mT
 
 

@@ -120,8 +120,12 @@ class Bench:
                 inputs = self.task.inputs(network, batch)
                 return loss_of(network).mean(network, inputs, positions, torch.zeros_like(positions))
             self.is_approximate = True
-            flat = network(**{name: x for name, x in batch.items() if name != "labels"}).logits.flatten(0, -2).float()
-            return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
+            return torch.stack([self._loss_everywhere(part) for part in self.task.forward_batches(batch)]).sum()
+
+    def _loss_everywhere(self, batch: Batch) -> Tensor:
+        output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
+        flat = output.logits.flatten(0, -2).float()
+        return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
     def _count_learnt(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of learnt tokens in a batch, all of them if its rows are on other machines."""

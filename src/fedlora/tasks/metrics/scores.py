@@ -97,12 +97,16 @@ KNOWN_METRICS = {
         Metric("perplexity", ("nll",), lambda nll: math.exp(min(nll[0] / nll[1], 700.0)), higher=False),
         _mean("nll", higher=False),
         _mean("loss", higher=False),
+        _mean("reward_accuracy"),
+        _mean("reward_margin"),
+        _mean("dpo_loss", higher=False),
     )
 }
 CHOICE = ("choice_accuracy", "choice_accuracy_norm")  # of the likeliest choice, and of the likeliest per character
 SHARES = frozenset(  # sums from 0 to the count
     (
         *("accuracy", "accuracy_mismatched", "exact_match", "answer_f1", "pass@1", "token_accuracy", "success"),
+        "reward_accuracy",
         *CONFUSION,
         *CHOICE,
     )

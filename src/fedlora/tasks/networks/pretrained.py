@@ -13,7 +13,7 @@ from torch import nn
 from fedlora.seeds import derive_seed
 
 DEMO = "demo-vit"  # the small ViT that ships with the library
-IDS = ("input_ids", "prompts", "source", "target")  # features with token ids
+IDS = ("input_ids", "rejected_input_ids", "prompts", "source", "target")  # features with token ids
 
 
 def resolve_model(model: str) -> str:
