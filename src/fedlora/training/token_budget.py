@@ -19,8 +19,9 @@ def default_tokens(network: nn.Module, device: torch.device) -> int:
     """Return the tokens, padding included, that a forward pass holds in an eighth of the device's memory.
 
     A token takes 32 numbers a hidden unit, and three float32 logits an entry of the vocabulary if the network computes
-    the logits of a batch at once, see ``prepare_loss``. The result is rounded down to a power of two, and is between 1,024 and 131,072. It depends on the memory in all, not on
-    what is free, so that a machine computes the same batches every time.
+    the logits of a batch at once, see ``prepare_loss``. The result is rounded down to a power of two, and is between
+    1,024 and 131,072. It depends on the memory in all, not on what is free, so that a machine computes the same batches
+    every time.
     """
     hidden, words = _sizes(network)
     tokens = int(total_memory(device) * SHARE / (LOGITS * words + STATES * hidden))
