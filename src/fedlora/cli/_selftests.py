@@ -161,6 +161,17 @@ def try_trl() -> dict[str, Any]:
     return {"said": "its trainers are Trainers of transformers"}
 
 
+def try_grading() -> dict[str, Any]:
+    """Grade an answer in LaTeX, and look for the model of lm-evaluation-harness that reads an export."""
+    from lm_eval.api.registry import get_model
+
+    from fedlora.tasks.metrics.answers import grade_answers
+
+    assert grade_answers([r"$\frac{1}{2}$", "2"], ["0.5", "0.5"], "math") == [True, False], "1/2 is not 0.5"
+    assert get_model("hf") is not None
+    return {"said": "answers in LaTeX are compared, and lm-evaluation-harness is there"}
+
+
 def try_zero() -> dict[str, Any]:
     """Read a configuration of ZeRO stage 2, and check that engines have what ``fedlora.federate`` calls."""
     from accelerate.utils import DeepSpeedPlugin
@@ -174,7 +185,7 @@ def try_zero() -> dict[str, Any]:
 
 TESTS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": try_torch, "model": try_model, "figures": try_figures, "peft": try_peft,
-    "trl": try_trl, "deepspeed": try_zero, "dp": try_dp,
+    "trl": try_trl, "deepspeed": try_zero, "dp": try_dp, "llm": try_grading,
     "flower": try_flower, "flower-simulation": try_simulation, "quantize": try_quantize,
     "track-tensorboard": partial(try_tracker, "tensorboard"),
     "track-mlflow": partial(try_tracker, "mlflow", uri="sqlite:///{folder}/mlflow.db"),

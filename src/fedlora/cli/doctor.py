@@ -23,6 +23,7 @@ TIMEOUT = 300.0  # seconds for one test
 PACKAGES = {  # test -> the packages that it needs; a name of an extra, or of a part of every installation
     "torch": ("torch",), "model": ("transformers",), "figures": ("altair", "vl-convert-python"), "peft": ("peft",),
     "trl": ("trl", "peft"), "deepspeed": ("deepspeed", "accelerate"), "dp": ("opacus",),
+    "llm": ("math-verify", "lm-eval"),
     "flower": ("flwr", "cryptography"), "flower-simulation": ("ray",),
     "quantize": ("bitsandbytes",),
     "track-tensorboard": ("tensorboard",), "track-mlflow": ("mlflow-skinny",), "track-wandb": ("wandb",),

@@ -151,6 +151,11 @@ class Task(ABC):
         """Return the batch with label ``order[y]`` instead of ``y``."""
         return {**batch, "labels": order[batch["labels"]]}
 
+    @property
+    def token_task(self) -> Any:
+        """The ``TokenTask`` of the loss's forward passes; None if they predict no tokens."""
+        return None
+
     def forward_batches(self, batch: Batch) -> list[Batch]:
         """Return the batches of the loss's forward passes: by default this one."""
         return [batch]

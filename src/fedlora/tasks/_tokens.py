@@ -15,6 +15,10 @@ LEARNT = "learnt_positions"  # of a training batch: the positions of its learnt 
 class TokenTask(TableTask):
     """A task whose labels are tokens, most of them without a loss."""
 
+    @property
+    def token_task(self) -> "TokenTask":
+        return self
+
     @abstractmethod
     def inputs(self, network: nn.Module, batch: Batch) -> Inputs:
         """Return the network's arguments for a batch, without the labels."""

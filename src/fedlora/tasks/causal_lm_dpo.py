@@ -51,10 +51,10 @@ class CausalLMDPO(TableTask):
             raise ValueError(f"task.beta is {self.beta}; it must be a positive number.")
         for key in ("prompt", "chosen", "rejected"):
             templates.check_template(getattr(self, key), f"task.{key}")
-        self._language_model  # noqa: B018 - raises if max_length is wrong
+        self.token_task  # noqa: B018 - raises if max_length is wrong
 
     @property
-    def _language_model(self) -> CausalLM:
+    def token_task(self) -> CausalLM:
         return CausalLM(self.data, max_length=self.max_length)
 
     def load(self, model: str, seed: int, client_column: str | None = None) -> Data:
@@ -121,13 +121,13 @@ class CausalLMDPO(TableTask):
 
     def network(self, model: str, labels: int, seed: int, loading: Any = None) -> nn.Module:
         """Return the pretrained network; ``loading`` are further options of ``from_pretrained``."""
-        return self._language_model.network(model, labels, seed, loading)
+        return self.token_task.network(model, labels, seed, loading)
 
     def probe(self, network: nn.Module) -> Batch:
-        return self._language_model.probe(network)
+        return self.token_task.probe(network)
 
     def preprocessor(self, model: str) -> Any:
-        return self._language_model.preprocessor(model)
+        return self.token_task.preprocessor(model)
 
     def collate(self, examples: Examples, rows: Tensor) -> Batch:
         """Return both answers of each row, the rejected ones under names with a prefix, and ``reference`` (b, 2).
@@ -148,7 +148,12 @@ class CausalLMDPO(TableTask):
         return examples.lengths[rows][:, None].expand(-1, 2)
 
     def forward_batches(self, batch: Batch) -> list[Batch]:
-        """Return the batch of the chosen answers and that of the rejected ones, so that each has a sequence a row."""
+        """Return the batch of the chosen answers and that of the rejected ones, so that each has a sequence a row.
+
+        A batch without rejected answers, as in a plan without rows, stands for both.
+        """
+        if f"{REJECTED}labels" not in batch:
+            return [batch, batch]
         return [{name: batch[f"{prefix}{name}"] for name in INPUTS} for prefix in ("", REJECTED)]
 
     def reference(self, network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
@@ -157,7 +162,7 @@ class CausalLMDPO(TableTask):
 
     def _log_probabilities(self, network: nn.Module, batch: Batch) -> Tensor:
         parts = self.forward_batches(batch)
-        return torch.stack([-self._language_model.outputs(network, part)[:, 0] for part in parts], 1)
+        return torch.stack([-self.token_task.outputs(network, part)[:, 0] for part in parts], 1)
 
     def outputs(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return each row's rewards, of the chosen and the rejected answer (b, 2): ``beta`` times the log-ratio."""

@@ -20,7 +20,6 @@ from fedlora.runs.plan.memory import MemoryTracker
 from fedlora.runs.plan.meta_model import MetaModel
 from fedlora.seeds import derive_seed
 from fedlora.tasks._base import Batch
-from fedlora.tasks._tokens import TokenTask
 from fedlora.tasks.networks.next_token_loss import assume_chunks, loss_of, select_learnt
 from fedlora.training.local import sample_batches
 
@@ -57,7 +56,7 @@ class Bench:
             for x in (x for layer in meta.tree.values() for x in layer.values()):  # a shared leaf stays one tensor
                 leaves[id(x)] = leaves.get(id(x), torch.empty(x.shape, device=self.model.device))
         self.model.load({part: {k: leaves[id(x)] for k, x in layer.items()} for part, layer in meta.tree.items()})
-        if isinstance(self.task, TokenTask):
+        if self.task.token_task is not None:
             with self.fake:
                 assume_chunks(self.model.network, self._batch(self.task.probe(self.model.network)))
         self.known = [*self.model.network.parameters(), *self.model.network.buffers()]
@@ -101,7 +100,7 @@ class Bench:
                 self._run(lambda: self.task.outputs(self.model.network, batch), batch, learnt)
         return BatchCost(counter.get_total_flops(), 0, memory.peak)
 
-    def _loss(self, shapes: Mapping[str, Tensor], learnt: int) -> Tensor:
+    def _loss(self, shapes: Mapping[str, Tensor], learnt: list[int]) -> Tensor:
         batch = self._batch(shapes)
         with self.model.running():
             return self._run(lambda: self.task.loss(self.model.network, batch), batch, learnt)
@@ -109,32 +108,38 @@ class Bench:
     def _batch(self, shapes: Mapping[str, Tensor]) -> Batch:
         return {name: torch.zeros(x.shape, dtype=x.dtype, device=self.model.device) for name, x in shapes.items()}
 
-    def _run(self, compute: Callable[[], Tensor], batch: Batch, learnt: int) -> Tensor:
+    def _run(self, compute: Callable[[], Tensor], batch: Batch, learnt: list[int]) -> Tensor:
         """Run the task's computation, or take the loss at ``learnt`` positions if its shapes depend on values."""
-        network: Any = self.model.network
         try:
             return compute()
         except (DataDependentOutputException, DynamicOutputShapeException):
-            if isinstance(self.task, TokenTask):
-                positions = torch.arange(learnt, device=self.model.device)
-                inputs = self.task.inputs(network, batch)
-                return loss_of(network).mean(network, inputs, positions, torch.zeros_like(positions))
+            parts = self.task.forward_batches(batch)
+            if self.task.token_task is not None:
+                return torch.stack([self._loss_at(*x) for x in zip(parts, learnt, strict=True)]).sum()
             self.is_approximate = True
-            return torch.stack([self._loss_everywhere(part) for part in self.task.forward_batches(batch)]).sum()
+            return torch.stack([self._loss_everywhere(part) for part in parts]).sum()
+
+    def _loss_at(self, batch: Batch, learnt: int) -> Tensor:
+        """Return the loss of the first ``learnt`` positions."""
+        network: Any = self.model.network
+        positions = torch.arange(learnt, device=self.model.device)
+        inputs = self.task.token_task.inputs(network, batch)
+        return loss_of(network).mean(network, inputs, positions, torch.zeros_like(positions))
 
     def _loss_everywhere(self, batch: Batch) -> Tensor:
         output: Any = self.model.network(**{name: x for name, x in batch.items() if name != "labels"})
         flat = output.logits.flatten(0, -2).float()
         return functional.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device))
 
-    def _count_learnt(self, batch: Mapping[str, Tensor]) -> int:
-        """Return the number of learnt tokens in a batch, all of them if its rows are on other machines."""
-        if not isinstance(self.task, TokenTask):
-            return 0
-        if batch["labels"].is_meta:
+    def _count_learnt(self, batch: Mapping[str, Tensor]) -> list[int]:
+        """Return the learnt tokens of each forward pass of a batch, all tokens if its rows are on other machines."""
+        if self.task.token_task is None:
+            return []
+        parts = self.task.forward_batches(dict(batch))
+        if parts[0]["labels"].is_meta:
             self.is_approximate = True
-            return batch["labels"].numel()
-        return len(select_learnt(self.task.targets(dict(batch)))[0])
+            return [part["labels"].numel() for part in parts]
+        return [len(select_learnt(self.task.token_task.targets(part))[0]) for part in parts]
 
 
 @dataclass
@@ -264,7 +269,7 @@ def _batch_without_rows(meta: MetaModel) -> dict[str, Tensor]:
         for name, x in probe.items()
     }
     labels = torch.empty(rows, dtype=torch.int64, device="meta")
-    if isinstance(meta.config.task, TokenTask):
+    if meta.config.task.token_task is not None:
         labels = torch.empty_like(shapes.get("decoder_input_ids", shapes["input_ids"]))
     return {**shapes, "labels": labels}
 

@@ -117,7 +117,7 @@ class ChunkedLogits(AllLogits):
         columns = max(1, self.size // (len(hidden) * head.words))
 
         def score(part: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-            values, hits = _score(head(part).flatten(0, 1), own.flatten())
+            values, hits = _score(head(part.contiguous()).flatten(0, 1), own.flatten())
             return values.view(own.shape), hits.view(own.shape)
 
         parts = zip(hidden.split(columns, 1), labels.split(columns, 1))
@@ -139,12 +139,13 @@ class Head:
 
     @classmethod
     def after(cls, network: nn.Module, body: str, inputs: Inputs) -> "Head":
-        """Run a network's body; its head computes the first position only, and no gradient of its inputs."""
+        """Run a network's body; its head computes the first positions only, and no gradient of its inputs."""
         outputs: list[Any] = []
 
+        # Contiguous: in bfloat16, torch multiplies a slice of each row with a copy of the weights of its own.
         def cut(module: nn.Module, args: Any, output: Any) -> Any:
             outputs.append(output)
-            return type(output)(last_hidden_state=output.last_hidden_state[:, :1].detach())
+            return type(output)(last_hidden_state=output.last_hidden_state[:, :1].detach().contiguous())
 
         module = network.get_submodule(body)
         handle = module.register_forward_hook(cut)
