@@ -314,9 +314,9 @@ def confusion_counts(predicted: Tensor, actual: Tensor) -> dict[str, tuple[int, 
     return {name: (int(hits.sum()), len(hits)) for name, hits in table.items()}
 
 
-def compute_logits(network: nn.Module, batch: Batch, **options: Any) -> Tensor:
-    """Return the logits of a batch without its labels, rows by outputs; ``options`` are passed to the network."""
-    return network(**{name: x for name, x in batch.items() if name != "labels"}, **options).logits
+def compute_logits(network: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of a batch without its labels, rows by outputs."""
+    return network(**{name: x for name, x in batch.items() if name != "labels"}).logits
 
 
 def lengths_of_one(rows: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Causal language models: prompt and response, chat messages, or plain text."""
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.schema import PerMachine
-from fedlora.tasks._base import Batch, Data, Examples, compute_logits, move_batch
+from fedlora.tasks._base import Batch, Data, Examples, move_batch
 from fedlora.tasks._tokens import TokenTask
 from fedlora.tasks.data import templates
 from fedlora.tasks.data.chat_templates import ChatRenderer, Turns
@@ -40,7 +39,7 @@ from fedlora.tasks.data.tokens import (
 from fedlora.tasks.metrics.answers import Kind, grade_answers
 from fedlora.tasks.metrics.scores import CHOICE, Scores
 from fedlora.tasks.networks.generation import GenerationSettings, generate
-from fedlora.tasks.networks.next_token_loss import Inputs, prepare_loss
+from fedlora.tasks.networks.next_token_loss import Inputs, loss_of, prepare_loss
 from fedlora.tasks.networks.pretrained import load_complete, load_quietly, load_tokenizer, max_positions
 
 PLAIN = "task.metric is 'exact_match', but plain text asks nothing; set task.prompt and task.response."
@@ -358,19 +357,16 @@ class CausalLM(TokenTask):
         return Scores(sums | {name: (int(total), len(outputs)) for name, total in zip(names, hits)})
 
 
+@torch.no_grad()  # positions may repeat, which only a computation without gradients allows
 def _grade_rows(network: nn.Module, examples: Examples, rows: Tensor, device: torch.device) -> Tensor:
     """Return ``grade_choices`` of some rows, from as many sequences at a time as there are rows."""
-    selects = "logits_to_keep" in inspect.signature(network.forward).parameters
 
-    def forward(ids: Tensor, mask: Tensor, first: int) -> Tensor:
-        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        if selects:  # logits of the prompts are not needed
-            keep = torch.arange(first, ids.shape[1], device=device)
-            return compute_logits(network, batch, use_cache=False, logits_to_keep=keep)
-        return compute_logits(network, batch, use_cache=False)[:, first:]
+    def score(ids: Tensor, mask: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        return loss_of(network).each(network, inputs, positions.to(device), tokens.to(device))[0]
 
     sequences = cover_choices(examples.features, rows)
-    values = log_likelihoods(forward, sequences, int(examples.features["pad"]), len(rows))
+    values = log_likelihoods(score, sequences, int(examples.features["pad"]), len(rows))
     return grade_choices(values, examples.features, rows)
 
 

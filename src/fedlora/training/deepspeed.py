@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration
+CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration that cast the model
 
 
 def find_zero_plugin(trainer: Any) -> Any:
@@ -32,7 +32,7 @@ def check_zero_plugin(plugin: Any, network: nn.Module) -> None:
             "DeepSpeed's tensor_parallel divides the layers that adapters are on, which cannot be read whole here; "
             "leave it out, or use FSDP2."
         )
-    for section, dtype in HALF.items():
+    for section, dtype in CASTS.items():
         is_on = str(config.get(section, {}).get("enabled", False)).lower() == "true"
         other = next((name for name, x in network.named_parameters() if x.is_floating_point() and x.dtype != dtype), "")
         if is_on and other:

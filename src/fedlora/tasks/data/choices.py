@@ -236,10 +236,11 @@ def cover_choices(features: Mapping[str, Tensor], rows: Tensor) -> Sequences:
     return Sequences(ids, number, spans)
 
 
-Forward = Callable[[Tensor, Tensor, int], Tensor]  # (ids, mask, first) -> logits of the positions from ``first``
+# (ids (b t), mask (b t), positions (n,) in b * t, tokens (n,)) -> the cross-entropy of each token at its position (n,)
+Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def log_likelihoods(forward: Forward, sequences: Sequences, pad: int, size: int) -> Tensor:
+def log_likelihoods(score: Score, sequences: Sequences, pad: int, size: int) -> Tensor:
     """Return the log-likelihood of each choice given its prompt, float64, from ``size`` sequences at a time."""
     by_sequence: dict[int, list[int]] = {}
     for k, i in enumerate(sequences.number):
@@ -249,16 +250,17 @@ def log_likelihoods(forward: Forward, sequences: Sequences, pad: int, size: int)
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         width = max(len(sequences.ids[i]) for i in chunk)
-        first = min(sequences.spans[k][0] for i in chunk for k in by_sequence[i])
         ids = torch.tensor([sequences.ids[i] + [pad] * (width - len(sequences.ids[i])) for i in chunk])
         mask = torch.tensor([[1] * len(sequences.ids[i]) + [0] * (width - len(sequences.ids[i])) for i in chunk])
-        logits = forward(ids, mask, first)
+        owners, positions, tokens = list[int](), list[int](), list[int]()
         for place, i in enumerate(chunk):
             for k in by_sequence[i]:
-                begin, tokens = sequences.spans[k]
-                steps = logits[place, begin - first : begin - first + len(tokens)].float().log_softmax(-1)
-                told = steps.gather(1, torch.tensor(tokens, device=steps.device)[:, None])
-                result[k] = told.double().sum().cpu()
+                begin, own = sequences.spans[k]
+                owners += [k] * len(own)
+                positions += range(place * width + begin, place * width + begin + len(own))
+                tokens += own
+        nll = score(ids, mask, torch.tensor(positions), torch.tensor(tokens))
+        result.index_add_(0, torch.tensor(owners), -nll.double().cpu())
     return result
 
 

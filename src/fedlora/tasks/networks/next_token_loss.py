@@ -143,12 +143,12 @@ class Head:
         outputs: list[Any] = []
 
         # Contiguous: in bfloat16, torch multiplies a slice of each row with a copy of the weights of its own.
-        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        def keep_first_positions(module: nn.Module, args: Any, output: Any) -> Any:
             outputs.append(output)
             return type(output)(last_hidden_state=output.last_hidden_state[:, :1].detach().contiguous())
 
         module = network.get_submodule(body)
-        handle = module.register_forward_hook(cut)
+        handle = module.register_forward_hook(keep_first_positions)
         try:
             logits = network(**inputs).logits
         finally:
@@ -346,7 +346,7 @@ class _Test:
         """Return the mean loss, its gradient at the body's output if there is a body, and the cross-entropies."""
         leaves: list[Tensor] = []
 
-        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        def replace_by_leaf(module: nn.Module, args: Any, output: Any) -> Any:
             if leaves:  # the head's pass
                 return output
             leaves.append(output.last_hidden_state.detach().requires_grad_())
@@ -355,7 +355,7 @@ class _Test:
         arguments = (self.network, self.inputs, self.positions, self.targets)
         with ExitStack() as hooks:
             if self.body is not None:
-                hooks.callback(self.network.get_submodule(self.body).register_forward_hook(cut).remove)
+                hooks.callback(self.network.get_submodule(self.body).register_forward_hook(replace_by_leaf).remove)
             loss = way.mean(*arguments)
             gradient = torch.autograd.grad(loss, leaves) if leaves else ()
         with torch.no_grad():
